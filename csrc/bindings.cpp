@@ -1,0 +1,24 @@
+// The one Python module.  Kernels run without the GIL; std::invalid_argument arrives as ValueError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace fastrl;
+
+PYBIND11_MODULE(_C, m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Compiled kernels of fastrl.  They take raw addresses: call them through fastrl.ops.";
+
+  m.def("token_logp_forward_cpu", &token_logp_forward_cpu, NoGil());
+  m.def("token_logp_backward_cpu", &token_logp_backward_cpu, NoGil());
+#ifdef FASTRL_CUDA
+  m.def("token_logp_forward_cuda", &token_logp_forward_cuda, NoGil());
+  m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
+#endif
+
+  m.def("cpu_isa", &cpu_isa);
+  m.def("cpu_isas", &cpu_isas);
+  m.def("threads_from", &threads_from);
+}

@@ -1,0 +1,36 @@
+// Every compiled op, with its shapes.  Arrays are raw addresses, so that this builds without torch; 0 means absent.
+// Strides count elements.  Floats of type `code` are 0 = fp32, 1 = bf16; everything else is fp32 or int64 and contiguous.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastrl {
+
+using Address = std::uintptr_t;
+
+enum Float : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// --- token_logp: formulas in kernels/token_logp.py ----------------------------------------------------
+// logits (T, V) code; target (T,) int64; temperature (T,)  ->  logp, entropy or 0, m, log_s, each (T,)
+void token_logp_forward_cpu(Address logits, int code, int64_t stride, Address target, Address temperature, Address logp,
+                            Address entropy, Address m, Address log_s, int64_t T, int64_t V, int threads);
+// out (T, V) code, may be `logits` itself; dlogp (T,); dentropy (T,) or 0, with entropy (T,) beside it
+void token_logp_backward_cpu(Address out, int64_t out_stride, Address logits, int code, int64_t stride, Address target,
+                             Address temperature, Address dlogp, Address dentropy, Address entropy, Address m,
+                             Address log_s, int64_t T, int64_t V, int threads);
+#ifdef FASTRL_CUDA
+void token_logp_forward_cuda(Address logits, int code, int64_t stride, Address target, Address temperature, Address logp,
+                             Address entropy, Address m, Address log_s, int64_t T, int64_t V, Address stream);
+void token_logp_backward_cuda(Address out, int64_t out_stride, Address logits, int code, int64_t stride, Address target,
+                              Address temperature, Address dlogp, Address dentropy, Address entropy, Address m,
+                              Address log_s, int64_t T, int64_t V, Address stream);
+#endif
+
+// --- what this process runs on ------------------------------------------------------------------------
+std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
+std::vector<std::string> cpu_isas();   // those this processor has, slowest first
+std::string threads_from();            // file of the OpenMP runtime shared with torch, or "" for one thread
+
+}  // namespace fastrl

@@ -1,0 +1,45 @@
+"""How per-token losses become one number: the weight of each sample's tokens, with denominators of the whole optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts over the whole optimizer step: every micro-batch of every process.
+
+    tokens      tokens that count in the loss
+    samples     sequences with at least one such token
+    max_length  the generation budget, tokens
+    """
+
+    tokens: int
+    samples: int
+    max_length: int
+
+
+Aggregate = Callable[[Tensor, Totals], Tensor]  # loss tokens of each sample (S,), totals -> weight of its tokens (S,)
+
+
+def token_mean(length: Tensor, totals: Totals) -> Tensor:
+    """Every token counts the same: long samples weigh more."""
+    return length.new_full(length.shape, 1 / max(totals.tokens, 1))
+
+
+def sequence_mean(length: Tensor, totals: Totals) -> Tensor:
+    """Every sample counts the same, whatever its length."""
+    return 1 / (length.clamp_min(1) * max(totals.samples, 1))
+
+
+def sequence_sum(length: Tensor, totals: Totals) -> Tensor:
+    """Samples are averaged, the tokens of each summed."""
+    return length.new_full(length.shape, 1 / max(totals.samples, 1))
+
+
+def fixed_length(length: Tensor, totals: Totals) -> Tensor:
+    """Tokens are divided by a constant, the generation budget: no length bias (Dr. GRPO)."""
+    return length.new_full(length.shape, 1 / (max(totals.samples, 1) * totals.max_length))

@@ -1,0 +1,184 @@
+"""Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    floor: float = 0.0
+    """Final learning rate, as a fraction of the peak, of the linear and cosine schedules."""
+    clip: float = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled; applied to matrices only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn in training."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens_in_flight: int = 262144
+    """Key/value cache budget, in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eval:
+    """Accuracy on a held-out split while training."""
+
+    every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates only before the first and after the last step."""
+    prompts: int = 0
+    """Held-out prompts per evaluation; 0 turns evaluation off."""
+    split: str = "val"
+    samples: int = 1
+    """Completions drawn per prompt at temperature 1, beside the greedy one."""
+    max_new_tokens: int | None = None
+    """Defaults to the run's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Checkpoints."""
+
+    every: int = 0
+    """Optimizer steps between checkpoints; 0 saves only the last step."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What every training command shares."""
+
+    model: str
+    """Hugging Face folder, or a config.json (or YAML of one) for random initial weights."""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer folder; defaults to the model's, or to the task's own."""
+    task: str | None = None
+    """Name of a built-in task (see fastrl.tasks), or my_task.py:MyTask."""
+    task_options: tuple[str, ...] = ()
+    """Options of the task, key=value with values in YAML: k=3 targets=[1,40]."""
+    dataset: str | None = None
+    """JSON lines or parquet file, TRL's columns: prompt, completion, messages, text, ..."""
+    columns: tuple[str, ...] = ()
+    """Columns of the dataset under other names, theirs=ours: question=prompt answer=completion."""
+    output_dir: str = "runs/latest"
+    steps: int = 100
+    """Optimizer steps."""
+    prompts: int = 32
+    """Prompts per optimizer step (SFT: demonstrations per optimizer step)."""
+    max_tokens: int | None = None
+    """Longest sequence, tokens; longer ones are an error that names the line.  Defaults to the model's context."""
+    micro_tokens: int = 16384
+    """Tokens per forward and backward pass: lower it when memory runs out."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is float32 on CPU and bfloat16 on CUDA.  Master weights are always float32."""
+    gradient_checkpointing: bool = False
+    max_seconds: float = 0.0
+    """Stop, as if by Ctrl-C, after this much training time; 0 never."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint of output_dir."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+    debug: bool = False
+    """Show tracebacks."""
+    optim: Optim = field(default_factory=Optim)
+    eval: Eval = field(default_factory=Eval)
+    save: Save = field(default_factory=Save)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sft(Run):
+    """Supervised fine-tuning on demonstrations: the task's own, or a dataset's completions."""
+
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation count in the loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grpo(Run):
+    """Reinforcement learning from verified rewards: the GRPO family."""
+
+    reward: tuple[str, ...] = ()
+    """Reward functions, my_rewards.py:fn; defaults to the task's verifier."""
+    algorithm: str = "grpo"
+    """A row of fastrl.algorithms.ALGORITHMS."""
+    group: int = 8
+    """Completions per prompt."""
+    max_new_tokens: int = 256
+    minibatches: int = 1
+    """Optimizer steps per rollout batch (each on its own share of the prompts)."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    kl: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL to the reference model; None keeps the algorithm's own choice."""
+    kl_coef: float | None = None
+    """Its coefficient; None keeps the algorithm's own.  Above 0 a reference model is kept."""
+    entropy_coef: float | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Complete prompts with a trained model."""
+
+    model: str
+    prompts: str = "-"
+    """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
+    output: str = "-"
+    """A .jsonl file to write; - is the terminal."""
+    tokenizer: str | None = None
+    n: int = 1
+    max_new_tokens: int = 256
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = 0
+    debug: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Accuracy of a model on a task's split, greedy and sampled, with 95% intervals."""
+
+    model: str
+    task: str
+    task_options: tuple[str, ...] = ()
+    """Options of the task, key=value with values in YAML."""
+    split: str = "test"
+    prompts: int = 512
+    samples: int = 4
+    max_new_tokens: int = 256
+    output: str | None = None
+    """A .json file for the numbers and every answer."""
+    tokenizer: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = 0
+    debug: bool = False

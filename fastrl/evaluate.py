@@ -1,0 +1,117 @@
+"""Accuracy of a model on a task's held-out split: greedy and sampled, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+from fastrl.adapter import load_model
+from fastrl.config import Evaluate
+from fastrl.device import place, set_threads
+from fastrl.dist import World
+from fastrl.errors import UserError
+from fastrl.experience import order
+from fastrl.sampler import Sampler, SamplingParams
+from fastrl.stats import Estimate, mean_interval, wilson
+from fastrl.intake import load_run_task
+from fastrl.tasks import Example, Score, Task
+from fastrl.tokenizer import load_tokenizer
+
+EVAL_SEED = 20_000_003  # evaluation prompts and noise are the same whatever the run's seed, and never the training's
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of `prompts` held-out prompts: one greedy answer each, and `samples` drawn at temperature 1.
+
+    greedy (P,), sampled (P, n) answers with their scores, in the order of the prompts
+    """
+
+    examples: list[Example]
+    greedy: list[tuple[str, Score]]
+    sampled: list[list[tuple[str, Score]]]
+
+    def per_prompt(self) -> list[float]:
+        """Share of each prompt's sampled answers that are right."""
+        return [sum(s.correct for _, s in answers) / len(answers) for answers in self.sampled]
+
+    def accuracy(self) -> tuple[Estimate, Estimate]:
+        """Greedy and sampled accuracy with 95% intervals; sampled answers of one prompt are not independent trials."""
+        right = sum(s.correct for _, s in self.greedy)
+        n = len(self.greedy)
+        sampled = mean_interval(self.per_prompt()) if self.sampled else Estimate(float("nan"), float("nan"), float("nan"))
+        return Estimate(right / n, *wilson(right, n)), sampled
+
+    def well_formed(self) -> float:
+        """Share of all answers that have the form of an answer."""
+        scores = [s for _, s in self.greedy] + [s for answers in self.sampled for _, s in answers]
+        return sum(s.well_formed for s in scores) / len(scores)
+
+    def metrics(self) -> dict[str, float]:
+        out: dict[str, float] = {"eval/well_formed": self.well_formed()}
+        for name, e in zip(("greedy", "sampled"), self.accuracy(), strict=True):
+            out |= {f"eval/accuracy_{name}": e.mean, f"eval/accuracy_{name}_lo": e.lo, f"eval/accuracy_{name}_hi": e.hi}
+        return out
+
+
+def evaluate(
+    sampler: Sampler, task: Task, *, split: str, prompts: int, samples: int, max_new_tokens: int, seed: int = 0, world: World | None = None
+) -> Evaluation:
+    """Evaluate the sampler's model on `prompts` examples of `split` (all of it when it has fewer), the same ones every time."""
+    world = world or World()
+    size = task.size(split)
+    if size == 0:
+        raise UserError(f"--eval.split: {task.name}'s split {split!r} is empty")
+    chosen = order(size, EVAL_SEED, 0, min(prompts, size))
+    mine = world.share(len(chosen))
+    examples = [task.example(split, chosen[i]) for i in mine]
+    texts = [e.prompt for e in examples]
+    shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
+    greedy = sampler.generate(texts, SamplingParams(temperature=0.0, **shared)).text or []
+    drawn: Sequence[str] = []
+    if samples:
+        drawn = sampler.generate(texts, SamplingParams(n=samples, **shared), sequence_offset=mine.start * samples).text or []
+    rows = [
+        (e, (g, task.verify(e, g)), [(t, task.verify(e, t)) for t in drawn[i * samples : (i + 1) * samples]])
+        for i, (e, g) in enumerate(zip(examples, greedy, strict=True))
+    ]
+    rows = world.gather(rows)
+    return Evaluation([e for e, _, _ in rows], [g for _, g, _ in rows], [s for _, _, s in rows] if samples else [])
+
+
+def run(config: Evaluate) -> None:
+    """The command `fastrl eval`."""
+    set_threads(config.threads)
+    device, dtype = place(config.device, config.dtype)
+    task = load_run_task(config.task, config.task_options)
+    model = load_model(config.model, dtype=dtype, device=device)
+    sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task))
+    done = evaluate(
+        sampler, task, split=config.split, prompts=config.prompts, samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed
+    )
+    for name, e in zip(("greedy", "sampled"), done.accuracy(), strict=True):
+        if e.mean == e.mean:
+            print(f"{name:8} accuracy  {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%})")
+    print(f"well-formed answers {done.well_formed():.1%}; {len(done.greedy)} prompts of {task.name}/{config.split}, {config.samples} samples each")
+    if config.output:
+        save(done, Path(config.output))
+
+
+def save(done: Evaluation, path: Path) -> None:
+    """Write the metrics and every answer as JSON."""
+    answers = [
+        {
+            "prompt": e.prompt,
+            "greedy": {"completion": g, "correct": s.correct, "message": s.message},
+            "sampled": [{"completion": t, "correct": s.correct} for t, s in drawn],
+        }
+        for e, (g, s), drawn in zip(done.examples, done.greedy, done.sampled or [[] for _ in done.greedy], strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**done.metrics(), "answers": answers}, indent=1))
+
+

@@ -1,0 +1,223 @@
+"""What a run writes down: metrics.jsonl, samples.jsonl, TensorBoard events, and the progress a person sees.
+
+metrics.jsonl holds one JSON object a line.  Every line has "step" (int, optimizer steps done) and "time" (s since the run began,
+counted on over a resume); evaluations are lines of their own whose metrics start with "eval/".  Whatever depends on the
+clock is called "time", "time/...", "eval/time" or "perf/...": everything else is equal in two runs of one configuration, resumed or not.
+JSON has no NaN or infinity: such a number is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+EVENTS = "events.out.tfevents.*"
+LOGS = (METRICS, SAMPLES, EVENTS, "config.yaml", "environment.txt", "report.html", "plots")  # all a run leaves but its checkpoints
+TOKENS_PER_SECOND = "perf/tokens_per_second"
+SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
+    "reward": ("reward", ".3f"),
+    "loss": ("loss", ".4g"),
+    "accuracy": ("mean_token_accuracy", ".3f"),
+    "tok/s": (TOKENS_PER_SECOND, ",.0f"),
+}
+PLAIN_LINES, PLAIN_SECONDS = 20, 30.0  # off a terminal: about so many lines a run, and one at least so often
+
+
+class RunLog:
+    """The log of one run; a context manager, so that the files are whole and the terminal is sane whatever happens.
+
+    folder       created; a new run (resume_step None) moves an earlier one's logs, not its checkpoints, to folder/previous-N
+    resume_step  continue the files after this step: lines of later steps, and a line cut off by a crash, are dropped
+    texts        file name -> text, written into the folder: config.yaml, environment.txt
+    quiet        write the files and show nothing
+    enabled      False on every rank but the first: all methods do nothing
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        total_steps: int,
+        *,
+        name: str = "grpo",
+        resume_step: int | None = None,
+        texts: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self.folder, self.total, self.name, self.enabled = Path(folder), total_steps, name, enabled
+        self._console = console or Console(quiet=quiet, highlight=False)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._began, self._spoken = time.monotonic(), -math.inf
+        self._start, self._clock = resume_step or 0, (-1, 0.0)
+        if not enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            self._set_aside()
+        else:
+            for file in (METRICS, SAMPLES):
+                self._began -= keep_until(self.folder / file, resume_step)
+        for file, text in (texts or {}).items():
+            replace_text(self.folder / file, text)
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def __enter__(self) -> Self:
+        if self.enabled and self._console.is_terminal and not self._console.quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                TextColumn("ETA"), TimeRemainingColumn(), console=self._console, refresh_per_second=4, speed_estimate_period=3600,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=self.total, completed=self._start, shown="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._metrics.close()
+        self._samples.close()
+        self._board.close()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record optimizer step `step` (counted from 1) and show it.  Raises TypeError for a metric that is no Python number."""
+        if not self.enabled:
+            return
+        self._record(step, metrics)
+        shown = "  ".join(f"{label} {metrics[key]:{form}}" for label, (key, form) in SHOWN.items() if key in metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif self._due(step):
+            self._say(f"{self.name} step {step}/{self.total}  {shown}  {self._eta(step)}")
+
+    def eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record an evaluation of the weights after `step` optimizer steps; "eval/" is put before names without it.
+
+        A metric K with K_lo and K_hi beside it is reported and drawn with that interval.
+        """
+        if not self.enabled:
+            return
+        named = {k if k.startswith("eval/") else f"eval/{k}": v for k, v in metrics.items()}
+        self._record(step, named)
+        shown = [_with_interval(k, named) for k in named if not k.endswith(("_lo", "_hi")) and not k.startswith("eval/time")]
+        self._say(f"{self.name} eval at step {step}  " + "  ".join(shown))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append sample completions (prompt, completion, reward, ...) of `step` to samples.jsonl."""
+        if self.enabled:
+            _append(self._samples, [{"step": step, **row} for row in rows])
+
+    def message(self, text: str) -> None:
+        """Tell the person at the terminal; above the progress bar where there is one."""
+        if self.enabled:
+            self._say(text)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"metric {key!r}: expected a Python number, got {type(value).__name__}; call .item() once per step")
+        clock = round(time.monotonic() - self._began, 3)
+        _append(self._metrics, [{"step": step, "time": clock, **metrics}])
+        for key, value in metrics.items():
+            self._board.add_scalar(key, value, step)
+
+    def _due(self, step: int) -> bool:
+        """Whether a plain log line is due: the first step, the last, and a bounded number between."""
+        now = time.monotonic()
+        every = max(1, math.ceil(self.total / PLAIN_LINES))
+        due = self._spoken == -math.inf or step >= self.total or step % every == 0 or now - self._spoken >= PLAIN_SECONDS
+        self._spoken = now if due else self._spoken
+        return due
+
+    def _eta(self, step: int) -> str:
+        """Time to the end at the pace since this process's first step, which also paid for warming up."""
+        now = time.monotonic()
+        if self._clock[0] < 0:
+            self._clock = (step, now)
+        done, seconds = step - self._clock[0], now - self._clock[1]
+        return f"ETA {_duration(seconds / done * max(0, self.total - step))}" if done > 0 else ""
+
+    def _say(self, text: str) -> None:
+        self._console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    def _set_aside(self) -> None:
+        old = [path for pattern in LOGS for path in self.folder.glob(pattern)]
+        if self.folder / METRICS not in old:
+            return
+        number = 1
+        while (aside := self.folder / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        self.message(f"{self.folder} held the logs of an earlier run; they are in {aside} now")
+
+
+def keep_until(path: Path, step: int) -> float:
+    """Drop the lines of `path` (JSON lines) after `step`, and a cut-off last line; the file is replaced in one move.
+
+    Returns the "time" of the last line kept, s; 0 where there is none.
+    """
+    if not path.exists():
+        return 0.0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [(line, row) for line in lines if (row := _row(line)) is not None and row["step"] <= step]
+    replace_text(path, "".join(line + "\n" for line, _ in rows))
+    return max((float(row.get("time", 0.0)) for _, row in rows), default=0.0)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _append(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        file.write(json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False, default=str) + "\n")
+    file.flush()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_interval(key: str, metrics: Mapping[str, float]) -> str:
+    text = f"{key.removeprefix('eval/')} {metrics[key]:.4g}"
+    lo, hi = metrics.get(f"{key}_lo"), metrics.get(f"{key}_hi")
+    return text if lo is None or hi is None else f"{text} [{lo:.4g}, {hi:.4g}]"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -1,0 +1,38 @@
+"""Cutting an optimizer step's sequences into micro-batches by a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fastrl.errors import UserError
+from fastrl.types import Batch
+
+
+def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the sequences in each micro-batch: first-fit decreasing, no micro-batch above `budget` tokens.
+
+    Raises UserError for a sequence longer than the budget: attention needs it whole.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > budget:
+            raise UserError(f"--micro-tokens: a sequence has {lengths[i]} tokens, above the budget of {budget}; raise --micro-tokens to at least {lengths[i]}")
+        spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
+        if spot is None:
+            bins.append([])
+            room.append(budget)
+            spot = len(bins) - 1
+        bins[spot].append(i)
+        room[spot] -= lengths[i]
+    return [sorted(b) for b in bins]
+
+
+def micro_batches(batch: Batch, budget: int) -> Iterator[Batch]:
+    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole batch."""
+    groups = plan(batch.cu_seqlens.diff().tolist(), budget)
+    if len(groups) == 1:
+        yield batch
+        return
+    for samples in groups:
+        yield batch.select(samples)

@@ -1,0 +1,164 @@
+"""Everything a run needs, built from its configuration: model, tokenizer, data source, learner, log, and where it left off."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checkpoint, environment
+from fastrl.adapter import load_model
+from fastrl.algorithms import ALGORITHMS, Algorithm
+from fastrl.config import Grpo, Run, Sft
+from fastrl.device import place, set_threads
+from fastrl.dist import World, join
+from fastrl.errors import UserError
+from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
+from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
+from fastrl.learner import Learner
+from fastrl.log import RunLog
+from fastrl.options import dump
+from fastrl.sampler import Sampler
+from fastrl.tasks import Task
+from fastrl.tokenizer import load_tokenizer
+from fastrl.types import Batch
+
+NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
+    Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Grpo: {
+        "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
+        "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
+        "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl", "ess": "ess",
+    },
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Session:
+    """A run under way.  `version` counts optimizer steps; `start` is the step it began or resumed at."""
+
+    config: Run
+    world: World
+    model: Any
+    tokenizer: Any
+    task: Task | None
+    sampler: Sampler
+    learner: Learner
+    source: Source
+    log: RunLog
+    start: int
+    version: int
+    max_new_tokens: int
+
+    def save(self, step: int) -> Path | None:
+        """Write a checkpoint (the first process does; all wait)."""
+        path = None
+        if self.world.is_main:
+            meta = {"version": self.version, "command": type(self.config).__name__.lower()}
+            folder = Path(self.config.output_dir)
+            path = checkpoint.save(folder, step, self.model, self.tokenizer, self.learner.state(), meta, keep=self.config.save.keep)
+        self.world.barrier()
+        return path
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, if there is one."""
+        found = checkpoint.whole(Path(self.config.output_dir))
+        return found[-1] if found else None
+
+    def rename(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The learner's metrics under the names this command logs."""
+        names = NAMES[type(self.config)]
+        return {names[k]: v for k, v in metrics.items() if k in names}
+
+
+def set_up(config: Run) -> Session:
+    """Build the session.  Raises UserError for whatever is wrong with the configuration, before any training."""
+    set_threads(config.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    world = join()
+    device, dtype = place(config.device, config.dtype)
+    resumed = _resume_from(config)
+    task = load_run_task(config.task, config.task_options)
+    source_folder = str(resumed or config.model)
+    model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
+    sampler = Sampler(model, tokenizer)
+    algorithm = choose_algorithm(config)
+    learner = Learner(
+        model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
+        temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
+    )  # fmt: skip
+    start = version = 0
+    if resumed is not None:
+        state, meta = checkpoint.load(resumed)
+        learner.load_state(state)
+        start, version = meta["step"], meta["version"]
+    source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
+    texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
+    log = RunLog(
+        config.output_dir, config.steps, name=type(config).__name__.lower(), resume_step=start if resumed else None, texts=texts, enabled=world.is_main
+    )
+    return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, version, length)
+
+
+def choose_algorithm(config: Run) -> Algorithm:
+    """The table's row, with the run's own KL and entropy settings where it has them."""
+    if not isinstance(config, Grpo):
+        return ALGORITHMS["sft"]
+    rows = {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
+    if config.algorithm not in rows:
+        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
+    given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
+    row = replace(rows[config.algorithm], **given)
+    return replace(row, kl="k3") if row.kl_coef and row.kl is None else row
+
+
+def _resume_from(config: Run) -> Path | None:
+    found = checkpoint.whole(Path(config.output_dir))
+    if not config.resume:
+        if found:
+            raise UserError(f"--output-dir: {config.output_dir} already holds {found[-1].name}; continue it with --resume, or name another folder")
+        return None
+    if not found:
+        raise UserError(f"--resume: {config.output_dir} holds no whole checkpoint; start without --resume")
+    return found[-1]
+
+
+def _demonstrations(
+    config: Run, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
+) -> tuple[Source, int]:
+    item, size, longest = demonstrations(config, task, tokenizer, learner.model.config.max_position_embeddings)
+    source = Demonstrations(item, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world)
+    return source, longest
+
+
+def _on_policy(
+    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
+) -> tuple[Source, int]:
+    check_rollouts(config)
+    sampler.max_tokens_in_flight = config.sampling.max_tokens_in_flight
+    prompt, size, score = prompts_and_rewards(config, task)
+    reference: Callable[[Batch], Tensor] | None = None
+    if algorithm.kl_coef:
+        frozen = copy.deepcopy(learner.model).requires_grad_(False)
+        if config.resume:  # the reference is where the run began, not where it resumes
+            frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+        def reference(batch: Batch) -> Tensor:
+            return learner.logp(frozen, batch)
+
+    stop = task.stop if task is not None else ()
+    source = OnPolicy(
+        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, stop=stop, world=learner.world
+    )
+    return source, config.max_new_tokens
+
+
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy}

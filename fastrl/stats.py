@@ -1,0 +1,88 @@
+"""Intervals for the numbers of a report: 95% unless asked otherwise.  Plain Python, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """A number and the ends of its confidence interval."""
+
+    mean: float
+    lo: float
+    hi: float
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Ends of Wilson's score interval of a proportion; right for independent trials, near 0 and 1 too.
+
+    Several answers to one prompt are not independent: use `mean_interval` over the prompts' own means for those.
+
+    Raises:  ValueError unless 0 <= successes <= n and n >= 1.
+    Source:  Wilson 1927; Brown, Cai & DasGupta 2001, "Interval estimation for a binomial proportion".
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"wilson: expected 0 <= successes <= n and n >= 1, got successes={successes}, n={n}")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    p, shrink = successes / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # at 0 and n successes the end is exactly 0 or 1; the subtraction leaves rounding noise there
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Mean of independent values (one per prompt, or one per seed) with Student's interval.
+
+    One value has a mean and no interval: its ends are infinite.
+
+    Raises:  ValueError for no values.
+    """
+    if not values:
+        raise ValueError("mean_interval: expected at least one value, got none")
+    mean, n = fmean(values), len(values)
+    if n == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    half = t_quantile(0.5 + level / 2, n - 1) * stdev(values) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def paired_interval(before: Sequence[float], after: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """Mean of after - before, pair by pair, with Student's interval: the pairs share a prompt (or a seed).
+
+    Raises:  ValueError for lists of different or zero length.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"paired_interval: expected lists of one length, got {len(before)} and {len(after)}")
+    return mean_interval([b - a for a, b in zip(before, after, strict=True)], level=level)
+
+
+def t_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t with `df` degrees of freedom, for 0.5 <= p < 1, to 1e-9 relative.
+
+    Source:  the finite series of the distribution for integer df, Abramowitz & Stegun 26.7.3 and 26.7.4, bisected.
+    """
+    if not 0.5 <= p < 1 or df < 1:
+        raise ValueError(f"t_quantile: expected 0.5 <= p < 1 and df >= 1, got p={p}, df={df}")
+    lo, hi = 0.0, 1.0
+    while _central(hi, df) < 2 * p - 1:
+        hi *= 2
+    for _ in range(60):
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if _central(middle, df) < 2 * p - 1 else (lo, middle)
+    return hi
+
+
+def _central(t: float, df: int) -> float:
+    """Probability that |T| < t."""
+    angle = math.atan2(t, math.sqrt(df))
+    odd, cos2 = df % 2, math.cos(angle) ** 2
+    term = math.sin(angle) * (math.cos(angle) if odd else 1.0)
+    total = 0.0
+    for k in range(df // 2):
+        total += term
+        term *= cos2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    return (angle + total) * 2 / math.pi if odd else total

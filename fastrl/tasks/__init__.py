@@ -1,0 +1,55 @@
+"""The tasks: a name or `my_task.py:MyTask` in, a `Task` out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fastrl.errors import UserError
+from fastrl.files import call_user, load_object, nearest
+from fastrl.tasks.cards import Cards
+from fastrl.tasks.gsm8k import Gsm8k
+from fastrl.tasks.task import Example, Prompt, Score, Task, task_reward
+
+__all__ = ["TASKS", "Cards", "Example", "Gsm8k", "Prompt", "Score", "Task", "load_task", "task_reward"]
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "cards": Cards,
+    "gsm8k": Gsm8k,
+}
+
+_MEMBERS = ("name", "stop", "size", "example", "verify", "tokenizer")
+_METHODS = ("size", "example", "verify", "tokenizer")
+
+
+def load_task(spec: str, **options: Any) -> Task:
+    """The task named by `spec`: a key of TASKS, or the class (or instance, or factory) at `my_task.py:MyTask`.
+
+    Raises UserError for an unknown name or option, a file or a name in it that is missing, and an object that is no task.
+    """
+    if spec in TASKS:
+        made: Any = TASKS[spec]
+    elif ":" in spec or spec.endswith(".py"):
+        made = load_object(spec, "--task")
+    else:
+        raise UserError(f"--task: expected one of {', '.join(TASKS)}, or a file like my_task.py:MyTask; got {spec!r}{nearest(spec, TASKS)}")
+    if inspect.isclass(made) or inspect.isfunction(made):
+        _check_options(spec, made, options)
+        made = made(**options) if spec in TASKS else call_user(f"--task: {spec}", made, **options)
+    elif options:
+        raise UserError(f"--task: {spec} is an object, not a class: it takes no options, got {', '.join(options)}")
+    missing = [m for m in _MEMBERS if not hasattr(made, m) or (m in _METHODS and not callable(getattr(made, m)))]
+    if missing:
+        raise UserError(f"--task: {spec} is not a task: {type(made).__name__} lacks {', '.join(missing)} (see fastrl.tasks.Task)")
+    return made
+
+
+def _check_options(spec: str, made: Callable[..., Any], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(made).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            known = ", ".join(parameters) or "none"
+            raise UserError(f"--task: {spec} has no option {name!r}{nearest(name, parameters)}; it has: {known}")

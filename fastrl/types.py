@@ -1,0 +1,136 @@
+"""What flows between the stages: sampler -> Rollouts -> Batch -> learner.
+
+Everything is packed: T tokens of S sequences lie end to end, and `cu_seqlens` (S+1,) marks their ends.
+A per-token vector is indexed by the token it speaks of: `logp[t]` is the log-probability of `tokens[t]`
+given the tokens before it in the same sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """S sampled sequences, prompts included, on the device of the model that sampled them.
+
+    tokens           (T,)   int64   prompt and completion tokens
+    cu_seqlens       (S+1,) int32   sequence i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]
+    completion_mask  (T,)   bool    True where the policy chose the token (its end-of-sequence token included)
+    prompt_index     (S,)   int64   which prompt of the call each sequence answers
+    prompt_lengths   (S,)   int64   prompt tokens of each sequence
+    logp             (T,)   fp32    nats, at the sampling temperature over the full vocabulary: the old log-prob
+    behaviour_logp   (T,)   fp32    nats, after top-k, top-p and min-p: what the sampler drew from
+    entropy          (T,)   fp32    nats, of the distribution `logp` refers to
+    weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
+    finish_reason           "stop" or "length", one per sequence
+    text                    decoded completions, None without a tokenizer
+
+    logp, behaviour_logp and entropy are 0, and weight_version is -1, where completion_mask is False.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    completion_mask: Tensor
+    prompt_index: Tensor
+    prompt_lengths: Tensor
+    logp: Tensor
+    behaviour_logp: Tensor
+    entropy: Tensor
+    weight_version: Tensor
+    finish_reason: list[str]
+    text: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.finish_reason)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64: completion tokens of each sequence."""
+        return self.cu_seqlens.diff().long() - self.prompt_lengths
+
+    def completions(self) -> list[list[int]]:
+        """Completion tokens of every sequence, as Python lists (synchronises with the device)."""
+        tokens, ends, prompts = self.tokens.tolist(), self.cu_seqlens.tolist(), self.prompt_lengths.tolist()
+        return [tokens[a + p : b] for a, b, p in zip(ends[:-1], ends[1:], prompts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One optimizer step's worth of sequences, or a micro-batch of it.
+
+    tokens     (T,)   int64
+    cu_seqlens (S+1,) int32
+    mask       (T,)   bool    True where the token counts in the loss; never a sequence's first token
+    advantage  (T,)   fp32    1 for supervised tokens
+    old_logp   (T,)   fp32    under the weights that sampled the token, nats; 0 for supervised tokens
+    weight     (T,)   fp32    the aggregate: what multiplies a token's loss, global denominators inside
+    correction (T,)   fp32    importance weight of sampler against trainer, or None for 1
+    ref_logp   (T,)   fp32    under the reference model, or None
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    mask: Tensor
+    advantage: Tensor
+    old_logp: Tensor
+    weight: Tensor
+    correction: Tensor | None = None
+    ref_logp: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def rows(self, samples: Sequence[int]) -> Tensor:
+        """Indices into T of the named sequences' tokens, in the order given, int64."""
+        ends = self.cu_seqlens.tolist()
+        parts = [torch.arange(ends[i], ends[i + 1], device=self.tokens.device) for i in samples]
+        return torch.cat(parts) if parts else self.tokens.new_empty(0)
+
+    def select(self, samples: Sequence[int]) -> Batch:
+        """The batch of the named sequences, in the order given."""
+        take = self.rows(samples)
+        lengths = self.cu_seqlens.diff()[list(samples)]
+        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        per_token = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cu_seqlens"}
+        return replace(self, cu_seqlens=cu, **{k: None if v is None else v[take] for k, v in per_token.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The N loss tokens of a micro-batch, as an algorithm sees them: vectors, no vocabulary.
+
+    logp, entropy          (N,)   under the policy being trained, nats; what the loss is differentiated by
+    old_logp               (N,)   nats
+    advantage, weight      (N,)   see `Batch`
+    correction, ref_logp   (N,)   or None
+    cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level chunk,
+                                  which may cut a sequence in two
+    live                   how many of the tokens count in the loss
+    """
+
+    old_logp: Tensor
+    advantage: Tensor
+    weight: Tensor
+    correction: Tensor | None = None
+    ref_logp: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    live: int = 0
+    logp: Tensor = field(default_factory=lambda: torch.empty(0))
+    entropy: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Tokens:
+        """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked for."""
+        whole = rows.numel() == self.live
+        names = ("old_logp", "advantage", "weight", "correction", "ref_logp")
+        taken: dict[str, Any] = {n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names}
+        return Tokens(**taken, cu_seqlens=self.cu_seqlens if whole else None, live=rows.numel())
+
+    def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:
+        """The same tokens under the current policy's log-probs and entropies."""
+        return replace(self, logp=logp, entropy=entropy)

@@ -1,0 +1,143 @@
+"""Which implementation of an op runs: the registry, the automatic choice, and how to overrule it.
+
+An op file registers its implementations under the op's public name, each as named parts ("forward", "backward"):
+
+    register("token_logp", "reference", forward=_forward, backward=_backward)
+
+and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    parts: dict[str, Callable[..., Any]]
+    dtypes: tuple[torch.dtype, ...] | None  # None: every dtype
+    note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
+    missing: str  # why it cannot be used in this process; empty when it can
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+_asked: contextvars.ContextVar[tuple[Asked, ...]] = contextvars.ContextVar("fastrl_backend", default=())
+
+
+def register(
+    op: str,
+    backend: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    note: str = "",
+    missing: str = "",
+    **parts: Callable[..., Any],
+) -> None:
+    """Add an implementation of `op`; called once, by the op's own file, when it is imported."""
+    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing)
+
+
+def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
+    """The function that runs `part` of `op` for tensors like `x`.
+
+    Raises RuntimeError when a backend that was asked for by name cannot run it: nothing falls back silently.
+    """
+    wanted = requested(op)
+    table = _table[op]
+    if wanted is not None:
+        reason = _obstacle(table.get(wanted), wanted, x, part)
+        if reason:
+            have = ", ".join(b for b in BACKENDS if b in table and not table[b].missing)
+            raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
+        return table[wanted].parts[part]
+    for name in BACKENDS:
+        if name in table and table[name].note != COMPILED_ONLY and not _obstacle(table[name], name, x, part):
+            return table[name].parts[part]
+    raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
+
+
+def requested(op: str) -> str | None:
+    """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else None."""
+    for name, ops in reversed(_asked.get()):
+        if not ops or op in ops:
+            return name
+    name = os.environ.get("FASTRL_BACKEND", "")
+    return _known(name, "FASTRL_BACKEND") if name else None
+
+
+@contextlib.contextmanager
+def use_backend(name: str, *ops: str) -> Iterator[None]:
+    """Run `ops` (all of them when none is named) on one backend inside the `with` block.
+
+    Raises ValueError for an unknown backend or op.  An op the backend cannot run raises RuntimeError when called.
+    """
+    _known(name, "use_backend")
+    for op in ops:
+        if op not in _table:
+            raise ValueError(f"use_backend: expected one of {', '.join(sorted(_table))}; got {op!r}")
+    token = _asked.set((*_asked.get(), (name, frozenset(ops))))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def backend(device: str | None = None) -> dict[str, str]:
+    """Which implementation each op uses on `device` ("cpu" or "cuda"; default: where the tensors of this machine live)."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {}
+    for op, table in sorted(_table.items()):
+        name = requested(op) or next(
+            b for b in BACKENDS if b in table and kind in DEVICES[b] and not table[b].missing and table[b].note != COMPILED_ONLY
+        )
+        chosen[op] = name
+    return chosen
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Every implementation of every op, with "ready", or why it is not chosen by default."""
+    return {op: {b: i.missing or i.note or "ready" for b, i in table.items()} for op, table in sorted(_table.items())}
+
+
+def extension() -> Any:
+    """The compiled module fastrl._C, or None when it was not built (a source tree that was never installed)."""
+    try:
+        from fastrl import _C  # after torch, whose OpenMP runtime it shares
+    except ImportError as error:
+        if "fastrl._C" in str(error) or "'_C'" in str(error):
+            return None
+        raise
+    return _C
+
+
+def _known(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str) -> str:
+    if impl is None:
+        return "it has no such implementation"
+    if impl.missing:
+        return impl.missing
+    if x.device.type not in DEVICES[name]:
+        return f"it does not run on {x.device.type} tensors"
+    if impl.dtypes is not None and x.dtype not in impl.dtypes:
+        return f"it does not take {x.dtype}"
+    if part not in impl.parts:
+        return f"it has no {part}"
+    return ""

@@ -1,0 +1,60 @@
+"""Shape, dtype and range checks whose messages a user can act on: argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def dims(name: str, x: Tensor, spec: str, dtype: tuple[torch.dtype, ...], **known: int) -> tuple[int, ...]:
+    """The sizes of `x` named by `spec`: `T, V = dims("logits", logits, "T V", FLOATS)`.
+
+    Sizes given in `known` must match.  Raises TypeError for a non-tensor or a wrong dtype, ValueError for a wrong shape.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape ({spec.replace(' ', ', ')}), got {type(x).__name__}")
+    letters = spec.split()
+    if x.ndim != len(letters) or any(known.get(a, n) != n for a, n in zip(letters, x.shape, strict=True)):
+        want = ", ".join(f"{a}={known[a]}" if a in known else a for a in letters)
+        raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+    if x.dtype not in dtype:
+        raise TypeError(f"{name}: expected dtype {_names(dtype)}, got {_names((x.dtype,))}")
+    return tuple(x.shape)
+
+
+def one_of(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors live on one device."""
+    where = {n: x.device for n, x in tensors.items() if x is not None}
+    if len(set(where.values())) > 1:
+        raise ValueError("expected all tensors on one device, got " + ", ".join(f"{n} on {d}" for n, d in where.items()))
+
+
+def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
+    """The number of sequences S of (S+1,) int32 ends.  The values are not read: that would wait for the device."""
+    (n,) = dims(name, cu_seqlens, "S+1", INTS)
+    if n < 1:
+        raise ValueError(f"{name}: expected shape (S+1,) with at least one entry, got ({n},)")
+    if cu_seqlens.device.type == "cpu":  # free to read here
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"{name}: expected non-decreasing ends from 0 to T={T}, got {cu_seqlens.tolist()[:8]}")
+    return n - 1
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 inputs (gradcheck needs it), else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

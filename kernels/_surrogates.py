@@ -1,0 +1,168 @@
+"""The tables behind policy_loss: what a token is rewarded for (surrogates) and what it pays for moving (KL estimators).
+
+d = logp - old_logp (the sequence's mean of it where the ratio is per sequence), r = exp d, e = logp - ref_logp, A the advantage.
+An entry gives a value and its derivative with respect to the token's logp, with d, e and logp all moving one for one.  The derivative
+is what the fused op uses; autograd through the value (and its detaches) gives the same, which a test checks for every row.
+
+The sizes of d and e are bounded by 20 before any exponential, and their derivatives are not: where the policy has drifted far,
+the gradient is the one at the bound, not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+EXPONENT = 20.0
+
+Terms = tuple[Tensor, Tensor | None]  # value, derivative
+Gate = tuple[Tensor, Tensor, Tensor]  # bool: held at the lower bound, at the upper bound, at the cap
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x within +-20, with the derivative of x."""
+    return x + (x.clamp(-EXPONENT, EXPONENT) - x).detach()
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """One way to weigh a token by its advantage: `torch(d, logp, advantage, **params) -> (value, derivative)`, all (T,).
+
+    The loss contains -value.  In a surrogate of your own the derivative may be None: autograd then differentiates the value, and
+    detached parts of it count as constants.  `gate(r, advantage, **params)` says which tokens a bound holds, for the clip
+    fractions only.  `triton` and `cpu_id` name the same formula inside the fused kernels; None where they do not have it.
+    """
+
+    torch: Callable[..., Terms]
+    triton: Callable[..., object] | None = None
+    cpu_id: int | None = None
+    params: Mapping[str, float] = field(default_factory=dict)
+    gate: Callable[..., Gate] | None = None
+
+    def with_params(self, **changes: float) -> Surrogate:
+        """The same surrogate with some parameters changed; an unknown name is a ValueError."""
+        for name in changes:
+            if name not in self.params:
+                known = ", ".join(self.params) or "none"
+                raise ValueError(f"{name}: not a parameter of this surrogate, which has: {known}")
+        return replace(self, params={**self.params, **{n: float(x) for n, x in changes.items()}})
+
+
+# --- surrogates -------------------------------------------------------------------------------------
+def _nll(d: Tensor, logp: Tensor, advantage: Tensor) -> Terms:
+    return logp, torch.ones_like(logp)
+
+
+def _pg(d: Tensor, logp: Tensor, advantage: Tensor) -> Terms:
+    return advantage * logp, advantage
+
+
+def _ratio(d: Tensor, logp: Tensor, advantage: Tensor) -> Terms:
+    value = d.exp() * advantage
+    return value, value
+
+
+def _clip(d: Tensor, logp: Tensor, advantage: Tensor, *, low: float, high: float, cap: float) -> Terms:
+    if not cap > 1 + high:  # a lower cap would also cut tokens with a positive advantage
+        raise ValueError(f"cap: expected more than 1 + high = {1 + high:g}, got {cap:g}")
+    r = d.exp()
+    value = torch.minimum(r.clamp(max=cap) * advantage, r.clamp(1 - low, 1 + high) * advantage)
+    below, above, capped = _clip_gate(r, advantage, low=low, high=high, cap=cap)
+    return value, torch.where(below | above | capped, 0, r * advantage)
+
+
+def _clip_gate(r: Tensor, advantage: Tensor, *, low: float, high: float, cap: float) -> Gate:
+    worse, better = advantage < 0, advantage > 0
+    return worse & (r < 1 - low), better & (r > 1 + high), worse & (r > cap)
+
+
+def _cispo(d: Tensor, logp: Tensor, advantage: Tensor, *, low: float, high: float) -> Terms:
+    weight = (d.exp().clamp(low, high) * advantage).detach()
+    return weight * logp, weight
+
+
+def _cispo_gate(r: Tensor, advantage: Tensor, *, low: float, high: float) -> Gate:
+    return r < low, r > high, torch.zeros_like(r, dtype=torch.bool)
+
+
+def _sapo(d: Tensor, logp: Tensor, advantage: Tensor, *, pos: float, neg: float) -> Terms:
+    r = d.exp()
+    tau = torch.where(advantage > 0, torch.full_like(r, pos), neg)
+    s = torch.sigmoid(tau * (r - 1))
+    return 4 / tau * s * advantage, 4 * s * (1 - s) * r * advantage
+
+
+def _dro(d: Tensor, logp: Tensor, advantage: Tensor, *, beta: float) -> Terms:
+    return advantage * logp - 0.5 * beta * d.square(), advantage - beta * d
+
+
+def _luffy_off(d: Tensor, logp: Tensor, advantage: Tensor, *, gamma: float) -> Terms:
+    p = logp.exp()
+    return advantage * p / (p + gamma), advantage * gamma * p / (p + gamma).square()
+
+
+SURROGATES = {  # cpu_id counts the rows: the number by which a compiled kernel knows the formula
+    "nll": Surrogate(_nll),  # logp: supervised tokens, whatever their advantage
+    "pg": Surrogate(_pg),  # A logp: REINFORCE, RLOO, GPG
+    "ratio": Surrogate(_ratio),  # r A: importance weighted, unclipped
+    # min(min(r, cap) A, clip(r, 1 - low, 1 + high) A): PPO, GRPO, DAPO; with ratio="sequence" GSPO.
+    # cap is the dual clip of negative advantages, which is INTELLECT-2's two-sided clip
+    "clip": Surrogate(_clip, params={"low": 0.2, "high": 0.2, "cap": math.inf}, gate=_clip_gate),
+    "cispo": Surrogate(_cispo, params={"low": 0.0, "high": 5.0}, gate=_cispo_gate),  # stop(clip(r, low, high)) A logp; absolute bounds
+    "sapo": Surrogate(_sapo, params={"pos": 1.0, "neg": 1.05}),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    "dro": Surrogate(_dro, params={"beta": 0.1}),  # A logp - beta/2 d^2
+    "luffy_off": Surrogate(_luffy_off, params={"gamma": 0.1}),  # A p / (p + gamma): tokens of somebody else's demonstrations
+}
+
+
+def name_of(surrogate: Surrogate) -> str | None:
+    """The table's name of a surrogate, whatever its parameters; None for one of the user's own."""
+    return next((n for n, row in SURROGATES.items() if row.torch is surrogate.torch and row.gate is surrogate.gate), None)
+
+
+# --- KL to the reference ----------------------------------------------------------------------------
+def _k1(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return e, torch.ones_like(e)
+
+
+def _k2(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * e.square(), e
+
+
+def _k3(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.expm1(-bounded(e))
+    return x + e, -x
+
+
+def _k3_plus(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    k2 = 0.5 * e.square()
+    return k2 + (_k3(e, d)[0] - k2).detach(), e
+
+
+def _k1_is(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    r = d.exp()
+    return r * e, r * (1 + e)
+
+
+def _k3_is(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    r = d.exp()
+    return r * _k3(e, d)[0], r * e  # the exponentials of k3 cancel in the derivative
+
+
+def _absolute(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return e.abs(), e.sign()
+
+
+KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # (e, token-level d) -> value, derivative
+    "k1": _k1,  # e; its expected gradient is 0, so it belongs into the reward, not into a loss
+    "k2": _k2,  # e^2 / 2; its gradient is that of KL(policy || reference)
+    "k3": _k3,  # exp(-e) - 1 + e, as in the GRPO paper; its gradient is that of KL(reference || policy)
+    "k3+": _k3_plus,  # the value of k3 with the gradient of k2
+    "k1_is": _k1_is,  # r k1 and
+    "k3_is": _k3_is,  # r k3: both unbiased when the tokens came from the old policy
+    "abs": _absolute,  # |e|
+}

@@ -1,0 +1,230 @@
+"""Causal attention of packed sequences: a token sees itself and the tokens before it in its own sequence.
+
+    s_ij = scale q_i . k_j  for j <= i,      lse_i = log sum_j exp s_ij,      p_ij = exp(s_ij - lse_i),      y_i = sum_j p_ij v_j
+    ds_ij = p_ij (dy_i . v_j - dy_i . y_i);  dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij dy_i
+
+H query heads share K key/value heads, H / K neighbours to one.  Kept for the backward: y and lse, never p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import pick, register
+from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
+
+SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
+PADDED_TOKENS = 1 << 16  # one padded batch of the CPU kernel
+
+
+# --- padded batches ---------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """A batch of n sequences padded to L tokens."""
+
+    index: Tensor  # (n, L): the packed token at each place; padding repeats the sequence's own last one
+    padding: Tensor  # (n, L)
+    places: Tensor  # the places that are not padding
+    tokens: Tensor  # the packed token of each of `places`
+
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Packed (T, H, ...) as (n, H, L, ...)."""
+        return x.index_select(0, self.index.flatten()).to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write (n, H, L, ...) back to packed `out` (T, H, ...)."""
+        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
+
+    def take_lse(self, lse: Tensor) -> Tensor:
+        """Packed (T, H) as (n, H, L), infinite at the padding, whose probabilities then are 0."""
+        return self.take(lse, lse.dtype).masked_fill(self.padding[:, None], torch.inf)
+
+
+def _padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[_Padded]:
+    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two).
+
+    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another sequence, not
+    even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    power = lengths.double().log2().ceil()  # -inf for an empty sequence
+    for p in power[lengths > 0].unique().tolist():
+        inside = (power == p).nonzero().squeeze(1)
+        at = torch.arange(int(lengths[inside].max()), device=starts.device)
+        for some in inside.split(max(1, at_once(at.numel()))):
+            last = lengths[some, None] - 1
+            index = starts[some, None] + torch.minimum(at, last)
+            places = (at <= last).flatten().nonzero().squeeze(1)
+            yield _Padded(index, at > last, places, index.flatten()[places])
+
+
+# --- reference --------------------------------------------------------------------------------------
+def _sequences(H: int, dtype: torch.dtype) -> Callable[[int], int]:
+    return lambda L: SCORES_BYTES // (dtype.itemsize * H * L * L)
+
+
+def _rows(H: int, L: int, dtype: torch.dtype) -> int:
+    """Query rows of one sequence whose scores fit the byte budget."""
+    return min(L, max(16, SCORES_BYTES // (dtype.itemsize * H * L)))
+
+
+def _scores(q: Tensor, k: Tensor, first: int, scale: float) -> Tensor:
+    """Masked scores (n K, G rows, keys) of queries (n, K, G, rows, E), the first of which is token `first` of its sequence."""
+    n, K, G, rows, E = q.shape
+    keys = first + rows
+    mask = torch.full((rows, keys), -torch.inf, dtype=q.dtype, device=q.device).triu_(first + 1).repeat(G, 1)
+    return torch.baddbmm(mask, q.reshape(n * K, G * rows, E), k[:, :keys].transpose(1, 2), alpha=scale)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """The definition, on padded batches, block by block of query rows: y (T, H, E) and lse (T, H)."""
+    (T, H, E), K, dtype = q.shape, k.shape[1], compute_dtype(q)
+    y, lse = q.new_empty(T, H, E), q.new_empty(T, H, dtype=dtype)
+    for batch in _padded(cu_seqlens, _sequences(H, dtype)):
+        n, L = batch.index.shape
+        queries = batch.take(q, dtype).view(n, K, H // K, L, E)
+        keys, values = (batch.take(x, dtype).reshape(n * K, L, E) for x in (k, v))
+        out, norm = queries.new_empty(n, H, L, E), queries.new_empty(n, H, L)
+        rows = _rows(H, L, dtype)
+        for a in range(0, L, rows):
+            b = min(a + rows, L)
+            s = _scores(queries[..., a:b, :], keys, a, scale)
+            m = s.amax(-1, keepdim=True)
+            total = s.sub_(m).exp_().sum(-1, keepdim=True)
+            out[:, :, a:b] = torch.bmm(s, values[:, :b]).div_(total).view(n, H, b - a, E)
+            norm[:, :, a:b] = total.log_().add_(m).view(n, H, b - a)
+        batch.put(y, out)
+        batch.put(lse, norm)
+    return y, lse
+
+
+def reference_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, from probabilities recomputed block by block."""
+    (_, H, E), K, dtype = q.shape, k.shape[1], lse.dtype
+    delta = (dy.to(dtype) * y.to(dtype)).sum(-1)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for batch in _padded(cu_seqlens, _sequences(H, dtype)):
+        n, L = batch.index.shape
+        shape = (n, K, H // K, L)
+        queries, dout = (batch.take(x, dtype).reshape(*shape, E) for x in (q, dy))
+        keys, values = (batch.take(x, dtype).reshape(n * K, L, E) for x in (k, v))
+        norm, minus = batch.take_lse(lse).reshape(shape), batch.take(delta, dtype).reshape(shape)
+        dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        rows = _rows(H, L, dtype)
+        for a in range(0, L, rows):
+            b = min(a + rows, L)
+            query, dblock = (x[..., a:b, :].reshape(n * K, -1, E) for x in (queries, dout))
+            p = _scores(queries[..., a:b, :], keys, a, scale).sub_(norm[..., a:b].reshape(n * K, -1, 1)).exp_()
+            dv[:, :b].baddbmm_(p.transpose(1, 2), dblock)
+            ds = torch.bmm(dblock, values[:, :b].transpose(1, 2)).sub_(minus[..., a:b].reshape(n * K, -1, 1)).mul_(p)
+            dq[..., a:b, :] = torch.bmm(ds, keys[:, :b]).mul_(scale).view(*shape[:3], b - a, E)
+            dk[:, :b].baddbmm_(ds.transpose(1, 2), query, alpha=scale)
+        for out, x in zip(grads, (dq, dk, dv), strict=True):
+            batch.put(out, x.view(n, -1, L, E))
+    return grads
+
+
+register("attention", "reference", forward=reference, backward=reference_backward)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+# On CPU torch's own flash attention runs each padded batch: blocked in cache, causal blocks skipped, shared heads allowed.
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
+    for batch in _padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+        parts = (batch.take(x, x.dtype) for x in (q, k, v))
+        for out, x in zip((y, lse), getattr(torch.ops.aten, _FLASH)(*parts, 0.0, True, scale=scale), strict=True):
+            batch.put(out, x)
+    return y, lse
+
+
+def _flash_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for batch in _padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+        parts = (*(batch.take(x, x.dtype) for x in (dy, q, k, v, y)), batch.take_lse(lse))
+        for out, x in zip(grads, getattr(torch.ops.aten, _FLASH + "_backward")(*parts, 0.0, True, scale=scale), strict=True):
+            batch.put(out, x)
+    return grads
+
+
+register(
+    "attention",
+    "cpu",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing="" if hasattr(torch.ops.aten, _FLASH + "_backward") else "this torch has no flash attention for CPU",
+    forward=_flash,
+    backward=_flash_backward,
+)
+
+
+# --- registration and autograd ----------------------------------------------------------------------
+@torch.library.custom_op("fastrl::attention", mutates_args=())
+def forward_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """y (T, H, E) and lse (T, H); max_seqlen 0 means unknown."""
+    return pick("attention", q, "forward")(q, k, v, cu_seqlens, scale, max_seqlen)
+
+
+@torch.library.custom_op("fastrl::attention_backward", mutates_args=())
+def backward_op(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    return pick("attention", q, "backward")(dy, q, k, v, y, lse, cu_seqlens, scale, max_seqlen)
+
+
+@forward_op.register_fake
+def _(q, k, v, cu_seqlens, scale, max_seqlen):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
+
+
+@backward_op.register_fake
+def _(dy, q, k, v, y, lse, cu_seqlens, scale, max_seqlen):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens, ctx.scale, ctx.max_seqlen = inputs
+    y, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, y, lse, cu_seqlens)
+
+
+def _autograd(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.max_seqlen), None, None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup)
+
+
+# --- public -----------------------------------------------------------------------------------------
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, max_seqlen: int | None = None) -> Tensor:
+    """Causal attention within each packed sequence, differentiable in q, k and v.
+
+    Shapes:  q (T, H, E), k and v (T, K, E) bf16|fp16|fp32|fp64, K divides H;  cu_seqlens (S+1,) int32, empty sequences
+             allowed;  scale defaults to E^-1/2;  max_seqlen, if known, spares some kernels a look at the lengths  ->  (T, H, E).
+    Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch of sequences at a
+             time and read cu_seqlens on the host, which waits for the device on CUDA.
+    Raises:  ValueError or TypeError naming the argument.
+    Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
+    """
+    T, H, E = dims("q", q, "T H E", FLOATS)
+    _, K, _ = dims("k", k, "T K E", (q.dtype,), T=T, E=E)
+    dims("v", v, "T K E", (q.dtype,), T=T, K=K, E=E)
+    if K == 0 or H % K:
+        raise ValueError(f"k: expected key/value heads K that divide H={H} query heads, got K={K}")
+    same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    ends("cu_seqlens", cu_seqlens, T)
+    return forward_op(q, k, v, cu_seqlens, E**-0.5 if scale is None else float(scale), max_seqlen or 0)[0]

@@ -1,0 +1,213 @@
+"""Advantages of samples relative to their group: the completions of one prompt.
+
+    shape "linear":  A = (R - baseline) / scale
+        baseline  mean           the group's mean                      (GRPO, Dr. GRPO)
+                  leave_one_out  the mean of the group's others        (RLOO)
+                  max            the group's best
+                  none           0
+        scale     std            standard deviation of the group + eps (GRPO)
+                  batch_std      standard deviation of all samples + eps
+                  range          the group's max - min
+                  none           1                                     (Dr. GRPO, RLOO)
+    shape "rank":    A = 2 rank / (K - 1) - 1, ranks 0 .. K-1 from worst to best, ties averaged
+    shape "softmax": A = K softmax(R / tau) - 1
+
+rank and softmax are advantages by themselves: baseline, scale, eps and unbiased do not enter them.  K counts the group's
+scored samples.  A NaN reward is "not scored": it enters no statistic and gets 0.  Where a group's scored rewards are all equal
+(one scored sample included) every shape, baseline and scale gives exactly 0, so rounding never turns into a signal.
+
+Moments are taken in two passes and float64: rewards of 1000 +- 1e-3 keep all their digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import pick, register
+from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Samples sorted by group, their rewards and what the statistics need; every field is (S,) float64 but the first three.
+
+    A statistic of a group is repeated for each of its samples, so the columns of the tables are elementwise.
+    """
+
+    of: Tensor  # (S,) int64, dense group number
+    offsets: Tensor  # (S+1,) int64, ends of the groups; groups beyond the last are empty
+    scored: Tensor  # (S,) bool
+    reward: Tensor  # 0 where not scored
+    count: Tensor
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+    def total(self, x: Tensor) -> Tensor:
+        return _segments(torch.where(self.scored, x, 0), "sum", self.offsets)[self.of]
+
+
+class _Options(NamedTuple):
+    baseline: str
+    scale: str
+    eps: float
+    ddof: int
+    tau: float
+
+
+# --- the tables -------------------------------------------------------------------------------------
+BASELINES: dict[str, Callable[[_Groups], Tensor]] = {  # what is subtracted from the reward
+    "mean": lambda g: g.mean,
+    "leave_one_out": lambda g: g.mean - (g.reward - g.mean) / (g.count - 1),
+    "max": lambda g: g.high,
+    "none": lambda g: torch.zeros_like(g.reward),
+}
+
+
+def _std(g: _Groups, o: _Options) -> Tensor:
+    return (g.total((g.reward - g.mean).square()) / (g.count - o.ddof)).sqrt() + o.eps
+
+
+def _batch_std(g: _Groups, o: _Options) -> Tensor:
+    n = g.scored.sum()
+    centred = torch.where(g.scored, g.reward - g.reward.sum() / n, 0)
+    return ((centred.square().sum() / (n - o.ddof)).sqrt() + o.eps).expand_as(g.reward)
+
+
+SCALES: dict[str, Callable[[_Groups, _Options], Tensor]] = {  # what the centred reward is divided by
+    "std": _std,
+    "batch_std": _batch_std,
+    "range": lambda g, o: g.high - g.low,
+    "none": lambda g, o: torch.ones_like(g.reward),
+}
+
+
+def _linear(g: _Groups, o: _Options) -> Tensor:
+    return (g.reward - BASELINES[o.baseline](g)) / SCALES[o.scale](g, o)
+
+
+def _rank(g: _Groups, o: _Options) -> Tensor:
+    by_reward = torch.where(g.scored, g.reward, torch.nan).sort(stable=True)
+    order = by_reward.indices[g.of[by_reward.indices].sort(stable=True).indices]  # group, then reward, unscored last
+    of, scored, reward = g.of[order], g.scored[order], g.reward[order]
+    tied = (of[1:] == of[:-1]) & (reward[1:] == reward[:-1]) & (scored[1:] == scored[:-1])
+    run = _runs(~tied)
+    ends = _offsets(run)
+    rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[of]  # mean place of the run, counted from the group's start
+    return 2 * torch.empty_like(rank).scatter_(0, order, rank) / (g.count - 1) - 1
+
+
+def _softmax(g: _Groups, o: _Options) -> Tensor:
+    e = ((g.reward - g.high) / o.tau).exp()
+    return g.count * e / g.total(e) - 1
+
+
+SHAPES: dict[str, Callable[[_Groups, _Options], Tensor]] = {"linear": _linear, "rank": _rank, "softmax": _softmax}
+
+
+# --- reference --------------------------------------------------------------------------------------
+def reference(
+    reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float
+) -> Tensor:
+    """The definition: (S,) advantages; `group` holds ids, or is empty for contiguous groups of `size`."""
+    S = reward.shape[0]
+    if S == 0:
+        return reward.new_empty(0, dtype=compute_dtype(reward))
+    if size:
+        order = torch.arange(S, device=reward.device)
+        of = order // size
+    else:
+        ids, order = group.sort(stable=True)
+        of = _runs(ids[1:] != ids[:-1])
+    g = _statistics(reward.double()[order], of)
+    a = SHAPES[shape](g, _Options(baseline, scale, eps, int(unbiased), tau))
+    a = torch.where(g.scored & (g.high > g.low), a, 0)
+    return torch.empty_like(a).scatter_(0, order, a).to(compute_dtype(reward))  # order has no duplicates
+
+
+def _statistics(reward: Tensor, of: Tensor) -> _Groups:
+    offsets, scored = _offsets(of), ~reward.isnan()
+    count = _segments(scored.double(), "sum", offsets)[of]
+    low, high = (_segments(torch.where(scored, reward, far), how, offsets)[of] for how, far in (("min", torch.inf), ("max", -torch.inf)))
+    reward = torch.where(scored, reward, 0)
+    return _Groups(of, offsets, scored, reward, count, _segments(reward, "sum", offsets)[of] / count, low, high)
+
+
+def _runs(starts: Tensor) -> Tensor:
+    """(S,) int64 run numbers from (S-1,) bool: does a new run start at the next element?"""
+    return torch.nn.functional.pad(starts.cumsum(0), (1, 0))
+
+
+def _offsets(of: Tensor) -> Tensor:
+    """(S+1,) where each run of the sorted numbers `of` starts; searchsorted, because counting would wait for the device."""
+    return torch.searchsorted(of, torch.arange(of.shape[0] + 1, device=of.device))
+
+
+def _segments(x: Tensor, how: str, offsets: Tensor) -> Tensor:
+    return torch.segment_reduce(x, how, offsets=offsets, unsafe=True)  # "unsafe" skips a check that would wait for the device
+
+
+register("group_advantage", "reference", forward=reference)
+
+
+# --- registration -----------------------------------------------------------------------------------
+@torch.library.custom_op("fastrl::group_advantage", mutates_args=())
+def forward_op(
+    reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float
+) -> Tensor:
+    if group.device.type == "cpu" and group.numel() and int(group.min()) < 0:
+        raise ValueError(f"group: expected ids of 0 or more, got {int(group.min())}")
+    forward = pick("group_advantage", reward, "forward")
+    return forward(reward, group, size, baseline, scale, shape, eps, unbiased, tau)
+
+
+@forward_op.register_fake
+def _(reward, group, size, baseline, scale, shape, eps, unbiased, tau):  # type: ignore[no-untyped-def]
+    return reward.new_empty(reward.shape, dtype=compute_dtype(reward))
+
+
+# --- public -----------------------------------------------------------------------------------------
+def group_advantage(
+    reward: Tensor,
+    group: Tensor | int,
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    shape: str = "linear",
+    eps: float = 1e-4,
+    unbiased: bool = True,
+    tau: float = 0.5,
+) -> Tensor:
+    """Advantage of each sample within its group, unitless (in the reward's unit with scale="none"); not differentiable.
+
+    `unbiased` divides the variance by K - 1 instead of K; `eps` is added to std and batch_std; `tau` is the softmax's temperature.
+    For advantages that are no group's business (plain REINFORCE) use the rewards themselves: here a group of one always gets 0.
+
+    Shapes:  reward (S,) bf16|fp16|fp32|fp64, NaN where not scored;  group (S,) int ids of 0 or more in any order, or the size of
+             contiguous groups  ->  (S,) fp32 (fp64 for fp64 rewards).
+    Memory:  a dozen (S,) float64 vectors.
+    Raises:  ValueError or TypeError naming the argument.
+    Source:  Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024 (RLOO); Peters and Schaal 2007 (softmax weights).
+    """
+    (S,) = dims("reward", reward, "S", FLOATS)
+    one_of("baseline", baseline, BASELINES)
+    one_of("scale", scale, SCALES)
+    one_of("shape", shape, SHAPES)
+    if not tau > 0:
+        raise ValueError(f"tau: expected a positive temperature, got {tau}")
+    if isinstance(group, Tensor):
+        dims("group", group, "S", INTS, S=S)
+        same_device(reward=reward, group=group)
+        ids, size = group.long(), 0
+    else:
+        if not isinstance(group, int):
+            raise TypeError(f"group: expected ids (S={S},) or an int, got {type(group).__name__}")
+        if group < 1 or S % group:
+            raise ValueError(f"group: expected a size that divides the {S} rewards, got {group}; pass ids for unequal groups")
+        ids, size = torch.empty(0, dtype=torch.int64, device=reward.device), group
+    return forward_op(reward.detach(), ids, size, baseline, scale, shape, float(eps), unbiased, float(tau))

@@ -1,0 +1,195 @@
+"""Cross-entropy of each target token, from hidden states and the head's weight, without the (T, V) logits.
+
+    z = softcap tanh(logits / softcap)   (z = logits without a softcap)        lse = logsumexp(z)
+    loss = (1 - eps) (lse - z_target) + eps (lse - mean_v z_v) + z_loss lse^2                           (nats)
+    dloss/dz_v = (1 + 2 z_loss lse) p_v - (1 - eps) 1[v = target] - eps / V
+
+With reduction "mean" and "sum" the gradient is formed in the forward: three products, nothing recomputed.  With "none" every
+token has its own upstream gradient, and the logits are computed again in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import pick, register
+from fastrl.kernels._check import compute_dtype, one_of
+from fastrl.kernels._linear import accumulator, add_weight_grad, chunk_rows, input_grad, project
+from fastrl.kernels.linear_logp import check_linear
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+# --- reference --------------------------------------------------------------------------------------
+def reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str, smoothing: float, softcap: float, z_loss: float
+) -> Tensor:
+    """The definition, through materialised float64 logits, differentiable by autograd."""
+    z = hidden.double() @ weight.double().T
+    z = z if bias is None else z + bias.double()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    lse = z.logsumexp(-1)
+    live = target != ignore_index
+    at = z.gather(1, torch.where(live, target, 0)[:, None].long()).squeeze(1)
+    loss = (1 - smoothing) * (lse - at) + (smoothing * (lse - z.mean(-1)) if smoothing else 0) + z_loss * lse**2
+    loss = torch.where(live, loss, 0)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / live.sum()}[reduction]
+
+
+def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, m and log s of each row of logits, (N,) each."""
+    z = logits.to(compute_dtype(logits))
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    m = z.amax(-1) if z.shape[0] else z.new_empty(0)
+    d = z - m[:, None]
+    log_s = d.exp().sum(-1).log()
+    inside = (target >= 0) & (target < z.shape[1])
+    loss = (1 - smoothing) * (log_s - d.gather(1, torch.where(inside, target, 0)[:, None].long()).squeeze(1))
+    if smoothing:
+        loss = loss + smoothing * (log_s - d.mean(-1))
+    return torch.where(inside, loss + z_loss * (m + log_s) ** 2, torch.nan), m, log_s
+
+
+def rows_backward(dloss: Tensor, logits: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
+    """The gradient of the logits (N, V), in their dtype, for an upstream gradient `dloss` (N,)."""
+    z = logits.to(m.dtype)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    g = (z - m[:, None] - log_s[:, None]).exp() * (1 + 2 * z_loss * (m + log_s))[:, None]
+    if smoothing:
+        g -= smoothing / z.shape[1]
+    inside = (target >= 0) & (target < z.shape[1])
+    at = torch.where(inside, target, 0)[:, None].long()
+    g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])  # one entry a row: deterministic
+    g = g * (1 - (z / softcap) ** 2) if softcap else g
+    return (g * dloss[:, None]).to(logits.dtype)
+
+
+register("linear_cross_entropy", "reference", forward=rows_forward, backward=rows_backward)
+
+
+# --- registration and autograd ----------------------------------------------------------------------
+@torch.library.custom_op("fastrl::linear_cross_entropy", mutates_args=())
+def forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, softcap: float,
+    z_loss: float, logits_dtype: torch.dtype, rows: int, grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss (scalar, or (T,) for "none") and, when `grads`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
+    live = (target != ignore_index).nonzero().squeeze(1)  # ignored rows leave before the first product; the count sizes it
+    count = live.numel() if reduction == "mean" else 1
+    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward")
+    loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(logits_dtype, torch.float32))
+    fused = grads and reduction != "none"
+    dhidden, dweight, dbias = _gradients(hidden, weight, bias, fused)
+    for a in range(0, live.numel(), rows):
+        part = live[a : a + rows]
+        x, y = hidden[part], target[part]
+        logits = project(x, weight, bias if bias.numel() else None, logits_dtype)
+        each, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
+        loss.index_copy_(0, part, each)
+        if fused:
+            dlogits = backward(torch.full_like(m, 1 / count), logits, y, m, log_s, smoothing, softcap, z_loss)
+            _accumulate(part, x, dlogits, weight, dhidden, dweight, dbias)
+    out = loss if reduction == "none" else loss.sum() / count if count else loss.sum() * torch.nan
+    return out, dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+@torch.library.custom_op("fastrl::linear_cross_entropy_backward", mutates_args=())
+def backward_op(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignore_index: int, smoothing: float, softcap: float,
+    z_loss: float, logits_dtype: torch.dtype, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias for a per-token upstream gradient (T,); the logits are computed again."""
+    live = (target != ignore_index).nonzero().squeeze(1)
+    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward")
+    dhidden, dweight, dbias = _gradients(hidden, weight, bias, True)
+    for a in range(0, live.numel(), rows):
+        part = live[a : a + rows]
+        x, y = hidden[part], target[part]
+        logits = project(x, weight, bias if bias.numel() else None, logits_dtype)
+        _, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
+        _accumulate(part, x, backward(dloss[part], logits, y, m, log_s, smoothing, softcap, z_loss), weight, dhidden, dweight, dbias)
+    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not wanted:
+        return hidden.new_empty(0), weight.new_empty(0), bias.new_empty(0)
+    return torch.zeros_like(hidden), accumulator(weight), accumulator(bias)
+
+
+def _accumulate(rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    dhidden.index_copy_(0, rows, input_grad(dlogits, weight))
+    add_weight_grad(dweight, dlogits, x)
+    if dbias.numel():
+        dbias += dlogits.sum(0, dtype=dbias.dtype)
+
+
+@forward_op.register_fake
+def _(hidden, weight, bias, target, ignore_index, reduction, smoothing, softcap, z_loss, logits_dtype, rows, grads):  # type: ignore[no-untyped-def]
+    out = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.promote_types(logits_dtype, torch.float32))
+    shapes = (x.shape if grads and reduction != "none" else (0,) for x in (hidden, weight, bias))
+    return out, *(x.new_empty(s) for x, s in zip((hidden, weight, bias), shapes, strict=True))
+
+
+@backward_op.register_fake
+def _(dloss, hidden, weight, bias, target, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (hidden, weight, bias))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, ignore_index, ctx.reduction, *rest, _ = inputs
+    ctx.options = (ignore_index, *rest)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*((hidden, weight, bias, target) if ctx.reduction == "none" else output[1:]))
+
+
+def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.reduction == "none":
+        hidden, weight, bias, target = ctx.saved_tensors
+        grads = backward_op(dloss, hidden, weight, bias, target, *ctx.options)
+    else:
+        grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+    return (*grads, *(None,) * 9)
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup)
+
+
+# --- public -----------------------------------------------------------------------------------------
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    logits_dtype: torch.dtype = torch.float32,
+    logits_bytes: int | None = None,
+) -> Tensor:
+    """Cross-entropy (nats), differentiable in hidden, weight and bias.
+
+    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does not count;  bias (V,)
+             ->  a scalar, or (T,) with 0 at ignored tokens for reduction "none"; fp32 (fp64 for fp64 inputs).
+             "mean" divides by the tokens that count (NaN when none does, as in PyTorch).
+    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients, in the forward.
+             Counting the live rows waits for the device once.
+    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index` gives NaN.
+    """
+    dtype = check_linear(hidden, weight, target, bias, logits_dtype)
+    one_of("reduction", reduction, REDUCTIONS)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    rows = chunk_rows(weight.shape[0], dtype.itemsize, hidden.device, logits_bytes)
+    b = weight.new_empty(0) if bias is None else bias
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, b))
+    cap = float(softcap or 0.0)
+    return forward_op(hidden, weight, b, target, ignore_index, reduction, float(label_smoothing), cap, float(z_loss), dtype, rows, grads)[0]

@@ -1,0 +1,272 @@
+"""The policy loss of a packed batch: one formula, whose parts are rows of tables.
+
+    loss = sum_t weight_t ( -correction_t S_t + kl_coef KL_t - entropy_coef H_t )
+
+S is the surrogate and KL the estimator (kernels/_surrogates.py), H the entropy; `weight` holds the aggregate with its global
+denominators, so the loss of a batch is the sum of the losses of its parts.
+
+    d loss / d logp_t    = weight_t ( -correction_t dS_t + kl_coef dKL_t )
+    d loss / d entropy_t = -weight_t entropy_coef
+
+With ratio="sequence" a token's d = logp - old_logp is replaced by its sequence's mean over live tokens, which moves one for one
+with the token's own logp (GSPO-token): advantages may differ within a sequence, and where they do not this is GSPO.
+
+Masked-out tokens are replaced before anything is computed: whatever they hold, they add exactly 0.
+The fused op computes loss, metrics and both derivatives at once; a surrogate that is not in the table takes the same formula
+through autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import pick, register
+from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
+from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
+from fastrl.kernels._surrogates import KLS, SURROGATES, Surrogate, bounded, name_of
+
+__all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics", "policy_loss", "reference"]
+
+RATIOS = ("token", "sequence")
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What is not a tensor."""
+
+    surrogate: str  # empty for one that is not in the table
+    params: tuple[float, ...]
+    ratio: str
+    kl: str
+    kl_coef: float
+    entropy_coef: float
+
+
+class _Columns(NamedTuple):
+    """The (T,) vectors, empty where absent."""
+
+    logp: Tensor
+    entropy: Tensor
+    old_logp: Tensor
+    advantage: Tensor
+    weight: Tensor
+    ref_logp: Tensor
+    correction: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+
+
+# --- reference --------------------------------------------------------------------------------------
+def _formula(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss (T,), its derivative with respect to logp (T,) where the surrogate states one, and the metrics (M,)."""
+    mask = c.mask
+    if mask.numel():
+        c = c._replace(**{n: torch.where(mask, x, 0) for n, x in zip(c._fields[:7], c, strict=False) if x.numel()})
+    token_d = c.logp - c.old_logp
+    d = bounded(_sequence_mean(token_d, c) if o.ratio == "sequence" else token_d)
+    value, slope = row.torch(d, c.logp, c.advantage, **row.params)
+    if c.correction.numel():
+        value, slope = value * c.correction, None if slope is None else slope * c.correction
+    loss, slope = -value, None if slope is None else -slope
+    e = c.logp - c.ref_logp if c.ref_logp.numel() else None
+    if o.kl and e is not None:
+        kl, kl_slope = KLS[o.kl](e, bounded(token_d))
+        loss, slope = loss + o.kl_coef * kl, None if slope is None else slope + o.kl_coef * kl_slope
+    if o.entropy_coef and c.entropy.numel():
+        loss = loss - o.entropy_coef * c.entropy
+    with torch.no_grad():
+        gate = row.gate(d.exp(), c.advantage, **row.params) if row.gate else None
+        metrics = measure(d, token_d, e, gate, c.advantage, c.correction, c.entropy, mask)
+    return loss * c.weight, None if slope is None else slope * c.weight, metrics
+
+
+def _sequence_mean(d: Tensor, c: _Columns) -> Tensor:
+    """Each token's sequence mean of d over live tokens, with the derivative of the token's own d."""
+    T, cu = d.shape[0], c.cu_seqlens.long()
+    of = torch.searchsorted(cu[1:], torch.arange(T, device=d.device), right=True)
+    fixed = d.detach()
+    total = torch.segment_reduce(fixed.double(), "sum", offsets=cu, unsafe=True)  # masked-out tokens hold 0
+    live = c.mask.double() if c.mask.numel() else torch.ones_like(fixed, dtype=torch.float64)
+    count = torch.segment_reduce(live, "sum", offsets=cu, unsafe=True)
+    mean = (total / count.clamp(min=1)).to(d.dtype)[of]
+    return mean + (d - fixed)
+
+
+def reference(logp: Tensor, old_logp: Tensor, advantage: Tensor, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the surrogate's value."""
+    return _by_autograd(*_arguments(logp, old_logp, advantage, **arguments))
+
+
+def _by_autograd(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, _, metrics = _formula(row, c, o)
+    return loss.sum(), dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def _fused(c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), metrics (M,), d loss / d logp (T,) and d loss / d entropy (T,), empty without entropy."""
+    named = SURROGATES[o.surrogate]
+    row = replace(named, params=dict(zip(named.params, o.params, strict=True)))
+    loss, slope, metrics = _formula(row, c, o)
+    assert slope is not None, f"the table's {o.surrogate} states no derivative"
+    weight = torch.where(c.mask, c.weight, 0) if c.mask.numel() else c.weight
+    return loss.sum(), metrics, slope, weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0)
+
+
+register("policy_loss", "reference", forward=_fused)
+
+
+# --- registration and autograd ----------------------------------------------------------------------
+@torch.library.custom_op("fastrl::policy_loss", mutates_args=())
+def forward_op(
+    logp: Tensor, entropy: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, ref_logp: Tensor, correction: Tensor,
+    mask: Tensor, cu_seqlens: Tensor, surrogate: str, params: list[float], ratio: str, kl: str, kl_coef: float, entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    c = _Columns(logp, entropy, old_logp, advantage, weight, ref_logp, correction, mask, cu_seqlens)
+    if ratio == "sequence":  # here, because torch.compile cannot trace a look at values
+        ends("cu_seqlens", cu_seqlens, logp.shape[0])
+    return pick("policy_loss", logp, "forward")(c, _Options(surrogate, tuple(params), ratio, kl, kl_coef, entropy_coef))
+
+
+@forward_op.register_fake
+def _(logp, entropy, *rest):  # type: ignore[no-untyped-def]
+    return logp.new_empty(()), logp.new_empty(len(METRICS)), logp.new_empty(logp.shape), logp.new_empty(entropy.shape)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a registered backward."""
+
+    @staticmethod
+    def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return forward_op(logp, entropy, *rest, o.surrogate, list(o.params), o.ratio, o.kl, o.kl_coef, o.entropy_coef)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, metrics, dlogp, dentropy = output
+        ctx.mark_non_differentiable(metrics, dlogp, dentropy)
+        ctx.save_for_backward(dlogp, dentropy)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        dlogp, dentropy = ctx.saved_tensors
+        return dlogp * dloss, dentropy * dloss, None, None
+
+
+# --- public -----------------------------------------------------------------------------------------
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    *,
+    surrogate: str | Surrogate,
+    token_weight: Tensor,
+    ratio: str = "token",
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    kl: str | None = None,
+    kl_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    correction: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss (a sum over tokens, in nats times advantage) and its metrics; differentiable in `logp` and `entropy`, in nothing else.
+
+    `surrogate` is a row of SURROGATES or its name; `token_weight` holds the aggregate with its denominators, counted over the
+    whole optimizer step; `correction` (sampler against trainer) multiplies the surrogate only.  ratio="sequence" takes
+    `cu_seqlens`, the ends of whole sequences among these T tokens.  `kl` is a row of KLS.  Metrics are detached: see METRICS.
+
+    Shapes:  every vector (T,), or (B, L) with one sequence a row; bf16|fp16|fp32|fp64, mask bool (True counts; None counts all)
+             ->  loss () and metrics () in fp32 (fp64 for fp64 logp).
+    Memory:  about forty (T,) vectors while it runs; two are kept for the backward.
+    Raises:  ValueError or TypeError naming the argument.
+    Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025 (GSPO);
+             MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are not provided.
+    """
+    row, c, o = _arguments(
+        logp, old_logp, advantage, surrogate=surrogate, token_weight=token_weight, ratio=ratio, cu_seqlens=cu_seqlens, mask=mask,
+        kl=kl, kl_coef=kl_coef, ref_logp=ref_logp, correction=correction, entropy=entropy, entropy_coef=entropy_coef,
+    )  # fmt: skip
+    if not o.surrogate:
+        return _by_autograd(row, c, o)
+    loss, metrics, _, _ = _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def _arguments(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    *,
+    surrogate: str | Surrogate,
+    token_weight: Tensor,
+    ratio: str = "token",
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    kl: str | None = None,
+    kl_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    correction: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Surrogate, _Columns, _Options]:
+    """Check the arguments and bring them into one form: flat vectors of one dtype, empty where absent."""
+    if isinstance(surrogate, str):
+        one_of("surrogate", surrogate, SURROGATES)
+    row = SURROGATES[surrogate] if isinstance(surrogate, str) else surrogate
+    one_of("ratio", ratio, RATIOS)
+    if kl is not None:
+        one_of("kl", kl, KLS)
+    dims("logp", logp, "B L" if isinstance(logp, Tensor) and logp.ndim == 2 else "T", FLOATS)
+    given = {"old_logp": old_logp, "advantage": advantage, "token_weight": token_weight, "ref_logp": ref_logp, "correction": correction}
+    for name, x in given.items() | {"entropy": entropy}.items():
+        _like(name, x, logp, FLOATS)
+    _like("mask", mask, logp, (torch.bool,))
+    same_device(logp=logp, entropy=entropy, mask=mask, cu_seqlens=cu_seqlens, **given)
+    _needs("kl_coef", kl_coef, kl=kl, ref_logp=ref_logp)
+    _needs("entropy_coef", entropy_coef, entropy=entropy)
+    if logp.ndim == 2 and cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None with logp (B, L), whose rows are the sequences")
+    if ratio == "sequence" and logp.ndim == 1:
+        if cu_seqlens is None:
+            raise ValueError('cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them')
+        dims("cu_seqlens", cu_seqlens, "S+1", INTS)
+    if ratio == "sequence" and logp.ndim == 2:
+        cu_seqlens = torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
+    dtype = compute_dtype(logp)
+
+    def flat(x: Tensor | None, differentiable: bool = False) -> Tensor:
+        if x is None:
+            return logp.new_empty(0, dtype=dtype)
+        return (x if differentiable else x.detach()).to(dtype).reshape(-1)
+
+    c = _Columns(
+        logp=flat(logp, differentiable=True),
+        entropy=flat(entropy, differentiable=True),
+        old_logp=flat(old_logp),
+        advantage=flat(advantage),
+        weight=flat(token_weight),
+        ref_logp=flat(ref_logp),
+        correction=flat(correction),
+        mask=logp.new_empty(0, dtype=torch.bool) if mask is None else mask.reshape(-1),
+        cu_seqlens=logp.new_empty(0, dtype=torch.int64) if cu_seqlens is None or ratio == "token" else cu_seqlens,
+    )
+    name = name_of(row) or ""
+    params = tuple(row.params[p] for p in SURROGATES[name].params) if name else ()
+    return row, c, _Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef))
+
+
+def _like(name: str, x: Tensor | None, logp: Tensor, dtype: tuple[torch.dtype, ...]) -> None:
+    if x is not None:
+        sizes = dict(zip("BL" if logp.ndim == 2 else "T", logp.shape, strict=True))
+        dims(name, x, " ".join(sizes), dtype, **sizes)
+
+
+def _needs(coef: str, value: float, **others: object) -> None:
+    for name, x in others.items():
+        if value and x is None:
+            raise ValueError(f"{name}: expected a value, got None; {coef}={value:g} needs it")

@@ -1,0 +1,243 @@
+"""Log-probability and entropy of each target token, from logits, in one pass over the vocabulary.
+
+    z = logits / temperature      m = max_v z      s = sum_v exp(z_v - m)
+    logp    = (z_target - m) - log s                                  (nats)
+    entropy = log s - sum_v exp(z_v - m) (z_v - m) / s                (nats; 0 * -inf is 0)
+
+    d/dlogits_v = [ dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) ] / temperature
+
+Never z_target - logsumexp: that loses 1e-5 once logits sit at an offset of 1000, which is why m and log s are kept apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import COMPILED_ONLY, extension, pick, register
+from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics: logp (nats), entropy (nats, None unless asked for), lse; fp32, or float64 for float64 inputs."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+# --- reference --------------------------------------------------------------------------------------
+def reference(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,)."""
+    z = logits.to(compute_dtype(logits)) / temperature[:, None]
+    m = z.amax(-1) if z.shape[0] else z.new_empty(0)
+    d = z - m[:, None]
+    e = d.exp()
+    s = e.sum(-1)
+    log_s = s.log()
+    inside = (target >= 0) & (target < z.shape[1])
+    at = d.gather(1, torch.where(inside, target, 0)[:, None].long()).squeeze(1)
+    logp = torch.where(inside, at - log_s, torch.nan)
+    if not entropy:
+        return logp, z.new_empty(0), m, log_s
+    return logp, log_s - (e * torch.where(e > 0, d, 0)).sum(-1) / s, m, log_s
+
+
+def reference_backward(
+    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+) -> Tensor:
+    """The gradient of the logits, (T, V), in their dtype; `dentropy` is empty when the entropy is not differentiated."""
+    log_p = logits.to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
+    p = log_p.exp()
+    g = -dlogp[:, None] * p
+    inside = (target >= 0) & (target < logits.shape[1])
+    g.scatter_add_(1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None])  # one entry a row
+    if dentropy.numel():
+        g -= dentropy[:, None] * p * (torch.where(p > 0, log_p, 0) + entropy[:, None])
+    return (g / temperature[:, None]).to(logits.dtype)
+
+
+def _reference_into(out: Tensor, *parts: Tensor) -> Tensor:
+    return out.copy_(reference_backward(*parts))
+
+
+register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_reference_into)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+# csrc/cpu/token_logp.cpp and csrc/cuda/token_logp.cu take addresses, sizes and row strides, and do the arithmetic above.
+_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _compiled(device: str) -> dict[str, Any]:
+    def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        T, V = logits.shape
+        logits, target = _rows(logits), target.long().contiguous()
+        logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
+        h = torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device)
+        getattr(extension(), f"token_logp_forward_{device}")(
+            logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), target.data_ptr(), temperature.data_ptr(),
+            logp.data_ptr(), h.data_ptr() if entropy else 0, m.data_ptr(), log_s.data_ptr(), T, V, _context(logits),
+        )  # fmt: skip
+        return logp, h, m, log_s
+
+    def backward(
+        dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+    ) -> Tensor:
+        rows = _rows(logits)
+        return into(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), dlogp, dentropy, rows, target, temperature, entropy, m, log_s)
+
+    def into(
+        out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+    ) -> Tensor:
+        if out.stride(1) != 1:  # in place over logits whose rows are not contiguous
+            return out.copy_(backward(dlogp, dentropy, logits, target, temperature, entropy, m, log_s))
+        T, V = logits.shape
+        target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
+        has_entropy = dentropy.numel() > 0
+        getattr(extension(), f"token_logp_backward_{device}")(
+            out.data_ptr(), out.stride(0), logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0),
+            target.data_ptr(), temperature.data_ptr(), dlogp.data_ptr(), dentropy.data_ptr() if has_entropy else 0,
+            entropy.data_ptr() if has_entropy else 0, m.data_ptr(), log_s.data_ptr(), T, V, _context(logits),
+        )  # fmt: skip
+        return out
+
+    return {"forward": forward, "backward": backward, "backward_into": into}
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _context(x: Tensor) -> int:
+    """What a compiled kernel runs under: torch's thread count on CPU, the stream of the tensor's own device on CUDA."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else torch.get_num_threads()
+
+
+_C = extension()
+for _device, _note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
+    register(
+        "token_logp",
+        _device,
+        dtypes=tuple(_FLOAT_CODES),
+        note=_note,
+        missing="" if hasattr(_C, f"token_logp_forward_{_device}") else "fastrl._C was built without it",
+        **_compiled(_device),
+    )
+
+
+# --- registration and autograd ----------------------------------------------------------------------
+@torch.library.custom_op("fastrl::token_logp", mutates_args=())
+def forward_op(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy (empty unless asked for), m and log s; `inplace` lets the backward overwrite the logits."""
+    return pick("token_logp", logits, "forward")(logits, target, temperature, entropy)
+
+
+@torch.library.custom_op("fastrl::token_logp_backward", mutates_args=())
+def backward_op(
+    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+) -> Tensor:
+    """The gradient of the logits; the arguments are those of `reference_backward`."""
+    return pick("token_logp", logits, "backward")(dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+
+
+@torch.library.custom_op("fastrl::token_logp_backward_", mutates_args=("logits",))
+def backward_into_op(
+    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+) -> None:
+    """Overwrite `logits` with their own gradient."""
+    pick("token_logp", logits, "backward_into")(logits, dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+
+
+@forward_op.register_fake
+def _(logits, target, temperature, entropy, inplace):  # type: ignore[no-untyped-def]
+    T, dtype = logits.shape[0], compute_dtype(logits)
+    return tuple(logits.new_empty(n, dtype=dtype) for n in (T, T if entropy else 0, T, T))
+
+
+@backward_op.register_fake
+def _(dlogp, dentropy, logits, target, temperature, entropy, m, log_s):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, temperature, entropy, ctx.inplace = inputs
+    _, h, m, log_s = output
+    ctx.entropy = entropy
+    ctx.mark_non_differentiable(m, log_s)
+    ctx.save_for_backward(logits, target, temperature, h, m, log_s)
+
+
+def _autograd(ctx: Any, dlogp: Tensor, dentropy: Tensor, dm: Tensor, dlog_s: Tensor) -> tuple[Tensor | None, ...]:
+    logits, target, temperature, h, m, log_s = ctx.saved_tensors
+    parts = (dlogp, dentropy if ctx.entropy else h, logits, target, temperature, h, m, log_s)
+    if not ctx.inplace:
+        return backward_op(*parts), None, None, None, None
+    backward_into_op(*parts)
+    return logits, None, None, None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup)
+
+
+# --- public -----------------------------------------------------------------------------------------
+def token_logp(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), both differentiable in `logits`.
+
+    Shapes:  logits (T, V) or (B, L, V), bf16|fp16|fp32|fp64;  target (T,) or (B, L) int;  temperature a float or (T,) or (B, L)
+             ->  logp, entropy, lse shaped like target, fp32 (fp64 for fp64 logits).
+    Memory:  4 (T,) vectors, and one gradient like `logits` in the backward.  `inplace_backward` writes the gradient over the
+             logits instead: they must then have no other consumer, and a second backward is refused.
+    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN and reads no memory it should not.
+    Source:  Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
+    if isinstance(logits, Tensor) and logits.ndim == 3:
+        B, L, V = dims("logits", logits, "B L V", FLOATS)
+        dims("target", target, "B L", INTS, B=B, L=L)
+    else:
+        L, V = dims("logits", logits, "T V", FLOATS)
+        dims("target", target, "T", INTS, T=L)
+    if V == 0:
+        raise ValueError(f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}")
+    same_device(logits=logits, target=target)
+    tau = row_temperature(temperature, target, compute_dtype(logits))
+    logp, h, m, log_s = forward_op(logits.reshape(-1, V), target.reshape(-1), tau, entropy, inplace_backward)
+    shape = target.shape
+    return TokenStats(logp.view(shape), h.view(shape) if entropy else None, (m + log_s).view(shape))
+
+
+def row_temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The temperature of every target as one (T,) vector; a Python float must be positive (a tensor's values are not read)."""
+    if isinstance(temperature, Tensor):
+        if temperature.shape != target.shape and temperature.ndim:
+            raise ValueError(f"temperature: expected a float or shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+        return temperature.to(dtype).expand(target.shape).reshape(-1).contiguous()
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    return torch.full((target.numel(),), float(temperature), dtype=dtype, device=target.device)
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """TRL's name for the log-probability (nats) of `index` under `logits / temperature`, in the dtype of the logits.
+
+    Shapes:  logits (..., V);  index (...) int, or (..., K) for K tokens of each row  ->  shaped like index.
+    Raises:  ValueError or TypeError naming the argument.
+    """
+    V = logits.shape[-1]
+    lead = logits.shape[:-1]
+    if index.shape[: len(lead)] != lead or index.ndim > len(lead) + 1:
+        raise ValueError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
+    flat = logits.reshape(-1, V)
+    tau = temperature.expand(lead).reshape(-1) if isinstance(temperature, Tensor) else temperature
+    columns = index.reshape(flat.shape[0], -1).unbind(1)
+    logp = torch.stack([token_logp(flat, c, temperature=tau).logp for c in columns], 1) if columns else flat.new_empty(flat.shape[0], 0)
+    return logp.view(index.shape).to(logits.dtype)

@@ -1,0 +1,89 @@
+"""linear_logp against materialised float64 logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import within_budget
+from torch.library import opcheck
+
+from fastrl import ops
+from fastrl.kernels.linear_logp import backward_linear_op, forward_linear_op, reference
+
+TINY = 64  # bytes of logits: one or two rows a chunk
+
+
+def arguments(T=9, D=6, V=11, dtype=torch.float64):
+    torch.manual_seed(T)
+    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((T, D), (V, D), (V,)))
+    return hidden, weight, bias, torch.randint(V, (T,)), torch.rand(T, dtype=torch.float64).add(0.5).to(dtype)
+
+
+def test_gradcheck_with_bias_temperature_and_entropy_over_chunks():
+    hidden, weight, bias, y, tau = arguments()
+
+    def op(hidden, weight, bias):
+        return ops.linear_logp(hidden, weight, y, bias=bias, temperature=tau, entropy=True, logits_bytes=TINY)[:2]
+
+    assert torch.autograd.gradcheck(op, (hidden, weight, bias))
+    for ours, true in zip(op(hidden, weight, bias), reference(hidden, weight, y, bias, tau), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, D, V", [(7, 16, 1000), (3, 64, 5000)])
+def test_value_and_gradient_within_the_budget_of_pytorch(T, D, V, dtype):
+    hidden, weight, _, y, _ = arguments(T, D, V, dtype)
+    plain = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    true = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    up = torch.randn(T)
+    ours = ops.linear_logp(hidden, weight, y, entropy=True, logits_bytes=3 * V * 4)
+    logp, entropy = reference(*true, y, None, torch.ones(T))
+    log_p = (plain[0] @ plain[1].T).float().log_softmax(-1)
+    theirs, h = log_p.gather(1, y[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    (ours.logp @ up + ours.entropy.sum()).backward()
+    (logp @ up.double() + entropy.sum()).backward()
+    (theirs @ up + h.sum()).backward()
+    within_budget(ours.logp, theirs, logp)
+    assert (ours.logp - logp).abs().max() <= 1e-3 and (ours.logp - logp).abs().mean() <= 1e-4
+    for a, b, c in zip((hidden, weight), plain, true, strict=True):
+        within_budget(a.grad, b.grad, c.grad)
+
+
+def test_opcheck_and_fullgraph():
+    hidden, weight, bias, y, tau = arguments()
+    call = (hidden, weight, bias, y, tau, True, torch.float64, 2)
+    opcheck(forward_linear_op, call)
+    logp, h, m, log_s = (x.detach() for x in forward_linear_op(*call))
+    opcheck(backward_linear_op, (logp, h, hidden.detach(), weight.detach(), bias.detach(), y, tau, h, m, log_s, torch.float64, 2))
+    compiled = torch.compile(lambda x: ops.linear_logp(x, weight, y).logp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden), ops.linear_logp(hidden, weight, y).logp)
+
+
+def test_chunks_do_not_change_a_bit_of_the_value():
+    hidden, weight, _, y, _ = arguments(33, 8, 100, torch.float32)
+    a, b = (ops.linear_logp(hidden, weight, y, logits_bytes=n).logp for n in (1, 1 << 20))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_no_tokens():
+    hidden, weight, _, y, _ = arguments(0)
+    out = ops.linear_logp(hidden, weight, y, entropy=True)
+    out.logp.sum().backward()
+    assert out.logp.shape == (0,) and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"weight": torch.zeros(11, 5, dtype=torch.float64)}, ValueError, r"weight: expected shape \(V, D=6\), got \(11, 5\)"),
+        ({"weight": torch.zeros(11, 6)}, TypeError, "weight: expected dtype float64, got float32"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(V=11\), got \(3,\)"),
+        ({"logits_dtype": torch.int32}, TypeError, "logits_dtype: expected float32 or hidden's own torch.float64"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    hidden, weight, _, y, _ = arguments()
+    call = {"hidden": hidden, "weight": weight, "target": y} | change
+    with pytest.raises(error, match=message):
+        ops.linear_logp(**call)

@@ -1,0 +1,167 @@
+"""token_logp against float64, its golden values, and the wrong implementations it must not be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import within_budget
+from torch.library import opcheck
+
+from fastrl import ops
+from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op
+
+SHAPES = [(1, 1), (5, 7), (3, 1000), (2, 50257)]
+
+
+def truth(logits, target, temperature=1.0):
+    """The formula once more, in float64, by autograd."""
+    z = logits.detach().double().requires_grad_()
+    log_p = (z / torch.as_tensor(temperature, dtype=torch.float64).reshape(-1, 1)).log_softmax(-1)
+    entropy = -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)).sum(-1)
+    return z, log_p.gather(1, target[:, None]).squeeze(1), entropy
+
+
+def test_golden_values():
+    z = torch.tensor([[2.0, 1, 0, -1]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([1])
+    out = ops.token_logp(z, y, entropy=True)
+    torch.testing.assert_close(out.logp, torch.tensor([-1.440190], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.entropy, torch.tensor([0.947537], dtype=torch.float64), atol=1e-6, rtol=0)
+    dlogp, dentropy = (torch.autograd.grad(x.sum(), z, retain_graph=True)[0][0] for x in (out.logp, out.entropy))
+    torch.testing.assert_close(dlogp, torch.tensor([-0.6439, 0.7631, -0.0871, -0.0321], dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(dentropy, torch.tensor([-0.3267, 0.1167, 0.1301, 0.0799], dtype=torch.float64), atol=1e-4, rtol=0)
+    assert ops.token_logp(z, y, temperature=0.7).logp.item() == pytest.approx(-1.699245, abs=1e-6)
+
+
+def test_uniform_logits_give_log_V():
+    out = ops.token_logp(torch.zeros(3, 7), torch.tensor([0, 3, 6]), entropy=True)
+    torch.testing.assert_close(out.logp, torch.full((3,), -math.log(7)))
+    torch.testing.assert_close(out.entropy, torch.full((3,), math.log(7)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T, V", SHAPES)
+def test_value_and_gradient_within_the_budget_of_pytorch(T, V, dtype):
+    torch.manual_seed(V)
+    logits = (3 * torch.randn(T, V)).to(dtype).requires_grad_()
+    target, tau, up = torch.randint(V, (T,)), torch.rand(T) + 0.5, torch.randn(T)
+    out = ops.token_logp(logits, target, temperature=tau, entropy=True)
+    (out.logp @ up + out.entropy.sum()).backward()
+    z, logp, entropy = truth(logits, target, tau)
+    (logp @ up.double() + entropy.sum()).backward()
+    plain = logits.detach().clone().requires_grad_()
+    log_p = (plain.float() / tau[:, None]).log_softmax(-1)
+    h = -(log_p.exp() * log_p).sum(-1)
+    theirs = log_p.gather(1, target[:, None]).squeeze(1)
+    (theirs @ up + h.sum()).backward()
+    within_budget(out.logp, theirs, logp)
+    within_budget(out.entropy, h, entropy)
+    within_budget(logits.grad, plain.grad, z.grad)
+    assert (out.logp - logp).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("offset", [1000.0, -1000.0, -200.0])
+def test_offsets_cost_no_precision_unlike_target_minus_logsumexp(offset):
+    """`z[target] - logsumexp(z)` in float32 misses 1e-5 here; and a running maximum that starts at 0 underflows at -1000."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 1000) + offset
+    target = torch.randint(1000, (64,))
+    _, logp, _ = truth(logits, target)
+    assert (ops.token_logp(logits, target).logp - logp).abs().max() <= 1e-5
+    naive = logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(-1)
+    assert abs(offset) < 500 or (naive - logp).abs().max() > 1e-5
+
+
+def test_banned_tokens_leave_everything_finite():
+    z = torch.randn(4, 9, dtype=torch.float64)
+    z[:, 3:6] = -torch.inf
+    z.requires_grad_()
+    out = ops.token_logp(z, torch.tensor([0, 1, 2, 8]), entropy=True)
+    (out.logp + out.entropy).sum().backward()
+    _, logp, entropy = truth(z, torch.tensor([0, 1, 2, 8]))
+    torch.testing.assert_close(out.logp, logp)
+    torch.testing.assert_close(out.entropy, entropy)
+    assert z.grad.isfinite().all() and (z.grad[:, 3:6] == 0).all()
+
+
+def test_a_target_outside_the_vocabulary_is_nan_and_its_gradient_is_what_upstream_says():
+    z = torch.randn(3, 5, requires_grad=True)
+    out = ops.token_logp(z, torch.tensor([-100, 5, 2]))
+    assert out.logp.isnan().tolist() == [True, True, False]
+    torch.where(torch.tensor([False, False, True]), out.logp, 0).sum().backward()
+    assert (z.grad[:2] == 0).all() and z.grad[2].abs().sum() > 0
+
+
+def test_gradcheck():
+    z = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    y, tau = torch.tensor([0, 5, 2, 2]), torch.rand(4, dtype=torch.float64) + 0.5
+    assert torch.autograd.gradcheck(lambda z: ops.token_logp(z, y, temperature=tau, entropy=True)[:2], (z,))
+
+
+def test_opcheck_and_fullgraph():
+    z = torch.randn(4, 6, requires_grad=True)
+    y, tau = torch.tensor([0, 5, 2, 2]), torch.ones(4)
+    opcheck(forward_op, (z, y, tau, True, False))
+    logp, h, m, log_s = forward_op(z.detach(), y, tau, True, False)
+    parts = (logp, h, z.detach(), y, tau, h, m, log_s)
+    opcheck(backward_op, parts)
+    opcheck(backward_into_op, tuple(p.clone() for p in parts))
+    compiled = torch.compile(lambda z: ops.token_logp(z, y, entropy=True)[:2], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), ops.token_logp(z, y, entropy=True)[:2])
+
+
+def test_in_place_backward_writes_over_the_logits_and_refuses_a_second_one():
+    z = torch.randn(4, 6)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    y = torch.tensor([0, 5, 2, 2])
+    ops.token_logp(a, y).logp.sum().backward()
+    out = ops.token_logp(b, y, inplace_backward=True).logp.sum()
+    out.backward(retain_graph=True)
+    torch.testing.assert_close(a.grad, b.grad)
+    assert torch.equal(b, b.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_batches_views_and_nothing():
+    z = torch.randn(2, 5, 8)
+    y = torch.randint(8, (2, 5))
+    whole = ops.token_logp(z, y).logp
+    torch.testing.assert_close(whole, z.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1))
+    torch.testing.assert_close(ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1])  # the view TRL passes
+    torch.testing.assert_close(ops.token_logp(z[0].T.contiguous().T, y[0]).logp, whole[0])
+    assert ops.token_logp(torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True).entropy.shape == (0,)
+
+
+def test_an_off_by_one_target_is_caught():
+    """The most common bug of this op, planted: scoring token t with the row of token t."""
+    z, y = torch.randn(6, 9), torch.randint(9, (6,))
+    assert not torch.allclose(ops.token_logp(z, y.roll(1)).logp, truth(z, y)[1].float(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target: expected shape \(T=4\), got \(3,\)"),
+        ({"target": torch.zeros(4)}, TypeError, "target: expected dtype int32 or int64, got float32"),
+        ({"logits": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "logits: expected dtype"),
+        ({"logits": torch.zeros(4)}, ValueError, r"logits: expected shape \(T, V\), got \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected a float or shape \(4,\), got \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"logits": torch.zeros(4, 6), "target": torch.zeros(4, dtype=torch.int64)} | change
+    with pytest.raises(error, match=message):
+        ops.token_logp(arguments.pop("logits"), arguments.pop("target"), **arguments)
+
+
+def test_selective_log_softmax_is_trls():
+    z = torch.randn(2, 5, 8)
+    one, many = torch.randint(8, (2, 5)), torch.randint(8, (2, 5, 3))
+    torch.testing.assert_close(ops.selective_log_softmax(z, one, 0.7), (z / 0.7).log_softmax(-1).gather(-1, one[..., None])[..., 0])
+    torch.testing.assert_close(ops.selective_log_softmax(z, many), z.log_softmax(-1).gather(-1, many))
+    with pytest.raises(ValueError, match="index: expected shape"):
+        ops.selective_log_softmax(z, one[:1])
