@@ -71,7 +71,7 @@ class Build(build_ext):
 CFLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
 
 setup(
-    packages=find_namespace_packages(include=["fastrl", "fastrl.*"]),
+    packages=find_namespace_packages(include=["fastrl", "fastrl.*"], exclude=["*.__pycache__", "fastrl.bench.results*"]),
     ext_modules=[
         Extension(
             "fastrl._C",

@@ -44,18 +44,12 @@ def load_model(
     folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
     config = source if isinstance(source, Mapping) else read_config(folder) if folder else _read_file(Path(source))
     reason = unsupported(config)
-    if not reason:
-        return (
-            Decoder.from_config(config, dtype=dtype, device=device, seed=seed)
-            if folder is None
-            else Decoder.from_pretrained(folder, dtype, device)
-        )
-    warnings.warn(f"{architecture(config)} runs through transformers, slowly: the fast decoder cannot take {reason}", stacklevel=2)
-    return (
-        Adapter.from_config(config, dtype=dtype, device=device, seed=seed)
-        if folder is None
-        else Adapter.from_pretrained(folder, dtype, device)
-    )
+    kind: type[Decoder | Adapter] = Adapter if reason else Decoder
+    if reason:
+        warnings.warn(f"{architecture(config)} runs through transformers, slowly: the fast decoder cannot take {reason}", stacklevel=2)
+    if folder is not None:
+        return kind.from_pretrained(folder, dtype, device)
+    return kind.from_config(config, dtype=dtype, device=device, seed=seed)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Sampling:
     """How completions are drawn in training."""
 
     temperature: float = 1.0
+    """Divides the logits, in sampling and in the loss."""
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     top_p: float = 1.0
@@ -82,6 +83,7 @@ class Run:
     columns: tuple[str, ...] = ()
     """Columns of the dataset under other names, theirs=ours: question=prompt answer=completion."""
     output_dir: str = "runs/latest"
+    """Folder for everything the run leaves behind."""
     steps: int = 100
     """Optimizer steps."""
     prompts: int = 32
@@ -91,6 +93,7 @@ class Run:
     micro_tokens: int = 16384
     """Tokens per forward and backward pass: lower it when memory runs out."""
     seed: int = 0
+    """With the step, what all of a run's randomness follows from."""
     threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
     device: str = "auto"
@@ -102,10 +105,6 @@ class Run:
     """Stop, as if by Ctrl-C, after this much training time; 0 never."""
     resume: bool = False
     """Continue from the newest whole checkpoint of output_dir."""
-    dry_run: bool = False
-    """Print the resolved configuration and stop."""
-    debug: bool = False
-    """Show tracebacks."""
     optim: Optim = field(default_factory=Optim)
     eval: Eval = field(default_factory=Eval)
     save: Save = field(default_factory=Save)
@@ -130,6 +129,7 @@ class Grpo(Run):
     group: int = 8
     """Completions per prompt."""
     max_new_tokens: int = 256
+    """The longest completion, tokens."""
     minibatches: int = 1
     """Optimizer steps per rollout batch (each on its own share of the prompts)."""
     epochs: int = 1
@@ -139,6 +139,7 @@ class Grpo(Run):
     kl_coef: float | None = None
     """Its coefficient; None keeps the algorithm's own.  Above 0 a reference model is kept."""
     entropy_coef: float | None = None
+    """Weight of the entropy bonus; None keeps the algorithm's own."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -158,7 +159,6 @@ class Generate:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
-    debug: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -181,4 +181,3 @@ class Evaluate:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
-    debug: bool = False

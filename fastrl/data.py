@@ -70,6 +70,9 @@ def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> lis
     if read is None or not Path(path).is_file():
         reason = f"no such file (looked in {Path.cwd()})" if read else f"expected a file ending in {', '.join(READERS)}"
         raise UserError(f"dataset {path}: {reason}")
+    renamed = list((columns or {}).values())
+    if len(set(renamed)) < len(renamed):
+        raise UserError(f"columns: expected each column to be read as another one, got {columns}")
     rows: list[Row] = []
     for where, fields in read(Path(path)):
         named = _rename(fields, columns or {}, where)
@@ -206,10 +209,13 @@ def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tup
 
 
 def _conversation(row: Row, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[Segment]:
-    """Messages as segments: the assistant's turns from message `first` on are trained, what stands between them is not."""
-    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
+    """Messages as segments: the assistant's turns from message `first` on are trained, what stands between them is not.
+
+    An opening message by the assistant is context: nothing prompts it.
+    """
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= max(first, 1)]
     if not trained:
-        raise UserError(f"{row.where}: expected an assistant message to train on, got roles {[m['role'] for m in messages]}")
+        raise UserError(f"{row.where}: expected an assistant message to train on, after the first; got roles {[m['role'] for m in messages]}")
     tools, segments, done = row.fields.get("tools"), [], ""
     for i in trained if turns == "all" else trained[-1:]:
         before = _render(messages[:i], tokenizer, row.where, generate=True, tools=tools)

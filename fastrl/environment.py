@@ -67,7 +67,7 @@ def _compiled() -> dict[str, str]:
         return {"fastrl._C": "not built: pip install -e . (or python setup.py build_ext --inplace)"}
     return {
         "fastrl._C": module.__file__,
-        "cuda kernels": "built" if hasattr(module, "token_logp_forward_cuda") else "not built (no nvcc)",
+        "cuda kernels": "built" if any(name.endswith("_cuda") for name in dir(module)) else "not built",
         "instruction set": f"{module.cpu_isa()}, of {', '.join(module.cpu_isas())}",
         "threads": module.threads_from() or "one: torch has no OpenMP runtime to share",
     }
@@ -79,7 +79,7 @@ def _variables() -> dict[str, str]:
 
 def _table() -> str:
     chosen, have = ops.backend(), ops.implementations()
-    rows = [("op", "chosen", *BACKENDS)]
+    rows: list[tuple[str, ...]] = [("op", "chosen", *BACKENDS)]
     rows += [(op, chosen[op], *(have[op].get(b, "-") for b in BACKENDS)) for op in have]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 
 from fastrl.errors import UserError
 
-_OURS = tuple(str(Path(p).resolve()) for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+_NOT_THE_USERS = tuple(f"{Path(p).resolve()}{os.sep}" for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
 
 
 def load_object(spec: str, option: str) -> Any:
@@ -127,6 +128,6 @@ def _where(error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith((*_OURS, "<"))]
+    users = [f for f in frames if not f.filename.startswith((*_NOT_THE_USERS, "<"))]
     frame = (users or frames)[-1]
     return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"

@@ -90,6 +90,8 @@ class Learner:
             raise UserError(f"out of memory at --micro-tokens {self.micro_tokens}; try --micro-tokens {self.micro_tokens // 2} ({error})") from None
         self.world.sum_gradients(self.masters)
         metrics = sums.over(self.world)
+        if metrics["num_tokens"] == 0:  # every sample's advantage is 0: AdamW must not step on its momentum alone
+            return metrics | {"grad_norm": 0.0, "learning_rate": learning_rate(self.optim, step, self.steps)}
         grads = [p.grad for p in self.masters if p.grad is not None]
         norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
         for name, value in (("loss", metrics["loss"]), ("grad_norm", norm)):

@@ -6,8 +6,10 @@ the command line overrides it; what neither sets keeps its default.  An unknown 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import tomllib
 import types
@@ -52,7 +54,7 @@ class Invocation(Generic[C]):
     debug: bool
 
 
-def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", about: str = "", quiet: bool = False) -> Invocation[C]:
+def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: bool = False) -> Invocation[C]:
     """The configuration of class `cls` that `args` (and the files they name by --config) describe.
 
     Raises:  UsageError for an unknown option or key, or a value of the wrong type in a file; SystemExit(2) after tyro's own
@@ -66,7 +68,11 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", about: str
         values |= _read(Path(file), cls)
     full = _with_invocation(cls)
     default = _build(full, values, missing=tyro.MISSING)
-    parsed = tyro.cli(full, args=rest, default=default, prog=prog, description=_about(cls, known, about), console_outputs=not quiet)
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        parsed = tyro.cli(full, args=rest, default=default, prog=prog, description=_about(cls, known))
     config = cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
     return Invocation(config, dry_run=parsed.dry_run, debug=parsed.debug)
 
@@ -136,9 +142,9 @@ def _with_invocation(cls: Any) -> Any:
     return dataclasses.make_dataclass(cls.__name__, extra, bases=(cls,), frozen=True, kw_only=True)
 
 
-def _about(cls: Any, known: Mapping[str, Any], about: str) -> str:
+def _about(cls: Any, known: Mapping[str, Any]) -> str:
     taken = [f"--{a} = --{p}" for a, p in ALIASES.items() if p in known]
-    return (about or cls.__doc__ or "") + ("\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else "")
+    return (cls.__doc__ or "") + ("\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else "")
 
 
 # --- the command line -------------------------------------------------------------------------------

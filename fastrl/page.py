@@ -47,16 +47,18 @@ summary { cursor: pointer; padding: .35rem 0 }
 """
 
 
+SPACES = "\n\t\u00a0\u2009\u202f\u3000"  # not printable by Python's rule, but they belong into text
+
+
 class Html(str):
     """Markup that is whole and escaped already."""
 
 
 def text(value: object) -> Html:
-    """`value` as escaped text, without control characters and lone surrogates, which no page can hold."""
+    """`value` as escaped text; a character no one can see (a control, a lone surrogate) is shown as a replacement mark."""
     if isinstance(value, Html):
         return value
-    clean = "".join(c for c in str(value) if c in "\n\t" or c.isprintable() or c.isspace())
-    return Html(html.escape(clean.encode("utf-8", "replace").decode("utf-8")))
+    return Html(html.escape("".join(c if c.isprintable() or c in SPACES else "\ufffd" for c in str(value).replace("\r\n", "\n"))))
 
 
 def page(title: str, lead: str, *sections: Html) -> str:

@@ -137,7 +137,8 @@ def _curve(axes: Axes, s: Series, window: int, bars: bool) -> None:
         axes.plot(s.x, s.y, linewidth=0.6, alpha=0.3, color=style["color"])
         axes.plot(s.x, smooth(s.y, window), linewidth=1.8, label=s.name, **style)
     else:
-        axes.plot(s.x, s.y, linewidth=1.4, marker=MARKERS[s.dash % len(MARKERS)], markersize=3, label=s.name, **style)
+        marker = MARKERS[s.dash % len(MARKERS)] if len(s.y) < SMOOTH_FROM else ""
+        axes.plot(s.x, s.y, linewidth=1.4, marker=marker, markersize=3, label=s.name, **style)
 
 
 def _estimate(axes: Axes, y: float, e: Estimate, singles: Sequence[float], colour: str, marker: str) -> None:

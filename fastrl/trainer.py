@@ -50,10 +50,10 @@ def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
         run.log.step(step, metrics | _pace(data.metrics, metrics, began, sampled))
         run.log.samples(step, data.samples)
         last = step == config.steps
-        if _due(step, config.save.every) and not last:
-            run.save(step)
         if last or _due(step, config.eval.every):
             _evaluate(config, run, step)
+        if _due(step, config.save.every) and not last:
+            run.save(step)
     checkpoint = run.save(step) if step > run.start else run.newest()
     if step < config.steps:
         run.log.message(f"stopped after step {step} of {config.steps}; continue with --resume --output-dir {config.output_dir}")

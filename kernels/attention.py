@@ -123,13 +123,19 @@ def reference_backward(
             b = min(a + rows, L)
             query, dblock = (x[..., a:b, :].reshape(n * K, -1, E) for x in (queries, dout))
             p = _scores(queries[..., a:b, :], keys, a, scale).sub_(norm[..., a:b].reshape(n * K, -1, 1)).exp_()
-            dv[:, :b].baddbmm_(p.transpose(1, 2), dblock)
+            dv[:, :b] += _over_rows(p, dblock, H // K)
             ds = torch.bmm(dblock, values[:, :b].transpose(1, 2)).sub_(minus[..., a:b].reshape(n * K, -1, 1)).mul_(p)
             dq[..., a:b, :] = torch.bmm(ds, keys[:, :b]).mul_(scale).view(*shape[:3], b - a, E)
-            dk[:, :b].baddbmm_(ds.transpose(1, 2), query, alpha=scale)
+            dk[:, :b] += _over_rows(ds, query, H // K).mul_(scale)
         for out, x in zip(grads, (dq, dk, dv), strict=True):
             batch.put(out, x.view(n, -1, L, E))
     return grads
+
+
+def _over_rows(p: Tensor, x: Tensor, G: int) -> Tensor:
+    """p^T x, (n K, keys, E): each query head first, then their sum, which rounds half as much as one long reduction."""
+    heads = torch.bmm(p.view(p.shape[0] * G, -1, p.shape[2]).transpose(1, 2), x.reshape(p.shape[0] * G, -1, x.shape[2]))
+    return heads if G == 1 else heads.view(-1, G, *heads.shape[1:]).sum(1)
 
 
 register("attention", "reference", forward=reference, backward=reference_backward)

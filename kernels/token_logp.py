@@ -83,17 +83,14 @@ def _compiled(device: str) -> dict[str, Any]:
         )  # fmt: skip
         return logp, h, m, log_s
 
-    def backward(
-        dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
-    ) -> Tensor:
+    def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
         rows = _rows(logits)
-        return into(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), dlogp, dentropy, rows, target, temperature, entropy, m, log_s)
+        return into(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), dlogp, dentropy, rows, *rest)
 
-    def into(
-        out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
-    ) -> Tensor:
+    def into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
         if out.stride(1) != 1:  # in place over logits whose rows are not contiguous
-            return out.copy_(backward(dlogp, dentropy, logits, target, temperature, entropy, m, log_s))
+            return out.copy_(backward(dlogp, dentropy, logits, *rest))
+        target, temperature, entropy, m, log_s = rest
         T, V = logits.shape
         target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
         has_entropy = dentropy.numel() > 0

@@ -153,7 +153,9 @@ def test_nothing_heavy_is_imported_until_a_command_runs():
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'tensorboard'} & sys.modules.keys(); "
         "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 0, 2, 2] else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -64,7 +64,7 @@ def truth(logits, target, tau, dlogp, dentropy):
 # --- values -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("V", [1, 7, 1000, 50257])
+@pytest.mark.parametrize("V", [7, 1000, 50257])
 def test_as_near_to_float64_as_the_reference(isa, V, dtype, offset):
     """Wrong: z_t - logsumexp (misses 1e-5 at 1000), a tail that is dropped (V=7), a gradient rounded towards zero (bf16)."""
     args = case(5, V, dtype, offset)
@@ -74,6 +74,15 @@ def test_as_near_to_float64_as_the_reference(isa, V, dtype, offset):
     assert (ours[0].double() - exact[0]).abs().max() <= 1e-5
     assert (ours[1].double() - exact[1]).abs().max() <= 1e-5
     assert ours[3].dtype == dtype
+
+
+def test_a_vocabulary_of_one(isa):
+    """Everything is 0 but lse; the gradient up to what m and log s, both fp32, can say."""
+    logp, h, lse, grad = run("cpu", *(args := case(5, 1, offset=1000.0)))
+    assert (logp == 0).all()
+    assert h.abs().max() <= 1e-30
+    assert grad.abs().max() <= 1e-10
+    within_budget(lse, run("reference", *args)[2], truth(*args)[2])
 
 
 @pytest.mark.parametrize("V", [151936, 152064])
@@ -116,6 +125,15 @@ def test_minus_infinity_gives_finite_entropy_and_an_exact_zero_gradient(isa, V):
         assert torch.isfinite(mine).all()
         assert (mine.double() - right).abs().max() <= 1e-6
     assert (out[3][:, : V - 2] == 0).all()
+
+
+@pytest.mark.parametrize("V", [7, 1003])
+def test_bf16_gradients_round_to_the_nearest_even(isa, V):
+    """Wrong: truncation of fp32 to bf16, which the budget (one ulp) forgives.  NaN must stay NaN, and not become infinity."""
+    logits, *rest = case(8, V, torch.bfloat16)
+    rest[2][3] = torch.nan
+    narrow, wide = run("cpu", logits, *rest)[3], run("cpu", logits.float(), *rest)[3]
+    torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_masked_target_has_logp_minus_infinity(isa):
@@ -190,6 +208,19 @@ def test_the_same_bits_for_every_thread_count(isa, threads):
 
 
 @needs_c
+def test_offsets_beyond_2_to_the_31():
+    """Wrong: a 32-bit row offset, or a 16-bit row number.  The pages between the rows are never touched."""
+    logits = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 7), (2**30, 1))
+    logits.copy_(torch.randn(3, 7))
+    rest = torch.tensor([0, 3, 6]), torch.ones(3), torch.randn(3), torch.randn(3)
+    right = run("cpu", logits.contiguous(), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(run("cpu", logits, *rest), right, strict=True))
+    many = case(70000, 3)
+    last = run("cpu", *(x[-5:] for x in many))
+    assert all(torch.equal(a[-5:], b) for a, b in zip(run("cpu", *many), last, strict=True))
+
+
+@needs_c
 def test_no_rows():
     out = token_logp(torch.empty(0, 5, requires_grad=True), torch.empty(0, dtype=torch.long), entropy=True)
     assert out.logp.shape == out.entropy.shape == (0,)
@@ -227,15 +258,15 @@ def test_chosen_by_default_on_cpu():
     ],
 )
 def test_bad_arguments_are_value_errors(changes, message):
-    given = dict(logits=8, code=0, stride=4, target=8, temperature=8, logp=8, entropy=0, m=8, log_s=8, T=1, V=4, threads=1)
+    given = {"logits": 8, "code": 0, "stride": 4, "target": 8, "temperature": 8, "logp": 8, "entropy": 0, "m": 8, "log_s": 8}
     with pytest.raises(ValueError, match=message):
-        C.token_logp_forward_cpu(*(given | changes).values())
+        C.token_logp_forward_cpu(*(given | {"T": 1, "V": 4, "threads": 1} | changes).values())
 
 
 @needs_c
 def test_an_unknown_or_absent_instruction_set_is_an_error(monkeypatch):
     monkeypatch.setenv("FASTRL_CPU_ISA", "avx1024")
-    with pytest.raises(ValueError, match="FASTRL_CPU_ISA: expected baseline.* on this processor, got avx1024"):
+    with pytest.raises(ValueError, match=r"FASTRL_CPU_ISA: expected baseline.* on this processor, got avx1024"):
         C.cpu_isa()
 
 
@@ -270,7 +301,7 @@ def test_the_module_works_without_torch():
 @pytest.mark.skipif(not hasattr(C, "token_logp_forward_cuda"), reason="fastrl._C was built without CUDA")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_driver_is_a_readable_error():
-    with pytest.raises(RuntimeError, match="^CUDA, .*: .*(driver|device)"):
+    with pytest.raises(RuntimeError, match=r"^CUDA, .*: .*(driver|device)"):
         C.token_logp_forward_cuda(8, 0, 4, 8, 8, 8, 0, 8, 8, 1, 4, 0)
 
 

@@ -60,7 +60,14 @@ def test_lists_and_both_spellings_of_a_name():
     assert resolve(Grpo, ["--model", "m", "--no-resume"]).resume is False
 
 
-TRL = {"model_name_or_path": "q", "dataset_name": "d.jsonl", "num_generations": 4, "learning_rate": 0.001, "max_completion_length": 9, "max_steps": 3}
+TRL = {
+    "model_name_or_path": "q",
+    "dataset_name": "d.jsonl",
+    "num_generations": 4,
+    "learning_rate": 0.001,
+    "max_completion_length": 9,
+    "max_steps": 3,
+}
 
 
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file"])
@@ -80,7 +87,13 @@ def test_trl_spellings(where, tmp_path):
 
 @pytest.mark.parametrize(
     "option, nearest",
-    [("--stpes", "--steps"), ("--optim.warm", "--optim.warmup"), ("--lr", "--optim.lr"), ("--learning_rte", "--optim.lr"), ("--dryrun", "--dry-run")],
+    [
+        ("--stpes", "--steps"),
+        ("--optim.warm", "--optim.warmup"),
+        ("--lr", "--optim.lr"),
+        ("--learning_rte", "--optim.lr"),
+        ("--dryrun", "--dry-run"),
+    ],
 )
 def test_an_unknown_option_is_named_with_the_nearest(option, nearest):
     with pytest.raises(UsageError) as error:
@@ -109,6 +122,7 @@ def test_an_option_of_another_command_is_unknown():
         ("model: 7", "model: expected str, got 7 (int)"),
         ("optim.lr: fast", "optim.lr: expected float, got 'fast' (str)"),
         ("optim:\n  lr: [1]", "optim.lr: expected float, got [1] (list)"),
+        ("optim.lr: true", "optim.lr: expected float, got True (bool)"),
         ("kl: k4", "kl: expected one of k1, k2, k3 or null, got 'k4' (str)"),
         ("reward: [3]", "reward: expected a list of str, got [3] (list)"),
         ("max_steps: 3\nsteps: 4", "'steps' is set twice (the second time as 'steps')"),

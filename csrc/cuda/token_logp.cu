@@ -4,8 +4,8 @@
 //     logp = (x_t - X) / tau - log s                      entropy = log s - a / (tau s)
 //     dx_v = [ dlogp (1[v = t] - p_v) - dentropy p_v (log p_v + entropy) ] / tau
 //
-// Tile map:  one CTA of 512 threads owns a row and strides over further rows by the grid.  A step of the CTA moves 64 bytes a
-//            thread (4 packs of 16 bytes, neighbouring threads next to each other).  Each thread keeps (X, s, a) of what it
+// Tile map:  one CTA of 512 threads owns a row and strides over further rows by the grid.  A step of the CTA moves 32 bytes a
+//            thread (2 packs of 16 bytes, neighbouring threads next to each other; with 4, ptxas spills).  Each thread keeps (X, s, a) of what it
 //            saw; the 512 triples are merged once per row, in a fixed order: no atomics, the same bits every run.
 // Shared:    16 warps x 3 floats = 192 bytes.
 // Traffic:   forward reads the logits once; backward reads them once and writes them once.
@@ -18,7 +18,7 @@
 namespace fastrl {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kUnroll = 4;
+constexpr int kThreads = 512, kWarps = kThreads / 32, kUnroll = 2;
 
 // --- forward ------------------------------------------------------------------------------------------
 struct Sums {

@@ -1,4 +1,27 @@
-"""The tasks: a name or `my_task.py:MyTask` in, a `Task` out."""
+"""The tasks: a name or `my_task.py:MyTask` in, a `Task` out.
+
+A task of one's own is a class in a file:
+
+    from fastrl.tasks import Example, Score
+    from fastrl.tasks.tokens import char_tokenizer
+
+    class Doubles:
+        name, stop = "doubles", ()
+
+        def size(self, split):
+            return 100
+
+        def example(self, split, index):  # the same for the same arguments, always
+            n = 2 * index + (split != "train")
+            return Example(prompt=f"{n}+{n}=", demo=str(2 * n), fields={"answer": str(2 * n)})
+
+        def verify(self, example, completion):  # never raises
+            right = completion == example.fields["answer"]
+            return Score(reward=float(right), correct=right, well_formed=completion.isdigit(), message="")
+
+        def tokenizer(self):  # or None, when the model brings one
+            return char_tokenizer("0123456789+=")
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def check(answer: str, numbers: list[int], target: int, *, fractions: bool) -> t
     for text, (readings, result) in zip(tail, steps, strict=True):
         if not readings or result is None:
             return Level.ILL_FORMED, f"not a step: {text!r}"
-    if stated != numbers:
+    if stated != list(numbers):
         return Level.WRONG_NUMBERS, f"the cards are worth {numbers}, not {stated}"
     return _play(numbers, tail, steps, target, fractions)
 

@@ -1,0 +1,54 @@
+# demo, test, ... build .venv first if it is missing, broken or older than what it was made from.
+# PYTHON is any Python 3.11+.  OP=token_logp limits `make bench`; TESTS=tests/ops limits the tests.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+export PYTHONSAFEPATH := 1
+
+ifneq ($(shell $(PY) -c "import fastrl._C" 2>&1),)  # no interpreter, or no built package in it
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: demo demo-seeds test test-slow lint type bench gpu-check check clean
+
+demo: $(STAMP)
+	$(PY) -m fastrl.recipes.demo --output-dir demo
+
+demo-seeds: $(STAMP)
+	$(PY) -m fastrl.recipes.demo --output-dir demo --seeds 3
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not gpu and not slow and not multigpu" $(TESTS)
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+type: $(STAMP)
+	$(PY) -m mypy
+
+bench: $(STAMP)
+	$(PY) -m fastrl.bench.run $(OP)
+
+check: lint type test
+
+# With the Python, torch and nvcc of the GPU machine itself: no virtual environment, no network.
+gpu-check:
+	$(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(TESTS)
+	PYTHONPATH=. $(PYTHON) -m fastrl.bench.run --gpu-check --out bench/results
+
+clean:
+	rm -rf .venv build dist *.egg-info fastrl/_C*.so
+
+$(STAMP): $(BUILT_FROM)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PY) -c "import pip" 2>/dev/null || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	$(PY) -m pip install -c constraints.txt torch
+	$(PY) -m pip install -c constraints.txt -e ".[test]"
+	touch $@

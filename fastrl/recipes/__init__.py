@@ -1,0 +1,1 @@
+"""Configurations worth running, and the demonstration that runs three of them."""
