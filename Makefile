@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export PYTHONSAFEPATH := 1
 
-ifneq ($(shell $(PY) -c "import fastrl._C" 2>&1),)  # no interpreter, or no built package in it
+ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no interpreter, or no built package in it
 $(shell rm -f $(STAMP))
 endif
 
@@ -48,7 +48,7 @@ clean:
 
 $(STAMP): $(BUILT_FROM)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	$(PY) -c "import pip" 2>/dev/null || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	{ $(PY) -c "import pip"; } 2>/dev/null || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	$(PY) -m pip install -c constraints.txt torch
 	$(PY) -m pip install -c constraints.txt -e ".[test]"
 	touch $@

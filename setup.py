@@ -24,7 +24,7 @@ def nvcc() -> str | None:
     if os.environ.get("FASTRL_CUDA") == "0":
         return None
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
 
 
 def static_runtime(compiler: str) -> list[str]:
@@ -43,6 +43,7 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiler = nvcc()
+        print(f"fastrl: CUDA kernels {'compiled by ' + compiler if compiler else 'left out (no nvcc, or FASTRL_CUDA=0)'}", flush=True)
         if compiler:
             ext.define_macros.append(("FASTRL_CUDA", "1"))
             ext.extra_objects = [self.compile_cuda(compiler, source) for source in sorted(Path("csrc/cuda").glob("*.cu"))]

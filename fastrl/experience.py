@@ -16,8 +16,11 @@ from torch import Tensor
 
 from fastrl.algorithms import Algorithm, Totals
 from fastrl.config import Grpo
+from fastrl.data import Sample
+from fastrl.device import memory_limited_by
 from fastrl.dist import World
 from fastrl.errors import UserError
+from fastrl.rewards import Scored
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.types import Batch, Rollouts
 
@@ -41,16 +44,6 @@ class Step:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What became of S completions: their rewards (NaN: not applicable), further numbers per completion by metric name (NaN:
-    not applicable), and what the verifier said."""
-
-    reward: list[float]
-    parts: dict[str, list[float]]
-    message: list[str]
-
-
 class Source(Protocol):
     """What the trainer asks for data."""
 
@@ -61,25 +54,25 @@ class Source(Protocol):
 class Demonstrations:
     """Supervised batches: `count` sequences a step, whose masked-in tokens count the same all over the step.
 
-    item(i) -> (tokens, mask) of demonstration i of `size`: a pure function of i.
+    items(indices) -> demonstrations out of `size`: a pure function of the indices.
     """
 
     def __init__(
-        self, item: Callable[[int], tuple[list[int], list[bool]]], size: int, *, count: int, algorithm: Algorithm, seed: int, device: torch.device, world: World
-    ) -> None:
-        self.item, self.size, self.count, self.seed = item, size, count, seed
+        self, items: Callable[[Sequence[int]], list[Sample]], size: int, *, count: int, algorithm: Algorithm, seed: int,
+        device: torch.device, world: World,
+    ) -> None:  # fmt: skip
+        self.items, self.size, self.count, self.seed = items, size, count, seed
         self.algorithm, self.device, self.world = algorithm, device, world
 
     def collect(self, step: int, version: int) -> Step:
         chosen = order(self.size, self.seed, step * self.count, self.count)
-        rows = [self.item(chosen[i]) for i in self.world.share(self.count)]
-        tokens = torch.tensor([t for row, _ in rows for t in row], dtype=torch.int64, device=self.device)
-        mask = torch.tensor([m for _, row in rows for m in row], dtype=torch.bool, device=self.device)
-        lengths = torch.tensor([0, *(len(row) for row, _ in rows)], device=self.device)
+        rows = self.items([chosen[i] for i in self.world.share(self.count)])
+        tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=self.device)
+        mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=self.device)
+        lengths = torch.tensor([0, *(len(row.tokens) for row in rows)], device=self.device)
         zeros = torch.zeros(tokens.shape, device=self.device)
-        batch = Batch(
-            tokens=tokens, cu_seqlens=lengths.cumsum(0).to(torch.int32), mask=mask, advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros
-        )
+        cu = lengths.cumsum(0).to(torch.int32)
+        batch = Batch(tokens=tokens, cu_seqlens=cu, mask=mask, advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros)
         return Step([weigh(batch, self.algorithm, self.world, max_length=1)])
 
 
@@ -108,13 +101,14 @@ class OnPolicy:
         mine = self.world.share(config.prompts)
         items = [self.prompt(chosen[i]) for i in mine]
         first = (step * config.prompts + mine.start) * G
-        rollouts = self.sampler.generate([p for p, _ in items], self.params, sequence_offset=first, weight_version=version)
+        with memory_limited_by("--sampling.max-tokens-in-flight", config.sampling.max_tokens_in_flight):
+            rollouts = self.sampler.generate([p for p, _ in items], self.params, sequence_offset=first, weight_version=version)
         repeated = [item for item in items for _ in range(G)]
         scored = self.score([p for p, _ in repeated], rollouts.text, rollouts.completions(), [c for _, c in repeated])
         reward = torch.tensor(scored.reward, dtype=torch.float32, device=rollouts.tokens.device)
         batch = self._batch(rollouts, self.algorithm.advantage(reward, G))  # type: ignore[misc]
         metrics = self._metrics(rollouts, reward, scored)
-        return Step(list(self._split(batch, len(items))), metrics, self._samples(repeated, rollouts, scored))
+        return Step(list(self._split(batch, mine)), metrics, self._samples(repeated, rollouts, scored))
 
     def _batch(self, rollouts: Rollouts, advantage: Tensor) -> Batch:
         per_token = torch.repeat_interleave(advantage, rollouts.cu_seqlens.diff().long())
@@ -125,14 +119,17 @@ class OnPolicy:
         )  # fmt: skip
         return batch if self.reference is None else replace(batch, ref_logp=self.reference(batch))
 
-    def _split(self, batch: Batch, prompts: int) -> Iterator[Batch]:
-        """Epochs of minibatches of whole groups, each weighed as one optimizer step, without the samples that cannot move it."""
-        config, G = self.config, self.config.group
-        for epoch in range(config.epochs):
-            turn = order(max(prompts, 1), config.seed + epoch, 0, prompts) if config.minibatches > 1 else list(range(prompts))
-            for k in range(config.minibatches):
-                groups = turn[k * prompts // config.minibatches : (k + 1) * prompts // config.minibatches]
-                part = batch.select([g * G + i for g in groups for i in range(G)]) if config.minibatches > 1 else batch
+    def _split(self, batch: Batch, mine: range) -> Iterator[Batch]:
+        """Epochs of minibatches of whole groups, each weighed as one optimizer step, without the samples that cannot move it.
+
+        Minibatch k holds every M-th of the step's prompts, of which this process has `mine`: the same ones for any number of
+        processes, and about as many in each.  (The prompts come shuffled.)
+        """
+        config, G, M = self.config, self.config.group, self.config.minibatches
+        for _ in range(config.epochs):
+            for k in range(M):
+                groups = [i for i, prompt in enumerate(mine) if prompt % M == k]
+                part = batch.select([g * G + i for g in groups for i in range(G)]) if M > 1 else batch
                 yield self._live(weigh(part, self.algorithm, self.world, max_length=config.max_new_tokens))
 
     def _live(self, batch: Batch) -> Batch:
@@ -147,31 +144,34 @@ class OnPolicy:
         G, length = self.config.group, rollouts.lengths.double()
         groups = reward.view(-1, G).double()
         known = ~reward.isnan()
-        spread = groups.nan_to_num(-math.inf).amax(1) != groups.nan_to_num(math.inf).amin(1)
+        spread = groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)
         cut = torch.tensor([r == "length" for r in rollouts.finish_reason], device=reward.device)
         sums = {
             "samples": float(len(rollouts)), "known": float(known.sum()), "groups": float(len(groups)), "tokens": float(length.sum()),
             "reward": float(reward.nan_to_num(0).sum()), "reward_std": float(_std(groups).sum()),
             "flat": float((~spread).sum()), "cut": float(cut.sum()), "entropy": float(rollouts.entropy.sum()),
         }  # fmt: skip
-        for name, values in scored.parts.items():
-            there = [v for v in values if not math.isnan(v)]
+        parts = sorted(set(self.world.gather(list(scored.parts))))  # a process without samples has none
+        for name in parts:
+            there = [v for v in scored.parts.get(name, []) if not math.isnan(v)]
             sums |= {f"sum/{name}": math.fsum(there), f"count/{name}": float(len(there))}
         total = dict(zip(sums, self.world.sum(*sums.values()), strict=True))
-        (longest, shortest) = self.world.max(float(length.max()), -float(length.min())) if len(rollouts) else (0.0, 0.0)
+        ends = (float(length.max()), -float(length.min())) if len(rollouts) else (-math.inf, -math.inf)
+        longest, shortest = self.world.max(*ends)
         n, known_n = max(total["samples"], 1), max(total["known"], 1)
         return {
             "reward": total["reward"] / known_n, "reward_std": total["reward_std"] / max(total["groups"], 1),
             "frac_reward_zero_std": total["flat"] / max(total["groups"], 1), "entropy": total["entropy"] / max(total["tokens"], 1),
             "completions/mean_length": total["tokens"] / n, "completions/max_length": longest, "completions/min_length": -shortest,
             "completions/clipped_ratio": total["cut"] / n, "rollout/tokens": total["tokens"],
-        } | {k: total[f"sum/{k}"] / max(total[f"count/{k}"], 1) for k in scored.parts}  # fmt: skip
+        } | {k: total[f"sum/{k}"] / max(total[f"count/{k}"], 1) for k in parts}  # fmt: skip
 
     def _samples(self, items: Sequence[tuple[Any, Mapping[str, Any]]], rollouts: Rollouts, scored: Scored) -> list[dict[str, Any]]:
         """The first group's completions, at most four."""
         text = rollouts.text or [str(t) for t in rollouts.completions()]
+        told: dict[str, list[Any]] = {"completion": text, "reward": scored.reward, "message": scored.message, **scored.extra}
         few = range(min(4, self.config.group, len(items)))
-        return [{"prompt": items[i][0], "completion": text[i], "reward": scored.reward[i], "message": scored.message[i]} for i in few]
+        return [{"prompt": items[i][0]} | {name: values[i] for name, values in told.items() if values} for i in few]
 
 
 def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) -> Batch:
@@ -187,8 +187,13 @@ def check_rollouts(config: Grpo) -> None:
     """Refuse settings under which the recorded log-prob would not be the policy's."""
     if config.sampling.temperature == 0:
         raise UserError("--sampling.temperature: expected a positive number, got 0; greedy samples have no old log-prob to train on")
-    if config.group < 1 or config.prompts < config.minibatches:
-        raise UserError(f"--minibatches: expected at most --prompts ({config.prompts}), got {config.minibatches}")
+    for option, value, fine, expected in (
+        ("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them"),
+        ("--minibatches", config.minibatches, 1 <= config.minibatches <= config.prompts, f"1 to --prompts ({config.prompts})"),
+        ("--epochs", config.epochs, config.epochs >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise UserError(f"{option}: expected {expected}, got {value}")
 
 
 def _std(groups: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from typing import Any
 
 from fastrl.errors import UserError
 
-_NOT_THE_USERS = tuple(f"{Path(p).resolve()}{os.sep}" for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+_NOT_THE_USERS = tuple(
+    f"{Path(p).resolve()}{os.sep}" for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+)
 
 
 def load_object(spec: str, option: str) -> Any:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from fastrl.config import Grpo, Sft
-from fastrl.data import Row, encode, read_rows
+from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.errors import UserError
-from fastrl.experience import Scored
-from fastrl.rewards import load_reward, score
-from fastrl.tasks import Example, Task, load_task
+from fastrl.rewards import Reward, Scored, load_reward, score
+from fastrl.sampler.prompts import check_room
+from fastrl.tasks import Task, load_task, task_reward
 
-Demonstration = tuple[list[int], list[bool]]
+PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 TRAIN = "train"
 
 
@@ -35,77 +35,109 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
     return {key: value for key, _, value in split}
 
 
-def demonstrations(config: Sft, task: Task | None, tokenizer: Any, context: int) -> tuple[Callable[[int], Demonstration], int, int]:
-    """item(i), how many there are, and the longest completion to expect; every line of a dataset is checked before training."""
+def demonstrations(
+    config: Sft, task: Task | None, tokenizer: Any, context: int, vocab_size: int
+) -> tuple[Callable[[Sequence[int]], list[Sample]], int, int]:
+    """items(indices), how many there are, and the longest completion to expect; every line of a dataset is checked before training."""
     limit = min(config.max_tokens or context, context)
+
+    def usable(rows: Sequence[Row]) -> list[Sample]:
+        samples = encode_all(rows, tokenizer, max_tokens=limit, turns=config.turns)
+        for row, sample in zip(rows, samples, strict=True):
+            _check_tokens(sample.tokens, row.where, vocab_size)
+            _check_budget(len(sample.tokens), row.where, config.micro_tokens)
+        return samples
+
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
-        samples = [encode(row, tokenizer, max_tokens=limit, turns=config.turns) for row in rows]
-        return lambda i: (samples[i].tokens, samples[i].mask), len(samples), limit
+        known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
+        return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
         raise UserError("--dataset or --task: expected one of them, to have demonstrations to train on; got neither")
     named: Task = task
     if named.example(TRAIN, 0).demo is None:
         raise UserError(f"--task: {named.name} has no demonstrations; give a --dataset")
 
-    def item(i: int) -> Demonstration:
-        example = named.example(TRAIN, i)
-        row = Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", {"prompt": example.prompt, "completion": example.demo})
-        sample = encode(row, tokenizer, max_tokens=limit)
-        return sample.tokens, sample.mask
+    def items(indices: Sequence[int]) -> list[Sample]:
+        examples = [named.example(TRAIN, i) for i in indices]
+        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
+        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
 
-    return item, named.size(TRAIN), limit
+    return items, named.size(TRAIN), limit
 
 
-def prompts_and_rewards(config: Grpo, task: Task | None) -> tuple[Callable[[int], tuple[Any, Mapping[str, Any]]], int, Callable[..., Scored]]:
-    """prompt(i) -> (prompt, columns), how many there are, and the function that scores completions."""
-    functions = {spec: load_reward(spec) for spec in config.reward}
+def prompts_and_rewards(
+    config: Grpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int
+) -> tuple[Callable[[int], PromptItem], int, Callable[..., Scored]]:
+    """prompt(i) -> (prompt, columns), how many there are, and the function that scores completions.
+
+    Every line of a dataset is checked before training.
+    """
+    functions = [load_reward(spec) for spec in config.reward]
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:
             raise UserError("--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none")
         for row in rows:
-            if "prompt" not in row.fields:
-                raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
+            _check_prompt(row, config, tokenizer, context, vocab_size)
 
-        def from_dataset(i: int) -> tuple[Any, Mapping[str, Any]]:
+        def from_dataset(i: int) -> PromptItem:
             return rows[i].fields["prompt"], {k: v for k, v in rows[i].fields.items() if k not in ("prompt", "completion")}
 
-        return from_dataset, len(rows), Scorer(None, list(functions.values()))
+        return from_dataset, len(rows), Scorer(None, functions)
     if task is None:
         raise UserError("--task or --dataset: expected one of them, to have prompts to sample from; got neither")
     named: Task = task
 
-    def from_task(i: int) -> tuple[Any, Mapping[str, Any]]:
+    def from_task(i: int) -> PromptItem:
         example = named.example(TRAIN, i)
         return example.prompt, {"example": example, **example.fields}
 
-    return from_task, named.size(TRAIN), Scorer(named, list(functions.values()))
+    return from_task, named.size(TRAIN), Scorer(named, functions)
 
 
 class Scorer:
-    """Scores completions with the reward functions, or with the task's verifier where there are none; a task's verdict is
-    reported as accuracy either way."""
+    """Scores completions with the reward functions, or with the task's verifier where there are none; the share of them that the
+    verifier calls correct is reported either way."""
 
-    def __init__(self, task: Task | None, functions: Sequence[Callable[..., Any]]) -> None:
-        self.task, self.functions = task, functions
+    def __init__(self, task: Task | None, functions: Sequence[Reward]) -> None:
+        self.verify = [] if task is None else [task_reward(task)]
+        self.functions = list(functions)
 
-    def __call__(self, prompts: Sequence[Any], texts: list[str] | None, tokens: list[list[int]], columns: Sequence[Mapping[str, Any]]) -> Scored:
+    def __call__(
+        self, prompts: Sequence[Any], texts: list[str] | None, tokens: list[list[int]], columns: Sequence[Mapping[str, Any]]
+    ) -> Scored:
         if texts is None:
             raise UserError("--tokenizer: rewards read text, and the run has no tokenizer")
-        reward, parts, message = [math.nan] * len(texts), dict[str, list[float]](), [""] * len(texts)
-        if self.task is not None:
-            examples: list[Example] = [c["example"] for c in columns]
-            scores = [self.task.verify(e, t) for e, t in zip(examples, texts, strict=True)]
-            reward, message = [s.reward for s in scores], [s.message for s in scores]
-            parts = {"accuracy": [float(s.correct) for s in scores], "well_formed": [float(s.well_formed) for s in scores]}
-        if self.functions:
-            names = dict.fromkeys(k for c in columns for k in c)
-            named = {k: [c.get(k) for c in columns] for k in names}
-            done = score(self.functions, prompts, texts, completion_ids=tokens, columns=named)
-            reward = done.total.tolist()
-            parts |= {f"rewards/{k}/mean": v.tolist() for k, v in done.each.items()}
-        return Scored(reward, parts, message)
+        if not texts:  # this process has no share of the prompts
+            return Scored([])
+        done = [score(group, prompts, texts, tokens, columns) for group in (self.verify, self.functions) if group]
+        verdict, last = done[0], done[-1]
+        message = last.message if any(last.message) else verdict.message
+        return replace(last, parts=verdict.parts | last.parts, message=message, extra=verdict.extra | last.extra)
+
+
+def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_size: int) -> None:
+    if "prompt" not in row.fields:
+        raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
+    tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)
+    limit = min(config.max_tokens or context, context)
+    check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
+    _check_tokens(tokens, row.where, vocab_size)
+    _check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
+
+
+def _check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
+    if max(tokens) >= vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer gives token {max(tokens)}, but the model's vocabulary has {vocab_size}; they do not belong together"
+        )
+
+
+def _check_budget(length: int, where: str, micro_tokens: int) -> None:
+    if length > micro_tokens:
+        raise UserError(
+            f"{where}: a sequence of up to {length} tokens exceeds a pass; raise --micro-tokens ({micro_tokens}) to at least {length}"
+        )
 
 
 def _value(text: str, key: str) -> Any:

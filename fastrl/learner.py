@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.algorithms import Algorithm
 from fastrl.config import Optim
+from fastrl.device import memory_limited_by
 from fastrl.dist import World
 from fastrl.errors import UserError
+from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.pack import micro_batches, plan
 from fastrl.types import Batch, Tokens
 
@@ -32,78 +33,52 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     return optim.lr * (optim.floor + (1 - optim.floor) * SHAPES[optim.schedule](progress))
 
 
-@dataclass(slots=True)
-class Sums:
-    """Metrics of the micro-batches of a step: token-weighted means, maxima, and plain sums."""
-
-    tokens: float = 0.0
-    means: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-    loss: float = 0.0
-
-    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        """`metrics` holds `tokens`, means over them, and maxima (names ending in _max)."""
-        names = [n for n in metrics if n != "tokens"]
-        tokens, value, *values = torch.stack([metrics["tokens"], loss.detach(), *(metrics[n] for n in names)]).double().tolist()
-        self.tokens += tokens
-        self.loss += value
-        for name, v in zip(names, values, strict=True):
-            if name.endswith("_max"):
-                self.maxima[name] = max(self.maxima.get(name, -math.inf), v)
-            else:
-                self.means[name] = self.means.get(name, 0.0) + v * tokens
-
-    def over(self, world: World) -> dict[str, float]:
-        """The step's metrics over all processes."""
-        names, peaks = sorted(self.means), sorted(self.maxima)
-        tokens, loss, *means = world.sum(self.tokens, self.loss, *(self.means[n] for n in names))
-        out = {"loss": loss, "num_tokens": tokens}
-        out |= {n: v / max(tokens, 1.0) for n, v in zip(names, means, strict=True)}
-        return out | dict(zip(peaks, world.max(*(self.maxima[n] for n in peaks)), strict=True))
+class NotFinite(UserError):
+    """A loss or a gradient that is NaN or infinite."""
 
 
 class Learner:
     """Trains `model` with `algorithm`: one `update` is one optimizer step over a whole batch."""
 
     def __init__(
-        self, model: nn.Module, algorithm: Algorithm, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0, world: World | None = None
-    ) -> None:
+        self, model: Any, algorithm: Algorithm, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0,
+        world: World | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.algorithm, self.optim, self.steps = model, algorithm, optim, steps
         self.micro_tokens, self.temperature, self.world = micro_tokens, temperature, world or World()
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        self.masters = [p if p.dtype.itemsize >= 4 else p.detach().float() for p in self.weights]
         self._accumulate_in_float32()
         matrices = [p for p in self.masters if p.ndim >= 2]
         vectors = [p for p in self.masters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        )
 
     def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """One optimizer step; `step` sets the learning rate.  Raises UserError when the loss or the gradient is not finite,
-        before any weight is touched, and when memory runs out."""
-        sums = Sums()
-        try:
-            for micro in micro_batches(batch, self.micro_tokens):
-                self._accumulate(micro, sums)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"out of memory at --micro-tokens {self.micro_tokens}; try --micro-tokens {self.micro_tokens // 2} ({error})") from None
-        self.world.sum_gradients(self.masters)
-        metrics = sums.over(self.world)
-        if metrics["num_tokens"] == 0:  # every sample's advantage is 0: AdamW must not step on its momentum alone
-            return metrics | {"grad_norm": 0.0, "learning_rate": learning_rate(self.optim, step, self.steps)}
-        grads = [p.grad for p in self.masters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
-        for name, value in (("loss", metrics["loss"]), ("grad_norm", norm)):
-            if not math.isfinite(value):
-                raise UserError(f"step {step + 1}: {name} is {value}; the weights are those of the step before")
-        if self.optim.clip > 0:
-            nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
+        """One optimizer step; `step` sets the learning rate.
+
+        Raises NotFinite, before any weight is touched, when the loss or the gradient is not finite, and UserError when memory runs out.
+        """
         lr = learning_rate(self.optim, step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            metrics = self._gradients(batch)
+            if metrics["num_tokens"] == 0:  # every sample's advantage is 0: AdamW must not step on its momentum alone
+                return metrics | {"grad_norm": 0.0, "learning_rate": lr}
+            norm = float(nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
+            for name, value in (("loss", metrics["loss"]), ("grad_norm", norm)):
+                if not math.isfinite(value):
+                    raise NotFinite(f"step {step + 1}: {name} is {value}; the weights are those of the step before")
+            if self.optim.clip > 0:
+                nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        finally:
+            for p in (*self.masters, *self.weights):
+                p.grad = None
         self._publish()
         return metrics | {"grad_norm": norm, "learning_rate": lr}
 
@@ -125,7 +100,7 @@ class Learner:
         return loss, stats, tokens, rows
 
     @torch.no_grad()
-    def logp(self, model: nn.Module, batch: Batch) -> Tensor:
+    def logp(self, model: Any, batch: Batch) -> Tensor:
         """(T,) log-probs of the batch's loss tokens under `model` (a reference policy), nats; 0 elsewhere."""
         out = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         for samples in plan(batch.cu_seqlens.diff().tolist(), self.micro_tokens):
@@ -149,19 +124,31 @@ class Learner:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         for name, weight, master in zip(self.names, self.weights, self.masters, strict=True):
-            if master is not weight:
-                master.copy_(state[f"master.{name}"])
+            exact = state.get(f"master.{name}", weight if master is weight else None)
+            if exact is None:
+                raise UserError(
+                    f"--dtype: the checkpoint was trained in float32 throughout, not {weight.dtype}; resume with --dtype float32"
+                )
+            with torch.no_grad():
+                master.copy_(exact)
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state]
             if keys:
                 self.optimizer.state[master] = {k: state[f"{k}.{name}"].to(master.device) for k in keys}
         self._publish()
 
-    def _accumulate(self, micro: Batch, sums: Sums) -> None:
-        loss, stats, tokens, rows = self.forward(micro)
-        loss.backward()
-        with torch.no_grad():
-            live = tokens[rows].with_(stats.logp[rows], None if stats.entropy is None else stats.entropy[rows])
-            sums.add(loss, self.algorithm.metrics(live))
+    def _gradients(self, batch: Batch) -> dict[str, float]:
+        """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
+        rows: list[Tensor] = []  # of each micro-batch: its loss and its metrics
+        with memory_limited_by("--micro-tokens", self.micro_tokens):
+            for micro in micro_batches(batch, self.micro_tokens):
+                loss, stats, tokens, live = self.forward(micro)
+                loss.backward()
+                with torch.no_grad():
+                    seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
+                    measured = self.algorithm.metrics(seen)
+                    rows.append(torch.stack([loss.detach(), *(measured[name] for name in METRICS)]).double())
+        self.world.sum_gradients(self.masters)
+        return _merge(self.world.gather(torch.stack(rows).tolist() if rows else []))
 
     def _accumulate_in_float32(self) -> None:
         """Gradients of low-precision weights move to their float32 master as soon as autograd has made them."""
@@ -190,7 +177,18 @@ def _tokens(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
     cu = batch.mask.long().cumsum(0)
     live_ends = torch.cat([cu.new_zeros(1), cu])[batch.cu_seqlens.long()].to(torch.int32)
-    optional = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in ("correction", "ref_logp")}
+    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in ("correction", "ref_logp")}
     return Tokens(
-        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=live_ends, live=rows.numel(), **optional
-    )
+        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=live_ends,
+        live=rows.numel(), **optional,
+    )  # fmt: skip
+
+
+def _merge(rows: list[list[float]]) -> dict[str, float]:
+    """The step's metrics from the loss and the metrics of every micro-batch of every process."""
+    if not rows:
+        return {"loss": 0.0, "num_tokens": 0.0}
+    table = torch.tensor(rows, dtype=torch.float64)
+    merged = {k: float(v) for k, v in merge_metrics([dict(zip(METRICS, row[1:].unbind(), strict=True)) for row in table]).items()}
+    clipped = merged["clip_low"] + merged["clip_high"] + merged["clip_cap"]
+    return merged | {"loss": float(table[:, 0].sum()), "num_tokens": merged["tokens"], "clip_region": clipped}

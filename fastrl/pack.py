@@ -17,7 +17,9 @@ def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > budget:
-            raise UserError(f"--micro-tokens: a sequence has {lengths[i]} tokens, above the budget of {budget}; raise --micro-tokens to at least {lengths[i]}")
+            raise UserError(
+                f"--micro-tokens: a sequence of {lengths[i]} tokens does not fit into {budget}; raise it to at least {lengths[i]}"
+            )
         spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
         if spot is None:
             bins.append([])

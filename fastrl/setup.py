@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Mapping
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
+from fastrl.files import read_json_lines
 from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
-from fastrl.log import RunLog
+from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
 from fastrl.sampler import Sampler
 from fastrl.tasks import Task
@@ -34,14 +35,20 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
     Grpo: {
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
-        "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl", "ess": "ess",
+        "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
+        "ess": "ess",
     },
 }  # fmt: skip
+OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
 
 
 @dataclass(slots=True)
 class Session:
-    """A run under way.  `version` counts optimizer steps; `start` is the step it began or resumed at."""
+    """A run under way.
+
+    start, evaluated  the step it began or resumed at, and whether the evaluation due there is done
+    version           optimizer steps the weights have seen
+    """
 
     config: Run
     world: World
@@ -53,6 +60,7 @@ class Session:
     source: Source
     log: RunLog
     start: int
+    evaluated: bool
     version: int
     max_new_tokens: int
 
@@ -60,7 +68,7 @@ class Session:
         """Write a checkpoint (the first process does; all wait)."""
         path = None
         if self.world.is_main:
-            meta = {"version": self.version, "command": type(self.config).__name__.lower()}
+            meta = {"version": self.version, "command": _command(self.config)}
             folder = Path(self.config.output_dir)
             path = checkpoint.save(folder, step, self.model, self.tokenizer, self.learner.state(), meta, keep=self.config.save.keep)
         self.world.barrier()
@@ -71,41 +79,67 @@ class Session:
         found = checkpoint.whole(Path(self.config.output_dir))
         return found[-1] if found else None
 
-    def rename(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The learner's metrics under the names this command logs."""
-        names = NAMES[type(self.config)]
-        return {names[k]: v for k, v in metrics.items() if k in names}
+    def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The learner's metrics of the step's batches as one, under the names this command logs."""
+        values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)]}
+        return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
+
+    def how_to_resume(self, saved: Path | None) -> str:
+        """What to type to continue a run that was stopped."""
+        if saved is None:
+            return "nothing was saved, because no step was done"
+        return f"continue with: fastrl {_command(self.config)} --config {shlex.quote(f'{self.config.output_dir}/config.yaml')} --resume"
 
 
 def set_up(config: Run) -> Session:
     """Build the session.  Raises UserError for whatever is wrong with the configuration, before any training."""
+    _check(config)
     set_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     world = join()
     device, dtype = place(config.device, config.dtype)
     resumed = _resume_from(config)
+    state, meta = checkpoint.load(resumed) if resumed else ({}, {"step": 0, "version": 0, "command": _command(config)})
+    if meta["command"] != _command(config):
+        raise UserError(
+            f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
+        )
+    algorithm = choose_algorithm(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
     model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     sampler = Sampler(model, tokenizer)
-    algorithm = choose_algorithm(config)
     learner = Learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
-    start = version = 0
-    if resumed is not None:
-        state, meta = checkpoint.load(resumed)
+    if resumed:
         learner.load_state(state)
-        start, version = meta["step"], meta["version"]
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
+    start = meta["step"]
     texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
     log = RunLog(
-        config.output_dir, config.steps, name=type(config).__name__.lower(), resume_step=start if resumed else None, texts=texts, enabled=world.is_main
+        config.output_dir, config.steps, name=_command(config), resume_step=start if resumed else None, texts=texts, enabled=world.is_main
     )
-    return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, version, length)
+    evaluated = world.max(float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)))[0] > 0
+    return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, evaluated, meta["version"], length)
+
+
+def _check(config: Run) -> None:
+    e = config.eval
+    for option, value, fine, expected in (
+        ("--steps", config.steps, config.steps >= 0, "0 or more"),
+        ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
+        ("--micro-tokens", config.micro_tokens, config.micro_tokens >= 1, "at least 1"),
+        ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
+        ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
+        ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
+        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None, "0 without a --task, whose verifier evaluates"),
+    ):
+        if not fine:
+            raise UserError(f"{option}: expected {expected}, got {value}")
 
 
 def choose_algorithm(config: Run) -> Algorithm:
@@ -124,18 +158,34 @@ def _resume_from(config: Run) -> Path | None:
     found = checkpoint.whole(Path(config.output_dir))
     if not config.resume:
         if found:
-            raise UserError(f"--output-dir: {config.output_dir} already holds {found[-1].name}; continue it with --resume, or name another folder")
+            mend = "continue it with --resume, or name another folder"
+            raise UserError(f"--output-dir: {config.output_dir} already holds {found[-1].name}; {mend}")
         return None
     if not found:
         raise UserError(f"--resume: {config.output_dir} holds no whole checkpoint; start without --resume")
     return found[-1]
 
 
+def _evaluated(folder: Path, step: int) -> bool:
+    """Whether the log of a resumed run has the evaluation of the step it resumes at: it may have been stopped before that was done."""
+    rows = (row for _, row in read_json_lines(folder / METRICS))
+    return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)
+
+
+def _command(config: Run) -> str:
+    return type(config).__name__.lower()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _demonstrations(
-    config: Run, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
+    config: Sft, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
 ) -> tuple[Source, int]:
-    item, size, longest = demonstrations(config, task, tokenizer, learner.model.config.max_position_embeddings)
-    source = Demonstrations(item, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world)
+    shape = learner.model.config
+    items, size, longest = demonstrations(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    source = Demonstrations(items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world)
     return source, longest
 
 
@@ -144,12 +194,11 @@ def _on_policy(
 ) -> tuple[Source, int]:
     check_rollouts(config)
     sampler.max_tokens_in_flight = config.sampling.max_tokens_in_flight
-    prompt, size, score = prompts_and_rewards(config, task)
+    shape = learner.model.config
+    prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
     reference: Callable[[Batch], Tensor] | None = None
-    if algorithm.kl_coef:
-        frozen = copy.deepcopy(learner.model).requires_grad_(False)
-        if config.resume:  # the reference is where the run began, not where it resumes
-            frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
+    if algorithm.kl_coef:  # the reference is where the run began, not where it resumes
+        frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
 
         def reference(batch: Batch) -> Tensor:
             return learner.logp(frozen, batch)

@@ -31,5 +31,6 @@ def _from(folder: Path) -> Any:
         raise UserError(f"--tokenizer: expected a folder with tokenizer files, got {folder}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokenizer: {folder} holds no tokenizer that transformers can read ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"--tokenizer: {folder} holds no tokenizer that transformers can read ({said})") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from fastrl import report
 from fastrl.config import Run
 from fastrl.evaluate import evaluate
 from fastrl.interrupt import Interrupt
+from fastrl.learner import NotFinite
 from fastrl.setup import Session, set_up
 
 
@@ -30,50 +31,56 @@ def train(config: Run) -> RunResult:
     """
     session = set_up(config)
     with session.log, Interrupt(config.max_seconds) as stop:
-        return _loop(config, session, stop)
+        result = _loop(config, session, stop)
+    if session.world.is_main and result.steps > 0:
+        report.build(config.output_dir)
+    return result
 
 
 def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
     metrics: dict[str, float] = {}
-    step = run.start
-    if step == 0:
-        _evaluate(config, run, 0)
-    while step < config.steps and not stop.asked(run.world):
+    step, saved = run.start, run.newest()
+    if not run.evaluated:
+        _evaluate(config, run, step)
+    stopping = stop.asked(run.world)
+    while step < config.steps and not stopping:
         began = time.perf_counter()
         data = run.source.collect(step, run.version)
         sampled = time.perf_counter()
-        metrics = dict(data.metrics)
-        for batch in data.batches:
-            metrics |= run.rename(run.learner.update(batch, step))
-            run.version += 1
+        try:
+            metrics = data.metrics | run.rename([run.learner.update(batch, step) for batch in data.batches])
+        except NotFinite as error:
+            kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was written before"
+            raise NotFinite(f"{error}; {kept}") from error
+        run.version += len(data.batches)
         step += 1
-        run.log.step(step, metrics | _pace(data.metrics, metrics, began, sampled))
+        run.log.step(step, metrics | _pace(metrics, began, sampled))
         run.log.samples(step, data.samples)
-        last = step == config.steps
-        if last or _due(step, config.eval.every):
-            _evaluate(config, run, step)
-        if _due(step, config.save.every) and not last:
-            run.save(step)
-    checkpoint = run.save(step) if step > run.start else run.newest()
+        stopping = stop.asked(run.world)
+        if stopping or step == config.steps or _due(step, config.save.every):
+            saved = run.save(step)
+        _evaluate(config, run, step)
     if step < config.steps:
-        run.log.message(f"stopped after step {step} of {config.steps}; continue with --resume --output-dir {config.output_dir}")
-    return RunResult(step, checkpoint, metrics, step < config.steps)
+        run.log.message(f"stopped after step {step} of {config.steps}; " + run.how_to_resume(saved))
+    return RunResult(step, saved, metrics, step < config.steps)
 
 
 def _evaluate(config: Run, run: Session, step: int) -> None:
-    if config.eval.prompts == 0 or run.task is None:
+    """Evaluate after `step` if that is due; the checkpoint comes first, so that nothing that fails here costs a step."""
+    e = config.eval
+    if e.prompts == 0 or run.task is None or not (step in (0, config.steps) or _due(step, e.every)):
         return
     began = time.perf_counter()
-    length: Any = config.eval.max_new_tokens or run.max_new_tokens
-    e = config.eval
+    length = e.max_new_tokens or run.max_new_tokens
     done = evaluate(run.sampler, run.task, split=e.split, prompts=e.prompts, samples=e.samples, max_new_tokens=length, world=run.world)
     run.log.eval(step, done.metrics() | {"eval/time": time.perf_counter() - began})
 
 
-def _pace(known: dict[str, float], metrics: dict[str, float], began: float, sampled: float) -> dict[str, float]:
+def _pace(metrics: dict[str, float], began: float, sampled: float) -> dict[str, float]:
     now = time.perf_counter()
-    tokens = known.get("rollout/tokens", metrics.get("num_tokens", 0.0))
-    return {"time/step": now - began, "time/collect": sampled - began, "time/update": now - sampled, "perf/tokens_per_second": tokens / (now - began)}
+    tokens = metrics.get("rollout/tokens", metrics["num_tokens"])
+    times = {"time/step": now - began, "time/collect": sampled - began, "time/update": now - sampled}
+    return times | {"perf/tokens_per_second": tokens / (now - began)}
 
 
 def _due(step: int, every: int) -> bool:

@@ -98,7 +98,8 @@ class Batch:
         lengths = self.cu_seqlens.diff()[list(samples)]
         cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
         per_token = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cu_seqlens"}
-        return replace(self, cu_seqlens=cu, **{k: None if v is None else v[take] for k, v in per_token.items()})
+        taken: dict[str, Any] = {k: None if v is None else v[take] for k, v in per_token.items()}
+        return replace(self, cu_seqlens=cu, **taken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,7 +206,7 @@ def group_advantage(
         ids, size = group.long(), 0
     else:
         if not isinstance(group, int):
-            raise TypeError(f"group: expected ids (S={S},) or an int, got {type(group).__name__}")
+            raise TypeError(f"group: expected ids (S={S}) or an int, got {type(group).__name__}")
         if group < 1 or S % group:
             raise ValueError(f"group: expected a size that divides the {S} rewards, got {group}; pass ids for unequal groups")
         ids, size = torch.empty(0, dtype=torch.int64, device=reward.device), group

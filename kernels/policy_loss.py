@@ -61,27 +61,28 @@ class _Columns(NamedTuple):
 
 
 # --- reference --------------------------------------------------------------------------------------
-def _formula(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Loss (T,), its derivative with respect to logp (T,) where the surrogate states one, and the metrics (M,)."""
+def _formula(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and the metrics (M,)."""
     mask = c.mask
     if mask.numel():
         c = c._replace(**{n: torch.where(mask, x, 0) for n, x in zip(c._fields[:7], c, strict=False) if x.numel()})
     token_d = c.logp - c.old_logp
     d = bounded(_sequence_mean(token_d, c) if o.ratio == "sequence" else token_d)
     value, slope = row.torch(d, c.logp, c.advantage, **row.params)
+    slope = torch.full_like(d, torch.nan) if slope is None else slope
     if c.correction.numel():
-        value, slope = value * c.correction, None if slope is None else slope * c.correction
-    loss, slope = -value, None if slope is None else -slope
+        value, slope = value * c.correction, slope * c.correction
+    loss, slope = -value, -slope
     e = c.logp - c.ref_logp if c.ref_logp.numel() else None
     if o.kl and e is not None:
         kl, kl_slope = KLS[o.kl](e, bounded(token_d))
-        loss, slope = loss + o.kl_coef * kl, None if slope is None else slope + o.kl_coef * kl_slope
+        loss, slope = loss + o.kl_coef * kl, slope + o.kl_coef * kl_slope
     if o.entropy_coef and c.entropy.numel():
         loss = loss - o.entropy_coef * c.entropy
     with torch.no_grad():
         gate = row.gate(d.exp(), c.advantage, **row.params) if row.gate else None
         metrics = measure(d, token_d, e, gate, c.advantage, c.correction, c.entropy, mask)
-    return loss * c.weight, None if slope is None else slope * c.weight, metrics
+    return loss * c.weight, slope * c.weight, metrics
 
 
 def _sequence_mean(d: Tensor, c: _Columns) -> Tensor:
@@ -102,6 +103,8 @@ def reference(logp: Tensor, old_logp: Tensor, advantage: Tensor, **arguments: An
 
 
 def _by_autograd(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, dict[str, Tensor]]:
+    if o.ratio == "sequence" and not torch.compiler.is_compiling():
+        ends("cu_seqlens", c.cu_seqlens, c.logp.shape[0])
     loss, _, metrics = _formula(row, c, o)
     return loss.sum(), dict(zip(METRICS, metrics.unbind(), strict=True))
 
@@ -111,7 +114,6 @@ def _fused(c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     named = SURROGATES[o.surrogate]
     row = replace(named, params=dict(zip(named.params, o.params, strict=True)))
     loss, slope, metrics = _formula(row, c, o)
-    assert slope is not None, f"the table's {o.surrogate} states no derivative"
     weight = torch.where(c.mask, c.weight, 0) if c.mask.numel() else c.weight
     return loss.sum(), metrics, slope, weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0)
 

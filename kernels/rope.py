@@ -141,7 +141,8 @@ def rope(
         if weight is not None:
             dims(name, weight, "E", FLOATS, E=E)
     same_device(q=q, k=k, positions=positions, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    if T and positions.device.type == "cpu" and not 0 <= int(positions.min()) <= int(positions.max()) < N:
+    readable = T and positions.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere this would wait or break a graph
+    if readable and not 0 <= int(positions.min()) <= int(positions.max()) < N:
         raise ValueError(f"positions: expected values in [0, {N}), got {int(positions.min())} to {int(positions.max())}")
     absent = q.new_empty(0)
     return forward_op(q, k, positions, cos, sin, absent if q_norm is None else q_norm, absent if k_norm is None else k_norm, eps)

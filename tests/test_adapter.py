@@ -17,12 +17,12 @@ from fastrl.errors import UserError
 from fastrl.model import Decoder
 
 GPT2 = {
-    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-    "eos_token_id": 1, "bos_token_id": 0,
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "eos_token_id": 1, "bos_token_id": 0,
 }  # fmt: skip
 PHI = {
-    "architectures": ["PhiForCausalLM"], "model_type": "phi", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None,
+    "architectures": ["PhiForCausalLM"], "model_type": "phi", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
 LENGTHS = [5, 1, 0, 9, 20]
 
@@ -45,7 +45,7 @@ def theirs(lm, tokens, cu):
 @pytest.mark.parametrize("config", [GPT2, PHI], ids=["gpt2-tied", "phi-untied-with-bias"])
 @pytest.mark.parametrize("budget", [1, 40, 1 << 14])
 def test_logits_and_gradients_are_those_of_single_sequences(config, budget, monkeypatch):
-    """Wrong implementations: packed tokens fed as one sequence; padding attended to; rows left in the order of length; a lost head bias."""
+    """Wrong implementations: packed tokens fed as one sequence; rows left in the order of length; a lost head bias."""
     monkeypatch.setattr(adapter, "PADDED_TOKENS", budget)
     model = quiet(config, seed=1).train()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_interface(tmp_path):
     assert model(tokens[:0], torch.tensor([0, 0])).shape == (0, 32)
     assert torch.equal(model(tokens[:5]), model(tokens[:5], torch.tensor([0, 5])))
     model.gradient_checkpointing = False
-    with pytest.raises(UserError, match="--gradient-checkpointing: GPT2LMHeadModel .* lower --micro-tokens"):
+    with pytest.raises(UserError, match=r"--gradient-checkpointing: GPT2LMHeadModel .* lower --micro-tokens"):
         model.gradient_checkpointing = True
     with pytest.raises(ValueError, match="attend: GPT2LMHeadModel runs through transformers"):
         model(tokens, cu, attend=lambda *x: x[1])

@@ -54,7 +54,7 @@ def logits(model, *arguments, **options):
 
 @pytest.mark.parametrize("family, changes", VARIANTS, ids=IDS)
 def test_parity_with_transformers_both_ways(family, changes, tmp_path):
-    """Wrong implementations: attention that ignores cu_seqlens, positions that run on, a head split in the wrong order, a norm left at 1."""
+    """Wrong implementations: attention that ignores cu_seqlens, heads split in the wrong order, a norm left at 1."""
     hf = hugging_face(family, **changes)
     hf.save_pretrained(tmp_path / "theirs")
     model = Decoder.from_pretrained(tmp_path / "theirs")
@@ -87,12 +87,19 @@ def split(model, ours, parts):
 
 
 def test_packing_is_the_same_as_one_sequence_at_a_time():
-    """Wrong implementations: attention across sequences; positions that do not restart."""
+    """Wrong implementation: attention across sequences."""
     model = Decoder.from_config(tiny_config(num_hidden_layers=3), seed=1)
     tokens, cu = packed([4, 0, 11, 1])
     alone = torch.cat([model(tokens[a:b]) for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)])
     torch.testing.assert_close(model(tokens, cu), alone, atol=1e-6, rtol=0)
     assert not torch.allclose(model(tokens), alone, atol=1e-3)
+
+
+def test_positions_restart_with_every_sequence():
+    """Wrong implementation: positions that run on, which only distances hide, until the batch outgrows the context."""
+    model = Decoder.from_config(tiny_config(max_position_embeddings=20), seed=1)
+    tokens, cu = packed([20, 3, 20])
+    torch.testing.assert_close(model(tokens, cu)[23:], model(tokens[23:]), atol=1e-6, rtol=0)
 
 
 def test_positions_embeds_and_empty_input():

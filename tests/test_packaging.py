@@ -113,6 +113,42 @@ def name(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement).group().lower()
 
 
+# --- the compiled module ----------------------------------------------------------------------------
+def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """setup.py build_ext, with nothing written outside `folder`."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+
+
+needs_builder = pytest.mark.skipif(
+    not (importlib.util.find_spec("setuptools") and importlib.util.find_spec("pybind11")),
+    reason="setuptools or pybind11 not installed here",
+)
+
+
+@needs_builder
+def test_a_cuda_toolkit_that_fails_is_an_error(tmp_path):
+    """Wrong: a module that silently lacks its CUDA kernels because of a broken toolkit."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = build(tmp_path, CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert re.search(r"csrc/cuda/\w+\.cu: .*nvcc failed .* set FASTRL_CUDA=0 to build without CUDA", done.stderr)
+
+
+@needs_builder
+@pytest.mark.slow
+def test_building_without_cuda_leaves_its_functions_out(tmp_path):
+    done = build(tmp_path, FASTRL_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'fastrl')!r}); import _C; print([n for n in dir(_C) if 'token_logp' in n])"
+    )
+    assert python(code, cwd=tmp_path) == "['token_logp_backward_cpu', 'token_logp_forward_cpu']"
+
+
 # --- the wheel --------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path):

@@ -86,7 +86,7 @@ def test_a_repeated_tied_head_is_ignored_and_a_different_one_refused(tmp_path):
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(Decoder.from_pretrained(folder).head_weight, model.head_weight)
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(UserError, match="lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding, but config\.json says tie_word_embeddings"):
         Decoder.from_pretrained(folder)
 
 

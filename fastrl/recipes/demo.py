@@ -2,7 +2,7 @@
 
 Every training run is a command a user could type, printed as it is run:
 
-    fastrl sft   random weights -> an honest start
+    fastrl sft   random weights -> an honest start, data parallel over two processes
     fastrl grpo  that start -> better, from the verifier's reward
     fastrl sft   that start -> the control: demonstrations for the same wall time, on the other core
 
@@ -12,6 +12,7 @@ Then all three answer the same unseen prompts, greedily and sampled, and the rep
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from fastrl.stats import Estimate, mean_interval, paired_interval
 from fastrl.tokenizer import load_tokenizer
 
 RECIPES = Path(__file__).parent
-PROMPTS, SAMPLES = 1000, 4  # unseen prompts, and answers drawn for each
+CORES = min(2, os.cpu_count() or 1)
+PROMPTS, SAMPLES = 800, 4  # unseen prompts, each another problem, and answers drawn for each
 START, CONTROL, GRPO = "SFT start", "SFT continued", "GRPO"
 FOLDERS = {START: "sft", CONTROL: "sft_continued", GRPO: "grpo"}
 
@@ -84,12 +86,11 @@ def run_seed(seed: int, folder: Path) -> Outcome:
     """Train the three models of one seed, and evaluate them."""
     began = time.monotonic()
     run = ["--seed", str(seed), "--output-dir"]
-    cores = torch.get_num_threads()
-    sft = command("sft", "cards_sft", "--model", str(RECIPES / "cards.config.json"), "--threads", str(cores), *run, str(folder / FOLDERS[START]))
+    one = ["--threads", "1", "--model"]  # threads that wait for each other spin, and are slow on a machine that does anything else
+    sft = command("sft", "cards_sft", *one, str(RECIPES / "cards.config.json"), *run, str(folder / FOLDERS[START]), processes=CORES)
     finish(start(sft), sft)
     trained = time.monotonic()
-    model = str(newest(folder / FOLDERS[START]))
-    one = ["--model", model, "--threads", str(max(1, cores // 2))]
+    one.append(str(newest(folder / FOLDERS[START])))
     grpo = command("grpo", "cards_grpo", *one, *run, str(folder / FOLDERS[GRPO]))
     control = command("sft", "cards_sft_continued", *one, *run, str(folder / FOLDERS[CONTROL]))
     running, beside = start(grpo), start(control, quiet=True)
@@ -104,18 +105,23 @@ def run_seed(seed: int, folder: Path) -> Outcome:
     return Outcome(seed, evaluations, seconds)
 
 
-def command(name: str, recipe: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "fastrl", name, "--config", str(RECIPES / f"{recipe}.yaml"), *options]
+def command(name: str, recipe: str, *options: str, processes: int = 1) -> list[str]:
+    """The command line of a run; over several processes through torchrun, which is this module."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [*launcher, "-m", "fastrl", name, "--config", str(RECIPES / f"{recipe}.yaml"), *options]
 
 
 def start(call: Sequence[str], *, quiet: bool = False) -> subprocess.Popen[bytes]:
-    print(f"\n$ {' '.join(['fastrl', *call[3:]])}", flush=True)
-    return subprocess.Popen(call, stdout=subprocess.DEVNULL if quiet else None)
+    """Print the command as a user would type it, and start it."""
+    print(f"\n$ {' '.join(['python', *call])}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *call], stdout=subprocess.DEVNULL if quiet else None, env=environment)
 
 
 def finish(process: subprocess.Popen[bytes], call: Sequence[str]) -> None:
+    """Wait for the command; CalledProcessError when it fails."""
     if code := process.wait():
-        raise subprocess.CalledProcessError(code, call[2:])
+        raise subprocess.CalledProcessError(code, call)
 
 
 def newest(run: Path) -> Path:

@@ -18,7 +18,7 @@ from fastrl import ops
 from fastrl.errors import UserError
 from fastrl.kernels._linear import project
 from fastrl.sampler.cache import PagedCache
-from fastrl.sampler.prompts import Prompt, stop_tokens, tokenize
+from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
 from fastrl.types import Rollouts
 
 PAGE = 64  # tokens a cache page holds
@@ -55,6 +55,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit number"),
         )
         for name, fine, expected in checks:
             if not fine:
@@ -84,10 +85,9 @@ class Sampler:
         encoded = tokenize(prompts, self.tokenizer, config.vocab_size)
         limit = config.max_position_embeddings
         for i, p in enumerate(encoded):
-            if len(p) + 1 > limit:
-                raise UserError(f"prompts[{i}]: {len(p)} tokens leave no room for a completion in the model's context of {limit}")
+            check_room(len(p), f"prompts[{i}]", limit)
         waves = _waves([min(len(p) + params.max_new_tokens, limit) for p in encoded for _ in range(params.n)], self.max_tokens_in_flight)
-        stops = torch.tensor(stop_tokens(params.stop, self.tokenizer, config.eos_token_id), device=self.model.device)
+        stops = torch.tensor(stop_tokens(params.stop, self.tokenizer, config.eos_token_id), dtype=torch.int64, device=self.model.device)
         drawn = _Drawn(len(encoded) * params.n, params.max_new_tokens, self.model.device)
         for wave in waves:
             _Wave(self.model, encoded, params, stops, wave, sequence_offset, drawn).run(on_tokens)
@@ -152,10 +152,11 @@ class _Wave:
         step = self._decode if self.model.supports_cache else self._recompute
         hidden = self._prefill() if self.model.supports_cache else self._recompute(None)
         every = CHECK_EVERY.get(self.seq.device.type, 1)
+        self.alive = torch.ones_like(self.seq, dtype=torch.bool)
         for t in range(self.params.max_new_tokens):
-            token, alive = self._draw(hidden, t)
             if on_tokens is not None:
-                on_tokens(self.seq.numel())
+                on_tokens(int(self.alive.sum()))
+            token, alive = self._draw(hidden, t)
             if t + 1 == self.params.max_new_tokens:
                 return
             if (t + 1) % every == 0:
@@ -175,7 +176,7 @@ class _Wave:
             logits, seed=p.seed, sequence=self.seq + self.offset, position=torch.full_like(self.seq, t),
             temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p,
         )  # fmt: skip
-        alive = torch.ones_like(self.seq, dtype=torch.bool) if t == 0 else self.alive
+        alive = self.alive
         d.tokens[self.seq, t] = torch.where(alive, draw.token, 0)
         for name in ("logp", "behaviour_logp", "entropy"):
             getattr(d, name)[self.seq, t] = torch.where(alive, getattr(draw, name).float(), 0)

@@ -76,3 +76,13 @@ def _check_options(spec: str, made: Callable[..., Any], options: dict[str, Any])
         if name not in parameters:
             known = ", ".join(parameters) or "none"
             raise UserError(f"--task: {spec} has no option {name!r}{nearest(name, parameters)}; it has: {known}")
+        annotation = str(parameters[name].annotation)
+        if spec in TASKS and not _fits(options[name], annotation):
+            raise UserError(f"--task: {spec}: {name}: expected {annotation}, got {options[name]!r}")
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether the value of a built-in task's option has the type its field is annotated with."""
+    kinds = {part.strip().partition("[")[0] for part in annotation.split("|")}
+    given = "None" if value is None else type(value).__name__
+    return given in kinds or (given == "int" and "float" in kinds)

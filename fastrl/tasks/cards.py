@@ -84,7 +84,8 @@ class Cards:
     """Orders, hands, demonstrations and filler; not which problem is in which split."""
 
     def __post_init__(self) -> None:
-        low, high = self.targets
+        pair = len(self.targets) == 2 and all(isinstance(end, int) for end in self.targets)
+        low, high = self.targets if pair else (0, 0)
         shares = self.val >= 0 and self.test >= 0 and self.val + self.test < 1
         for good, message in (
             (2 <= self.k <= 4, f"k: expected 2, 3 or 4 cards, got {self.k}"),

@@ -105,15 +105,9 @@ class Gsm8k:
         given = self.folder or os.environ.get("FASTRL_GSM8K")
         if not given:
             raise UserError("gsm8k: set FASTRL_GSM8K (or the option folder) to the folder that holds train.jsonl")
-        folder = Path(given).expanduser()
-        if split == "test":
-            file = next((folder / name for name in TEST_FILES if (folder / name).is_file()), folder / TEST_FILES[0])
-            problems = _read(file)
-        else:
-            shares = {"val": self.val, "train": 1 - self.val}
-            problems = tuple(p for p in _read(folder / "train.jsonl") if bucket(shares, "gsm8k", p.question) == split)
+        problems = _split(Path(given).expanduser(), split, self.val)
         if not problems:
-            raise UserError(f"gsm8k: split {split!r} is empty (val={self.val}, files in {folder})")
+            raise UserError(f"gsm8k: split {split!r} is empty (val={self.val}, files in {given})")
         return problems
 
 
@@ -147,6 +141,13 @@ def _value(found: re.Match[str]) -> Fraction:
 
 
 @lru_cache(maxsize=8)
+def _split(folder: Path, split: str, val: float) -> tuple[Problem, ...]:
+    if split == "test":
+        return _read(next((folder / name for name in TEST_FILES if (folder / name).is_file()), folder / TEST_FILES[0]))
+    shares = {"val": val, "train": 1 - val}
+    return tuple(p for p in _read(folder / "train.jsonl") if bucket(shares, "gsm8k", p.question) == split)
+
+
 def _read(file: Path) -> tuple[Problem, ...]:
     problems = []
     for where, row in read_json_lines(file):

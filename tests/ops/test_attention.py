@@ -168,5 +168,5 @@ def test_errors_name_the_argument():
         ops.attention(q, k, v, torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(TypeError, match="k: expected dtype float32"):
         ops.attention(q, k.double(), v, cu)
-    with pytest.raises(RuntimeError, match="'cpu' was asked for, but it does not take torch.float64"), ops.use_backend("cpu", "attention"):
+    with pytest.raises(RuntimeError, match="'cpu' was asked for, but it does not take"), ops.use_backend("cpu", "attention"):
         ops.attention(q.double(), k.double(), v.double(), cu)

@@ -91,6 +91,14 @@ def test_opcheck():
     opcheck(forward_op, (torch.randn(2, H, E), *paged(k, v, [3, 4]), 0.3))
 
 
+def test_compiles_without_a_graph_break():
+    """Wrong implementation: a check that reads the lengths while compiling."""
+    k, v = torch.randn(7, K, E), torch.randn(7, K, E)
+    q, arguments = torch.randn(2, H, E), paged(k, v, [3, 4])
+    compiled = torch.compile(ops.decode_attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, *arguments), ops.decode_attention(q, *arguments))
+
+
 def test_errors_name_the_argument():
     k, v = torch.randn(7, K, E), torch.randn(7, K, E)
     cache_k, cache_v, table, lengths = paged(k, v, [3, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,12 +36,12 @@ def test_worked_values(reward: Any, gamma: float, lam: float, expected: Any) -> 
 def loop(reward: Tensor, value: Tensor, cu: list[int], mask: Tensor, gamma: float, lam: float) -> Tensor:
     """The recurrence as it is written down, one token at a time."""
     advantage = torch.zeros_like(reward)
-    for start, end in zip(cu[:-1], cu[1:], strict=True):
-        next_value, next_advantage = 0.0, 0.0
+    for start, end in pairwise(cu):
+        next_value, next_advantage = torch.zeros(2, dtype=reward.dtype)
         for t in range(end - 1, start - 1, -1):
             if mask[t]:
-                delta = float(reward[t]) + gamma * next_value - float(value[t])
-                next_value, next_advantage = float(value[t]), delta + gamma * lam * next_advantage
+                delta = reward[t] + gamma * next_value - value[t]
+                next_value, next_advantage = value[t], delta + gamma * lam * next_advantage
                 advantage[t] = next_advantage
     return advantage
 
@@ -97,12 +98,10 @@ def test_no_discount_gives_return_minus_value_and_no_trace_gives_delta() -> None
 def test_error_against_float64_is_the_loops_own() -> None:
     reward, value, cu, mask = random_case(torch.float32)
     truth = loop(reward.double(), value.double(), cu.tolist(), mask, 0.99, 0.95)
-    theirs = torch.zeros_like(reward)
-    for t in range(89, -1, -1):  # the same recurrence in fp32 arithmetic, through the op on one-token suffixes
-        theirs[t] = loop(reward, value, cu.tolist(), mask, 0.99, 0.95)[t]
+    theirs = loop(reward, value, cu.tolist(), mask, 0.99, 0.95)
     ours, _ = gae(reward, value, cu, gamma=0.99, lam=0.95, mask=mask)
     assert ours.dtype == torch.float32
-    within_budget(ours, theirs, truth, factor=8)
+    within_budget(ours, theirs, truth, factor=3)  # the same terms, added in another order
 
 
 def test_empty_strided_and_half_inputs() -> None:

@@ -282,6 +282,7 @@ def test_the_formula_reads_no_values() -> None:
         ({"ratio": "group"}, r"ratio: expected one of 'token', 'sequence'; got 'group'"),
         ({"ratio": "sequence"}, r'cu_seqlens: expected \(S\+1,\) ends .* got None; ratio="sequence" needs them'),
         ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: expected non-decreasing ends from 0 to T=6"),
+        ({"surrogate": Surrogate(CLIP.torch), "ratio": "sequence", "cu_seqlens": torch.tensor([1, 6])}, r"cu_seqlens: expected non-decr"),
         ({"kl": "k4"}, r"kl: expected one of 'k1'"),
         ({"kl": "k2", "kl_coef": 0.1}, r"ref_logp: expected a value, got None; kl_coef=0.1 needs it"),
         ({"kl_coef": 0.1}, r"kl: expected a value, got None; kl_coef=0.1 needs it"),

@@ -136,6 +136,13 @@ def test_opcheck():
         opcheck(backward_op, (torch.randn(T, H, E), torch.randn(T, K, E), q.detach(), k.detach(), positions, cos, sin, *norms, 1e-6))
 
 
+def test_compiles_without_a_graph_break():
+    """Wrong implementation: a check that reads the positions while compiling."""
+    q, k, positions, cos, sin = inputs()
+    compiled = torch.compile(ops.rope, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, positions, cos, sin)[0], ops.rope(q, k, positions, cos, sin)[0])
+
+
 def test_errors_name_the_argument():
     q, k, positions, cos, sin = inputs()
     with pytest.raises(ValueError, match=rf"positions: expected values in \[0, {N}\), got 0 to {N}"):

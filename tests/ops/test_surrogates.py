@@ -159,13 +159,22 @@ def test_surrogate_parameters_are_checked() -> None:
     assert CLIP.params["high"] == 0.2
 
 
-def test_far_drift_stays_finite_and_keeps_its_gradient() -> None:
+@pytest.mark.parametrize("loss_of", [policy_loss, reference])
+def test_far_drift_stays_finite_and_keeps_its_gradient(loss_of: Any) -> None:
     """A log-ratio of 50 is bounded to 20: catches exp overflow in fp32, and a clamp that zeroes the KL gradient exactly there."""
     logp = torch.tensor([-1.0, -51.0], requires_grad=True)
-    loss, metrics = policy_loss(
+    loss, metrics = loss_of(
         logp, torch.tensor([-51.0, -1.0]), torch.ones(2), surrogate="ratio", token_weight=torch.tensor([1.0, 1.0]), kl="k3", kl_coef=1.0,
         ref_logp=torch.tensor([-1.0, -1.0]),
     )  # fmt: skip
     (slope,) = torch.autograd.grad(loss, logp)
     assert loss.isfinite() and all(m.isfinite() for m in metrics.values())
     assert slope[0] == pytest.approx(-math.exp(20), rel=1e-5) and slope[1] == pytest.approx(1 - math.exp(20), rel=1e-5)
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_kl_is_per_token_whatever_the_ratio(kl: str) -> None:
+    """Catches importance-weighted KL that takes the sequence's ratio."""
+    given = {"kl": kl, **REFERENCE_ONLY, "token_weight": TOKEN_MEAN, "cu_seqlens": CU}
+    token, sequence = (policy_loss(LOGP, OLD, ratio=ratio, **given)[0] for ratio in ("token", "sequence"))
+    assert token == sequence != 0

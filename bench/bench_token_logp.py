@@ -1,0 +1,89 @@
+"""token_logp: log-probability and entropy of each target token, from logits (T, V)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, wide
+
+CASES = cases(
+    "T V",
+    tiny=(5, 37),
+    quick=(64, 32000),
+    cpu=[(512, 32000)],
+    cuda=[(8192, 151936), (8192, 32000), (8192, 50257), (65536, 32000)],
+    slice={"T": 32},
+)
+
+
+def data(case: Case) -> Data:
+    (T, V), draw = case.sizes("T V"), Draw(case)
+    args = {"logits": draw.normal(T, V, std=2.0), "target": draw.below(V, T)}
+    return Data(args, wrt=("logits",), upstream=tuple(draw.normal(T, dtype=torch.float32) for _ in range(2)))
+
+
+def cost(case: Case) -> Cost:
+    """The logits are read once; a backward reads them again and writes as much."""
+    T, V = case.sizes("T V")
+    return Cost(T * V * case.itemsize * (3 if case.mode == BOTH else 1))
+
+
+def ours(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    found = ops.token_logp(logits, target, entropy=True, **options)
+    assert found.entropy is not None
+    return found.logp, found.entropy
+
+
+def in_place(case: Case) -> Function | None:
+    return None if case.mode != BOTH else lambda logits, target: ours(logits, target, inplace_backward=True)
+
+
+def eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = wide(logits).log_softmax(-1)
+    return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def trl(case: Case) -> Function:
+    logp, entropy = peer("trl.trainer.utils", "selective_log_softmax"), peer("trl.trainer.utils", "entropy_from_logits")
+    return lambda logits, target: (logp(logits, target), entropy(logits))
+
+
+def trl_fused(case: Case) -> Function:
+    only(case.device == "cuda", "TRL's kernel is Triton: CUDA only")
+    return peer("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")  # type: ignore[no-any-return]
+
+
+def liger(case: Case) -> Function:
+    only(case.device == "cuda", "Liger's kernel is Triton: CUDA only")
+    only(case.mode == FORWARD, "Liger's fused_selective_log_softmax has no backward")
+    logp = peer("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        return logp(logits[None], target[None, :-1], 1.0)[0]  # of all rows but the last, which it skips
+
+    return call
+
+
+PROVIDERS = {
+    "fastrl": plain(ours),
+    "fastrl in place": in_place,
+    "eager": plain(eager),
+    "torch.compile": compiled(eager),
+    "trl": trl,
+    "trl fused": trl_fused,
+    "liger (no entropy)": liger,
+}
+BENCH = Bench(
+    op="token_logp",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="token_logp",
+    mutates=("logits",),
+)

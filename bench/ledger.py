@@ -1,0 +1,171 @@
+"""What a benchmark run leaves behind: rows, what they were measured on, and their JSON file.
+
+Times are milliseconds of one call; every rate and ratio is computed from them when it is shown, so none can disagree.
+Nothing here names a machine: the device's model, versions and the commit are enough to repeat a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.bench.common import OURS
+from fastrl.bench.timing import Ceilings
+from fastrl.environment import _processor as processor
+from fastrl.errors import UserError
+
+SCHEMA = 1
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
+OK, UNAVAILABLE, FAILED, LEFT_OUT = "ok", "unavailable", "failed", "left out"
+STATUSES = (OK, UNAVAILABLE, FAILED, LEFT_OUT)
+Percentiles = tuple[float, float, float]  # 20, 50, 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One provider on one case.
+
+    status, reason      "ok", or why there are no numbers
+    default             it is the implementation of ours that runs when nobody asks for another
+    ms                  "cold" (L2 flushed before each call; CUDA) or "warm" -> milliseconds, percentiles 20, 50 and 80
+    samples             how many of each
+    bytes, flops        the least the case can cost; tokens: what it yields
+    peak_bytes          most memory held beyond what was held before, as torch's allocator sees it
+    error               largest absolute error of the first output against float64, on a slice
+    relative_error      largest error of any output or gradient, over that tensor's largest true value
+    """
+
+    op: str
+    case: str
+    shape: dict[str, int]
+    dtype: str
+    mode: str
+    headline: bool
+    provider: str
+    status: str
+    reason: str = ""
+    default: bool = False
+    ms: dict[str, Percentiles] = field(default_factory=dict)
+    samples: int = 0
+    bytes: int = 0
+    flops: int = 0
+    tokens: int = 0
+    peak_bytes: int | None = None
+    error: float | None = None
+    relative_error: float | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The median that is compared: cold where there is one; None without numbers."""
+        found = self.ms.get("cold") or self.ms.get("warm")
+        return found[1] if found else None
+
+    @property
+    def own(self) -> bool:
+        return self.provider.startswith(OURS)
+
+
+@dataclass(slots=True)
+class Results:
+    """A run: what it was measured on, the measured limits, and the rows."""
+
+    identity: dict[str, Any]
+    ceilings: Ceilings
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """1 when one of our own implementations failed; a peer's failure is only a row."""
+        return int(any(r.own and r.status == FAILED for r in self.rows))
+
+    def share_of_limit(self, row: Row) -> float | None:
+        """The least time the measured limits allow over the time taken."""
+        return None if row.best is None else self.ceilings.floor_ms(row.bytes, row.flops) / row.best
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"schema": SCHEMA, "identity": self.identity, "ceilings": asdict(self.ceilings), "settings": self.settings}
+        rows = ",\n".join("  " + json.dumps(asdict(r), allow_nan=False) for r in self.rows)
+        text = json.dumps(content, indent=1)
+        path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what `save` wrote.  Raises UserError for another file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise UserError(f"{path}: expected schema {SCHEMA}, got {content['schema']}; measure again")
+            rows = [Row(**{**r, "ms": {k: tuple(v) for k, v in r["ms"].items()}}) for r in content["rows"]]
+            return cls(content["identity"], Ceilings(**content["ceilings"]), content["settings"], rows)
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the results of a benchmark run ({type(error).__name__}: {error})") from None
+
+    def file_name(self) -> str:
+        """<device>-<date>.json."""
+        device = "".join(c if c.isalnum() else "-" for c in self.identity["device"].lower())
+        return f"{'-'.join(filter(None, device.split('-')))}-{self.identity['date'][:10]}.json"
+
+
+ROW_FIELDS = tuple(f.name for f in fields(Row))
+
+
+# --- identity ---------------------------------------------------------------------------------------
+def identity(device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it to mean anything."""
+    cuda = device.type == "cuda"
+    root = Path(__file__).resolve().parents[1]
+    dirty = _output("git", "-C", str(root), "status", "--porcelain")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
+        "dirty": None if dirty is None else bool(dirty),
+        "sources": _digest(root),
+        "kind": device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "driver": _driver(device) if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _digest(root: Path) -> str:
+    """The sources measured, commit or not: a hash of the kernels and of the benchmarks."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in ("kernels", "csrc", "bench") for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _driver(device: torch.device) -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
