@@ -8,7 +8,23 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, wide
+from fastrl.bench.common import (
+    BOTH,
+    FORWARD,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    Unavailable,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+    wide,
+)
 
 CASES = cases(
     "T V",
@@ -48,13 +64,12 @@ def eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def trl(case: Case) -> Function:
-    logp, entropy = peer("trl.trainer.utils", "selective_log_softmax"), peer("trl.trainer.utils", "entropy_from_logits")
-    return lambda logits, target: (logp(logits, target), entropy(logits))
-
-
-def trl_fused(case: Case) -> Function:
-    only(case.device == "cuda", "TRL's kernel is Triton: CUDA only")
-    return peer("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")  # type: ignore[no-any-return]
+    try:
+        both = peer("trl.trainer.utils", "selective_log_softmax_and_entropy")
+    except Unavailable:  # releases before it have two functions
+        logp, entropy = peer("trl.trainer.utils", "selective_log_softmax"), peer("trl.trainer.utils", "entropy_from_logits")
+        return lambda logits, target: (logp(logits, target), entropy(logits))
+    return lambda logits, target: both(logits, target)
 
 
 def liger(case: Case) -> Function:
@@ -74,7 +89,6 @@ PROVIDERS = {
     "eager": plain(eager),
     "torch.compile": compiled(eager),
     "trl": trl,
-    "trl fused": trl_fused,
     "liger (no entropy)": liger,
 }
 BENCH = Bench(

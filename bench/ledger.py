@@ -147,7 +147,9 @@ def identity(device: torch.device) -> dict[str, Any]:
 def _digest(root: Path) -> str:
     """The sources measured, commit or not: a hash of the kernels and of the benchmarks."""
     digest = hashlib.sha256()
-    for path in sorted(p for folder in ("kernels", "csrc", "bench") for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+    for path in sorted(
+        p for folder in ("kernels", "csrc", "bench") for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+    ):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -96,6 +96,7 @@ def set_up(config: Run) -> Session:
     _check(config)
     set_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else each torch.empty is written twice
     world = join()
     device, dtype = place(config.device, config.dtype)
     resumed = _resume_from(config)

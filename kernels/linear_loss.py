@@ -121,13 +121,12 @@ class _Pass:
             self.loss += call.loss(logp, entropy if call.entropy else None, rows)
             return logp, entropy
         if call.entropy:
-            value, pull = torch.func.vjp(lambda p, h: call.loss(p, h, rows), logp, entropy)
-            dlogp, dentropy = pull(torch.ones_like(value))
+            value, pull = torch.func.vjp(lambda p, h: call.loss(p, h, rows), logp, entropy)  # type: ignore[misc]
         else:
-            value, pull = torch.func.vjp(lambda p: call.loss(p, None, rows), logp)
-            (dlogp,), dentropy = pull(torch.ones_like(value)), entropy
+            value, pull = torch.func.vjp(lambda p: call.loss(p, None, rows), logp)  # type: ignore[misc]
+        dlogp, *rest = pull(torch.ones_like(value))
         self.loss += value
-        return dlogp, dentropy
+        return dlogp, rest[0] if rest else entropy
 
     def backward(self, chunk: _Chunk, dlogp: Tensor, dentropy: Tensor) -> None:
         if not self.differentiate:

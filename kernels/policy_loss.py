@@ -231,14 +231,6 @@ def _arguments(
     same_device(logp=logp, entropy=entropy, mask=mask, cu_seqlens=cu_seqlens, **given)
     _needs("kl_coef", kl_coef, kl=kl, ref_logp=ref_logp)
     _needs("entropy_coef", entropy_coef, entropy=entropy)
-    if logp.ndim == 2 and cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected None with logp (B, L), whose rows are the sequences")
-    if ratio == "sequence" and logp.ndim == 1:
-        if cu_seqlens is None:
-            raise ValueError('cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them')
-        dims("cu_seqlens", cu_seqlens, "S+1", INTS)
-    if ratio == "sequence" and logp.ndim == 2:
-        cu_seqlens = torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
     dtype = compute_dtype(logp)
 
     def flat(x: Tensor | None, differentiable: bool = False) -> Tensor:
@@ -255,11 +247,25 @@ def _arguments(
         ref_logp=flat(ref_logp),
         correction=flat(correction),
         mask=logp.new_empty(0, dtype=torch.bool) if mask is None else mask.reshape(-1),
-        cu_seqlens=logp.new_empty(0, dtype=torch.int64) if cu_seqlens is None or ratio == "token" else cu_seqlens,
+        cu_seqlens=_sequence_ends(cu_seqlens, ratio, logp),
     )
     name = name_of(row) or ""
     params = tuple(row.params[p] for p in SURROGATES[name].params) if name else ()
     return row, c, _Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef))
+
+
+def _sequence_ends(cu_seqlens: Tensor | None, ratio: str, logp: Tensor) -> Tensor:
+    """Where the ratio needs them, the ends given or those of the rows of (B, L); empty where not."""
+    if logp.ndim == 2 and cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None with logp (B, L), whose rows are the sequences")
+    if ratio == "token":
+        return logp.new_empty(0, dtype=torch.int64)
+    if logp.ndim == 2:
+        return torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
+    if cu_seqlens is None:
+        raise ValueError('cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them')
+    dims("cu_seqlens", cu_seqlens, "S+1", INTS)
+    return cu_seqlens
 
 
 def _like(name: str, x: Tensor | None, logp: Tensor, dtype: tuple[torch.dtype, ...]) -> None:

@@ -114,7 +114,7 @@ class Sampler:
         text = None
         if self.tokenizer is not None:
             ids = [drawn.tokens[i, : counts[i]].tolist() for i in range(len(counts))]
-            text = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            text = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of none it makes one empty text
         return Rollouts(
             tokens=tokens, cu_seqlens=cu, completion_mask=mask, prompt_index=prompt_index, prompt_lengths=prompt_lengths,
             logp=spread(drawn.logp, 0), behaviour_logp=spread(drawn.behaviour_logp, 0), entropy=spread(drawn.entropy, 0),

@@ -1,0 +1,87 @@
+"""attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of width E."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastrl import ops
+from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+
+CASES = cases(
+    "S L H K E",
+    tiny=(2, 6, 4, 2, 8),
+    quick=(4, 64, 4, 2, 32),
+    cpu=[(8, 256, 14, 2, 64)],
+    cuda=[(16, 1024, 32, 8, 128), (4, 4096, 14, 2, 64)],
+    slice={"S": 2, "L": 64},
+)
+
+
+def lengths(case: Case) -> tuple[int, ...]:
+    S, L = case.sizes("S L")
+    return tuple(L - i * L // (2 * S) for i in range(S))
+
+
+def data(case: Case) -> Data:
+    (H, K, E), draw, each = case.sizes("H K E"), Draw(case), lengths(case)
+    T = sum(each)
+    ends = torch.tensor((0, *each), device=draw.device).cumsum(0).to(torch.int32)
+    args = {"q": draw.normal(T, H, E), "k": draw.normal(T, K, E), "v": draw.normal(T, K, E), "cu_seqlens": ends, "lengths": each}
+    return Data(args, wrt=("q", "k", "v"), upstream=(draw.normal(T, H, E),))
+
+
+def cost(case: Case) -> Cost:
+    """Two products over the lower triangle, five more in the backward."""
+    H, K, E = case.sizes("H K E")
+    each = lengths(case)
+    passes, products = (2, 7) if case.mode == BOTH else (1, 2)
+    return Cost(passes * 2 * sum(each) * (H + K) * E * case.itemsize, products * sum(n * n for n in each) * H * E)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return ops.attention(q, k, v, cu_seqlens, max_seqlen=max(lengths))
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """SDPA, a sequence at a time."""
+    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+    done = [scaled_dot_product_attention(*(x[None] for x in part), is_causal=True, enable_gqa=True)[0] for part in parts]
+    return torch.cat(done, 1).transpose(0, 1)
+
+
+def torch_varlen(case: Case) -> Function:
+    only(case.device == "cuda", "varlen_attn is CUDA only")
+    fused = peer("torch.nn.attention.varlen", "varlen_attn")
+    takes = inspect.signature(fused).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    only("enable_gqa" in takes or case.shape["H"] == case.shape["K"], "this version of varlen_attn takes no shared heads")
+    options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)  # type: ignore[no-any-return]
+
+    return call
+
+
+def flash_attn(case: Case) -> Function:
+    fused = peer("flash_attn", "flash_attn_varlen_func")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True)  # type: ignore[no-any-return]
+
+    return call
+
+
+PROVIDERS = {
+    "fastrl": plain(ours),
+    "eager": plain(eager),
+    "torch.compile": compiled(eager),
+    "torch varlen_attn": torch_varlen,
+    "flash-attn": flash_attn,
+}
+BENCH = Bench(op="attention", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="attention")

@@ -1,0 +1,106 @@
+"""The README's table of measurements, generated: `python -m fastrl.bench.readme [results.json ...]`.
+
+CPU figures are shown as ratios only: a CPU's name says little about what else its machine was doing.  GPU figures name the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastrl.bench.common import COMPILE, EAGER
+from fastrl.bench.ledger import Results, Row
+from fastrl.bench.table import group, named, ratio
+from fastrl.errors import UserError
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RATIOS = ("vs eager", "vs torch.compile", "vs best peer")
+
+
+def newest(folder: Path) -> list[Path]:
+    """The newest results of each device in a folder; the date ends the name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        found[path.stem[: -len("-0000-00-00")]] = path
+    return list(found.values())
+
+
+def block(results: Sequence[Results]) -> str:
+    """Everything between the markers, markers included."""
+    return "\n\n".join([BEGIN, *(_section(r) for r in results), END])
+
+
+def replace_block(text: str, new: str) -> str:
+    """`text` with its block replaced.  Raises UserError when it has not exactly one."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise UserError(f"README: expected one {BEGIN} followed by one {END}")
+    before, _, rest = text.partition(BEGIN)
+    return before + new + rest.partition(END)[2]
+
+
+def _section(results: Results) -> str:
+    who, cuda = results.identity, results.identity["kind"] == "cuda"
+    commit = f"commit {(who['commit'] or 'unknown')[:10]}{' with changes' if who['dirty'] else ''}"
+    device = who["device"] if cuda else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
+    title = f"**{device}**, torch {who['packages']['torch']}, {who['date'][:10]}, {commit}. More than 1x: ours is faster."
+    head = ["op", "case", "mode", *(["ms"] if cuda else []), *RATIOS, "of measured limit", "memory vs eager"]
+    lines = [head, ["---"] * len(head)]
+    for _, members in group([r for r in results.rows if r.headline]):
+        ours = _ours(members)
+        if ours is not None and ours.best is not None:
+            lines.append(_line(results, ours, members, cuda))
+    return "\n".join([title, "", *(f"| {' | '.join(x)} |" for x in lines)])
+
+
+def _ours(rows: Sequence[Row]) -> Row | None:
+    """What runs by default."""
+    return next((r for r in rows if r.default), None) or next((r for r in rows if r.own), None)
+
+
+def _line(results: Results, ours: Row, rows: Sequence[Row], cuda: bool) -> list[str]:
+    eager = named(rows, EAGER)
+    peers = [r for r in rows if not r.own and r.provider not in (EAGER, COMPILE) and r.best is not None]
+    best = min(peers, key=lambda r: r.best or 0.0, default=None)
+    limit = results.share_of_limit(ours)
+    memory = "" if eager is None or not eager.peak_bytes or ours.peak_bytes is None else f"{ours.peak_bytes / eager.peak_bytes:.2f}x"
+    return [
+        f"`{ours.op}`",
+        f"{ours.case} {ours.dtype}",
+        ours.mode,
+        *([f"{ours.best:.3g}"] if cuda else []),
+        _times(ratio(ours, eager)),
+        _times(ratio(ours, named(rows, COMPILE))),
+        _times(ratio(ours, best)) + (f" ({best.provider})" if best else ""),
+        "" if limit is None else f"{limit:.0%}",
+        memory,
+    ]
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}x"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.readme", description="Rewrite the README's table of measurements.")
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="JSON files of fastrl bench; default: the newest of each device in bench/results"
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args(argv)
+    paths = options.results or newest(Path(__file__).parent / "results")
+    try:
+        if not paths:
+            raise UserError("bench/results holds no results yet: run fastrl bench first, or name a file")
+        text = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(replace_block(text, block([Results.load(p) for p in paths])), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

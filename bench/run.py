@@ -1,0 +1,169 @@
+"""Runs the benchmarks: `fastrl bench [op ...]`, or `python -m fastrl.bench.run`, which needs no command line package.
+
+--gpu-check is the short run of a GPU machine: every headline case, kernels that are only known to compile included, in a bounded
+time and without anything from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.bench.common import Bench, Case
+from fastrl.bench.harness import Plan, run_bench
+from fastrl.bench.ledger import LEFT_OUT, Results, Row, identity
+from fastrl.bench.table import show, text
+from fastrl.bench.timing import Effort, ceilings
+from fastrl.device import place, set_threads
+from fastrl.errors import UserError
+from fastrl.files import nearest
+
+HERE = Path(__file__).parent
+FIRST = ("token_logp", "linear_logp", "linear_loss", "linear_cross_entropy", "policy_loss")  # what matters most, should time run out
+QUICK_SECONDS, CHECK_SECONDS = 45.0, 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line of this module sets; `fastrl bench` passes an object with the first four."""
+
+    ops: tuple[str, ...] = ()
+    device: str = "auto"
+    quick: bool = False
+    output: str | None = None
+    out: str | None = None
+    gpu_check: bool = False
+    threads: int = 0
+
+
+def names() -> tuple[str, ...]:
+    """Every benchmark there is, the most important first."""
+    found = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
+    return (*(n for n in FIRST if n in found), *(n for n in found if n not in FIRST))
+
+
+def load(name: str) -> Bench:
+    """The benchmark of an op.  Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"ops: no benchmark {name!r}{nearest(name, names())}; there are: {', '.join(names())}")
+    bench = importlib.import_module(f"fastrl.bench.bench_{name}").BENCH
+    assert isinstance(bench, Bench), name
+    return bench
+
+
+def choose(bench: Bench, device: str, options: Options) -> list[Case]:
+    """The cases of a run: quick ones on CPU with --quick, the headlines of CUDA with --quick or --gpu-check, else all full ones."""
+    level = "quick" if options.quick and device == "cpu" else "full"
+    few = options.quick or options.gpu_check
+    return [c for c in bench.cases if c.device == device and c.level == level and (c.headline or not few)]
+
+
+def plan_for(device: str, options: Options, started: float) -> Plan:
+    """Effort and deadline of a run."""
+    if options.gpu_check:
+        return Plan(Effort(10, 5.0, 600.0), compiled_only=True, deadline=started + CHECK_SECONDS)
+    if options.quick:
+        return Plan(Effort(5, 2.0, 300.0), compile=False, deadline=started + QUICK_SECONDS)
+    return Plan(Effort(30, 10.0, 10_000.0) if device == "cuda" else Effort(15, 20.0, 30_000.0))
+
+
+def run(options: Options) -> Results:
+    """Measure, showing each op's rows as they come.  Raises UserError for an unknown op and for a device that is not there."""
+    started = time.monotonic()
+    device, _ = place("cuda" if options.gpu_check else options.device, "auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    set_threads(options.threads)
+    chosen = [load(name) for name in options.ops or names()]
+    settings = {"quick": options.quick, "gpu_check": options.gpu_check}
+    results = Results(identity(device), ceilings(device, options.quick), settings)
+    _announce(results)
+    plan = plan_for(device.type, options, started)
+    for i, bench in enumerate(chosen):
+        share = started + (i + 1) / len(chosen) * (plan.deadline - started)
+        rows = list(run_bench(bench, choose(bench, device.type, options), plan, share))
+        results.rows += rows
+        show(results, rows)
+        if device.type == "cuda" and not _alive(results, rows[-1:], chosen[i + 1 :]):
+            break
+    return results
+
+
+def _announce(results: Results) -> None:
+    who, limit = results.identity, results.ceilings
+    print(
+        f"{who['device']}, {who['threads']} CPU threads, torch {who['packages']['torch']}, commit {who['commit']}, sources {who['sources']}"
+    )
+    print(f"measured limits: copy {limit.copy_gb_s:,.1f} GB/s, matrix product {limit.gemm_tflop_s:,.3g} TFLOP/s ({limit.gemm})")
+    print("ms: median of a call, cold L2 on CUDA; error: against float64; *: what runs by default\n", flush=True)
+
+
+def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool:
+    """Free the op's memory; False, with a row for every op that is left, when a kernel has broken the CUDA context."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return True
+    except RuntimeError as error:
+        reason = f"the CUDA context was lost in {last[0].op if last else 'the benchmark before'}: {' '.join(str(error).split())[:200]}"
+        for bench in rest:
+            row = Row(
+                op=bench.op, case="", shape={}, dtype="", mode="", headline=False, provider="all providers", status=LEFT_OUT, reason=reason
+            )
+            results.rows.append(row)
+        print(reason, file=sys.stderr)
+        return False
+
+
+def save(results: Results, options: Options) -> Path:
+    """Write the JSON file to --output, else to --out (with the table beside it), else to bench/results of a checkout."""
+    default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
+    path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
+    results.save(path)
+    if options.out:
+        path.with_suffix(".txt").write_text(text(results, results.rows) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return path
+
+
+def main(config: Any) -> Results:
+    """`fastrl bench`: `config` holds ops, device, quick and output; the result's exit_code is 1 when one of our kernels failed."""
+    return _main(Options(ops=tuple(config.ops), device=config.device, quick=config.quick, output=config.output))
+
+
+def _main(options: Options) -> Results:
+    results = run(options)
+    save(results, options)
+    return results
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """`python -m fastrl.bench.run`; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrl.bench.run", description="Time the ops against their peers and the hardware's limit."
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(names())}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="few shapes and repetitions, no torch.compile")
+    parser.add_argument("--gpu-check", action="store_true", help=f"the headline cases on CUDA in about {CHECK_SECONDS:.0f} seconds")
+    parser.add_argument("--output", help="a .json file for the measurements")
+    parser.add_argument("--out", help="a folder for the .json file and the table")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")
+    given = vars(parser.parse_args(argv))
+    try:
+        return _main(Options(**{**given, "ops": tuple(given["ops"])})).exit_code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,44 @@
+"""Micro-batches: everything once, nothing above the budget, few of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastrl.errors import UserError
+from fastrl.pack import micro_batches, plan
+from fastrl.types import Batch
+
+
+@pytest.mark.parametrize("budget", [9, 17, 64, 10_000])
+def test_every_sequence_once_and_no_bin_above_the_budget(budget):
+    """Wrong implementations: a bin that overflows by its last sequence, one sequence left out or twice, one bin per sequence."""
+    lengths = [random.Random(budget).randint(1, 9) for _ in range(200)]
+    bins = plan(lengths, budget)
+    assert sorted(i for b in bins for i in b) == list(range(200))
+    filled = [sum(lengths[i] for i in b) for b in bins]
+    assert max(filled) <= budget
+    assert len(bins) <= -(-11 * sum(lengths) // (9 * budget)) + 1, "first-fit decreasing stays within 11/9 of the best"
+    assert bins == plan(lengths, budget) and all(b == sorted(b) for b in bins)
+
+
+def test_a_full_bin_is_full():
+    assert plan([5, 5], 10) == [[0, 1]] and plan([5, 5], 9) == [[0], [1]] and plan([], 9) == []
+
+
+def test_a_sequence_above_the_budget_is_named():
+    with pytest.raises(UserError, match="--micro-tokens: a sequence of 11 tokens does not fit into 10; raise it to at least 11"):
+        plan([3, 11], 10)
+
+
+def test_micro_batches_hold_the_batch():
+    n = torch.arange(12)
+    vectors = {name: n.float() for name in ("advantage", "old_logp", "weight")}
+    batch = Batch(tokens=n, cu_seqlens=torch.tensor([0, 5, 6, 10, 12], dtype=torch.int32), mask=n > 0, **vectors)
+    parts = list(micro_batches(batch, 6))
+    assert len(parts) == 2 and sorted(t for p in parts for t in p.tokens.tolist()) == n.tolist()
+    assert all(torch.equal(p.tokens.float(), p.weight) and p.cu_seqlens[-1] == p.tokens.numel() <= 6 for p in parts)
+    assert next(micro_batches(batch, 12)) is batch
+    assert list(micro_batches(batch.select([]), 6)) == []

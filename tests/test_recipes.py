@@ -1,0 +1,95 @@
+"""The recipes are whole, and the demonstration counts what it says it counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from support import data_file
+from transformers import AutoTokenizer
+
+from fastrl.compare import as_text, build_comparison
+from fastrl.config import Grpo, Sft
+from fastrl.evaluate import Evaluation
+from fastrl.intake import load_run_task
+from fastrl.model import Decoder
+from fastrl.options import load
+from fastrl.recipes import demo
+from fastrl.recipes import tokenizer as tokenizer_recipe
+from fastrl.stats import mean_interval
+from fastrl.tasks import Example, Score
+
+COMMANDS = {"cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "gsm8k_sft": Sft}
+
+
+def evaluation(right: list[list[bool]]) -> Evaluation:
+    """An evaluation whose prompt i has sampled answers right[i]; the greedy answer is the first of them."""
+    scored = [[("x", Score(reward=float(r), correct=r, well_formed=True)) for r in row] for row in right]
+    return Evaluation([Example(prompt=f"p{i}") for i in range(len(right))], [row[0] for row in scored], scored)
+
+
+def outcome(seed: int, start: list[list[bool]], grpo: list[list[bool]]) -> demo.Outcome:
+    arms = {demo.START: evaluation(start), demo.CONTROL: evaluation(start), demo.GRPO: evaluation(grpo)}
+    return demo.Outcome(seed, arms, dict.fromkeys(arms, 1.0))
+
+
+def test_every_recipe_is_a_configuration_of_its_command():
+    found = {p.stem for p in demo.RECIPES.glob("*.yaml")}
+    assert found == set(COMMANDS)
+    for name, command in COMMANDS.items():
+        config = load(command, demo.RECIPES / f"{name}.yaml")
+        assert isinstance(config, command) and config.model
+
+
+def test_the_three_arms_share_task_and_model():
+    """A control on another task, or a model with another vocabulary than the task's tokenizer, would compare nothing."""
+    configs = [load(COMMANDS[n], demo.RECIPES / f"{n}.yaml") for n in ("cards_sft", "cards_sft_continued", "cards_grpo")]
+    assert len({(c.task, c.task_options) for c in configs}) == 1
+    task = load_run_task(configs[0].task, configs[0].task_options)
+    assert task is not None
+    model = Decoder.from_config(json.loads((demo.RECIPES / "cards.config.json").read_text()))
+    assert model.config.vocab_size == len(task.tokenizer())
+    problems = {(tuple(sorted(e.fields["numbers"])), e.fields["target"]) for e in (task.example("test", i) for i in range(demo.PROMPTS))}
+    assert len(problems) == demo.PROMPTS >= 500, "each test prompt must be another problem, or the intervals are too narrow"
+
+
+def test_gains_are_paired_by_prompt_and_averaged_over_seeds_first():
+    """Taking the seeds' prompts for independent ones would make the interval of identical seeds sqrt(2) too narrow."""
+    start = [[False, False], [True, False], [False, False], [True, True]]
+    grpo = [[True, False], [True, True], [False, False], [True, True]]
+    one, two = outcome(0, start, grpo), outcome(1, start, grpo)
+    assert one.gain(demo.GRPO) == [0.5, 0.5, 0.0, 0.0]
+    assert demo.pooled([one.gain(demo.GRPO), two.gain(demo.GRPO)]) == mean_interval([0.5, 0.5, 0.0, 0.0])
+
+
+def test_the_comparison_names_every_arm_and_seed(tmp_path):
+    outcomes = [outcome(s, [[False, True]] * 4, [[True, True]] * 4) for s in (0, 1)]
+    it = demo.compare(outcomes, tmp_path)
+    text = as_text(it)
+    for arm in (demo.START, demo.CONTROL, demo.GRPO):
+        assert arm in text
+    assert it.pooled()[demo.GRPO].mean == pytest.approx(0.5) and it.pooled()[demo.CONTROL].mean == 0
+    assert it.answers[0].prompt == "p0" and it.answers[0].after_correct
+    page = build_comparison(replace(it, runs={}), tmp_path)
+    assert page.read_text().count("GRPO") > 1
+
+
+def test_an_earlier_demonstration_is_moved_aside(tmp_path):
+    folder = tmp_path / "demo"
+    (folder / "seed0" / "sft" / "checkpoints" / "step_1").mkdir(parents=True)
+    assert demo.fresh(folder) == folder and not folder.exists()
+    assert (tmp_path / "demo-1" / "seed0").exists()
+
+
+def test_the_tokenizer_recipe_makes_a_hugging_face_tokenizer(tmp_path, capsys):
+    file = data_file("gsm8k", "train.jsonl")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(file.read_text().splitlines(keepends=True)[:50]))
+    out = tmp_path / "tokenizer"
+    assert tokenizer_recipe.main([str(few), "--columns", "question", "answer", "--vocab-size", "300", "--output", str(out)]) == 0
+    text = "48/2 = <<48/2=24>>24 clips"
+    made = AutoTokenizer.from_pretrained(out)
+    assert made.decode(made.encode(text)) == text and len(made) == 300
+    assert tokenizer_recipe.main([str(few), "--columns", "prompt", "--output", str(out)]) == 1
+    assert "few.jsonl:1: expected text in column 'prompt', got NoneType" in capsys.readouterr().err
