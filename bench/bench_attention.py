@@ -49,8 +49,8 @@ def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int
 
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """SDPA, a sequence at a time."""
-    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
-    done = [scaled_dot_product_attention(*(x[None] for x in part), is_causal=True, enable_gqa=True)[0] for part in parts]
+    heads_first = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))
+    done = [scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0] for a, b, c in zip(*heads_first, strict=True)]
     return torch.cat(done, 1).transpose(0, 1)
 
 
@@ -63,7 +63,7 @@ def torch_varlen(case: Case) -> Function:
     options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)  # type: ignore[no-any-return]
+        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)
 
     return call
 
@@ -72,7 +72,7 @@ def flash_attn(case: Case) -> Function:
     fused = peer("flash_attn", "flash_attn_varlen_func")
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True)  # type: ignore[no-any-return]
+        return fused(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True)
 
     return call
 

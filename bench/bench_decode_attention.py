@@ -46,7 +46,7 @@ def flash_attn(case: Case) -> Function:
     fused = peer("flash_attn", "flash_attn_with_kvcache")
 
     def call(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-        return fused(q[:, None], k_cache, v_cache, cache_seqlens=lengths, block_table=block_table)[:, 0]  # type: ignore[no-any-return]
+        return fused(q[:, None], k_cache, v_cache, cache_seqlens=lengths, block_table=block_table)[:, 0]
 
     return call
 

@@ -64,7 +64,7 @@ def liger(case: Case) -> Function:
         shape = (advantage.shape[0], -1)
         mask = torch.zeros_like(old_logp).index_fill_(0, rows, 1.0)
         padded = (hidden.view(*shape, hidden.shape[1]), weight, target.view(shape), mask.view(shape), advantage)
-        return fused(*padded, old_per_token_logps=old_logp.view(shape))[0]  # type: ignore[no-any-return]
+        return fused(*padded, old_per_token_logps=old_logp.view(shape))[0]
 
     return call
 

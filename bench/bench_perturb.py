@@ -52,5 +52,5 @@ BENCH = Bench(
     providers=PROVIDERS,
     truth=plain(eager),
     registry="perturb_step",
-    mutates=("delta",),
+    mutates={"fastrl": ("delta",)},
 )

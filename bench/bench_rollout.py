@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.bench import decoders
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, Function, cases
+from fastrl.bench.common import Bench, Case, Cost, Data, Draw, Function, cases
 from fastrl.sampler import Sampler, SamplingParams
 
 CASES = cases(
@@ -16,7 +16,7 @@ CASES = cases(
     cpu=[(8, 8, 64, 64, 4, 256, 512, 8, 4, 8192)],
     cuda=[(32, 8, 256, 128, 24, 896, 4864, 14, 2, 151936)],
     slice={},
-    modes=(FORWARD,),
+    modes=("generate",),
 )
 
 
@@ -46,7 +46,7 @@ def transformers(case: Case) -> Function:
 
     def generate(prompts: Tensor) -> Tensor:
         options = {"max_new_tokens": M, "min_new_tokens": M, "num_return_sequences": G, "do_sample": True, "top_k": 0, "pad_token_id": 0}
-        return model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)  # type: ignore[no-any-return]
+        return model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
     return generate
 

@@ -51,4 +51,13 @@ def liger(case: Case) -> Function:
 
 
 PROVIDERS = {"fastrl": plain(ops.rope), "eager": plain(eager), "torch.compile": compiled(eager), "liger": liger}
-BENCH = Bench(op="rope", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="rope", mutates=("q", "k"))
+BENCH = Bench(
+    op="rope",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="rope",
+    mutates={"liger": ("q", "k")},
+)

@@ -99,5 +99,5 @@ BENCH = Bench(
     providers=PROVIDERS,
     truth=plain(eager),
     registry="token_logp",
-    mutates=("logits",),
+    mutates={"fastrl in place": ("logits",)},
 )

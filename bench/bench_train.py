@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.algorithms import ALGORITHMS
 from fastrl.bench import decoders
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, Function, cases
+from fastrl.bench.common import Bench, Case, Cost, Data, Draw, Function, cases
 from fastrl.config import Optim
 from fastrl.learner import Learner
 from fastrl.types import Batch
@@ -23,7 +23,7 @@ CASES = cases(
     cpu=[(8, 256, 4, 256, 512, 8, 4, 32000)],
     cuda=[(16, 512, 24, 896, 4864, 14, 2, 151936)],
     slice={},
-    modes=(FORWARD,),
+    modes=("update",),
 )
 OPTIM = Optim(lr=1e-5)
 
@@ -68,7 +68,7 @@ def transformers(case: Case) -> Function:
         nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach().cpu()  # type: ignore[no-any-return]
+        return loss.detach().cpu()
 
     return step
 

@@ -34,6 +34,7 @@ class Unavailable(Exception):
 class Case:
     """One row of sizes.
 
+    mode      FORWARD runs under no_grad, BOTH differentiates too; another name is what a whole step does, under no_grad
     level     "tiny" (tests), "quick" (--quick on CPU) or "full"
     headline  the first full case of its device: all that --gpu-check runs, and what the README shows
     shape     letter -> size
@@ -133,7 +134,7 @@ class Bench:
 
     truth     builder of the definition, which is run in float64 on a slice; errors are measured against it
     registry  the op whose implementations the fastrl rows run through; empty: one row, whatever is chosen automatically
-    mutates   arguments that some provider writes to: every provider gets its own copy
+    mutates   provider -> arguments it writes to, of which it gets its own copies
     wall      timed by the clock on the wall, not by device events: it waits for the device itself
     """
 
@@ -144,7 +145,7 @@ class Bench:
     providers: Mapping[str, Builder]
     truth: Builder | None = None
     registry: str = ""
-    mutates: tuple[str, ...] = ()
+    mutates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     wall: bool = False
 
 

@@ -26,6 +26,7 @@ def ours(case: Case, dtype: torch.dtype | None = None) -> Decoder:
 def theirs(case: Case) -> Any:
     """The same weights as a transformers model.  Raises Unavailable without transformers."""
     auto = peer("transformers", "AutoModelForCausalLM")
+    peer("transformers.utils.logging", "disable_progress_bar")()
     with tempfile.TemporaryDirectory() as folder:
         ours(case).save_pretrained(folder)
         model = auto.from_pretrained(folder, dtype=getattr(torch, case.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.bench.common import BOTH, COMPILE, OURS, Bench, Case, Data, Function, Unavailable
-from fastrl.bench.ledger import FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
+from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
 from fastrl.kernels._backend import COMPILED_ONLY, DEVICES
 
@@ -39,6 +39,7 @@ class Runner:
     """A provider on its way through a case."""
 
     provider: str
+    name: str  # under which the benchmark knows it
     function: Function | None = None
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     default: bool = False
@@ -66,7 +67,8 @@ def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) 
         for runner in _live(runners):
             attempt(runner, lambda r: _prepare(r, bench, case, data))
         _measure(_live(runners), timer_for(torch.device(case.device), bench.wall), plan.effort)
-    torch._dynamo.reset()  # graphs of this case's shapes are of no use to the next
+    if plan.compile:
+        torch._dynamo.reset()  # graphs of this case's shapes are of no use to the next
     return [_row(bench, case, r) for r in runners]
 
 
@@ -79,7 +81,7 @@ def _measure(runners: list[Runner], timer: Timer, effort: Effort) -> None:
 
 def left_out(bench: Bench, case: Case, reason: str) -> Row:
     """The row of a case that was not started."""
-    return _row(bench, case, Runner("all providers", status=LEFT_OUT, reason=reason))
+    return _row(bench, case, Runner(ALL, "", status=LEFT_OUT, reason=reason))
 
 
 def attempt(runner: Runner, work: Callable[[Runner], Any]) -> None:
@@ -97,19 +99,19 @@ def _runners(bench: Bench, case: Case, plan: Plan, share_over: bool) -> Iterator
     for name in sorted(bench.providers, key=lambda n: n.startswith(COMPILE)):
         if name.startswith(COMPILE) and (share_over or not plan.compile):
             reason = "this op's share of the time is over" if share_over else "compilation takes longer than a quick run"
-            yield Runner(name, status=LEFT_OUT, reason=reason)
+            yield Runner(name, name, status=LEFT_OUT, reason=reason)
             continue
-        variants = _implementations(name, bench, case, plan) if name.startswith(OURS) and bench.registry else [Runner(name)]
+        variants = _implementations(name, bench, case, plan) if name.startswith(OURS) and bench.registry else [Runner(name, name)]
         for runner in variants:
             if runner.status == OK:
-                _build(runner, bench, case, name)
+                _build(runner, bench, case)
             if runner.status != OK or runner.function is not None:
                 yield runner
 
 
-def _build(runner: Runner, bench: Bench, case: Case, name: str) -> None:
+def _build(runner: Runner, bench: Bench, case: Case) -> None:
     try:
-        runner.function = bench.providers[name](case)
+        runner.function = bench.providers[runner.name](case)
     except Unavailable as error:
         runner.status, runner.reason = UNAVAILABLE, str(error)
     except Exception as error:  # the boundary to other people's code, which may raise anything
@@ -123,7 +125,7 @@ def _implementations(name: str, bench: Bench, case: Case, plan: Plan) -> Iterato
     for backend, state in ops.implementations()[op].items():
         if case.device not in DEVICES[backend]:
             continue
-        runner = Runner(f"{OURS}/{backend}{variant}", default=backend == chosen and not variant)
+        runner = Runner(f"{OURS}/{backend}{variant}", name, default=backend == chosen and not variant)
         runner.context = lambda backend=backend: ops.use_backend(backend, op)  # type: ignore[misc]
         if state == COMPILED_ONLY and not plan.compiled_only:
             runner.status, runner.reason = UNAVAILABLE, f"{COMPILED_ONLY}: --gpu-check runs it"
@@ -154,9 +156,9 @@ def _tuple(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _own(data: Data, bench: Bench, case: Case) -> Data:
-    """A provider's own view of the data: copies of what somebody writes to, fresh leaves of what is differentiated."""
-    mine = data.map(torch.clone, bench.mutates) if bench.mutates else data
+def _own(data: Data, bench: Bench, case: Case, name: str = "") -> Data:
+    """A provider's own view of the data: copies of what it writes to, fresh leaves of what is differentiated."""
+    mine = data.map(torch.clone, bench.mutates[name]) if name in bench.mutates else data
     if case.mode != BOTH:
         return mine
     return mine.map(lambda x: x.detach().requires_grad_(), mine.wrt)
@@ -164,7 +166,7 @@ def _own(data: Data, bench: Bench, case: Case) -> Data:
 
 def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
     """Make the call that is timed, run it once (which compiles what is to be compiled), and take its memory."""
-    mine, function = _own(data, bench, case), runner.function
+    mine, function = _own(data, bench, case, runner.name), runner.function
     assert function is not None, runner.provider
 
     def call() -> Any:
@@ -188,7 +190,7 @@ def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
 
     def compare(runner: Runner) -> None:
         assert runner.function is not None, runner.provider
-        found = evaluate(runner.function, _own(data, bench, small), small.mode)
+        found = evaluate(runner.function, _own(data, bench, small, runner.name), small.mode)
         runner.error, runner.relative = errors(found, truth)
 
     for runner in _live(runners):
@@ -199,7 +201,7 @@ def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
 def errors(found: tuple[list[Tensor], list[Tensor]], truth: tuple[list[Tensor], list[Tensor]]) -> tuple[float, float]:
     """Absolute error of the first output; the worst error of any output or gradient over that tensor's largest true value.
 
-    Outputs that the truth does not have, and rows that the provider does not compute, are not compared; a NaN anywhere is an infinite error.
+    Outputs that the truth does not have, and rows that the provider does not compute, are not compared.  A NaN is an infinite error.
     """
     absolute, relative = [], []
     for ours, exact in (pair for o, e in zip(found, truth, strict=True) for pair in zip(o, e, strict=False)):
@@ -238,4 +240,9 @@ def run_bench(bench: Bench, chosen: list[Case], plan: Plan, share: float) -> Ite
         if time.monotonic() > plan.deadline:
             yield left_out(bench, case, "the run's time is over")
             continue
-        yield from run_case(bench, case, plan, share_over=time.monotonic() > share)
+        try:
+            yield from run_case(bench, case, plan, share_over=time.monotonic() > share)
+        except RuntimeError as error:  # no memory for the inputs, or a device that an earlier kernel has broken
+            whole = Runner(ALL, "")
+            whole.fail(error)
+            yield _row(bench, case, whole)

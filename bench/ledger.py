@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from fastrl.environment import _processor as processor
 from fastrl.errors import UserError
 
 SCHEMA = 1
+QUICK = "-quick-"  # in the name of a file whose sizes are not the ones to publish
+MEASURED, SUFFIXES = ("kernels", "csrc", "bench"), (".py", ".h", ".cpp", ".cu", ".cuh")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
+ALL = "all providers"  # the provider of a row that speaks for a whole case
 OK, UNAVAILABLE, FAILED, LEFT_OUT = "ok", "unavailable", "failed", "left out"
-STATUSES = (OK, UNAVAILABLE, FAILED, LEFT_OUT)
 Percentiles = tuple[float, float, float]  # 20, 50, 80
 
 
@@ -86,8 +88,8 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """1 when one of our own implementations failed; a peer's failure is only a row."""
-        return int(any(r.own and r.status == FAILED for r in self.rows))
+        """1 when one of our own implementations failed, or a whole case; a peer's failure is only a row."""
+        return int(any((r.own or r.provider == ALL) and r.status == FAILED for r in self.rows))
 
     def share_of_limit(self, row: Row) -> float | None:
         """The least time the measured limits allow over the time taken."""
@@ -114,12 +116,10 @@ class Results:
             raise UserError(f"{path}: not the results of a benchmark run ({type(error).__name__}: {error})") from None
 
     def file_name(self) -> str:
-        """<device>-<date>.json."""
+        """<device>-<date>.json, or <device>-quick-<date>.json."""
         device = "".join(c if c.isalnum() else "-" for c in self.identity["device"].lower())
-        return f"{'-'.join(filter(None, device.split('-')))}-{self.identity['date'][:10]}.json"
-
-
-ROW_FIELDS = tuple(f.name for f in fields(Row))
+        quick = QUICK if self.settings["quick"] else "-"
+        return f"{'-'.join(filter(None, device.split('-')))}{quick}{self.identity['date'][:10]}.json"
 
 
 # --- identity ---------------------------------------------------------------------------------------
@@ -147,9 +147,8 @@ def identity(device: torch.device) -> dict[str, Any]:
 def _digest(root: Path) -> str:
     """The sources measured, commit or not: a hash of the kernels and of the benchmarks."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for folder in ("kernels", "csrc", "bench") for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
-    ):
+    found = (p for folder in MEASURED for p in (root / folder).rglob("*") if p.suffix in SUFFIXES)
+    for path in sorted(found):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastrl.bench.common import COMPILE, EAGER
-from fastrl.bench.ledger import Results, Row
+from fastrl.bench.ledger import QUICK, Results, Row
 from fastrl.bench.table import group, named, ratio
 from fastrl.errors import UserError
 
@@ -20,16 +20,16 @@ RATIOS = ("vs eager", "vs torch.compile", "vs best peer")
 
 
 def newest(folder: Path) -> list[Path]:
-    """The newest results of each device in a folder; the date ends the name."""
+    """The newest results of each device in a folder, quick ones aside; the date ends the name."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(p for p in folder.glob("*.json") if QUICK not in p.stem):
         found[path.stem[: -len("-0000-00-00")]] = path
     return list(found.values())
 
 
 def block(results: Sequence[Results]) -> str:
     """Everything between the markers, markers included."""
-    return "\n\n".join([BEGIN, *(_section(r) for r in results), END])
+    return "\n\n".join([BEGIN, *(section(r) for r in results), END])
 
 
 def replace_block(text: str, new: str) -> str:
@@ -40,7 +40,8 @@ def replace_block(text: str, new: str) -> str:
     return before + new + rest.partition(END)[2]
 
 
-def _section(results: Results) -> str:
+def section(results: Results) -> str:
+    """One run as a Markdown table, a line per headline case."""
     who, cuda = results.identity, results.identity["kind"] == "cuda"
     commit = f"commit {(who['commit'] or 'unknown')[:10]}{' with changes' if who['dirty'] else ''}"
     device = who["device"] if cuda else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
@@ -85,9 +86,7 @@ def _times(x: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m fastrl.bench.readme", description="Rewrite the README's table of measurements.")
-    parser.add_argument(
-        "results", nargs="*", type=Path, help="JSON files of fastrl bench; default: the newest of each device in bench/results"
-    )
+    parser.add_argument("results", nargs="*", type=Path, help="default: the newest of each device in bench/results")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(argv)
     paths = options.results or newest(Path(__file__).parent / "results")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from fastrl.bench.common import Bench, Case
-from fastrl.bench.harness import Plan, run_bench
-from fastrl.bench.ledger import LEFT_OUT, Results, Row, identity
+from fastrl.bench.harness import Plan, left_out, run_bench
+from fastrl.bench.ledger import Results, Row, identity
+from fastrl.bench.readme import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
 from fastrl.device import place, set_threads
@@ -115,10 +116,7 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
     except RuntimeError as error:
         reason = f"the CUDA context was lost in {last[0].op if last else 'the benchmark before'}: {' '.join(str(error).split())[:200]}"
         for bench in rest:
-            row = Row(
-                op=bench.op, case="", shape={}, dtype="", mode="", headline=False, provider="all providers", status=LEFT_OUT, reason=reason
-            )
-            results.rows.append(row)
+            results.rows.append(left_out(bench, bench.cases[-1], reason))
         print(reason, file=sys.stderr)
         return False
 
@@ -128,9 +126,10 @@ def save(results: Results, options: Options) -> Path:
     default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
     path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
     results.save(path)
+    short = section(results)
     if options.out:
-        path.with_suffix(".txt").write_text(text(results, results.rows) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+        path.with_suffix(".txt").write_text(f"{short}\n\n{text(results, results.rows)}\n", encoding="utf-8")
+    print(f"{short}\n\nwrote {path}")
     return path
 
 

@@ -68,12 +68,16 @@ def text(results: Results, rows: Sequence[Row]) -> str:
         full = [x for x in lines if len(x) == len(COLUMNS)]
         widths = [max(len(x[i]) for x in full) for i in range(len(COLUMNS))]
         widths[0] = max(len(x[0]) for x in lines)
-        body = [
-            "  ".join(c.ljust(w) if i == 0 or len(x) == 2 else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=False)))
-            for x in lines
-        ]
-        blocks.append("\n".join([title, *(f"  {line.rstrip()}" for line in body)]))
+        blocks.append("\n".join([title, *(f"  {_aligned(x, widths)}" for x in lines)]))
     return "\n\n".join(blocks)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    """The provider left, its numbers right; a line without numbers is as long as its reason."""
+    first, *rest = line
+    if len(rest) == 1:
+        return f"{first.ljust(widths[0])}  {rest[0]}"
+    return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]).rstrip()
 
 
 def show(results: Results, rows: Sequence[Row]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -94,13 +95,18 @@ class EventTimer:
         torch.cuda._sleep(cycles)
         (took,) = self._timed([lambda: torch.cuda._sleep(cycles)])
         self.cycles_per_ms = cycles / took
+        self.host_ms: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
     def sample(self, call: Call, repeats: int, cache: str) -> list[float]:
-        began = time.perf_counter()
-        call()
-        host_ms = (time.perf_counter() - began) * 1e3
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(min(1.5 * host_ms * repeats + 0.2, HOLD_MS) * self.cycles_per_ms))
+        if call not in self.host_ms:  # how long Python takes to queue it, once warm
+            call()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            self.host_ms[call] = (time.perf_counter() - began) * 1e3
+            torch.cuda.synchronize()
+        torch.cuda._sleep(int(min(1.5 * self.host_ms[call] * repeats + 0.2, HOLD_MS) * self.cycles_per_ms))
         if cache == "cold":
             return self._timed([call] * repeats, self.flush.zero_)
 

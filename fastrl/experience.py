@@ -158,13 +158,13 @@ class OnPolicy:
         total = dict(zip(sums, self.world.sum(*sums.values()), strict=True))
         ends = (float(length.max()), -float(length.min())) if len(rollouts) else (-math.inf, -math.inf)
         longest, shortest = self.world.max(*ends)
-        n, known_n = max(total["samples"], 1), max(total["known"], 1)
+        n = max(total["samples"], 1)
         return {
-            "reward": total["reward"] / known_n, "reward_std": total["reward_std"] / max(total["groups"], 1),
+            "reward": _mean(total["reward"], total["known"]), "reward_std": total["reward_std"] / max(total["groups"], 1),
             "frac_reward_zero_std": total["flat"] / max(total["groups"], 1), "entropy": total["entropy"] / max(total["tokens"], 1),
             "completions/mean_length": total["tokens"] / n, "completions/max_length": longest, "completions/min_length": -shortest,
             "completions/clipped_ratio": total["cut"] / n, "rollout/tokens": total["tokens"],
-        } | {k: total[f"sum/{k}"] / max(total[f"count/{k}"], 1) for k in parts}  # fmt: skip
+        } | {k: _mean(total[f"sum/{k}"], total[f"count/{k}"]) for k in parts}  # fmt: skip
 
     def _samples(self, items: Sequence[tuple[Any, Mapping[str, Any]]], rollouts: Rollouts, scored: Scored) -> list[dict[str, Any]]:
         """The first group's completions, at most four."""
@@ -194,6 +194,11 @@ def check_rollouts(config: Grpo) -> None:
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
+
+
+def _mean(total: float, count: float) -> float:
+    """NaN, which the log writes as null, where there is nothing to average: 0 would look like a result."""
+    return total / count if count else math.nan
 
 
 def _std(groups: Tensor) -> Tensor:

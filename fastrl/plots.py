@@ -83,6 +83,8 @@ def lines(series: Sequence[Series], *, title: str, unit: str, path: Path, percen
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.margins(x=0.02, y=0.08)
+        if all(v >= 0 for s in series for v in s.y) and axes.get_ylim()[0] < 0:  # room below zero for what cannot be below it
+            axes.set_ylim(bottom=0)
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         elif max(abs(v) for s in series for v in s.y) >= 10_000:
@@ -110,6 +112,7 @@ def intervals(rows: Sequence[Row], *, title: str, unit: str, path: Path) -> Pict
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         axes.margins(x=0.12)
         if len(kinds) > 1:

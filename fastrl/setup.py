@@ -81,7 +81,8 @@ class Session:
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
-        values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)]}
+        silent = set() if self.learner.algorithm.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
+        values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)] if key not in silent}
         return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
 
     def how_to_resume(self, saved: Path | None) -> str:

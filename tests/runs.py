@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,18 @@ from support import tiny_config
 from torch import Tensor
 
 import fastrl.trainer
-from fastrl.config import Eval, Grpo, Optim, Run, Save, Sft
+from fastrl.algorithms import ALGORITHMS, Algorithm
+from fastrl.config import Eval, Grpo, Optim, Run, Sft
+from fastrl.data import Sample
+from fastrl.dist import World
+from fastrl.experience import Demonstrations, OnPolicy
 from fastrl.interrupt import Interrupt
+from fastrl.learner import Learner
 from fastrl.model import Decoder
+from fastrl.rewards import Scored
+from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
+from fastrl.types import Batch
 
 CLOCK = ("time", "time/", "eval/time", "perf/")  # what fastrl.log says may differ between two runs of one configuration
 REWARDS = '''
@@ -40,15 +48,15 @@ def write_model(folder: Path, **changes: Any) -> str:
     """The config.json of a decoder even smaller, for runs from random weights."""
     small = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}
     path = folder / "tiny.json"
-    path.write_text(json.dumps(tiny_config("qwen3", **small, **{"max_position_embeddings": 48} | changes)))
+    path.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
     return str(path)
 
 
 def sft(folder: Path, name: str = "run", **changes: Any) -> Sft:
     """A run of 20 steps on the card game's demonstrations."""
     options = {
-        "model": write_model(folder), "task": "cards", "task_options": ("k=2",), "output_dir": str(folder / name), "steps": 20,
-        "prompts": 6, "micro_tokens": 64, "optim": Optim(lr=1e-2, schedule="cosine", warmup=3, weight_decay=0.1),
+        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
+        "output_dir": str(folder / name), "steps": 20, "prompts": 6, "micro_tokens": 64, "optim": Optim(lr=1e-2, schedule="cosine", warmup=3, weight_decay=0.1),
         "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Sft(**options | changes)
@@ -58,8 +66,8 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
     """A run of 20 steps on a reward that random weights can climb."""
     (folder / "rewards.py").write_text(REWARDS)
     options = {
-        "model": write_model(folder), "task": "cards", "task_options": ("k=2",), "output_dir": str(folder / name), "steps": 20,
-        "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, "reward": (f"{folder}/rewards.py:digits",),
+        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
+        "output_dir": str(folder / name), "steps": 20, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, "reward": (f"{folder}/rewards.py:digits",),
         "optim": Optim(lr=1e-2, warmup=2), "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Grpo(**options | changes)
@@ -109,5 +117,79 @@ def straight_and_resumed(monkeypatch: Any, make: Callable[..., Run], folder: Pat
     return straight, stopped
 
 
-def save_every(n: int, keep: int = 2) -> Save:
-    return Save(every=n, keep=keep)
+# --- batches ----------------------------------------------------------------------------------------
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10]]
+GROUP, BUDGET, TEMPERATURE, SEED = 4, 9, 0.8, 2
+SCORES = [1.0, 0.0, 0.5, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 1.0, 0.25]  # the second group is all equal
+DEMONSTRATIONS = [
+    Sample([3, 4, 5, 6], [False, False, True, True]),
+    Sample([7, 8], [False, True]),
+    Sample([9, 10, 11, 12, 13, 14], [False, True, True, True, False, True]),
+]
+EXTRA = {  # rows with every term of the loss
+    "grpo+kl+entropy": replace(ALGORITHMS["grpo"], kl="k3", kl_coef=0.1, entropy_coef=0.01),
+    "gspo+kl": replace(ALGORITHMS["gspo"], kl="k2", kl_coef=0.2),
+}
+METHODS = {**ALGORITHMS, **EXTRA}
+
+
+def reference(batch: Batch) -> Tensor:
+    """Some log-probs of a reference model."""
+    return batch.old_logp * 0.9 - 0.1
+
+
+def on_policy(model: Decoder, algorithm: Algorithm, scores: Sequence[float] = SCORES, world: World | None = None, **changes: Any) -> OnPolicy:
+    """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
+    config = Grpo(**{"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED} | changes)
+    config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
+
+    def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
+        return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
+
+    kl = reference if algorithm.kl_coef else None
+    return OnPolicy(
+        config, Sampler(model), algorithm, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score, reference=kl,
+        stop=(), world=world or World(),
+    )  # fmt: skip
+
+
+def make_batch(name: str, model: Decoder, **changes: Any) -> Batch:
+    """One optimizer step's batch for a row of METHODS."""
+    if name != "sft":
+        return on_policy(model, METHODS[name], **changes).collect(0, 0).batches[0]
+    return demonstrations().collect(0, 0).batches[0]
+
+
+def demonstrations(world: World | None = None) -> Demonstrations:
+    """A source of DEMONSTRATIONS, all of them at every step."""
+    return Demonstrations(
+        lambda some: [DEMONSTRATIONS[i] for i in some], 3, count=3, algorithm=ALGORITHMS["sft"], seed=0, device=torch.device("cpu"),
+        world=world or World(),
+    )  # fmt: skip
+
+
+def learner(model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None) -> Learner:
+    temperature = 1.0 if algorithm.advantage is None else TEMPERATURE
+    return Learner(model, algorithm, optim or Optim(), steps=10, micro_tokens=micro_tokens, temperature=temperature, world=world)
+
+
+def gradient(trained: Learner, batch: Batch) -> tuple[dict[str, float], Tensor]:
+    """The step's metrics, and its whole gradient as one vector."""
+    metrics = trained._gradients(batch)
+    grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained.masters])
+    for p in trained.masters:
+        p.grad = None
+    return metrics, grads
+
+
+def drift(model: Decoder, size: float) -> None:
+    """Move the weights, as optimizer steps since the sampling would."""
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += size * torch.randn(p.shape, generator=noise, dtype=torch.float64).to(p.dtype)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Distance of two vectors by the second's length."""
+    return float((a.double() - b.double()).norm() / b.double().norm())

@@ -1,20 +1,24 @@
-"""The table of methods: its rows hold the published constants, its parts the published formulas.
-
-That a row's loss and gradient are those of its paper, through model, packing and denominators, is tests/test_learner.py.
-"""
+"""The table of methods: its rows hold the published constants, and the loss and gradient that come out, through model, packing and
+denominators, are those of the published equations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from runs import BUDGET, EXTRA, GROUP, METHODS, SCORES, SEED, TEMPERATURE, decoder, drift, gradient, learner, make_batch, reference, relative
+from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS, Totals
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.aggregate import fixed_length, sequence_mean, sequence_sum, token_mean
 from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
+from fastrl.experience import order
+from fastrl.model import Decoder
 from fastrl.setup import choose_algorithm
-from fastrl.types import Tokens
+from fastrl.types import Batch, Tokens
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 3.0], dtype=torch.float64)  # mean 1, unbiased variance 2
 
@@ -91,3 +95,76 @@ def test_options_change_a_row():
 def test_an_unknown_row_is_an_error(name):
     with pytest.raises(UserError, match=f"--algorithm: expected one of grpo, dr_grpo, dapo, gspo, cispo, rloo; got '{name}'"):
         choose_algorithm(Grpo(model="m", algorithm=name))
+
+
+# --- the equations, padded and in float64 -----------------------------------------------------------
+class Padded:
+    """A batch as (S, L) matrices: every sequence forwarded alone, log-probs and entropies from a full softmax."""
+
+    def __init__(self, model: Decoder, batch: Batch, temperature: float) -> None:
+        ends = batch.cu_seqlens.tolist()
+        spans = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        rows = [(model(batch.tokens[s]) @ model.head_weight.T / temperature).log_softmax(-1)[:-1] for s in spans]
+        self.logp = _pad([r.gather(1, batch.tokens[s][1:, None]).squeeze(1) for r, s in zip(rows, spans, strict=True)])
+        self.entropy = _pad([-(r.exp() * r).sum(-1) for r in rows])
+        self.mask, self.old, self.ref = (_pad([x[s][1:].double() for s in spans]) for x in (batch.mask, batch.old_logp, reference(batch)))
+        self.length, self.d = self.mask.sum(1), self.logp - self.old
+        self.r = self.d.exp()
+        reward = torch.tensor(SCORES, dtype=torch.float64).view(-1, GROUP)[order(3, SEED, 0, 3)]
+        centred = reward - reward.mean(1, keepdim=True)
+        self.centred, self.others = centred.view(-1, 1), centred.view(-1, 1) * GROUP / (GROUP - 1)
+        self.zscore = (centred / (reward.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        return ((x * self.mask).sum(1) / self.length).mean()
+
+    def by_token(self, x: Tensor) -> Tensor:
+        return (x * self.mask).sum() / self.mask.sum()
+
+    def gspo(self) -> Tensor:
+        ratio = ((self.d * self.mask).sum(1, keepdim=True) / self.length[:, None]).exp()
+        return -_clipped(ratio, self.zscore, 3e-4, 4e-4).mean()
+
+    def k3(self) -> Tensor:
+        return (self.ref - self.logp).exp() - (self.ref - self.logp) - 1
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {
+    "sft": lambda b: -b.by_token(b.logp),
+    "grpo": lambda b: -b.by_sequence(_clipped(b.r, b.zscore, 0.2, 0.2)),
+    "dr_grpo": lambda b: -(_clipped(b.r, b.centred, 0.2, 0.2) * b.mask).sum() / (len(SCORES) * BUDGET),
+    "dapo": lambda b: -b.by_token(_clipped(b.r, b.zscore, 0.2, 0.28)),
+    "gspo": lambda b: b.gspo(),
+    "cispo": lambda b: -b.by_token(b.r.clamp(0, 5).detach() * b.zscore * b.logp),
+    "rloo": lambda b: -(b.others * b.logp * b.mask).sum() / len(SCORES),
+    "grpo+kl+entropy": lambda b: -b.by_sequence(_clipped(b.r, b.zscore, 0.2, 0.2) - 0.1 * b.k3() + 0.01 * b.entropy),
+    "gspo+kl": lambda b: b.gspo() + b.by_sequence(0.1 * (b.logp - b.ref).square()),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_are_those_of_the_equations(name, monkeypatch):
+    """Wrong implementations: token means for sequence means, denominators of a micro-batch, a shift by one token, the biased
+    deviation, a gradient through CISPO's weight, groups of equal rewards left out of the denominators."""
+    model = decoder(dtype=torch.float64)
+    batch = make_batch(name, model)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastrl.experience.OnPolicy._live", lambda self, batch: batch)
+        whole = make_batch(name, model)
+    assert len(whole) == len(batch) if name in ("sft", *EXTRA) else len(whole) > len(batch)
+    drift(model, 1e-3 if "gspo" in name else 0.03)
+    loss = EQUATIONS[name](Padded(model, whole, 1.0 if name == "sft" else TEMPERATURE))
+    want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    metrics, got = gradient(learner(model, METHODS[name], 20), batch)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8)
+    assert relative(got, want) < 1e-6
+    if METHODS[name].surrogate.params.get("high", 5) < 1:
+        assert 0.1 < metrics["clip_region"] < 0.9, "both branches of the clip are seen"

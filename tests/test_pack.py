@@ -15,7 +15,8 @@ from fastrl.types import Batch
 @pytest.mark.parametrize("budget", [9, 17, 64, 10_000])
 def test_every_sequence_once_and_no_bin_above_the_budget(budget):
     """Wrong implementations: a bin that overflows by its last sequence, one sequence left out or twice, one bin per sequence."""
-    lengths = [random.Random(budget).randint(1, 9) for _ in range(200)]
+    draw = random.Random(budget)
+    lengths = [draw.randint(1, 9) for _ in range(200)]
     bins = plan(lengths, budget)
     assert sorted(i for b in bins for i in b) == list(range(200))
     filled = [sum(lengths[i] for i in b) for b in bins]

@@ -128,8 +128,10 @@ __global__ void __launch_bounds__(kThreads)
 // --- backward -----------------------------------------------------------------------------------------
 struct Gradient {  // of one row: exp(d / tau) (slope d + offset), d = x - top
   float top, k, slope, offset;
+  bool live;  // false for a masked token, whose logits may be anything
 
   __device__ float operator()(float x) const {
+    if (!live) return 0.f;
     float d = x - top;
     d = d < kMasked ? kMasked : d;
     return exp2_fast(d * k) * fmaf(slope, d, offset);
@@ -176,10 +178,11 @@ __global__ void __launch_bounds__(kThreads)
     const float top = m[t] * tau;
     const float ln = log_s[t] + fmaf(m[t], tau, -top) / tau;  // log p = (x - top) / tau - ln
     __syncthreads();  // everybody holds row[at] before `out`, which may be `logits`, is written
-    const float scale = g == 0.f && gh == 0.f ? 0.f : expf(-ln) / tau;
-    row_gradient(to, row, V, {top, kLog2e / tau, -gh * scale / tau, (-g - gh * (h - ln)) * scale});
+    const float scale = expf(-ln) / tau;
+    const bool live = g != 0.f || gh != 0.f;
+    row_gradient(to, row, V, {top, kLog2e / tau, -gh * scale / tau, (-g - gh * (h - ln)) * scale, live});
     __syncthreads();  // the target's column is overwritten last
-    if (threadIdx.x == 0 && inside) {
+    if (threadIdx.x == 0 && inside && live) {
       const float log_p = (x - top) / tau - ln, p = expf(log_p);
       assign(to[at], (g * -expm1f(log_p) - (p > 0.f ? gh * p * (log_p + h) : 0.f)) / tau);
     }

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from 0 (default: 1)")
     options = parser.parse_args(argv)
     began = time.monotonic()
+    torch.set_num_threads(1)  # threads that wait for each other spin, and are slow on a machine that does anything else
     try:
         outcomes = [run_seed(seed, fresh(options.output_dir) / f"seed{seed}") for seed in range(options.seeds)]
     except (UserError, subprocess.CalledProcessError) as error:
@@ -86,7 +87,7 @@ def run_seed(seed: int, folder: Path) -> Outcome:
     """Train the three models of one seed, and evaluate them."""
     began = time.monotonic()
     run = ["--seed", str(seed), "--output-dir"]
-    one = ["--threads", "1", "--model"]  # threads that wait for each other spin, and are slow on a machine that does anything else
+    one = ["--threads", "1", "--model"]
     sft = command("sft", "cards_sft", *one, str(RECIPES / "cards.config.json"), *run, str(folder / FOLDERS[START]), processes=CORES)
     finish(start(sft), sft)
     trained = time.monotonic()

@@ -1,0 +1,150 @@
+"""Data parallelism: two processes over gloo compute what one does.
+
+The two processes run this file once, as a program, and leave what they found for the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import GROUP, METHODS, SEED, decoder, demonstrations, drift, gradient, grpo, learner, lines, on_policy, relative, state, tokenizer
+
+import fastrl.trainer
+from fastrl.algorithms import ALGORITHMS
+from fastrl.config import Eval
+from fastrl.dist import World, join
+from fastrl.evaluate import evaluate
+from fastrl.experience import order
+from fastrl.sampler import Sampler
+from fastrl.tasks import Cards
+
+ROOT = Path(__file__).parents[1]
+FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]  # the one group of unequal rewards is the first process's
+RUN = {"steps": 3, "minibatches": 2, "epochs": 2, "kl_coef": 0.1, "eval": Eval(prompts=3)}
+
+
+def findings(world: World, folder: Path) -> dict[str, Any]:
+    """What is to be the same for any number of processes."""
+    found: dict[str, Any] = {}
+    for name, row in METHODS.items():
+        model = decoder()
+        source = demonstrations(world) if name == "sft" else on_policy(model, row, world=world)
+        step = source.collect(0, 0)
+        drift(model, 1e-3 if "gspo" in name else 0.03)
+        found[name] = (*gradient(learner(model, row, 20, world=world), step.batches[0]), step.metrics)
+    for name, options in {"one prompt": {"prompts": 1, "scores": range(12)}, "first only": {"scores": FIRST_ONLY}, "none": {"scores": [1.0] * 12}}.items():
+        model = decoder()
+        step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
+        metrics = learner(model, ALGORITHMS["grpo"], world=world).update(step.batches[0], 0)
+        found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
+    done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
+    found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
+    fastrl.trainer.train(grpo(folder, **RUN))
+    return found
+
+
+def child(folder: Path) -> None:
+    world = join()
+    found = findings(world, folder)
+    r = world.rank
+    found["world"] = (world.sum(r + 1, 0.5), world.max(-r, r), world.gather(["a"] * r), world.is_main)
+    world.barrier()
+    torch.save(found, folder / f"{r}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """Both processes' findings, and the folder with their run."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
+    call = [sys.executable, __file__, str(folder)]
+    both = [subprocess.Popen(call, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    told = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], "\n".join(told)
+    return folder, [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("one")
+    return folder, findings(World(), folder)
+
+
+def test_shares_are_contiguous_and_even():
+    """Wrong implementations: the remainder dropped, or all given to the last."""
+    for n, R in ((10, 3), (2, 4), (0, 2), (7, 7)):
+        shares = [list(World(r, R).share(n)) for r in range(R)]
+        assert [i for s in shares for i in s] == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_world_of_one_is_the_identity():
+    world = World()
+    assert (world.sum(1.5, 2), world.max(3.0), world.gather([1, 2]), world.is_main) == ([1.5, 2], [3.0], [1, 2], True)
+    world.barrier()
+
+
+def test_joining_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() == World()
+
+
+def test_sums_and_lists_of_two(two):
+    assert [f["world"] for f in two[1]] == [([3.0, 1.0], [0.0, 1.0], ["a"], True), ([3.0, 1.0], [0.0, 1.0], ["a"], False)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_have_the_loss_and_gradient_of_one(name, one, two):
+    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples."""
+    metrics, gradients, rollout = one[1][name]
+    for found in two[1]:
+        assert relative(found[name][1], gradients) < 1e-5
+        assert found[name][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        assert found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
+    assert torch.equal(two[1][0][name][1], two[1][1][name][1])
+
+
+@pytest.mark.parametrize("name", ["one prompt", "first only", "none"])
+def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, two):
+    """Wrong implementations: it waits for ever in another sum than the other process, or does not step."""
+    metrics, weights, rollout = one[1][name]
+    start = torch.cat([p.detach().flatten() for p in decoder().parameters()])
+    assert torch.equal(weights, start) == (name == "none")
+    for found in two[1]:
+        assert torch.allclose(found[name][1], weights, atol=1e-6)
+        assert found[name][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6) and found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
+
+
+def test_an_evaluation_is_shared_and_whole_everywhere(one, two):
+    assert [f["evaluation"] for f in two[1]] == [one[1]["evaluation"]] * 2
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(one, two):
+    """Wrong implementations: minibatches made of other prompts; both processes writing the files; other weights on each."""
+    a, b = (state(folder / "run/checkpoints/step_3") for folder in (one[0], two[0]))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    first, second = lines(one[0] / "run"), lines(two[0] / "run")
+    assert len(first) == len(second) == 5, "three steps, and an evaluation at each end"
+    for x, y in zip(first, second, strict=True):
+        assert y == pytest.approx(x, rel=1e-3, abs=1e-5)
+    samples = [(folder / "run/samples.jsonl").read_text() for folder in (one[0], two[0])]
+    assert samples[0] == samples[1]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    child(Path(sys.argv[1]))
