@@ -21,7 +21,7 @@ import torch
 
 from fastrl.bench.common import OURS
 from fastrl.bench.timing import Ceilings
-from fastrl.environment import _processor as processor
+from fastrl.environment import processor
 from fastrl.errors import UserError
 
 SCHEMA = 1

@@ -112,8 +112,6 @@ def _dispatch(args: list[str]) -> int:
     if asked.dry_run:
         _say(f"# fastrl {name}\n{dump(asked.config)}".rstrip())
         return 0
-    if asked.debug:  # it may have come from a file: errors below look at the arguments
-        args.append("--debug")
     module, _, function = command.target.partition(":")
     result = getattr(importlib.import_module(module), function)(asked.config)
     return int(getattr(result, "exit_code", 0))

@@ -43,7 +43,7 @@ def _version(name: str) -> str:
 def _devices() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = {
-        "cpu": f"{_processor()}, {cores} cores usable",
+        "cpu": f"{processor()}, {cores} cores usable",
         "torch threads": str(torch.get_num_threads()),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "torch cuda": torch.version.cuda or "built without",
@@ -54,7 +54,7 @@ def _devices() -> dict[str, str]:
     return rows if torch.cuda.is_available() else rows | {"gpu": "none"}
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -95,9 +95,8 @@ def load(cls: type[C], path: str | Path) -> C:
 
 
 def dump(config: Any) -> str:
-    """A configuration as YAML, every option in it, without how the command was invoked."""
-    tree = {k: v for k, v in dataclasses.asdict(config).items() if k not in INVOCATION}
-    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False, allow_unicode=True, width=120)
+    """A configuration as YAML, every option in it."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True, width=120)
 
 
 # --- the dataclass, flattened -----------------------------------------------------------------------
@@ -132,12 +131,10 @@ def _default(cls: Any, path: str) -> Any:
 
 
 def _with_invocation(cls: Any) -> Any:
-    """`cls` plus the options of INVOCATION it does not have, so that --help shows them beside its own."""
-    have = {f.name for f in dataclasses.fields(cls)}
+    """`cls` plus the options of INVOCATION, so that --help shows them beside its own."""
     extra = [
         (name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=default))
         for name, (kind, default, text) in INVOCATION.items()
-        if name not in have
     ]
     return dataclasses.make_dataclass(cls.__name__, extra, bases=(cls,), frozen=True, kw_only=True)
 
@@ -201,6 +198,8 @@ def _read(path: Path, cls: Any) -> dict[str, Any]:
     for key, value in _flatten(_tree(path), known, "").items():
         name = key.replace("-", "_")
         name = ALIASES.get(name, name) if name not in known else name
+        if name in INVOCATION:
+            raise UsageError(f"{path}: {key!r} says how to run, not what: give it on the command line, --{key}")
         if name not in known:
             raise UsageError(f"{path}: {_unknown(key, name, value, known)}")
         if name in values:

@@ -10,7 +10,6 @@ and its torch.library body asks `pick("token_logp", logits, "forward")` for the 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class Implementation:
 
 
 _table: dict[str, dict[str, Implementation]] = {}
-_asked: contextvars.ContextVar[tuple[Asked, ...]] = contextvars.ContextVar("fastrl_backend", default=())
+_asked: list[Asked] = []  # of the whole process: autograd runs a CUDA backward in threads of its own
 
 
 def register(
@@ -71,7 +70,7 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 def requested(op: str) -> str | None:
     """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else None."""
-    for name, ops in reversed(_asked.get()):
+    for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
     name = os.environ.get("FASTRL_BACKEND", "")
@@ -80,7 +79,7 @@ def requested(op: str) -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str, *ops: str) -> Iterator[None]:
-    """Run `ops` (all of them when none is named) on one backend inside the `with` block.
+    """Run `ops` (all of them when none is named) on one backend inside the `with` block, in every thread of the process.
 
     Raises ValueError for an unknown backend or op.  An op the backend cannot run raises RuntimeError when called.
     """
@@ -88,11 +87,12 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
     for op in ops:
         if op not in _table:
             raise ValueError(f"use_backend: expected one of {', '.join(sorted(_table))}; got {op!r}")
-    token = _asked.set((*_asked.get(), (name, frozenset(ops))))
+    entry = (name, frozenset(ops))
+    _asked.append(entry)
     try:
         yield
     finally:
-        _asked.reset(token)
+        del _asked[next(i for i in reversed(range(len(_asked))) if _asked[i] is entry)]
 
 
 def backend(device: str | None = None) -> dict[str, str]:

@@ -25,7 +25,15 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # --- reference --------------------------------------------------------------------------------------
 def reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str, smoothing: float, softcap: float, z_loss: float
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
 ) -> Tensor:
     """The definition, through materialised float64 logits, differentiable by autograd."""
     z = hidden.double() @ weight.double().T
@@ -53,7 +61,9 @@ def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: floa
     return torch.where(inside, loss + z_loss * (m + log_s) ** 2, torch.nan), m, log_s
 
 
-def rows_backward(dloss: Tensor, logits: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
+def rows_backward(
+    dloss: Tensor, logits: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float
+) -> Tensor:
     """The gradient of the logits (N, V), in their dtype, for an upstream gradient `dloss` (N,)."""
     z = logits.to(m.dtype)
     z = softcap * torch.tanh(z / softcap) if softcap else z

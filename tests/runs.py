@@ -138,7 +138,9 @@ def reference(batch: Batch) -> Tensor:
     return batch.old_logp * 0.9 - 0.1
 
 
-def on_policy(model: Decoder, algorithm: Algorithm, scores: Sequence[float] = SCORES, world: World | None = None, **changes: Any) -> OnPolicy:
+def on_policy(
+    model: Decoder, algorithm: Algorithm, scores: Sequence[float] = SCORES, world: World | None = None, **changes: Any
+) -> OnPolicy:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
     config = Grpo(**{"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED} | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
@@ -168,7 +170,9 @@ def demonstrations(world: World | None = None) -> Demonstrations:
     )  # fmt: skip
 
 
-def learner(model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None) -> Learner:
+def learner(
+    model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None
+) -> Learner:
     temperature = 1.0 if algorithm.advantage is None else TEMPERATURE
     return Learner(model, algorithm, optim or Optim(), steps=10, micro_tokens=micro_tokens, temperature=temperature, world=world)
 

@@ -7,7 +7,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from runs import BUDGET, EXTRA, GROUP, METHODS, SCORES, SEED, TEMPERATURE, decoder, drift, gradient, learner, make_batch, reference, relative
+from runs import (
+    BUDGET,
+    EXTRA,
+    GROUP,
+    METHODS,
+    SCORES,
+    SEED,
+    TEMPERATURE,
+    decoder,
+    drift,
+    gradient,
+    learner,
+    make_batch,
+    reference,
+    relative,
+)
 from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS, Totals

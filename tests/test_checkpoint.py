@@ -115,7 +115,9 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, er
         raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"checkpoint .*step_2: could not be written \(.*No space left.*\); earlier checkpoints are untouched"):
+    with pytest.raises(
+        UserError, match=r"checkpoint .*step_2: could not be written \(.*No space left.*\); earlier checkpoints are untouched"
+    ):
         save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [1] and checkpoint.load(checkpoint.whole(tmp_path)[0])
 

@@ -77,11 +77,11 @@ def test_a_failure_is_one_line_and_debug_shows_the_traceback(error, code, line, 
     assert told.endswith(line + "\n")
 
 
-def test_debug_from_a_file_counts(command, capsys, tmp_path):
-    (tmp_path / "run.yaml").write_text("model: m\ndebug: true\n")
-    command(raises(UserError("no")))
-    assert cli.main(["sft", "--config", str(tmp_path / "run.yaml")]) == 1
-    assert capsys.readouterr().err.startswith("Traceback")
+def test_a_file_cannot_say_how_to_run(capsys, tmp_path):
+    """Wrong implementation: `dry_run: true` in a file that is then resumed from would never train."""
+    (tmp_path / "run.yaml").write_text("model: m\ndry_run: true\n")
+    assert cli.main(["sft", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "'dry_run' says how to run, not what" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

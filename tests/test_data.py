@@ -67,7 +67,9 @@ def test_loss_on_the_completion_and_its_end():
 def test_the_end_is_appended_exactly_once():
     assert encode(pair("abc", "de<eos>"), LETTERS) == encode(pair("abc", "de"), LETTERS)
     assert encode(pair("abc", ""), LETTERS).tokens[3:] == [EOS], "an empty completion teaches to stop"
-    with pytest.raises(UserError, match=r"data.jsonl:7: completion: expected the end-of-sequence token at its end only, got it after 2 of 3 tokens"):
+    with pytest.raises(
+        UserError, match=r"data.jsonl:7: completion: expected the end-of-sequence token at its end only, got it after 2 of 3 tokens"
+    ):
         encode(pair("abc", "d<eos>e"), LETTERS)
     with pytest.raises(UserError, match="expected one with an end-of-sequence token"):
         encode(pair("abc", "de"), chat_tokenizer(eos=None))

@@ -39,7 +39,11 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         step = source.collect(0, 0)
         drift(model, 1e-3 if "gspo" in name else 0.03)
         found[name] = (*gradient(learner(model, row, 20, world=world), step.batches[0]), step.metrics)
-    for name, options in {"one prompt": {"prompts": 1, "scores": range(12)}, "first only": {"scores": FIRST_ONLY}, "none": {"scores": [1.0] * 12}}.items():
+    for name, options in {
+        "one prompt": {"prompts": 1, "scores": range(12)},
+        "first only": {"scores": FIRST_ONLY},
+        "none": {"scores": [1.0] * 12},
+    }.items():
         model = decoder()
         step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
         metrics = learner(model, ALGORITHMS["grpo"], world=world).update(step.batches[0], 0)
@@ -72,7 +76,9 @@ def two(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # fmt: skip
     call = [sys.executable, __file__, str(folder)]
-    both = [subprocess.Popen(call, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    both = [
+        subprocess.Popen(call, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+    ]
     told = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], "\n".join(told)
     return folder, [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(2)]

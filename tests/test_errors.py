@@ -61,7 +61,10 @@ def folder(tmp_path_factory) -> Path:
     return it
 
 
-SFT, GRPO = "sft --model tiny.json --task cards --task-options k=2", "grpo --model tiny.json --task cards --task-options k=2 --max-new-tokens 4"
+SFT, GRPO = (
+    "sft --model tiny.json --task cards --task-options k=2",
+    "grpo --model tiny.json --task cards --task-options k=2 --max-new-tokens 4",
+)
 MISTAKES = {  # what it is about: the command, the exit code, what is said
     "a malformed dataset line": (
         "sft --model tiny.json --task cards --dataset broken.jsonl", 1, r"broken\.jsonl:2: expected a JSON object, got .* at column \d+\)"),
@@ -167,7 +170,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(damage, f
     command = f"{SFT} --output-dir done --steps 3 --prompts 2 --resume"
     assert run(command, tmp_path, monkeypatch) == 1
     told = capsys.readouterr().err
-    assert re.fullmatch(rf"fastrl: error: checkpoint done/checkpoints/step_2: {said}.*; remove the folder to use an older checkpoint\n", told)
+    assert re.fullmatch(
+        rf"fastrl: error: checkpoint done/checkpoints/step_2: {said}.*; remove the folder to use an older checkpoint\n", told
+    )
     shutil.rmtree(newest)
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda it: None)
     assert run(command, tmp_path, monkeypatch) == 0
@@ -178,7 +183,9 @@ def test_damaged_weights_of_a_model_name_the_tensor(folder, tmp_path, monkeypatc
     shutil.copytree(folder / "done/checkpoints/step_2", tmp_path / "model")
     damage_weights(tmp_path / "model")
     assert run("eval --model model --task cards", tmp_path, monkeypatch) == 1
-    assert re.match(r"fastrl: error: model/model\.safetensors: truncated: tensor model\.\S+ ends at byte \d+, the file at \d+", capsys.readouterr().err)
+    assert re.match(
+        r"fastrl: error: model/model\.safetensors: truncated: tensor model\.\S+ ends at byte \d+, the file at \d+", capsys.readouterr().err
+    )
 
 
 def test_a_reward_that_fails_later_loses_nothing(folder, tmp_path, monkeypatch, capsys):

@@ -120,4 +120,6 @@ def test_the_command(tmp_path, capsys):
     want = run(split="test", prompts=4, samples=2)
     assert [a["prompt"] for a in kept["answers"]] == [e.prompt for e in want.examples]
     assert [a["greedy"]["completion"] for a in kept["answers"]] == [text for text, _ in want.greedy]
-    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4 and kept["eval/accuracy_greedy"] == want.metrics()["eval/accuracy_greedy"]
+    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4 and kept["eval/accuracy_greedy"] == want.metrics()[
+        "eval/accuracy_greedy"
+    ]

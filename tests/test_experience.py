@@ -87,7 +87,9 @@ def test_minibatches_and_epochs():
         assert [b.weight[b.mask].sum().item() for b in (first, second)] == pytest.approx([1, 1])
     seen = [_prompts(b) for b in batches]
     assert sorted(seen[0] + seen[1]) == sorted(PROMPTS) and seen[0:2] == seen[2:4] == seen[4:6]
-    halves = [on_policy(decoder(), ALGORITHMS["dapo"], scores=range(12), minibatches=2, world=_Half(r, 2)).collect(0, 0).batches for r in (0, 1)]
+    halves = [
+        on_policy(decoder(), ALGORITHMS["dapo"], scores=range(12), minibatches=2, world=_Half(r, 2)).collect(0, 0).batches for r in (0, 1)
+    ]
     assert [sorted(_prompts(a) + _prompts(b)) for a, b in zip(*halves, strict=True)] == [sorted(s) for s in seen[:2]]
 
 
@@ -106,7 +108,11 @@ def test_metrics_of_a_step():
     source.score = lambda *given: Scored(real(*given).reward, {"a": [1.0] * 6 + [math.nan] * 6, "b": [math.nan] * 12}, ["fine"] * 12)
     step = source.collect(0, 0)
     m = step.metrics
-    assert m["reward"] == pytest.approx(9 / 6) and m["reward_std"] == pytest.approx(0.5**0.5 / 3) and m["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert (
+        m["reward"] == pytest.approx(9 / 6)
+        and m["reward_std"] == pytest.approx(0.5**0.5 / 3)
+        and m["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    )
     assert m["a"] == 1.0 and math.isnan(m["b"]), "0 would look like a result"
     rollouts = source.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], source.params)
     lengths = rollouts.lengths.double()

@@ -41,7 +41,9 @@ def ask(config: Grpo, task: Any = None, context: int = CONTEXT, vocabulary: int 
 # --- options ----------------------------------------------------------------------------------------
 def test_task_options_are_yaml():
     """Wrong implementations: every value a string; a list that cannot be hashed."""
-    assert load_run_task("cards", ("k=2", "targets=[1,20]", "limit=null", "rules=ab")) == Cards(k=2, targets=(1, 20), limit=None, rules="ab")
+    assert load_run_task("cards", ("k=2", "targets=[1,20]", "limit=null", "rules=ab")) == Cards(
+        k=2, targets=(1, 20), limit=None, rules="ab"
+    )
     assert load_run_task(None, ()) is None
     assert pairs(["a=b=c", "d="], "--columns") == {"a": "b=c", "d": ""}
 
@@ -78,9 +80,17 @@ def test_a_datasets_demonstrations(tmp_path):
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"prompt": "7" * 30, "completion": "7" * 20}, {}, r"d.jsonl:2: 51 tokens \(30 of the prompt, 21 of the completion\), but a sequence may have 48"),
+        (
+            {"prompt": "7" * 30, "completion": "7" * 20},
+            {},
+            r"d.jsonl:2: 51 tokens \(30 of the prompt, 21 of the completion\), but a sequence may have 48",
+        ),
         ({"prompt": "7", "completion": "7" * 8}, {"max_tokens": 9}, r"d.jsonl:2: 10 tokens .*, but a sequence may have 9; .* --max-tokens"),
-        ({"prompt": "7", "completion": "7" * 8}, {"micro_tokens": 9}, r"d.jsonl:2: a sequence of up to 10 tokens .*; raise --micro-tokens \(9\) to at least 10"),
+        (
+            {"prompt": "7", "completion": "7" * 8},
+            {"micro_tokens": 9},
+            r"d.jsonl:2: a sequence of up to 10 tokens .*; raise --micro-tokens \(9\) to at least 10",
+        ),
         ("{not json", {}, r"d.jsonl:2: expected a JSON object"),
         ({"prompt": "hello", "completion": "7"}, {}, r"d.jsonl:2: the tokenizer has no tokens for part of 'hello'"),
     ],
@@ -96,7 +106,9 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     """Wrong implementation: an index error from the embedding."""
     data = write(tmp_path / "d.jsonl", {"prompt": "7", "completion": "|"})
     (token,) = tokenizer().encode("|")
-    with pytest.raises(UserError, match=rf"d.jsonl:1: .* token {token}, but the model's vocabulary has {token}; they do not belong together"):
+    with pytest.raises(
+        UserError, match=rf"d.jsonl:1: .* token {token}, but the model's vocabulary has {token}; they do not belong together"
+    ):
         learn(Sft(model="m", dataset=data), vocabulary=token)
     with pytest.raises(UserError, match=r"cards train\[0\]: .* they do not belong together"):
         learn(Sft(model="m"), Cards(k=2), vocabulary=token)[0]([0])
@@ -141,7 +153,11 @@ def test_a_datasets_prompts_and_rewards(tmp_path):
     [
         ({"prompt": "7" * 48}, {}, "d.jsonl:2: a prompt of 48 tokens leaves no room for a completion in the model's context of 48"),
         ({"prompt": "7" * 9}, {"max_tokens": 9}, "d.jsonl:2: a prompt of 9 tokens leaves no room for a completion in --max-tokens of 9"),
-        ({"prompt": "7" * 9}, {"micro_tokens": 20, "max_new_tokens": 12}, r"d.jsonl:2: a sequence of up to 21 tokens .* --micro-tokens \(20\)"),
+        (
+            {"prompt": "7" * 9},
+            {"micro_tokens": 20, "max_new_tokens": 12},
+            r"d.jsonl:2: a sequence of up to 21 tokens .* --micro-tokens \(20\)",
+        ),
         ({"prompt": "hello"}, {}, "d.jsonl:2: the tokenizer has no tokens for part of 'hello'"),
         ({"prompt": ""}, {}, "d.jsonl:2: prompt: expected at least one token, got none"),
     ],

@@ -40,13 +40,6 @@ def test_a_dumped_configuration_loads_to_the_same_object(tmp_path):
     assert resolve(Grpo, ["--config", file]) == config
 
 
-def test_how_a_command_was_asked_for_is_not_part_of_the_configuration():
-    """Wrong implementation: `fastrl sft --dry-run > run.yaml` writes a file that can only ever be a dry run."""
-    text = dump(Sft(model="m", dry_run=True, debug=True))
-    assert "dry_run" not in text
-    assert "debug" not in text
-
-
 def test_every_command_takes_the_invocation_options():
     asked = parse(Evaluate, ["--model", "m", "--task", "cards", "--dry-run", "--debug"])
     assert (asked.dry_run, asked.debug) == (True, True)

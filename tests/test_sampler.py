@@ -60,7 +60,14 @@ def test_the_learner_sees_a_ratio_of_one_on_fresh_rollouts():
     model = decoder()
     rollouts = generate(model, temperature=1.3)
     ones = torch.ones_like(rollouts.logp)
-    batch = Batch(tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=rollouts.completion_mask, advantage=ones, old_logp=rollouts.logp, weight=ones)
+    batch = Batch(
+        tokens=rollouts.tokens,
+        cu_seqlens=rollouts.cu_seqlens,
+        mask=rollouts.completion_mask,
+        advantage=ones,
+        old_logp=rollouts.logp,
+        weight=ones,
+    )
     learner = Learner(model, ALGORITHMS["grpo"], Optim(lr=0.0), steps=1, micro_tokens=64, temperature=1.3)
     metrics = learner.update(batch, 0)
     assert abs(metrics["ratio_mean"] - 1) < 1e-4 and abs(metrics["ratio_max"] - 1) < 1e-4
@@ -275,7 +282,14 @@ def test_the_next_call_sees_an_optimizer_step():
     params = SamplingParams(n=3, max_new_tokens=12, seed=5)
     before = sampler.generate(PROMPTS, params)
     ones = torch.ones_like(before.logp)
-    batch = Batch(tokens=before.tokens, cu_seqlens=before.cu_seqlens, mask=before.completion_mask, advantage=ones, old_logp=before.logp, weight=ones / 100)
+    batch = Batch(
+        tokens=before.tokens,
+        cu_seqlens=before.cu_seqlens,
+        mask=before.completion_mask,
+        advantage=ones,
+        old_logp=before.logp,
+        weight=ones / 100,
+    )
     Learner(model, ALGORITHMS["rloo"], Optim(lr=0.05), steps=1, micro_tokens=256).update(batch, 0)
     after = sampler.generate(PROMPTS, params)
     assert [p.data_ptr() for p in model.parameters()] == places

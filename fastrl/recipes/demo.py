@@ -149,7 +149,10 @@ def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
     seeds = [
         Seed(
             seed=o.seed,
-            arms=[Arm(name=arm, greedy=e.accuracy()[0], sampled=e.accuracy()[1], well_formed=e.well_formed(), seconds=o.seconds[arm]) for arm, e in o.evaluations.items()],
+            arms=[
+                Arm(name=arm, greedy=e.accuracy()[0], sampled=e.accuracy()[1], well_formed=e.well_formed(), seconds=o.seconds[arm])
+                for arm, e in o.evaluations.items()
+            ],
             gains={arm: paired_interval(o.evaluations[START].per_prompt(), o.evaluations[arm].per_prompt()) for arm in later},
         )
         for o in outcomes
@@ -161,7 +164,11 @@ def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
         Answer(prompt=e.prompt, before=b, after=a, before_correct=bs.correct, after_correct=as_.correct)
         for e, (b, bs), (a, as_) in list(rows)[:5]
     ]
-    runs = {f"{arm}, seed {o.seed}" if len(outcomes) > 1 else arm: folder / f"seed{o.seed}" / name for o in outcomes for arm, name in FOLDERS.items()}
+    runs = {
+        f"{arm}, seed {o.seed}" if len(outcomes) > 1 else arm: folder / f"seed{o.seed}" / name
+        for o in outcomes
+        for arm, name in FOLDERS.items()
+    }
     return Comparison(
         title="The card game: SFT, then GRPO", prompts=len(before.greedy), seeds=seeds, answers=answers, runs=runs,
         gains={arm: pooled([o.gain(arm) for o in outcomes]) for arm in later},

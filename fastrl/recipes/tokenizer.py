@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer on a dataset's text, for a model that starts from random weights.
 
-    python -m fastrl.recipes.tokenizer train.jsonl --columns question answer --vocab-size 2048 --output runs/tokenizer
+python -m fastrl.recipes.tokenizer train.jsonl --columns question answer --vocab-size 2048 --output runs/tokenizer
 """
 
 from __future__ import annotations

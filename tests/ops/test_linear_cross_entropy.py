@@ -34,7 +34,9 @@ def test_value_and_gradcheck(given, reduction, smoothing, softcap, z_loss):
         return ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction, **options)
 
     assert torch.autograd.gradcheck(op, (hidden, weight, bias))
-    torch.testing.assert_close(op(hidden, weight, bias), reference(hidden, weight, y, bias, -100, reduction, smoothing, softcap or 0.0, z_loss))
+    torch.testing.assert_close(
+        op(hidden, weight, bias), reference(hidden, weight, y, bias, -100, reduction, smoothing, softcap or 0.0, z_loss)
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -70,7 +70,9 @@ def test_three_products_of_the_live_rows_and_a_fourth_only_when_the_budget_force
     live = int(given["mask"].sum())
     with FlopCounterMode(display=False) as counter:
         call = {k: given[k] for k in ("mask", "temperature")}
-        ops.linear_loss(given["hidden"], given["weight"], given["target"], weighted(W), entropy=True, level=level, logits_bytes=budget, **call)
+        ops.linear_loss(
+            given["hidden"], given["weight"], given["target"], weighted(W), entropy=True, level=level, logits_bytes=budget, **call
+        )
     assert counter.get_total_flops() == products * 2 * live * D * V
 
 
@@ -147,7 +149,9 @@ def test_policy_loss_works_as_the_loss(given):
 
     def loss(logp, entropy, rows):
         weight = torch.full_like(logp, 1 / T)
-        return ops.policy_loss(logp, old[rows], advantage[rows], surrogate="clip", token_weight=weight, entropy=entropy, entropy_coef=0.1)[0]
+        return ops.policy_loss(logp, old[rows], advantage[rows], surrogate="clip", token_weight=weight, entropy=entropy, entropy_coef=0.1)[
+            0
+        ]
 
     leaves = given["hidden"], given["weight"]
     assert torch.autograd.gradcheck(
