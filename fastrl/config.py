@@ -85,9 +85,9 @@ class Run:
     output_dir: str = "runs/latest"
     """Folder for everything the run leaves behind."""
     steps: int = 100
-    """Optimizer steps."""
+    """Training steps: one batch of prompts each (and one optimizer step, unless minibatches or epochs ask for more)."""
     prompts: int = 32
-    """Prompts per optimizer step (SFT: demonstrations per optimizer step)."""
+    """Prompts per step (SFT: demonstrations per step)."""
     max_tokens: int | None = None
     """Longest sequence, tokens; longer ones are an error that names the line.  Defaults to the model's context."""
     micro_tokens: int = 16384
@@ -101,6 +101,7 @@ class Run:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto is float32 on CPU and bfloat16 on CUDA.  Master weights are always float32."""
     gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward, and compute the rest again: less memory, more time."""
     max_seconds: float = 0.0
     """Stop, as if by Ctrl-C, after this much training time; 0 never."""
     resume: bool = False

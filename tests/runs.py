@@ -14,6 +14,7 @@ from support import tiny_config
 from torch import Tensor
 
 import fastrl.trainer
+from fastrl import checkpoint
 from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.config import Eval, Grpo, Optim, Run, Sft
 from fastrl.data import Sample
@@ -92,14 +93,17 @@ def lines(run: str | Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not (k == "time" or k.startswith(CLOCK[1:]))} for row in rows]
 
 
-def state(checkpoint: str | Path) -> dict[str, Tensor]:
+def state(folder: str | Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint: weights, moments, masters."""
-    return {f"{file.name}/{k}": v for file in sorted(Path(checkpoint).glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {f"{file.name}/{k}": v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def assert_same_run(one: str | Path, other: str | Path, step: int) -> None:
     """Bit for bit: weights and optimizer state of the checkpoint, metrics and samples of every step."""
-    a, b = (state(Path(run, f"checkpoints/step_{step}")) for run in (one, other))
+    folders = [Path(run, f"checkpoints/step_{step}") for run in (one, other)]
+    metas = [checkpoint.load(folder)[1] for folder in folders]
+    assert metas[0] == metas[1] and metas[0]["version"] >= step
+    a, b = (state(folder) for folder in folders)
     assert a.keys() == b.keys() and len(a) > 10
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert lines(one) == lines(other)

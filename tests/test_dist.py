@@ -18,7 +18,7 @@ from runs import GROUP, METHODS, SEED, decoder, demonstrations, drift, gradient,
 
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
-from fastrl.config import Eval
+from fastrl.config import Eval, Optim
 from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
 from fastrl.experience import order
@@ -46,7 +46,8 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     }.items():
         model = decoder()
         step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
-        metrics = learner(model, ALGORITHMS["grpo"], world=world).update(step.batches[0], 0)
+        optim = Optim(weight_decay=0.1)  # a step without gradient would still decay
+        metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)

@@ -14,6 +14,7 @@ from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import check_rollouts, order
 from fastrl.rewards import Scored
+from fastrl.sampler import Sampler
 
 
 # --- order ------------------------------------------------------------------------------------------
@@ -63,6 +64,22 @@ def test_a_step_is_a_function_of_its_number():
     assert not torch.equal(a.tokens, on_policy(model, ALGORITHMS["rloo"], scores=range(12)).collect(6, 0).batches[0].tokens)
     halves = [on_policy(model, ALGORITHMS["rloo"], scores=range(12), world=_Half(r, 2)).collect(5, 0).batches[0] for r in (0, 1)]
     assert torch.equal(torch.cat([h.tokens for h in halves]), a.tokens) and [len(h) for h in halves] == [GROUP, 2 * GROUP]
+
+
+def test_no_two_samples_of_a_run_have_one_number(monkeypatch):
+    """Wrong implementations: numbers that begin again at every step, or in every process: the same noise for other samples."""
+    numbers, real = [], Sampler.generate
+
+    def generate(self, prompts, params, *, sequence_offset, weight_version):
+        numbers.extend(range(sequence_offset, sequence_offset + len(prompts) * params.n))
+        assert weight_version == 17
+        return real(self, prompts, params, sequence_offset=sequence_offset)
+
+    monkeypatch.setattr(Sampler, "generate", generate)
+    for step in range(3):
+        for rank in (0, 1):
+            on_policy(decoder(), ALGORITHMS["rloo"], world=_Half(rank, 2)).collect(step, 17)
+    assert numbers == list(range(3 * 12))
 
 
 def test_every_sample_has_the_advantage_of_its_own_reward():

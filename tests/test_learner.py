@@ -11,6 +11,7 @@ from runs import METHODS, TEMPERATURE, decoder, drift, gradient, learner, make_b
 from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Optim
 from fastrl.errors import UserError
+from fastrl.kernels._linear import LOGITS_BYTES
 from fastrl.learner import NotFinite, learning_rate
 from fastrl.model import Decoder, Layer
 from fastrl.pack import micro_batches
@@ -18,12 +19,17 @@ from fastrl.pack import micro_batches
 
 # --- cutting ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", METHODS)
-def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(name):
-    """Wrong implementations: denominators of the micro-batch; its loss averaged, not summed; the effective sample size averaged."""
+def test_cutting_changes_neither_loss_nor_gradient_nor_metrics(name, monkeypatch):
+    """Micro-batches by tokens, and chunks of logits within them.
+
+    Wrong implementations: denominators of the micro-batch; its loss averaged, not summed; the effective sample size averaged;
+    a sequence's ratio from a chunk that cuts it in two.
+    """
     model = decoder()
     batch = make_batch(name, model)
     drift(model, 1e-3 if "gspo" in name else 0.03)
     whole, g = gradient(learner(model, METHODS[name]), batch)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * 31 * 5)
     cut, h = gradient(learner(model, METHODS[name], micro_tokens=13), batch)
     assert relative(h, g) < 1e-6
     assert cut == pytest.approx(whole, rel=1e-5, abs=1e-7) and 0 < cut["ess"] <= 1

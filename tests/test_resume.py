@@ -167,8 +167,11 @@ def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkey
     straight, dying = (sft(tmp_path, name, steps=9, save=Save(every=3), eval=Eval(prompts=4, every=3)) for name in ("straight", "dying"))
     train(straight)
 
+    calls: list[int] = []
+
     def evaluate(*args, **kwargs):
-        if Path(dying.output_dir, "checkpoints").exists():
+        calls.append(1)
+        if len(calls) == 2:
             raise MemoryError
         return real(*args, **kwargs)
 
@@ -177,6 +180,7 @@ def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkey
         patch.setattr(fastrl.trainer, "evaluate", evaluate)
         with pytest.raises(MemoryError):
             train(dying)
+    assert [p.name for p in checkpoint.whole(Path(dying.output_dir))] == ["step_3"]
     train(replace(dying, resume=True))
     assert_same_run(straight.output_dir, dying.output_dir, 9)
 

@@ -162,6 +162,18 @@ def test_rows_that_finish_make_room(monkeypatch):
     assert len(rows) == 2 * (int(rollouts.lengths.max()) - 1), "decoding ends with the last row"
 
 
+def test_rows_that_have_ended_change_nothing_while_they_wait(monkeypatch):
+    """Wrong implementations: an ended row is said to have stopped when a later draw of it hits a stop; it writes into another's cache."""
+    model, prompts = decoder(eos_token_id=[3, 4, 5]), [[6] * 126, [7] * 127, *PROMPTS]
+    found = []
+    for share in (0.0, 2.0):  # compact never, and at every look
+        monkeypatch.setattr(engine, "COMPACT_BELOW", share)
+        found.append(generate(model, prompts, n=6, max_new_tokens=40))
+    assert found[0].completions() == found[1].completions() and torch.allclose(found[0].logp, found[1].logp, atol=1e-5)
+    for rollouts in found:
+        assert rollouts.finish_reason == ["stop" if c[-1] in (3, 4, 5) else "length" for c in rollouts.completions()]
+
+
 def test_samples_of_a_prompt_share_its_prefill(monkeypatch):
     """Wrong implementation: the prompt is forwarded once per sample."""
     sizes, real = [], Decoder.forward

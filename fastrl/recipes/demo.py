@@ -26,11 +26,11 @@ import torch
 from fastrl.adapter import load_model
 from fastrl.checkpoint import whole
 from fastrl.compare import Answer, Arm, Comparison, Seed, as_text, build_comparison
+from fastrl.config import Grpo
 from fastrl.errors import UserError
 from fastrl.evaluate import Evaluation, evaluate, save
 from fastrl.intake import load_run_task
 from fastrl.options import load
-from fastrl.config import Grpo
 from fastrl.sampler import Sampler
 from fastrl.stats import Estimate, mean_interval, paired_interval
 from fastrl.tokenizer import load_tokenizer

@@ -49,7 +49,7 @@ def test_is_torchs_cross_entropy(given, reduction):
 
 def test_no_reduction_uses_every_tokens_own_upstream_gradient(given):
     """A known bug elsewhere: all gradients multiplied by the first token's upstream gradient."""
-    hidden, weight, bias, y = given
+    hidden, weight, _, y = given
     up = torch.randn(T, dtype=torch.float64)
     ours = torch.autograd.grad(ops.linear_cross_entropy(hidden, weight, y, reduction="none") @ up, hidden)[0]
     true = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, y, reduction="none") @ up, hidden)[0]
