@@ -1,6 +1,6 @@
 """Advantage estimators: rewards of groups of samples in, one number per sample out.  A variant is a row.
 
-Rows are choices of `ops.group_advantage`'s columns; the references are in docs/algorithms.md.
+Rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.
 """
 
 from __future__ import annotations
