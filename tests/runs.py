@@ -55,9 +55,10 @@ def write_model(folder: Path, **changes: Any) -> str:
 
 def sft(folder: Path, name: str = "run", **changes: Any) -> Sft:
     """A run of 20 steps on the card game's demonstrations."""
-    options = {
+    options: dict[str, Any] = {
         "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 20, "prompts": 6, "micro_tokens": 64, "optim": Optim(lr=1e-2, schedule="cosine", warmup=3, weight_decay=0.1),
+        "output_dir": str(folder / name), "steps": 20, "prompts": 6, "micro_tokens": 64, 
+        "optim": Optim(lr=1e-2, schedule="cosine", warmup=3, weight_decay=0.1),
         "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Sft(**options | changes)
@@ -66,9 +67,10 @@ def sft(folder: Path, name: str = "run", **changes: Any) -> Sft:
 def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
     """A run of 20 steps on a reward that random weights can climb."""
     (folder / "rewards.py").write_text(REWARDS)
-    options = {
+    options: dict[str, Any] = {
         "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 20, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, "reward": (f"{folder}/rewards.py:digits",),
+        "output_dir": str(folder / name), "steps": 20, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, 
+        "reward": (f"{folder}/rewards.py:digits",),
         "optim": Optim(lr=1e-2, warmup=2), "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Grpo(**options | changes)
@@ -146,7 +148,8 @@ def on_policy(
     model: Decoder, algorithm: Algorithm, scores: Sequence[float] = SCORES, world: World | None = None, **changes: Any
 ) -> OnPolicy:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
-    config = Grpo(**{"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED} | changes)
+    options: dict[str, Any] = {"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
+    config = Grpo(**options | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
@@ -195,7 +198,7 @@ def drift(model: Decoder, size: float) -> None:
     noise = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
-            p += size * torch.randn(p.shape, generator=noise, dtype=torch.float64).to(p.dtype)
+            p.add_(torch.randn(p.shape, generator=noise, dtype=torch.float64).to(p.dtype), alpha=size)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

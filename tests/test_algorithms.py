@@ -4,6 +4,7 @@ denominators, are those of the published equations."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_the_rows():
     """Wrong implementations: DAPO without clip-higher, Dr. GRPO with GRPO's length bias, GSPO with token ratios."""
     bounds = {name: (row.surrogate.params.get("low"), row.surrogate.params.get("high")) for name, row in ALGORITHMS.items()}
     assert bounds == {
-        "sft": (None, None), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (0, 5), "rloo": (None, None),
+        "sft": (None, None), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (0, 5),
+        "rloo": (None, None),
     }  # fmt: skip
     rules = {name: row.aggregate for name, row in ALGORITHMS.items()}
     assert rules == {
@@ -118,7 +120,7 @@ class Padded:
 
     def __init__(self, model: Decoder, batch: Batch, temperature: float) -> None:
         ends = batch.cu_seqlens.tolist()
-        spans = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        spans = [slice(a, b) for a, b in pairwise(ends)]
         rows = [(model(batch.tokens[s]) @ model.head_weight.T / temperature).log_softmax(-1)[:-1] for s in spans]
         self.logp = _pad([r.gather(1, batch.tokens[s][1:, None]).squeeze(1) for r, s in zip(rows, spans, strict=True)])
         self.entropy = _pad([-(r.exp() * r).sum(-1) for r in rows])

@@ -160,5 +160,5 @@ def test_damage_is_named(tmp_path, file, damage, said):
 def test_a_trainer_json_of_another_form(tmp_path, text):
     path = save(tmp_path, 4)
     (path / "trainer.json").write_text(text)
-    with pytest.raises(UserError, match="trainer.json is missing or damaged"):
+    with pytest.raises(UserError, match=r"trainer\.json is missing or damaged"):
         checkpoint.load(path)

@@ -46,7 +46,7 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     }.items():
         model = decoder()
         step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
-        optim = Optim(weight_decay=0.1)  # a step without gradient would still decay
+        optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)  # a step without gradient would still decay the weights
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from runs import REWARDS, sft, tokenizer, write_model
 
 import fastrl.trainer
@@ -61,15 +62,24 @@ def folder(tmp_path_factory) -> Path:
     return it
 
 
-SFT, GRPO = (
-    "sft --model tiny.json --task cards --task-options k=2",
-    "grpo --model tiny.json --task cards --task-options k=2 --max-new-tokens 4",
-)
+CARDS = "--model tiny.json --task cards --task-options k=2"
+SFT, GRPO = f"sft {CARDS}", f"grpo --max-new-tokens 4 {CARDS}"
 MISTAKES = {  # what it is about: the command, the exit code, what is said
     "a malformed dataset line": (
-        "sft --model tiny.json --task cards --dataset broken.jsonl", 1, r"broken\.jsonl:2: expected a JSON object, got .* at column \d+\)"),
-    "a line without its columns": ("sft --model tiny.json --task cards --dataset column.jsonl", 1, r"column\.jsonl:2: expected the columns prompt \+ completion"),
-    "a column that is not there": (f"{SFT} --dataset good.jsonl --columns question=prompt", 1, r"good\.jsonl:1: expected a column 'question'"),
+        "sft --model tiny.json --task cards --dataset broken.jsonl",
+        1,
+        r"broken\.jsonl:2: expected a JSON object, got .* at column \d+\)",
+    ),
+    "a line without its columns": (
+        "sft --model tiny.json --task cards --dataset column.jsonl",
+        1,
+        r"column\.jsonl:2: expected the columns prompt \+ completion",
+    ),
+    "a column that is not there": (
+        f"{SFT} --dataset good.jsonl --columns question=prompt",
+        1,
+        r"good\.jsonl:1: expected a column 'question'",
+    ),
     "an unknown key": ("sft --config key.yaml", 2, r"key\.yaml: unknown key 'micro_token'; did you mean 'micro_tokens'\?"),
     "a value of the wrong type": ("sft --config value.yaml", 2, r"value\.yaml: steps: expected int, got 'many' \(str\)"),
     "an unknown option": ("sft --model tiny.json --stps 3", 2, r"unknown option --stps; did you mean --steps\?"),
@@ -78,37 +88,95 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
     "a missing model": ("sft --model none --task cards", 1, r"model: expected a Hugging Face folder, .* got 'none', which is not there"),
     "a folder that is no model": ("sft --model empty --task cards", 1, r"empty: expected a Hugging Face model folder with a config\.json"),
     "a missing reward file": (f"{GRPO} --reward none.py:fn", 1, r"--reward: no file none\.py"),
-    "a missing reward function": (f"{GRPO} --reward rewards.py:digit", 1, r"--reward: rewards\.py defines no 'digit'; did you mean 'digits'\?"),
-    "a reward that raises": (f"{GRPO} --reward bad_rewards.py:raises", 1, r"reward raises raised ZeroDivisionError: .*\n  at .*bad_rewards\.py:3 in .*"),
-    "too few rewards": (f"{GRPO} --reward bad_rewards.py:too_few", 1, r"reward too_few \(.*bad_rewards\.py:5\): expected 256 rewards, one per completion; got 255"),
-    "rewards that are no numbers": (f"{GRPO} --reward bad_rewards.py:words", 1, r"reward words .*: expected a finite number or None, got 'good'"),
-    "a reward without its column": (f"{GRPO} --reward bad_rewards.py:wants", 1, r"reward wants .*: it needs 'answer', and there is only .*target"),
+    "a missing reward function": (
+        f"{GRPO} --reward rewards.py:digit",
+        1,
+        r"--reward: rewards\.py defines no 'digit'; did you mean 'digits'\?",
+    ),
+    "a reward that raises": (
+        f"{GRPO} --reward bad_rewards.py:raises",
+        1,
+        r"reward raises raised ZeroDivisionError: .*\n  at .*bad_rewards\.py:3 in .*",
+    ),
+    "too few rewards": (
+        f"{GRPO} --reward bad_rewards.py:too_few",
+        1,
+        r"reward too_few \(.*bad_rewards\.py:5\): expected 256 rewards, .*; got 255",
+    ),
+    "rewards that are no numbers": (
+        f"{GRPO} --reward bad_rewards.py:words",
+        1,
+        r"reward words .*: expected a finite number or None, got 'good'",
+    ),
+    "a reward without its column": (
+        f"{GRPO} --reward bad_rewards.py:wants",
+        1,
+        r"reward wants .*: it needs 'answer', and there is only .*target",
+    ),
     "a prompt longer than the context": (
-        "grpo --model tiny.json --task cards --dataset long.jsonl --reward rewards.py:digits", 1,
-        r"long\.jsonl:2: a prompt of 60 tokens leaves no room for a completion in the model's context of 48"),
-    "a dataset without a reward": ("grpo --model tiny.json --task cards --dataset good.jsonl", 1, r"--reward: expected a reward function for the dataset's"),
-    "an unknown task": ("sft --model tiny.json --task crads", 1, r"--task: expected one of cards, gsm8k, .* got 'crads'; did you mean 'cards'\?"),
+        "grpo --model tiny.json --task cards --dataset long.jsonl --reward rewards.py:digits",
+        1,
+        r"long\.jsonl:2: a prompt of 60 tokens leaves no room for a completion in the model's context of 48",
+    ),
+    "a dataset without a reward": (
+        "grpo --model tiny.json --task cards --dataset good.jsonl",
+        1,
+        r"--reward: expected a reward function for the dataset's",
+    ),
+    "an unknown task": (
+        "sft --model tiny.json --task crads",
+        1,
+        r"--task: expected one of cards, gsm8k, .* got 'crads'; did you mean 'cards'\?",
+    ),
     "an unknown option of a task": (f"{SFT} kk=3", 1, r"--task: cards has no option 'kk'; did you mean 'k'\?"),
-    "a task without demonstrations": ("sft --model tiny.json --task silent.py:Silent", 1, r"--task: cards has no demonstrations; give a --dataset"),
+    "a task without demonstrations": (
+        "sft --model tiny.json --task silent.py:Silent",
+        1,
+        r"--task: cards has no demonstrations; give a --dataset",
+    ),
     "nothing to train on": ("sft --model done/checkpoints/step_2", 1, r"--dataset or --task: expected one of them"),
     "an unknown algorithm": (f"{GRPO} --algorithm gpro", 1, r"--algorithm: expected one of grpo, dr_grpo, .*; got 'gpro'"),
     "greedy samples": (f"{GRPO} --sampling.temperature 0", 1, r"--sampling\.temperature: expected a positive number, got 0"),
     "a group of one": (f"{GRPO} --group 1", 1, r"--group: expected at least 2"),
-    "no tokenizer": ("sft --model tiny.json --dataset good.jsonl", 1, r"--tokenizer: tiny\.json has no tokenizer files and the task brings none"),
-    "a tokenizer that cannot be read": (f"{SFT} --tokenizer bad_tokenizer", 1, r"--tokenizer: bad_tokenizer holds no tokenizer that transformers can read"),
+    "no tokenizer": (
+        "sft --model tiny.json --dataset good.jsonl",
+        1,
+        r"--tokenizer: tiny\.json has no tokenizer files and the task brings none",
+    ),
+    "a tokenizer that cannot be read": (
+        f"{SFT} --tokenizer bad_tokenizer",
+        1,
+        r"--tokenizer: bad_tokenizer holds no tokenizer that transformers can read",
+    ),
     "a missing tokenizer": (f"{SFT} --tokenizer none", 1, r"--tokenizer: expected a folder with tokenizer files, got none"),
-    "a small budget": (f"{SFT} --micro-tokens 5", 1, r"cards train\[\d+\]: a sequence of up to \d+ tokens .*; raise --micro-tokens \(5\) to at least \d+"),
-    "a small budget for rollouts": (f"{GRPO} --micro-tokens 5 --reward rewards.py:digits", 1, r"--micro-tokens: a sequence of \d+ tokens does not fit into 5"),
-    "a small cache": (f"{GRPO} --sampling.max-tokens-in-flight 9", 1, r"max_tokens_in_flight: sequence 0 alone may need 64 tokens of cache"),
+    "a small budget": (
+        f"{SFT} --micro-tokens 5",
+        1,
+        r"cards train\[\d+\]: a sequence of up to \d+ tokens .*; raise --micro-tokens \(5\) to at least \d+",
+    ),
+    "a small budget for rollouts": (
+        f"{GRPO} --micro-tokens 5 --reward rewards.py:digits",
+        1,
+        r"--micro-tokens: a sequence of \d+ tokens does not fit into 5",
+    ),
+    "a small cache": (
+        f"{GRPO} --sampling.max-tokens-in-flight 9",
+        1,
+        r"max_tokens_in_flight: sequence 0 alone may need 64 tokens of cache",
+    ),
     "no GPU": (f"{SFT} --device cuda", 1, r"--device: 'cuda' was asked for, but this machine has no CUDA device; use --device cpu"),
     "a run that is there": (f"{SFT} --output-dir done", 1, r"--output-dir: done already holds step_2; continue it with --resume"),
     "no run to resume": (f"{SFT} --resume", 1, r"--resume: out holds no whole checkpoint; start without --resume"),
-    "prompts that are not there": ("generate --model done/checkpoints/step_2 --prompts none.txt", 1, r"none\.txt: No such file or directory"),
+    "prompts that are not there": (
+        "generate --model done/checkpoints/step_2 --prompts none.txt",
+        1,
+        r"none\.txt: No such file or directory",
+    ),
     "a model without tokenizer": ("generate --model tiny.json --prompts good.jsonl", 1, r"--tokenizer: tiny\.json has no tokenizer files"),
     "an unknown split": ("eval --model tiny.json --task cards --split tset", 1, r"cards: expected a split of train, val, test"),
     "no prompts": ("eval --model tiny.json --task cards --prompts 0", 1, r"prompts: expected at least one of cards's split 'test', got 0"),
     "a filter out of range": (f"{GRPO} --sampling.top-p 0", 1, r"top_p: expected in \(0, 1\], got 0\.0"),
-}  # fmt: skip
+}
 TOLD_AT_LENGTH = {"a reward that raises", "too few rewards", "rewards that are no numbers"}  # the offending sample is shown below the line
 NOT_ON_A_GPU = {"no GPU"}
 
@@ -125,8 +193,6 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("about", MISTAKES)
 def test_a_mistake_is_one_line_and_an_exit_code(about, folder, monkeypatch, capsys):
     """Wrong implementations: a traceback in the user's face; an error that does not say what to change; exit code 0."""
-    import torch
-
     if about in NOT_ON_A_GPU and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     command, code, said = MISTAKES[about]

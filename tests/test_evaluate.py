@@ -112,8 +112,8 @@ def test_the_command(tmp_path, capsys):
     """Wrong implementations: another split than the one asked for; a file that holds less than was shown."""
     decoder().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    args = f"eval --model {tmp_path}/model --task cards --task-options k=2 --split test --prompts 4 --samples 2 --max-new-tokens 6 --output {tmp_path}/new/e.json"
-    assert cli.main(args.split()) == 0
+    args = f"--model {tmp_path}/model --task cards --task-options k=2 --split test --prompts 4 --samples 2 --max-new-tokens 6"
+    assert cli.main(["eval", *args.split(), "--output", f"{tmp_path}/new/e.json"]) == 0
     told = capsys.readouterr().out
     kept = json.loads((tmp_path / "new/e.json").read_text())
     assert "greedy" in told and "sampled" in told and "4 prompts of cards/test, 2 samples each" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_every_sample_has_the_advantage_of_its_own_reward():
     want = (reward - reward.mean(1, keepdim=True))[[i for i in order(3, 2, 0, 3) if i != 1]].flatten()
     assert torch.allclose(batch.advantage[batch.cu_seqlens[:-1].long()], want)
     ends = batch.cu_seqlens.tolist()
-    for a, b in zip(ends[:-1], ends[1:], strict=True):
+    for a, b in pairwise(ends):
         assert (batch.advantage[a:b] == batch.advantage[a]).all()
         assert (batch.old_logp[a:b] != 0).tolist() == batch.mask[a:b].tolist()
 
@@ -112,7 +113,7 @@ def test_minibatches_and_epochs():
 
 def _prompts(batch) -> list[list[int]]:
     ends = batch.cu_seqlens.tolist()
-    starts = [batch.tokens[a:b][~batch.mask[a:b]].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    starts = [batch.tokens[a:b][~batch.mask[a:b]].tolist() for a, b in pairwise(ends)]
     assert starts == [p for p in starts[::GROUP] for _ in range(GROUP)], "whole groups, in order"
     return starts[::GROUP]
 

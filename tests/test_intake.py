@@ -191,6 +191,7 @@ def test_the_verifier_is_reported_beside_reward_functions():
     done = Scorer(task, [lambda completions: [7.0, None]])([""] * 2, demos, [[1], [1]], columns)
     assert done.reward[0] == 7.0 and done.reward[1] != done.reward[1]
     assert done.parts["correct"] == [1.0, 1.0] and done.parts["well_formed"] == [1.0, 1.0]
+    assert done.message == [task.verify(c["example"], text).message for c, text in zip(columns, demos, strict=True)] != ["", ""]
 
 
 def test_a_users_verifier_that_raises_is_named():

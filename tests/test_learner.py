@@ -243,7 +243,7 @@ def test_state_of_another_dtype():
     wide = learner(decoder(), ALGORITHMS["sft"])
     wide.load_state(exact.state())
     assert torch.equal(wide.masters[0], exact.masters[0]) and wide.masters[0] is wide.weights[0]
-    with pytest.raises(UserError, match="--dtype: .* in float32 throughout, not torch.bfloat16; resume with --dtype float32"):
+    with pytest.raises(UserError, match=r"--dtype: .* in float32 throughout, not torch.bfloat16; resume with --dtype float32"):
         exact.load_state(wide.state())
 
 

@@ -201,13 +201,13 @@ def test_a_finished_run_can_be_resumed_and_made_longer(tmp_path):
 def test_refusals(tmp_path):
     """Wrong implementations: a run overwritten without a word; the checkpoint of another command taken for one's own."""
     config = sft(tmp_path, steps=1, eval=Eval())
-    with pytest.raises(UserError, match="--resume: .*run holds no whole checkpoint; start without --resume"):
+    with pytest.raises(UserError, match=r"--resume: .*run holds no whole checkpoint; start without --resume"):
         train(replace(config, resume=True))
     train(config)
     before = state(tmp_path / "run/checkpoints/step_1")
-    with pytest.raises(UserError, match="--output-dir: .*run already holds step_1; continue it with --resume, or name another folder"):
+    with pytest.raises(UserError, match=r"--output-dir: .*run already holds step_1; continue it with --resume, or name another folder"):
         train(config)
-    with pytest.raises(UserError, match="--resume: .*run holds a run of fastrl sft; continue it with that, or name another folder"):
+    with pytest.raises(UserError, match=r"--resume: .*run holds a run of fastrl sft; continue it with that, or name another folder"):
         train(grpo(tmp_path, resume=True))
     after = state(tmp_path / "run/checkpoints/step_1")
     assert all(torch.equal(after[k], before[k]) for k in before)

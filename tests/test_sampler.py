@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_the_shape_of_rollouts():
     rollouts = Sampler(decoder()).generate(PROMPTS, SamplingParams(n=2, max_new_tokens=5, seed=5), weight_version=7)
     assert rollouts.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(rollouts) == 8 and rollouts.text is None
     tokens, ends = rollouts.tokens.tolist(), rollouts.cu_seqlens.tolist()
-    for i, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(ends)):
         prompt = PROMPTS[i // 2]
         assert tokens[a : a + len(prompt)] == prompt
         assert rollouts.completion_mask[a:b].tolist() == [False] * len(prompt) + [True] * (b - a - len(prompt))
@@ -278,7 +279,7 @@ def test_what_cannot_be_sampled_is_named(prompts, options, message):
 
 def test_errors_of_a_tokenizer_and_of_the_budget():
     sampler = Sampler(decoder(), tokenizer())
-    with pytest.raises(UserError, match="prompts.1.: the tokenizer has no tokens for part of 'hello'"):
+    with pytest.raises(UserError, match=r"prompts\[1\]: the tokenizer has no tokens for part of 'hello'"):
         sampler.generate(["7", "hello"], SamplingParams())
     with pytest.raises(UserError, match="stop: expected strings of one token; '7K' is 2 tokens of this tokenizer"):
         sampler.generate(["7"], SamplingParams(stop=("7K",)))

@@ -151,7 +151,7 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(tmp_path,
 
 
 def test_nothing_is_started_when_the_evaluation_cannot_be_done(tmp_path, no_report):
-    with pytest.raises(UserError, match="--eval.prompts: expected 0 without a --task, whose verifier evaluates, got 4"):
+    with pytest.raises(UserError, match=r"--eval\.prompts: expected 0 without a --task, whose verifier evaluates, got 4"):
         train(sft(tmp_path, task=None, dataset="x.jsonl"))
 
 
