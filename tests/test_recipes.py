@@ -93,3 +93,19 @@ def test_the_tokenizer_recipe_makes_a_hugging_face_tokenizer(tmp_path, capsys):
     assert made.decode(made.encode(text)) == text and len(made) == 300
     assert tokenizer_recipe.main([str(few), "--columns", "prompt", "--output", str(out)]) == 1
     assert "few.jsonl:1: expected text in column 'prompt', got NoneType" in capsys.readouterr().err
+
+
+def test_several_seeds_share_one_folder(tmp_path, monkeypatch, capsys):
+    """Wrong implementation: the folder is cleared before every seed, and the report finds only the last one's runs."""
+    folder = tmp_path / "demo"
+
+    def run_seed(seed, place):
+        for name in demo.FOLDERS.values():
+            (place / name / "checkpoints" / "step_1").mkdir(parents=True)
+            (place / name / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "loss": 0.5}\n')
+        return outcome(seed, [[False, True]] * 4, [[True, True]] * 4)
+
+    monkeypatch.setattr(demo, "run_seed", run_seed)
+    assert demo.main(["--output-dir", str(folder), "--seeds", "2"]) == 0
+    assert (folder / "seed0").exists() and (folder / "seed1").exists() and (folder / "report.html").exists()
+    assert "GRPO" in capsys.readouterr().out

@@ -64,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     began = time.monotonic()
     torch.set_num_threads(1)  # threads that wait for each other spin, and are slow on a machine that does anything else
+    folder = fresh(options.output_dir)
     try:
-        outcomes = [run_seed(seed, fresh(options.output_dir) / f"seed{seed}") for seed in range(options.seeds)]
+        comparison = compare([run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)], folder)
+        page = build_comparison(comparison, folder)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
-    comparison = compare(outcomes, options.output_dir)
-    page = build_comparison(comparison, options.output_dir)
     print(f"\n{as_text(comparison)}\n\n{time.monotonic() - began:.0f} s in all; the report is {page}")
     return 0
 

@@ -1,0 +1,1 @@
+"""Other libraries running on our ops, without a change in their code."""

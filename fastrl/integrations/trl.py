@@ -1,0 +1,209 @@
+"""TRL's own trainers on our ops: patch() swaps, inside TRL, the functions that turn logits or hidden states into log-probs.
+
+    from fastrl.integrations.trl import patched
+
+    with patched():
+        GRPOTrainer(...).train()
+
+Swapped is every name in TRL's loaded modules that is bound to one of these (those that the installed version has):
+
+    selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy     from logits: ops.token_logp
+    _ChunkedLogProbFunction                             from hidden states and the head's weight: ops.linear_logp
+
+TRL looks them up when it calls them, so trainers made before patch() run on our ops as well, and are restored by unpatch().
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+
+__all__ = ["patch", "patched", "unpatch"]
+
+_HOME = "trl.trainer.utils"  # where TRL defines these functions, or gathers them
+_swapped: list[tuple[Any, Any]] = []  # (TRL's, ours), while patched
+
+
+# --- from logits ------------------------------------------------------------------------------------
+def _selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
+    if index.shape == logits.shape[:-1]:
+        return _stats(logits, index, temperature, row_mask, entropy=False)[0]
+    return _masked(ops.selective_log_softmax(logits, index, temperature), row_mask)  # K tokens of each row
+
+
+def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return _stats(logits, anything, 1.0, None, entropy=True)[1]
+
+
+def _selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    logp, entropy = _stats(logits, index, temperature, row_mask, entropy=True)
+    return logp, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _stats(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool) -> list[Tensor]:
+    """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
+    stats = ops.token_logp(logits.reshape(-1, logits.shape[-1]), index.reshape(-1), temperature=temperature, entropy=entropy)
+    fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)  # that kernel's results are float32
+    dtype = torch.float32 if fused is not None and fused(logits, index, row_mask) else logits.dtype
+    return [_masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None]
+
+
+def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
+    return x if row_mask is None else x.masked_fill(row_mask == 0, 0)
+
+
+# --- from hidden states -----------------------------------------------------------------------------
+_TAIL = ("temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+_SIGNATURES = (  # the positional arguments of TRL's autograd function
+    ("hidden", "weight", "bias", "targets", *_TAIL, "outputs"),  # TRL 1.15 and later: five results, None where not in `outputs`
+    ("last_hidden", "weight", "bias", "targets", *_TAIL),  # 1.13 and 1.14: log-prob and entropy
+    ("last_hidden", "weight", "targets", *_TAIL),  # 1.5 to 1.12
+)
+_DEFAULTS = {
+    "bias": None,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "outputs": ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+}
+_THEIRS = ("log_sum_sq_probs", "is_top1")  # metrics without gradient that only TRL's function has
+
+
+def _linear(trl: Any, names: tuple[str, ...]) -> Any:
+    """A stand-in for TRL's autograd function with the arguments `names`."""
+
+    def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
+        given = _DEFAULTS | dict(zip(names, arguments, strict=False))
+        hidden, weight, bias, wanted = arguments[0], arguments[1], given["bias"], given["outputs"]
+        scale = (given["temperature"], given["final_logit_softcapping"], given["logit_scale"])
+        logp, entropy = _linear_logp(hidden, weight, bias, given["targets"], *scale, "entropy" in wanted)
+        if "outputs" not in names:
+            return logp, entropy
+        mean = _mean_logits(hidden, weight, bias, scale[2] / scale[0]) if "mean_logits" in wanted else None
+        rest = tuple(x for x in _THEIRS if x in wanted)
+        if not rest:
+            return logp, entropy, None, mean, None
+        with torch.no_grad():
+            theirs = trl.apply(*(given[name] for name in names[:-1]), rest)
+        return logp, entropy, theirs[2], mean, theirs[4]
+
+    return type("ChunkedLogProbFunction", (), {"apply": staticmethod(apply), "__doc__": _linear.__doc__})
+
+
+def _linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob and entropy in float32, like TRL's; products in the dtype that TRL's would be in, logits kept in float32."""
+    if softcap is not None:
+        raise NotImplementedError(f"final_logit_softcapping: expected None, got {softcap}; train this model with TRL unpatched")
+    if not logit_scale > 0:
+        raise NotImplementedError(f"logit_scale: expected a positive number, got {logit_scale}; train this model with TRL unpatched")
+    if hasattr(weight, "ds_id"):  # gathered now, but empty again when the backward needs it
+        raise NotImplementedError("weight: expected a whole head, got one sharded by DeepSpeed ZeRO-3; train with TRL unpatched")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        stats = ops.linear_logp(
+            hidden.to(dtype), weight.to(dtype), targets, bias=bias, temperature=temperature / logit_scale, entropy=entropy
+        )
+    return stats.logp.float(), None if stats.entropy is None else stats.entropy.float()
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The mean over the vocabulary is linear: one vector product instead of all logits."""
+    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return (mean if bias is None else mean + bias.mean(dtype=torch.float32)) * scale
+
+
+# --- the swap ---------------------------------------------------------------------------------------
+_LOGITS: dict[str, Callable[..., Any]] = {
+    "selective_log_softmax": _selective_log_softmax,
+    "entropy_from_logits": _entropy_from_logits,
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+}
+_LINEAR = "_ChunkedLogProbFunction"
+
+
+def patch() -> None:
+    """Make TRL's trainers compute log-probs and entropies with our ops, until unpatch().  Patched already, it does nothing.
+
+    Raises:  ImportError when TRL is not installed, or is a version whose functions are not those this module knows.
+    """
+    if _swapped:
+        return
+    pairs = _pairs(_home())
+    _replace(pairs)
+    _swapped.extend(pairs)
+
+
+def unpatch() -> None:
+    """Give TRL its own functions back, also in modules that were loaded since patch().  Not patched, it does nothing."""
+    _replace([(ours, trl) for trl, ours in _swapped])
+    _swapped.clear()
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """patch() inside the `with` block; at its end, whatever happened, TRL is again as the block found it."""
+    outermost = not _swapped
+    patch()
+    try:
+        yield
+    finally:
+        if outermost:
+            unpatch()
+
+
+def _home() -> ModuleType:
+    try:
+        return importlib.import_module(_HOME)
+    except ModuleNotFoundError as error:
+        if error.name == "trl":
+            raise ImportError('TRL is not installed: pip install "fastrl-kernels[peers]"') from error
+        raise
+
+
+def _pairs(home: ModuleType) -> list[tuple[Any, Any]]:
+    """(TRL's, ours) for every function that this version of TRL has."""
+    theirs = {name: getattr(home, name, None) for name in (*_LOGITS, _LINEAR)}
+    if theirs["selective_log_softmax"] is None:
+        raise ImportError(f"{_HOME}: expected {', '.join(theirs)}; this version of TRL has no selective_log_softmax")
+    pairs = [(theirs[name], ours) for name, ours in _LOGITS.items() if theirs[name] is not None]
+    linear = theirs[_LINEAR]
+    if linear is None:
+        return pairs
+    arguments = tuple(inspect.signature(linear.forward).parameters)[1:]  # without ctx
+    if arguments not in _SIGNATURES:
+        known = " or ".join(f"({', '.join(s)})" for s in _SIGNATURES)
+        raise ImportError(f"{_HOME}.{_LINEAR}: expected the arguments {known}; this version of TRL has ({', '.join(arguments)})")
+    return [*pairs, (linear, _linear(linear, arguments))]
+
+
+def _replace(pairs: list[tuple[Any, Any]]) -> None:
+    """Rebind every name in TRL's loaded modules from the first of a pair to the second."""
+    modules = [m for name, m in list(sys.modules.items()) if m is not None and name.split(".")[0] == "trl"]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            new = next((b for a, b in pairs if a is value), None)
+            if new is not None:
+                setattr(module, name, new)
