@@ -11,7 +11,7 @@ ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no 
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo demo-seeds test test-slow lint type bench gpu-check check clean
+.PHONY: demo demo-seeds test test-slow lint type compile-table bench gpu-check check clean
 
 demo: $(STAMP)
 	$(PY) -m fastrl.recipes.demo --output-dir demo
@@ -32,6 +32,9 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(PY) -m mypy
 
+compile-table: $(STAMP)
+	$(PY) -m fastrl.bench.compile_table --all
+
 bench: $(STAMP)
 	$(PY) -m fastrl.bench.run $(OP)
 
@@ -50,5 +53,5 @@ $(STAMP): $(BUILT_FROM)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	{ $(PY) -c "import pip"; } 2>/dev/null || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	$(PY) -m pip install -c constraints.txt torch
-	$(PY) -m pip install -c constraints.txt -e ".[test]"
+	$(PY) -m pip install -c constraints.txt -e ".[test,peers]"
 	touch $@

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, wide
+from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, products, wide
 
 CASES = cases(
     "T D V",
@@ -57,6 +57,7 @@ def _positional(fused: Function) -> Function:
 PROVIDERS = {
     "fastrl": plain(ops.linear_cross_entropy),
     "eager": plain(eager),
+    PRODUCTS: products,
     "torch.compile": compiled(eager),
     "torch chunked": torch_chunked,
     "liger": liger,

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, peer, plain, wide
+from fastrl.bench.common import (
+    BOTH,
+    PRODUCTS,
+    Bench,
+    Builder,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    peer,
+    plain,
+    products,
+    wide,
+)
 
 CASES = cases(
     "T D V",
@@ -52,5 +70,11 @@ def liger(case: Case) -> Function:
     return call
 
 
-PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": compiled(eager), "liger": liger}
+PROVIDERS: dict[str, Builder] = {
+    "fastrl": plain(ours),
+    "eager": plain(eager),
+    PRODUCTS: partial(products, per_token=True),
+    "torch.compile": compiled(eager),
+    "liger": liger,
+}
 BENCH = Bench(op="linear_logp", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, peer, plain, wide
+from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, peer, plain, products, wide
 
 CASES = cases(
     "S L D V live",
@@ -69,5 +69,5 @@ def liger(case: Case) -> Function:
     return call
 
 
-PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": compiled(eager), "liger": liger}
+PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), PRODUCTS: products, "torch.compile": compiled(eager), "liger": liger}
 BENCH = Bench(op="linear_loss", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")

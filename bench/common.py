@@ -21,6 +21,7 @@ from torch import Tensor
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, EAGER, COMPILE = "fastrl", "eager", "torch.compile"
+PRODUCTS = "products"  # no peer but a bound: the matrix products alone, whose results mean nothing
 
 Function = Callable[..., Any]  # of the case's arguments, by name -> a tensor or a tuple of them
 Sizes = tuple[int, ...]
@@ -158,6 +159,33 @@ def plain(function: Function) -> Builder:
 def compiled(function: Function) -> Builder:
     """The builder of torch.compile(function), compiled for each case's own shapes."""
     return lambda case: torch.compile(function, dynamic=False)
+
+
+class _Products(torch.autograd.Function):
+    """x W^T, and two more products of the same size that have the shapes of the gradients of x and W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        logits = x @ weight.T
+        ctx.save_for_backward(logits @ weight, logits.T @ x)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def products(case: Case, *, per_token: bool = False) -> Function:
+    """The matrix products of a linear op over its live `rows`: one forward, three with a backward (of a scalar, or of (T,))."""
+
+    def call(hidden: Tensor, weight: Tensor, rows: Tensor | None = None, **_: Any) -> Tensor:
+        x = hidden if rows is None else hidden[rows]
+        if case.mode != BOTH:
+            return x @ weight.T
+        scalar = _Products.apply(x, weight)
+        return scalar.expand(x.shape[0]) if per_token else scalar
+
+    return call
 
 
 def peer(module: str, name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, COMPILE, OURS, Bench, Case, Data, Function, Unavailable
+from fastrl.bench.common import BOTH, COMPILE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
 from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
 from fastrl.kernels._backend import COMPILED_ONLY, DEVICES
@@ -179,7 +179,7 @@ def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------
 def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
-    """Errors of every provider but torch.compile, which would compile once more for the slice."""
+    """Errors of every provider but the bound, and torch.compile, which would compile once more for the slice."""
     if bench.truth is None:
         return
     small = case.small()
@@ -194,7 +194,7 @@ def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
         runner.error, runner.relative = errors(found, truth)
 
     for runner in _live(runners):
-        if not runner.provider.startswith(COMPILE):
+        if not runner.provider.startswith(COMPILE) and runner.provider != PRODUCTS:
             attempt(runner, compare)
 
 

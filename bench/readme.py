@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastrl.bench.common import COMPILE, EAGER
+from fastrl.bench.common import COMPILE, EAGER, PRODUCTS
 from fastrl.bench.ledger import QUICK, Results, Row
 from fastrl.bench.table import group, named, ratio
 from fastrl.errors import UserError
@@ -62,7 +62,7 @@ def _ours(rows: Sequence[Row]) -> Row | None:
 
 def _line(results: Results, ours: Row, rows: Sequence[Row], cuda: bool) -> list[str]:
     eager = named(rows, EAGER)
-    peers = [r for r in rows if not r.own and r.provider not in (EAGER, COMPILE) and r.best is not None]
+    peers = [r for r in rows if not r.own and r.provider not in (EAGER, COMPILE, PRODUCTS) and r.best is not None]
     best = min(peers, key=lambda r: r.best or 0.0, default=None)
     limit = results.share_of_limit(ours)
     memory = "" if eager is None or not eager.peak_bytes or ours.peak_bytes is None else f"{ours.peak_bytes / eager.peak_bytes:.2f}x"

@@ -10,6 +10,7 @@ and its torch.library body asks `pick("token_logp", logits, "forward")` for the 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+INTERPRETED = ("triton", "cpu")  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
@@ -49,6 +51,21 @@ def register(
     _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing)
 
 
+def register_triton(op: str, module: str, *parts: str) -> None:
+    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels.`module`, for the dtypes it lists.
+
+    Where triton is not installed (it has no wheels outside Linux) the implementation is listed as missing.
+    """
+    try:
+        twin = importlib.import_module(f"fastrl.kernels.{module}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
+        register(op, "triton", missing="triton is not installed")
+        return
+    register(op, "triton", dtypes=twin.DTYPES, note=COMPILED_ONLY, **{part: getattr(twin, part) for part in parts})
+
+
 def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     """The function that runs `part` of `op` for tensors like `x`.
 
@@ -57,7 +74,7 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     wanted = requested(op)
     table = _table[op]
     if wanted is not None:
-        reason = _obstacle(table.get(wanted), wanted, x, part)
+        reason = _obstacle(table.get(wanted), wanted, x, part, by_name=True)
         if reason:
             have = ", ".join(b for b in BACKENDS if b in table and not table[b].missing)
             raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
@@ -129,12 +146,13 @@ def _known(name: str, where: str) -> str:
     return name
 
 
-def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str) -> str:
+def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_name: bool = False) -> str:
     if impl is None:
         return "it has no such implementation"
     if impl.missing:
         return impl.missing
-    if x.device.type not in DEVICES[name]:
+    interpreted = by_name and (name, x.device.type) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type not in DEVICES[name] and not interpreted:
         return f"it does not run on {x.device.type} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"

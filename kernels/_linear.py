@@ -2,32 +2,43 @@
 
 They accumulate in float32 whatever the operands are.  CUDA multiplies bfloat16 operands into float32 outputs directly; CPU
 matrix products have no such output type, so there the operands are widened, a tile of the vocabulary at a time, never all of W.
+Chunks share one buffer of logits: fresh pages for every chunk cost the CPU as much as a fifth of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # one chunk of logits: cache-friendly on CPU, a few thousand rows on CUDA
+LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
+ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}  # rows of a chunk from which products run at full speed: half the bytes do then
 _TILE = 4096  # vocabulary rows widened at a time on CPU
+_MOVED = 16  # rows of logits copied at a time
+
+
+def logits_budget(device: torch.device, budget: int | None = None) -> int:
+    """Bytes of logits that may be alive at once: the caller's, or the device's default."""
+    return budget or LOGITS_BYTES.get(device.type, 1 << 26)
 
 
 def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None = None) -> int:
-    """Rows of logits that fit the byte budget, at least one."""
-    return max(1, (budget or LOGITS_BYTES.get(device.type, 1 << 26)) // (V * itemsize))
+    """Rows of logits of one chunk, at least one: what the caller's budget holds, or of the default no more than is useful."""
+    most = logits_budget(device, budget) // (V * itemsize)
+    useful = most if budget else max(most // 2, ENOUGH_ROWS.get(device.type, 128))
+    return max(1, min(most, useful))
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Logits (N, V) of `dtype`, accumulated in float32."""
+# --- products ---------------------------------------------------------------------------------------
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given."""
     if x.dtype == dtype:
-        logits = x @ weight.T
+        logits = x @ weight.T if out is None else torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
-        logits = torch.mm(x, weight.T, out_dtype=dtype)
+        logits = torch.mm(x, weight.T, out_dtype=dtype) if out is None else torch.mm(x, weight.T, out_dtype=dtype, out=out)
     else:
-        logits = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+        logits = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device) if out is None else out
         wide = x.to(dtype)
         for v, w in _tiles(weight, dtype):
             torch.mm(wide, w.T, out=logits[:, v : v + w.shape[0]])
@@ -38,10 +49,15 @@ def input_grad(dlogits: Tensor, weight: Tensor) -> Tensor:
     """dx (N, D) in the weight's dtype."""
     if dlogits.dtype == weight.dtype or dlogits.is_cuda:
         return dlogits.to(weight.dtype) @ weight
-    dx = torch.zeros(dlogits.shape[0], weight.shape[1], dtype=dlogits.dtype, device=dlogits.device)
-    for v, w in _tiles(weight, dlogits.dtype):
-        torch.addmm(dx, dlogits[:, v : v + w.shape[0]], w, out=dx)
-    return dx.to(weight.dtype)
+    return _tiled_input_grad(dlogits, weight).to(weight.dtype)
+
+
+def _tiled_input_grad(dlogits: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(dlogits.dtype, weight.dtype)
+    dx = torch.zeros(dlogits.shape[0], weight.shape[1], dtype=wide, device=dlogits.device)
+    for v, w in _tiles(weight, wide):
+        torch.addmm(dx, dlogits[:, v : v + w.shape[0]].to(wide), w, out=dx)
+    return dx
 
 
 def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
@@ -51,7 +67,10 @@ def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
     elif dlogits.is_cuda:
         torch.addmm(out, dlogits.to(x.dtype).T, x, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(out, dlogits.to(out.dtype).T, x.to(out.dtype), out=out)
+        wide = x.to(out.dtype)
+        for v in range(0, out.shape[0], _TILE):
+            tile = out[v : v + _TILE]
+            torch.addmm(tile, dlogits[:, v : v + _TILE].to(out.dtype).T, wide, out=tile)
 
 
 def accumulator(weight: Tensor) -> Tensor:
@@ -62,3 +81,89 @@ def accumulator(weight: Tensor) -> Tensor:
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     for v in range(0, weight.shape[0], _TILE):
         yield v, weight[v : v + _TILE].to(dtype)
+
+
+# --- gradients over chunks --------------------------------------------------------------------------
+class HeadGrads:
+    """The gradients of hidden, weight and bias, gathered over chunks of rows; None where one is not wanted.
+
+    hidden   in its own dtype, 0 at rows that no chunk brings; in float32 when `partial`: a share that is still to be summed
+    weight   float32, or `weight_grad`, which is added to
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Sequence[bool],
+        *,
+        weight_grad: Tensor | None = None,
+        partial: bool = False,
+    ) -> None:
+        self.head = weight
+        share = torch.promote_types(hidden.dtype, torch.float32) if partial else hidden.dtype
+        self.hidden = torch.zeros(hidden.shape, dtype=share, device=hidden.device) if wanted[0] else None
+        self.weight = (accumulator(weight) if weight_grad is None else weight_grad) if wanted[1] else None
+        self.bias = accumulator(bias) if wanted[2] and bias is not None else None
+        self.narrow: Tensor | None = None
+
+    def add(self, rows: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
+        """Take in a chunk: its rows of hidden, their values, the gradient of their logits."""
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        operand = self._operand(dlogits)
+        if self.hidden is not None:
+            self._add_hidden(self.hidden, rows, operand)
+        if self.weight is not None:
+            add_weight_grad(self.weight, operand, x)
+
+    def _operand(self, dlogits: Tensor) -> Tensor:
+        """dlogits as the products take them: CUDA multiplies operands of one dtype, so they are rounded once for both, into one buffer."""
+        if not dlogits.is_cuda or dlogits.dtype == self.head.dtype:
+            return dlogits
+        if self.narrow is None or self.narrow.shape[0] < dlogits.shape[0]:
+            self.narrow = torch.empty(dlogits.shape, dtype=self.head.dtype, device=dlogits.device)
+        return self.narrow[: dlogits.shape[0]].copy_(dlogits)
+
+    def _add_hidden(self, out: Tensor, rows: slice | Tensor, dlogits: Tensor) -> None:
+        if out.dtype == dlogits.dtype == self.head.dtype:
+            if isinstance(rows, slice):
+                torch.mm(dlogits, self.head, out=out[rows])
+                return
+            dx = dlogits @ self.head
+        elif out.dtype == self.head.dtype:
+            dx = input_grad(dlogits, self.head)
+        else:  # the share of a shard
+            dx = torch.mm(dlogits, self.head, out_dtype=out.dtype) if out.is_cuda else _tiled_input_grad(dlogits, self.head).to(out.dtype)
+        if isinstance(rows, slice):
+            out[rows] = dx
+        else:
+            out.index_copy_(0, rows, dx)
+
+
+# --- rows without a gradient ------------------------------------------------------------------------
+def live_rows(*derivatives: Tensor) -> Tensor | None:
+    """The rows (N',) whose derivatives are not all zero, or None to take all.
+
+    None unless they are at least an eighth fewer; and None on CUDA, where counting them would wait for the device.  A row of zero
+    derivative adds exact zeros to the gradients: leaving it out changes them by the order of the sums at most.
+    """
+    if derivatives[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    live = derivatives[0] != 0
+    for d in derivatives[1:]:
+        live |= d != 0
+    rows = live.nonzero().squeeze(1)
+    return rows if 8 * rows.numel() <= 7 * live.numel() and live.numel() else None
+
+
+def compact(logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the live rows to the front, in place: the moves that are needed, and no more; those rows, and which each one was."""
+    n = live.numel()
+    order = torch.arange(logits.shape[0], device=live.device)
+    kept = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, live, True)
+    holes, movers = (~kept[:n]).nonzero().squeeze(1), kept[n:].nonzero().squeeze(1) + n
+    for hole, mover in zip(holes.split(_MOVED), movers.split(_MOVED), strict=True):
+        logits.index_copy_(0, hole, logits[mover])
+    return logits[:n], order.index_copy_(0, holes, movers)[:n]

@@ -6,27 +6,34 @@ Every lane of the program keeps its own (top, s, a) of the elements it saw and t
 
 A new element costs one exponential whichever of it and the lane's top is larger: e = exp(-|x - top| / tau) scales the old sums
 when the element is the new top, and is the element's own share when it is not.  Exponentials are exp2 with 1 / (tau ln 2) folded in.
-T is the grid, V and the temperature are runtime values: nothing is compiled again for another length.
+The rows are the grid, V and the temperature are runtime values: nothing is compiled again for another length.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK, WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
-LOWEST = tl.constexpr(-1e30)  # stands for -inf: its square still fits, and exp2 of its distance to anything is 0
+BLOCK = 4096  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
+COMMON = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = dict.fromkeys(DTYPES, COMMON) | {torch.float16: COMMON | {"maxnreg": 128}}  # else ptxas aims at 64 for sm_100, and spills two
+LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["T"])
-def forward_kernel(
-    logits, target, temperature, logp, entropy, m, log_s, T, V, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def forward_kernel(  # type: ignore[no-untyped-def]
+    logits, target, temperature, logp, entropy, m, log_s, V, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)  # T V exceeds 2^31 at V = 152k, T = 14k
     row = logits + t * stride
@@ -37,8 +44,9 @@ def forward_kernel(
     s = tl.zeros((BLOCK,), tl.float32)
     a = tl.zeros((BLOCK,), tl.float32)
     for v in range(0, V, BLOCK):
-        x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
-        x = tl.where(x < LOWEST, LOWEST, x)  # not maximum, which may drop a NaN
+        at = v + lane
+        x = tl.load(row + at, at < V, float("-inf")).to(tl.float32)
+        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         d = x - top
         e = tl.exp2(-tl.abs(d) * k)
         above = d > 0
@@ -62,9 +70,9 @@ def forward_kernel(
         tl.store(entropy + t, ln - a_row / (tau * s_row))
 
 
-@triton.jit(do_not_specialize=["T"])
-def backward_kernel(
-    out, logits, target, temperature, dlogp, dentropy, entropy, m, log_s, T, V, out_stride, stride,
+@triton.jit
+def backward_kernel(  # type: ignore[no-untyped-def]
+    out, logits, target, temperature, dlogp, dentropy, entropy, m, log_s, V, out_stride, stride,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -72,8 +80,7 @@ def backward_kernel(
     tau = tl.load(temperature + t)
     scaled, ln, y = tl.load(m + t), tl.load(log_s + t), tl.load(target + t)
     k = LOG2E / tau
-    top = scaled * tau
-    ln2 = (ln - tl.fma(scaled, tau, -top) / tau) * LOG2E
+    ln2 = ln * LOG2E
     g = tl.load(dlogp + t) / tau
     gh, h = 0.0, 0.0
     if ENTROPY:
@@ -82,7 +89,7 @@ def backward_kernel(
     for v in range(0, V, BLOCK):
         at = v + lane
         x = tl.load(row + at, at < V, float("-inf")).to(tl.float32)
-        u = (x - top) * k - ln2  # log2 p
+        u = tl.fma(tl.fma(-scaled, tau, x), k, -ln2)  # log2 p; the product scaled * tau is never rounded
         p = tl.exp2(u)
         d = g
         if ENTROPY:
@@ -95,15 +102,16 @@ def backward_kernel(
 # --- launch -----------------------------------------------------------------------------------------
 def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s, each (T,)."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = unit_rows(logits)
     T, V = logits.shape
     logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
     h = torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device)
     if T:
-        with _on(logits):
+        with on_device(logits):
             forward_kernel[(T,)](
-                logits, target, temperature, logp, h, m, log_s, T, V, logits.stride(0), ENTROPY=entropy, BLOCK=_block(V), num_warps=WARPS
-            )
+                logits, target.contiguous(), temperature.contiguous(), logp, h, m, log_s, V, logits.stride(0),
+                ENTROPY=entropy, BLOCK=block(V), **OPTIONS[logits.dtype],
+            )  # fmt: skip
     return logp, h, m, log_s
 
 
@@ -112,25 +120,51 @@ def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> 
     return backward_into(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), dlogp, dentropy, logits, *rest)
 
 
-def backward_into(
-    out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
-) -> Tensor:  # fmt: skip
-    """The same into `out`, whose rows are contiguous and which may be the logits themselves."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+def backward_into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
+    """The same into `out`, which may be the logits themselves."""
     T, V = logits.shape
+    if out.stride(1) != 1:
+        return out.copy_(backward(dlogp, dentropy, logits, *rest))
+    logits = unit_rows(logits)
+    target, temperature, entropy, m, log_s = rest
+    vectors = (x.contiguous() for x in (target, temperature, dlogp, dentropy, entropy, m, log_s))
     if T:
-        with _on(logits):
+        with on_device(logits):
             backward_kernel[(T,)](
-                out, logits, target, temperature, dlogp.contiguous(), dentropy.contiguous(), entropy, m, log_s, T, V,
-                out.stride(0), logits.stride(0), ENTROPY=dentropy.numel() > 0, BLOCK=_block(V), num_warps=WARPS,
-            )  # fmt: skip
+                out,
+                logits,
+                *vectors,
+                V,
+                out.stride(0),
+                logits.stride(0),
+                ENTROPY=dentropy.numel() > 0,
+                BLOCK=block(V),
+                **OPTIONS[logits.dtype],
+            )
     return out
 
 
-def _block(V: int) -> int:
+def block(V: int) -> int:
+    """Columns a program holds at once: a power of two, so that a kernel is compiled for a handful of them."""
     return min(BLOCK, max(128, triton.next_power_of_2(V)))
 
 
-def _on(x: Tensor) -> torch.cuda.device | torch.autograd.profiler.record_function:
-    """Launch on the device of `x`, whatever the current one is."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("fastrl")
+# --- what it compiles to ----------------------------------------------------------------------------
+def _specs() -> Iterator[Spec]:
+    vectors = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32")
+    ints = {"target": "*i64", "V": "i32", "stride": "i32", "out_stride": "i32"}
+    for dtype, entropy, V in itertools.product(DTYPES, (True, False), (151936, 50257)):
+        name = TRITON_TYPES[dtype]
+        for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
+            yield Spec(
+                kernel=kernel,
+                case=f"{name[1:]} V={V}{' entropy' * entropy}",
+                types=vectors | ints | {"logits": name, "out": name},
+                constants={"ENTROPY": entropy, "BLOCK": BLOCK},
+                divisible=V % 16 == 0,
+                wide=moves if V % 16 == 0 else (),
+                options=OPTIONS[dtype],
+            )
+
+
+COMPILE = tuple(_specs())

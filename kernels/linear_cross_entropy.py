@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import compute_dtype, one_of
 from fastrl.kernels._linear import accumulator, add_weight_grad, chunk_rows, input_grad, project
 from fastrl.kernels.linear_logp import check_linear
@@ -61,23 +61,28 @@ def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: floa
     return torch.where(inside, loss + z_loss * (m + log_s) ** 2, torch.nan), m, log_s
 
 
-def rows_backward(
-    dloss: Tensor, logits: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float
+def rows_backward_into(
+    logits: Tensor, dloss: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float
 ) -> Tensor:
-    """The gradient of the logits (N, V), in their dtype, for an upstream gradient `dloss` (N,)."""
+    """The logits (N, V) overwritten by their gradient for an upstream gradient `dloss` (N,)."""
     z = logits.to(m.dtype)
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    g = (z - m[:, None] - log_s[:, None]).exp() * (1 + 2 * z_loss * (m + log_s))[:, None]
+    slope = None
+    if softcap:
+        tanh = z.div_(softcap).tanh_()
+        slope = tanh.square().neg_().add_(1)
+        z = tanh.mul_(softcap)
+    g = z.sub_(m[:, None]).sub_(log_s[:, None]).exp_().mul_((1 + 2 * z_loss * (m + log_s))[:, None])
     if smoothing:
         g -= smoothing / z.shape[1]
     inside = (target >= 0) & (target < z.shape[1])
     at = torch.where(inside, target, 0)[:, None].long()
     g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])  # one entry a row: deterministic
-    g = g * (1 - (z / softcap) ** 2) if softcap else g
-    return (g * dloss[:, None]).to(logits.dtype)
+    g = (g if slope is None else g.mul_(slope)).mul_(dloss[:, None])
+    return g if g is logits else logits.copy_(g)
 
 
-register("linear_cross_entropy", "reference", forward=rows_forward, backward=rows_backward)
+register("linear_cross_entropy", "reference", forward=rows_forward, backward_into=rows_backward_into)
+register_triton("linear_cross_entropy", "_cross_entropy_triton", "forward", "backward_into")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -89,7 +94,7 @@ def forward_op(
     """Loss (scalar, or (T,) for "none") and, when `grads`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
     live = (target != ignore_index).nonzero().squeeze(1)  # ignored rows leave before the first product; the count sizes it
     count = live.numel() if reduction == "mean" else 1
-    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward")
+    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward_into")
     loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(logits_dtype, torch.float32))
     fused = grads and reduction != "none"
     dhidden, dweight, dbias = _gradients(hidden, weight, bias, fused)
@@ -100,8 +105,8 @@ def forward_op(
         each, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
         loss.index_copy_(0, part, each)
         if fused:
-            dlogits = backward(torch.full_like(m, 1 / count), logits, y, m, log_s, smoothing, softcap, z_loss)
-            _accumulate(part, x, dlogits, weight, dhidden, dweight, dbias)
+            backward(logits, torch.full_like(m, 1 / count), y, m, log_s, smoothing, softcap, z_loss)
+            _accumulate(part, x, logits, weight, dhidden, dweight, dbias)
     out = loss if reduction == "none" else loss.sum() / count if count else loss.sum() * torch.nan
     return out, dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
@@ -113,14 +118,15 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias for a per-token upstream gradient (T,); the logits are computed again."""
     live = (target != ignore_index).nonzero().squeeze(1)
-    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward")
+    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward_into")
     dhidden, dweight, dbias = _gradients(hidden, weight, bias, True)
     for a in range(0, live.numel(), rows):
         part = live[a : a + rows]
         x, y = hidden[part], target[part]
         logits = project(x, weight, bias if bias.numel() else None, logits_dtype)
         _, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
-        _accumulate(part, x, backward(dloss[part], logits, y, m, log_s, smoothing, softcap, z_loss), weight, dhidden, dweight, dbias)
+        backward(logits, dloss[part], y, m, log_s, smoothing, softcap, z_loss)
+        _accumulate(part, x, logits, weight, dhidden, dweight, dbias)
     return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 

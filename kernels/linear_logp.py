@@ -8,14 +8,21 @@ should use `linear_loss` instead, which never recomputes: 6 T D V in all.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._linear import accumulator, add_weight_grad, chunk_rows, input_grad, project
+from fastrl.kernels._linear import HeadGrads, chunk_rows, live_rows, project
+from fastrl.kernels._shard import Shard
 from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, row_temperature
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # some builds of torch have none
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -27,42 +34,81 @@ def reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | Non
     return log_p.gather(1, target[:, None].long()).squeeze(1), -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)).sum(-1)
 
 
+# --- the chunks -------------------------------------------------------------------------------------
+def forward_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int,
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp, entropy (empty unless asked for), m and log s, each (T,); an absent bias is empty; `rows` per chunk of logits."""
+    T = hidden.shape[0]
+    stat = torch.promote_types(logits_dtype, torch.float32)
+    logp, h, m, log_s = (torch.empty(n, dtype=stat, device=hidden.device) for n in (T, T if entropy else 0, T, T))
+    buffer = torch.empty(min(rows, T), weight.shape[0], dtype=logits_dtype, device=hidden.device)
+    for a in range(0, T, rows):
+        part = slice(a, min(a + rows, T))
+        logits = project(hidden[part], weight, bias if bias.numel() else None, logits_dtype, buffer[: part.stop - a])
+        found = row_stats(logits, target[part], temperature[part], entropy, shard)
+        logp[part], m[part], log_s[part] = found[0], found[2], found[3]
+        if entropy:
+            h[part] = found[1]
+    return logp, h, m, log_s
+
+
+def row_stats(
+    logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, shard: Shard | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, m and log s of rows of logits, of the whole vocabulary when the logits are a shard's."""
+    if shard is None:
+        return forward_op(logits, target, temperature, entropy, False)
+    return shard.combine(target, *forward_op(logits, shard.local(target), temperature, entropy, False))
+
+
+def backward_chunks(
+    dlogp: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor,
+    entropy: Tensor, m: Tensor, log_s: Tensor, logits_dtype: torch.dtype, rows: int, wanted: Sequence[bool], shard: Shard | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias (empty where not wanted); the logits are computed again, chunk by chunk."""
+    live = live_rows(dlogp, dentropy) if dentropy.numel() else live_rows(dlogp)
+    N = hidden.shape[0] if live is None else live.numel()
+    target = target if shard is None else shard.local(target)
+    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted, partial=shard is not None)
+    buffer = torch.empty(min(rows, N), weight.shape[0], dtype=logits_dtype, device=hidden.device)
+    for a in range(0, N, rows):
+        part: slice | Tensor = slice(a, min(a + rows, N)) if live is None else live[a : a + rows]
+        x = hidden[part]
+        logits = project(x, weight, bias if bias.numel() else None, logits_dtype, buffer[: x.shape[0]])
+        h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
+        backward_into_op(dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part])
+        grads.add(part, x, logits)
+    if shard is not None and grads.hidden is not None:
+        shard.sum(grads.hidden)
+    found = zip((grads.hidden, grads.weight, grads.bias), (hidden, weight, bias), strict=True)
+    dhidden, dweight, dbias = (x.new_empty(0) if g is None else g.to(x.dtype) for g, x in found)
+    return dhidden, dweight, dbias
+
+
+register("linear_logp", "reference", forward_chunks=forward_chunks)
+register_triton("linear_logp", "_linear_logp_triton", "forward_chunks")
+
+
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::linear_logp", mutates_args=())
 def forward_linear_op(
     hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s, each (T,); an absent bias is empty; `rows` per chunk of logits."""
-    T = hidden.shape[0]
-    out = torch.empty((4, T), dtype=torch.promote_types(logits_dtype, torch.float32), device=hidden.device)
-    for a in range(0, T, rows):
-        part = slice(a, min(a + rows, T))
-        logits = project(hidden[part], weight, bias if bias.numel() else None, logits_dtype)
-        logp, h, m, log_s = forward_op(logits, target[part], temperature[part], entropy, False)
-        out[0, part], out[2, part], out[3, part] = logp, m, log_s
-        if entropy:
-            out[1, part] = h
-    return out[0].clone(), (out[1] if entropy else out[1, :0]).clone(), out[2].clone(), out[3].clone()
+    """The arguments are those of `forward_chunks`, without a shard."""
+    forward = pick("linear_logp", hidden, "forward_chunks")
+    return forward(hidden, weight, bias, target, temperature, entropy, logits_dtype, rows)
 
 
 @torch.library.custom_op("fastrl::linear_logp_backward", mutates_args=())
 def backward_linear_op(
     dlogp: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor,
-    entropy: Tensor, m: Tensor, log_s: Tensor, logits_dtype: torch.dtype, rows: int,
+    entropy: Tensor, m: Tensor, log_s: Tensor, logits_dtype: torch.dtype, rows: int, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias (empty without one); the logits are computed again, chunk by chunk."""
-    T = hidden.shape[0]
-    dhidden, dweight, dbias = torch.empty_like(hidden), accumulator(weight), accumulator(bias)
-    for a in range(0, T, rows):
-        part = slice(a, min(a + rows, T))
-        logits = project(hidden[part], weight, bias if bias.numel() else None, logits_dtype)
-        h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
-        backward_into_op(dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part])
-        dhidden[part] = input_grad(logits, weight)
-        add_weight_grad(dweight, logits, hidden[part])
-        if bias.numel():
-            dbias += logits.sum(0, dtype=dbias.dtype)
-    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    """The arguments are those of `backward_chunks`, without a shard."""
+    options = (logits_dtype, rows, wanted)
+    return backward_chunks(dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, *options)
 
 
 @forward_linear_op.register_fake
@@ -72,25 +118,43 @@ def _(hidden, weight, bias, target, temperature, entropy, logits_dtype, rows):  
 
 
 @backward_linear_op.register_fake
-def _(dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, logits_dtype, rows):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, logits_dtype, rows, wanted):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, temperature, ctx.entropy, ctx.logits_dtype, ctx.rows = inputs
+    hidden, weight, bias, target, temperature, ctx.entropy, ctx.logits_dtype, ctx.rows, *_ = inputs
     _, h, m, log_s = output
     ctx.mark_non_differentiable(m, log_s)
     ctx.save_for_backward(hidden, weight, bias, target, temperature, h, m, log_s)
 
 
-def _autograd(ctx: Any, dlogp: Tensor, dentropy: Tensor, dm: Tensor, dlog_s: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dlogp: Tensor, dentropy: Tensor, *_: Tensor, backward: Any = backward_linear_op) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, target, temperature, h, m, log_s = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
     dh = dentropy if ctx.entropy else h
-    grads = backward_linear_op(dlogp, dh, hidden, weight, bias, target, temperature, h, m, log_s, ctx.logits_dtype, ctx.rows)
-    return (*grads, None, None, None, None, None)
+    grads = backward(dlogp, dh, hidden, weight, bias, target, temperature, h, m, log_s, ctx.logits_dtype, ctx.rows, wanted)
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
 forward_linear_op.register_autograd(_autograd, setup_context=_setup)
+
+
+class _Sharded(torch.autograd.Function):
+    """The same with a shard: a process group is not something that a registered op can be given."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return forward_chunks(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.shard = inputs[-1]
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> tuple[Tensor | None, ...]:
+        return *_autograd(ctx, *derivatives, backward=partial(backward_chunks, shard=ctx.shard)), None
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -104,19 +168,26 @@ def linear_logp(
     entropy: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     logits_bytes: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability of `target` (nats) and, if asked for, the entropy (nats), differentiable in hidden, weight and bias.
 
     Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or (T,)
              ->  logp, entropy, lse (T,) fp32 (fp64 for fp64 inputs).
-    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), in the forward and in the backward.
+             With a `group` of processes, weight and bias are this process's part of the vocabulary, in the order of the ranks and of
+             any size; hidden and target (ids of the whole vocabulary) are the same on all, and so are the results and the gradient
+             of hidden.  The processes wait for the device once, to learn each other's sizes.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), in the forward and in the
+             backward; there half as much again on CUDA when hidden is bf16 and the logits are not.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
-    rows = chunk_rows(weight.shape[0], dtype.itemsize, hidden.device, logits_bytes)
+    shard = None if group is None else Shard.of(weight, group)
+    rows = chunk_rows(weight.shape[0] if shard is None else shard.most, dtype.itemsize, hidden.device, logits_bytes)
     b = weight.new_empty(0) if bias is None else bias
-    logp, h, m, log_s = forward_linear_op(hidden, weight, b, target, tau, entropy, dtype, rows)
+    inputs = (hidden, weight, b, target, tau, entropy, dtype, rows)
+    logp, h, m, log_s = forward_linear_op(*inputs) if shard is None else _Sharded.apply(*inputs, shard)
     return TokenStats(logp, h if entropy else None, m + log_s)
 
 

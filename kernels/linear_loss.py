@@ -3,25 +3,29 @@
 For each chunk of live rows:  logits = x W^T  ->  logp, entropy  ->  loss(logp, entropy, rows) and its derivative by both
   ->  the logits overwritten by their gradient  ->  dx = dlogits W,  dW += dlogits^T x.
 
-Three products of 2 N D V FLOPs for N live rows, nothing recomputed, one chunk of logits alive at a time; masked rows leave before
-the first product.  A sequence-level loss needs every log-prob before any derivative: its logits are kept when they fit
-`logits_bytes`, and recomputed (a fourth product) when they do not.
+Three products of 2 N D V FLOPs for N live rows, nothing recomputed, one chunk of logits alive at a time.  Masked rows leave before
+the first product and, on CPU, rows whose derivative is zero (clipped tokens) before the other two.  A sequence-level loss needs
+every log-prob before any derivative: its logits are kept when they fit `logits_bytes`, and recomputed (a fourth product) when not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels._check import compute_dtype, dims, one_of, same_device
-from fastrl.kernels._linear import LOGITS_BYTES, accumulator, add_weight_grad, chunk_rows, input_grad, project
-from fastrl.kernels.linear_logp import check_linear
+from fastrl.kernels._linear import HeadGrads, accumulator, chunk_rows, compact, live_rows, logits_budget, project
+from fastrl.kernels._shard import Shard
+from fastrl.kernels.linear_logp import check_linear, row_stats
 from fastrl.kernels.linear_logp import reference as linear_reference
-from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, row_temperature
+from fastrl.kernels.token_logp import TokenStats, backward_into_op, row_temperature
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # some builds of torch have none
 
 Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 LEVELS = ("token", "sequence")
@@ -42,7 +46,7 @@ def reference(
 class _Chunk:
     """N rows on their way through: what the forward leaves for the gradient."""
 
-    rows: Tensor
+    at: slice | Tensor  # where they are in (T,) vectors: a slice when every row is live, which copies nothing
     x: Tensor
     logits: Tensor | None
     logp: Tensor
@@ -57,6 +61,7 @@ class _Call:
 
     target: Tensor
     rows: Tensor
+    all_live: bool
     temperature: Tensor
     loss: Loss
     entropy: bool
@@ -65,6 +70,7 @@ class _Call:
     weight_grad: Tensor | None
     logits_bytes: int | None
     grads: bool  # False under no_grad, where inputs may still say that they require grad
+    shard: Shard | None
 
 
 class _Pass:
@@ -77,42 +83,48 @@ class _Pass:
         self.loss = hidden.new_zeros((), dtype=stat)
         self.logp, self.lse = (hidden.new_zeros(T, dtype=stat) for _ in range(2))
         self.entropy = hidden.new_zeros(T if call.entropy else 0, dtype=stat)
-        self.dhidden = torch.zeros_like(hidden) if needs[0] else None
-        own = accumulator(weight) if needs[1] and call.weight_grad is None else None
-        self.dweight = call.weight_grad if needs[1] and call.weight_grad is not None else own
-        self.dbias = accumulator(bias) if needs[2] and bias is not None else None
+        self.grads = HeadGrads(hidden, weight, bias, needs, weight_grad=call.weight_grad, partial=call.shard is not None)
+        self.target = call.target if call.shard is None else call.shard.local(call.target)  # as these logits count them
         self.differentiate = any(needs)
+        most = weight.shape[0] if call.shard is None else call.shard.most
+        self.size = chunk_rows(most, call.dtype.itemsize, hidden.device, call.logits_bytes)
+        kept = call.rows.numel() * most * call.dtype.itemsize <= logits_budget(hidden.device, call.logits_bytes)
+        self.keep = call.level == "token" or kept
+        alive = call.rows.numel() if call.level == "sequence" and kept and self.differentiate else min(self.size, call.rows.numel())
+        self.buffer = torch.empty(alive, weight.shape[0], dtype=call.dtype, device=hidden.device)
 
     def run(self) -> None:
         call = self.call
-        V, N = self.weight.shape[0], call.rows.numel()
-        size = chunk_rows(V, call.dtype.itemsize, self.hidden.device, call.logits_bytes)
-        parts = [call.rows[a : a + size] for a in range(0, N, size)]
+        starts = range(0, call.rows.numel(), self.size)
         if call.level == "token":
-            for rows in parts:
-                chunk = self.forward(rows)
-                self.backward(chunk, *self.derivative(chunk.rows, chunk.logp, chunk.entropy))
+            for a in starts:
+                chunk = self.forward(a)
+                self.backward(chunk, *self.derivative(call.rows[a : a + self.size], chunk.logp, chunk.entropy))
             return
-        budget = call.logits_bytes or LOGITS_BYTES.get(self.hidden.device.type, 1 << 26)
-        keep = N * V * call.dtype.itemsize <= budget
-        chunks = [self.forward(rows, keep) for rows in parts]
+        chunks = [self.forward(a) for a in starts]
         if chunks:
             logp, entropy = torch.cat([c.logp for c in chunks]), torch.cat([c.entropy for c in chunks])
             dlogp, dentropy = self.derivative(call.rows, logp, entropy)
-            for i, chunk in enumerate(chunks):
-                part = slice(i * size, (i + 1) * size)
-                self.backward(chunk, dlogp[part], dentropy[part])
+            for a, chunk in zip(starts, chunks, strict=True):
+                self.backward(chunk, dlogp[a : a + self.size], dentropy[a : a + self.size])
 
-    def forward(self, rows: Tensor, keep: bool = True) -> _Chunk:
+    def project(self, x: Tensor, a: int = 0) -> Tensor:
+        """The logits of x, in the buffer; from its row `a` on when all of them are kept there."""
+        first = a if a + x.shape[0] <= self.buffer.shape[0] else 0
+        return project(x, self.weight, self.bias, self.call.dtype, self.buffer[first : first + x.shape[0]])
+
+    def forward(self, a: int) -> _Chunk:
         call = self.call
-        x = self.hidden[rows]
-        logits = project(x, self.weight, self.bias, call.dtype)
-        logp, h, m, log_s = forward_op(logits, call.target[rows], call.temperature[rows], call.entropy, False)
-        self.logp.index_copy_(0, rows, logp)
-        self.lse.index_copy_(0, rows, m + log_s)
+        stop = min(a + self.size, call.rows.numel())
+        at: slice | Tensor = slice(a, stop) if call.all_live else call.rows[a:stop]
+        x = self.hidden[at]
+        logits = self.project(x, a)
+        logp, h, m, log_s = row_stats(logits, call.target[at], call.temperature[at], call.entropy, call.shard)
+        self.logp[at] = logp
+        self.lse[at] = m + log_s
         if call.entropy:
-            self.entropy.index_copy_(0, rows, h)
-        return _Chunk(rows, x, logits if keep else None, logp, h, m, log_s)
+            self.entropy[at] = h
+        return _Chunk(at, x, logits if self.keep else None, logp, h, m, log_s)
 
     def derivative(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Add these rows' loss, and return its derivative by logp and by entropy (empty when there is none)."""
@@ -131,16 +143,17 @@ class _Pass:
     def backward(self, chunk: _Chunk, dlogp: Tensor, dentropy: Tensor) -> None:
         if not self.differentiate:
             return
-        call, rows = self.call, chunk.rows
-        logits = chunk.logits if chunk.logits is not None else project(chunk.x, self.weight, self.bias, call.dtype)
-        backward_into_op(dlogp, dentropy, logits, call.target[rows], call.temperature[rows], chunk.entropy, chunk.m, chunk.log_s)
-        if self.dhidden is not None:
-            self.dhidden.index_copy_(0, rows, input_grad(logits, self.weight))
-        if self.dweight is not None:
-            add_weight_grad(self.dweight, logits, chunk.x)
-        if self.dbias is not None:
-            self.dbias += logits.sum(0, dtype=self.dbias.dtype)
-        chunk.logits = None
+        at, x, logits, entropy, m, log_s = chunk.at, chunk.x, chunk.logits, chunk.entropy, chunk.m, chunk.log_s
+        live = live_rows(dlogp, dentropy) if dentropy.numel() else live_rows(dlogp)
+        if live is not None:
+            if logits is not None:
+                logits, live = compact(logits, live)
+            at = live + at.start if isinstance(at, slice) else at[live]
+            entropy, dentropy = (v[live] if v.numel() else v for v in (entropy, dentropy))
+            x, dlogp, m, log_s = x[live], dlogp[live], m[live], log_s[live]
+        logits = self.project(x) if logits is None else logits
+        backward_into_op(dlogp, dentropy, logits, self.target[at], self.call.temperature[at], entropy, m, log_s)
+        self.grads.add(at, x, logits)
 
 
 # --- autograd ---------------------------------------------------------------------------------------
@@ -150,16 +163,25 @@ class _LinearLoss(torch.autograd.Function):
         needs = tuple(call.grads and n for n in ctx.needs_input_grad[:3])
         walk = _Pass(call, hidden, weight, bias, needs)  # type: ignore[arg-type]
         walk.run()
-        own = walk.dweight if call.weight_grad is None else None
+        grads = walk.grads
+        if call.shard is not None and grads.hidden is not None:
+            call.shard.sum(grads.hidden)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(walk.dhidden, own, walk.dbias)
+        ctx.save_for_backward(grads.hidden, grads.weight if call.weight_grad is None else None, grads.bias)
         ctx.mark_non_differentiable(walk.logp, walk.entropy, walk.lse)
         return walk.loss, walk.logp, walk.entropy, walk.lse
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if g is None else (g * dloss.to(g.dtype)).to(dtype) for g, dtype in grads), None)
+        return (*(None if g is None else _scaled(g, dloss, dtype) for g, dtype in grads), None)
+
+
+def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scaled copy: a second backward finds the gradient unchanged."""
+    if grad.dtype == dtype or torch.compiler.is_compiling():
+        return (grad * dloss.to(grad.dtype)).to(dtype)
+    return torch.mul(grad, dloss.to(grad.dtype), out=torch.empty(grad.shape, dtype=dtype, device=grad.device))  # rounded on its way out
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -177,6 +199,7 @@ def linear_loss(
     level: str = "token",
     weight_grad: Tensor | None = None,
     logits_bytes: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The sum of `loss` over chunks of rows, with the gradients of hidden, weight and bias computed along the way.
 
@@ -188,9 +211,13 @@ def linear_loss(
     Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or (T,);
              mask (T,) bool, or (N,) int64 distinct live rows (a bool mask on CUDA waits for the device once, to count them)
              ->  loss scalar, TokenStats (T,), detached, 0 where masked; fp32 (fp64 for fp64 inputs).
-    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), one float32 gradient of the weight,
-             one gradient of hidden.  `weight_grad`, a float32 (V, D) buffer, takes the weight's gradient instead, added during
-             the forward, so that micro-batches share it; the loss must then be differentiated with an upstream gradient of 1.
+             With a `group` of processes, weight, bias and weight_grad are this process's part of the vocabulary, in the order of the
+             ranks and of any size; all else is the same on every process, the loss and the gradient of hidden too.  The processes
+             wait for the device once, to learn each other's sizes.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA, where bf16 operands of float32
+             logits add half as much), one float32 gradient of the weight, one gradient of hidden.  `weight_grad`, a float32 (V, D)
+             buffer, takes the weight's gradient instead, added during the forward, so that micro-batches share it; the loss must
+             then be differentiated with an upstream gradient of 1.
     Raises:  ValueError or TypeError naming the argument.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
@@ -202,7 +229,9 @@ def linear_loss(
         same_device(weight=weight, weight_grad=weight_grad)
     rows = _live_rows(mask, hidden)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
-    call = _Call(target, rows, tau, loss, entropy, dtype, level, weight_grad, logits_bytes, torch.is_grad_enabled())
+    shard = None if group is None else Shard.of(weight, group)
+    grads = torch.is_grad_enabled()
+    call = _Call(target, rows, mask is None, tau, loss, entropy, dtype, level, weight_grad, logits_bytes, grads, shard)
     value, logp, h, lse = _LinearLoss.apply(hidden, weight, bias, call)
     return value, TokenStats(logp, h if entropy else None, lse)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import COMPILED_ONLY, extension, pick, register
+from fastrl.kernels._backend import COMPILED_ONLY, extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 
 
@@ -123,6 +123,8 @@ for _device, _note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
         missing="" if hasattr(_C, f"token_logp_forward_{_device}") else "fastrl._C was built without it",
         **_compiled(_device),
     )
+
+register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

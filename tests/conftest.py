@@ -1,4 +1,4 @@
-"""What every test runs under: no GPU test without a GPU, and the same seed whatever ran before."""
+"""What every test runs under: no GPU test without a GPU, Triton's interpreter there, and the same seed whatever ran before."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is when an op is imported
 
 NEEDED = {"gpu": 1, "multigpu": 2}  # devices a marker asks for
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import within_budget
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl import ops
-from fastrl.kernels.linear_logp import backward_linear_op, forward_linear_op, reference
+from fastrl.kernels.linear_logp import backward_chunks, backward_linear_op, forward_chunks, forward_linear_op, reference
 
 TINY = 64  # bytes of logits: one or two rows a chunk
 
@@ -55,7 +56,9 @@ def test_opcheck_and_fullgraph():
     call = (hidden, weight, bias, y, tau, True, torch.float64, 2)
     opcheck(forward_linear_op, call)
     logp, h, m, log_s = (x.detach() for x in forward_linear_op(*call))
-    opcheck(backward_linear_op, (logp, h, hidden.detach(), weight.detach(), bias.detach(), y, tau, h, m, log_s, torch.float64, 2))
+    opcheck(
+        backward_linear_op, (logp, h, hidden.detach(), weight.detach(), bias.detach(), y, tau, h, m, log_s, torch.float64, 2, [True] * 3)
+    )
     compiled = torch.compile(lambda x: ops.linear_logp(x, weight, y).logp, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden), ops.linear_logp(hidden, weight, y).logp)
 
@@ -64,6 +67,39 @@ def test_chunks_do_not_change_a_bit_of_the_value():
     hidden, weight, _, y, _ = arguments(33, 8, 100, torch.float32)
     a, b = (ops.linear_logp(hidden, weight, y, logits_bytes=n).logp for n in (1, 1 << 20))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_rows_without_an_upstream_gradient_leave_the_backward():
+    """Wrong implementations: a row that only the entropy's gradient reaches is dropped; rows written where they are counted."""
+    hidden, weight, bias, y, tau = (x.detach() for x in arguments(13))
+    up, up_h = torch.randn(2, 13, dtype=torch.float64)
+    up[::2] = 0
+    up_h[::3] = 0  # rows 0, 6 and 12 have neither
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    logp, h = reference(leaves[0], leaves[1], y, leaves[2], tau)
+    true = torch.autograd.grad(logp @ up + h @ up_h, leaves)
+    _, h, m, log_s = forward_chunks(hidden, weight, bias, y, tau, True, torch.float64, 4)
+    with FlopCounterMode(display=False) as counter:
+        grads = backward_chunks(up, up_h, hidden, weight, bias, y, tau, h, m, log_s, torch.float64, 4, [True] * 3)
+    for ours, theirs in zip(grads, true, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert counter.get_total_flops() == 6 * 10 * 6 * 11
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_costs_no_product(frozen):
+    hidden, weight, _, y, tau = (x.detach() for x in arguments(9))
+    _, h, m, log_s = forward_chunks(hidden, weight, weight[:0, 0], y, tau, False, torch.float64, 4)
+    parts = (torch.ones_like(m), h, hidden, weight, weight[:0, 0], y, tau, h, m, log_s, torch.float64, 4)
+    both = backward_chunks(*parts, [True, True, False])
+    wanted = [frozen != 0, frozen != 1, False]
+    with FlopCounterMode(display=False) as counter:
+        grads = backward_chunks(*parts, wanted)
+    assert counter.get_total_flops() == 4 * 9 * 6 * 11 and not grads[frozen].numel() and torch.equal(grads[1 - frozen], both[1 - frozen])
+    leaves = [x.clone().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=False)]
+    ops.linear_logp(*leaves, y, temperature=tau).logp.sum().backward()
+    assert leaves[frozen].grad is None
+    torch.testing.assert_close(leaves[1 - frozen].grad, both[1 - frozen])
 
 
 def test_no_tokens():

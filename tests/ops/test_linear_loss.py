@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl import ops
+from fastrl.bench.timing import peak_bytes
+from fastrl.kernels.linear_logp import reference as linear_reference
 from fastrl.kernels.linear_loss import reference
 
 T, D, V = 13, 6, 17
@@ -74,6 +76,69 @@ def test_three_products_of_the_live_rows_and_a_fourth_only_when_the_budget_force
             given["hidden"], given["weight"], given["target"], weighted(W), entropy=True, level=level, logits_bytes=budget, **call
         )
     assert counter.get_total_flops() == products * 2 * live * D * V
+
+
+def clipped(w):
+    """Rows whose index is a multiple of 3 lost their derivative by logp, multiples of 6 that by the entropy too."""
+
+    def loss(logp, entropy, rows):
+        by_logp, by_entropy = ((rows % n != 0).to(logp.dtype) for n in (3, 6))
+        return (w[rows] * (by_logp * logp.exp() + 0.3 * by_entropy * entropy**2)).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(0, T, 2), torch.tensor([12, 6, 3, 0, 1])], ids=["all", "even", "any order"])
+@pytest.mark.parametrize("level, budget", [("token", 5 * ROW), ("token", 1 << 20), ("sequence", 1 << 20), ("sequence", 5 * ROW)])
+def test_rows_without_a_derivative_leave_the_products(given, level, budget, mask):
+    """Wrong implementations: a row that only the entropy moves is dropped; the rows that fill the holes keep the statistics, the
+    target or the hidden state of those they replaced; positions of the chunk taken for positions of the batch."""
+    leaves = given["hidden"], given["weight"], given["bias"]
+    rows = torch.arange(T) if mask is None else mask
+    with FlopCounterMode(display=False) as counter:
+        value, _ = ops.linear_loss(
+            *leaves[:2], given["target"], clipped(W), bias=leaves[2], mask=mask, entropy=True, level=level, logits_bytes=budget,
+            temperature=given["temperature"],
+        )  # fmt: skip
+    logp, h = linear_reference(*leaves[:2], given["target"], leaves[2], given["temperature"])
+    true = clipped(W)(logp[rows], h[rows], rows)
+    for ours, theirs in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(true, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    chunks = rows.split(5) if budget == 5 * ROW else [rows]
+    live = [c[c % 6 != 0].numel() if 8 * int((c % 6 == 0).sum()) >= c.numel() else c.numel() for c in chunks]
+    again = sum(live) if level == "sequence" and budget == 5 * ROW and rows.numel() > 5 else 0
+    assert counter.get_total_flops() == 2 * D * V * (rows.numel() + 2 * sum(live) + again) and sum(live) < rows.numel()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_loss_without_any_derivative_is_zero_gradient(given, level):
+    value, _ = ops.linear_loss(given["hidden"], given["weight"], given["target"], lambda p, h, r: (p * 0).sum(), level=level)
+    assert all((g == 0).all() for g in torch.autograd.grad(value, [given["hidden"], given["weight"]]))
+
+
+@pytest.mark.parametrize("level, chunks", [("token", 8), ("token", 2), ("sequence", 4)])
+def test_one_chunk_of_logits_and_one_gradient_are_all_the_memory(level, chunks):
+    """Wrong implementations: a fresh buffer while the chunk before is still referred to; logits kept for a level that needs none."""
+    N, width, vocabulary = 64, 8, 2048
+    hidden, weight = torch.randn(N, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    target, chunk = torch.randint(vocabulary, (N,)), N // chunks * vocabulary * 4
+
+    def call():
+        ops.linear_loss(hidden, weight, target, lambda p, h, r: p.exp().sum(), level=level, logits_bytes=chunk)
+
+    call()
+    peak, gradient = peak_bytes(call, torch.device("cpu")), vocabulary * width * 4
+    assert chunk + gradient <= peak <= 1.1 * (chunk + gradient)
+
+
+def test_two_runs_give_the_same_bits(given):
+    hidden, weight = (given[k].detach().float().requires_grad_() for k in ("hidden", "weight"))
+
+    def run():
+        value, _ = ops.linear_loss(hidden, weight, given["target"], clipped(W.float()), entropy=True, logits_bytes=4 * ROW)
+        return value, *torch.autograd.grad(value, [hidden, weight])
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_without_gradients_only_the_logits_are_computed(given):

@@ -1,0 +1,147 @@
+"""What every Triton kernel compiles to, on a machine that needs no GPU: registers, shared memory, spills, width of loads and stores.
+
+    python -m fastrl.bench.compile_table [--all] [--out FILE.json] [NAME ...]
+
+compiles each production variant (the `COMPILE` table beside the kernels) for sm_90, with --all for sm_80, sm_90 and sm_100, and
+ends with status 1 if one spills, or moves the vocabulary in pieces of less than 16 bytes where its size allows more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fastrl.kernels
+from fastrl.errors import UserError
+from fastrl.kernels._launch import Spec
+
+HOPPER, ALL = (90,), (80, 90, 100)
+WIDE = 16  # bytes of the widest load that every architecture has
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+MOVE = {name: re.compile(rf"\b{name}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b") for name in ("ld", "st")}
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* [^;]*?, (0x[0-9a-f]+|\d+)[,;]")
+BULK = "cp.async.bulk.tensor"  # whole tiles: TMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """One variant on one architecture; `spill` is stack and local memory, all in bytes but the registers."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    shared: int
+    spill: int
+    load: int
+    store: int
+    wide: tuple[str, ...]
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not be."""
+        narrow = [f"{move} of {getattr(self, move)} bytes" for move in self.wide if getattr(self, move) < WIDE]
+        return [f"{self.spill} bytes spilled"] * (self.spill > 0) + narrow
+
+
+def specs() -> Iterator[tuple[str, Spec]]:
+    """(module, variant) of every kernel file.  Raises UserError where Triton's interpreter would take the kernels."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError("TRITON_INTERPRET: expected it unset, the interpreter compiles nothing")
+    for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels.__path__) if m.name.endswith("_triton")):
+        table = importlib.import_module(f"fastrl.kernels.{module}").COMPILE
+        yield from ((module.strip("_").removesuffix("_triton"), spec) for spec in table)
+
+
+def compile_for(spec: Spec, arch: int) -> Any:
+    """Triton's compiled kernel: `.asm` holds its PTX and cubin."""
+    triton, backend = importlib.import_module("triton"), importlib.import_module("triton.backends.compiler")
+    names = spec.kernel.arg_names
+    source = importlib.import_module("triton.compiler").ASTSource(
+        fn=spec.kernel,
+        signature=spec.signature,
+        constexprs={(names.index(n),): value for n, value in spec.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in spec.hints},
+    )
+    return triton.compile(source, target=backend.GPUTarget("cuda", arch, 32), options=dict(spec.options))
+
+
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, shared memory and spilled bytes of a cubin.  Raises UserError where Triton's cuobjdump cannot read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin" / "cuobjdump"
+        done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
+    found = USAGE.search(done.stdout)
+    if found is None:
+        raise UserError(f"cuobjdump: expected the resource usage of a kernel, got {done.stdout + done.stderr!r}")
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, shared, stack + local
+
+
+def widest(ptx: str, move: str) -> int:
+    """Bytes of the widest access to global memory; a tile moved by TMA counts as 16."""
+    sizes = [int(lanes or 1) * int(bits) // 8 for lanes, bits in MOVE[{"load": "ld", "store": "st"}[move]].findall(ptx)]
+    if move == "load":
+        sizes += [int(size, 0) for size in COPY.findall(ptx)]
+        sizes += [WIDE] * (f"{BULK}.2d.shared" in ptx)
+    return max(sizes, default=0)
+
+
+def measure(name: str, spec: Spec, arch: int) -> Figures:
+    """Compile one variant and read what came out."""
+    compiled = compile_for(spec, arch)
+    registers, shared, spill = usage(compiled.asm["cubin"])
+    kernel = f"{name}.{spec.kernel.__name__.removesuffix('_kernel')}"
+    load, store = (widest(compiled.asm["ptx"], move) for move in ("load", "store"))
+    shared = max(shared, compiled.metadata.shared)  # the cubin does not count what is asked for at the launch
+    return Figures(
+        kernel=kernel, case=spec.case, arch=arch, registers=registers, shared=shared, spill=spill, load=load, store=store, wide=spec.wide
+    )
+
+
+# --- output -----------------------------------------------------------------------------------------
+def line(f: Figures) -> str:
+    """A row of the table."""
+    return (
+        f"{f.kernel:30} {f.case:34} sm_{f.arch:<4} {f.registers:9} {f.shared:8} {f.spill:6} {f.load:5} {f.store:6}  {'; '.join(f.faults)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a variant spills or is too narrow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="kernel files, such as token_logp; default: all")
+    parser.add_argument("--all", action="store_true", help="sm_80, sm_90 and sm_100 instead of sm_90 alone")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated, by the import below
+    print(f"{'kernel':30} {'case':34} {'arch':7} registers   shared  spill  load  store")
+    rows = []
+    for name, spec in specs():
+        if options.names and name not in options.names:
+            continue
+        for arch in (a for a in (ALL if options.all else HOPPER) if a in spec.archs):
+            rows.append(measure(name, spec, arch))
+            print(line(rows[-1]), flush=True)
+    bad = sum(bool(f.faults) for f in rows)
+    print(f"{len(rows)} variants, {bad} with spills or narrow accesses")
+    if options.out:
+        options.out.write_text(json.dumps({"rows": [asdict(f) | {"faults": f.faults} for f in rows]}, indent=1) + "\n", encoding="utf-8")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What every Triton kernel's launcher needs: its tensors' device made current, and the compiles it will ask for, written as data.
+
+`bench/compile_table.py` compiles each `Spec` for GPUs that need not be there, and shows registers, spills and load widths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One compile of a Triton kernel as a launch asks for it.  Pointers are multiples of 16."""
+
+    kernel: Any  # a @triton.jit function
+    case: str
+    types: dict[str, str]  # argument -> "*bf16", "i32", ...
+    constants: dict[str, int | bool]
+    divisible: bool  # whether V and the strides are multiples of 16 too, which 16-byte loads need
+    wide: tuple[str, ...] = ()  # what must then move 16 bytes at a time: "load", "store"
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
+    archs: tuple[int, ...] = (80, 90, 100)  # where it is used
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """The type of every argument, in order; constants are "constexpr"."""
+        return {n: "constexpr" if n in self.constants else self.types[n] for n in self.kernel.arg_names}
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """The arguments that are multiples of 16; a launch does not look at those it was told not to specialize."""
+        blind = getattr(self.kernel, "do_not_specialize", None) or ()
+        looked_at = {n: kind for n, kind in self.signature.items() if n not in blind}
+        return tuple(n for n, kind in looked_at.items() if kind.startswith("*") or (self.divisible and kind in ("i32", "i64")))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the device of `x`, whatever the current one is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """`x` (T, V) with the elements of a row side by side: itself when they are, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,229 @@
+"""linear_logp forward in Triton for small D: logits live in registers, tile by tile, and never reach memory.
+
+A program owns BLOCK_M tokens and one share of the vocabulary.  Tile after tile it multiplies (tensor cores, float32 sums), and folds
+the tile into four float32 numbers a token:
+
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the target
+
+A second kernel merges the shares of a token in a fixed order: two runs give the same bits.  With D <= 1536 the bytes of a
+materialised (T, V) cost more than the product; beyond that a library GEMM in front of token_logp is the faster form.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastrl.kernels._launch import Spec, on_device
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_WIDTH = 1536  # D up to which this is the form to use
+WIDE, NARROW = "wide", "narrow"  # tiles; sm_90 has the registers for the wide one, as long as there is no bias
+TILES = {WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}}
+OPTIONS = {
+    WIDE: {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
+    NARROW: {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True},
+}
+COMBINE = {"num_warps": 4, "enable_fp_fusion": True}
+ROWS = 128  # tokens a program of the second kernel merges
+MAX_SPLITS = 32
+LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["T"])
+def partial_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, temperature, parts, T, V, D, per_split, BIAS: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """parts (splits, 4, T): top, s, a and the target's logit (0 where it lies in another share)."""
+    first, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    rows = first + tl.arange(0, BLOCK_M)
+    live = rows < T
+    k = LOG2E / tl.load(temperature + rows, live, 1.0)
+    y = tl.load(target + rows, live, -1)
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    a = tl.zeros((BLOCK_M,), tl.float32)
+    chosen = tl.zeros((BLOCK_M,), tl.float32)
+    begin = split * per_split
+    for v in range(begin, tl.minimum(begin + per_split, V), BLOCK_N):
+        lane = tl.arange(0, BLOCK_N)
+        columns = v + lane
+        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for d in range(0, D, BLOCK_K):
+            z = tl.dot(hidden.load([first, d]), weight.load([v, d]).T, z)
+        if BIAS:
+            b = tl.load(bias + columns, columns < V, float("-inf")).to(tl.float32)
+            z += tl.where(b < LOWEST, LOWEST, b)[None, :]
+        elif v + BLOCK_N > V:
+            z = tl.where((columns < V)[None, :], z, LOWEST)
+        chosen += tl.sum(tl.where(lane[None, :] == (y - v)[:, None], z, 0.0), 1)
+        high = tl.maximum(top, tl.max(z, 1))
+        shrink = tl.exp2((top - high) * k)
+        e = tl.exp2((z - high[:, None]) * k[:, None])
+        if ENTROPY:
+            a = shrink * (a + (top - high) * s) + tl.sum(e * (z - high[:, None]), 1)
+        s = shrink * s + tl.sum(e, 1)
+        top = high
+    out = parts + split.to(tl.int64) * 4 * T + rows
+    tl.store(out, top, live)
+    tl.store(out + T, s, live)
+    tl.store(out + 2 * T, a, live)
+    tl.store(out + 3 * T, chosen, live)
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def combine_kernel(  # type: ignore[no-untyped-def]
+    parts, target, temperature, logp, entropy, m, log_s, T, V, splits, ENTROPY: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """The statistics of ROWS tokens from their shares, in the order of the vocabulary."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = t < T
+    tau, y = tl.load(temperature + t, live, 1.0), tl.load(target + t, live, 0)
+    k = LOG2E / tau
+    high = tl.full((ROWS,), LOWEST, tl.float32)
+    part = parts + t
+    for _ in range(0, splits):
+        high = tl.maximum(high, tl.load(part, live, 0.0))
+        part += 4 * T
+    s = tl.zeros((ROWS,), tl.float32)
+    a = tl.zeros((ROWS,), tl.float32)
+    chosen = tl.zeros((ROWS,), tl.float32)
+    part = parts + t
+    for _ in range(0, splits):
+        d = tl.load(part, live, 0.0) - high
+        share, s_part = tl.exp2(d * k), tl.load(part + T, live, 1.0)
+        s += share * s_part
+        if ENTROPY:
+            a += share * (tl.load(part + 2 * T, live, 0.0) + d * s_part)
+        chosen += tl.load(part + 3 * T, live, 0.0)
+        part += 4 * T
+    s = tl.where(high <= LOWEST, float("nan"), s)  # nothing above -inf: no distribution
+    ln = tl.log(s)
+    scaled = high / tau
+    chosen = tl.where(chosen <= LOWEST, float("-inf"), chosen)
+    tl.store(logp + t, tl.where((y >= 0) & (y < V), (chosen - high) / tau - ln, float("nan")), live)
+    tl.store(m + t, scaled, live)
+    tl.store(log_s + t, ln - tl.fma(scaled, tau, -high) / tau, live)  # relative to the rounded m
+    if ENTROPY:
+        tl.store(entropy + t, ln - a / (tau * s), live)
+
+
+# --- launch -----------------------------------------------------------------------------------------
+def forward_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` with the op's arguments.  There are no chunks here, and the logits are float32 registers whatever `logits_dtype` says.
+
+    Raises ValueError where this is not the form to use: a wider model, or a GPU without the tensor memory accelerator.
+    """
+    if hidden.shape[1] > MAX_WIDTH:
+        raise ValueError(f"hidden: the triton form of linear_logp expects D <= {MAX_WIDTH}, got D={hidden.shape[1]}; use the reference")
+    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (9, 0):
+        raise ValueError("hidden: the triton form of linear_logp needs compute capability 9.0 or newer; use the reference")
+    return forward(hidden, weight, target, bias if bias.numel() else None, temperature, entropy)
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D) in bfloat16 or float16.
+
+    Memory:  16 bytes a token and share of the vocabulary, of which there are at most 32; no logits.  A copy of hidden or weight
+             whose rows do not start at multiples of 16 bytes.
+    """
+    (T, D), V = hidden.shape, weight.shape[0]
+    logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    h = torch.empty(T if entropy else 0, dtype=torch.float32, device=hidden.device)
+    if not T:
+        return logp, h, m, log_s
+    target, temperature = target.contiguous(), temperature.contiguous()
+    hopper, processors = _hardware(hidden.device)
+    kind = WIDE if hopper and bias is None else NARROW
+    tile, rows, columns = TILES[kind], TILES[kind]["BLOCK_M"], TILES[kind]["BLOCK_N"]
+    blocks, tiles = triton.cdiv(T, rows), triton.cdiv(V, columns)
+    per_split = triton.cdiv(tiles, shares(blocks, tiles, processors)) * columns
+    splits = triton.cdiv(V, per_split)
+    parts = torch.empty((splits, 4, T), dtype=torch.float32, device=hidden.device)
+    with on_device(hidden):
+        partial_kernel[(blocks, splits)](
+            _tiles(hidden, rows, tile["BLOCK_K"]), _tiles(weight, columns, tile["BLOCK_K"]), parts if bias is None else bias.contiguous(),
+            target, temperature, parts, T, V, D, per_split, BIAS=bias is not None, ENTROPY=entropy, **tile, **OPTIONS[kind],
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(T, ROWS),)](
+            parts, target, temperature, logp, h, m, log_s, T, V, splits, ENTROPY=entropy, ROWS=ROWS, **COMBINE
+        )
+    return logp, h, m, log_s
+
+
+def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    """`x` as tiles of (rows, depth) for TMA, which fills with zeros past its ends and wants rows at multiples of 16 bytes."""
+    if not x.is_cuda:
+        x = x.float()  # the interpreter would multiply the bits of bfloat16 as integers
+    if x.stride(1) != 1 or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % (16 // x.itemsize))).contiguous().clone()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def shares(blocks: int, tiles: int, processors: int) -> int:
+    """Into how many parts the vocabulary is cut: what leaves the fewest processors idle in the last wave, the fewest parts first."""
+
+    def busy(splits: int) -> float:
+        waves = -(-blocks * splits // processors)
+        return blocks * splits / (waves * processors)
+
+    return max(range(1, min(MAX_SPLITS, tiles) + 1), key=lambda splits: (round(busy(splits), 2), -splits))
+
+
+@functools.cache
+def _hardware(device: torch.device) -> tuple[bool, int]:
+    """Whether it is sm_90 (or its interpreter), and how many programs run at once: one on each multiprocessor."""
+    if device.type != "cuda":
+        return True, 8
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major == 9, properties.multi_processor_count
+
+
+# --- what it compiles to ----------------------------------------------------------------------------
+def _specs() -> Iterator[Spec]:
+    types = dict.fromkeys(("temperature", "parts", "logp", "entropy", "m", "log_s"), "*fp32") | {"target": "*i64"}
+    types |= dict.fromkeys(("T", "V", "D", "per_split", "splits"), "i32")
+    variants = (
+        ("bf16", True, False, 151936),
+        ("bf16", False, False, 151936),
+        ("bf16", True, True, 151936),
+        ("fp16", True, False, 151936),
+        ("bf16", True, False, 50257),
+    )
+    for kind, (dtype, entropy, bias, V) in itertools.product(TILES, variants):
+        if kind == WIDE and bias:
+            continue
+        tile = TILES[kind]
+        shapes = {n: f"tensordesc<{dtype}[{tile[b]}, {tile['BLOCK_K']}]>" for n, b in (("hidden", "BLOCK_M"), ("weight", "BLOCK_N"))}
+        yield Spec(
+            kernel=partial_kernel,
+            case=f"{kind} {dtype} V={V}{' entropy' * entropy}{' bias' * bias}",
+            types=types | shapes | {"bias": f"*{dtype}"},
+            constants={"BIAS": bias, "ENTROPY": entropy} | tile,
+            divisible=V % 16 == 0,
+            wide=("load",),
+            options=OPTIONS[kind],
+            archs=(90,) if kind == WIDE else (90, 100),  # TMA came with sm_90
+        )
+    for entropy in (True, False):
+        constants = {"ENTROPY": entropy, "ROWS": ROWS}
+        yield Spec(
+            kernel=combine_kernel, case=f"shares{' entropy' * entropy}", types=types, constants=constants, divisible=False, options=COMBINE
+        )
+
+
+COMPILE = tuple(_specs())
