@@ -10,14 +10,15 @@ token has its own upstream gradient, and the logits are computed again in the ba
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import compute_dtype, one_of
-from fastrl.kernels._linear import accumulator, add_weight_grad, chunk_rows, input_grad, project
+from fastrl.kernels._linear import HeadGrads, chunk_rows, project
 from fastrl.kernels.linear_logp import check_linear
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -85,90 +86,115 @@ register("linear_cross_entropy", "reference", forward=rows_forward, backward_int
 register_triton("linear_cross_entropy", "_cross_entropy_triton", "forward", "backward_into")
 
 
+# --- the chunks -------------------------------------------------------------------------------------
+class _Options(NamedTuple):
+    """What both directions take, in the order of the registered ops."""
+
+    ignore_index: int
+    smoothing: float
+    softcap: float
+    z_loss: float
+    logits_dtype: torch.dtype
+    rows: int  # per chunk of logits
+
+
+class _Chunk(NamedTuple):
+    """N live rows: which they are, their values, targets and logits, and their loss, m and log s."""
+
+    rows: Tensor
+    x: Tensor
+    target: Tensor
+    logits: Tensor
+    loss: Tensor
+    m: Tensor
+    log_s: Tensor
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, live: Tensor, o: _Options) -> Iterator[_Chunk]:
+    """The live rows, chunk by chunk; one buffer holds the logits of each in turn."""
+    forward = pick("linear_cross_entropy", hidden, "forward")
+    buffer = torch.empty(min(o.rows, live.numel()), weight.shape[0], dtype=o.logits_dtype, device=hidden.device)
+    for part in live.split(o.rows) if live.numel() else ():
+        x, y = hidden[part], target[part]
+        logits = project(x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()])
+        yield _Chunk(part, x, y, logits, *forward(logits, y, o.smoothing, o.softcap, o.z_loss))
+
+
+def _live(target: Tensor, ignore_index: int) -> Tensor:
+    """Ignored rows leave before the first product; counting the others waits for the device once."""
+    return (target != ignore_index).nonzero().squeeze(1)
+
+
+def _take(grads: HeadGrads, chunk: _Chunk, dloss: Tensor, o: _Options) -> None:
+    """Overwrite the chunk's logits with their gradient, and gather what follows from it."""
+    backward = pick("linear_cross_entropy", chunk.x, "backward_into")
+    backward(chunk.logits, dloss, chunk.target, chunk.m, chunk.log_s, o.smoothing, o.softcap, o.z_loss)
+    grads.add(chunk.rows, chunk.x, chunk.logits)
+
+
+def _results(grads: HeadGrads, *like: Tensor) -> tuple[Tensor, ...]:
+    """The gradients in the dtypes of hidden, weight and bias; empty where not wanted."""
+    found = zip((grads.hidden, grads.weight, grads.bias), like, strict=True)
+    return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g, x in found)
+
+
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::linear_cross_entropy", mutates_args=())
 def forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, softcap: float,
-    z_loss: float, logits_dtype: torch.dtype, rows: int, grads: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, reduction: str, wanted: Sequence[bool], ignore_index: int,
+    smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss (scalar, or (T,) for "none") and, when `grads`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
-    live = (target != ignore_index).nonzero().squeeze(1)  # ignored rows leave before the first product; the count sizes it
+    """Loss (scalar, or (T,) for "none") and, where `wanted`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
+    o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
+    live = _live(target, ignore_index)
     count = live.numel() if reduction == "mean" else 1
-    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward_into")
     loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(logits_dtype, torch.float32))
-    fused = grads and reduction != "none"
-    dhidden, dweight, dbias = _gradients(hidden, weight, bias, fused)
-    for a in range(0, live.numel(), rows):
-        part = live[a : a + rows]
-        x, y = hidden[part], target[part]
-        logits = project(x, weight, bias if bias.numel() else None, logits_dtype)
-        each, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
-        loss.index_copy_(0, part, each)
-        if fused:
-            backward(logits, torch.full_like(m, 1 / count), y, m, log_s, smoothing, softcap, z_loss)
-            _accumulate(part, x, logits, weight, dhidden, dweight, dbias)
+    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
+    for chunk in _chunks(hidden, weight, bias, target, live, o):
+        loss.index_copy_(0, chunk.rows, chunk.loss)
+        if any(wanted):
+            _take(grads, chunk, torch.full_like(chunk.m, 1 / count), o)
     out = loss if reduction == "none" else loss.sum() / count if count else loss.sum() * torch.nan
-    return out, dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    return out, *_results(grads, hidden, weight, bias)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fastrl::linear_cross_entropy_backward", mutates_args=())
 def backward_op(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignore_index: int, smoothing: float, softcap: float,
-    z_loss: float, logits_dtype: torch.dtype, rows: int,
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, wanted: Sequence[bool], ignore_index: int,
+    smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias for a per-token upstream gradient (T,); the logits are computed again."""
-    live = (target != ignore_index).nonzero().squeeze(1)
-    forward, backward = pick("linear_cross_entropy", hidden, "forward"), pick("linear_cross_entropy", hidden, "backward_into")
-    dhidden, dweight, dbias = _gradients(hidden, weight, bias, True)
-    for a in range(0, live.numel(), rows):
-        part = live[a : a + rows]
-        x, y = hidden[part], target[part]
-        logits = project(x, weight, bias if bias.numel() else None, logits_dtype)
-        _, m, log_s = forward(logits, y, smoothing, softcap, z_loss)
-        backward(logits, dloss[part], y, m, log_s, smoothing, softcap, z_loss)
-        _accumulate(part, x, logits, weight, dhidden, dweight, dbias)
-    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
-
-
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if not wanted:
-        return hidden.new_empty(0), weight.new_empty(0), bias.new_empty(0)
-    return torch.zeros_like(hidden), accumulator(weight), accumulator(bias)
-
-
-def _accumulate(rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> None:
-    dhidden.index_copy_(0, rows, input_grad(dlogits, weight))
-    add_weight_grad(dweight, dlogits, x)
-    if dbias.numel():
-        dbias += dlogits.sum(0, dtype=dbias.dtype)
+    """Gradients, where `wanted`, for a per-token upstream gradient (T,); the logits are computed again."""
+    o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
+    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
+    for chunk in _chunks(hidden, weight, bias, target, _live(target, ignore_index), o):
+        _take(grads, chunk, dloss[chunk.rows], o)
+    return _results(grads, hidden, weight, bias)  # type: ignore[return-value]
 
 
 @forward_op.register_fake
-def _(hidden, weight, bias, target, ignore_index, reduction, smoothing, softcap, z_loss, logits_dtype, rows, grads):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, target, reduction, wanted, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
     out = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.promote_types(logits_dtype, torch.float32))
-    shapes = (x.shape if grads and reduction != "none" else (0,) for x in (hidden, weight, bias))
-    return out, *(x.new_empty(s) for x, s in zip((hidden, weight, bias), shapes, strict=True))
+    return out, *(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
 
 
 @backward_op.register_fake
-def _(dloss, hidden, weight, bias, target, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (hidden, weight, bias))
+def _(dloss, hidden, weight, bias, target, wanted, *options):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, ignore_index, ctx.reduction, *rest, _ = inputs
-    ctx.options = (ignore_index, *rest)
+    hidden, weight, bias, target, ctx.reduction, _, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*((hidden, weight, bias, target) if ctx.reduction == "none" else output[1:]))
 
 
 def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
     if ctx.reduction == "none":
-        hidden, weight, bias, target = ctx.saved_tensors
-        grads = backward_op(dloss, hidden, weight, bias, target, *ctx.options)
+        grads = backward_op(dloss, *ctx.saved_tensors, wanted, *ctx.options)
     else:
         grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
-    return (*grads, *(None,) * 9)
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 9)
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup)
@@ -206,6 +232,7 @@ def linear_cross_entropy(
         raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
     rows = chunk_rows(weight.shape[0], dtype.itemsize, hidden.device, logits_bytes)
     b = weight.new_empty(0) if bias is None else bias
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, b))
-    cap = float(softcap or 0.0)
-    return forward_op(hidden, weight, b, target, ignore_index, reduction, float(label_smoothing), cap, float(z_loss), dtype, rows, grads)[0]
+    fused = torch.is_grad_enabled() and reduction != "none"
+    wanted = [fused and x.requires_grad for x in (hidden, weight, b)]
+    options = _Options(ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), dtype, rows)
+    return forward_op(hidden, weight, b, target, reduction, wanted, *options)[0]

@@ -9,6 +9,7 @@ from support import within_budget
 from torch.library import opcheck
 
 from fastrl import ops
+from fastrl.kernels import _linear
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS, backward_op, forward_op, reference
 
 T, D, V = 9, 6, 17
@@ -94,9 +95,24 @@ def test_within_the_budget_of_pytorch(dtype):
 def test_opcheck(given):
     hidden, weight, bias, y = given
     for reduction in REDUCTIONS:
-        opcheck(forward_op, (hidden, weight, bias, y, -100, reduction, 0.1, 5.0, 0.01, torch.float64, 4, True))
+        opcheck(forward_op, (hidden, weight, bias, y, reduction, [reduction != "none"] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
     plain = [x.detach() for x in (hidden, weight, bias)]
-    opcheck(backward_op, (torch.randn(T, dtype=torch.float64), *plain, y, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+    opcheck(backward_op, (torch.randn(T, dtype=torch.float64), *plain, y, [True] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+
+
+def test_a_frozen_head_costs_no_product(given, monkeypatch):
+    """Wrong implementation: the gradient of a weight that requires none is computed and thrown away."""
+    hidden, weight, _, y = given
+
+    def forbidden(*_):
+        raise AssertionError("a product for the weight's gradient")
+
+    monkeypatch.setattr(_linear, "add_weight_grad", forbidden)
+    for reduction in REDUCTIONS:
+        loss = ops.linear_cross_entropy(hidden, weight.detach(), y, reduction=reduction).sum()
+        true = F.cross_entropy(hidden @ weight.detach().T, y, reduction=reduction).sum()
+        for ours, theirs in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(true, hidden), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_everything_ignored():
