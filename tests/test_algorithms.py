@@ -185,3 +185,12 @@ def test_loss_and_gradient_are_those_of_the_equations(name, monkeypatch):
     assert relative(got, want) < 1e-6
     if METHODS[name].surrogate.params.get("high", 5) < 1:
         assert 0.1 < metrics["clip_region"] < 0.9, "both branches of the clip are seen"
+
+
+@pytest.mark.parametrize("aggregate", [token_mean, sequence_mean, sequence_sum, fixed_length])
+def test_weights_of_integer_lengths_are_not_rounded(aggregate):
+    """Wrong implementation: a result in the dtype of the lengths, 0 for every one of them."""
+    totals = Totals(tokens=7, samples=2, max_length=8)
+    whole, exact = (aggregate(torch.tensor([3, 4]).to(d), totals) for d in (torch.int64, torch.float64))
+    assert whole.dtype == torch.float32 and exact.dtype == torch.float64
+    torch.testing.assert_close(whole.double(), exact, rtol=1e-7, atol=0)
