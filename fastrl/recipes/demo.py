@@ -164,15 +164,13 @@ def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
         Answer(prompt=e.prompt, before=b, after=a, before_correct=bs.correct, after_correct=as_.correct)
         for e, (b, bs), (a, as_) in list(rows)[:5]
     ]
-    runs = {
-        f"{arm}, seed {o.seed}" if len(outcomes) > 1 else arm: folder / f"seed{o.seed}" / name
-        for o in outcomes
-        for arm, name in FOLDERS.items()
-    }
+    runs = {arm: folder / f"seed{first.seed}" / name for arm, name in FOLDERS.items()}
+    notes = [f"Each prompt was answered greedily and {SAMPLES} times at temperature 1; differences are paired by prompt."]
+    notes += [f"Curves and answers are those of seed {first.seed}."] * (len(outcomes) > 1)
     return Comparison(
         title="The card game: SFT, then GRPO", prompts=len(before.greedy), seeds=seeds, answers=answers, runs=runs,
         gains={arm: pooled([o.gain(arm) for o in outcomes]) for arm in later},
-        notes=[f"Each prompt was answered greedily and {SAMPLES} times at temperature 1; differences are paired by prompt."],
+        notes=notes,
     )  # fmt: skip
 
 
