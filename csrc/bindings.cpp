@@ -13,9 +13,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("token_logp_forward_cpu", &token_logp_forward_cpu, NoGil());
   m.def("token_logp_backward_cpu", &token_logp_backward_cpu, NoGil());
+  m.def("token_logp_fused_cpu", &token_logp_fused_cpu, NoGil());
 #ifdef FASTRL_CUDA
   m.def("token_logp_forward_cuda", &token_logp_forward_cuda, NoGil());
   m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
+  m.def("token_logp_fused_cuda", &token_logp_fused_cuda, NoGil());
+  m.def("token_logp_fused_limit", &token_logp_fused_limit);
 #endif
 
   m.def("cpu_isa", &cpu_isa);

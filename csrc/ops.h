@@ -12,20 +12,45 @@ using Address = std::uintptr_t;
 
 enum Float : int { kFloat32 = 0, kBFloat16 = 1 };
 
+struct RowsAt {  // where row t begins, in elements
+  int64_t L, batch, row;
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int64_t operator()(int64_t t) const {
+    return t / L * batch + t % L * row;
+  }
+};
+
 // --- token_logp: formulas in kernels/token_logp.py ----------------------------------------------------
-// logits (T, V) code; target (T,) int64; temperature (T,)  ->  logp, entropy or 0, m, log_s, each (T,)
-void token_logp_forward_cpu(Address logits, int code, int64_t stride, Address target, Address temperature, Address logp,
-                            Address entropy, Address m, Address log_s, int64_t T, int64_t V, int threads);
-// out (T, V) code, may be `logits` itself; dlogp (T,); dentropy (T,) or 0, with entropy (T,) beside it
-void token_logp_backward_cpu(Address out, int64_t out_stride, Address logits, int code, int64_t stride, Address target,
-                             Address temperature, Address dlogp, Address dentropy, Address entropy, Address m,
-                             Address log_s, int64_t T, int64_t V, int threads);
+// logits are (T, V), or (B, L, V) with T = B L: row t begins t / L times `batch` and t % L times `row` elements from the start.
+// logits code; target (T,) int64; temperature (T,)  ->  logp, entropy or 0, m, log_s, each (T,)
+void token_logp_forward_cpu(Address logits, int code, int64_t L, int64_t batch, int64_t row, Address target,
+                            Address temperature, Address logp, Address entropy, Address m, Address log_s, int64_t T,
+                            int64_t V, int threads);
+// out like logits, may be `logits` itself; dlogp (T,); dentropy (T,) or 0, with entropy (T,) beside it
+void token_logp_backward_cpu(Address out, int64_t out_batch, int64_t out_row, Address logits, int code, int64_t L,
+                             int64_t batch, int64_t row, Address target, Address temperature, Address dlogp,
+                             Address dentropy, Address entropy, Address m, Address log_s, int64_t T, int64_t V,
+                             int threads);
+// Both at once, for derivatives that are known before the forward: the logits are overwritten by their gradient.
+void token_logp_fused_cpu(Address logits, int code, int64_t L, int64_t batch, int64_t row, Address target,
+                          Address temperature, Address dlogp, Address dentropy, Address logp, Address entropy, Address m,
+                          Address log_s, int64_t T, int64_t V, int threads);
 #ifdef FASTRL_CUDA
-void token_logp_forward_cuda(Address logits, int code, int64_t stride, Address target, Address temperature, Address logp,
-                             Address entropy, Address m, Address log_s, int64_t T, int64_t V, Address stream);
-void token_logp_backward_cuda(Address out, int64_t out_stride, Address logits, int code, int64_t stride, Address target,
-                              Address temperature, Address dlogp, Address dentropy, Address entropy, Address m,
-                              Address log_s, int64_t T, int64_t V, Address stream);
+// The gradient may be narrower than the logits (`out_code`), and then lie in the front of the rows it is computed from.
+void token_logp_forward_cuda(Address logits, int code, int64_t L, int64_t batch, int64_t row, Address target,
+                             Address temperature, Address logp, Address entropy, Address m, Address log_s, int64_t T,
+                             int64_t V, Address stream);
+void token_logp_backward_cuda(Address out, int out_code, int64_t out_batch, int64_t out_row, Address logits, int code,
+                              int64_t L, int64_t batch, int64_t row, Address target, Address temperature, Address dlogp,
+                              Address dentropy, Address entropy, Address m, Address log_s, int64_t T, int64_t V,
+                              Address stream);
+void token_logp_fused_cuda(Address out, int out_code, int64_t out_batch, int64_t out_row, Address logits, int code,
+                           int64_t L, int64_t batch, int64_t row, Address target, Address temperature, Address dlogp,
+                           Address dentropy, Address logp, Address entropy, Address m, Address log_s, int64_t T, int64_t V,
+                           Address stream);
+int64_t token_logp_fused_limit(int code);  // the largest V of which a cluster keeps a row on chip
 #endif
 
 // --- what this process runs on ------------------------------------------------------------------------

@@ -7,7 +7,9 @@ The *_cuda functions exist only where the module was built with nvcc.
 def token_logp_forward_cpu(
     logits: int,
     code: int,
-    stride: int,
+    L: int,
+    batch: int,
+    row: int,
     target: int,
     temperature: int,
     logp: int,
@@ -21,10 +23,13 @@ def token_logp_forward_cpu(
 ) -> None: ...
 def token_logp_backward_cpu(
     out: int,
-    out_stride: int,
+    out_batch: int,
+    out_row: int,
     logits: int,
     code: int,
-    stride: int,
+    L: int,
+    batch: int,
+    row: int,
     target: int,
     temperature: int,
     dlogp: int,
@@ -37,10 +42,31 @@ def token_logp_backward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def token_logp_fused_cpu(
+    logits: int,
+    code: int,
+    L: int,
+    batch: int,
+    row: int,
+    target: int,
+    temperature: int,
+    dlogp: int,
+    dentropy: int,
+    logp: int,
+    entropy: int,
+    m: int,
+    log_s: int,
+    T: int,
+    V: int,
+    threads: int,
+    /,
+) -> None: ...
 def token_logp_forward_cuda(
     logits: int,
     code: int,
-    stride: int,
+    L: int,
+    batch: int,
+    row: int,
     target: int,
     temperature: int,
     logp: int,
@@ -54,10 +80,14 @@ def token_logp_forward_cuda(
 ) -> None: ...
 def token_logp_backward_cuda(
     out: int,
-    out_stride: int,
+    out_code: int,
+    out_batch: int,
+    out_row: int,
     logits: int,
     code: int,
-    stride: int,
+    L: int,
+    batch: int,
+    row: int,
     target: int,
     temperature: int,
     dlogp: int,
@@ -70,6 +100,32 @@ def token_logp_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def token_logp_fused_cuda(
+    out: int,
+    out_code: int,
+    out_batch: int,
+    out_row: int,
+    logits: int,
+    code: int,
+    L: int,
+    batch: int,
+    row: int,
+    target: int,
+    temperature: int,
+    dlogp: int,
+    dentropy: int,
+    logp: int,
+    entropy: int,
+    m: int,
+    log_s: int,
+    T: int,
+    V: int,
+    stream: int,
+    /,
+) -> None: ...
+def token_logp_fused_limit(code: int, /) -> int:
+    """The largest vocabulary of which a cluster of CTAs keeps a row on chip."""
+
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 

@@ -84,11 +84,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def backward_kernel(  # type: ignore[no-untyped-def]
-    logits, dloss, target, m, log_s, V, stride, smoothing, softcap, z_loss,
+    out, logits, dloss, target, m, log_s, V, out_stride, stride, smoothing, softcap, z_loss,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    row = logits + t * stride
+    row, to = logits + t * stride, out + t * out_stride
     high, ln, y, up = tl.load(m + t), tl.load(log_s + t), tl.load(target + t), tl.load(dloss + t)
     ln2 = ln * LOG2E
     share = 1.0 + 2.0 * z_loss * (high + ln)
@@ -104,8 +104,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         if SMOOTH:
             g -= smoothing / V
         g = (g - tl.where(at == y, 1.0 - smoothing, 0.0)) * slope * up
-        tl.debug_barrier()  # in place: no warp stores a block that another still loads
-        tl.store(row + at, g.to(logits.dtype.element_ty), at < V)
+        tl.debug_barrier()  # over the row, or its front half: no block is stored before all warps have loaded theirs
+        tl.store(to + at, g.to(out.dtype.element_ty), at < V)
 
 
 # --- launch -----------------------------------------------------------------------------------------
@@ -122,19 +122,17 @@ def forward(logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_
     return loss, m, log_s
 
 
-def backward_into(
-    logits: Tensor, dloss: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float
-) -> Tensor:
-    """The logits, whose rows are contiguous, overwritten by their gradient."""
+def fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
+    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the logits.  Contiguous rows."""
     N, V = logits.shape
-    vectors = (x.contiguous() for x in (dloss, target, m, log_s))
+    loss, m, log_s = forward(logits, target, smoothing, softcap, z_loss)
     if N:
         with on_device(logits):
             backward_kernel[(N,)](
-                logits, *vectors, V, logits.stride(0), smoothing, softcap or 1.0, z_loss,
-                SMOOTH=smoothing != 0, CAP=softcap != 0, BLOCK=_block(V), **OPTIONS,
+                out, logits, dloss.contiguous(), target.contiguous(), m, log_s, V, out.stride(0), logits.stride(0), smoothing,
+                softcap or 1.0, z_loss, SMOOTH=smoothing != 0, CAP=softcap != 0, BLOCK=_block(V), **OPTIONS,
             )  # fmt: skip
-    return logits
+    return loss
 
 
 def _block(V: int) -> int:
@@ -144,14 +142,18 @@ def _block(V: int) -> int:
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
     types = dict.fromkeys(("loss", "dloss", "m", "log_s"), "*fp32") | dict.fromkeys(("smoothing", "softcap", "z_loss"), "fp32")
-    types |= {"target": "*i64", "V": "i32", "stride": "i32"}
-    for dtype, V in itertools.product((torch.float32, torch.bfloat16), (151936, 50257)):
+    types |= {"target": "*i64"} | dict.fromkeys(("V", "stride", "out_stride"), "i32")
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for (dtype, out), V in itertools.product(((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)):  # of the logits, of the gradient
         for smooth, cap in itertools.product((False, True), repeat=2):
             for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
+                if dtype != out and kernel is forward_kernel:
+                    continue
+                name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
                 yield Spec(
                     kernel=kernel,
-                    case=f"{TRITON_TYPES[dtype][1:]} V={V}{' smooth' * smooth}{' cap' * cap}",
-                    types=types | {"logits": TRITON_TYPES[dtype]},
+                    case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)} V={V}{' smooth' * smooth}{' cap' * cap}",
+                    types=types | {"logits": name, "out": to},
                     constants={"SMOOTH": smooth, "CAP": cap, "BLOCK": BLOCK},
                     divisible=V % 16 == 0,
                     wide=moves if V % 16 == 0 else (),

@@ -47,5 +47,12 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """`x` (T, V) with the elements of a row side by side: itself when they are, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    """`x` (T, V) or (B, L, V) with the elements of a row side by side: itself when they are, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_layout(x: Tensor) -> tuple[int, int, int]:
+    """(L, batch, row) of `x` (T, V) or (B, L, V): row t begins t // L times `batch` plus t % L times `row` elements after the first."""
+    if x.ndim == 2:
+        return max(x.shape[0], 1), 0, x.stride(0)
+    return max(x.shape[1], 1), x.stride(0), x.stride(1)

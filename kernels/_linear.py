@@ -30,6 +30,11 @@ def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None =
     return max(1, min(most, useful))
 
 
+def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised logits (rows, V); on CUDA every row begins at a multiple of 16 elements, which cuBLAS and wide loads want."""
+    return torch.empty(rows, V + (-V % 16 if device.type == "cuda" else 0), dtype=dtype, device=device)[:, :V]
+
+
 # --- products ---------------------------------------------------------------------------------------
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given."""
@@ -73,6 +78,11 @@ def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
             torch.addmm(tile, dlogits[:, v : v + _TILE].to(out.dtype).T, wide, out=tile)
 
 
+def gradient_dtype(logits: Tensor, head: Tensor) -> torch.dtype:
+    """What the gradient of `logits` is written as, over them: CUDA multiplies operands of one dtype, so it is rounded once for both."""
+    return head.dtype if logits.is_cuda else logits.dtype
+
+
 def accumulator(weight: Tensor) -> Tensor:
     """Zeros to accumulate a gradient like `weight` in: float32, or float64 for float64."""
     return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
@@ -106,25 +116,15 @@ class HeadGrads:
         self.hidden = torch.zeros(hidden.shape, dtype=share, device=hidden.device) if wanted[0] else None
         self.weight = (accumulator(weight) if weight_grad is None else weight_grad) if wanted[1] else None
         self.bias = accumulator(bias) if wanted[2] and bias is not None else None
-        self.narrow: Tensor | None = None
 
     def add(self, rows: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
-        """Take in a chunk: its rows of hidden, their values, the gradient of their logits."""
+        """Take in a chunk: its rows of hidden, their values, the gradient of their logits (of `gradient_dtype`)."""
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
-        operand = self._operand(dlogits)
         if self.hidden is not None:
-            self._add_hidden(self.hidden, rows, operand)
+            self._add_hidden(self.hidden, rows, dlogits)
         if self.weight is not None:
-            add_weight_grad(self.weight, operand, x)
-
-    def _operand(self, dlogits: Tensor) -> Tensor:
-        """dlogits as the products take them: CUDA multiplies operands of one dtype, so they are rounded once for both, into one buffer."""
-        if not dlogits.is_cuda or dlogits.dtype == self.head.dtype:
-            return dlogits
-        if self.narrow is None or self.narrow.shape[0] < dlogits.shape[0]:
-            self.narrow = torch.empty(dlogits.shape, dtype=self.head.dtype, device=dlogits.device)
-        return self.narrow[: dlogits.shape[0]].copy_(dlogits)
+            add_weight_grad(self.weight, dlogits, x)
 
     def _add_hidden(self, out: Tensor, rows: slice | Tensor, dlogits: Tensor) -> None:
         if out.dtype == dlogits.dtype == self.head.dtype:

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, row_layout, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
-COMMON = {"num_warps": 8, "enable_fp_fusion": True}
-OPTIONS = dict.fromkeys(DTYPES, COMMON) | {torch.float16: COMMON | {"maxnreg": 128}}  # else ptxas aims at 64 for sm_100, and spills two
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}  # else ptxas aims for 64 or 80 here and there, and spills a few
 LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -32,12 +32,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # --- kernels ----------------------------------------------------------------------------------------
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
-    logits, target, temperature, logp, entropy, m, log_s, V, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)  # T V exceeds 2^31 at V = 152k, T = 14k
-    row = logits + t * stride
-    tau = tl.load(temperature + t)
+def _row(first, t, L, batch, stride):  # type: ignore[no-untyped-def]
+    """Where row t of (T, V) or (B, L, V) begins; T V exceeds 2^31 at V = 152k, T = 14k."""
+    return first + (t // L).to(tl.int64) * batch + (t % L).to(tl.int64) * stride
+
+
+@triton.jit
+def _sums(row, tau, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest logit, and s and a relative to it."""
     k = LOG2E / tau
     lane = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -57,34 +59,27 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     share = tl.exp2((top - high) * k)
     s_row = tl.sum(share * s, 0)
     a_row = tl.sum(share * (a + (top - high) * s), 0)
-    s_row = tl.where(high <= LOWEST, float("nan"), s_row)  # nothing above -inf: no distribution
-    ln = tl.log(s_row)
-    y = tl.load(target + t)
-    inside = (y >= 0) & (y < V)
-    x = tl.load(row + y, inside, 0.0).to(tl.float32)
-    scaled = high / tau
-    tl.store(logp + t, tl.where(inside, (x - high) / tau - ln, float("nan")))
-    tl.store(m + t, scaled)
-    tl.store(log_s + t, ln - tl.fma(scaled, tau, -high) / tau)  # relative to the rounded m, so that backward loses nothing
-    if ENTROPY:
-        tl.store(entropy + t, ln - a_row / (tau * s_row))
+    return high, tl.where(high <= LOWEST, float("nan"), s_row), a_row  # nothing above -inf: no distribution
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
-    out, logits, target, temperature, dlogp, dentropy, entropy, m, log_s, V, out_stride, stride,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    row, to = logits + t * stride, out + t * out_stride
-    tau = tl.load(temperature + t)
-    scaled, ln, y = tl.load(m + t), tl.load(log_s + t), tl.load(target + t)
+def _statistics(row, y, tau, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """logp, entropy, m and log s of a row."""
+    high, s, a = _sums(row, tau, V, BLOCK)
+    ln = tl.log(s)
+    inside = (y >= 0) & (y < V)
+    x = tl.load(row + y, inside, 0.0).to(tl.float32)
+    scaled = high / tau
+    log_s = ln - tl.fma(scaled, tau, -high) / tau  # relative to the rounded m, so that backward loses nothing
+    return tl.where(inside, (x - high) / tau - ln, float("nan")), ln - a / (tau * s), scaled, log_s
+
+
+@triton.jit
+def _gradient(to, row, y, tau, scaled, ln, g, gh, h, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One read, one write.  `to` may be `row`, or a narrower row in its front half: no block is stored before all warps have loaded
+    theirs, and the stores of a block end before the loads of the next begin."""
     k = LOG2E / tau
     ln2 = ln * LOG2E
-    g = tl.load(dlogp + t) / tau
-    gh, h = 0.0, 0.0
-    if ENTROPY:
-        gh, h = tl.load(dentropy + t) / tau, tl.load(entropy + t)
     lane = tl.arange(0, BLOCK)
     for v in range(0, V, BLOCK):
         at = v + lane
@@ -95,53 +90,120 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         if ENTROPY:
             d += gh * (tl.where(p > 0, u * LN2, 0.0) + h)
         d = tl.where(at == y, g, 0.0) - p * d
-        tl.debug_barrier()  # `out` may be `logits`: no warp stores a block that another still loads
-        tl.store(to + at, d.to(out.dtype.element_ty), at < V)
+        tl.debug_barrier()
+        tl.store(to + at, d.to(to.dtype.element_ty), at < V)
+
+
+@triton.jit(do_not_specialize=["L"])
+def forward_kernel(  # type: ignore[no-untyped-def]
+    logits, target, temperature, logp, entropy, m, log_s, V, L, batch, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0)
+    tau = tl.load(temperature + t)
+    p, h, scaled, ln = _statistics(_row(logits, t, L, batch, stride), tl.load(target + t), tau, V, BLOCK)
+    tl.store(logp + t, p)
+    tl.store(m + t, scaled)
+    tl.store(log_s + t, ln)
+    if ENTROPY:
+        tl.store(entropy + t, h)
+
+
+@triton.jit(do_not_specialize=["L"])
+def backward_kernel(  # type: ignore[no-untyped-def]
+    out, logits, target, temperature, dlogp, dentropy, entropy, m, log_s, V, L, out_batch, out_stride, batch, stride,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0)
+    row, to = _row(logits, t, L, batch, stride), _row(out, t, L, out_batch, out_stride)
+    tau = tl.load(temperature + t)
+    gh, h = 0.0, 0.0
+    if ENTROPY:
+        gh, h = tl.load(dentropy + t) / tau, tl.load(entropy + t)
+    y, g = tl.load(target + t), tl.load(dlogp + t) / tau
+    _gradient(to, row, y, tau, tl.load(m + t), tl.load(log_s + t), g, gh, h, V, ENTROPY, BLOCK)
+
+
+@triton.jit(do_not_specialize=["L"])
+def fused_kernel(  # type: ignore[no-untyped-def]
+    out, logits, target, temperature, dlogp, dentropy, logp, entropy, m, log_s, V, L, out_batch, out_stride, batch, stride,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Forward, then backward, of a row: the second read finds much of it in the L2 cache."""
+    t = tl.program_id(0)
+    row, to = _row(logits, t, L, batch, stride), _row(out, t, L, out_batch, out_stride)
+    tau, y = tl.load(temperature + t), tl.load(target + t)
+    p, h, scaled, ln = _statistics(row, y, tau, V, BLOCK)
+    tl.store(logp + t, p)
+    tl.store(m + t, scaled)
+    tl.store(log_s + t, ln)
+    gh = 0.0
+    if ENTROPY:
+        tl.store(entropy + t, h)
+        gh = tl.load(dentropy + t) / tau
+    tl.debug_barrier()  # every warp has read the target's logit
+    _gradient(to, row, y, tau, scaled, ln, tl.load(dlogp + t) / tau, gh, h, V, ENTROPY, BLOCK)
 
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s, each (T,)."""
-    logits = unit_rows(logits)
-    T, V = logits.shape
-    logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
-    h = torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device)
+    logits, T, V = unit_rows(logits), target.shape[0], logits.shape[-1]
+    stats = _outputs(logits, T, entropy)
     if T:
         with on_device(logits):
             forward_kernel[(T,)](
-                logits, target.contiguous(), temperature.contiguous(), logp, h, m, log_s, V, logits.stride(0),
-                ENTROPY=entropy, BLOCK=block(V), **OPTIONS[logits.dtype],
+                logits, target.contiguous(), temperature.contiguous(), *stats, V, *row_layout(logits),
+                ENTROPY=entropy, BLOCK=block(V), **OPTIONS,
             )  # fmt: skip
-    return logp, h, m, log_s
+    return stats
 
 
 def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-    """The gradient of the logits, (T, V)."""
+    """The gradient of the logits, of their shape."""
     return backward_into(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), dlogp, dentropy, logits, *rest)
 
 
 def backward_into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-    """The same into `out`, which may be the logits themselves."""
-    T, V = logits.shape
-    if out.stride(1) != 1:
+    """The same into `out`, which may be the logits themselves, or a narrower type in the front of their rows."""
+    if out.stride(-1) != 1:
         return out.copy_(backward(dlogp, dentropy, logits, *rest))
     logits = unit_rows(logits)
     target, temperature, entropy, m, log_s = rest
     vectors = (x.contiguous() for x in (target, temperature, dlogp, dentropy, entropy, m, log_s))
+    _launch_over(backward_kernel, out, logits, *vectors, entropy=dentropy.numel() > 0)
+    return out
+
+
+def fused_into(
+    out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward and backward at once: the statistics of `forward`, and the gradient into `out`."""
+    entropy = dentropy.numel() > 0
+    if out.stride(-1) != 1 or logits.stride(-1) != 1:
+        stats = forward(logits, target, temperature, entropy)
+        backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
+        return stats
+    stats = _outputs(logits, target.shape[0], entropy)
+    vectors = (x.contiguous() for x in (target, temperature, dlogp, dentropy))
+    _launch_over(fused_kernel, out, logits, *vectors, *stats, entropy=entropy)
+    return stats
+
+
+def _outputs(logits: Tensor, T: int, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
+    return logp, torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device), m, log_s
+
+
+def _launch_over(kernel: Any, out: Tensor, logits: Tensor, target: Tensor, *vectors: Tensor, entropy: bool) -> None:
+    """A kernel that writes the gradient of `logits` to `out`, one program a row."""
+    T, V = target.shape[0], logits.shape[-1]
+    L, *strides = row_layout(logits)
     if T:
         with on_device(logits):
-            backward_kernel[(T,)](
-                out,
-                logits,
-                *vectors,
-                V,
-                out.stride(0),
-                logits.stride(0),
-                ENTROPY=dentropy.numel() > 0,
-                BLOCK=block(V),
-                **OPTIONS[logits.dtype],
-            )
-    return out
+            kernel[(T,)](
+                out, logits, target, *vectors, V, L, *row_layout(out)[1:], *strides,
+                ENTROPY=entropy, BLOCK=block(V), **OPTIONS,
+            )  # fmt: skip
 
 
 def block(V: int) -> int:
@@ -151,19 +213,23 @@ def block(V: int) -> int:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    vectors = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32")
-    ints = {"target": "*i64", "V": "i32", "stride": "i32", "out_stride": "i32"}
-    for dtype, entropy, V in itertools.product(DTYPES, (True, False), (151936, 50257)):
-        name = TRITON_TYPES[dtype]
-        for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
+    types = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32") | {"target": "*i64"}
+    types |= dict.fromkeys(("V", "L", "batch", "stride", "out_batch", "out_stride"), "i32")
+    kernels = ((forward_kernel, ("load",)), (backward_kernel, ("load", "store")), (fused_kernel, ("load", "store")))
+    narrow = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]  # (logits, gradient)
+    for (dtype, out), entropy, V in itertools.product([*((d, d) for d in DTYPES), *narrow], (True, False), (151936, 50257)):
+        name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
+        for kernel, moves in kernels:
+            if dtype != out and kernel is forward_kernel:
+                continue
             yield Spec(
                 kernel=kernel,
-                case=f"{name[1:]} V={V}{' entropy' * entropy}",
-                types=vectors | ints | {"logits": name, "out": name},
+                case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)} V={V}{' entropy' * entropy}",
+                types=types | {"logits": name, "out": to},
                 constants={"ENTROPY": entropy, "BLOCK": BLOCK},
                 divisible=V % 16 == 0,
                 wide=moves if V % 16 == 0 else (),
-                options=OPTIONS[dtype],
+                options=OPTIONS,
             )
 
 

@@ -6,20 +6,27 @@
 
 With reduction "mean" and "sum" the gradient is formed in the forward: three products, nothing recomputed.  With "none" every
 token has its own upstream gradient, and the logits are computed again in the backward.
+
+Without label smoothing, softcap and z-loss a row is token_logp's with dlogp = -dloss, and runs on that op's kernels: C++ on CPU,
+on CUDA one read for value and gradient.  The implementations registered here are the rows with those options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import pick, register, register_triton, requested, use_backend
 from fastrl.kernels._check import compute_dtype, one_of
-from fastrl.kernels._linear import HeadGrads, chunk_rows, project
-from fastrl.kernels.linear_logp import check_linear
+from fastrl.kernels._linear import HeadGrads, chunk_rows, gradient_dtype, logits_buffer, project
+from fastrl.kernels.linear_logp import check_linear, check_mask
+from fastrl.kernels.token_logp import forward_op as forward_token_op
+from fastrl.kernels.token_logp import front
+from fastrl.kernels.token_logp import fused_op as fused_token_op
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,10 +69,9 @@ def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: floa
     return torch.where(inside, loss + z_loss * (m + log_s) ** 2, torch.nan), m, log_s
 
 
-def rows_backward_into(
-    logits: Tensor, dloss: Tensor, target: Tensor, m: Tensor, log_s: Tensor, smoothing: float, softcap: float, z_loss: float
-) -> Tensor:
-    """The logits (N, V) overwritten by their gradient for an upstream gradient `dloss` (N,)."""
+def rows_fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
+    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the logits, which end as scratch."""
+    loss, m, log_s = rows_forward(logits, target, smoothing, softcap, z_loss)
     z = logits.to(m.dtype)
     slope = None
     if softcap:
@@ -79,11 +85,13 @@ def rows_backward_into(
     at = torch.where(inside, target, 0)[:, None].long()
     g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])  # one entry a row: deterministic
     g = (g if slope is None else g.mul_(slope)).mul_(dloss[:, None])
-    return g if g is logits else logits.copy_(g)
+    if g is not out:
+        out.copy_(g.to(out.dtype))  # a copy first: `out` may be narrower, and lie over g
+    return loss
 
 
-register("linear_cross_entropy", "reference", forward=rows_forward, backward_into=rows_backward_into)
-register_triton("linear_cross_entropy", "_cross_entropy_triton", "forward", "backward_into")
+register("linear_cross_entropy", "reference", forward=rows_forward, fused_into=rows_fused_into)
+register_triton("linear_cross_entropy", "_cross_entropy_triton", "forward", "fused_into")
 
 
 # --- the chunks -------------------------------------------------------------------------------------
@@ -97,39 +105,53 @@ class _Options(NamedTuple):
     logits_dtype: torch.dtype
     rows: int  # per chunk of logits
 
-
-class _Chunk(NamedTuple):
-    """N live rows: which they are, their values, targets and logits, and their loss, m and log s."""
-
-    rows: Tensor
-    x: Tensor
-    target: Tensor
-    logits: Tensor
-    loss: Tensor
-    m: Tensor
-    log_s: Tensor
+    @property
+    def plain(self) -> bool:
+        """Whether a row is token_logp's."""
+        return not (self.smoothing or self.softcap or self.z_loss)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, live: Tensor, o: _Options) -> Iterator[_Chunk]:
-    """The live rows, chunk by chunk; one buffer holds the logits of each in turn."""
-    forward = pick("linear_cross_entropy", hidden, "forward")
-    buffer = torch.empty(min(o.rows, live.numel()), weight.shape[0], dtype=o.logits_dtype, device=hidden.device)
-    for part in live.split(o.rows) if live.numel() else ():
-        x, y = hidden[part], target[part]
-        logits = project(x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()])
-        yield _Chunk(part, x, y, logits, *forward(logits, y, o.smoothing, o.softcap, o.z_loss))
+def _live(target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """The rows that count, which alone reach a product; finding them, unless they are given, waits for the device once."""
+    if mask is None:
+        mask = target != ignore_index
+    return mask.nonzero().squeeze(1) if mask.dtype == torch.bool else mask
 
 
-def _live(target: Tensor, ignore_index: int) -> Tensor:
-    """Ignored rows leave before the first product; counting the others waits for the device once."""
-    return (target != ignore_index).nonzero().squeeze(1)
+def _rows_forward(logits: Tensor, target: Tensor, o: _Options) -> Tensor:
+    """Loss (N,) of rows of logits."""
+    if o.plain:
+        return forward_token_op(logits, target, torch.ones_like(target, dtype=compute_dtype(logits)), False, False)[0].neg_()
+    return pick("linear_cross_entropy", logits, "forward")(logits, target, o.smoothing, o.softcap, o.z_loss)[0]
 
 
-def _take(grads: HeadGrads, chunk: _Chunk, dloss: Tensor, o: _Options) -> None:
-    """Overwrite the chunk's logits with their gradient, and gather what follows from it."""
-    backward = pick("linear_cross_entropy", chunk.x, "backward_into")
-    backward(chunk.logits, dloss, chunk.target, chunk.m, chunk.log_s, o.smoothing, o.softcap, o.z_loss)
-    grads.add(chunk.rows, chunk.x, chunk.logits)
+def _rows_fused(logits: Tensor, target: Tensor, dloss: Tensor, o: _Options, dtype: torch.dtype) -> Tensor:
+    """Loss (N,); the gradient is left in `front(logits, dtype)`."""
+    if o.plain:
+        return fused_token_op(logits, target, torch.ones_like(dloss), -dloss, dloss.new_empty(0), dtype)[0].neg_()
+    into = pick("linear_cross_entropy", logits, "fused_into")
+    return into(front(logits, dtype), logits, target, dloss, o.smoothing, o.softcap, o.z_loss)
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, live: Tensor, dloss: Tensor, wanted: Sequence[bool], o: _Options
+) -> tuple[Tensor, HeadGrads]:
+    """Loss (T,), 0 at ignored rows, and what is `wanted` of the gradients for the upstream gradient `dloss` (T,)."""
+    loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(o.logits_dtype, torch.float32))
+    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
+    buffer = logits_buffer(min(o.rows, live.numel()), weight.shape[0], o.logits_dtype, hidden.device)
+    asked = requested("linear_cross_entropy")
+    with use_backend(asked, "token_logp") if asked else contextlib.nullcontext():  # the rows without options are this op's too
+        for part in live.split(o.rows) if live.numel() else ():
+            x, y = hidden[part], target[part]
+            logits = project(x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()])
+            if not any(wanted):
+                loss.index_copy_(0, part, _rows_forward(logits, y, o))
+                continue
+            dtype = gradient_dtype(logits, weight)
+            loss.index_copy_(0, part, _rows_fused(logits, y, dloss[part], o, dtype))
+            grads.add(part, x, front(logits, dtype))
+    return loss, grads
 
 
 def _results(grads: HeadGrads, *like: Tensor) -> tuple[Tensor, ...]:
@@ -141,51 +163,46 @@ def _results(grads: HeadGrads, *like: Tensor) -> tuple[Tensor, ...]:
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::linear_cross_entropy", mutates_args=())
 def forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, reduction: str, wanted: Sequence[bool], ignore_index: int,
-    smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None, reduction: str, wanted: Sequence[bool],
+    ignore_index: int, smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (scalar, or (T,) for "none") and, where `wanted`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
-    live = _live(target, ignore_index)
+    live = _live(target, mask, ignore_index)
     count = live.numel() if reduction == "mean" else 1
-    loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(logits_dtype, torch.float32))
-    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
-    for chunk in _chunks(hidden, weight, bias, target, live, o):
-        loss.index_copy_(0, chunk.rows, chunk.loss)
-        if any(wanted):
-            _take(grads, chunk, torch.full_like(chunk.m, 1 / count), o)
+    stat = torch.promote_types(logits_dtype, torch.float32)
+    share = torch.full((1,), 1 / max(count, 1), dtype=stat, device=hidden.device).expand(hidden.shape[0])
+    loss, grads = _walk(hidden, weight, bias, target, live, share, wanted, o)
     out = loss if reduction == "none" else loss.sum() / count if count else loss.sum() * torch.nan
     return out, *_results(grads, hidden, weight, bias)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fastrl::linear_cross_entropy_backward", mutates_args=())
 def backward_op(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, wanted: Sequence[bool], ignore_index: int,
-    smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None, wanted: Sequence[bool],
+    ignore_index: int, smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients, where `wanted`, for a per-token upstream gradient (T,); the logits are computed again."""
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
-    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
-    for chunk in _chunks(hidden, weight, bias, target, _live(target, ignore_index), o):
-        _take(grads, chunk, dloss[chunk.rows], o)
+    grads = _walk(hidden, weight, bias, target, _live(target, mask, ignore_index), dloss, wanted, o)[1]
     return _results(grads, hidden, weight, bias)  # type: ignore[return-value]
 
 
 @forward_op.register_fake
-def _(hidden, weight, bias, target, reduction, wanted, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, target, mask, reduction, wanted, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
     out = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.promote_types(logits_dtype, torch.float32))
     return out, *(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
 
 
 @backward_op.register_fake
-def _(dloss, hidden, weight, bias, target, wanted, *options):  # type: ignore[no-untyped-def]
+def _(dloss, hidden, weight, bias, target, mask, wanted, *options):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, ctx.reduction, _, *ctx.options = inputs
+    hidden, weight, bias, target, mask, ctx.reduction, _, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*((hidden, weight, bias, target) if ctx.reduction == "none" else output[1:]))
+    ctx.save_for_backward(*((hidden, weight, bias, target, mask) if ctx.reduction == "none" else output[1:]))
 
 
 def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,7 +211,7 @@ def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = backward_op(dloss, *ctx.saved_tensors, wanted, *ctx.options)
     else:
         grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
-    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 9)
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup)
@@ -207,6 +224,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -217,15 +235,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy (nats), differentiable in hidden, weight and bias.
 
-    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does not count;  bias (V,)
+    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does not count;  bias (V,);
+             mask, which then says instead of `ignore_index` what counts: (T,) bool, or (N,) int64 distinct rows
              ->  a scalar, or (T,) with 0 at ignored tokens for reduction "none"; fp32 (fp64 for fp64 inputs).
              "mean" divides by the tokens that count (NaN when none does, as in PyTorch).
     Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients, in the forward.
-             Counting the live rows waits for the device once.
+             Finding the rows that count waits for the device once; rows given as int64 `mask` do not.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index` gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     one_of("reduction", reduction, REDUCTIONS)
+    check_mask(mask, hidden)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if softcap is not None and not softcap > 0:
@@ -235,4 +255,4 @@ def linear_cross_entropy(
     fused = torch.is_grad_enabled() and reduction != "none"
     wanted = [fused and x.requires_grad for x in (hidden, weight, b)]
     options = _Options(ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), dtype, rows)
-    return forward_op(hidden, weight, b, target, reduction, wanted, *options)[0]
+    return forward_op(hidden, weight, b, target, mask, reduction, wanted, *options)[0]

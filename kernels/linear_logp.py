@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._linear import HeadGrads, chunk_rows, live_rows, project
+from fastrl.kernels._linear import HeadGrads, chunk_rows, gradient_dtype, live_rows, logits_buffer, project
 from fastrl.kernels._shard import Shard
-from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, row_temperature
+from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, front, row_temperature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # some builds of torch have none
@@ -43,7 +43,7 @@ def forward_chunks(
     T = hidden.shape[0]
     stat = torch.promote_types(logits_dtype, torch.float32)
     logp, h, m, log_s = (torch.empty(n, dtype=stat, device=hidden.device) for n in (T, T if entropy else 0, T, T))
-    buffer = torch.empty(min(rows, T), weight.shape[0], dtype=logits_dtype, device=hidden.device)
+    buffer = logits_buffer(min(rows, T), weight.shape[0], logits_dtype, hidden.device)
     for a in range(0, T, rows):
         part = slice(a, min(a + rows, T))
         logits = project(hidden[part], weight, bias if bias.numel() else None, logits_dtype, buffer[: part.stop - a])
@@ -72,14 +72,15 @@ def backward_chunks(
     N = hidden.shape[0] if live is None else live.numel()
     target = target if shard is None else shard.local(target)
     grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted, partial=shard is not None)
-    buffer = torch.empty(min(rows, N), weight.shape[0], dtype=logits_dtype, device=hidden.device)
+    buffer = logits_buffer(min(rows, N), weight.shape[0], logits_dtype, hidden.device)
     for a in range(0, N, rows):
         part: slice | Tensor = slice(a, min(a + rows, N)) if live is None else live[a : a + rows]
         x = hidden[part]
         logits = project(x, weight, bias if bias.numel() else None, logits_dtype, buffer[: x.shape[0]])
         h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
-        backward_into_op(dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part])
-        grads.add(part, x, logits)
+        dtype = gradient_dtype(logits, weight)
+        backward_into_op(dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part], dtype)
+        grads.add(part, x, front(logits, dtype))
     if shard is not None and grads.hidden is not None:
         shard.sum(grads.hidden)
     found = zip((grads.hidden, grads.weight, grads.bias), (hidden, weight, bias), strict=True)
@@ -178,7 +179,7 @@ def linear_logp(
              any size; hidden and target (ids of the whole vocabulary) are the same on all, and so are the results and the gradient
              of hidden.  The processes wait for the device once, to learn each other's sizes.
     Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), in the forward and in the
-             backward; there half as much again on CUDA when hidden is bf16 and the logits are not.
+             backward.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
@@ -204,3 +205,14 @@ def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | 
     if logits_dtype not in (torch.float32, hidden.dtype):
         raise TypeError(f"logits_dtype: expected float32 or hidden's own {hidden.dtype}, got {logits_dtype}")
     return torch.float64 if hidden.dtype == torch.float64 else logits_dtype
+
+
+def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
+    """Check which rows are live: all (None), those of a (T,) bool mask, or (N,) int64 distinct rows, whose values are not read."""
+    if mask is None:
+        return
+    if isinstance(mask, Tensor) and mask.dtype == torch.int64:
+        dims("mask", mask, "N", (torch.int64,))
+    else:
+        dims("mask", mask, "T", (torch.bool,), T=hidden.shape[0])
+    same_device(hidden=hidden, mask=mask)

@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._check import compute_dtype, dims, one_of, same_device
-from fastrl.kernels._linear import HeadGrads, accumulator, chunk_rows, compact, live_rows, logits_budget, project
+from fastrl.kernels._linear import (
+    HeadGrads,
+    accumulator,
+    chunk_rows,
+    compact,
+    gradient_dtype,
+    live_rows,
+    logits_budget,
+    logits_buffer,
+    project,
+)
 from fastrl.kernels._shard import Shard
-from fastrl.kernels.linear_logp import check_linear, row_stats
+from fastrl.kernels.linear_logp import check_linear, check_mask, row_stats
 from fastrl.kernels.linear_logp import reference as linear_reference
-from fastrl.kernels.token_logp import TokenStats, backward_into_op, row_temperature
+from fastrl.kernels.token_logp import TokenStats, backward_into_op, front, row_temperature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # some builds of torch have none
@@ -91,7 +101,7 @@ class _Pass:
         kept = call.rows.numel() * most * call.dtype.itemsize <= logits_budget(hidden.device, call.logits_bytes)
         self.keep = call.level == "token" or kept
         alive = call.rows.numel() if call.level == "sequence" and kept and self.differentiate else min(self.size, call.rows.numel())
-        self.buffer = torch.empty(alive, weight.shape[0], dtype=call.dtype, device=hidden.device)
+        self.buffer = logits_buffer(alive, weight.shape[0], call.dtype, hidden.device)
 
     def run(self) -> None:
         call = self.call
@@ -152,8 +162,9 @@ class _Pass:
             entropy, dentropy = (v[live] if v.numel() else v for v in (entropy, dentropy))
             x, dlogp, m, log_s = x[live], dlogp[live], m[live], log_s[live]
         logits = self.project(x) if logits is None else logits
-        backward_into_op(dlogp, dentropy, logits, self.target[at], self.call.temperature[at], entropy, m, log_s)
-        self.grads.add(at, x, logits)
+        dtype = gradient_dtype(logits, self.weight)
+        backward_into_op(dlogp, dentropy, logits, self.target[at], self.call.temperature[at], entropy, m, log_s, dtype)
+        self.grads.add(at, x, front(logits, dtype))
 
 
 # --- autograd ---------------------------------------------------------------------------------------
@@ -214,10 +225,9 @@ def linear_loss(
              With a `group` of processes, weight, bias and weight_grad are this process's part of the vocabulary, in the order of the
              ranks and of any size; all else is the same on every process, the loss and the gradient of hidden too.  The processes
              wait for the device once, to learn each other's sizes.
-    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA, where bf16 operands of float32
-             logits add half as much), one float32 gradient of the weight, one gradient of hidden.  `weight_grad`, a float32 (V, D)
-             buffer, takes the weight's gradient instead, added during the forward, so that micro-batches share it; the loss must
-             then be differentiated with an upstream gradient of 1.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), one float32 gradient of the
+             weight, one gradient of hidden.  `weight_grad`, a float32 (V, D) buffer, takes the weight's gradient instead, added
+             during the forward, so that micro-batches share it; the loss must then be differentiated with an upstream gradient of 1.
     Raises:  ValueError or TypeError naming the argument.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
@@ -237,15 +247,10 @@ def linear_loss(
 
 
 def _live_rows(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    T = hidden.shape[0]
+    check_mask(mask, hidden)
     if mask is None:
-        return torch.arange(T, device=hidden.device)
-    same_device(hidden=hidden, mask=mask)
-    if mask.dtype == torch.int64:
-        dims("mask", mask, "N", (torch.int64,))
-        return mask
-    dims("mask", mask, "T", (torch.bool,), T=T)
-    return mask.nonzero().squeeze(1)
+        return torch.arange(hidden.shape[0], device=hidden.device)
+    return mask.nonzero().squeeze(1) if mask.dtype == torch.bool else mask
 
 
 def _refuse_gradients(loss: Loss) -> None:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import COMPILED_ONLY, extension, pick, register, register_triton
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._token_logp_compiled import register_compiled
 
 
 class TokenStats(NamedTuple):
@@ -30,8 +31,8 @@ class TokenStats(NamedTuple):
 
 # --- reference --------------------------------------------------------------------------------------
 def reference(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,)."""
-    z = logits.to(compute_dtype(logits)) / temperature[:, None]
+    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,); logits (T, V), or (B, L, V) with T = B L."""
+    z = logits.reshape(-1, logits.shape[-1]).to(compute_dtype(logits)) / temperature[:, None]
     m = z.amax(-1) if z.shape[0] else z.new_empty(0)
     d = z - m[:, None]
     e = d.exp()
@@ -48,83 +49,30 @@ def reference(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool
 def reference_backward(
     dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
 ) -> Tensor:
-    """The gradient of the logits, (T, V), in their dtype; `dentropy` is empty when the entropy is not differentiated."""
-    log_p = logits.to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
+    """The gradient of the logits, of their shape and dtype; `dentropy` is empty when the entropy is not differentiated."""
+    log_p = logits.reshape(-1, logits.shape[-1]).to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
     p = log_p.exp()
     g = -dlogp[:, None] * p
-    inside = (target >= 0) & (target < logits.shape[1])
+    inside = (target >= 0) & (target < logits.shape[-1])
     g.scatter_add_(1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None])  # one entry a row
     if dentropy.numel():
         g -= dentropy[:, None] * p * (torch.where(p > 0, log_p, 0) + entropy[:, None])
-    return (g / temperature[:, None]).to(logits.dtype)
+    return (g / temperature[:, None]).to(logits.dtype).view(logits.shape)
 
 
-def _reference_into(out: Tensor, *parts: Tensor) -> Tensor:
+def _backward_into(out: Tensor, *parts: Tensor) -> Tensor:
     return out.copy_(reference_backward(*parts))
 
 
-register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_reference_into)
+def _fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, ...]:
+    stats = reference(logits, target, temperature, dentropy.numel() > 0)
+    _backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
+    return stats
 
 
-# --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/token_logp.cpp and csrc/cuda/token_logp.cu take addresses, sizes and row strides, and do the arithmetic above.
-_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def _compiled(device: str) -> dict[str, Any]:
-    def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        T, V = logits.shape
-        logits, target = _rows(logits), target.long().contiguous()
-        logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(3))
-        h = torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device)
-        getattr(extension(), f"token_logp_forward_{device}")(
-            logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), target.data_ptr(), temperature.data_ptr(),
-            logp.data_ptr(), h.data_ptr() if entropy else 0, m.data_ptr(), log_s.data_ptr(), T, V, _context(logits),
-        )  # fmt: skip
-        return logp, h, m, log_s
-
-    def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-        rows = _rows(logits)
-        return into(torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), dlogp, dentropy, rows, *rest)
-
-    def into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-        if out.stride(1) != 1:  # in place over logits whose rows are not contiguous
-            return out.copy_(backward(dlogp, dentropy, logits, *rest))
-        target, temperature, entropy, m, log_s = rest
-        T, V = logits.shape
-        target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
-        has_entropy = dentropy.numel() > 0
-        getattr(extension(), f"token_logp_backward_{device}")(
-            out.data_ptr(), out.stride(0), logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0),
-            target.data_ptr(), temperature.data_ptr(), dlogp.data_ptr(), dentropy.data_ptr() if has_entropy else 0,
-            entropy.data_ptr() if has_entropy else 0, m.data_ptr(), log_s.data_ptr(), T, V, _context(logits),
-        )  # fmt: skip
-        return out
-
-    return {"forward": forward, "backward": backward, "backward_into": into}
-
-
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _context(x: Tensor) -> int:
-    """What a compiled kernel runs under: torch's thread count on CPU, the stream of the tensor's own device on CUDA."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else torch.get_num_threads()
-
-
-_C = extension()
-for _device, _note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
-    register(
-        "token_logp",
-        _device,
-        dtypes=tuple(_FLOAT_CODES),
-        note=_note,
-        missing="" if hasattr(_C, f"token_logp_forward_{_device}") else "fastrl._C was built without it",
-        **_compiled(_device),
-    )
-
-register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into")
+register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_backward_into, fused_into=_fused_into)
+register_compiled()
+register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into", "fused_into")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -144,16 +92,37 @@ def backward_op(
 
 @torch.library.custom_op("fastrl::token_logp_backward_", mutates_args=("logits",))
 def backward_into_op(
-    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
-) -> None:
-    """Overwrite `logits` with their own gradient."""
-    pick("token_logp", logits, "backward_into")(logits, dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Overwrite `logits` with their own gradient: it is `front(logits, dtype)`."""
+    into = pick("token_logp", logits, "backward_into")
+    into(front(logits, dtype), dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+
+
+@torch.library.custom_op("fastrl::token_logp_fused_", mutates_args=("logits",))
+def fused_op(
+    logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both at once, for derivatives that are known before the forward: logp, entropy (empty if dentropy is), m and log s."""
+    return pick("token_logp", logits, "fused_into")(front(logits, dtype), logits, target, temperature, dlogp, dentropy)
+
+
+def front(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The logits themselves, or as many elements of a narrower `dtype` in the front of each of their rows."""
+    return logits if dtype in (None, logits.dtype) else logits.view(dtype)[..., : logits.shape[-1]]
 
 
 @forward_op.register_fake
 def _(logits, target, temperature, entropy, inplace):  # type: ignore[no-untyped-def]
-    T, dtype = logits.shape[0], compute_dtype(logits)
+    T, dtype = target.shape[0], compute_dtype(logits)
     return tuple(logits.new_empty(n, dtype=dtype) for n in (T, T if entropy else 0, T, T))
+
+
+@fused_op.register_fake
+def _(logits, target, temperature, dlogp, dentropy, dtype=None):  # type: ignore[no-untyped-def]
+    T, stat = target.shape[0], compute_dtype(logits)
+    return tuple(logits.new_empty(n, dtype=stat) for n in (T, T if dentropy.numel() else 0, T, T))
 
 
 @backward_op.register_fake
@@ -194,8 +163,9 @@ def token_logp(
 
     Shapes:  logits (T, V) or (B, L, V), bf16|fp16|fp32|fp64;  target (T,) or (B, L) int;  temperature a float or (T,) or (B, L)
              ->  logp, entropy, lse shaped like target, fp32 (fp64 for fp64 logits).
-    Memory:  4 (T,) vectors, and one gradient like `logits` in the backward.  `inplace_backward` writes the gradient over the
-             logits instead: they must then have no other consumer, and a second backward is refused.
+    Memory:  4 (T,) vectors, and one gradient like `logits` in the backward; a view such as logits[:, :-1] is not copied.
+             `inplace_backward` writes the gradient over the logits instead: they must then have no other consumer, and a second
+             backward is refused.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN and reads no memory it should not.
     Source:  Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
@@ -209,7 +179,7 @@ def token_logp(
         raise ValueError(f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}")
     same_device(logits=logits, target=target)
     tau = row_temperature(temperature, target, compute_dtype(logits))
-    logp, h, m, log_s = forward_op(logits.reshape(-1, V), target.reshape(-1), tau, entropy, inplace_backward)
+    logp, h, m, log_s = forward_op(logits, target.reshape(-1), tau, entropy, inplace_backward)
     shape = target.shape
     return TokenStats(logp.view(shape), h.view(shape) if entropy else None, (m + log_s).view(shape))
 
@@ -231,12 +201,11 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Te
     Shapes:  logits (..., V);  index (...) int, or (..., K) for K tokens of each row  ->  shaped like index.
     Raises:  ValueError or TypeError naming the argument.
     """
-    V = logits.shape[-1]
     lead = logits.shape[:-1]
     if index.shape[: len(lead)] != lead or index.ndim > len(lead) + 1:
         raise ValueError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
-    flat = logits.reshape(-1, V)
-    tau = temperature.expand(lead).reshape(-1) if isinstance(temperature, Tensor) else temperature
-    columns = index.reshape(flat.shape[0], -1).unbind(1)
-    logp = torch.stack([token_logp(flat, c, temperature=tau).logp for c in columns], 1) if columns else flat.new_empty(flat.shape[0], 0)
+    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])  # a view of 2 or 3 axes is never copied
+    tau = temperature.expand(lead).reshape(rows.shape[:-1]) if isinstance(temperature, Tensor) else temperature
+    columns = index.reshape(*rows.shape[:-1], -1).unbind(-1) if index.numel() else ()
+    logp = torch.stack([token_logp(rows, c, temperature=tau).logp for c in columns], -1) if columns else logits.new_empty(0)
     return logp.view(index.shape).to(logits.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first cuBLAS handle
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else, on some processors, the bits of a product depend on its operands' alignment
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ import torch
 from support import ULP, within_budget
 
 from fastrl.kernels._backend import extension, use_backend
-from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, reference, reference_backward, token_logp
+from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, fused_op, reference, reference_backward, token_logp
 
 ROOT = Path(__file__).parents[1]
 C = extension()
@@ -208,6 +208,30 @@ def test_the_same_bits_for_every_thread_count(isa, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [7, 1003, 50257])
+def test_forward_and_gradient_at_once(isa, V, dtype):
+    """Wrong: the target's logit read after its gradient was written over it.  A batch whose rows are not evenly spaced."""
+    batch = torch.empty(2, 4, V).to(dtype)
+    logits = batch[:, :-1]
+    flat, target, tau, dlogp, dentropy = case(6, V, dtype, offset=100.0)
+    target[1], target[2] = -1, V
+    dlogp[3] = dentropy[3] = 0
+    ours, exact = [], truth(flat, target, tau, dlogp, dentropy)
+    for fused in (True, False):
+        logits.copy_(flat.view(2, 3, V))
+        with use_backend("cpu", "token_logp"):
+            if fused:
+                stats = fused_op(logits, target, tau, dlogp, dentropy)
+            else:
+                stats = forward_op(logits, target, tau, True, False)
+                backward_into_op(dlogp, dentropy, logits, target, tau, *stats[1:])
+        ours.append((stats[0].nan_to_num(), stats[1], stats[2] + stats[3], logits.reshape(6, V).clone()))
+    for a, b, right in zip(*ours, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=ULP[dtype] if a.ndim > 1 else 1e-6)  # `truth` in double inside, or rounded m
+        within_budget(a, b, right.nan_to_num())
+
+
 @needs_c
 def test_offsets_beyond_2_to_the_31():
     """Wrong: a 32-bit row offset, or a 16-bit row number.  The pages between the rows are never touched."""
@@ -253,13 +277,27 @@ def test_chosen_by_default_on_cpu():
         ({"T": -1}, "T: expected at least 0, got -1"),
         ({"V": 0}, "V: expected at least 1, got 0"),
         ({"code": 2}, r"code: expected 0 \(fp32\) or 1 \(bf16\), got 2"),
+        ({"L": 0}, "L: expected at least 1, got 0"),
+        ({"row": -4}, "row, batch: expected strides of at least 0, got -4"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"logits": 0}, "logits, target, temperature: expected addresses, got 0"),
         ({"logp": 0}, "logp, m, log_s: expected addresses, got 0"),
     ],
 )
 def test_bad_arguments_are_value_errors(changes, message):
-    given = {"logits": 8, "code": 0, "stride": 4, "target": 8, "temperature": 8, "logp": 8, "entropy": 0, "m": 8, "log_s": 8}
+    given = {
+        "logits": 8,
+        "code": 0,
+        "L": 1,
+        "batch": 0,
+        "row": 4,
+        "target": 8,
+        "temperature": 8,
+        "logp": 8,
+        "entropy": 0,
+        "m": 8,
+        "log_s": 8,
+    }
     with pytest.raises(ValueError, match=message):
         C.token_logp_forward_cpu(*(given | {"T": 1, "V": 4, "threads": 1} | changes).values())
 
@@ -303,7 +341,7 @@ def test_the_module_works_without_torch():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_driver_is_a_readable_error():
     with pytest.raises(RuntimeError, match=r"^CUDA, .*: .*(driver|device)"):
-        C.token_logp_forward_cuda(8, 0, 4, 8, 8, 8, 0, 8, 8, 1, 4, 0)
+        C.token_logp_forward_cuda(8, 0, 1, 0, 4, 8, 8, 8, 0, 8, 8, 1, 4, 0)
 
 
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or shutil.which("nvcc")

@@ -12,7 +12,7 @@ from support import within_budget
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS
-from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, reference
+from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, front, fused_op, reference
 
 pytestmark = pytest.mark.gpu
 VOCABULARIES = [7, 1000, 32000, 50257, 128256, 151936, 152064]
@@ -35,7 +35,7 @@ def token_logp(request):
 
 @pytest.fixture(params=["reference", "triton"])
 def cross_entropy(request):
-    with use(request.param, "linear_cross_entropy"):
+    with use(request.param, "linear_cross_entropy"):  # the plain rows, which are token_logp's, follow
         yield request.param
 
 
@@ -106,6 +106,35 @@ def test_in_place_is_out_of_place_a_hundred_times(token_logp, V, dtype):
         over.copy_(logits)
         backward_into_op(up, uh, over, target, tau, h, m, log_s)
         assert torch.equal(over, want)
+
+
+@pytest.mark.parametrize("V", [7, 1000, 50257, 151936])
+@pytest.mark.parametrize("dtype, out", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)], ids=str)
+def test_at_once_and_narrow_a_hundred_times(token_logp, V, dtype, out):
+    """Forward and gradient in one op, and bf16 gradients in the front of float32 rows: what two steps give, whatever the timing.
+
+    Wrong: a store that passes another warp's load; a slice of a cluster that begins where the row does not.
+    """
+    logits, target, tau, up, uh = case(96, V, dtype)
+    target[:3] = torch.tensor([-1, V, V - 1], device="cuda")
+    stats = forward_op(logits, target, tau, True, False)
+    want = backward_op(up, uh, logits, target, tau, *stats[1:]).to(out or dtype)
+    over = torch.empty(96, V + 5, dtype=dtype, device="cuda")[:, :V]  # rows that begin anywhere
+    for i in range(100):
+        over.copy_(logits)
+        found = fused_op(over, target, tau, up, uh, out) if i % 2 else stats
+        if not i % 2:
+            backward_into_op(up, uh, over, target, tau, *stats[1:], out)
+        for mine, its in zip((*found, front(over, out)), (*stats, want), strict=True):
+            torch.testing.assert_close(mine, its, atol=1e-6, rtol=2**-7 if its.dtype == torch.bfloat16 else 1e-5, equal_nan=True)
+
+
+def test_a_view_of_a_batch(token_logp):
+    """Wrong: rows taken a stride of V apart."""
+    whole = torch.randn(3, 9, 32000, device="cuda")
+    z, y = whole[:, :-1], torch.randint(32000, (3, 8), device="cuda")
+    a, b = ops.token_logp(z, y, entropy=True), ops.token_logp(z.contiguous(), y, entropy=True)
+    assert torch.equal(a.logp, b.logp) and torch.equal(a.entropy, b.entropy)
 
 
 def test_two_runs_give_the_same_bits(token_logp):

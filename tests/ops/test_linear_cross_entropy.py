@@ -9,7 +9,8 @@ from support import within_budget
 from torch.library import opcheck
 
 from fastrl import ops
-from fastrl.kernels import _linear
+from fastrl.kernels import _backend, _linear
+from fastrl.kernels import token_logp as token_logp_module
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS, backward_op, forward_op, reference
 
 T, D, V = 9, 6, 17
@@ -95,9 +96,9 @@ def test_within_the_budget_of_pytorch(dtype):
 def test_opcheck(given):
     hidden, weight, bias, y = given
     for reduction in REDUCTIONS:
-        opcheck(forward_op, (hidden, weight, bias, y, reduction, [reduction != "none"] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+        opcheck(forward_op, (hidden, weight, bias, y, None, reduction, [reduction != "none"] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
     plain = [x.detach() for x in (hidden, weight, bias)]
-    opcheck(backward_op, (torch.randn(T, dtype=torch.float64), *plain, y, [True] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+    opcheck(backward_op, (torch.randn(T, dtype=torch.float64), *plain, y, None, [True] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
 
 
 def test_a_frozen_head_costs_no_product(given, monkeypatch):
@@ -113,6 +114,36 @@ def test_a_frozen_head_costs_no_product(given, monkeypatch):
         true = F.cross_entropy(hidden @ weight.detach().T, y, reduction=reduction).sum()
         for ours, theirs in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(true, hidden), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=["plain", "options"])
+def test_rows_given_are_rows_found(given, reduction, options):
+    """Wrong: a mean over all T rows; a gradient at a row that is not in the mask."""
+    hidden, weight, bias, y = given
+    live = y != -100
+    results = []
+    for arguments in ({}, {"mask": live, "ignore_index": 0}, {"mask": live.nonzero().squeeze(1), "ignore_index": 0}):
+        loss = ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction, **options, **arguments)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight, bias))))
+    assert 0 < live.sum() < T
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+    with pytest.raises(ValueError, match=rf"mask: expected shape \(T={T}\), got"):
+        ops.linear_cross_entropy(hidden, weight, y, mask=live[:-1])
+
+
+def test_without_options_the_rows_are_token_logps(monkeypatch):
+    """Wrong: a CPU user of the plain form who gets eager rows, when there are compiled ones."""
+    hidden, weight, y = torch.randn(4, 8), torch.randn(30, 8, requires_grad=True), torch.randint(30, (4,))
+    called = []
+    real = _backend.pick
+    monkeypatch.setattr(token_logp_module, "pick", lambda op, x, part: called.append((op, part)) or real(op, x, part))
+    ops.linear_cross_entropy(hidden, weight, y).backward()
+    assert called == [("token_logp", "fused_into")]
+    called.clear()
+    ops.linear_cross_entropy(hidden, weight, y, reduction="none")
+    assert called == [("token_logp", "forward")]
 
 
 def test_everything_ignored():

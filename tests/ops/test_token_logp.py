@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from support import within_budget
 from torch.library import opcheck
 
 from fastrl import ops
-from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op
+from fastrl.bench.timing import peak_bytes
+from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, front, fused_op
 
 SHAPES = [(1, 1), (5, 7), (3, 1000), (2, 50257)]
 
@@ -108,6 +110,7 @@ def test_opcheck_and_fullgraph():
     parts = (logp, h, z.detach(), y, tau, h, m, log_s)
     opcheck(backward_op, parts)
     opcheck(backward_into_op, tuple(p.clone() for p in parts))
+    opcheck(fused_op, (z.detach().clone(), y, tau, logp, h))
     compiled = torch.compile(lambda z: ops.token_logp(z, y, entropy=True)[:2], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z), ops.token_logp(z, y, entropy=True)[:2])
 
@@ -133,6 +136,65 @@ def test_batches_views_and_nothing():
     torch.testing.assert_close(ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1])  # the view TRL passes
     torch.testing.assert_close(ops.token_logp(z[0].T.contiguous().T, y[0]).logp, whole[0])
     assert ops.token_logp(torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True).entropy.shape == (0,)
+
+
+BACKENDS = [b for b, state in ops.implementations()["token_logp"].items() if b != "cuda" and state in ("ready", "compiled only")]
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request):
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1, set where there is no GPU")
+    with ops.use_backend(request.param, "token_logp"):
+        yield request.param
+
+
+@pytest.mark.parametrize("view", [lambda z: z[:, :-1], lambda z: z[:, -3:], lambda z: z[1:, ::2], lambda z: z.transpose(0, 1)])
+def test_views_of_a_batch_are_their_copies(each_backend, view):
+    """Wrong: rows taken a stride of V apart, or the batch's stride forgotten.  In place, the rest of the batch stays."""
+    whole = torch.randn(3, 6, 40)
+    z, kept = view(whole), view(torch.zeros(3, 6, 40, dtype=torch.bool).logical_not_()).shape
+    y, tau = torch.randint(40, kept[:2]), torch.rand(kept[:2]) + 0.5
+    results = []
+    for x in (z.clone().requires_grad_(), z.contiguous().view(-1, 40).clone().requires_grad_()):
+        out = ops.token_logp(x, y.view(x.shape[:-1]), temperature=tau.view(x.shape[:-1]), entropy=True)
+        (out.logp.sum() + 0.3 * out.entropy.sum()).backward()
+        results.append((out.logp.reshape(-1), out.entropy.reshape(-1), x.grad.reshape(-1, 40)))
+    strided = ops.token_logp(z, y, temperature=tau, entropy=True)
+    assert torch.equal(strided.logp.reshape(-1), results[1][0]) and torch.equal(strided.entropy.reshape(-1), results[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    before, ones = whole.clone(), torch.ones(y.numel())
+    _, h, m, log_s = forward_op(z, y.reshape(-1), tau.reshape(-1), True, False)
+    backward_into_op(ones, 0.3 * ones, z, y.reshape(-1), tau.reshape(-1), h, m, log_s)
+    assert torch.equal(z.reshape(-1, 40), results[1][2])
+    view(before).copy_(z)
+    assert torch.equal(whole, before)
+
+
+def test_the_view_trl_passes_is_not_copied():
+    """Wrong: reshape(-1, V), which doubles the memory of the largest tensor there is."""
+    z, y = torch.randn(4, 9, 5000)[:, :-1], torch.randint(5000, (4, 8))
+    assert not z.is_contiguous()
+    assert peak_bytes(lambda: ops.token_logp(z, y, entropy=True), z.device) < z.numel() * z.itemsize // 20
+    assert peak_bytes(lambda: ops.selective_log_softmax(z, y), z.device) < z.numel() * z.itemsize // 20
+
+
+@pytest.mark.parametrize("V", [7, 1000, 9000])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_fused_is_forward_then_backward_and_narrow_in_the_front(each_backend, V, entropy):
+    """Wrong: a gradient that overwrites logits which are still to be read, or the target's logit read after that."""
+    z, y, tau = 3 * torch.randn(5, V), torch.tensor([0, V - 1, -1, V, V // 2]), torch.rand(5) + 0.5
+    up, uh = torch.randn(5), torch.randn(5) if entropy else torch.empty(0)
+    stats = forward_op(z, y, tau, entropy, False)
+    want = backward_op(up, uh, z, y, tau, *stats[1:])
+    for dtype in (None, torch.bfloat16) if each_backend != "cpu" else (None,):  # products on CPU take float32
+        for fused in (True, False):
+            over = z.clone()
+            found = fused_op(over, y, tau, up, uh, dtype) if fused else backward_into_op(up, uh, over, y, tau, *stats[1:], dtype) or stats
+            ours = front(over, dtype)
+            tolerance = {"atol": 1e-7, "rtol": 1e-5} if dtype is None else {"atol": 1e-6, "rtol": 2**-7}  # the interpreter truncates
+            torch.testing.assert_close(ours.float(), want, **tolerance)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, stats, strict=True))
 
 
 def test_an_off_by_one_target_is_caught():
