@@ -119,18 +119,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward` with the op's arguments.  There are no chunks here, and the logits are float32 registers whatever `logits_dtype` says.
-
-    Raises ValueError where this is not the form to use: a wider model, or a GPU without the tensor memory accelerator.
-    """
-    if hidden.shape[1] > MAX_WIDTH:
-        raise ValueError(f"hidden: the triton form of linear_logp expects D <= {MAX_WIDTH}, got D={hidden.shape[1]}; use the reference")
-    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (9, 0):
-        raise ValueError("hidden: the triton form of linear_logp needs compute capability 9.0 or newer; use the reference")
-    return forward(hidden, weight, target, bias if bias.numel() else None, temperature, entropy)
+def fits(hidden: Tensor) -> bool:
+    """Whether this is the form to use: a narrow model in 16 bits, on a GPU with the tensor memory accelerator (or its interpreter)."""
+    hopper = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) >= (9, 0)
+    return hopper and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
 
 
 def forward(
@@ -142,26 +134,33 @@ def forward(
              whose rows do not start at multiples of 16 bytes.
     """
     (T, D), V = hidden.shape, weight.shape[0]
-    logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
-    h = torch.empty(T if entropy else 0, dtype=torch.float32, device=hidden.device)
-    if not T:
-        return logp, h, m, log_s
     target, temperature = target.contiguous(), temperature.contiguous()
     hopper, processors = _hardware(hidden.device)
     kind = WIDE if hopper and bias is None else NARROW
     tile, rows, columns = TILES[kind], TILES[kind]["BLOCK_M"], TILES[kind]["BLOCK_N"]
     blocks, tiles = triton.cdiv(T, rows), triton.cdiv(V, columns)
-    per_split = triton.cdiv(tiles, shares(blocks, tiles, processors)) * columns
-    splits = triton.cdiv(V, per_split)
-    parts = torch.empty((splits, 4, T), dtype=torch.float32, device=hidden.device)
-    with on_device(hidden):
-        partial_kernel[(blocks, splits)](
-            _tiles(hidden, rows, tile["BLOCK_K"]), _tiles(weight, columns, tile["BLOCK_K"]), parts if bias is None else bias.contiguous(),
-            target, temperature, parts, T, V, D, per_split, BIAS=bias is not None, ENTROPY=entropy, **tile, **OPTIONS[kind],
-        )  # fmt: skip
-        combine_kernel[(triton.cdiv(T, ROWS),)](
-            parts, target, temperature, logp, h, m, log_s, T, V, splits, ENTROPY=entropy, ROWS=ROWS, **COMBINE
-        )
+    per_split = triton.cdiv(tiles, shares(max(blocks, 1), tiles, processors)) * columns
+    parts = torch.empty((triton.cdiv(V, per_split), 4, T), dtype=torch.float32, device=hidden.device)
+    if T:
+        with on_device(hidden):
+            partial_kernel[(blocks, parts.shape[0])](
+                _tiles(hidden, rows, tile["BLOCK_K"]), _tiles(weight, columns, tile["BLOCK_K"]),
+                parts if bias is None else bias.contiguous(), target, temperature, parts, T, V, D, per_split,
+                BIAS=bias is not None, ENTROPY=entropy, **tile, **OPTIONS[kind],
+            )  # fmt: skip
+    return merge(parts, target, temperature, V, entropy)
+
+
+def merge(parts: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy (empty unless asked for), m and log s from parts (shares, 4, T)."""
+    T = parts.shape[2]
+    logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=parts.device) for _ in range(3))
+    h = torch.empty(T if entropy else 0, dtype=torch.float32, device=parts.device)
+    if T:
+        with on_device(parts):
+            combine_kernel[(triton.cdiv(T, ROWS),)](
+                parts, target, temperature, logp, h, m, log_s, T, V, parts.shape[0], ENTROPY=entropy, ROWS=ROWS, **COMBINE
+            )
     return logp, h, m, log_s
 
 

@@ -89,7 +89,7 @@ def backward_chunks(
 
 
 register("linear_logp", "reference", forward_chunks=forward_chunks)
-register_triton("linear_logp", "_linear_logp_triton", "forward_chunks")
+register_triton("linear_logp", "_linear_tiles_triton", "forward_chunks")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -231,6 +231,21 @@ def test_fused_linear_logp(T, V, D):
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("T, D, V", [(5, 2048, 50257), (2100, 1600, 32000)])
+def test_linear_logp_in_tiles(T, D, V):
+    """A wide model: within 1e-3 (mean 1e-4) of float64, the same bits twice, and no wait."""
+    hidden, weight, target, tau = linear_case(T, D, V)
+    exact = reference(hidden.double() @ weight.double().T, target, tau.double(), True)
+    with use("triton", "linear_logp"):
+        ours = ops.linear_logp(hidden, weight, target, temperature=tau, entropy=True)
+        with no_waiting():
+            again = ops.linear_logp(hidden, weight, target, temperature=tau, entropy=True)
+    assert torch.equal(ours.logp, again.logp) and torch.equal(ours.entropy, again.entropy)
+    for mine, right in zip(ours[:2], exact[:2], strict=True):
+        error = (mine - right).abs()
+        assert error.max() <= 1e-3 and error.mean() <= 1e-4
+
+
 @pytest.mark.parametrize("loss", ["linear_logp", "linear_loss"])
 def test_linear_forms_do_not_wait(token_logp, loss):
     hidden, weight, target, tau = linear_case(64, 128, 32000)

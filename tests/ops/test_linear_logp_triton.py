@@ -1,4 +1,4 @@
-"""The fused linear_logp forward in Triton under the interpreter, against float64.  It shows values: speed and races need a GPU."""
+"""The two linear_logp forwards in Triton under the interpreter, against float64.  It shows values: speed and races need a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastrl import ops
 from fastrl.kernels.token_logp import reference
 
 kernels = pytest.importorskip("fastrl.kernels._linear_logp_triton", reason="triton is not installed", exc_type=ImportError)
+tiles = pytest.importorskip("fastrl.kernels._linear_tiles_triton", reason="triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
 
 
@@ -86,18 +87,56 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(kernels.forward(*args, True), kernels.forward(*args, True), strict=True))
 
 
-def test_the_op_runs_on_it_when_asked_and_refuses_a_model_too_wide():
-    """Wrong implementation: registered, listed, and never called."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(5, 16).half(), torch.randn(40, 16).half()
+# --- tiles ------------------------------------------------------------------------------------------
+def in_tiles(args, entropy=True, logits_dtype=torch.float32):
+    return tiles.forward(*args, entropy, logits_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, D, V", [(5, 8, 70), (4, 8, 64), (3, 8, 65), (1, 8, 1)])
+def test_tiles(monkeypatch, T, D, V, dtype):
+    """Wrong: a last tile that counts the columns of the one before; a target on a tile's edge; rows of the second row of tiles."""
+    monkeypatch.setattr(tiles, "ROWS", 2)
+    monkeypatch.setattr(tiles, "COLUMNS", 64)
+    args = case(T, D, V, dtype, bias=T == 3)
+    args[2][-1] = V - 1
+    logp, h, m, log_s = in_tiles(args)
+    for mine, right in zip((logp, h, m.double() + log_s), truth(*args), strict=True):
+        torch.testing.assert_close(mine.double(), right, atol=3e-5, rtol=0)
+    alone = in_tiles(args, entropy=False)
+    assert alone[1].numel() == 0 and torch.equal(alone[0], logp) and torch.equal(alone[3], log_s)
+    rough = in_tiles(args, logits_dtype=dtype)
+    torch.testing.assert_close(rough[0], logp, atol=1e-6 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+def test_tiles_of_banned_tokens_and_targets_outside(monkeypatch):
+    """Wrong: -inf - -inf in a tile that is banned altogether; a target of -100 read from the row before."""
+    monkeypatch.setattr(tiles, "COLUMNS", 64)
+    hidden, weight, _, bias, tau = case(4, 16, 200, torch.float32, bias=True)
+    bias[:128] = -torch.inf
+    target = torch.tensor([130, 199, 3, -100])
+    logp, h, *_ = in_tiles((hidden, weight, target, bias, tau))
+    exact = truth(hidden, weight, target, bias, tau)
+    assert logp[2] == -torch.inf and logp[3].isnan() and h.isfinite().all()
+    torch.testing.assert_close(logp[:2].double(), exact[0][:2], atol=3e-5, rtol=0)
+    torch.testing.assert_close(h.double(), exact[1], atol=3e-5, rtol=0)
+    assert in_tiles((hidden, weight, target, torch.full_like(bias, -torch.inf), tau))[0].isnan().all()
+    assert [x.shape for x in in_tiles((hidden[:0], weight, target[:0], None, tau[:0]))] == [(0,)] * 4
+
+
+# --- the choice -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "D, dtype, form", [(16, torch.float16, kernels), (1600, torch.float16, tiles), (16, torch.float32, tiles)], ids=str
+)
+def test_the_op_runs_on_it_when_asked(D, dtype, form):
+    """Wrong: registered, listed, and never called; a wide model refused, or sent through registers."""
+    hidden, weight = torch.randn(5, D).to(dtype), torch.randn(40, D).mul(D**-0.5).to(dtype)
     y = torch.randint(40, (5,))
     expected = ops.linear_logp(hidden, weight, y, entropy=True)
     calls = []
     with pytest.MonkeyPatch.context() as patch, ops.use_backend("triton", "linear_logp"):
-        patch.setattr(kernels, "forward", lambda *a, real=kernels.forward: calls.append(1) or real(*a))
+        patch.setattr(form, "forward", lambda *a, real=form.forward: calls.append(1) or real(*a))
         got = ops.linear_logp(hidden, weight, y, entropy=True)
-        with pytest.raises(ValueError, match=r"the triton form of linear_logp expects D <= 1536, got D=2000"):
-            ops.linear_logp(torch.zeros(2, 2000).half(), torch.zeros(7, 2000).half(), torch.tensor([0, 1]))
     assert calls
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
