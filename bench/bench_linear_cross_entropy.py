@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastrl import ops
+from fastrl.bench import peers
 from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, products, wide
 
 CASES = cases(
@@ -42,16 +43,13 @@ def torch_chunked(case: Case) -> Function:
 
 def liger(case: Case) -> Function:
     only(case.device == "cuda", "Liger's kernel is Triton: CUDA only")
-    return _positional(peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"))
-
-
-def apple(case: Case) -> Function:
-    only(case.device == "cuda", "its kernel is Triton: CUDA only")
-    return _positional(peer("cut_cross_entropy", "linear_cross_entropy"))
-
-
-def _positional(fused: Function) -> Function:
+    fused = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     return lambda hidden, weight, target: fused(hidden, weight, target)
+
+
+def trl(case: Case) -> Function:
+    chunked = peers.trl_chunked(case)
+    return lambda hidden, weight, target: -chunked(hidden, weight, target)[0].mean()
 
 
 PROVIDERS = {
@@ -61,7 +59,9 @@ PROVIDERS = {
     "torch.compile": compiled(eager),
     "torch chunked": torch_chunked,
     "liger": liger,
-    "cut-cross-entropy": apple,
+    "trl chunked": trl,
+    "cut-cross-entropy": peers.cut_cross_entropy,
+    "quack": peers.quack_linear,
 }
 BENCH = Bench(
     op="linear_cross_entropy", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="linear_cross_entropy"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.bench import peers
 from fastrl.bench.common import (
     BOTH,
     PRODUCTS,
@@ -76,5 +77,6 @@ PROVIDERS: dict[str, Builder] = {
     PRODUCTS: partial(products, per_token=True),
     "torch.compile": compiled(eager),
     "liger": liger,
+    "trl chunked": peers.trl_chunked,
 }
 BENCH = Bench(op="linear_logp", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.bench import peers
 from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, peer, plain, products, wide
 
 CASES = cases(
@@ -69,5 +70,23 @@ def liger(case: Case) -> Function:
     return call
 
 
-PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), PRODUCTS: products, "torch.compile": compiled(eager), "liger": liger}
+def trl(case: Case) -> Function:
+    chunked = peers.trl_chunked(case)
+
+    def call(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+        per_token = advantage.repeat_interleave(hidden.shape[0] // advantage.shape[0])[rows]
+        ratio = (chunked(hidden[rows], weight, target[rows])[0] - old_logp[rows]).exp()
+        return -torch.minimum(ratio * per_token, ratio.clamp(0.8, 1.2) * per_token).sum() / rows.shape[0]
+
+    return call
+
+
+PROVIDERS = {
+    "fastrl": plain(ours),
+    "eager": plain(eager),
+    PRODUCTS: products,
+    "torch.compile": compiled(eager),
+    "liger": liger,
+    "trl chunked": trl,
+}
 BENCH = Bench(op="linear_loss", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")

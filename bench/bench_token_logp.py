@@ -8,23 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import (
-    BOTH,
-    FORWARD,
-    Bench,
-    Case,
-    Cost,
-    Data,
-    Draw,
-    Function,
-    Unavailable,
-    cases,
-    compiled,
-    only,
-    peer,
-    plain,
-    wide,
-)
+from fastrl.bench import peers
+from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, plain, wide
 
 CASES = cases(
     "T V",
@@ -63,33 +48,15 @@ def eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
-def trl(case: Case) -> Function:
-    try:
-        both = peer("trl.trainer.utils", "selective_log_softmax_and_entropy")
-    except Unavailable:  # releases before it have two functions
-        logp, entropy = peer("trl.trainer.utils", "selective_log_softmax"), peer("trl.trainer.utils", "entropy_from_logits")
-        return lambda logits, target: (logp(logits, target), entropy(logits))
-    return lambda logits, target: both(logits, target)
-
-
-def liger(case: Case) -> Function:
-    only(case.device == "cuda", "Liger's kernel is Triton: CUDA only")
-    only(case.mode == FORWARD, "Liger's fused_selective_log_softmax has no backward")
-    logp = peer("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
-
-    def call(logits: Tensor, target: Tensor) -> Tensor:
-        return logp(logits[None], target[None, :-1], 1.0)[0]  # of all rows but the last, which it skips
-
-    return call
-
-
 PROVIDERS = {
     "fastrl": plain(ours),
     "fastrl in place": in_place,
     "eager": plain(eager),
     "torch.compile": compiled(eager),
-    "trl": trl,
-    "liger (no entropy)": liger,
+    "trl": peers.trl_from_logits,
+    "liger (no entropy)": peers.liger_from_logits,
+    "flash-attn (no entropy)": peers.flash_attn_from_logits,
+    "quack (no entropy)": peers.quack_from_logits,
 }
 BENCH = Bench(
     op="token_logp",

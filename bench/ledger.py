@@ -27,7 +27,7 @@ from fastrl.errors import UserError
 SCHEMA = 1
 QUICK = "-quick-"  # in the name of a file whose sizes are not the ones to publish
 MEASURED, SUFFIXES = ("kernels", "csrc", "bench"), (".py", ".h", ".cpp", ".cu", ".cuh")
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
 ALL = "all providers"  # the provider of a row that speaks for a whole case
 OK, UNAVAILABLE, FAILED, LEFT_OUT = "ok", "unavailable", "failed", "left out"
 Percentiles = tuple[float, float, float]  # 20, 50, 80

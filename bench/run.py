@@ -122,15 +122,26 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
 
 
 def save(results: Results, options: Options) -> Path:
-    """Write the JSON file to --output, else to --out (with the table beside it), else to bench/results of a checkout."""
+    """Write the JSON file to --output, else to --out, else to bench/results of a checkout; plots beside it, with --out a table too."""
     default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
     path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
     results.save(path)
     short = section(results)
     if options.out:
         path.with_suffix(".txt").write_text(f"{short}\n\n{text(results, results.rows)}\n", encoding="utf-8")
-    print(f"{short}\n\nwrote {path}")
+    print(f"{short}\n\nwrote {', '.join(map(str, [path, *_plots(results, path)]))}")
     return path
+
+
+def _plots(results: Results, path: Path) -> list[Path]:
+    """The files drawn beside `path`; none, with a word, on a machine without matplotlib."""
+    try:
+        return list(importlib.import_module("fastrl.bench.plots").draw(results, path))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        print("no plots: matplotlib is not installed")
+        return []
 
 
 def main(config: Any) -> Results:

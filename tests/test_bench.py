@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastrl import ops
-from fastrl.bench import harness, ledger, readme, run, table, timing
+from fastrl.bench import harness, ledger, plots, readme, run, table, timing
 from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Unavailable, cases, plain
 from fastrl.errors import UserError
 from fastrl.kernels._backend import COMPILED_ONLY, requested
@@ -358,6 +358,15 @@ def test_the_readme_command_takes_the_newest_results_of_each_device(tmp_path):
     assert readme.main([str(tmp_path / "gone.json"), "--readme", str(page)]) == 1
 
 
+def test_the_plot_shows_ratios_and_the_limit(tmp_path):
+    """Wrong: bars of milliseconds, so that the slowest is the longest; a failed provider drawn as 0."""
+    drawn = {r.provider: x for r, x in plots._bars(ROWS)}
+    assert drawn["fastrl/cpu"] == pytest.approx(3.0) and "eager" not in drawn and all(x > 0 for x in drawn.values())
+    png, svg = plots.draw(results(ROWS), tmp_path / "some-cpu")
+    assert png.read_bytes().startswith(b"\x89PNG") and "limit" in svg.read_text()
+    assert plots.draw(results([]), tmp_path / "nothing") == []
+
+
 # --- the commands -----------------------------------------------------------------------------------
 def test_both_entry_points_write_what_they_measured(tmp_path, capsys):
     """Wrong implementation: `fastrl bench` ignores its device or output."""
@@ -365,7 +374,7 @@ def test_both_entry_points_write_what_they_measured(tmp_path, capsys):
     done = run.main(types.SimpleNamespace(ops=("group_advantage",), device="cpu", quick=True, output=str(one)))
     assert done.exit_code == 0 and {r.op for r in ledger.Results.load(one).rows} == {"group_advantage"}
     assert run.command(["gae", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".txt"}
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".txt", ".png", ".svg"}
     out = capsys.readouterr().out
     assert "fastrl/reference" in out and "measured limits" in out
 
