@@ -235,7 +235,7 @@ def test_the_definitions_read_no_values(norm: str, scope: str) -> None:
             r"cu_seqlens: expected None with delta",
         ),
         ({"radius": -1.0}, r"radius: expected 0 or a positive number, got -1.0"),
-        ({"grad": torch.zeros(2, 2)}, r"grad: expected the shape of delta \(3, 2\), got \(2, 2\)"),
+        ({"grad": torch.zeros(2, 2)}, r"grad: expected floats in the shape of delta \(3, 2\), got torch.float32 \(2, 2\)"),
         ({"delta": torch.zeros(3, 2, dtype=torch.bfloat16)}, r"delta: expected dtype float32 or float64, got bfloat16"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: expected bool \(3,\), got torch.bool \(2,\)"),
     ],
