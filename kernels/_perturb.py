@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12  # a gradient of no greater norm has no direction
+NORM_CODES = {"l2": 0, "linf": 1, "l1": 2}  # in kernels
 
 
 def rows(x: Tensor) -> Tensor:

@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import Spec, on_device
-from fastrl.kernels._perturb import ball, bytes_of
+from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of
 from fastrl.kernels._perturb_tiles import Tiles, find_tile
 from fastrl.kernels._philox import split
 from fastrl.kernels._philox_device import philox4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NORMS = {"l2": 0, "linf": 1, "l1": 2}
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 OWNER = tl.constexpr(0x70657274)
 COUNTERS = 1024  # a program draws for at once: four numbers each
@@ -80,14 +79,14 @@ def forward(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, nor
     with on_device(delta):
         start_kernel[(tiles.count,)](
             delta, bytes_of(mask) if masked else delta, tiles.cu, *tiles.numbers[:4], D, *split(seed), radius,
-            NORM=NORMS[norm], TOKEN=scope == "token", MASKED=masked, PACKED=tiles.packed, COUNTERS=COUNTERS, **OPTIONS,
+            NORM=NORM_CODES[norm], TOKEN=scope == "token", MASKED=masked, PACKED=tiles.packed, COUNTERS=COUNTERS, **OPTIONS,
         )  # fmt: skip
     return delta
 
 
 def _specs() -> Iterator[Spec]:
     ints = dict.fromkeys(("S", "L", "T", "R", "D"), "i32") | {"seed_low": "i64", "seed_high": "i64"}
-    for (norm, code), packed in itertools.product(NORMS.items(), (False, True)):
+    for (norm, code), packed in itertools.product(NORM_CODES.items(), (False, True)):
         yield Spec(
             kernel=start_kernel, case=f"{norm} D=4096{' packed mask' * packed}",
             types=ints | {"delta": "*fp32", "mask": "*u8", "cu": "*i32", "radius": "fp64"},

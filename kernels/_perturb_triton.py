@@ -24,11 +24,10 @@ from torch import Tensor
 
 from fastrl.kernels import _perturb_l1_triton as l1
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
-from fastrl.kernels._perturb import TINY, ball, bytes_of, rows, write_back
+from fastrl.kernels._perturb import NORM_CODES, TINY, ball, bytes_of, rows, write_back
 from fastrl.kernels._perturb_tiles import BIG, INFINITY, Tiles, find_tile, finite, load_row, store_row, total
 
 DTYPES = (torch.float32,)
-NORMS = {"l2": 0, "linf": 1, "l1": 2}
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
 WHOLE = {"l2": 16384, "linf": 16384, "l1": 8192}  # the longest row that stays in registers
@@ -227,7 +226,7 @@ def forward(
             _by_token(call, norm)
         else:
             tiles = Tiles.over(x.shape[0], *ball(delta, cu_seqlens, scope), cu_seqlens, shape(x.shape[1])[0])
-            (l1.by_ball if norm == "l1" else _by_ball)(call, tiles, NORMS[norm])
+            (l1.by_ball if norm == "l1" else _by_ball)(call, tiles, NORM_CODES[norm])
     write_back(x, delta)
     if out is not None:
         write_back(to, out)
@@ -239,7 +238,7 @@ def _by_token(call: _Call, norm: str) -> None:
     ROWS = rows_at_once(norm, block)
     token_kernel[(triton.cdiv(T, ROWS),)](
         call.delta, call.grad, call.mask, *call.plus, T, *call.sizes, call.step, call.radius,
-        NORM=NORMS[norm], ROWS=ROWS, BLOCK=block, **options(norm, block), **call.flags,
+        NORM=NORM_CODES[norm], ROWS=ROWS, BLOCK=block, **options(norm, block), **call.flags,
     )  # fmt: skip
 
 
@@ -287,7 +286,7 @@ def _specs() -> Iterator[Spec]:
         )  # fmt: skip
         yield Spec(kernel=step_kernel, case=case, types=given, constants=flags | {"NORM": 0}, divisible=True, wide=both, options=ROOM)
         if (grad, packed) in (("*fp32", False), ("*bf16", True)):
-            for (norm, code), block in itertools.product(NORMS.items(), (256, 1024, 4096, 8192, 16384)):
+            for (norm, code), block in itertools.product(NORM_CODES.items(), (256, 1024, 4096, 8192, 16384)):
                 if block > WHOLE[norm]:
                     continue
                 yield Spec(
