@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastrl.kernels._launch import Spec, on_device
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of
-from fastrl.kernels._perturb_tiles import Tiles, find_tile
+from fastrl.kernels._perturb_tiles import Tiles, find_tile, wide
 from fastrl.kernels._philox import split
 from fastrl.kernels._philox_device import philox4
 
@@ -48,7 +48,7 @@ def start_kernel(  # type: ignore[no-untyped-def]
         n = tl.full((), 1, tl.int64)
     elif MASKED:
         n = tl.maximum(live_tokens(mask, a, tl.minimum(b, T), 1024), 1)
-    edge = tl.to_tensor(radius).to(tl.float64)
+    edge = wide(radius)
     if NORM == L2:
         edge = edge / tl.sqrt((n * D).to(tl.float64))
     elif NORM != LINF:

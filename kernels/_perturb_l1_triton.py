@@ -21,12 +21,14 @@ import triton.language as tl
 
 from fastrl.kernels._launch import Spec
 from fastrl.kernels._perturb import TINY
-from fastrl.kernels._perturb_tiles import INFINITY, Tiles, find_ball, find_tile, finite, load_row, store_row, total
+from fastrl.kernels._perturb_tiles import INFINITY, PART, Tiles, find_ball, find_tile, finite, load_row, store_row, total, wide
 
 TILE, BLOCK = 2048, 1024
 NARROW = 512  # elements compared with 16 numbers at once
 BITS = 4
+AT_ONCE = 128  # tiles whose sums a program adds up at once
 PROBES = tl.constexpr(16)
+SHORT = tl.constexpr(1 - 1e-6)
 LEAST = tl.constexpr(TINY)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 PROBING = {"num_warps": 4, "enable_fp_fusion": True}
@@ -61,6 +63,9 @@ def l1_token(x, g, step, radius):  # type: ignore[no-untyped-def]
         f = tl.sum(rest, 1).to(tl.float64) - radius
         n = tl.sum((rest > 0).to(tl.int32), 1)
         i += 1
+    f = tl.sum(over(size, threshold[:, None]).to(tl.float64), 1) - radius  # the last step, a whole one
+    last = (n > 0) & ((f > 0) | (threshold > 0))
+    threshold += tl.where(last, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(tl.float64)
     rest = over(size, threshold[:, None])
     return tl.where(radius == 0.0, 0.0, tl.where(y < 0, -rest, rest))
 
@@ -105,10 +110,10 @@ def largest_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def largest(top, ties, own, many):  # type: ignore[no-untyped-def]
     """The largest |g| of a ball, and how often it occurs."""
-    lane = tl.arange(0, 256)
-    high = tl.zeros((256,), tl.float32)
-    n = tl.zeros((256,), tl.int64)
-    for i in range(0, many, 256):
+    lane = tl.arange(0, PART)
+    high = tl.zeros((PART,), tl.float32)
+    n = tl.zeros((PART,), tl.int64)
+    for i in range(0, many, PART):
         at = own + i + lane
         m = tl.load(top + at, i + lane < many, 0.0)
         k = tl.load(ties + at, i + lane < many, 0)
@@ -126,7 +131,7 @@ def move_kernel(  # type: ignore[no-untyped-def]
     """delta after the step, not yet projected."""
     _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     best, n = largest(top, ties, own, many)
-    share = tl.where(best > LEAST, tl.to_tensor(step).to(tl.float64) / tl.maximum(n, 1).to(tl.float64), 0.0).to(tl.float32)
+    share = tl.where(best > LEAST, wide(step) / tl.maximum(n, 1).to(tl.float64), 0.0).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     for first in range(begin, end, ROWS):
         t = first + tl.arange(0, ROWS)
@@ -165,17 +170,17 @@ def probe_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["L", "R", "shift"])
-def combine_probes_kernel(cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+def combine_probes_kernel(cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Per ball: `shift`'s bits of the largest number with f > 0."""
     u = tl.program_id(0)
     own, many, _, _ = find_ball(u, cu, L, R, PACKED)
     j = tl.arange(0, PROBES)
-    lane = tl.arange(0, PART)
-    s = tl.zeros((PART, PROBES), tl.float64)
-    for i in range(0, many, PART):
+    lane = tl.arange(0, AT_ONCE)
+    s = tl.zeros((AT_ONCE, PROBES), tl.float64)
+    for i in range(0, many, AT_ONCE):
         at = (own + i + lane).to(tl.int64)
         s += tl.load(partial + at[:, None] * PROBES + j[None, :], (i + lane < many)[:, None], 0.0)
-    above = (tl.sum(s, 0) > tl.to_tensor(radius).to(tl.float64)) & (j > 0)
+    above = (tl.sum(s, 0) > wide(radius)) & (j > 0)
     known = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0))
     tl.store(low + u, known + (tl.sum(above.to(tl.int32), 0) << shift))
 
@@ -212,7 +217,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The exact step, and the soft threshold."""
     u, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
-    radius = tl.to_tensor(radius).to(tl.float64)
+    radius = wide(radius)
     x = tl.load(low + u).to(tl.float32, bitcast=True).to(tl.float64)
     f, n = total(partial, own, many) - radius, total(partial + tiles, own, many)
     x += tl.where((n > 0) & ((x > 0) | (f > 0)), f / tl.maximum(n, 1.0), 0.0)
@@ -247,7 +252,9 @@ def by_ball(call: Any, tiles: Tiles, norm: int) -> None:
     narrow = packed | {"BLOCK": min(NARROW, block)} | PROBING
     for shift in range(32 - BITS, -1, -BITS):
         probe_kernel[(n,)](delta, tiles.cu, low, partial, *where, D, stride, shift, **narrow)
-        combine_probes_kernel[(tiles.S,)](tiles.cu, low, partial, tiles.L, tiles.R, shift, call.radius, **packed, PART=128, num_warps=4)
+        combine_probes_kernel[(tiles.S,)](
+            tiles.cu, low, partial, tiles.L, tiles.R, shift, call.radius, **packed, AT_ONCE=AT_ONCE, num_warps=4
+        )
     excess_kernel[(n,)](delta, tiles.cu, low, partial, *tiles.numbers, D, stride, **wide)
     shrink_kernel[(n,)](
         delta, tiles.cu, low, partial, *call.plus, *tiles.numbers, D, stride, *(x.stride(0) for x in call.plus), call.radius,
@@ -268,7 +275,7 @@ def _specs() -> Iterator[Spec]:
             (largest_kernel, masked, ("load",), OPTIONS),
             (move_kernel, masked, ("load", "store"), OPTIONS),
             (probe_kernel, {"BLOCK": NARROW}, ("load",), PROBING),
-            (combine_probes_kernel, {"PART": 128}, (), {"num_warps": 4}),
+            (combine_probes_kernel, {"AT_ONCE": AT_ONCE}, (), {"num_warps": 4}),
             (excess_kernel, wide, ("load",), OPTIONS),
             (shrink_kernel, wide | {"ADD": packed}, ("load", "store"), OPTIONS),
         )

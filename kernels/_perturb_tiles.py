@@ -82,6 +82,12 @@ def total(partial, own, many):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def wide(x):  # type: ignore[no-untyped-def]
+    """An fp64 argument as it was passed: the interpreter would round a Python number to fp32."""
+    return x * tl.full((), 1.0, tl.float64)
+
+
+@triton.jit
 def finite(g):  # type: ignore[no-untyped-def]
     """Which rows hold finite numbers only."""
     return tl.min((tl.abs(g) < INFINITY).to(tl.int32), 1) != 0

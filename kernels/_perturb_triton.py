@@ -25,7 +25,7 @@ from torch import Tensor
 from fastrl.kernels import _perturb_l1_triton as l1
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 from fastrl.kernels._perturb import NORM_CODES, TINY, ball, bytes_of, rows, write_back
-from fastrl.kernels._perturb_tiles import BIG, INFINITY, Tiles, find_tile, finite, load_row, store_row, total
+from fastrl.kernels._perturb_tiles import BIG, INFINITY, Tiles, find_tile, finite, load_row, store_row, total, wide
 
 DTYPES = (torch.float32,)
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
@@ -43,11 +43,11 @@ def squares(x):  # type: ignore[no-untyped-def]
     """The sum of squares of each row in fp64, beyond fp32's range too; not finite where an element is not."""
     s = tl.sum(x * x, 1)
     fits = s < INFINITY
-    wide = s.to(tl.float64)
+    sums = s.to(tl.float64)
     if tl.min(fits.to(tl.int32), 0) == 0:
         y = x * SMALL
-        wide = tl.where(fits, wide, tl.sum(y * y, 1).to(tl.float64) * BIG)
-    return wide
+        sums = tl.where(fits, sums, tl.sum(y * y, 1).to(tl.float64) * BIG)
+    return sums
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def token_kernel(  # type: ignore[no-untyped-def]
         live = inside & (tl.load(mask + t, inside, 0) != 0)
     x = load_row(delta, t, delta_stride, d, live, D)
     g = load_row(grad, t, grad_stride, d, live, D)
-    step, radius = tl.to_tensor(step).to(tl.float64), tl.to_tensor(radius).to(tl.float64)
+    step, radius = wide(step), wide(radius)
     if NORM == L2:
         y = l2_token(x, g, step, radius)
     elif NORM == LINF:
@@ -161,7 +161,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
-    step, radius = tl.to_tensor(step).to(tl.float64), tl.to_tensor(radius).to(tl.float64)
+    step, radius = wide(step), wide(radius)
     if NORM == L2:
         gg, dg = total(partial, own, many), total(partial + tiles, own, many)
         length = tl.sqrt(gg)

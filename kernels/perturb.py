@@ -114,7 +114,8 @@ def reference_init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: flo
     index = torch.arange((embeds.numel() + 3) // 4, device=embeds.device)
     low, high = split(index)
     words = interleave(philox((low, high, 0, _OWNER), split(seed)), embeds.numel())
-    start = (uniform(words).view(-1, D) * 2 - 1) * (radius / NORMS[norm].cube(n.clamp(min=1)))[:, None]
+    edge = torch.full_like(n, radius) / NORMS[norm].cube(n.clamp(min=1))  # a number / tensor rounds twice
+    start = (uniform(words).view(-1, D) * 2 - 1) * edge[:, None]
     return torch.where(live[:, None], start, 0).to(compute_dtype(embeds)).view(shape)
 
 

@@ -49,8 +49,9 @@ namespace fastrl {
 namespace {
 
 enum Norm : int { kL2 = 0, kLinf = 1, kL1 = 2 };
-constexpr double kTiny = 1e-12;    // a gradient of no greater norm has no direction
-constexpr double kClose = 1e-7;    // of the radius: what is left of f when Newton ends
+constexpr double kTiny = 1e-12;      // a gradient of no greater norm has no direction
+constexpr double kShort = 1 - 1e-6;  // of a Newton step: the sums are good to 1e-7, and must not lead past the root
+constexpr double kClose = 1e-6;      // of the radius: f when the last step, a whole one, is taken
 constexpr int kNewtonSteps = 48;
 
 struct Step {
@@ -144,8 +145,9 @@ struct Step {
         f += sums[t].gg;
         above += sums[t].dg;
       }
-      if (!(f > kClose * radius)) break;
-      threshold += f / above;
+      const bool last = !(f > kClose * radius);
+      if (above > 0 && (f > 0 || threshold > 0)) threshold += (last ? 1 : kShort) * f / above;
+      if (last) break;
     }
     const float high = static_cast<float>(threshold), low = static_cast<float>(threshold - high);
     each(begin, end, threads, [&](int64_t t) {

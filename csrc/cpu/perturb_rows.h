@@ -2,6 +2,7 @@
 #include "vec.h"
 #include "philox.h"
 
+typedef D Doubles;  // where D is the width of a row
 constexpr long kBlock = 64 * LANES;  // the fp32 sum of a lane ends here, and goes on in double
 
 INLINE F load_part(const float* p, long n) { return load_some(p, n, 0.0f); }
@@ -149,17 +150,18 @@ INLINE F over(F x, float high, float low) {
 }
 
 void excess(const float* x, int64_t D, float high, float low, double& sum, double& n) {
-  sum = n = 0;
+    sum = n = 0;
+  Doubles s = {};  // in double: a ball of many numbers that are nearly equal divides what is lost here among few digits
   for (int64_t i = 0; i < D; i += kBlock) {
-    F s = {}, found = {};
+    F found = {};
     for (int64_t k = i; k < D && k < i + kBlock; k += LANES) {
       const F rest = over(get(x + k, D - k), high, low);
-      s += rest;
+      s += __builtin_convertvector(rest, Doubles);
       found += only(rest > 0.0f, splat(1));
     }
-    sum += total(s);
     n += total(found);
   }
+  for (int i = 0; i < LANES; i++) sum += s[i];
 }
 
 void shrink(float* x, int64_t D, float high, float low) {
@@ -190,7 +192,7 @@ void start(float* out, int64_t first, int64_t n, unsigned k0, unsigned k1, doubl
     const Words<U> words = philox(low, high, U{}, U{} + 0x70657274u, k0, k1);
     float numbers[4 * LANES];
     for (int j = 0; j < 4; j++) {
-      const D half = __builtin_convertvector((I)(words.w[j] ^ 0x80000000u), D);  // x - 2^31
+      const Doubles half = __builtin_convertvector((I)(words.w[j] ^ 0x80000000u), Doubles);  // x - 2^31
       const F y = __builtin_convertvector((half * 2.0 + 1.0) * (edge * 0x1p-32), F);
       for (int i = 0; i < LANES; i++) numbers[4 * i + j] = y[i];
     }
