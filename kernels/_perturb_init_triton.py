@@ -77,7 +77,7 @@ def forward(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, nor
     tiles = Tiles.over(T, S, L, cu_seqlens, max(1, 4 * COUNTERS // D))
     masked = mask.numel() > 0
     with on_device(delta):
-        start_kernel[(tiles.count,)](
+        start_kernel[(tiles.programs,)](
             delta, bytes_of(mask) if masked else delta, tiles.cu, *tiles.numbers[:4], D, *split(seed), radius,
             NORM=NORM_CODES[norm], TOKEN=scope == "token", MASKED=masked, PACKED=tiles.packed, COUNTERS=COUNTERS, **OPTIONS,
         )  # fmt: skip

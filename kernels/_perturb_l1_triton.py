@@ -235,7 +235,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
 # --- launch -----------------------------------------------------------------------------------------
 def by_ball(call: Any, tiles: Tiles, norm: int) -> None:
     """Move and project; `call` is _perturb_triton's."""
-    delta, grad, n = call.delta, call.grad, tiles.count
+    delta, grad, n = call.delta, call.grad, tiles.programs
     T, D = delta.shape
     new = {"device": delta.device}
     top, ties = torch.empty(n, dtype=torch.float32, **new), torch.empty(n, dtype=torch.int64, **new)

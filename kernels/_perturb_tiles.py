@@ -18,7 +18,7 @@ BIG = tl.constexpr(2.0**160)
 class Tiles(NamedTuple):
     """Tiles of R tokens over S balls: L tokens in each, or what `cu` says."""
 
-    count: int
+    programs: int
     S: int
     L: int
     T: int
@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        return self.S, self.L, self.T, self.R, self.count
+        return self.S, self.L, self.T, self.R, self.programs
 
 
 @triton.jit

@@ -244,13 +244,13 @@ def _by_token(call: _Call, norm: str) -> None:
 
 def _by_ball(call: _Call, tiles: Tiles, norm: int) -> None:
     T, D = call.delta.shape
-    partial = torch.empty(3 * tiles.count, dtype=torch.float64, device=call.delta.device)
+    partial = torch.empty(3 * tiles.programs, dtype=torch.float64, device=call.delta.device)
     usable = torch.empty(T, dtype=torch.uint8, device=call.delta.device)
     ROWS, block = shape(D)
     fixed: dict[str, Any] = {"MASKED": call.flags["MASKED"], "PACKED": tiles.packed, "ROWS": ROWS, "BLOCK": block, **OPTIONS}
     where = (call.delta, call.grad, call.mask, tiles.cu, partial, usable)
-    sums_kernel[(tiles.count,)](*where, *tiles.numbers, *call.sizes[:3], **fixed)
-    step_kernel[(tiles.count,)](
+    sums_kernel[(tiles.programs,)](*where, *tiles.numbers, *call.sizes[:3], **fixed)
+    step_kernel[(tiles.programs,)](
         *where, *call.plus, *tiles.numbers, *call.sizes, call.step, call.radius, NORM=norm, ADD=call.flags["ADD"], **fixed | ROOM
     )
 

@@ -24,7 +24,7 @@ struct PerturbMove {
 
 struct PerturbPlain {  // what reads no gradient
   void (*scale)(float* x, int64_t D, float by);
-  void (*excess)(const float* x, int64_t D, float high, float low, double& sum, double& n);
+  void (*excess[2])(const float* x, int64_t D, float high, float low, double& sum, double& n);  // [exact]
   void (*shrink)(float* x, int64_t D, float high, float low);
   void (*start)(float* out, int64_t first, int64_t n, unsigned k0, unsigned k1, double edge);
   void (*add[2][2])(void* out, const void* embeds, const float* x, int64_t D);  // [type of embeds][type of out]
@@ -137,18 +137,23 @@ struct Step {
       if (!live(t)) clear(t);
       else if (n > 0 && sums[t].gg == top) rows.raise(x(t), g(t), D, static_cast<float>(top), share);
     });
-    for (int i = 0; i <= kNewtonSteps; i++) {
+    double f = 0, above = 0;
+    const auto measure = [&](bool exact) {
       const float high = static_cast<float>(threshold), low = static_cast<float>(threshold - high);
-      each(begin, end, threads, [&](int64_t t) { plain.excess(x(t), D, high, low, sums[t].gg, sums[t].dg); });
-      double f = -radius, above = 0;
+      each(begin, end, threads, [&](int64_t t) { plain.excess[exact](x(t), D, high, low, sums[t].gg, sums[t].dg); });
+      f = -radius, above = 0;
       for (int64_t t = begin; t < end; t++) {
         f += sums[t].gg;
         above += sums[t].dg;
       }
-      const bool last = !(f > kClose * radius);
-      if (above > 0 && (f > 0 || threshold > 0)) threshold += (last ? 1 : kShort) * f / above;
-      if (last) break;
+    };
+    measure(false);
+    for (int i = 0; i < kNewtonSteps && f > kClose * radius; i++) {
+      threshold += kShort * f / above;
+      measure(false);
     }
+    if (f > -kClose * radius || threshold > 0) measure(true);
+    if (above > 0 && (f > 0 || threshold > 0)) threshold += f / above;
     const float high = static_cast<float>(threshold), low = static_cast<float>(threshold - high);
     each(begin, end, threads, [&](int64_t t) {
       if (radius == 0) clear(t);
@@ -176,7 +181,9 @@ void check(Address delta, Address ends, int64_t S, int64_t T, int64_t D, int nor
   FASTRL_CHECK(threads >= 1, "threads", "at least 1", threads);
   FASTRL_CHECK(T == 0 || delta, "delta", "an address", "0");
   const int64_t* e = reinterpret_cast<const int64_t*>(ends);
-  for (int64_t u = 0; ends && u < S; u++) FASTRL_CHECK(e[u] >= 0 && e[u] <= e[u + 1] && e[u + 1] <= T, "ends", "non-decreasing, 0 to T", e[u + 1]);
+  for (int64_t u = 0; ends && u < S; u++) {
+    FASTRL_CHECK(e[u] >= 0 && e[u] <= e[u + 1] && e[u + 1] <= T, "ends", "non-decreasing, 0 to T", e[u + 1]);
+  }
 }
 
 }  // namespace

@@ -149,19 +149,30 @@ INLINE F over(F x, float high, float low) {
   return only(rest > 0.0f, rest);
 }
 
+// The sum of what is over the threshold, and of how many.  EXACT sums in double: a ball of many numbers that are nearly equal
+// shares what is lost here among few digits.
+template <bool EXACT>
 void excess(const float* x, int64_t D, float high, float low, double& sum, double& n) {
-    sum = n = 0;
-  Doubles s = {};  // in double: a ball of many numbers that are nearly equal divides what is lost here among few digits
+  sum = n = 0;
+  Doubles wide = {};
   for (int64_t i = 0; i < D; i += kBlock) {
-    F found = {};
-    for (int64_t k = i; k < D && k < i + kBlock; k += LANES) {
-      const F rest = over(get(x + k, D - k), high, low);
-      s += __builtin_convertvector(rest, Doubles);
-      found += only(rest > 0.0f, splat(1));
+    const int64_t end = D - i < kBlock ? D : i + kBlock;
+    F s[2] = {}, found[2] = {};
+    const auto take = [&](F rest, int k) __attribute__((always_inline)) {
+      if (EXACT) wide += __builtin_convertvector(rest, Doubles);
+      else s[k] += rest;
+      found[k] += only(rest > 0.0f, splat(1));
+    };
+    int64_t at = i;
+    for (; at + 2 * LANES <= end; at += 2 * LANES) {
+      take(over(load(x + at), high, low), 0);
+      take(over(load(x + at + LANES), high, low), 1);
     }
-    n += total(found);
+    for (; at < end; at += LANES) take(over(get(x + at, end - at), high, low), 0);
+    sum += total(s[0] + s[1]);
+    n += total(found[0] + found[1]);
   }
-  for (int i = 0; i < LANES; i++) sum += s[i];
+  for (int i = 0; i < LANES; i++) sum += wide[i];
 }
 
 void shrink(float* x, int64_t D, float high, float low) {
@@ -202,7 +213,7 @@ void start(float* out, int64_t first, int64_t n, unsigned k0, unsigned k1, doubl
 }
 
 constexpr PerturbPlain kPlain = {
-    scale, excess, shrink, start, {{add<float, float>, add<float, BF16>}, {add<BF16, float>, add<BF16, BF16>}}};
+    scale, {excess<false>, excess<true>}, shrink, start, {{add<float, float>, add<float, BF16>}, {add<BF16, float>, add<BF16, BF16>}}};
 constexpr PerturbRows kRows[2] = {
     {sums<float>, move<float>, greatest<float>, count<float>, raise<float>, clamp<float>, sizeof(float)},
     {sums<BF16>, move<BF16>, greatest<BF16>, count<BF16>, raise<BF16>, clamp<BF16>, sizeof(BF16)},

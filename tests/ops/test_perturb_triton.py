@@ -108,7 +108,7 @@ def test_a_ball_owns_enough_tiles():
         lengths = torch.randint(0, 20, (30,), generator=generator)
         cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         own = [*(cu[:-1] // R + torch.arange(30)).tolist(), int(cu[-1]) // R + 30]
-        assert tiles.Tiles.over(int(cu[-1]), 30, 0, cu, R).count == own[-1]
+        assert tiles.Tiles.over(int(cu[-1]), 30, 0, cu, R).programs == own[-1]
         assert all((own[u + 1] - own[u]) * R >= int(lengths[u]) for u in range(30))
 
 
