@@ -1,4 +1,7 @@
-"""perturb: one step of projected gradient ascent (l2, a ball per sequence) on embeddings (B, L, D), in place."""
+"""perturb: FreeLB's step (l2, a ball per sequence) on a perturbation (B, L, D) in place, alone and with embeds + delta for the next pass.
+
+delta is fp32 whatever the model runs in; the case's dtype is that of the gradient and of the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,59 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, cases, compiled, plain
+from fastrl.bench.common import EAGER, FORWARD, Bench, Case, Cost, Data, Draw, cases, compiled, plain
 
 STEP, RADIUS = 0.1, 0.3
+ADD = "with embeds"
+CACHE = 16 * 2**20  # bytes of a sample that may stay in a cache between its two passes
 CASES = cases(
     "B L D",
     tiny=(2, 3, 8),
     quick=(4, 64, 64),
-    cpu=[(8, 512, 256)],
+    cpu=[(8, 512, 1024)],
     cuda=[(8, 4096, 4096), (8, 512, 1024)],
     slice={"B": 2, "L": 64},
-    modes=(FORWARD,),
-    cuda_dtype="float32",
+    modes=(FORWARD, ADD),
 )
 
 
 def data(case: Case) -> Data:
+    """Padding is what a mask is for, but nothing is padded here: every token costs."""
     (B, L, D), draw = case.sizes("B L D"), Draw(case)
-    return Data({"delta": draw.normal(B, L, D, std=0.5 * RADIUS * (L * D) ** -0.5), "grad": draw.normal(B, L, D)})
+    delta = draw.normal(B, L, D, std=0.5 * RADIUS * (L * D) ** -0.5, dtype=torch.float32)
+    args = {"delta": delta, "grad": draw.normal(B, L, D), "mask": torch.ones(B, L, dtype=torch.bool, device=case.device)}
+    if case.mode == ADD:
+        args |= {"embeds": draw.normal(B, L, D), "out": torch.empty(B, L, D, device=case.device)}
+    return Data(args)
 
 
 def cost(case: Case) -> Cost:
-    """Both tensors read for the norms and again for the step, one written."""
+    """delta and the gradient read and delta written; read twice where a sample fits no cache; embeds read and the sum written."""
     B, L, D = case.sizes("B L D")
-    return Cost(5 * B * L * D * case.itemsize)
+    read = 4 + case.itemsize
+    twice = 1 if L * D * read <= CACHE else 2
+    return Cost(B * L * D * (read * twice + 4 + (case.itemsize + 4) * (case.mode == ADD)))
 
 
-def ours(delta: Tensor, grad: Tensor) -> Tensor:
-    return ops.perturb_step(delta, grad, step_size=STEP, radius=RADIUS, norm="l2", scope="sequence")
+def ours(delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+    moved = ops.perturb_step(
+        delta, grad, step_size=STEP, radius=RADIUS, norm="l2", scope="sequence", mask=mask, embeds=embeds, out=out
+    )  # fmt: skip
+    return (moved,) if out is None else (moved, out)
 
 
-def eager(delta: Tensor, grad: Tensor) -> Tensor:
-    """FreeLB's step."""
-    moved = delta + STEP * grad / grad.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None]
+def eager(delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The step as FreeLB's training loop takes it."""
+    g = grad.clone().to(delta.dtype) * mask[..., None].to(delta.dtype)
+    length = g.flatten(1).norm(dim=1).view(-1, 1, 1).clamp(min=1e-8)
+    moved = delta + STEP * g / length
     norm = moved.flatten(1).norm(dim=1)
-    return moved * torch.where(norm > RADIUS, RADIUS / norm, 1.0)[:, None, None]
+    beyond = (norm > RADIUS).to(delta.dtype)
+    moved = moved * (RADIUS / norm * beyond + (1 - beyond)).view(-1, 1, 1)
+    return (moved,) if embeds is None else (moved, embeds.to(delta.dtype) + moved)
 
 
-PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": compiled(eager)}
+PROVIDERS = {"fastrl": plain(ours), EAGER: plain(eager), "torch.compile": compiled(eager)}
 BENCH = Bench(
     op="perturb",
     cases=CASES,
@@ -52,5 +70,5 @@ BENCH = Bench(
     providers=PROVIDERS,
     truth=plain(eager),
     registry="perturb_step",
-    mutates={"fastrl": ("delta",)},
+    mutates={"fastrl": ("delta", "out")},
 )

@@ -21,6 +21,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_fused_limit", &token_logp_fused_limit);
 #endif
 
+  m.def("perturb_step_cpu", &perturb_step_cpu, NoGil());
+  m.def("perturb_init_cpu", &perturb_init_cpu, NoGil());
+
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("threads_from", &threads_from);

@@ -53,6 +53,16 @@ void token_logp_fused_cuda(Address out, int out_code, int64_t out_batch, int64_t
 int64_t token_logp_fused_limit(int code);  // the largest V of which a cluster keeps a row on chip
 #endif
 
+// --- perturb: formulas in kernels/perturb.py ----------------------------------------------------------
+// norm 0 = l2, 1 = linf, 2 = l1; mask (T,) bytes or 0; ends (S+1,) int64 of the balls' tokens, or 0: each token is a ball.
+// delta (T, D), changed; grad (T, D) code; embeds (T, D) embeds_code and out (T, D) out_code, which becomes embeds + delta, or 0
+void perturb_step_cpu(Address delta, int64_t delta_stride, Address grad, int code, int64_t grad_stride, Address mask, Address ends,
+                      int64_t S, int64_t T, int64_t D, double step_size, double radius, int norm, Address embeds, int embeds_code,
+                      int64_t embeds_stride, Address out, int out_code, int64_t out_stride, int threads);
+// delta (T, D), contiguous: the start
+void perturb_init_cpu(Address delta, Address mask, Address ends, int64_t S, int64_t T, int64_t D, double radius, int norm,
+                      int64_t seed, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

@@ -126,6 +126,32 @@ def token_logp_fused_cuda(
 def token_logp_fused_limit(code: int, /) -> int:
     """The largest vocabulary of which a cluster of CTAs keeps a row on chip."""
 
+def perturb_step_cpu(
+    delta: int,
+    delta_stride: int,
+    grad: int,
+    code: int,
+    grad_stride: int,
+    mask: int,
+    ends: int,
+    S: int,
+    T: int,
+    D: int,
+    step_size: float,
+    radius: float,
+    norm: int,
+    embeds: int,
+    embeds_code: int,
+    embeds_stride: int,
+    out: int,
+    out_code: int,
+    out_stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def perturb_init_cpu(
+    delta: int, mask: int, ends: int, S: int, T: int, D: int, radius: float, norm: int, seed: int, threads: int, /
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 

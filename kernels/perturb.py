@@ -10,6 +10,8 @@
 A ball holds the live elements of one token, of one sequence, or of the whole batch: the scope.  Masked-out tokens are exactly 0.
 A token whose gradient is not finite moves as if its gradient were 0.  A targeted attack passes the negated gradient.
 
+`out=` receives embeds + delta, formed in fp32, in the same launch: what the next forward pass takes.
+
 The start is (2 u - 1) radius / c with Philox uniforms u and c = sqrt(n), 1, n for l2, linf, l1 and n live elements in the ball:
 a cube that fits inside the ball (FreeLB's start), so no sum is needed and the bits are the same on every device.
 """
@@ -22,12 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels import _perturb_cpu
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
+from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
 SCOPES = ("token", "sequence", "batch")
-TINY = 1e-12  # a gradient of no greater norm has no direction
 _OWNER = 0x70657274  # this op's part of the counter space
 _NEWTON_STEPS = 48
 
@@ -111,14 +114,16 @@ def reference_init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: flo
     index = torch.arange((embeds.numel() + 3) // 4, device=embeds.device)
     low, high = split(index)
     words = interleave(philox((low, high, 0, _OWNER), split(seed)), embeds.numel())
-    start = (uniform(words).view(-1, D) * 2 - 1) * (radius / NORMS[norm].cube(n.clamp(min=1)))[:, None]
+    edge = torch.full_like(n, radius) / NORMS[norm].cube(n.clamp(min=1))  # a number / tensor rounds twice
+    start = (uniform(words).view(-1, D) * 2 - 1) * edge[:, None]
     return torch.where(live[:, None], start, 0).to(compute_dtype(embeds)).view(shape)
 
 
 def reference_step(
-    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str
-) -> None:
-    """The definition: moves `delta` in place."""
+    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
+    embeds: Tensor | None = None, out: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The definition: moves `delta` in place, then writes embeds + delta to `out` where they are given."""
     D = delta.shape[-1]
     live, balls = _live(delta, mask), _balls(delta, cu_seqlens, scope)
     g = grad.reshape(-1, D).to(delta.dtype)
@@ -126,6 +131,8 @@ def reference_step(
     moved = delta.reshape(-1, D) + step_size * NORMS[norm].direction(g, balls)
     moved = torch.where(live[:, None], moved, 0)
     delta.copy_(NORMS[norm].project(moved, radius, balls).view(delta.shape))
+    if embeds is not None and out is not None:
+        out.copy_(embeds.to(delta.dtype) + delta)
 
 
 def _live(x: Tensor, mask: Tensor) -> Tensor:
@@ -143,6 +150,11 @@ def _balls(x: Tensor, cu_seqlens: Tensor, scope: str) -> _Balls:
 
 register("perturb_init", "reference", forward=reference_init)
 register("perturb_step", "reference", forward=reference_step)
+_MISSING = "" if hasattr(extension(), "perturb_step_cpu") else "fastrl._C was built without it"
+register("perturb_init", "cpu", dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_MISSING, forward=_perturb_cpu.init)
+register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
+register_triton("perturb_init", "_perturb_init_triton", "forward")
+register_triton("perturb_step", "_perturb_triton", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
@@ -157,14 +169,17 @@ def _(embeds, cu_seqlens, mask, radius, norm, scope, seed):  # type: ignore[no-u
     return embeds.new_empty(embeds.shape, dtype=compute_dtype(embeds))
 
 
-@torch.library.custom_op("fastrl::perturb_step", mutates_args=("delta",))
-def step_op(delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str) -> None:
+@torch.library.custom_op("fastrl::perturb_step", mutates_args=("delta", "out"))
+def step_op(
+    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
+    embeds: Tensor | None = None, out: Tensor | None = None,
+) -> None:  # fmt: skip
     _check_ends(delta, cu_seqlens)
-    pick("perturb_step", delta, "forward")(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope)
+    pick("perturb_step", delta, "forward")(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds, out)
 
 
 @step_op.register_fake
-def _(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope):  # type: ignore[no-untyped-def]
+def _(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds=None, out=None):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -206,21 +221,28 @@ def perturb_step(
     scope: str = "token",
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    embeds: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`delta` after one ascent step and projection, in embedding units; changed in place and returned, not differentiable.
 
-    `delta` may be the leaf whose gradient `grad` is.  Keep embeds + delta in fp32: bf16 swallows what is below 2^-9 of an embedding.
+    `delta` may be the leaf whose gradient `grad` is.  With `embeds` and `out`, embeds + delta is written to `out` as well; `out`
+    may be `embeds`.  Keep it in fp32: bf16 swallows what is below 2^-9 of an embedding.
 
-    Shapes:  delta (T, D) or (B, L, D) fp32|fp64;  grad like delta, any float;  cu_seqlens, mask as in `perturb_init`.
-    Memory:  a few (T, D) temporaries.
+    Shapes:  delta (T, D) or (B, L, D) fp32|fp64;  grad, embeds, out like delta, any float;  cu_seqlens, mask as in `perturb_init`.
+    Memory:  T bytes and a few numbers per token; the reference (float64) a few (T, D) temporaries.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Madry et al. 2018 (PGD); Duchi et al. 2008 and Michelot 1986 (projection onto the l1 ball).
     """
     ends_, live = _arguments("delta", delta, (torch.float32, torch.float64), cu_seqlens, mask, radius, norm, scope)
-    if grad.shape != delta.shape:
-        raise ValueError(f"grad: expected the shape of delta {tuple(delta.shape)}, got {tuple(grad.shape)}")
-    same_device(delta=delta, grad=grad)
-    step_op(delta.detach(), grad.detach(), ends_, live, float(step_size), float(radius), norm, scope)
+    if (embeds is None) != (out is None):
+        raise ValueError(f"{'out' if out is None else 'embeds'}: expected a tensor like delta, got None; embeds and out go together")
+    for name, x in {"grad": grad, "embeds": embeds, "out": out}.items():
+        if x is not None and (x.shape != delta.shape or x.dtype not in FLOATS):
+            raise ValueError(f"{name}: expected floats in the shape of delta {tuple(delta.shape)}, got {x.dtype} {tuple(x.shape)}")
+    same_device(delta=delta, grad=grad, embeds=embeds, out=out)
+    plus = (None, None) if embeds is None or out is None else (embeds.detach(), out.detach())
+    step_op(delta.detach(), grad.detach(), ends_, live, float(step_size), float(radius), norm, scope, *plus)
     return delta
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from itertools import product
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastrl.kernels._backend import use_backend
 from fastrl.kernels.perturb import NORMS, SCOPES, init_op, perturb_init, perturb_step, reference_init, reference_step, step_op
 
 F64 = torch.float64
@@ -188,6 +190,20 @@ def test_start_is_a_function_of_the_seed() -> None:
     assert first.unique().numel() == 6
 
 
+# --- embeds + delta ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_the_sum_is_of_the_new_delta_and_rounds_once(backend: str | None, dtype: torch.dtype) -> None:
+    """Catches embeds plus the delta of before the step, a sum in bf16, and embeds changed when they are not `out`."""
+    embeds, grad, mask = torch.randn(9, 5).to(dtype), torch.randn(9, 5), torch.arange(9) != 3
+    over = embeds.clone()
+    for out, source in ((torch.empty(9, 5), embeds), (torch.empty(9, 5, dtype=dtype), embeds), (over, over)):
+        delta, before = torch.zeros(9, 5), embeds.clone()
+        with use_backend(backend, "perturb_step") if backend else contextlib.nullcontext():
+            perturb_step(delta, grad, step_size=0.1, radius=0.5, mask=mask, embeds=source, out=out)
+        assert delta[mask].any() and torch.equal(out, (before.float() + delta).to(out.dtype)) and torch.equal(embeds, before)
+
+
 # --- the form of the ops ----------------------------------------------------------------------------
 @pytest.mark.parametrize(("norm", "scope"), BALLS)
 def test_nothing_to_move(norm: str, scope: str) -> None:
@@ -205,11 +221,12 @@ def test_opcheck_and_compile(norm: str) -> None:
     embeds, mask = torch.randn(9, 4), torch.arange(9) != 3
     torch.library.opcheck(init_op, (embeds, CU, mask, 0.5, norm, "sequence", 3))
     torch.library.opcheck(step_op, (embeds.clone(), embeds, CU, mask, 0.1, 0.5, norm, "sequence"))
-    torch.library.opcheck(step_op, (embeds.clone(), embeds, CU[:0], mask[:0], 0.1, 0.5, norm, "token"))
+    torch.library.opcheck(step_op, (embeds.clone(), embeds, CU[:0], mask[:0], 0.1, 0.5, norm, "token", embeds, torch.empty(9, 4)))
 
     def attack(x: Tensor) -> Tensor:
         delta = perturb_init(x, radius=0.5, norm=norm, scope="token", seed=1)
-        return perturb_step(delta, x, step_size=0.1, radius=0.5, norm=norm) + 0
+        out = torch.empty_like(delta)
+        return perturb_step(delta, x, step_size=0.1, radius=0.5, norm=norm, embeds=x, out=out) + out
 
     torch.testing.assert_close(torch.compile(attack, fullgraph=True, backend="aot_eager")(embeds), attack(embeds))
 
@@ -235,8 +252,11 @@ def test_the_definitions_read_no_values(norm: str, scope: str) -> None:
             r"cu_seqlens: expected None with delta",
         ),
         ({"radius": -1.0}, r"radius: expected 0 or a positive number, got -1.0"),
-        ({"grad": torch.zeros(2, 2)}, r"grad: expected the shape of delta \(3, 2\), got \(2, 2\)"),
+        ({"grad": torch.zeros(2, 2)}, r"grad: expected floats in the shape of delta \(3, 2\), got torch.float32 \(2, 2\)"),
         ({"delta": torch.zeros(3, 2, dtype=torch.bfloat16)}, r"delta: expected dtype float32 or float64, got bfloat16"),
+        ({"embeds": torch.zeros(3, 2)}, r"out: expected a tensor like delta, got None; embeds and out go together"),
+        ({"out": torch.zeros(3, 2)}, r"embeds: expected a tensor like delta, got None"),
+        ({"embeds": torch.zeros(3, 2), "out": torch.zeros(3, 1)}, r"out: expected floats in the shape of delta \(3, 2\)"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: expected bool \(3,\), got torch.bool \(2,\)"),
     ],
 )
