@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_forward_cuda", &token_logp_forward_cuda, NoGil());
   m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
 #endif
+  m.def("sample_forward_cpu", &sample_forward_cpu, NoGil());
 
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);

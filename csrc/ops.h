@@ -28,6 +28,13 @@ void token_logp_backward_cuda(Address out, int64_t out_stride, Address logits, i
                               Address log_s, int64_t T, int64_t V, Address stream);
 #endif
 
+// --- sample: formulas in kernels/sample.py ------------------------------------------------------------
+// logits (B, V) code; seed, sequence, position (B,) int64; temperature (B,)
+// ->  token (B,) int64; logp, behaviour_logp, entropy (B,)
+void sample_forward_cpu(Address logits, int code, int64_t stride, Address seed, Address sequence, Address position,
+                        Address temperature, Address token, Address logp, Address behaviour_logp, Address entropy, int64_t B,
+                        int64_t V, int64_t top_k, double top_p, double min_p, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

@@ -70,6 +70,26 @@ def token_logp_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def sample_forward_cpu(
+    logits: int,
+    code: int,
+    stride: int,
+    seed: int,
+    sequence: int,
+    position: int,
+    temperature: int,
+    token: int,
+    logp: int,
+    behaviour_logp: int,
+    entropy: int,
+    B: int,
+    V: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 
