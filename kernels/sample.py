@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
@@ -124,6 +124,8 @@ register(
     missing="" if hasattr(extension(), "sample_forward_cpu") else "fastrl._C was built without it",
     forward=_compiled,
 )
+
+register_triton("sample", "_sample_triton", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
