@@ -83,7 +83,7 @@ def floor_kernel(  # type: ignore[no-untyped-def]
         high = tl.maximum(high, tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32))
     top = tl.max(high, 0)
     among = tl.full((), float("-inf"), tl.float32)
-    floor = among + log_min_p
+    floor = tl.maximum(among, log_min_p)
     if top_k > 0:
         among = tl.div_rn(threshold(row, V, top_k, top, tau, among, bits, False, STOP, BLOCK) - top, tau)
     if top_p < ONE:
