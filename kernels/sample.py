@@ -109,12 +109,13 @@ def _compiled(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     keys = tuple(x.contiguous() for x in (seed, sequence, position, temperature))
     token = torch.empty(B, dtype=torch.int64)
-    found = tuple(torch.empty(B, dtype=torch.float32) for _ in range(3))
+    logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
+    out = (token, logp, behaviour_logp, entropy)
     extension().sample_forward_cpu(
-        logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, token, *found)),
+        logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, *out)),
         B, V, top_k, top_p, min_p, torch.get_num_threads(),
     )  # fmt: skip
-    return token, *found
+    return out
 
 
 register(

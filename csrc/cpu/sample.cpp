@@ -23,7 +23,8 @@ struct RowDraw {
   double s, a, kept;            // sums of exp(d), of exp(d) d, and of exp(d) over the survivors
   double score;                 // of `token`, the best so far; -1 while there is none
   int64_t token;
-  float limit;  // what a half word must be below, per exp(d), to beat it
+  float limit;    // what a half word must be below, per exp(d), to beat it
+  int64_t ahead;  // elements to the same place in the row that comes next
 };
 
 struct SampleRows {  // the row functions of one element type
@@ -138,7 +139,7 @@ void draw_row(const SampleRows* all, int code, const void* row, int64_t V, const
     rows.distances(row, V, draw.top, draw.temperature, buffers.d.data());
     draw.floor = draw.greedy ? -kInfinity : floor_of(buffers.d, filters, buffers.pool);
     RowDraw over = draw;
-    over.top = 0, over.temperature = 1;
+    over.top = 0, over.temperature = 1, over.ahead = 0;
     all[kFloat32].run_filtered(buffers.d.data(), V, over);
     draw.s = over.s, draw.a = over.a, draw.kept = over.kept, draw.token = over.token;
   }
@@ -176,6 +177,7 @@ void sample_forward_cpu(Address logits, int code, int64_t stride, Address seed, 
       RowDraw draw{};
       draw.greedy = tau == 0;
       draw.temperature = draw.greedy ? 1 : tau;
+      draw.ahead = b + 1 < B ? stride : 0;
       split(array<const int64_t>(seed)[b], draw.key);
       draw.counter[0] = static_cast<unsigned>(array<const int64_t>(position)[b]);
       split(array<const int64_t>(sequence)[b], draw.counter + 1);

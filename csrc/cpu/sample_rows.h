@@ -99,6 +99,7 @@ INLINE void block(const T* x, int64_t first, long n, RowDraw& draw) {
   for (long i = 0; i < n; i += kGroup) {
     F e[4];
     for (int k = 0; k < 4; k++) {
+      __builtin_prefetch(x + i + k * LANES + draw.ahead);  // the next row arrives while this one is summed; never faults
       const F far = (load(x + i + k * LANES) - top) * inverse;
       const F d = kExpLow > far ? splat(kExpLow) : far;  // -inf logits: 1e-38 each, nothing beside s >= 1; NaN stays
       e[k] = exp_in_range(d);
