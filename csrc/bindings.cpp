@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_fused_cuda", &token_logp_fused_cuda, NoGil());
   m.def("token_logp_fused_limit", &token_logp_fused_limit);
 #endif
+  m.def("sample_forward_cpu", &sample_forward_cpu, NoGil());
 
   m.def("perturb_step_cpu", &perturb_step_cpu, NoGil());
   m.def("perturb_init_cpu", &perturb_init_cpu, NoGil());

@@ -63,6 +63,13 @@ void perturb_step_cpu(Address delta, int64_t delta_stride, Address grad, int cod
 void perturb_init_cpu(Address delta, Address mask, Address ends, int64_t S, int64_t T, int64_t D, double radius, int norm,
                       int64_t seed, int threads);
 
+// --- sample: formulas in kernels/sample.py ------------------------------------------------------------
+// logits (B, V) code; seed, sequence, position (B,) int64; temperature (B,)
+// ->  token (B,) int64; logp, behaviour_logp, entropy (B,)
+void sample_forward_cpu(Address logits, int code, int64_t stride, Address seed, Address sequence, Address position,
+                        Address temperature, Address token, Address logp, Address behaviour_logp, Address entropy, int64_t B,
+                        int64_t V, int64_t top_k, double top_p, double min_p, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

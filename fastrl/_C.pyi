@@ -152,6 +152,26 @@ def perturb_step_cpu(
 def perturb_init_cpu(
     delta: int, mask: int, ends: int, S: int, T: int, D: int, radius: float, norm: int, seed: int, threads: int, /
 ) -> None: ...
+def sample_forward_cpu(
+    logits: int,
+    code: int,
+    stride: int,
+    seed: int,
+    sequence: int,
+    position: int,
+    temperature: int,
+    token: int,
+    logp: int,
+    behaviour_logp: int,
+    entropy: int,
+    B: int,
+    V: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 

@@ -1,11 +1,12 @@
 """Draw one token per row by Gumbel-max, with the log-probabilities that training needs.
 
-    z = logits / temperature
-    token = argmax_v (z_v - log E_v)        E_v = -log1p(-u_v)        u_v = (x_v + 1/2) 2^-32
-    logp           = log softmax(z)[token]                        (nats: temperature only, full vocabulary)
-    behaviour_logp = log softmax(z over the survivors)[token]     (nats: what the token was drawn from)
+    d = (logits - max logits) / temperature
+    token = argmax_v (d_v - log E_v)        E_v = -log1p(-u_v)        u_v = (x_v + 1/2) 2^-32
+    logp           = log softmax(d)[token]                        (nats: temperature only, full vocabulary)
+    behaviour_logp = log softmax(d over the survivors)[token]     (nats: what the token was drawn from)
 
 x_v is a Philox word that depends on (seed, sequence, position, v) alone, so a token does not depend on the batch it was drawn in.
+The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: exp(d) is there already, for the sums.
 
 Filters apply in the order top_k, top_p, min_p, each to the distribution that the one before it left, renormalised:
 
@@ -13,7 +14,8 @@ Filters apply in the order top_k, top_p, min_p, each to the distribution that th
     top_p   keep v if the tokens more probable than v hold less than top_p of the mass
     min_p   keep v if p_v >= min_p max p
 
-Each is a floor under z, so equally probable tokens survive or fall together and the most probable one always survives.
+Each is a floor under d, so equally probable tokens survive or fall together and the most probable one always survives.
+The mass of a token is an integer, floor(exp(d) 2^n): sums are the same in any order, and every implementation keeps the same tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._philox import interleave, philox, split, uniform
-
-_UNIT = 2**52  # top_p adds integer shares of the mass: the same sum in any order, on any device
 
 
 class Sample(NamedTuple):
@@ -46,17 +46,17 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition: token, logp, behaviour_logp and entropy, each (B,)."""
     greedy = temperature == 0
-    z = logits.to(compute_dtype(logits)) / torch.where(greedy, 1, temperature)[:, None]
-    d = z - z.amax(-1, keepdim=True)
+    x = logits.to(compute_dtype(logits))
+    d = (x - x.amax(-1, keepdim=True)) / torch.where(greedy, 1, temperature)[:, None]
     e = d.exp()
     s = e.sum(-1)
-    score = z - exponential(seed, sequence, position, z.shape[1]).log_()
+    score = d - exponential(seed, sequence, position, d.shape[1]).log_()
     kept = s
     if top_k or top_p < 1 or min_p:
         keep = d >= _floor(d, top_k, top_p, min_p)
         kept = torch.where(keep, e, 0).sum(-1)
         score = torch.where(keep, score, -torch.inf)
-    token = torch.where(greedy, z.argmax(-1), score.argmax(-1))
+    token = torch.where(greedy, d.argmax(-1), score.argmax(-1))
     at = d.gather(1, token[:, None]).squeeze(1)
     entropy = s.log() - (e * torch.where(e > 0, d, 0)).sum(-1) / s
     return token, at - s.log(), torch.where(greedy, 0, at - kept.log()), entropy
@@ -72,7 +72,7 @@ def exponential(seed: Tensor, sequence: Tensor, position: Tensor, V: int) -> Ten
 
 
 def _floor(d: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """(B, 1): tokens with d = z - max z below it are filtered out."""
+    """(B, 1): tokens with d below it are filtered out."""
     V = d.shape[1]
     floor = d.new_full((d.shape[0], 1), math.log(min_p) if min_p else -math.inf)
     among = d.new_full((), -math.inf)
@@ -81,15 +81,52 @@ def _floor(d: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         floor = torch.maximum(floor, among)
     if top_p < 1:
         ordered = d.sort(dim=-1, descending=True).values
-        p = torch.where(ordered >= among, ordered.double().exp(), 0)
-        share = (p * (_UNIT / p.sum(-1, keepdim=True))).long()
-        before = share.cumsum(-1) - share
-        count = (before < max(1, int(top_p * _UNIT))).sum(-1, keepdim=True)
+        mass = torch.where(ordered >= among, ordered.double().exp() * 2.0 ** mass_bits(V), 0).long()
+        before = mass.cumsum(-1) - mass
+        limit = (top_p * mass.sum(-1, keepdim=True).double()).long().clamp(min=1)
+        count = (before < limit).sum(-1, keepdim=True)
         floor = torch.maximum(floor, ordered.gather(1, count - 1))
     return floor
 
 
+def mass_bits(V: int) -> int:
+    """n such that V masses of up to 2^n add up to less than 2^62."""
+    return 62 - V.bit_length()
+
+
 register("sample", "reference", forward=reference)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _compiled(
+    logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """csrc/cpu/sample.cpp: addresses, sizes and row strides, and the arithmetic above."""
+    B, V = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    keys = tuple(x.contiguous() for x in (seed, sequence, position, temperature))
+    token = torch.empty(B, dtype=torch.int64)
+    logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
+    out = (token, logp, behaviour_logp, entropy)
+    extension().sample_forward_cpu(
+        logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, *out)),
+        B, V, top_k, top_p, min_p, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+register(
+    "sample",
+    "cpu",
+    dtypes=tuple(_FLOAT_CODES),
+    missing="" if hasattr(extension(), "sample_forward_cpu") else "fastrl._C was built without it",
+    forward=_compiled,
+)
+
+register_triton("sample", "_sample_triton", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
@@ -126,7 +163,8 @@ def sample(
 
     Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;  temperature a float or (B,)
              ->  token (B,) int64;  logp, behaviour_logp, entropy (B,) fp32 (fp64 for fp64 logits).
-    Memory:  about 50 bytes per logit while it runs; top_p sorts each row.
+    Memory:  the results; on CPU, filters need 8 bytes per token of the vocabulary and thread.  The PyTorch definition (fp16 on CPU,
+             fp64) takes about 50 bytes per logit while it runs, and sorts each row for top_p.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Gumbel-max; filters in the order of transformers' logits warpers, ties kept together.
     """

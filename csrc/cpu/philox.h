@@ -35,6 +35,12 @@ INLINE void multiply(U x, unsigned by, U& high, U& low) {
   low = (U)((even & 0xffffffffull) | (odd << 32));
 }
 
+// The same in 64-bit lanes, of which only the low words count: what is above them is left as it comes.
+INLINE void multiply(P x, unsigned by, P& high, P& low) {
+  low = product(x, P{} + by);
+  high = low >> 32;
+}
+
 template <class W>
 INLINE Words<W> philox(W a, W b, W c, W d, unsigned k0, unsigned k1) {
   for (int i = 0; i < 10; i++) {

@@ -81,6 +81,19 @@ INLINE float largest(F v) {
   for (int i = 1; i < LANES; i++) x = v[i] > x ? v[i] : x;
   return x;
 }
+INLINE bool any(I mask) {  // whether a comparison holds in any lane
+#if FASTRL_X86 && LANES == 16
+  return __builtin_ia32_cvtd2mask512(mask) != 0;
+#elif FASTRL_X86 && LANES == 8
+  return __builtin_ia32_movmskps256((F)mask) != 0;
+#elif FASTRL_X86
+  return __builtin_ia32_movmskps((F)mask) != 0;
+#else
+  int some = 0;
+  for (int i = 0; i < LANES; i++) some |= mask[i];
+  return some != 0;
+#endif
+}
 INLINE double total(F v) {
   const D d = __builtin_convertvector(v, D);
   double x = d[0];
