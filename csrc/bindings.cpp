@@ -18,6 +18,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
 #endif
 
+  m.def("group_advantage_cpu", &group_advantage_cpu, NoGil());
+  m.def("gae_cpu", &gae_cpu, NoGil());
+
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("threads_from", &threads_from);

@@ -70,6 +70,37 @@ def token_logp_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def group_advantage_cpu(
+    reward: int,
+    is_double: bool,
+    group: int,
+    size: int,
+    baseline: int,
+    scale: int,
+    shape: int,
+    eps: float,
+    unbiased: bool,
+    tau: float,
+    out: int,
+    S: int,
+    threads: int,
+    /,
+) -> None: ...
+def gae_cpu(
+    reward: int,
+    value: int,
+    is_double: bool,
+    cu_seqlens: int,
+    mask: int,
+    gamma: float,
+    lam: float,
+    advantage: int,
+    returns: int,
+    T: int,
+    S: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 
