@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
 
 
@@ -81,6 +81,7 @@ def _compiled(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, g
 
 
 register("gae", "cpu", missing="" if hasattr(extension(), "gae_cpu") else "fastrl._C was built without it", forward=_compiled)
+register_triton("gae", "_gae_triton", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
 
 
@@ -183,6 +183,7 @@ register(
     missing="" if hasattr(extension(), "group_advantage_cpu") else "fastrl._C was built without it",
     forward=_compiled,
 )
+register_triton("group_advantage", "_group_advantage_triton", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
