@@ -68,19 +68,22 @@ register("gae", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+_C = extension()
+
+
 def _compiled(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """csrc/cpu/gae.cpp, which takes addresses."""
     reward, value = (x.to(compute_dtype(reward)).contiguous() for x in (reward, value))
     ends, mask = cu_seqlens.long().contiguous(), mask.contiguous()
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    extension().gae_cpu(
+    _C.gae_cpu(
         reward.data_ptr(), value.data_ptr(), reward.dtype == torch.float64, ends.data_ptr(), mask.data_ptr() if mask.numel() else 0,
         gamma, lam, advantage.data_ptr(), returns.data_ptr(), reward.shape[0], ends.shape[0] - 1, torch.get_num_threads(),
     )  # fmt: skip
     return advantage, returns
 
 
-register("gae", "cpu", missing="" if hasattr(extension(), "gae_cpu") else "fastrl._C was built without it", forward=_compiled)
+register("gae", "cpu", missing="" if hasattr(_C, "gae_cpu") else "fastrl._C was built without it", forward=_compiled)
 register_triton("gae", "_gae_triton", "forward")
 
 
@@ -112,7 +115,7 @@ def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, *, gamma: float, lam:
 
     Shapes:  reward, value (T,) bf16|fp16|fp32|fp64;  cu_seqlens (S+1,) int32;  mask (T,) bool, False for observation tokens
              ->  advantage, returns (T,) fp32 (fp64 for fp64 rewards), 0 where mask is False.
-    Memory:  a dozen (T,) vectors.
+    Memory:  nothing beside the results; the reference: a dozen (T,) vectors.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation", eq. 16.
     """

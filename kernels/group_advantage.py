@@ -156,6 +156,7 @@ register("group_advantage", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+_C = extension()
 _CODES = tuple({name: i for i, name in enumerate(table)} for table in (BASELINES, SCALES, SHAPES))
 
 
@@ -170,7 +171,7 @@ def _compiled(
     """csrc/cpu/group_advantage.cpp, which takes addresses."""
     reward, group = reward.to(compute_dtype(reward)).contiguous(), group.contiguous()
     out = torch.empty_like(reward)
-    extension().group_advantage_cpu(
+    _C.group_advantage_cpu(
         reward.data_ptr(), reward.dtype == torch.float64, 0 if size else group.data_ptr(), size, *codes(baseline, scale, shape),
         eps, unbiased, tau, out.data_ptr(), reward.shape[0], torch.get_num_threads(),
     )  # fmt: skip
@@ -180,7 +181,7 @@ def _compiled(
 register(
     "group_advantage",
     "cpu",
-    missing="" if hasattr(extension(), "group_advantage_cpu") else "fastrl._C was built without it",
+    missing="" if hasattr(_C, "group_advantage_cpu") else "fastrl._C was built without it",
     forward=_compiled,
 )
 register_triton("group_advantage", "_group_advantage_triton", "forward")
@@ -227,7 +228,8 @@ def group_advantage(
 
     Shapes:  reward (S,) bf16|fp16|fp32|fp64, NaN where not scored;  group (S,) int ids of 0 or more in any order, or the size of
              contiguous groups  ->  (S,) fp32 (fp64 for fp64 rewards).
-    Memory:  a dozen (S,) float64 vectors.
+             A size is one launch (two with batch_std); ids are sorted first, without a look at their values on the host.
+    Memory:  nothing beside the result; a few (S,) int64 vectors to sort ids with.  The reference: a dozen (S,) float64 vectors.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024 (RLOO); Peters and Schaal 2007 (softmax weights).
     """

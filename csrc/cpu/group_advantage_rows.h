@@ -9,7 +9,7 @@ struct Moments {
 };
 
 struct Sums {
-  W sum, low, below;  // below: -high, so that both are smallest()
+  W sum, low, high;
   L scored;
 };
 
@@ -18,19 +18,19 @@ INLINE void add(Sums& s, W x) {
   const L scored = x == x;
   s.sum += CLEAN ? x : scored ? x : W{};
   if (!CLEAN) s.scored += scored;
-  s.low = x < s.low ? x : s.low;  // false for NaN
-  s.below = -x < s.below ? -x : s.below;
+  s.low = smaller(x, s.low);
+  s.high = larger(x, s.high);
 }
 
 template <bool CLEAN, class T>
 INLINE Moments moments(const T* x, long n, long room) {
   const W far = splat_wide(__builtin_inf());
-  Sums s{{}, far, far, {}};
+  Sums s{{}, far, -far, {}};
   long i = 0;
   for (; i + WIDE <= n; i += WIDE) add<CLEAN>(s, load_wide(x + i));
   const double whole = CLEAN ? i : 0;
   if (i < n) add<false>(s, load_wide_some(x + i, n - i, room - i));
-  return {whole + (CLEAN && i == n ? 0 : count(s.scored)), total(s.sum), smallest(s.low), -smallest(s.below)};
+  return {whole + (CLEAN && i == n ? 0 : count(s.scored)), total(s.sum), smallest(s.low), largest(s.high)};
 }
 
 // sum of (x - mean)^2
@@ -85,12 +85,12 @@ struct Group {
   long n, room, free;  // members; elements that may be read from x on, and written from out on
 };
 
-template <class T, class Shape>
+template <bool CLEAN, class T, class Shape>
 INLINE void write(const Group<T>& g, const Shape& shape) {
   long i = 0;
   for (; i + WIDE <= g.n; i += WIDE) {
     const W v = load_wide(g.x + i);
-    store_wide(g.out + i, v == v ? shape(v) : W{});
+    store_wide(g.out + i, CLEAN ? shape(v) : v == v ? shape(v) : W{});
   }
   if (i == g.n) return;
   const W v = load_wide_some(g.x + i, g.n - i, g.room - i);
@@ -106,7 +106,7 @@ void soft(const Group<T>& g, double high, double count, double tau) {
     sum += v == v ? softmax.weight(v) : W{};
   }
   softmax.factor = count / total(sum);
-  write(g, softmax);
+  write<false>(g, softmax);
 }
 
 // The lines of up to kTogether groups at once: one group's root and divisions wait for one another, those of a vector do not.
@@ -138,22 +138,28 @@ INLINE void lines(Together& g, const T* x, long n, long room, int groups, const 
 }
 
 // --- a group ------------------------------------------------------------------------------------------
-template <class T>
+template <bool CLEAN, class T>
 INLINE void finish(const Group<T>& g, const Together& found, int k, const GroupOptions& o) {
   if (!(found.high[k] > found.low[k])) {
     for (long i = 0; i < g.n; i++) g.out[i] = 0;
   } else if (o.shape == kLinear) {
-    write(g, Linear{found.base[k], found.factor[k]});
+    write<CLEAN>(g, Linear{found.base[k], found.factor[k]});
   } else if (o.shape == kRank) {
-    write(g, Rank<T>{g.x, g.n, found.count[k] - 1});
+    write<false>(g, Rank<T>{g.x, g.n, found.count[k] - 1});
   } else {
     soft(g, found.high[k], found.count[k], o.tau);
   }
 }
 
+template <bool CLEAN, class T>
+INLINE void finish_all(const Together& found, const T* x, T* out, long n, long room, long free, int groups, const GroupOptions& o) {
+  for (int k = 0; k < groups; k++) finish<CLEAN>(Group<T>{x + k * n, out + k * n, n, room - k * n, free - k * n}, found, k, o);
+}
+
 template <class T>
-__attribute__((noinline)) void lines_of_unclean(Together& g, const T* x, long n, long room, int groups, const GroupOptions& o) {
+__attribute__((noinline)) void unclean(Together& g, const T* x, T* out, long n, long room, long free, int groups, const GroupOptions& o) {
   lines<false>(g, x, n, room, groups, o);
+  finish_all<false>(g, x, out, n, room, free, groups, o);
 }
 
 // `count` groups of `size` from reward[0]; `room` elements from there may be read, and count * size written
@@ -165,12 +171,10 @@ INLINE void groups_of(const void* reward, void* out, int64_t count, int64_t size
   while (count > 0) {
     const int n = count < kTogether ? count : kTogether;
     lines<true>(found, x, size, room, n, o);
-    double check = 0;
+    double check = 0;  // NaN where a reward is, or where infinities meet
     for (int k = 0; k < n; k++) check += found.sum[k];
-    if (check != check) lines_of_unclean(found, x, size, room, n, o);
-    for (int k = 0; k < n; k++) {
-      finish(Group<T>{x + k * size, to + k * size, size, room - k * size, (count - k) * size}, found, k, o);
-    }
+    if (check == check) finish_all<true>(found, x, to, size, room, count * size, n, o);
+    else unclean(found, x, to, size, room, count * size, n, o);
     x += n * size, to += n * size, room -= n * size, count -= n;
   }
 }
@@ -178,6 +182,7 @@ INLINE void groups_of(const void* reward, void* out, int64_t count, int64_t size
 template <class T>
 void groups(const void* reward, void* out, int64_t count, int64_t size, int64_t room, const GroupOptions& o) {
   switch (size) {  // the usual sizes as constants: loops of known length, without tails
+    case 4: return groups_of<T>(reward, out, count, 4, room, o);
     case 8: return groups_of<T>(reward, out, count, 8, room, o);
     case 16: return groups_of<T>(reward, out, count, 16, room, o);
     default: return groups_of<T>(reward, out, count, size, room, o);

@@ -65,13 +65,17 @@ INLINE double total(W v) {
   if constexpr (STEP == 0) return v[0];
   else return total<STEP / 2>(v + swapped<STEP>(v));
 }
+INLINE W smaller(W a, W b) { return a < b ? a : b; }  // b when either is NaN, of the larger too
+INLINE W larger(W a, W b) { return a > b ? a : b; }
 template <long STEP = WIDE / 2>
 INLINE double smallest(W v) {
   if constexpr (STEP == 0) return v[0];
-  else {
-    const W other = swapped<STEP>(v);
-    return smallest<STEP / 2>(other < v ? other : v);
-  }
+  else return smallest<STEP / 2>(smaller(v, swapped<STEP>(v)));
+}
+template <long STEP = WIDE / 2>
+INLINE double largest(W v) {
+  if constexpr (STEP == 0) return v[0];
+  else return largest<STEP / 2>(larger(v, swapped<STEP>(v)));
 }
 INLINE double count(L mask) {
   long n = 0;
