@@ -25,6 +25,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("perturb_step_cpu", &perturb_step_cpu, NoGil());
   m.def("perturb_init_cpu", &perturb_init_cpu, NoGil());
 
+  m.def("group_advantage_cpu", &group_advantage_cpu, NoGil());
+  m.def("gae_cpu", &gae_cpu, NoGil());
+
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("threads_from", &threads_from);

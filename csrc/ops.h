@@ -70,6 +70,14 @@ void sample_forward_cpu(Address logits, int code, int64_t stride, Address seed, 
                         Address temperature, Address token, Address logp, Address behaviour_logp, Address entropy, int64_t B,
                         int64_t V, int64_t top_k, double top_p, double min_p, int threads);
 
+// --- group_advantage, gae: formulas in kernels/group_advantage.py and kernels/gae.py ------------------------
+// reward (S,) fp32 or fp64; group (S,) int64 ids, or 0 for contiguous groups of `size`  ->  out (S,) like reward
+void group_advantage_cpu(Address reward, bool is_double, Address group, int64_t size, int baseline, int scale, int shape,
+                         double eps, bool unbiased, double tau, Address out, int64_t S, int threads);
+// reward, value (T,) fp32 or fp64; cu_seqlens (S+1,) int64; mask (T,) bool or 0  ->  advantage, returns, each (T,) like reward
+void gae_cpu(Address reward, Address value, bool is_double, Address cu_seqlens, Address mask, double gamma, double lam,
+             Address advantage, Address returns, int64_t T, int64_t S, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

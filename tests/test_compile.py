@@ -20,7 +20,8 @@ from fastrl.kernels._launch import Spec
 
 pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
-EXEMPT = {50257, 7}  # odd vocabularies: their rows start anywhere, so no access to them can be wide
+EXEMPT = {50257, 7}  # odd vocabularies and groups: their rows start anywhere, so no access to them can be wide
+ANYWHERE = {"gae.gae", "group_advantage.walk"}  # packed sequences and sorted samples: so do these
 
 
 def table(tmp_path, *arguments):
@@ -36,7 +37,7 @@ def check(rows):
     assert not [(r["kernel"], r["case"], r["arch"], r["faults"]) for r in rows if r["faults"]]
     for r in rows:
         assert 0 < r["registers"] <= 255 and r["spill"] == 0
-        assert r["wide"] or any(f"V={V}" in r["case"] for V in EXEMPT) or "combine" in r["kernel"], r
+        assert r["wide"] or any(f"={V} " in r["case"] + " " for V in EXEMPT) or "combine" in r["kernel"] or r["kernel"] in ANYWHERE, r
         assert all(r[move] >= 16 for move in r["wide"])
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from advantage_loops import gae_loop as loop
 from support import within_budget
 from torch import Tensor
 
+from fastrl import ops
 from fastrl.kernels.gae import forward_op, gae, reference
 
 F64 = torch.float64
 VALUE = torch.tensor([0.5, 0.6, 0.7], dtype=F64)
 ONE = torch.tensor([0, 3], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for both."""
+    if ops.implementations()["gae"][request.param] != "ready":
+        pytest.skip("fastrl._C is not built")
+    with ops.use_backend(request.param, "gae"):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -31,19 +42,6 @@ def test_worked_values(reward: Any, gamma: float, lam: float, expected: Any) -> 
     advantage, returns = gae(torch.tensor(reward, dtype=F64), VALUE, ONE, gamma=gamma, lam=lam)
     torch.testing.assert_close(advantage, torch.tensor(expected, dtype=F64), atol=1e-12, rtol=0)
     torch.testing.assert_close(returns, advantage + VALUE)
-
-
-def loop(reward: Tensor, value: Tensor, cu: list[int], mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """The recurrence as it is written down, one token at a time."""
-    advantage = torch.zeros_like(reward)
-    for start, end in pairwise(cu):
-        next_value, next_advantage = torch.zeros(2, dtype=reward.dtype)
-        for t in range(end - 1, start - 1, -1):
-            if mask[t]:
-                delta = reward[t] + gamma * next_value - value[t]
-                next_value, next_advantage = value[t], delta + gamma * lam * next_advantage
-                advantage[t] = next_advantage
-    return advantage
 
 
 def random_case(dtype: torch.dtype = F64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

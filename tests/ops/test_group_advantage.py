@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from advantage_loops import groups_loop, ragged
 
+from fastrl import ops
 from fastrl.kernels.group_advantage import BASELINES, SCALES, SHAPES, forward_op, group_advantage, reference
 
 F64 = torch.float64
 FOUR = torch.tensor([0.2, 1.0, 0.5, 0.5], dtype=F64)
 ONE_OF_EIGHT = torch.tensor([1.0] + [0.0] * 7, dtype=F64)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for both."""
+    if ops.implementations()["group_advantage"][request.param] != "ready":
+        pytest.skip("fastrl._C is not built")
+    with ops.use_backend(request.param, "group_advantage"):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -75,40 +86,15 @@ def test_expected_gradient_on_a_bandit(p: float) -> None:
 
 
 # --- groups -----------------------------------------------------------------------------------------
-def one_group(r: Tensor, batch: Tensor, baseline: str, scale: str, shape: str) -> Tensor:
-    """A group at a time, with PyTorch's own statistics; r holds scored rewards of one group."""
-    if r.numel() < 2 or r.max() == r.min():
-        return torch.zeros_like(r)
-    K = r.numel()
-    if shape == "rank":
-        place = torch.stack([(r < x).sum() + ((r == x).sum() - 1) / 2 for x in r])
-        return 2 * place.to(r.dtype) / (K - 1) - 1
-    if shape == "softmax":
-        return K * torch.softmax(r / 0.5, 0) - 1
-    others = (r.sum() - r) / (K - 1)
-    base = {"mean": r.mean(), "leave_one_out": others, "max": r.max(), "none": 0}[baseline]
-    return (r - base) / {"std": r.std() + 1e-4, "batch_std": batch.std() + 1e-4, "range": r.max() - r.min(), "none": 1}[scale]
-
-
 @pytest.mark.parametrize(("baseline", "scale", "shape"), list(product(BASELINES, SCALES, SHAPES)))
 def test_equals_a_loop_over_ragged_groups(baseline: str, scale: str, shape: str) -> None:
     """Catches NaN counted as 0 or as a member, statistics over the batch instead of the group, and samples returned in sorted order."""
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 9, (60,), generator=g) * 7
-    reward = torch.randint(0, 4, (60,), generator=g).to(F64) / 2 + 0.01 * torch.randint(0, 2, (60,), generator=g)
-    reward[torch.randperm(60, generator=g)[:9]] = math.nan
-    ids[0], reward[0] = 1000, 5.0  # a group of one
-    ids[1:3], reward[1:3] = 500, torch.tensor([math.nan, 2.0], dtype=F64)  # one scored sample
-    ids[3:6], reward[3:6] = 2000, 0.1  # no spread
-    ids[6:8], reward[6:8] = 3000, math.nan  # nothing scored
-    expected = torch.zeros(60, dtype=F64)
-    for i in ids.unique():
-        at = (ids == i) & ~reward.isnan()
-        expected[at] = one_group(reward[at], reward[~reward.isnan()], baseline, scale, shape)
+    reward, ids = ragged()
+    expected = groups_loop(reward, ids, baseline, scale, shape)
     got = group_advantage(reward, ids, baseline=baseline, scale=scale, shape=shape)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
     assert not got[:8].any() and not got[reward.isnan()].any()  # exactly 0
-    order = torch.randperm(60, generator=g)
+    order = torch.randperm(60)
     shuffled = group_advantage(reward[order], ids[order].int(), baseline=baseline, scale=scale, shape=shape)
     torch.testing.assert_close(shuffled, got[order], atol=1e-12, rtol=1e-12)
 
