@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
 
 
@@ -35,15 +35,29 @@ def reference_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 def reference_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the normalised input and of the weight."""
+    dx, dw = _gradients(dy, x, weight, r)
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     n = x.to(r.dtype) * r
     dy = dy.to(r.dtype)
     g = dy * weight.to(r.dtype)
     dw = (dy * n).sum(0)
-    dx = g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r)
-    return dx.to(x.dtype), dw.to(weight.dtype)
+    return g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r), dw
 
 
-register("rms_norm", "reference", forward=reference, add=reference_add, backward=reference_backward)
+def reference_add_backward(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded once."""
+    dx, dw = _gradients(dy, h, weight, r)
+    return dx.add_(dh).to(h.dtype), dw.to(weight.dtype)
+
+
+register("rms_norm", "reference", forward=reference, add=reference_add, backward=reference_backward, add_backward=reference_add_backward)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+register_triton("rms_norm", "_rms_norm_triton", "forward", "add", "backward", "add_backward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -65,6 +79,12 @@ def backward_op(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tenso
     return pick("rms_norm", x, "backward")(dy, x, weight, r)
 
 
+@torch.library.custom_op("fastrl::add_rms_norm_backward", mutates_args=())
+def add_backward_op(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (T, D), which is dresidual too, and dw (D,)."""
+    return pick("rms_norm", h, "add_backward")(dy, dh, h, weight, r)
+
+
 @forward_op.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 1), dtype=compute_dtype(x))
@@ -78,6 +98,11 @@ def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
 @backward_op.register_fake
 def _(dy, x, weight, r):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@add_backward_op.register_fake
+def _(dy, dh, h, weight, r):  # type: ignore[no-untyped-def]
+    return h.new_empty(h.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,8 +123,7 @@ def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _autograd_add(ctx: Any, dy: Tensor, dh: Tensor, dr: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = backward_op(dy, *ctx.saved_tensors)
-    dx = dx + dh
+    dx, dw = add_backward_op(dy, dh, *ctx.saved_tensors)
     return dx, dx, dw, None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
 
 
@@ -41,6 +41,10 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 
 register("swiglu", "reference", forward=reference, backward=reference_backward)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+register_triton("swiglu", "_swiglu_triton", "forward", "backward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
