@@ -28,6 +28,14 @@ void token_logp_backward_cuda(Address out, int64_t out_stride, Address logits, i
                               Address log_s, int64_t T, int64_t V, Address stream);
 #endif
 
+// --- rms_norm: formulas in kernels/rms_norm.py --------------------------------------------------------
+// x, residual or 0 (T, D) code; weight (D,)  ->  y, h = x + residual or 0 (T, D) code, contiguous; r (T,)
+void rms_norm_forward_cpu(Address y, Address h, Address r, Address x, int64_t x_stride, Address residual, int64_t residual_stride,
+                          int code, Address weight, double eps, int64_t T, int64_t D, int threads);
+// dy, dh or 0, x (T, D) code; weight (D,); r (T,)  ->  dx (T, D) code, contiguous; dw (D,)
+void rms_norm_backward_cpu(Address dx, Address dw, Address dy, int64_t dy_stride, Address dh, int64_t dh_stride, Address x,
+                           int64_t x_stride, int code, Address weight, Address r, int64_t T, int64_t D, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

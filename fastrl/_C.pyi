@@ -70,6 +70,39 @@ def token_logp_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def rms_norm_forward_cpu(
+    y: int,
+    h: int,
+    r: int,
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    code: int,
+    weight: int,
+    eps: float,
+    T: int,
+    D: int,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm_backward_cpu(
+    dx: int,
+    dw: int,
+    dy: int,
+    dy_stride: int,
+    dh: int,
+    dh_stride: int,
+    x: int,
+    x_stride: int,
+    code: int,
+    weight: int,
+    r: int,
+    T: int,
+    D: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 

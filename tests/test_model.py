@@ -65,7 +65,8 @@ def test_parity_with_transformers_both_ways(family, changes, tmp_path):
         model.save_pretrained(tmp_path / "ours")
         again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
         assert not any(info.values()), info
-        assert torch.equal(theirs(again.eval(), tokens, cu), expected)
+        own = dict(again.named_parameters())  # not its logits: GEMMs round differently over weights that a file maps unaligned
+        assert all(torch.equal(own[name], parameter) for name, parameter in hf.named_parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
