@@ -96,25 +96,30 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         attend: Attend | None = None,
         embeds: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): row t predicts token t + 1.
 
         Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64, default 0.. within
-                 each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding.
+                 each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding;
+                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
         """
         T, device = tokens.shape[0], tokens.device
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=device)
+        if max_seqlen is None:
+            max_seqlen = T if positions is not None else min(T, self.config.max_position_embeddings)
         if positions is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=T)
             positions = torch.arange(T, device=device) - starts
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
+        packed = partial(attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         residual = None
         slab_of = getattr(attend, "slab", None)
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            attention_i: Attention = partial(attention, cu_seqlens=cu_seqlens) if attend is None else partial(attend, i)
+            attention_i: Attention = packed if attend is None else partial(attend, i)
             if keep_inputs_only:
                 x, residual = checkpoint(layer, x, residual, angles, attention_i, use_reentrant=False)
             else:

@@ -22,9 +22,10 @@ from fastrl.kernels._partials_triton import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns a program holds: dy, x, the weight and its gradient take 64 of a thread's registers
-FORWARD, BACKWARD = 1024, 4096  # elements of a program's tile, at least: enough loads in flight with 16 and with 2 programs a multiprocessor
+FORWARD, BACKWARD = 1024, 4096  # elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
 WALK = 4096  # columns at a time of a row that is not held
-WEIGHT_ROWS, WEIGHT_COLUMNS = 16, 128  # the tile of the weight's gradient alone
+WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
+WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     if T and D:
         with on_device(x):
             if D > WIDEST:
-                walk_forward_kernel[(T,)](*tensors, D, *strides, ADD=residual is not None, BLOCK=WALK, num_warps=8, enable_fp_fusion=True)
+                walk_forward_kernel[(T,)](*tensors, D, *strides, ADD=residual is not None, **WALKING)
             else:
                 tile = _tile(D, FORWARD)
                 forward_kernel[(triton.cdiv(T, tile["ROWS"]),)](*tensors, T, D, *strides, ADD=residual is not None, **tile)
@@ -188,15 +189,15 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
         return dx, torch.zeros_like(weight)
     other, wide = dy if dh is None else dh, D > WIDEST
     tile = _tile(D, BACKWARD)
-    P = programs(x, triton.cdiv(T, WEIGHT_ROWS if wide else tile["ROWS"]))
+    P = programs(x, triton.cdiv(T, WEIGHT["ROWS"] if wide else tile["ROWS"]))
     partials = torch.empty(P, D, dtype=torch.float32, device=x.device)
     strides = dy.stride(0), other.stride(0), x.stride(0)
     with on_device(x):
         if wide:
-            walk_backward_kernel[(T,)](dx, dy, other, x, weight, r, D, *strides, ADD=dh is not None, BLOCK=WALK, num_warps=8, enable_fp_fusion=True)
-            walk_weight_kernel[(P * triton.cdiv(D, WEIGHT_COLUMNS),)](
-                partials, dy, x, r, T, D, dy.stride(0), x.stride(0), ROWS=WEIGHT_ROWS, COLUMNS=WEIGHT_COLUMNS, num_warps=4, enable_fp_fusion=True
-            )
+            walk_backward_kernel[(T,)](dx, dy, other, x, weight, r, D, *strides, ADD=dh is not None, **WALKING)
+            walk_weight_kernel[(P * triton.cdiv(D, WEIGHT["COLUMNS"]),)](
+                partials, dy, x, r, T, D, dy.stride(0), x.stride(0), **WEIGHT
+            )  # fmt: skip
         else:
             backward_kernel[(P,)](dx, partials, dy, other, x, weight, r, T, D, *strides, ADD=dh is not None, **tile)
     return dx, combine(partials, weight.dtype)
@@ -220,17 +221,17 @@ def _specs() -> Iterator[Spec]:
             constants = {n: v for n, v in {"ADD": add_, **tile}.items() if n in kernel.arg_names}
             return Spec(
                 kernel=kernel, case=f"{dtype[1:]} D={D}{' add' * add_}", types=arrays | strides | {"eps": "fp32"}, constants=constants,
-                divisible=True, wide=("load",) if kernel is walk_weight_kernel else ("load", "store"), options={"num_warps": tile["num_warps"], "enable_fp_fusion": True},
+                divisible=True, wide=("load",) if kernel is walk_weight_kernel else ("load", "store"),
+                options={n: tile[n] for n in ("num_warps", "enable_fp_fusion")},
             )  # fmt: skip
 
         if D <= WIDEST:
             yield spec(forward_kernel, _tile(D, FORWARD))
             yield spec(backward_kernel, _tile(D, BACKWARD))
             continue
-        walk = {"BLOCK": WALK, "num_warps": 8}
-        yield spec(walk_forward_kernel, walk)
-        yield spec(walk_backward_kernel, walk)
-        yield spec(walk_weight_kernel, {"ROWS": WEIGHT_ROWS, "COLUMNS": WEIGHT_COLUMNS, "num_warps": 4, "enable_fp_fusion": True})
+        yield spec(walk_forward_kernel, WALKING)
+        yield spec(walk_backward_kernel, WALKING)
+        yield spec(walk_weight_kernel, WEIGHT)
 
 
 COMPILE = tuple(_specs())

@@ -230,7 +230,8 @@ def _specs() -> Iterator[Spec]:
     for dtype, norm, (heads, E) in itertools.product(DTYPES, (False, True), ((40, 128), (24, 128), (16, 64))):
         name = TRITON_TYPES[dtype]
         arrays = ("q", "k", "v", "q_norm", "k_norm", "yq", "yk", "k_cache", "v_cache", "gq", "gk", "dq", "dk")
-        types = dict.fromkeys(arrays, name) | dict.fromkeys(("cos", "sin", "q_partials", "k_partials"), "*fp32") | dict.fromkeys(ints, "i32")
+        types = dict.fromkeys(arrays, name) | dict.fromkeys(("cos", "sin", "q_partials", "k_partials"), "*fp32")
+        types |= dict.fromkeys(ints, "i32")
         types |= {"positions": "*i64", "slots": "*i64", "eps": "fp32", "sense": "fp32"}
         tile = _tile(heads, E)
         options = {n: tile.pop(n) for n in ("num_warps", "enable_fp_fusion")}

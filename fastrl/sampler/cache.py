@@ -39,12 +39,12 @@ class PagedCache:
         """Forget every row but these, in this order; their pages stay where they are."""
         self.block_table = self.block_table[rows]
 
-    def prefill(self, cu_seqlens: Tensor, source: Tensor, slots: Tensor) -> Attend:
+    def prefill(self, cu_seqlens: Tensor, max_seqlen: int, source: Tensor, slots: Tensor) -> Attend:
         """Packed causal attention that also stores token `source[i]`'s key and value at `slots[i]`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._store(layer, k[source], v[source], slots)
-            return ops.attention(q, k, v, cu_seqlens)
+            return ops.attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen)
 
         return attend
 
