@@ -213,7 +213,7 @@ def _tile(D: int, elements: int) -> dict[str, int]:
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
     strides = dict.fromkeys(("T", "D", "x_stride", "residual_stride", "dy_stride", "dh_stride"), "i32")
-    for dtype, add_, D in itertools.product(DTYPES, (True, False), (64, 896, 4096, 8192, 16384)):
+    for dtype, add_, D in itertools.product(DTYPES, (True, False), (896, 4096, 8192, 16384)):
         name = TRITON_TYPES[dtype]
         arrays = dict.fromkeys(("x", "residual", "weight", "y", "h", "dx", "dy", "dh"), name) | {"r": "*fp32", "partials": "*fp32"}
 

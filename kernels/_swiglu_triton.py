@@ -42,10 +42,10 @@ def backward_kernel(dx, dy, x, F, dy_stride, stride, BLOCK: tl.constexpr):  # ty
     up = tl.load(x + t * stride + F + at, at < F, 0.0).to(tl.float32)
     d = tl.load(dy + t * dy_stride + at, at < F, 0.0).to(tl.float32)
     s = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
-    silu = gate * s
+    slope = s * tl.fma(gate, 1.0 - s, tl.full((BLOCK,), 1.0, tl.float32))
     to = dx + t * 2 * F + at
-    tl.store(to, (d * up * (s + silu * (1.0 - s))).to(dx.dtype.element_ty), at < F)
-    tl.store(to + F, (d * silu).to(dx.dtype.element_ty), at < F)
+    tl.store(to, (d * up * slope).to(dx.dtype.element_ty), at < F)
+    tl.store(to + F, (d * (gate * s)).to(dx.dtype.element_ty), at < F)
 
 
 # --- launch -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def every_op_on(name):
     states = {op: state for op, table in ops.implementations().items() if op in OPS and (state := table.get(name)) is not None}
     missing = [f"{op}: {state}" for op, state in states.items() if state not in ("ready", "compiled only")]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if missing or name not in ("reference", "cpu") and not interpreted and not torch.cuda.is_available():
+    if missing or (name not in ("reference", "cpu") and not interpreted and not torch.cuda.is_available()):
         pytest.skip(f"{name}: {'; '.join(missing) or 'needs a GPU'}")
     if name not in ("reference", "cpu", "triton"):
         pytest.skip(f"{name}: takes no CPU tensors; tests/gpu/test_model_ops_gpu.py runs it")
