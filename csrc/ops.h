@@ -36,6 +36,13 @@ void rms_norm_forward_cpu(Address y, Address h, Address r, Address x, int64_t x_
 void rms_norm_backward_cpu(Address dx, Address dw, Address dy, int64_t dy_stride, Address dh, int64_t dh_stride, Address x,
                            int64_t x_stride, int code, Address weight, Address r, int64_t T, int64_t D, int threads);
 
+// --- swiglu: formulas in kernels/swiglu.py --------------------------------------------------------------
+// x (T, 2F) code  ->  y (T, F) code, contiguous
+void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t T, int64_t F, int threads);
+// dy (T, F), x (T, 2F) code  ->  dx (T, 2F) code, contiguous
+void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
+                         int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

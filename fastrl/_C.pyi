@@ -103,6 +103,28 @@ def rms_norm_backward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def swiglu_forward_cpu(
+    y: int,
+    x: int,
+    stride: int,
+    code: int,
+    T: int,
+    F: int,
+    threads: int,
+    /,
+) -> None: ...
+def swiglu_backward_cpu(
+    dx: int,
+    dy: int,
+    dy_stride: int,
+    x: int,
+    stride: int,
+    code: int,
+    T: int,
+    F: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 

@@ -31,7 +31,7 @@ Call = Callable[..., tuple[Tensor, ...]]
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """torch's own backward kernels choose their deterministic form inside: it is asked of the whole process, not of a call."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # or every torch.empty writes NaN
     torch.use_deterministic_algorithms(True)

@@ -172,7 +172,8 @@ def backward(
     """The gradients of q, k and of the two norm weights (empty without one)."""
     norms = q_norm.numel() > 0, k_norm.numel() > 0
     if not any(norms) or not dq.numel():
-        return *_turn(dq, dk, positions, cos, sin, q_norm[:0], k_norm[:0], eps, -1.0), *(torch.zeros_like(w) for w in (q_norm, k_norm))
+        gq, gk = _turn(dq, dk, positions, cos, sin, q_norm[:0], k_norm[:0], eps, -1.0)
+        return gq, gk, torch.zeros_like(q_norm), torch.zeros_like(k_norm)
     (T, H, E), K = dq.shape, dk.shape[1]
     dq, dk = _unit(dq), _unit(dk)
     q, k = (_unit(x) if used else d for x, d, used in zip((q, k), (dq, dk), norms, strict=True))
@@ -188,8 +189,8 @@ def backward(
             q_norm.contiguous(), k_norm.contiguous(), T, cos.shape[0], H, K, E // 2, *strides, eps,
             Q_NORM=norms[0], K_NORM=norms[1], **tile,
         )  # fmt: skip
-    weights = (combine(part, w.dtype) if used else w.new_empty(0) for part, w, used in zip(partials, (q_norm, k_norm), norms, strict=True))
-    return gq, gk, *weights
+    wq, wk = (combine(part, w.dtype) if used else w.new_empty(0) for part, w, used in zip(partials, (q_norm, k_norm), norms, strict=True))
+    return gq, gk, wq, wk
 
 
 def _turn(
