@@ -1,4 +1,8 @@
-"""attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of width E."""
+"""attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of width E.
+
+Our backward is deterministic on every rung of the ladder; the libraries' own rows are not, so that the difference between
+fastrl/flash_attn_2 and flash-attn, or fastrl/varlen_attn and torch varlen_attn, is what determinism costs.
+"""
 
 from __future__ import annotations
 
@@ -77,11 +81,24 @@ def flash_attn(case: Case) -> Function:
     return call
 
 
+def flash_attn_4(case: Case) -> Function:
+    only(case.device == "cuda", "flash-attn 4 is CUDA only")
+    fused = peer("flash_attn.cute", "flash_attn_varlen_func")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        found = fused(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True, **longest)
+        return found if isinstance(found, Tensor) else found[0]
+
+    return call
+
+
 PROVIDERS = {
     "fastrl": plain(ours),
     "eager": plain(eager),
     "torch.compile": compiled(eager),
     "torch varlen_attn": torch_varlen,
     "flash-attn": flash_attn,
+    "flash-attn 4": flash_attn_4,
 }
 BENCH = Bench(op="attention", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="attention")

@@ -8,7 +8,7 @@ from fastrl import ops
 from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, wide
 
 EPS = 1e-6
-CASES = cases("T D", tiny=(5, 16), quick=(256, 512), cpu=[(2048, 896)], cuda=[(16384, 4096), (16384, 896)], slice={"T": 64})
+CASES = cases("T D", tiny=(5, 16), quick=(256, 512), cpu=[(2048, 896)], cuda=[(16384, 4096), (8192, 1024), (32768, 4096)], slice={"T": 64})
 
 
 def data(case: Case) -> Data:
@@ -18,7 +18,7 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """Two tensors read and two written; the backward reads three and writes one."""
+    """Two tensors read and two written; the backward reads three and writes one.  No matrix products."""
     T, D = case.sizes("T D")
     return Cost(T * D * case.itemsize * (8 if case.mode == BOTH else 4))
 

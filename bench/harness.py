@@ -15,7 +15,7 @@ from fastrl import ops
 from fastrl.bench.common import BOTH, COMPILE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
 from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
-from fastrl.kernels._backend import COMPILED_ONLY, DEVICES
+from fastrl.kernels._backend import COMPILED_ONLY, devices
 
 REASON = 300  # characters of an error that a row keeps
 
@@ -123,7 +123,7 @@ def _implementations(name: str, bench: Bench, case: Case, plan: Plan) -> Iterato
     op, chosen = bench.registry, ops.backend(case.device)[bench.registry]
     variant = name.removeprefix(OURS)
     for backend, state in ops.implementations()[op].items():
-        if case.device not in DEVICES[backend]:
+        if case.device not in devices(op, backend):
             continue
         runner = Runner(f"{OURS}/{backend}{variant}", name, default=backend == chosen and not variant)
         runner.context = lambda backend=backend: ops.use_backend(backend, op)  # type: ignore[misc]

@@ -28,6 +28,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantage_cpu", &group_advantage_cpu, NoGil());
   m.def("gae_cpu", &gae_cpu, NoGil());
 
+  m.def("rms_norm_forward_cpu", &rms_norm_forward_cpu, NoGil());
+  m.def("rms_norm_backward_cpu", &rms_norm_backward_cpu, NoGil());
+  m.def("swiglu_forward_cpu", &swiglu_forward_cpu, NoGil());
+  m.def("swiglu_backward_cpu", &swiglu_backward_cpu, NoGil());
+
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("threads_from", &threads_from);

@@ -78,6 +78,21 @@ void group_advantage_cpu(Address reward, bool is_double, Address group, int64_t 
 void gae_cpu(Address reward, Address value, bool is_double, Address cu_seqlens, Address mask, double gamma, double lam,
              Address advantage, Address returns, int64_t T, int64_t S, int threads);
 
+// --- rms_norm: formulas in kernels/rms_norm.py --------------------------------------------------------
+// x, residual or 0 (T, D) code; weight (D,)  ->  y, h = x + residual or 0 (T, D) code, contiguous; r (T,)
+void rms_norm_forward_cpu(Address y, Address h, Address r, Address x, int64_t x_stride, Address residual, int64_t residual_stride,
+                          int code, Address weight, double eps, int64_t T, int64_t D, int threads);
+// dy, dh or 0, x (T, D) code; weight (D,); r (T,)  ->  dx (T, D) code, contiguous; dw (D,)
+void rms_norm_backward_cpu(Address dx, Address dw, Address dy, int64_t dy_stride, Address dh, int64_t dh_stride, Address x,
+                           int64_t x_stride, int code, Address weight, Address r, int64_t T, int64_t D, int threads);
+
+// --- swiglu: formulas in kernels/swiglu.py --------------------------------------------------------------
+// x (T, 2F) code  ->  y (T, F) code, contiguous
+void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t T, int64_t F, int threads);
+// dy (T, F), x (T, 2F) code  ->  dx (T, 2F) code, contiguous
+void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
+                         int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

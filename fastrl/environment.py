@@ -82,4 +82,6 @@ def _table() -> str:
     rows: list[tuple[str, ...]] = [("op", "chosen", *BACKENDS)]
     rows += [(op, chosen[op], *(have[op].get(b, "-") for b in BACKENDS)) for op in have]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{op}: {name}: {state}" for op, table in have.items() for name, state in table.items() if name not in BACKENDS]
+    return "\n".join(lines)

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrl import weights
-from fastrl.kernels.rope import rope_tables
+from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model_config import ModelConfig
 from fastrl.ops import attention, rms_norm, rope, swiglu
 
 __all__ = ["Attend", "Decoder", "ModelConfig"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E)."""
+"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).  One with a method slab(layer) -> (k_cache, v_cache, slots)
+finds each token's key and value there when it is called: rope writes them in its own launch."""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
+Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
 
 
 class Layer(nn.Module):
@@ -46,14 +48,16 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(D, 2 * F_, bias=False)
         self.down = nn.Linear(F_, D, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the layer adds, and the residual stream it is to be added to."""
         config = self.config
         eps, H, K, E = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         x, residual = add_norm(x, residual, self.input_norm, eps)
         q, k, v = self.qkv(x).view(-1, H + 2 * K, E).split((H, K, K), 1)
         norms = {"q_norm": self.q_norm, "k_norm": self.k_norm} if config.qk_norm else {}
-        q, k = rope(q, k, *angles, eps=eps, **norms)
+        q, k = rope(q, k, *angles, eps=eps, store=None if slab is None else Store(v, *slab), **norms)
         x = self.out(attend(q, k, v).reshape(-1, H * E))
         x, residual = add_norm(x, residual, self.mlp_norm, eps)
         return self.down(swiglu(self.gate_up(x))), residual
@@ -92,28 +96,34 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         attend: Attend | None = None,
         embeds: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): row t predicts token t + 1.
 
         Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64, default 0.. within
-                 each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding.
+                 each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding;
+                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
         """
         T, device = tokens.shape[0], tokens.device
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=device)
+        if max_seqlen is None:
+            max_seqlen = T if positions is not None else min(T, self.config.max_position_embeddings)
         if positions is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=T)
             positions = torch.arange(T, device=device) - starts
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
+        packed = partial(attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         residual = None
+        slab_of = getattr(attend, "slab", None)
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            attention_i: Attention = partial(attention, cu_seqlens=cu_seqlens) if attend is None else partial(attend, i)
+            attention_i: Attention = packed if attend is None else partial(attend, i)
             if keep_inputs_only:
                 x, residual = checkpoint(layer, x, residual, angles, attention_i, use_reentrant=False)
             else:
-                x, residual = layer(x, residual, angles, attention_i)
+                x, residual = layer(x, residual, angles, attention_i, slab_of(i) if slab_of is not None else None)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property

@@ -4,7 +4,8 @@ An op file registers its implementations under the op's public name, each as nam
 
     register("token_logp", "reference", forward=_forward, backward=_backward)
 
-and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.
+and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  An op that several libraries can run
+(attention) names each of them, and the order in which they are tried, with `ladder`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None  # None: every dtype
     note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
     missing: str  # why it cannot be used in this process; empty when it can
+    devices: tuple[str, ...]
+    obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes; empty when it can
 
 
 _table: dict[str, dict[str, Implementation]] = {}
+_ladders: dict[str, tuple[str, ...]] = {}  # of the ops with names of their own; BACKENDS for the others
 _asked: list[Asked] = []  # of the whole process: autograd runs a CUDA backward in threads of its own
 
 
@@ -45,10 +49,26 @@ def register(
     dtypes: tuple[torch.dtype, ...] | None = None,
     note: str = "",
     missing: str = "",
+    devices: tuple[str, ...] | None = None,
+    obstacle: Callable[[Tensor], str] | None = None,
     **parts: Callable[..., Any],
 ) -> None:
-    """Add an implementation of `op`; called once, by the op's own file, when it is imported."""
-    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing)
+    """Add an implementation of `op`; called once, by the op's own file, when it is imported.
+
+    `devices` is needed for a name that is not in BACKENDS.
+    """
+    where = DEVICES[backend] if devices is None else devices
+    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle)
+
+
+def ladder(op: str, *names: str) -> None:
+    """The order in which the implementations of `op` are tried, where it has some under names of their own."""
+    _ladders[op] = names
+
+
+def order(op: str) -> tuple[str, ...]:
+    """The names an implementation of `op` may have, in the order in which the automatic choice tries them."""
+    return _ladders.get(op, BACKENDS)
 
 
 def register_triton(op: str, module: str, *parts: str) -> None:
@@ -76,10 +96,10 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     if wanted is not None:
         reason = _obstacle(table.get(wanted), wanted, x, part, by_name=True)
         if reason:
-            have = ", ".join(b for b in BACKENDS if b in table and not table[b].missing)
+            have = ", ".join(b for b in order(op) if b in table and not table[b].missing)
             raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
         return table[wanted].parts[part]
-    for name in BACKENDS:
+    for name in order(op):
         if name in table and table[name].note != COMPILED_ONLY and not _obstacle(table[name], name, x, part):
             return table[name].parts[part]
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
@@ -98,12 +118,13 @@ def requested(op: str) -> str | None:
 def use_backend(name: str, *ops: str) -> Iterator[None]:
     """Run `ops` (all of them when none is named) on one backend inside the `with` block, in every thread of the process.
 
+    The name may also be one that the named ops have of their own, as in use_backend("varlen_attn", "attention").
     Raises ValueError for an unknown backend or op.  An op the backend cannot run raises RuntimeError when called.
     """
-    _known(name, "use_backend")
     for op in ops:
         if op not in _table:
             raise ValueError(f"use_backend: expected one of {', '.join(sorted(_table))}; got {op!r}")
+    _known(name, "use_backend", ops)
     entry = (name, frozenset(ops))
     _asked.append(entry)
     try:
@@ -118,7 +139,7 @@ def backend(device: str | None = None) -> dict[str, str]:
     chosen = {}
     for op, table in sorted(_table.items()):
         name = requested(op) or next(
-            b for b in BACKENDS if b in table and kind in DEVICES[b] and not table[b].missing and table[b].note != COMPILED_ONLY
+            b for b in order(op) if b in table and kind in table[b].devices and not table[b].missing and table[b].note != COMPILED_ONLY
         )
         chosen[op] = name
     return chosen
@@ -127,6 +148,11 @@ def backend(device: str | None = None) -> dict[str, str]:
 def implementations() -> dict[str, dict[str, str]]:
     """Every implementation of every op, with "ready", or why it is not chosen by default."""
     return {op: {b: i.missing or i.note or "ready" for b, i in table.items()} for op, table in sorted(_table.items())}
+
+
+def devices(op: str, name: str) -> tuple[str, ...]:
+    """Where an implementation of `op` runs."""
+    return _table[op][name].devices
 
 
 def extension() -> Any:
@@ -140,9 +166,10 @@ def extension() -> Any:
     return _C
 
 
-def _known(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}; got {name!r}")
+def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
+    names = list(dict.fromkeys((*BACKENDS, *(n for op in ops for n in order(op)))))
+    if name not in names:
+        raise ValueError(f"{where}: expected one of {', '.join(names)}; got {name!r}")
     return name
 
 
@@ -152,10 +179,10 @@ def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_n
     if impl.missing:
         return impl.missing
     interpreted = by_name and (name, x.device.type) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type not in DEVICES[name] and not interpreted:
+    if x.device.type not in impl.devices and not interpreted:
         return f"it does not run on {x.device.type} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"
     if part not in impl.parts:
         return f"it has no {part}"
-    return ""
+    return impl.obstacle(x) if impl.obstacle is not None else ""

@@ -8,60 +8,18 @@ H query heads share K key/value heads, H / K neighbours to one.  Kept for the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._attention_flash import FLASH
+from fastrl.kernels._attention_padded import PADDED, padded
+from fastrl.kernels._backend import ladder, pick, register
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
 
 SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
-PADDED_TOKENS = 1 << 16  # one padded batch of the CPU kernel
-
-
-# --- padded batches ---------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _Padded:
-    """A batch of n sequences padded to L tokens."""
-
-    index: Tensor  # (n, L): the packed token at each place; padding repeats the sequence's own last one
-    padding: Tensor  # (n, L)
-    places: Tensor  # the places that are not padding
-    tokens: Tensor  # the packed token of each of `places`
-
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Packed (T, H, ...) as (n, H, L, ...)."""
-        return x.index_select(0, self.index.flatten()).to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """Write (n, H, L, ...) back to packed `out` (T, H, ...)."""
-        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
-        out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
-
-    def take_lse(self, lse: Tensor) -> Tensor:
-        """Packed (T, H) as (n, H, L), infinite at the padding, whose probabilities then are 0."""
-        return self.take(lse, lse.dtype).masked_fill(self.padding[:, None], torch.inf)
-
-
-def _padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[_Padded]:
-    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two).
-
-    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another sequence, not
-    even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
-    """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    power = lengths.double().log2().ceil()  # -inf for an empty sequence
-    for p in power[lengths > 0].unique().tolist():
-        inside = (power == p).nonzero().squeeze(1)
-        at = torch.arange(int(lengths[inside].max()), device=starts.device)
-        for some in inside.split(max(1, at_once(at.numel()))):
-            last = lengths[some, None] - 1
-            index = starts[some, None] + torch.minimum(at, last)
-            places = (at <= last).flatten().nonzero().squeeze(1)
-            yield _Padded(index, at > last, places, index.flatten()[places])
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -86,7 +44,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     """The definition, on padded batches, block by block of query rows: y (T, H, E) and lse (T, H)."""
     (T, H, E), K, dtype = q.shape, k.shape[1], compute_dtype(q)
     y, lse = q.new_empty(T, H, E), q.new_empty(T, H, dtype=dtype)
-    for batch in _padded(cu_seqlens, _sequences(H, dtype)):
+    for batch in padded(cu_seqlens, _sequences(H, dtype)):
         n, L = batch.index.shape
         queries = batch.take(q, dtype).view(n, K, H // K, L, E)
         keys, values = (batch.take(x, dtype).reshape(n * K, L, E) for x in (k, v))
@@ -111,7 +69,7 @@ def reference_backward(
     (_, H, E), K, dtype = q.shape, k.shape[1], lse.dtype
     delta = (dy.to(dtype) * y.to(dtype)).sum(-1)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for batch in _padded(cu_seqlens, _sequences(H, dtype)):
+    for batch in padded(cu_seqlens, _sequences(H, dtype)):
         n, L = batch.index.shape
         shape = (n, K, H // K, L)
         queries, dout = (batch.take(x, dtype).reshape(*shape, E) for x in (q, dy))
@@ -142,38 +100,11 @@ register("attention", "reference", forward=reference, backward=reference_backwar
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# On CPU torch's own flash attention runs each padded batch: blocked in cache, causal blocks skipped, shared heads allowed.
-_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
-    for batch in _padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
-        parts = (batch.take(x, x.dtype) for x in (q, k, v))
-        for out, x in zip((y, lse), getattr(torch.ops.aten, _FLASH)(*parts, 0.0, True, scale=scale), strict=True):
-            batch.put(out, x)
-    return y, lse
-
-
-def _flash_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for batch in _padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
-        parts = (*(batch.take(x, x.dtype) for x in (dy, q, k, v, y)), batch.take_lse(lse))
-        for out, x in zip(grads, getattr(torch.ops.aten, _FLASH + "_backward")(*parts, 0.0, True, scale=scale), strict=True):
-            batch.put(out, x)
-    return grads
-
-
-register(
-    "attention",
-    "cpu",
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    missing="" if hasattr(torch.ops.aten, _FLASH + "_backward") else "this torch has no flash attention for CPU",
-    forward=_flash,
-    backward=_flash_backward,
-)
+# The ladder: whatever of it is installed, best first.  On CPU torch's own flash attention runs each padded batch: blocked in
+# cache, causal blocks skipped, shared heads allowed.
+for _name, _rung in (FLASH | PADDED).items():
+    register("attention", _name, **_rung)
+ladder("attention", *FLASH, *PADDED, "reference")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

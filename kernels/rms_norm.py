@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
 
 
@@ -35,15 +35,83 @@ def reference_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 def reference_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the normalised input and of the weight."""
+    dx, dw = _gradients(dy, x, weight, r)
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     n = x.to(r.dtype) * r
     dy = dy.to(r.dtype)
     g = dy * weight.to(r.dtype)
     dw = (dy * n).sum(0)
-    dx = g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r)
-    return dx.to(x.dtype), dw.to(weight.dtype)
+    return g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r), dw
 
 
-register("rms_norm", "reference", forward=reference, add=reference_add, backward=reference_backward)
+def reference_add_backward(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded once."""
+    dx, dw = _gradients(dy, h, weight, r)
+    return dx.add_(dh).to(h.dtype), dw.to(weight.dtype)
+
+
+register("rms_norm", "reference", forward=reference, add=reference_add, backward=reference_backward, add_backward=reference_add_backward)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+# csrc/cpu/rms_norm.cpp takes addresses, sizes and row strides, and an fp32 weight.
+_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _compiled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, r = _compiled_add(x, None, weight, eps)
+    return y, r
+
+
+def _compiled_add(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    (T, D), x, weight = x.shape, _rows(x), weight.float().contiguous()
+    other = x if residual is None else _rows(residual)
+    y, r = torch.empty(T, D, dtype=x.dtype), torch.empty(T, 1)
+    h = x if residual is None else torch.empty(T, D, dtype=x.dtype)
+    absent = residual is None
+    if D:
+        extension().rms_norm_forward_cpu(
+            y.data_ptr(), 0 if absent else h.data_ptr(), r.data_ptr(), x.data_ptr(), x.stride(0), 0 if absent else other.data_ptr(),
+            other.stride(0), _FLOAT_CODES[x.dtype], weight.data_ptr(), eps, T, D, torch.get_num_threads(),
+        )  # fmt: skip
+    return y, h, r
+
+
+def _compiled_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return _compiled_add_backward(dy, None, x, weight, r)
+
+
+def _compiled_add_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    (T, D), dy, h, wide = h.shape, _rows(dy), _rows(h), weight.float().contiguous()
+    other = dy if dh is None else _rows(dh)
+    dx, dw = torch.empty(T, D, dtype=h.dtype), torch.empty(D)
+    if D:
+        extension().rms_norm_backward_cpu(
+            dx.data_ptr(), dw.data_ptr(), dy.data_ptr(), dy.stride(0), 0 if dh is None else other.data_ptr(), other.stride(0),
+            h.data_ptr(), h.stride(0), _FLOAT_CODES[h.dtype], wide.data_ptr(), r.data_ptr(), T, D, torch.get_num_threads(),
+        )  # fmt: skip
+    return dx, dw.to(weight.dtype)
+
+
+register(
+    "rms_norm",
+    "cpu",
+    dtypes=tuple(_FLOAT_CODES),
+    missing="" if hasattr(extension(), "rms_norm_forward_cpu") else "fastrl._C was built without it",
+    forward=_compiled,
+    add=_compiled_add,
+    backward=_compiled_backward,
+    add_backward=_compiled_add_backward,
+)
+
+register_triton("rms_norm", "_rms_norm_triton", "forward", "add", "backward", "add_backward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -65,6 +133,12 @@ def backward_op(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tenso
     return pick("rms_norm", x, "backward")(dy, x, weight, r)
 
 
+@torch.library.custom_op("fastrl::add_rms_norm_backward", mutates_args=())
+def add_backward_op(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (T, D), which is dresidual too, and dw (D,)."""
+    return pick("rms_norm", h, "add_backward")(dy, dh, h, weight, r)
+
+
 @forward_op.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 1), dtype=compute_dtype(x))
@@ -78,6 +152,11 @@ def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
 @backward_op.register_fake
 def _(dy, x, weight, r):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@add_backward_op.register_fake
+def _(dy, dh, h, weight, r):  # type: ignore[no-untyped-def]
+    return h.new_empty(h.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,8 +177,7 @@ def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _autograd_add(ctx: Any, dy: Tensor, dh: Tensor, dr: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = backward_op(dy, *ctx.saved_tensors)
-    dx = dx + dh
+    dx, dw = add_backward_op(dy, dh, *ctx.saved_tensors)
     return dx, dx, dw, None
 
 

@@ -5,21 +5,32 @@
 
 cos and sin are rows `positions` of tables (N, E/2).  The rotation runs in fp32 and rounds once; its backward turns back by
 the same angle, so without a norm nothing but the angles is kept.
+
+While sampling, the turned keys and their values also go to their slots of a paged cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
+
+
+class Store(NamedTuple):
+    """Where a token's key and value are kept: `slots` (T,) int64 rows of caches (N, K, E), no two alike; v (T, K, E)."""
+
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    slots: Tensor
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -67,7 +78,22 @@ def _angles(positions: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> 
     return cos.index_select(0, positions)[:, None].to(dtype), sin.index_select(0, positions)[:, None].to(dtype)
 
 
-register("rope", "reference", forward=reference, backward=reference_backward)
+def reference_store(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, with the turned keys and the values written to the caches."""
+    q, k = reference(q, k, positions, cos, sin, q_norm, k_norm, eps)
+    k_cache.index_copy_(0, slots, k)
+    v_cache.index_copy_(0, slots, v)
+    return q, k
+
+
+register("rope", "reference", forward=reference, backward=reference_backward, store=reference_store)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+register_triton("rope", "_rope_triton", "forward", "backward", "store")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -77,6 +103,15 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:
     """q and k, normalised where a norm weight is not empty, and turned."""
     return pick("rope", q, "forward")(q, k, positions, cos, sin, q_norm, k_norm, eps)
+
+
+@torch.library.custom_op("fastrl::rope_store", mutates_args=("k_cache", "v_cache"))
+def store_op(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q and k, turned; k and v are written to the caches.  No gradient."""
+    return pick("rope", q, "store")(q, k, v, positions, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, slots)
 
 
 @torch.library.custom_op("fastrl::rope_backward", mutates_args=())
@@ -89,6 +124,11 @@ def backward_op(
 
 @forward_op.register_fake
 def _(q, k, positions, cos, sin, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@store_op.register_fake
+def _(q, k, v, positions, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, slots):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -122,11 +162,14 @@ def rope(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    store: Store | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their positions' angles, differentiable in q, k and the norm weights.
 
     Shapes:  q (T, H, E), k (T, K, E) bf16|fp16|fp32|fp64;  positions (T,) int in [0, N);  cos, sin (N, E/2) from `rope_tables`;
-             q_norm, k_norm (E,): RMS norm of each head first  ->  (q, k) like the inputs.
+             q_norm, k_norm (E,): RMS norm of each head first;  store: write the turned keys, and their values, to a cache too
+             (under no_grad; slots are not checked)  ->  (q, k) like the inputs.
+    Memory:  angles are kept for the backward, and q and k where there is a norm.
     Raises:  ValueError or TypeError naming the argument; a position past the tables (the values are read on CPU only).
     Source:  Su et al. 2021, "RoFormer"; halves as in Llama's Hugging Face weights, not interleaved pairs.
     """
@@ -145,7 +188,22 @@ def rope(
     if readable and not 0 <= int(positions.min()) <= int(positions.max()) < N:
         raise ValueError(f"positions: expected values in [0, {N}), got {int(positions.min())} to {int(positions.max())}")
     absent = q.new_empty(0)
-    return forward_op(q, k, positions, cos, sin, absent if q_norm is None else q_norm, absent if k_norm is None else k_norm, eps)
+    turn = (positions, cos, sin, absent if q_norm is None else q_norm, absent if k_norm is None else k_norm, eps)
+    return forward_op(q, k, *turn) if store is None else store_op(q, k, _checked(store, k).v, *turn, *store[1:])
+
+
+def _checked(store: Store, k: Tensor) -> Store:
+    """`store`, when it fits the keys."""
+    T, K, E = k.shape
+    dims("store.v", store.v, "T K E", (k.dtype,), T=T, K=K, E=E)
+    N, _, _ = dims("store.k_cache", store.k_cache, "N K E", (k.dtype,), K=K, E=E)
+    dims("store.v_cache", store.v_cache, "N K E", (k.dtype,), N=N, K=K, E=E)
+    dims("store.slots", store.slots, "T", INTS, T=T)
+    same_device(k=k, **store._asdict())
+    for name, cache in (("k_cache", store.k_cache), ("v_cache", store.v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"store.{name}: expected a contiguous cache, got strides {cache.stride()}")
+    return store
 
 
 # --- tables -----------------------------------------------------------------------------------------

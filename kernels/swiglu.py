@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import extension, pick, register, register_triton
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
 
 
@@ -41,6 +41,47 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 
 register("swiglu", "reference", forward=reference, backward=reference_backward)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+# csrc/cpu/swiglu.cpp takes addresses, sizes and row strides.
+_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _compiled(gate_up: Tensor) -> Tensor:
+    x = _rows(gate_up)
+    T, F = x.shape[0], x.shape[1] // 2
+    y = torch.empty(T, F, dtype=x.dtype)
+    if F:
+        extension().swiglu_forward_cpu(y.data_ptr(), x.data_ptr(), x.stride(0), _FLOAT_CODES[x.dtype], T, F, torch.get_num_threads())
+    return y
+
+
+def _compiled_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    x, dy = _rows(gate_up), _rows(dy)
+    T, F = dy.shape
+    dx = torch.empty(T, 2 * F, dtype=x.dtype)
+    if F:
+        extension().swiglu_backward_cpu(
+            dx.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
+        )
+    return dx
+
+
+register(
+    "swiglu",
+    "cpu",
+    dtypes=tuple(_FLOAT_CODES),
+    missing="" if hasattr(extension(), "swiglu_forward_cpu") else "fastrl._C was built without it",
+    forward=_compiled,
+    backward=_compiled_backward,
+)
+
+register_triton("swiglu", "_swiglu_triton", "forward", "backward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

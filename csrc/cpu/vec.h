@@ -75,6 +75,19 @@ INLINE float minus_infinity<float>() { return -__builtin_inff(); }
 template <>
 INLINE BF16 minus_infinity<BF16>() { return {0xff80}; }
 
+// as it would be read again after a store, and a store of such a value, which has no digits to lose
+INLINE F rounded_to(const float*, F x) { return x; }
+INLINE F rounded_to(const BF16*, F x) {
+  const U bits = (U)x;
+  const U up = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (F)((x == x ? up : bits | 0x400000u) & 0xffff0000u);
+}
+INLINE void store_exact(float* p, F v) { store(p, v); }
+INLINE void store_exact(BF16* p, F v) {
+  const H h = __builtin_convertvector((U)v >> 16, H);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
 // --- arithmetic ---------------------------------------------------------------------------------------
 INLINE float largest(F v) {
   float x = v[0];

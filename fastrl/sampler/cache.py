@@ -39,24 +39,33 @@ class PagedCache:
         """Forget every row but these, in this order; their pages stay where they are."""
         self.block_table = self.block_table[rows]
 
-    def prefill(self, cu_seqlens: Tensor, source: Tensor, slots: Tensor) -> Attend:
+    def prefill(self, cu_seqlens: Tensor, max_seqlen: int, source: Tensor, slots: Tensor) -> Attend:
         """Packed causal attention that also stores token `source[i]`'s key and value at `slots[i]`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._store(layer, k[source], v[source], slots)
-            return ops.attention(q, k, v, cu_seqlens)
+            return ops.attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen)
 
         return attend
 
-    def decode(self, slots: Tensor, lengths: Tensor) -> Attend:
-        """Attention of one new token per row over that row's pages; the token's own key and value are stored first."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, k, v, slots)
-            return ops.decode_attention(q, self.k[layer], self.v[layer], self.block_table, lengths)
-
-        return attend
+    def decode(self, slots: Tensor, lengths: Tensor) -> Decode:
+        """Attention of one new token per row over that row's pages; the token's own key and value go to its slot."""
+        return Decode(self, slots, lengths)
 
     def _store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
         self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+
+class Decode:
+    """What `PagedCache.decode` returns: rope writes the keys and values to `slab` in its own launch."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor, lengths: Tensor) -> None:
+        self.cache, self.slots, self.lengths = cache, slots, lengths
+
+    def slab(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat caches (slots, K, E) of keys and of values, and each token's slot."""
+        return self.cache.k[layer].flatten(0, 1), self.cache.v[layer].flatten(0, 1), self.slots
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.decode_attention(q, self.cache.k[layer], self.cache.v[layer], self.cache.block_table, self.lengths)

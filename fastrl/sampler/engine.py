@@ -204,7 +204,8 @@ class _Wave:
         row = torch.repeat_interleave(torch.arange(self.seq.numel(), device=device), self.length)
         first = torch.repeat_interleave(self.length.cumsum(0) - self.length, self.length)
         position = torch.arange(row.numel(), device=device) - first
-        attend = self.cache.prefill(cu.to(torch.int32), cu[row_prompt[row]] + position, self.cache.slots(row, position))
+        longest = max(len(self.prompts[p]) for p in distinct)
+        attend = self.cache.prefill(cu.to(torch.int32), longest, cu[row_prompt[row]] + position, self.cache.slots(row, position))
         hidden = model(tokens, cu.to(torch.int32), attend=attend)
         return hidden[cu[1:] - 1][row_prompt]
 

@@ -9,6 +9,7 @@ from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl import ops
+from fastrl.kernels import _attention_padded
 from fastrl.kernels import attention as module
 from fastrl.kernels.attention import backward_op, forward_op
 
@@ -70,7 +71,7 @@ def sdpa(q, k, v, cu):
 def test_any_block_size_gives_the_same(budget, monkeypatch):
     """Wrong implementations: a block of rows masked as if it began at 0; dk and dv overwritten instead of summed over blocks."""
     monkeypatch.setattr(module, "SCORES_BYTES", budget)
-    monkeypatch.setattr(module, "PADDED_TOKENS", max(1, budget // 100))
+    monkeypatch.setattr(_attention_padded, "PADDED_TOKENS", max(1, budget // 100))
     for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
         leaves, cu = inputs([70, 3, 33, 65], dtype=dtype)
         exact = [x.detach().double().requires_grad_() for x in leaves]

@@ -1,0 +1,135 @@
+"""Attention of packed sequences as padded batches of dense ones, for PyTorch's own kernels: the rungs `cpu` and `sdpa` of the ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._attention_flash import deterministic
+from fastrl.kernels._check import compute_dtype
+
+PADDED_TOKENS = 1 << 16  # of one padded batch
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+Dense = Callable[..., tuple[Tensor, ...]]
+
+
+# --- padded batches ---------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A batch of n sequences padded to L tokens."""
+
+    index: Tensor  # (n, L): the packed token at each place; padding repeats the sequence's own last one
+    padding: Tensor  # (n, L)
+    places: Tensor  # the places that are not padding
+    tokens: Tensor  # the packed token of each of `places`
+
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Packed (T, H, ...) as (n, H, L, ...)."""
+        return x.index_select(0, self.index.flatten()).to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write (n, H, L, ...) back to packed `out` (T, H, ...)."""
+        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
+
+    def take_lse(self, lse: Tensor) -> Tensor:
+        """Packed (T, H) as (n, H, L), infinite at the padding, whose probabilities then are 0."""
+        return self.take(lse, lse.dtype).masked_fill(self.padding[:, None], torch.inf)
+
+
+def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded]:
+    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two).
+
+    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another sequence, not
+    even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    power = lengths.double().log2().ceil()  # -inf for an empty sequence
+    for p in power[lengths > 0].unique().tolist():
+        inside = (power == p).nonzero().squeeze(1)
+        at = torch.arange(int(lengths[inside].max()), device=starts.device)
+        for some in inside.split(max(1, at_once(at.numel()))):
+            last = lengths[some, None] - 1
+            index = starts[some, None] + torch.minimum(at, last)
+            places = (at <= last).flatten().nonzero().squeeze(1)
+            yield Padded(index, at > last, places, index.flatten()[places])
+
+
+# --- dense attention --------------------------------------------------------------------------------
+# forward(q (n, H, L, E), k and v (n, K, L, E), scale) -> y, lse (n, H, L);  backward(dy, q, k, v, y, lse, scale) -> dq, dk, dv
+_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+_CUDA = "_scaled_dot_product_efficient_attention"  # unlike flash attention it takes float32, any width and any GPU
+LSE_MULTIPLE = 32  # to which it pads lse
+
+
+def cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash attention for CPU."""
+    y, lse = getattr(torch.ops.aten, _CPU)(q, k, v, 0.0, True, scale=scale)
+    return y, lse
+
+
+def cpu_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Its gradients."""
+    return getattr(torch.ops.aten, _CPU + "_backward")(dy, q, k, v, y, lse, 0.0, True, scale=scale)
+
+
+def cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Memory-efficient attention, which wants a key head for every query head."""
+    G, L = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    y, lse, *_ = getattr(torch.ops.aten, _CUDA)(q, k, v, None, True, 0.0, True, scale=scale)
+    return y, lse[..., :L]
+
+
+def cuda_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Its gradients; those of query heads that share a key head are added in float32."""
+    (n, K, L, E), G = k.shape, q.shape[1] // k.shape[1]
+    wide = (x.repeat_interleave(G, 1) for x in (k, v))
+    lse = torch.nn.functional.pad(lse, (0, -L % LSE_MULTIPLE), value=torch.inf)
+    no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
+    with deterministic():
+        dq, dk, dv, _ = getattr(torch.ops.aten, _CUDA + "_backward")(
+            dy, q, *wide, None, y, lse, no_dropout, no_dropout, 0.0, (True, True, True, False), True, scale=scale
+        )
+    return dq, *(x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) if G > 1 else x for x in (dk, dv))
+
+
+# --- packed attention from it -----------------------------------------------------------------------
+def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[..., Any]]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
+        for batch in padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+            for out, x in zip((y, lse), dense_forward(*(batch.take(x, x.dtype) for x in (q, k, v)), scale), strict=True):
+                batch.put(out, x)
+        return y, lse
+
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        for batch in padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+            parts = (*(batch.take(x, x.dtype) for x in (dy, q, k, v, y)), batch.take_lse(lse))
+            for out, x in zip(grads, dense_backward(*parts, scale), strict=True):
+                batch.put(out, x)
+        return grads
+
+    return {"forward": forward, "backward": backward}
+
+
+def _missing(name: str) -> str:
+    return "" if hasattr(torch.ops.aten, name + "_backward") else f"this torch has no {name}"
+
+
+PADDED: dict[str, dict[str, Any]] = {
+    "cpu": {"dtypes": HALVES, "missing": _missing(_CPU), **_packed(cpu_forward, cpu_backward)},
+    "sdpa": {
+        "devices": ("cuda",),
+        "dtypes": HALVES,
+        "missing": _missing(_CUDA) if torch.version.cuda else "this torch was built without CUDA",
+        **_packed(cuda_forward, cuda_backward),
+    },
+}

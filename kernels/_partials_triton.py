@@ -1,0 +1,59 @@
+"""The second stage of a reduction over rows: the partial sums of P programs, added in a fixed order, so that two runs give the same bits.
+
+A first stage writes partials (P, D), one row a program; which rows of the input a program took depends on its number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+
+COLUMNS, ROWS = 32, 64  # 128 bytes of each partial; D / 32 programs
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+INTERPRETED_PROGRAMS = 8  # where there is no GPU to fill
+
+
+@triton.jit(do_not_specialize=["P", "D"])
+def combine_kernel(out, partials, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, P, ROWS):
+        p = first + tl.arange(0, ROWS)[:, None]
+        acc += tl.load(partials + p.to(tl.int64) * D + d[None, :], (p < P) & (d < D)[None, :], 0.0)
+    tl.store(out + d, tl.sum(acc, 0).to(out.dtype.element_ty), d < D)
+
+
+def programs(x: Tensor, tiles: int, each: int = 2) -> int:
+    """How many programs share `tiles` tiles of work: a wave of `each` on every multiprocessor, if there is enough for it."""
+    wave = each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_PROGRAMS
+    return max(1, min(tiles, wave))
+
+
+def combine(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first axis of (P, D) fp32, in `dtype`."""
+    P, D = partials.shape
+    out = torch.empty(D, dtype=dtype, device=partials.device)
+    with on_device(partials):
+        combine_kernel[(triton.cdiv(D, COLUMNS),)](out, partials, P, D, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS)
+    return out
+
+
+def _specs() -> Iterator[Spec]:
+    for dtype, name in TRITON_TYPES.items():
+        yield Spec(
+            kernel=combine_kernel,
+            case=str(dtype).removeprefix("torch."),
+            types={"out": name, "partials": "*fp32", "P": "i32", "D": "i32"},
+            constants={"ROWS": ROWS, "COLUMNS": COLUMNS},
+            divisible=False,
+            options=OPTIONS,
+        )
+
+
+COMPILE = tuple(_specs())
