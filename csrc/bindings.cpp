@@ -18,6 +18,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
 #endif
 
+  m.def("policy_loss_cpu", &policy_loss_cpu, NoGil());
+
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def("threads_from", &threads_from);

@@ -28,6 +28,14 @@ void token_logp_backward_cuda(Address out, int64_t out_stride, Address logits, i
                               Address log_s, int64_t T, int64_t V, Address stream);
 #endif
 
+// --- policy_loss: formulas in kernels/policy_loss.py --------------------------------------------------
+// logp, old_logp, advantage, weight (T,); entropy, ref_logp, correction (T,) or 0; mask (T,) bytes or 0; ends (S+1,) int64 where
+// the ratio is per sequence, or 0  ->  loss (), metrics (16,), dlogp (T,), dentropy (T,) with entropy
+void policy_loss_cpu(Address logp, Address entropy, Address old_logp, Address advantage, Address weight, Address ref_logp,
+                     Address correction, Address mask, Address ends, int64_t S, Address loss, Address metrics, Address dlogp,
+                     Address dentropy, int surrogate, const std::vector<double>& params, int kl, double kl_coef,
+                     double entropy_coef, int64_t T, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

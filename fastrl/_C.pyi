@@ -70,6 +70,30 @@ def token_logp_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def policy_loss_cpu(
+    logp: int,
+    entropy: int,
+    old_logp: int,
+    advantage: int,
+    weight: int,
+    ref_logp: int,
+    correction: int,
+    mask: int,
+    ends: int,
+    S: int,
+    loss: int,
+    metrics: int,
+    dlogp: int,
+    dentropy: int,
+    surrogate: int,
+    params: tuple[float, ...],
+    kl: int,
+    kl_coef: float,
+    entropy_coef: float,
+    T: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 
