@@ -32,6 +32,11 @@ struct PolicyOptions {
   double kl_coef, entropy_coef;
 };
 
+struct PolicyRows {
+  void (*tokens)(const PolicyColumns& columns, const PolicyOptions& options, int64_t begin, int64_t end, double* sums);
+  float (*mean_drift)(const PolicyColumns& columns, int64_t begin, int64_t end);
+};
+
 }  // namespace fastrl
 
 #define FASTRL_ROWS "policy_loss_rows.h"
@@ -41,22 +46,6 @@ namespace fastrl {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // tokens whose sums are one entry of the second stage; every block size divides it
-
-// Each sequence's mean of logp - old_logp over live tokens, written for each of its tokens.
-void sequence_means(const PolicyColumns& c, const int64_t* ends, int64_t S, float* mean, int threads) {
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; s++) {
-      double sum = 0, n = 0;
-      for (int64_t t = ends[s]; t < ends[s + 1]; t++) {
-        const bool live = !c.mask || c.mask[t];
-        sum += live ? c.logp[t] - c.old_logp[t] : 0.0f;
-        n += live;
-      }
-      std::fill(mean + ends[s], mean + ends[s + 1], static_cast<float>(sum / std::max(n, 1.0)));
-    }
-  };
-  parallel(S, 1, threads, body);
-}
 
 void finish(const std::vector<double>& partial, float* loss, float* metrics) {
   double sums[kPolicySums] = {};
@@ -94,16 +83,19 @@ void policy_loss_cpu(Address logp, Address entropy, Address old_logp, Address ad
   PolicyColumns c = {array<float>(logp), array<float>(entropy), array<float>(old_logp), array<float>(advantage), array<float>(weight),
                      array<float>(ref_logp), array<float>(correction), nullptr, array<unsigned char>(mask), array<float>(dlogp),
                      array<float>(dentropy)};
+  const PolicyRows rows = FASTRL_CHOOSE(kPolicy);
   if (ends) {  // the means travel in dlogp, where each is read before the derivative takes its place
-    sequence_means(c, array<const int64_t>(ends), S, c.dlogp, threads);
+    auto means = [&, cu = array<const int64_t>(ends)](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; s++) std::fill(c.dlogp + cu[s], c.dlogp + cu[s + 1], rows.mean_drift(c, cu[s], cu[s + 1]));
+    };
+    parallel(S, 1, threads, means);
     c.mean = c.dlogp;
   }
   const PolicyOptions o = {surrogate, kl, params.data(), kl_coef, entropy_coef};
-  const auto rows = FASTRL_CHOOSE(kTokenRows);
   const int64_t chunks = (T + kChunk - 1) / kChunk;
   std::vector<double> partial(chunks * kPolicySums);
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) rows(c, o, i * kChunk, std::min((i + 1) * kChunk, T), &partial[i * kPolicySums]);
+    for (int64_t i = begin; i < end; i++) rows.tokens(c, o, i * kChunk, std::min((i + 1) * kChunk, T), &partial[i * kPolicySums]);
   };
   parallel(chunks, 1, threads, body);
   finish(partial, array<float>(loss), array<float>(metrics));

@@ -4,7 +4,7 @@
 // the tables is one small function here, found by its number, and rows do not multiply.
 #include "vec.h"
 
-constexpr int kVectors = 16, kBlock = kVectors * LANES;
+constexpr int kBlock = 16 * LANES;  // tokens: an fp32 lane adds no more than 16, and the columns of a block fit L1 together
 constexpr float kBound = 20;  // of d and e before any exponential
 
 typedef float Column[kBlock] __attribute__((aligned(64)));
@@ -13,12 +13,13 @@ typedef float Column[kBlock] __attribute__((aligned(64)));
 // beyond the end hold 0; 0 means absent.
 struct Block {
   long n;  // tokens: kBlock, but for the last
-  const float *logp, *old_logp, *advantage, *weight, *ref_logp, *correction, *entropy, *mean, *live;
-  Column d, r;                   // as the surrogate sees them
-  Column token_d, token_r, old;  // per token: unbounded, exp of the bounded, and exp(d) - 1 - d
-  Column e, x, k3;               // to the reference: e unbounded, x = exp(-e) - 1, k3 = x + e
-  Column value, slope, low, high, cap, kl, kl_slope;
-  Column copies[9];
+  const float *logp, *old_logp, *advantage, *weight, *ref_logp, *correction, *entropy, *mean;
+  Column live;                // 1 or 0
+  Column d, r, sequence_r;    // d as the surrogate sees it, r of the token, r of its sequence
+  const float* ratio;         // one of the two: as the surrogate sees it
+  Column e, x, k3;            // to the reference: e unbounded, x = exp(-e) - 1, k3 = x + e
+  Column value, slope, kl, kl_slope;
+  Column copies[8];
 };
 
 INLINE F within(F x, F low, F high) {
@@ -72,16 +73,22 @@ INLINE Term luffy_off(const Token& t, const double* p) {  // gamma
   return {t.advantage * prob / sum, t.advantage * gamma * prob / (sum * sum)};
 }
 
+// The sums of a block are fp32 in each lane; across blocks they are double.
+INLINE void add(D& to, F x) { to += __builtin_convertvector(x, D); }
+
 template <Term (*RULE)(const Token&, const double*)>
-void surrogate(Block& b, const double* params) {
+void surrogate(Block& b, const double* params, D* sums) {
+  F low = {}, high = {}, cap = {};
   for (int i = 0; i < kBlock; i += LANES) {
-    const Term x = RULE({load(b.d + i), load(b.r + i), load(b.logp + i), load(b.advantage + i)}, params);
+    const F live = load(b.live + i);
+    const Term x = RULE({load(b.d + i), load(b.ratio + i), load(b.logp + i), load(b.advantage + i)}, params);
     store(b.value + i, x.value), store(b.slope + i, x.slope);
-    store(b.low + i, x.low), store(b.high + i, x.high), store(b.cap + i, x.cap);
+    low += x.low * live, high += x.high * live, cap += x.cap * live;
   }
+  add(sums[kClipLow], low), add(sums[kClipHigh], high), add(sums[kClipCap], cap);
 }
 // by cpu_id, in the order of the table in kernels/_surrogates.py
-constexpr void (*kSurrogates[])(Block&, const double*) = {
+constexpr void (*kSurrogates[])(Block&, const double*, D*) = {
     surrogate<nll>, surrogate<pg>, surrogate<ratio>, surrogate<clip>, surrogate<cispo>, surrogate<sapo>, surrogate<dro>, surrogate<luffy_off>,
 };
 static_assert(sizeof kSurrogates == kPolicySurrogates * sizeof *kSurrogates, "kPolicySurrogates counts them");
@@ -105,7 +112,7 @@ INLINE Kl size_of(const Drift& t) { return {absolute(t.e), flag(t.e > 0.0f) - fl
 template <Kl (*RULE)(const Drift&)>
 void kl(Block& b) {
   for (int i = 0; i < kBlock; i += LANES) {
-    const Kl x = RULE({load(b.e + i), load(b.x + i), load(b.k3 + i), load(b.token_r + i)});
+    const Kl x = RULE({load(b.e + i), load(b.x + i), load(b.k3 + i), load(b.r + i)});
     store(b.kl + i, x.value), store(b.kl_slope + i, x.slope);
   }
 }
@@ -115,124 +122,118 @@ static_assert(sizeof kKls == kPolicyKls * sizeof *kKls, "kPolicyKls counts them"
 // --- stages -------------------------------------------------------------------------------------------
 typedef unsigned char Bytes __attribute__((vector_size(LANES)));
 
-INLINE I live_lanes(const unsigned char* mask, long n) {  // all ones where the token exists and the mask, if any, says so
-  unsigned char part[LANES];
-  for (int i = 0; i < LANES; i++) part[i] = i < n;
-  if (mask && n >= LANES) {
-    __builtin_memcpy(part, mask, LANES);
-  } else if (mask) {
-    for (long i = 0; i < n; i++) part[i] = mask[i];
-  }
+INLINE I nonzero(const unsigned char* mask) {
   Bytes bytes;
-  __builtin_memcpy(&bytes, part, LANES);
+  __builtin_memcpy(&bytes, mask, LANES);
   return __builtin_convertvector(bytes, I) != 0;
 }
 
-INLINE const float* selected(const float* from, float* to, long n, const float* live) {
-  if (!from) return nullptr;
+// `from` or, where the block has masked-out tokens or ends early, its copy
+INLINE const float* column(Block& b, float* copy, const float* from, bool whole) {
+  if (whole || !from) return from;
   for (int i = 0; i < kBlock; i += LANES) {
-    const F x = i + LANES <= n ? load(from + i) : i < n ? load_some(from + i, n - i, 0.0f) : F{};
-    store(to + i, load(live + i) > 0.0f ? x : F{});
+    const F x = i + LANES <= b.n ? load(from + i) : i < b.n ? load_some(from + i, b.n - i, 0.0f) : F{};
+    store(copy + i, (F)((I)x & (load(b.live + i) > 0.0f)));
   }
-  return to;
+  return copy;
 }
 
-INLINE void columns(Block& b, const PolicyColumns& c, int64_t at, const float* ones) {
-  const float* from[] = {c.logp, c.old_logp, c.advantage, c.weight, c.ref_logp, c.correction, c.entropy, c.mean};
-  const float** to[] = {&b.logp, &b.old_logp, &b.advantage, &b.weight, &b.ref_logp, &b.correction, &b.entropy, &b.mean};
+INLINE void columns(Block& b, const PolicyColumns& c, int64_t at) {
   const bool whole = b.n == kBlock && !c.mask;
-  b.live = whole ? ones : b.copies[8];
-  for (int i = 0; !whole && i < kBlock; i += LANES) {
-    store(b.copies[8] + i, flag(live_lanes(c.mask && i < b.n ? c.mask + at + i : nullptr, b.n - i)));
+  for (int i = 0; i < kBlock; i += LANES) {
+    if (i + LANES <= b.n) {
+      store(b.live + i, c.mask ? flag(nonzero(c.mask + at + i)) : splat(1));
+    } else {
+      for (int k = i; k < i + LANES; k++) b.live[k] = k < b.n && (!c.mask || c.mask[at + k]) ? 1 : 0;
+    }
   }
-  for (int k = 0; k < 8; k++) {
-    const float* x = from[k] ? from[k] + at : nullptr;
-    *to[k] = whole ? x : selected(x, b.copies[k], b.n, b.live);
-  }
+  const auto part = [&](int k, const float* from) { return column(b, b.copies[k], from ? from + at : from, whole); };
+  b.logp = part(0, c.logp), b.old_logp = part(1, c.old_logp), b.advantage = part(2, c.advantage), b.weight = part(3, c.weight);
+  b.ref_logp = part(4, c.ref_logp), b.correction = part(5, c.correction), b.entropy = part(6, c.entropy), b.mean = part(7, c.mean);
 }
 
-INLINE void drifts(Block& b) {
+INLINE void drifts(Block& b, D* sums) {
+  F d_sum = {}, square = {}, k3_sum = {};
   for (int i = 0; i < kBlock; i += LANES) {
-    const F token_d = load(b.logp + i) - load(b.old_logp + i), near = bounded(token_d);
+    const F d = load(b.logp + i) - load(b.old_logp + i), near = bounded(d);
     const Reduced x = reduce_exp(near);
-    const F r = exp_of(x);
-    store(b.token_d + i, token_d), store(b.token_r + i, r);
-    store(b.old + i, exp_rest(x) + (near - token_d));  // the second term is 0 but beyond the bound
-    store(b.d + i, near), store(b.r + i, r);
+    store(b.d + i, near), store(b.r + i, exp_of(x));
+    d_sum -= d, square += d * d, k3_sum += exp_rest(x) + (near - d);  // the second term is 0 but beyond the bound
   }
+  add(sums[kOldK1], d_sum), add(sums[kSquare], 0.5f * square), add(sums[kOldK3], k3_sum);
+  b.ratio = b.mean ? b.sequence_r : b.r;
   for (int i = 0; b.mean && i < kBlock; i += LANES) {
     const F d = bounded(load(b.mean + i));
-    store(b.d + i, d), store(b.r + i, exp_in_range(d));
-  }
-  for (int i = 0; b.ref_logp && i < kBlock; i += LANES) {
-    const F e = load(b.logp + i) - load(b.ref_logp + i), near = bounded(-e);
-    const F rest = exp_rest(reduce_exp(near));
-    store(b.e + i, e), store(b.x + i, rest + near), store(b.k3 + i, rest + (near + e));
+    store(b.d + i, d), store(b.sequence_r + i, exp_in_range(d));
   }
 }
 
-// The sums of a block are fp32 in each lane; across blocks they are double.
-INLINE void add(D& to, F x) { to += __builtin_convertvector(x, D); }
+INLINE void distances(Block& b, D* sums) {
+  F e_sum = {}, k3_sum = {};
+  for (int i = 0; i < kBlock; i += LANES) {
+    const F e = load(b.logp + i) - load(b.ref_logp + i), near = bounded(-e);
+    const F rest = exp_rest(reduce_exp(near)), k3 = rest + (near + e);
+    store(b.e + i, e), store(b.x + i, rest + near), store(b.k3 + i, k3);
+    e_sum += e, k3_sum += k3;
+  }
+  add(sums[kRefK1], e_sum), add(sums[kRefK3], k3_sum);
+}
 
-INLINE void losses(const Block& b, const PolicyOptions& o, float* dlogp, float* dentropy, D* sums) {
-  F loss_sum = {}, low = {}, high = {}, cap = {}, h_sum = {};
+template <class T>
+INLINE void put(T* to, F x, long i, long n) {
+  if (i + LANES <= n) store(to + i, x);
+  else if (i < n) store_some(to + i, x, n - i);
+}
+
+INLINE void losses(const Block& b, const PolicyOptions& o, float* dlogp, D* sums) {
+  const F kl_coef = splat((float)o.kl_coef), entropy_coef = splat((float)o.entropy_coef);
+  F sum = {};
   for (int i = 0; i < kBlock; i += LANES) {
     F value = -load(b.value + i), slope = -load(b.slope + i);
-    const F weight = load(b.weight + i), live = load(b.live + i);
-    if (b.correction) {
-      const F k = load(b.correction + i);
-      value *= k, slope *= k;
-    }
-    if (o.kl >= 0) {
-      const F c = splat((float)o.kl_coef);
-      value += c * load(b.kl + i), slope += c * load(b.kl_slope + i);
-    }
-    if (b.entropy) {
-      const F h = load(b.entropy + i), c = splat((float)o.entropy_coef);
-      if (o.entropy_coef != 0) value -= c * h;
-      h_sum += h;
-      const F g = weight * -c;
-      if (i + LANES <= b.n) store(dentropy + i, g);
-      else if (i < b.n) store_some(dentropy + i, g, b.n - i);
-    }
-    slope *= weight;
-    if (i + LANES <= b.n) store(dlogp + i, slope);
-    else if (i < b.n) store_some(dlogp + i, slope, b.n - i);
-    loss_sum += value * weight;
-    low += load(b.low + i) * live, high += load(b.high + i) * live, cap += load(b.cap + i) * live;
+    const F weight = load(b.weight + i);
+    if (b.correction) value *= load(b.correction + i), slope *= load(b.correction + i);
+    if (o.kl >= 0) value += kl_coef * load(b.kl + i), slope += kl_coef * load(b.kl_slope + i);
+    if (b.entropy && o.entropy_coef != 0) value -= entropy_coef * load(b.entropy + i);
+    put(dlogp, slope * weight, i, b.n);
+    sum += value * weight;
   }
-  add(sums[kClipLow], low), add(sums[kClipHigh], high), add(sums[kClipCap], cap), add(sums[kEntropy], h_sum), add(sums[kLoss], loss_sum);
+  add(sums[kLoss], sum);
+}
+
+INLINE void entropies(const Block& b, const PolicyOptions& o, float* dentropy, D* sums) {
+  F sum = {};
+  for (int i = 0; i < kBlock; i += LANES) {
+    put(dentropy, load(b.weight + i) * (float)-o.entropy_coef, i, b.n);
+    sum += load(b.entropy + i);
+  }
+  add(sums[kEntropy], sum);
 }
 
 INLINE void measures(const Block& b, D* sums, F& top) {
-  F count = {}, r_sum = {}, d_sum = {}, d_sq = {}, old = {}, advantage = {}, w_sum = {}, w_sq = {};
+  F count = {}, r_sum = {}, advantage = {}, weight = {}, square = {};
   for (int i = 0; i < kBlock; i += LANES) {
-    const F live = load(b.live + i), d = load(b.token_d + i), r = load(b.r + i) * live;  // finite where it is not live
+    const F live = load(b.live + i), r = load(b.ratio + i) * live;  // finite where it is not live
     const F w = b.correction ? r * load(b.correction + i) : r;
-    count += live, r_sum += r, d_sum -= d, d_sq += d * d, old += load(b.old + i);
-    advantage += load(b.advantage + i), w_sum += w, w_sq += w * w;
+    count += live, r_sum += r, advantage += load(b.advantage + i), weight += w, square += w * w;
     top = larger(r, top);
   }
-  add(sums[kTokens], count), add(sums[kRatio], r_sum), add(sums[kOldK1], d_sum), add(sums[kSquare], 0.5f * d_sq), add(sums[kOldK3], old);
-  add(sums[kAdvantage], advantage), add(sums[kWeight], w_sum), add(sums[kWeightSquare], w_sq);
-  F e = {}, k3 = {};
-  for (int i = 0; b.ref_logp && i < kBlock; i += LANES) e += load(b.e + i), k3 += load(b.k3 + i);
-  add(sums[kRefK1], e), add(sums[kRefK3], k3);
+  add(sums[kTokens], count), add(sums[kRatio], r_sum), add(sums[kAdvantage], advantage);
+  add(sums[kWeight], weight), add(sums[kWeightSquare], square);
 }
 
 void tokens(const PolicyColumns& c, const PolicyOptions& o, int64_t begin, int64_t end, double* out) {
   Block b;
-  Column ones;
-  for (int i = 0; i < kBlock; i++) ones[i] = 1;
   D sums[kPolicySums] = {};
   F top = {};
   for (int64_t at = begin; at < end; at += kBlock) {
     b.n = end - at < kBlock ? end - at : kBlock;
-    columns(b, c, at, ones);
-    drifts(b);
-    kSurrogates[o.surrogate](b, o.params);
+    columns(b, c, at);
+    drifts(b, sums);
+    if (b.ref_logp) distances(b, sums);
+    kSurrogates[o.surrogate](b, o.params, sums);
     if (o.kl >= 0) kKls[o.kl](b);
-    losses(b, o, c.dlogp + at, c.dentropy ? c.dentropy + at : nullptr, sums);
+    losses(b, o, c.dlogp + at, sums);
+    if (b.entropy) entropies(b, o, c.dentropy + at, sums);
     measures(b, sums, top);
   }
   for (int k = 0; k < kPolicySums; k++) {
@@ -241,4 +242,25 @@ void tokens(const PolicyColumns& c, const PolicyOptions& o, int64_t begin, int64
   }
   out[kRatioMax] = largest(top);
 }
-constexpr auto kTokenRows = tokens;
+
+// The mean of logp - old_logp over the live tokens of one sequence.
+float mean_drift(const PolicyColumns& c, int64_t begin, int64_t end) {
+  D even = {}, odd = {};
+  I count = {};
+  int64_t t = begin;
+  for (; t + 2 * LANES <= end; t += 2 * LANES) {
+    const F d[2] = {load(c.logp + t) - load(c.old_logp + t), load(c.logp + t + LANES) - load(c.old_logp + t + LANES)};
+    const I first = c.mask ? nonzero(c.mask + t) : I{} == 0, second = c.mask ? nonzero(c.mask + t + LANES) : I{} == 0;
+    add(even, (F)((I)d[0] & first)), add(odd, (F)((I)d[1] & second));
+    count -= first + second;  // of -1
+  }
+  double sum = 0, n = 0;
+  for (int i = 0; i < LANES; i++) sum += even[i] + odd[i], n += count[i];
+  for (; t < end; t++) {
+    const bool live = !c.mask || c.mask[t];
+    sum += live ? c.logp[t] - c.old_logp[t] : 0.0f, n += live;
+  }
+  return (float)(sum / (n > 0 ? n : 1));
+}
+
+constexpr PolicyRows kPolicy = {tokens, mean_drift};
