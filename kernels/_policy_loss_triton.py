@@ -23,11 +23,12 @@ from fastrl.kernels._policy_metrics import METRICS
 from fastrl.kernels._surrogates import SURROGATES, Surrogate
 
 DTYPES = (torch.float32,)
-ROWS = 256  # of four tokens: 16 bytes of each vector a thread, twice
+ROWS = 128  # of four tokens: 16 bytes of each vector a thread
 BLOCK = 4 * ROWS
-PROGRAMS = 1024  # at most, whatever the device: the order of the sums is part of the result
-ADDED = 256  # rows of sums that are added at once
+PROGRAMS = 2048  # at most, whatever the device: the order of the sums is part of the result
+ADDED = 512  # rows of sums that are added at once
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+COMBINE_OPTIONS = OPTIONS | {"num_warps": 16}
 SUMS = tl.constexpr(len(METRICS))  # one place for each metric; the last, which follows from others, holds the loss
 LOSS, TOKENS, LARGEST, RATIO, WEIGHT, WEIGHT_SQ = (
     tl.constexpr(METRICS.index(m)) for m in ("ess", "tokens", "ratio_max", "ratio_mean", "weight_mean", "weight_sq_mean")
@@ -112,18 +113,18 @@ def token_kernel(  # type: ignore[no-untyped-def]
     p0, p1, p2, SURROGATE: tl.constexpr, KL: tl.constexpr, REF: tl.constexpr, CORRECTION: tl.constexpr, ENTROPY: tl.constexpr,
     MASK: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    own, programs = tl.program_id(0), tl.num_programs(0)
+    own, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     none = tl.zeros((ROWS,), tl.float32)
     sums = (none, none, none, none, none, none, none, none, none, none, none, none, none, none, none, none)
     whole = T // (4 * ROWS)
     for i in range(own, whole, programs):
         sums = _merge(sums, _block(
-            i.to(tl.int64) * (4 * ROWS), logp, old_logp, advantage, weight, ref_logp, correction, entropy, mask, mean, dlogp, dentropy, T,
+            i * (4 * ROWS), logp, old_logp, advantage, weight, ref_logp, correction, entropy, mask, mean, dlogp, dentropy, T,
             kl_coef, entropy_coef, p0, p1, p2, SURROGATE, KL, REF, CORRECTION, ENTROPY, MASK, SEQUENCE, True, ROWS,
         ))  # fmt: skip
     if (own == whole % programs) & (whole * (4 * ROWS) < T):
         sums = _merge(sums, _block(
-            whole.to(tl.int64) * (4 * ROWS), logp, old_logp, advantage, weight, ref_logp, correction, entropy, mask, mean, dlogp, dentropy,
+            whole * (4 * ROWS), logp, old_logp, advantage, weight, ref_logp, correction, entropy, mask, mean, dlogp, dentropy,
             T, kl_coef, entropy_coef, p0, p1, p2, SURROGATE, KL, REF, CORRECTION, ENTROPY, MASK, SEQUENCE, False, ROWS,
         ))  # fmt: skip
     to = partial + own * SUMS
@@ -210,7 +211,7 @@ def forward(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             T, o.kl_coef, o.entropy_coef, *o.three_params, REF=c.ref_logp.numel() > 0, CORRECTION=c.correction.numel() > 0,
             ENTROPY=c.entropy.numel() > 0, SEQUENCE=o.ratio == "sequence", **columns(SURROGATES[o.surrogate], o.kl), **flags, **OPTIONS,
         )  # fmt: skip
-        combine_kernel[(1,)](partial, loss, metrics, programs, ADDED=ADDED, **OPTIONS)
+        combine_kernel[(1,)](partial, loss, metrics, programs, ADDED=ADDED, **COMBINE_OPTIONS)
     return loss, metrics, dlogp, dentropy
 
 
@@ -221,8 +222,37 @@ def columns(row: Surrogate, kl: str) -> dict[str, Any]:
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
+TYPES = (
+    dict.fromkeys(("logp", "old_logp", "advantage", "weight", "ref_logp", "correction", "entropy", "mean", "dlogp", "dentropy"), "*fp32")
+    | dict.fromkeys(("partial", "loss", "metrics"), "*fp32")
+    | dict.fromkeys(("kl_coef", "entropy_coef", "p0", "p1", "p2"), "fp32")
+    | {"mask": "*i1", "ends": "*i32", "T": "i32", "programs": "i32"}
+)
+
+
+def _token(name: str, kl: str, switches: str) -> Spec:
+    """The token kernel of a row, a KL and the inputs that are there: m(ask), c(orrection), e(ntropy), s(equence)."""
+    flags = {"MASK": "m", "CORRECTION": "c", "ENTROPY": "e", "SEQUENCE": "s"}
+    return Spec(
+        kernel=token_kernel,
+        case=f"{name} {kl or '-'} {switches or '-'}",
+        types=TYPES,
+        constants={"ROWS": ROWS, "REF": bool(kl)} | {n: letter in switches for n, letter in flags.items()} | columns(SURROGATES[name], kl),
+        divisible=True,
+        wide=("load", "store"),
+        options=OPTIONS,
+    )
+
+
 def _specs() -> Iterator[Spec]:
-    yield from ()
+    """Every row and every KL once, the headline, and all inputs together."""
+    yield from (_token(name, "", "m") for name in SURROGATES)
+    yield from (_token("clip", kl, "mces") for kl in twins.KL_TWINS)
+    yield from (_token(name, "k3", "mces") for name in ("sapo", "luffy_off"))
+    for masked in (True, False):
+        moves = {"types": TYPES, "divisible": True, "wide": ("load", "store"), "options": OPTIONS}
+        yield Spec(kernel=mean_kernel, case="m" * masked or "-", constants={"MASK": masked, "ROWS": ROWS}, **moves)
+    yield Spec(kernel=combine_kernel, case="", types=TYPES, constants={"ADDED": ADDED}, divisible=True, options=COMBINE_OPTIONS)
 
 
 COMPILE = tuple(_specs())
