@@ -150,7 +150,7 @@ def combine_kernel(partial, loss, metrics, programs, ADDED: tl.constexpr):  # ty
     n = _at(s, TOKENS)
     mean = s / tl.maximum(n, 1.0)
     weight = _at(mean, WEIGHT)
-    ess = tl.where(n > 0.0, weight * weight / _at(mean, WEIGHT_SQ), 0.0)
+    ess = weight * weight / tl.where(n > 0.0, _at(mean, WEIGHT_SQ), 1.0)
     largest = tl.where(_at(s, RATIO) == _at(s, RATIO), _at(s, LARGEST), float("nan"))  # a maximum drops NaN
     out = tl.where(k == TOKENS, n, tl.where(k == LARGEST, largest, tl.where(k == LOSS, ess, mean)))
     tl.store(metrics + k, out.to(tl.float32))

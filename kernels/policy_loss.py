@@ -32,6 +32,7 @@ from fastrl.kernels._surrogates import KLS, SURROGATES, Surrogate, bounded
 
 __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics", "policy_loss", "reference"]
 
+
 # --- reference --------------------------------------------------------------------------------------
 def _formula(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and the metrics (M,)."""
