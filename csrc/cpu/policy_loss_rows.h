@@ -120,34 +120,30 @@ constexpr void (*kKls[])(Block&) = {kl<k1>, kl<k2>, kl<k3>, kl<k3_plus>, kl<k1_i
 static_assert(sizeof kKls == kPolicyKls * sizeof *kKls, "kPolicyKls counts them");
 
 // --- stages -------------------------------------------------------------------------------------------
-typedef unsigned char Bytes __attribute__((vector_size(LANES)));
-
-INLINE I nonzero(const unsigned char* mask) {
-  Bytes bytes;
-  __builtin_memcpy(&bytes, mask, LANES);
-  return __builtin_convertvector(bytes, I) != 0;
+// 1 for each of the n tokens from `at` on that counts, else 0
+INLINE void live_tokens(Column live, const unsigned char* mask, int64_t at, long n) {
+  if (mask && n == kBlock) {
+    for (int k = 0; k < kBlock; k++) live[k] = mask[at + k] != 0;
+  } else {
+    for (int k = 0; k < kBlock; k++) live[k] = k < n && (!mask || mask[at + k]);
+  }
 }
 
-// `from` or, where the block has masked-out tokens or ends early, its copy
-INLINE const float* column(Block& b, float* copy, const float* from, bool whole) {
-  if (whole || !from) return from;
+// a copy of n elements in which those that do not count, and the rest of the block, are 0
+INLINE const float* selected(float* copy, const float* from, const float* live, long n) {
   for (int i = 0; i < kBlock; i += LANES) {
-    const F x = i + LANES <= b.n ? load(from + i) : i < b.n ? load_some(from + i, b.n - i, 0.0f) : F{};
-    store(copy + i, (F)((I)x & (load(b.live + i) > 0.0f)));
+    const F x = i + LANES <= n ? load(from + i) : i < n ? load_some(from + i, n - i, 0.0f) : F{};
+    store(copy + i, (F)((I)x & (load(live + i) > 0.0f)));
   }
   return copy;
 }
 
 INLINE void columns(Block& b, const PolicyColumns& c, int64_t at) {
   const bool whole = b.n == kBlock && !c.mask;
-  for (int i = 0; i < kBlock; i += LANES) {
-    if (i + LANES <= b.n) {
-      store(b.live + i, c.mask ? flag(nonzero(c.mask + at + i)) : splat(1));
-    } else {
-      for (int k = i; k < i + LANES; k++) b.live[k] = k < b.n && (!c.mask || c.mask[at + k]) ? 1 : 0;
-    }
-  }
-  const auto part = [&](int k, const float* from) { return column(b, b.copies[k], from ? from + at : from, whole); };
+  live_tokens(b.live, c.mask, at, b.n);
+  const auto part = [&](int k, const float* from) {
+    return !from ? from : whole ? from + at : selected(b.copies[k], from + at, b.live, b.n);
+  };
   b.logp = part(0, c.logp), b.old_logp = part(1, c.old_logp), b.advantage = part(2, c.advantage), b.weight = part(3, c.weight);
   b.ref_logp = part(4, c.ref_logp), b.correction = part(5, c.correction), b.entropy = part(6, c.entropy), b.mean = part(7, c.mean);
 }
@@ -245,22 +241,22 @@ void tokens(const PolicyColumns& c, const PolicyOptions& o, int64_t begin, int64
 
 // The mean of logp - old_logp over the live tokens of one sequence.
 float mean_drift(const PolicyColumns& c, int64_t begin, int64_t end) {
-  D even = {}, odd = {};
-  I count = {};
-  int64_t t = begin;
-  for (; t + 2 * LANES <= end; t += 2 * LANES) {
-    const F d[2] = {load(c.logp + t) - load(c.old_logp + t), load(c.logp + t + LANES) - load(c.old_logp + t + LANES)};
-    const I first = c.mask ? nonzero(c.mask + t) : I{} == 0, second = c.mask ? nonzero(c.mask + t + LANES) : I{} == 0;
-    add(even, (F)((I)d[0] & first)), add(odd, (F)((I)d[1] & second));
-    count -= first + second;  // of -1
+  Column live, logp, old_logp;
+  D sum = {}, count = {};
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const long n = end - at < kBlock ? end - at : kBlock;
+    live_tokens(live, c.mask, at, n);
+    const float *p = selected(logp, c.logp + at, live, n), *q = selected(old_logp, c.old_logp + at, live, n);
+    F part = {};
+    for (int i = 0; i < kBlock; i += LANES) {
+      add(sum, load(p + i) - load(q + i));
+      part += load(live + i);
+    }
+    add(count, part);
   }
-  double sum = 0, n = 0;
-  for (int i = 0; i < LANES; i++) sum += even[i] + odd[i], n += count[i];
-  for (; t < end; t++) {
-    const bool live = !c.mask || c.mask[t];
-    sum += live ? c.logp[t] - c.old_logp[t] : 0.0f, n += live;
-  }
-  return (float)(sum / (n > 0 ? n : 1));
+  double total = 0, tokens = 0;
+  for (int i = 0; i < LANES; i++) total += sum[i], tokens += count[i];
+  return (float)(total / (tokens > 0 ? tokens : 1));
 }
 
 constexpr PolicyRows kPolicy = {tokens, mean_drift};
