@@ -233,15 +233,13 @@ TYPES = (
 def _token(name: str, kl: str, switches: str) -> Spec:
     """The token kernel of a row, a KL and the inputs that are there: m(ask), c(orrection), e(ntropy), s(equence)."""
     flags = {"MASK": "m", "CORRECTION": "c", "ENTROPY": "e", "SEQUENCE": "s"}
-    return Spec(
-        kernel=token_kernel,
-        case=f"{name} {kl or '-'} {switches or '-'}",
-        types=TYPES,
-        constants={"ROWS": ROWS, "REF": bool(kl)} | {n: letter in switches for n, letter in flags.items()} | columns(SURROGATES[name], kl),
-        divisible=True,
-        wide=("load", "store"),
-        options=OPTIONS,
-    )
+    constants = {"ROWS": ROWS, "REF": bool(kl)} | {n: letter in switches for n, letter in flags.items()}
+    return _spec(token_kernel, f"{name} {kl or '-'} {switches or '-'}", constants | columns(SURROGATES[name], kl))
+
+
+def _spec(kernel: Any, case: str, constants: dict[str, Any]) -> Spec:
+    moves = ("load", "store")
+    return Spec(kernel=kernel, case=case, types=TYPES, constants=constants, divisible=True, wide=moves, options=OPTIONS)
 
 
 def _specs() -> Iterator[Spec]:
@@ -250,8 +248,7 @@ def _specs() -> Iterator[Spec]:
     yield from (_token("clip", kl, "mces") for kl in twins.KL_TWINS)
     yield from (_token(name, "k3", "mces") for name in ("sapo", "luffy_off"))
     for masked in (True, False):
-        moves = {"types": TYPES, "divisible": True, "wide": ("load", "store"), "options": OPTIONS}
-        yield Spec(kernel=mean_kernel, case="m" * masked or "-", constants={"MASK": masked, "ROWS": ROWS}, **moves)
+        yield _spec(mean_kernel, "m" * masked or "-", {"MASK": masked, "ROWS": ROWS})
     yield Spec(kernel=combine_kernel, case="", types=TYPES, constants={"ADDED": ADDED}, divisible=True, options=COMBINE_OPTIONS)
 
 

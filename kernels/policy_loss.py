@@ -12,8 +12,8 @@ With ratio="sequence" a token's d = logp - old_logp is replaced by its sequence'
 with the token's own logp (GSPO-token): advantages may differ within a sequence, and where they do not this is GSPO.
 
 Masked-out tokens are replaced before anything is computed: whatever they hold, they add exactly 0.
-The fused op computes loss, metrics and both derivatives at once; a surrogate that is not in the table takes the same formula
-through autograd.
+The fused op computes loss, metrics and both derivatives at once: one pass on CPU (csrc/cpu/policy_loss.cpp), one kernel and its
+second stage in Triton.  A surrogate that is not in the table takes the same formula through autograd.
 """
 
 from __future__ import annotations
@@ -147,12 +147,33 @@ def _(logp, entropy, *rest):  # type: ignore[no-untyped-def]
     return logp.new_empty(()), logp.new_empty(len(METRICS)), logp.new_empty(logp.shape), logp.new_empty(entropy.shape)
 
 
+def _run(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward_op(logp, entropy, *rest, o.surrogate, o.params, o.ratio, o.kl, o.kl_coef, o.entropy_coef)
+
+
 class _PolicyLoss(torch.autograd.Function):
     """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a registered backward."""
 
     @staticmethod
-    def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return forward_op(logp, entropy, *rest, o.surrogate, list(o.params), o.ratio, o.kl, o.kl_coef, o.entropy_coef)
+    def forward(ctx: Any, logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor]:
+        loss, metrics, dlogp, dentropy = _run(logp, entropy, rest, o)
+        ctx.mark_non_differentiable(metrics)
+        ctx.save_for_backward(dlogp, dentropy)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        dlogp, dentropy = ctx.saved_tensors
+        return dlogp * dloss, dentropy * dloss if ctx.needs_input_grad[1] else None, None, None
+
+
+class _Transformed(_PolicyLoss):
+    """The form that torch.func and torch.compile ask for.  It takes 25 us longer to start, which the other one saves."""
+
+    @staticmethod
+    def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _run(logp, entropy, rest, o)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,11 +181,14 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(metrics, dlogp, dentropy)
         ctx.save_for_backward(dlogp, dentropy)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        dlogp, dentropy = ctx.saved_tensors
-        return dlogp * dloss, dentropy * dloss if ctx.needs_input_grad[1] else None, None, None
+
+def _differentiable(c: Columns, o: Options) -> tuple[Tensor, ...]:
+    """Loss and metrics first."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(c.logp, c.entropy, c[2:], o)
+    if torch.is_grad_enabled():
+        return _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
+    return _run(c.logp, c.entropy, c[2:], o)
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -193,7 +217,8 @@ def policy_loss(
 
     Shapes:  every vector (T,), or (B, L) with one sequence a row; bf16|fp16|fp32|fp64, mask bool (True counts; None counts all)
              ->  loss () and metrics () in fp32 (fp64 for fp64 logp).
-    Memory:  about forty (T,) vectors while it runs; two are kept for the backward.
+    Memory:  the derivative, (T,), kept for the backward, and one more with an entropy; in Triton, a third where the ratio is per
+             sequence.  A surrogate without a twin on the device, and float64, take about forty (T,) vectors while they run.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025 (GSPO);
              MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are not provided.
@@ -204,5 +229,5 @@ def policy_loss(
     )  # fmt: skip
     if not o.surrogate:
         return _by_autograd(row, c, o)
-    loss, metrics, _, _ = _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
+    loss, metrics = _differentiable(c, o)[:2]
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
