@@ -1,4 +1,4 @@
-"""policy_loss: the clipped surrogate of T tokens with its metrics and, with a backward, its gradient."""
+"""policy_loss: the clipped surrogate of T tokens with all its metrics and, with a backward, its gradient.  64k tokens; 512 x 8192."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from fastrl import ops
 from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, cases, compiled, plain
 
 LOW, HIGH = 0.2, 0.2
+REPORTED = (
+    "tokens", "clip_low", "clip_high", "ratio_mean", "approx_kl", "old_kl_k1", "old_kl_k3", "advantage_mean", "weight_sq_mean",
+    "ratio_max", "ess",
+)  # fmt: skip
 CASES = cases("T", tiny=(7,), quick=(4096,), cpu=[(65536,)], cuda=[(4194304,), (65536,)], slice={"T": 4096}, cuda_dtype="float32")
 
 
@@ -33,20 +37,23 @@ def cost(case: Case) -> Cost:
 
 def ours(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     loss, metrics = ops.policy_loss(logp, old_logp, advantage, surrogate="clip", token_weight=weight, mask=mask)
-    return loss, metrics["clip_low"], metrics["clip_high"], metrics["ratio_mean"]
+    return loss, *(metrics[name] for name in REPORTED)
 
 
 def eager(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """As in the public trainers: the loss, the share of tokens held at each bound, the mean ratio and the approximate KL."""
-    ratio = (logp - old_logp).exp()
-    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
+    """As the public trainers write it, with the metrics of ours that are not 0 or another's double here, and no .item()."""
     live = mask.to(logp.dtype)
-    count = live.sum()
+    drift = logp - old_logp
+    ratio = drift.exp()
+    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
+    loss = (per_token * weight * live).sum()
     with torch.no_grad():
+        count = live.sum().clamp(min=1)
         low = ((ratio < 1 - LOW) & (advantage < 0)).to(logp.dtype)
         high = ((ratio > 1 + HIGH) & (advantage > 0)).to(logp.dtype)
-        metrics = [(x * live).sum() / count for x in (low, high, ratio, 0.5 * (logp - old_logp).square())]
-    return (per_token * weight * live).sum(), *metrics
+        each = (low, high, ratio, 0.5 * drift.square(), -drift, ratio - 1 - drift, advantage, ratio.square())
+        means = [(x * live).sum() / count for x in each]
+        return loss, live.sum(), *means, (ratio * live).amax(), means[2].square() / means[-1]
 
 
 PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": compiled(eager)}

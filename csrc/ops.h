@@ -93,6 +93,14 @@ void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t 
 void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
                          int threads);
 
+// --- policy_loss: formulas in kernels/policy_loss.py --------------------------------------------------
+// logp, old_logp, advantage, weight (T,); entropy, ref_logp, correction (T,) or 0; mask (T,) bytes or 0; ends (S+1,) int64 where
+// the ratio is per sequence, or 0  ->  loss (), metrics (16,), dlogp (T,), dentropy (T,) with entropy
+void policy_loss_cpu(Address logp, Address entropy, Address old_logp, Address advantage, Address weight, Address ref_logp,
+                     Address correction, Address mask, Address ends, int64_t S, Address loss, Address metrics, Address dlogp,
+                     Address dentropy, int surrogate, const std::vector<double>& params, int kl, double kl_coef,
+                     double entropy_coef, int64_t T, int threads);
+
 // --- what this process runs on ------------------------------------------------------------------------
 std::string cpu_isa();                 // the instruction set the CPU kernels use; FASTRL_CPU_ISA overrules it
 std::vector<std::string> cpu_isas();   // those this processor has, slowest first

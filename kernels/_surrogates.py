@@ -24,8 +24,8 @@ Gate = tuple[Tensor, Tensor, Tensor]  # bool: held at the lower bound, at the up
 
 
 def bounded(x: Tensor) -> Tensor:
-    """x within +-20, with the derivative of x."""
-    return x + (x.clamp(-EXPONENT, EXPONENT) - x).detach()
+    """x within +-20, with the derivative of x; NaN for an infinity, as for NaN."""
+    return x.detach().clamp(-EXPONENT, EXPONENT) + (x - x.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,24 @@ class Surrogate:
 
     The loss contains -value.  In a surrogate of your own the derivative may be None: autograd then differentiates the value, and
     detached parts of it count as constants.  `gate(r, advantage, **params)` says which tokens a bound holds, for the clip
-    fractions only.  `triton` and `cpu_id` name the same formula inside the fused kernels; None where they do not have it.
+    fractions only; `check(**params)` raises ValueError for parameters that make no sense.
+
+    `triton` and `cpu_id` are the same formula inside the fused kernels: the name of a function of _policy_twins.py, which is
+    looked up where triton is installed, or a @triton.jit function of your own with the signature of those; and its number in
+    csrc/cpu/policy_loss_rows.h.  The op uses them for rows of SURROGATES, with at most three parameters; a row without the twin of
+    the device, and a surrogate that is not in the table, run `torch`.
     """
 
     torch: Callable[..., Terms]
-    triton: Callable[..., object] | None = None
+    triton: str | Callable[..., object] | None = None
     cpu_id: int | None = None
     params: Mapping[str, float] = field(default_factory=dict)
     gate: Callable[..., Gate] | None = None
+    check: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.check:
+            self.check(**self.params)
 
     def with_params(self, **changes: float) -> Surrogate:
         """The same surrogate with some parameters changed; an unknown name is a ValueError."""
@@ -67,12 +77,16 @@ def _ratio(d: Tensor, logp: Tensor, advantage: Tensor) -> Terms:
 
 
 def _clip(d: Tensor, logp: Tensor, advantage: Tensor, *, low: float, high: float, cap: float) -> Terms:
-    if not cap > 1 + high:  # a lower cap would also cut tokens with a positive advantage
-        raise ValueError(f"cap: expected more than 1 + high = {1 + high:g}, got {cap:g}")
+    _clip_check(low=low, high=high, cap=cap)
     r = d.exp()
     value = torch.minimum(r.clamp(max=cap) * advantage, r.clamp(1 - low, 1 + high) * advantage)
     below, above, capped = _clip_gate(r, advantage, low=low, high=high, cap=cap)
     return value, torch.where(below | above | capped, 0, r * advantage)
+
+
+def _clip_check(*, low: float, high: float, cap: float) -> None:
+    if not cap > 1 + high:  # a lower cap would also cut tokens with a positive advantage
+        raise ValueError(f"cap: expected more than 1 + high = {1 + high:g}, got {cap:g}")
 
 
 def _clip_gate(r: Tensor, advantage: Tensor, *, low: float, high: float, cap: float) -> Gate:
@@ -105,17 +119,19 @@ def _luffy_off(d: Tensor, logp: Tensor, advantage: Tensor, *, gamma: float) -> T
     return advantage * p / (p + gamma), advantage * gamma * p / (p + gamma).square()
 
 
-SURROGATES = {  # cpu_id counts the rows: the number by which a compiled kernel knows the formula
-    "nll": Surrogate(_nll),  # logp: supervised tokens, whatever their advantage
-    "pg": Surrogate(_pg),  # A logp: REINFORCE, RLOO, GPG
-    "ratio": Surrogate(_ratio),  # r A: importance weighted, unclipped
+SURROGATES = {  # name: torch, triton, cpu_id, params
+    "nll": Surrogate(_nll, "nll", 0),  # logp: supervised tokens, whatever their advantage
+    "pg": Surrogate(_pg, "pg", 1),  # A logp: REINFORCE, RLOO, GPG
+    "ratio": Surrogate(_ratio, "ratio", 2),  # r A: importance weighted, unclipped
     # min(min(r, cap) A, clip(r, 1 - low, 1 + high) A): PPO, GRPO, DAPO; with ratio="sequence" GSPO.
     # cap is the dual clip of negative advantages, which is INTELLECT-2's two-sided clip
-    "clip": Surrogate(_clip, params={"low": 0.2, "high": 0.2, "cap": math.inf}, gate=_clip_gate),
-    "cispo": Surrogate(_cispo, params={"low": 0.0, "high": 5.0}, gate=_cispo_gate),  # stop(clip(r, low, high)) A logp; absolute bounds
-    "sapo": Surrogate(_sapo, params={"pos": 1.0, "neg": 1.05}),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
-    "dro": Surrogate(_dro, params={"beta": 0.1}),  # A logp - beta/2 d^2
-    "luffy_off": Surrogate(_luffy_off, params={"gamma": 0.1}),  # A p / (p + gamma): tokens of somebody else's demonstrations
+    "clip": Surrogate(_clip, "clip", 3, params={"low": 0.2, "high": 0.2, "cap": math.inf}, gate=_clip_gate, check=_clip_check),
+    # stop(clip(r, low, high)) A logp; absolute bounds
+    "cispo": Surrogate(_cispo, "cispo", 4, params={"low": 0.0, "high": 5.0}, gate=_cispo_gate),
+    "sapo": Surrogate(_sapo, "sapo", 5, params={"pos": 1.0, "neg": 1.05}),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    "dro": Surrogate(_dro, "dro", 6, params={"beta": 0.1}),  # A logp - beta/2 d^2
+    # A p / (p + gamma): tokens of somebody else's demonstrations
+    "luffy_off": Surrogate(_luffy_off, "luffy_off", 7, params={"gamma": 0.1}),
 }
 
 

@@ -12,56 +12,29 @@ With ratio="sequence" a token's d = logp - old_logp is replaced by its sequence'
 with the token's own logp (GSPO-token): advantages may differ within a sequence, and where they do not this is GSPO.
 
 Masked-out tokens are replaced before anything is computed: whatever they hold, they add exactly 0.
-The fused op computes loss, metrics and both derivatives at once; a surrogate that is not in the table takes the same formula
-through autograd.
+The fused op computes loss, metrics and both derivatives at once: one pass on CPU (csrc/cpu/policy_loss.cpp), one kernel and its
+second stage in Triton.  A surrogate that is not in the table takes the same formula through autograd.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
-from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
+from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._check import ends
+from fastrl.kernels._policy_columns import RATIOS, Columns, Options, gather
 from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
-from fastrl.kernels._surrogates import KLS, SURROGATES, Surrogate, bounded, name_of
+from fastrl.kernels._surrogates import KLS, SURROGATES, Surrogate, bounded
 
 __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics", "policy_loss", "reference"]
 
-RATIOS = ("token", "sequence")
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What is not a tensor."""
-
-    surrogate: str  # empty for one that is not in the table
-    params: tuple[float, ...]
-    ratio: str
-    kl: str
-    kl_coef: float
-    entropy_coef: float
-
-
-class _Columns(NamedTuple):
-    """The (T,) vectors, empty where absent."""
-
-    logp: Tensor
-    entropy: Tensor
-    old_logp: Tensor
-    advantage: Tensor
-    weight: Tensor
-    ref_logp: Tensor
-    correction: Tensor
-    mask: Tensor
-    cu_seqlens: Tensor
-
 
 # --- reference --------------------------------------------------------------------------------------
-def _formula(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor]:
+def _formula(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and the metrics (M,)."""
     mask = c.mask
     if mask.numel():
@@ -85,7 +58,7 @@ def _formula(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, Tensor, 
     return loss * c.weight, slope * c.weight, metrics
 
 
-def _sequence_mean(d: Tensor, c: _Columns) -> Tensor:
+def _sequence_mean(d: Tensor, c: Columns) -> Tensor:
     """Each token's sequence mean of d over live tokens, with the derivative of the token's own d."""
     T, cu = d.shape[0], c.cu_seqlens.long()
     of = torch.searchsorted(cu[1:], torch.arange(T, device=d.device), right=True)
@@ -99,17 +72,17 @@ def _sequence_mean(d: Tensor, c: _Columns) -> Tensor:
 
 def reference(logp: Tensor, old_logp: Tensor, advantage: Tensor, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the surrogate's value."""
-    return _by_autograd(*_arguments(logp, old_logp, advantage, **arguments))
+    return _by_autograd(*gather(logp, old_logp, advantage, **arguments))
 
 
-def _by_autograd(row: Surrogate, c: _Columns, o: _Options) -> tuple[Tensor, dict[str, Tensor]]:
+def _by_autograd(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, dict[str, Tensor]]:
     if o.ratio == "sequence" and not torch.compiler.is_compiling():
         ends("cu_seqlens", c.cu_seqlens, c.logp.shape[0])
     loss, _, metrics = _formula(row, c, o)
     return loss.sum(), dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
-def _fused(c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), metrics (M,), d loss / d logp (T,) and d loss / d entropy (T,), empty without entropy."""
     named = SURROGATES[o.surrogate]
     row = replace(named, params=dict(zip(named.params, o.params, strict=True)))
@@ -118,32 +91,89 @@ def _fused(c: _Columns, o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss.sum(), metrics, slope, weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0)
 
 
-register("policy_loss", "reference", forward=_fused)
+register("policy_loss", "reference", forward=_fused, columns=_fused)  # "columns": of rows without a twin on the device
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+_C = extension()
+_KL_IDS = {name: i for i, name in enumerate(("", *KLS), -1)}  # by which csrc/cpu/policy_loss_rows.h knows them
+
+
+def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = Columns(*(x.contiguous() for x in c))
+    loss, metrics = c.logp.new_empty(()), c.logp.new_empty(len(METRICS))
+    dlogp, dentropy = torch.empty_like(c.logp), torch.empty_like(c.entropy)
+    sequence_ends = c.cu_seqlens.long() if o.ratio == "sequence" else c.cu_seqlens[:0]
+    _C.policy_loss_cpu(
+        *(x.data_ptr() for x in c[:-1]), sequence_ends.data_ptr(), sequence_ends.shape[0] - 1,
+        loss.data_ptr(), metrics.data_ptr(), dlogp.data_ptr(), dentropy.data_ptr(),
+        SURROGATES[o.surrogate].cpu_id, o.three_params, _KL_IDS[o.kl], o.kl_coef, o.entropy_coef, c.logp.shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, metrics, dlogp, dentropy
+
+
+register(
+    "policy_loss",
+    "cpu",
+    dtypes=(torch.float32,),
+    missing="" if hasattr(_C, "policy_loss_cpu") else "fastrl._C was built without it",
+    forward=_compiled,
+)
+register_triton("policy_loss", "_policy_loss_triton", "forward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
-@torch.library.custom_op("fastrl::policy_loss", mutates_args=())
-def forward_op(
+def _forward(
     logp: Tensor, entropy: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, ref_logp: Tensor, correction: Tensor,
     mask: Tensor, cu_seqlens: Tensor, surrogate: str, params: list[float], ratio: str, kl: str, kl_coef: float, entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    c = _Columns(logp, entropy, old_logp, advantage, weight, ref_logp, correction, mask, cu_seqlens)
+    c = Columns(logp, entropy, old_logp, advantage, weight, ref_logp, correction, mask, cu_seqlens)
     if ratio == "sequence":  # here, because torch.compile cannot trace a look at values
         ends("cu_seqlens", cu_seqlens, logp.shape[0])
-    return pick("policy_loss", logp, "forward")(c, _Options(surrogate, tuple(params), ratio, kl, kl_coef, entropy_coef))
+    row = SURROGATES[surrogate]
+    twin = row.triton if logp.is_cuda else row.cpu_id
+    run = pick("policy_loss", logp, "forward" if twin is not None else "columns")
+    return run(c, Options(surrogate, tuple(params), ratio, kl, kl_coef, entropy_coef))
 
 
-@forward_op.register_fake
+# not custom_op, whose wrapper costs as much as the arithmetic of ten thousand tokens
+torch.library.define("fastrl::policy_loss", torch.library.infer_schema(_forward, mutates_args=()))
+torch.library.impl("fastrl::policy_loss", "CompositeExplicitAutograd", _forward)
+forward_op = torch.ops.fastrl.policy_loss.default
+
+
+@torch.library.register_fake("fastrl::policy_loss")
 def _(logp, entropy, *rest):  # type: ignore[no-untyped-def]
     return logp.new_empty(()), logp.new_empty(len(METRICS)), logp.new_empty(logp.shape), logp.new_empty(entropy.shape)
+
+
+def _run(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward_op(logp, entropy, *rest, o.surrogate, o.params, o.ratio, o.kl, o.kl_coef, o.entropy_coef)
 
 
 class _PolicyLoss(torch.autograd.Function):
     """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a registered backward."""
 
     @staticmethod
-    def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: _Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return forward_op(logp, entropy, *rest, o.surrogate, list(o.params), o.ratio, o.kl, o.kl_coef, o.entropy_coef)
+    def forward(ctx: Any, logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor]:
+        loss, metrics, dlogp, dentropy = _run(logp, entropy, rest, o)
+        ctx.mark_non_differentiable(metrics)
+        ctx.save_for_backward(dlogp, dentropy)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        dlogp, dentropy = ctx.saved_tensors
+        return dlogp * dloss, dentropy * dloss if ctx.needs_input_grad[1] else None, None, None
+
+
+class _Transformed(_PolicyLoss):
+    """The form that torch.func and torch.compile ask for.  It takes 25 us longer to start, which the other one saves."""
+
+    @staticmethod
+    def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _run(logp, entropy, rest, o)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,11 +181,14 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(metrics, dlogp, dentropy)
         ctx.save_for_backward(dlogp, dentropy)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        dlogp, dentropy = ctx.saved_tensors
-        return dlogp * dloss, dentropy * dloss, None, None
+
+def _differentiable(c: Columns, o: Options) -> tuple[Tensor, ...]:
+    """Loss and metrics first."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(c.logp, c.entropy, c[2:], o)
+    if torch.is_grad_enabled():
+        return _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
+    return _run(c.logp, c.entropy, c[2:], o)
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -184,97 +217,17 @@ def policy_loss(
 
     Shapes:  every vector (T,), or (B, L) with one sequence a row; bf16|fp16|fp32|fp64, mask bool (True counts; None counts all)
              ->  loss () and metrics () in fp32 (fp64 for fp64 logp).
-    Memory:  about forty (T,) vectors while it runs; two are kept for the backward.
+    Memory:  the derivative, (T,), kept for the backward, and one more with an entropy; in Triton, a third where the ratio is per
+             sequence.  A surrogate without a twin on the device, and float64, take about forty (T,) vectors while they run.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025 (GSPO);
              MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are not provided.
     """
-    row, c, o = _arguments(
+    row, c, o = gather(
         logp, old_logp, advantage, surrogate=surrogate, token_weight=token_weight, ratio=ratio, cu_seqlens=cu_seqlens, mask=mask,
         kl=kl, kl_coef=kl_coef, ref_logp=ref_logp, correction=correction, entropy=entropy, entropy_coef=entropy_coef,
     )  # fmt: skip
     if not o.surrogate:
         return _by_autograd(row, c, o)
-    loss, metrics, _, _ = _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
+    loss, metrics = _differentiable(c, o)[:2]
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
-
-
-def _arguments(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    *,
-    surrogate: str | Surrogate,
-    token_weight: Tensor,
-    ratio: str = "token",
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    kl: str | None = None,
-    kl_coef: float = 0.0,
-    ref_logp: Tensor | None = None,
-    correction: Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-) -> tuple[Surrogate, _Columns, _Options]:
-    """Check the arguments and bring them into one form: flat vectors of one dtype, empty where absent."""
-    if isinstance(surrogate, str):
-        one_of("surrogate", surrogate, SURROGATES)
-    row = SURROGATES[surrogate] if isinstance(surrogate, str) else surrogate
-    one_of("ratio", ratio, RATIOS)
-    if kl is not None:
-        one_of("kl", kl, KLS)
-    dims("logp", logp, "B L" if isinstance(logp, Tensor) and logp.ndim == 2 else "T", FLOATS)
-    given = {"old_logp": old_logp, "advantage": advantage, "token_weight": token_weight, "ref_logp": ref_logp, "correction": correction}
-    for name, x in given.items() | {"entropy": entropy}.items():
-        _like(name, x, logp, FLOATS)
-    _like("mask", mask, logp, (torch.bool,))
-    same_device(logp=logp, entropy=entropy, mask=mask, cu_seqlens=cu_seqlens, **given)
-    _needs("kl_coef", kl_coef, kl=kl, ref_logp=ref_logp)
-    _needs("entropy_coef", entropy_coef, entropy=entropy)
-    dtype = compute_dtype(logp)
-
-    def flat(x: Tensor | None, differentiable: bool = False) -> Tensor:
-        if x is None:
-            return logp.new_empty(0, dtype=dtype)
-        return (x if differentiable else x.detach()).to(dtype).reshape(-1)
-
-    c = _Columns(
-        logp=flat(logp, differentiable=True),
-        entropy=flat(entropy, differentiable=True),
-        old_logp=flat(old_logp),
-        advantage=flat(advantage),
-        weight=flat(token_weight),
-        ref_logp=flat(ref_logp),
-        correction=flat(correction),
-        mask=logp.new_empty(0, dtype=torch.bool) if mask is None else mask.reshape(-1),
-        cu_seqlens=_sequence_ends(cu_seqlens, ratio, logp),
-    )
-    name = name_of(row) or ""
-    params = tuple(row.params[p] for p in SURROGATES[name].params) if name else ()
-    return row, c, _Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef))
-
-
-def _sequence_ends(cu_seqlens: Tensor | None, ratio: str, logp: Tensor) -> Tensor:
-    """Where the ratio needs them, the ends given or those of the rows of (B, L); empty where not."""
-    if logp.ndim == 2 and cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected None with logp (B, L), whose rows are the sequences")
-    if ratio == "token":
-        return logp.new_empty(0, dtype=torch.int64)
-    if logp.ndim == 2:
-        return torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
-    if cu_seqlens is None:
-        raise ValueError('cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them')
-    dims("cu_seqlens", cu_seqlens, "S+1", INTS)
-    return cu_seqlens
-
-
-def _like(name: str, x: Tensor | None, logp: Tensor, dtype: tuple[torch.dtype, ...]) -> None:
-    if x is not None:
-        sizes = dict(zip("BL" if logp.ndim == 2 else "T", logp.shape, strict=True))
-        dims(name, x, " ".join(sizes), dtype, **sizes)
-
-
-def _needs(coef: str, value: float, **others: object) -> None:
-    for name, x in others.items():
-        if value and x is None:
-            raise ValueError(f"{name}: expected a value, got None; {coef}={value:g} needs it")

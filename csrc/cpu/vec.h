@@ -116,7 +116,10 @@ INLINE double total(F v) {
 
 // exp(x) for x in [kExpLow, 88], within 1 ulp.  x = n ln 2 + r, |r| <= ln 2 / 2;  exp(r) = 1 + r + r^2 q(r), q minimax to
 // 3e-9;  2^n is put together from its exponent bits.  NaN in, NaN out.
-INLINE F exp_in_range(F x) {
+struct Reduced {
+  F n, r, tail, scale;  // tail = r^2 q(r), scale = 2^n
+};
+INLINE Reduced reduce_exp(F x) {
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
   const F shifted = x * 1.442695041f + magic;
   const F n = shifted - magic;
@@ -126,6 +129,13 @@ INLINE F exp_in_range(F x) {
   q = q * r + 0x1.5558f2p-5f;
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
-  const F scale = (F)(((I)shifted << 23) + 0x3f800000);
-  return (q * (r * r) + r) * scale + scale;
+  return {n, r, q * (r * r), (F)(((I)shifted << 23) + 0x3f800000)};
+}
+INLINE F exp_of(const Reduced& e) { return (e.tail + e.r) * e.scale + e.scale; }
+INLINE F exp_in_range(F x) { return exp_of(reduce_exp(x)); }
+
+// exp(x) - 1 - x, which near 0 is x^2 / 2: the tail itself, and with n != 0 what 2^n and ln 2 leave of it.  Digits are not lost.
+INLINE F exp_rest(const Reduced& e) {
+  const F above = e.scale - 1.0f;
+  return e.tail * e.scale + (above * e.r + ((above - e.n * 0.693359375f) + e.n * 2.12194440e-4f));
 }
