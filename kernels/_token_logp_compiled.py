@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def _out(out: Tensor, device: str) -> tuple[int, ...]:
     return (out.data_ptr(), *((CODES[out.dtype],) if device == "cuda" else ()), batch, row)
 
 
-def parts(device: str) -> dict[str, Callable[..., Any]]:
+def parts(device: str) -> dict[str, Any]:
     """The implementations over fastrl._C's functions for `device`, "cpu" or "cuda"."""
 
     def call(name: str, *arguments: int) -> None:
