@@ -65,7 +65,7 @@ def _panel(axes: Axes, results: Results, members: Sequence[Row]) -> None:
     axes.margins(x=0.15)
     if share:
         axes.axvline(1 / share, color=COLOURS[1], linestyle="--", linewidth=1)
-        axes.annotate("limit", (1 / share, 1), xycoords=("data", "axes fraction"), xytext=(2, 1), textcoords="offset points", fontsize=7)
+        axes.annotate("limit", (1 / share, 0), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points", fontsize=7)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", length=0)
