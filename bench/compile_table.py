@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,21 @@ def measure(name: str, spec: Spec, arch: int) -> Figures:
     )
 
 
+def _side_by_side(jobs: Sequence[tuple[str, Spec, int]], processes: int) -> Iterator[Figures]:
+    """`measure` of every job, in order; forked processes, because a kernel is a function that no pickle carries."""
+    global _jobs
+    _jobs = jobs
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_job, range(len(jobs)))
+
+
+_jobs: Sequence[tuple[str, Spec, int]] = ()  # what a forked process finds its own in
+
+
+def _job(i: int) -> Figures:
+    return measure(*_jobs[i])
+
+
 # --- output -----------------------------------------------------------------------------------------
 def line(f: Figures) -> str:
     """A row of the table."""
@@ -126,16 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="kernel files, such as token_logp; default: all")
     parser.add_argument("--all", action="store_true", help="sm_80, sm_90 and sm_100 instead of sm_90 alone")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiles at a time; default: the processor's threads")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated, by the import below
     print(f"{'kernel':30} {'case':34} {'arch':7} registers   shared  spill  load  store")
+    archs = ALL if options.all else HOPPER
+    jobs = [(n, s, a) for n, s in specs() if not options.names or n in options.names for a in archs if a in s.archs]
     rows = []
-    for name, spec in specs():
-        if options.names and name not in options.names:
-            continue
-        for arch in (a for a in (ALL if options.all else HOPPER) if a in spec.archs):
-            rows.append(measure(name, spec, arch))
-            print(line(rows[-1]), flush=True)
+    for figures in _side_by_side(jobs, options.jobs):
+        rows.append(figures)
+        print(line(figures), flush=True)
     bad = sum(bool(f.faults) for f in rows)
     print(f"{len(rows)} variants, {bad} with spills or narrow accesses")
     if options.out:

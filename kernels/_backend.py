@@ -166,6 +166,11 @@ def extension() -> Any:
     return _C
 
 
+def unbuilt(function: str) -> str:
+    """Why an implementation over `function` of fastrl._C is missing; empty when it was built."""
+    return "" if hasattr(extension(), function) else "fastrl._C was built without it"
+
+
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
     names = list(dict.fromkeys((*BACKENDS, *(n for op in ops for n in order(op)))))
     if name not in names:

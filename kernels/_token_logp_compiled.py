@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import COMPILED_ONLY, extension, register
+from fastrl.kernels._backend import COMPILED_ONLY, extension, register, unbuilt
 from fastrl.kernels._launch import row_layout, unit_rows
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -81,7 +81,6 @@ def parts(device: str) -> dict[str, Any]:
 
 def register_compiled() -> None:
     """Offer what fastrl._C was built with; the CUDA kernels have not run on a GPU."""
-    built = extension()
     for device, note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
-        missing = "" if hasattr(built, f"token_logp_forward_{device}") else "fastrl._C was built without it"
+        missing = unbuilt(f"token_logp_forward_{device}")
         register("token_logp", device, dtypes=tuple(CODES), note=note, missing=missing, **parts(device))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
 
 
@@ -83,7 +83,7 @@ def _compiled(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, g
     return advantage, returns
 
 
-register("gae", "cpu", missing="" if hasattr(_C, "gae_cpu") else "fastrl._C was built without it", forward=_compiled)
+register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=_compiled)
 register_triton("gae", "_gae_triton", "forward")
 
 

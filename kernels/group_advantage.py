@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
 
 
@@ -181,7 +181,7 @@ def _compiled(
 register(
     "group_advantage",
     "cpu",
-    missing="" if hasattr(_C, "group_advantage_cpu") else "fastrl._C was built without it",
+    missing=unbuilt("group_advantage_cpu"),
     forward=_compiled,
 )
 register_triton("group_advantage", "_group_advantage_triton", "forward")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels import _perturb_cpu
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
 from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
@@ -150,7 +150,7 @@ def _balls(x: Tensor, cu_seqlens: Tensor, scope: str) -> _Balls:
 
 register("perturb_init", "reference", forward=reference_init)
 register("perturb_step", "reference", forward=reference_step)
-_MISSING = "" if hasattr(extension(), "perturb_step_cpu") else "fastrl._C was built without it"
+_MISSING = unbuilt("perturb_step_cpu")
 register("perturb_init", "cpu", dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_MISSING, forward=_perturb_cpu.init)
 register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
 register_triton("perturb_init", "_perturb_init_triton", "forward")

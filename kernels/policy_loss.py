@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import ends
 from fastrl.kernels._policy_columns import RATIOS, Columns, Options, gather
 from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
@@ -116,7 +116,7 @@ register(
     "policy_loss",
     "cpu",
     dtypes=(torch.float32,),
-    missing="" if hasattr(_C, "policy_loss_cpu") else "fastrl._C was built without it",
+    missing=unbuilt("policy_loss_cpu"),
     forward=_compiled,
 )
 register_triton("policy_loss", "_policy_loss_triton", "forward")

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
 
 
@@ -104,7 +104,7 @@ register(
     "rms_norm",
     "cpu",
     dtypes=tuple(_FLOAT_CODES),
-    missing="" if hasattr(extension(), "rms_norm_forward_cpu") else "fastrl._C was built without it",
+    missing=unbuilt("rms_norm_forward_cpu"),
     forward=_compiled,
     add=_compiled_add,
     backward=_compiled_backward,

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
@@ -122,7 +122,7 @@ register(
     "sample",
     "cpu",
     dtypes=tuple(_FLOAT_CODES),
-    missing="" if hasattr(extension(), "sample_forward_cpu") else "fastrl._C was built without it",
+    missing=unbuilt("sample_forward_cpu"),
     forward=_compiled,
 )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fastrl.kernels._backend import extension, pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
 
 
@@ -76,7 +76,7 @@ register(
     "swiglu",
     "cpu",
     dtypes=tuple(_FLOAT_CODES),
-    missing="" if hasattr(extension(), "swiglu_forward_cpu") else "fastrl._C was built without it",
+    missing=unbuilt("swiglu_forward_cpu"),
     forward=_compiled,
     backward=_compiled_backward,
 )

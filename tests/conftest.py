@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first cuBLAS handle
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else, on some processors, the bits of a product depend on its operands' alignment
@@ -29,3 +30,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Each test starts from seed 0, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU kernels on each instruction set of this processor; "best", asked for by parametrization, is the fastest of them."""
+    from fastrl.kernels._backend import extension  # after the environment above is set
+
+    built = extension()
+    if built is None:
+        pytest.skip("fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+    name = built.cpu_isas()[-1] if request.param == "best" else request.param
+    if name not in built.cpu_isas():
+        pytest.skip(f"this processor has no {name}: compiled, not run")
+    monkeypatch.setenv("FASTRL_CPU_ISA", name)
+    assert built.cpu_isa() == name
+    return name
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

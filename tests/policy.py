@@ -173,3 +173,13 @@ def algorithm(backend: str, name: str) -> None:
         for mine, its, right in zip(ours[2], theirs[2], exact[2], strict=True):
             within_budget(mine, its, right)
         torch.testing.assert_close(numbers(ours), numbers(theirs), rtol=1e-6, atol=1e-6)
+
+
+CHECKS = (
+    masked_out_tokens_count_for_nothing,
+    diverged_tokens_say_so,
+    far_drift,
+    k3_of_a_small_step,
+    layouts_give_one_answer,
+    nothing_live,
+)  # what every implementation passes

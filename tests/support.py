@@ -1,13 +1,18 @@
-"""What the tests share: the fair numerical budget, tiny model configurations, the data beside the checkout."""
+"""What the tests share: the fair numerical budget, tiny model configurations, the data beside the checkout, implementations by name."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from fastrl import ops
+from fastrl.kernels._backend import COMPILED_ONLY
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -41,3 +46,24 @@ def tiny_config(family: str = "qwen2", **changes: Any) -> dict[str, Any]:
         "eos_token_id": 1, "torch_dtype": "float32",
     }  # fmt: skip
     return config | changes
+
+
+# --- implementations --------------------------------------------------------------------------------
+def use(name: str, op: str) -> contextlib.AbstractContextManager[None]:
+    """One implementation of an op, or a visible skip that says why it is not there."""
+    state = ops.implementations()[op].get(name, "not written")
+    if state not in ("ready", COMPILED_ONLY):
+        pytest.skip(f"{op}: {name}: {state}")
+    return ops.use_backend(name, op)
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Any wait for the CUDA device is an error."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -24,24 +24,6 @@ ISAS = ("baseline", "avx2", "avx512")
 needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if C is None:
-        pytest.skip("fastrl._C is not built")
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    assert C.cpu_isa() == request.param
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def case(T, V, dtype=torch.float32, offset=0.0, spread=3.0, tau=None):
     logits = (spread * torch.randn(T, V) + offset).to(dtype)
     tau = torch.rand(T) + 0.5 if tau is None else torch.full((T,), tau)

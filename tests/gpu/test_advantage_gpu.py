@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch._dynamo.testing
-from support import within_budget
+from support import no_waiting, use, within_budget
 
 from fastrl import ops
 from fastrl.kernels import gae as gae_file
 from fastrl.kernels import group_advantage as group_file
-from fastrl.kernels._backend import COMPILED_ONLY
 
 pytestmark = pytest.mark.gpu
 ROWS = [(b, s, "linear") for b in group_file.BASELINES for s in group_file.SCALES] + [("mean", "std", "rank"), ("mean", "std", "softmax")]
-
-
-def use(name, op):
-    """One implementation, or a visible skip that says why it is not there."""
-    state = ops.implementations()[op].get(name, "not written")
-    if state not in ("ready", COMPILED_ONLY):
-        pytest.skip(f"{op}: {name}: {state}")
-    return ops.use_backend(name, op)
 
 
 @pytest.fixture(params=["reference", "triton"])
 def implementation(request):
     with use(request.param, "group_advantage"), use(request.param, "gae"):
         yield request.param
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Any wait for the device is an error."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def rewards(S, dtype=torch.float32):
@@ -98,7 +75,7 @@ def test_gae(implementation, masked, gamma, lam, dtype):
     ours, again = (gae_file.forward_op(reward, value, cu, mask, gamma, lam) for _ in range(2))
     for mine, twice, its, right in zip(ours, again, plain, exact, strict=True):
         assert torch.equal(mine, twice)
-        within_budget(mine, its, right, factor=3)
+        within_budget(mine, its, right)
 
 
 def test_a_nan_stays_in_its_sequence(implementation):

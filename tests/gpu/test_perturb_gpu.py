@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch._dynamo.testing
 from perturbations import BALLS, RADIUS
-from support import within_budget
+from support import no_waiting, within_budget
 
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY
@@ -25,18 +23,6 @@ def backend(request):
         pytest.skip(f"perturb_step: {request.param}: {state}")
     with ops.use_backend(request.param, "perturb_step", "perturb_init"):
         yield request.param
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Any wait for the device is an error."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def case(T, D, norm, scope, dtype=torch.float32, S=7):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from policy import ALL_KLS, SWITCHES, case, fused, judge, numbers, variant
+from support import no_waiting
 
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY
@@ -70,13 +71,8 @@ def test_a_hundred_runs_give_the_same_bits(backend):
 def test_nothing_waits_for_the_device(backend, ratio):
     given = variant(case(5000, device="cuda"), "clip", ratio, "k3")
     fused(backend, given)  # compiles
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         fused(backend, given)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def test_no_length_compiles_a_kernel_again():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+from support import no_waiting
 
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY
@@ -73,13 +74,8 @@ def test_the_same_bits_in_two_runs_and_in_any_batch(backend, filters):
 def test_no_launch_waits(backend, filters):
     logits, key = torch.randn(16, 32000, device="cuda"), keys(16)
     sample(logits, **key, **filters)
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         sample(logits, **key, **filters)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)

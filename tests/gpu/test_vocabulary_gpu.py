@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch._dynamo.testing
-from support import within_budget
+from support import no_waiting, use, within_budget
 
 from fastrl import ops
-from fastrl.kernels._backend import COMPILED_ONLY
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS
 from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, front, fused_op, reference
 
 pytestmark = pytest.mark.gpu
 VOCABULARIES = [7, 1000, 32000, 50257, 128256, 151936, 152064]
 GIB = 2**30
-
-
-def use(name, op):
-    """One implementation, or a visible skip that says why it is not there."""
-    state = ops.implementations()[op].get(name, "not written")
-    if state not in ("ready", COMPILED_ONLY):
-        pytest.skip(f"{op}: {name}: {state}")
-    return ops.use_backend(name, op)
 
 
 @pytest.fixture(params=["reference", "triton", "cuda"])
@@ -37,18 +26,6 @@ def token_logp(request):
 def cross_entropy(request):
     with use(request.param, "linear_cross_entropy"):  # the plain rows, which are token_logp's, follow
         yield request.param
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Any wait for the device is an error."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def case(T, V, dtype=torch.float32, offset=0.0):

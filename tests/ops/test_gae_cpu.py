@@ -17,14 +17,6 @@ C = extension()
 pytestmark = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def cpu():
     with ops.use_backend("cpu", "gae"):

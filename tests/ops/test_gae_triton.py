@@ -44,7 +44,7 @@ def test_values(gamma, lam, masked, dtype):
     ours = run(reward, value, cu, mask, gamma, lam)
     wide = [x.float() for x in (reward, value)]
     exact = loop(*(x.double() for x in wide), cu.tolist(), mask, gamma, lam)
-    within_budget(ours.advantage, loop(*wide, cu.tolist(), mask, gamma, lam), exact, factor=3)  # the same terms, added in another order
+    within_budget(ours.advantage, loop(*wide, cu.tolist(), mask, gamma, lam), exact)
     torch.testing.assert_close(ours.returns, torch.where(mask, ours.advantage + wide[1], 0), atol=0, rtol=0)
     assert ours.advantage.dtype == torch.float32
 

@@ -18,14 +18,6 @@ pytestmark = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip i
 ROWS = [*product(BASELINES, SCALES, ("linear",)), ("mean", "std", "rank"), ("mean", "std", "softmax")]
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def cpu():
     with ops.use_backend("cpu", "group_advantage"):

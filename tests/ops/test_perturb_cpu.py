@@ -15,23 +15,6 @@ needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip inst
 balls = pytest.mark.parametrize(("norm", "scope"), p.BALLS)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if C is None:
-        pytest.skip("fastrl._C is not built")
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    assert C.cpu_isa() == request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("D", "dtype"), [(1, torch.float32), (37, torch.bfloat16), (64, torch.float16), (5000, torch.bfloat16), (1000, torch.float64)], ids=str
 )

@@ -20,23 +20,6 @@ C = extension()
 needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if C is None:
-        pytest.skip("fastrl._C is not built")
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # --- values -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", SURROGATES)
@@ -81,18 +64,7 @@ def test_long_and_many_sequences(isa):
         judge("cpu", given | {"cu_seqlens": cu})
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        policy.masked_out_tokens_count_for_nothing,
-        policy.diverged_tokens_say_so,
-        policy.far_drift,
-        policy.k3_of_a_small_step,
-        policy.layouts_give_one_answer,
-        policy.nothing_live,
-    ],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("check", policy.CHECKS, ids=lambda f: f.__name__)
 def test_checks_that_every_implementation_passes(isa, check):
     """Wrong: loss * mask; a maximum that drops NaN; a clamp without its gradient; exp(d) - 1 - d; a stride of 1 assumed; 0 / 0."""
     check("cpu")

@@ -83,18 +83,7 @@ def test_long_and_many_sequences():
         judge("triton", given | {"cu_seqlens": cu})
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        policy.masked_out_tokens_count_for_nothing,
-        policy.diverged_tokens_say_so,
-        policy.far_drift,
-        policy.k3_of_a_small_step,
-        policy.layouts_give_one_answer,
-        policy.nothing_live,
-    ],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("check", policy.CHECKS, ids=lambda f: f.__name__)
 def test_checks_that_every_implementation_passes(check):
     """Wrong: loss * mask; a maximum that drops NaN; a clamp without its gradient; exp(d) - 1 - d; a stride of 1 assumed; 0 / 0."""
     check("triton")

@@ -14,24 +14,6 @@ ISAS = ("baseline", "avx2", "avx512")
 needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if C is None:
-        pytest.skip("fastrl._C is not built")
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    assert C.cpu_isa() == request.param
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def case(T, D, dtype=torch.float32):
     """x, residual, weight, and the gradients that arrive at y and at x + residual."""
     x, residual, up, up_h = (torch.randn(T, D).to(dtype) for _ in range(4))

@@ -15,21 +15,10 @@ pytestmark = pytest.mark.skipif(not hasattr(C, "sample_forward_cpu"), reason="fa
 needs_one = pytest.mark.parametrize("isa", ["best"], indirect=True)  # what does not depend on the vectors
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"], autouse=True)
-def isa(request, monkeypatch):
-    name = C.cpu_isas()[-1] if request.param == "best" else request.param
-    if name not in C.cpu_isas():
-        pytest.skip(f"this processor has no {name}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", name)
+@pytest.fixture(autouse=True)
+def cpu(isa):
     with use_backend("cpu", "sample"):
-        yield name
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+        yield
 
 
 # --- values -----------------------------------------------------------------------------------------

@@ -14,17 +14,6 @@ ISAS = ("baseline", "avx2", "avx512")
 needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if C is None:
-        pytest.skip("fastrl._C is not built")
-    if request.param not in C.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}: compiled, not run")
-    monkeypatch.setenv("FASTRL_CPU_ISA", request.param)
-    assert C.cpu_isa() == request.param
-    return request.param
-
-
 def run(name, x, up):
     with use_backend(name, "swiglu"):
         return forward_op(x), backward_op(up, x)
