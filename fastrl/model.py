@@ -120,10 +120,8 @@ class Decoder(nn.Module):
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
-            if keep_inputs_only:
-                x, residual = checkpoint(layer, x, residual, angles, attention_i, use_reentrant=False)
-            else:
-                x, residual = layer(x, residual, angles, attention_i, slab_of(i) if slab_of is not None else None)
+            inputs = (x, residual, angles, attention_i, None if slab_of is None else slab_of(i))
+            x, residual = checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._launch import on_device
+from fastrl.kernels._launch import on_device, unit_rows
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 256  # of a head
@@ -112,7 +112,7 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
         if T == 0:
             return torch.empty_like(q), q.new_empty(T, H, dtype=torch.float32)
         with on_device(q):
-            y, lse = call(*(_unit(x) for x in (q, k, v)), cu_seqlens.int().contiguous(), max_seqlen or T, scale)
+            y, lse = call(*(unit_rows(x) for x in (q, k, v)), cu_seqlens.int().contiguous(), max_seqlen or T, scale)
         return y, lse.t().contiguous()
 
     def backward(
@@ -121,15 +121,11 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
         T = q.shape[0]
         if T == 0:
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tensors = (dy.contiguous(), *(_unit(x) for x in (q, k, v)), y, lse.t().contiguous())
+        tensors = (dy.contiguous(), *(unit_rows(x) for x in (q, k, v)), y, lse.t().contiguous())
         with on_device(q):
             return tuple(x.contiguous() for x in call_backward(*tensors, cu_seqlens.int().contiguous(), max_seqlen or T, scale))
 
     return {"forward": forward, "backward": backward}
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def installed(package: str, module: str) -> tuple[Any, str]:

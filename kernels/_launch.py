@@ -1,4 +1,4 @@
-"""What every Triton kernel's launcher needs: its tensors' device made current, and the compiles it will ask for, written as data.
+"""What every kernel's launcher needs: rows side by side, its tensors' device made current, the compiles it asks for as data.
 
 `bench/compile_table.py` compiles each `Spec` for GPUs that need not be there, and shows registers, spills and load widths.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Float of csrc/ops.h
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -47,7 +48,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """`x` (T, V) or (B, L, V) with the elements of a row side by side: itself when they are, else a copy."""
+    """`x` (..., V) with the elements of a row side by side: itself when they are, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

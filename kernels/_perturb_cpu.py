@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import extension
+from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of, rows, write_back
-
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _ends(x: Tensor, cu_seqlens: Tensor, scope: str) -> Tensor:
@@ -22,7 +21,7 @@ def _ends(x: Tensor, cu_seqlens: Tensor, scope: str) -> Tensor:
 
 
 def _typed(x: Tensor) -> Tensor:
-    return rows(x if x.dtype in CODES else x.float())
+    return rows(x if x.dtype in FLOAT_CODES else x.float())
 
 
 def step(
@@ -35,10 +34,10 @@ def step(
     x, g, ends = rows(delta), _typed(grad), _ends(delta, cu_seqlens, scope)
     live = bytes_of(mask)
     e = None if embeds is None else _typed(embeds)
-    to = None if out is None else rows(out) if out.dtype in CODES else torch.empty_like(x)
+    to = None if out is None else rows(out) if out.dtype in FLOAT_CODES else torch.empty_like(x)
     extension().perturb_step_cpu(
-        x.data_ptr(), x.stride(0), g.data_ptr(), CODES[g.dtype], g.stride(0), _address(live), _address(ends), ends.numel() - 1, *x.shape,
-        step_size, radius, NORM_CODES[norm], *_described(e), *_described(to), torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), g.data_ptr(), FLOAT_CODES[g.dtype], g.stride(0), _address(live), _address(ends),
+        ends.numel() - 1, *x.shape, step_size, radius, NORM_CODES[norm], *_described(e), *_described(to), torch.get_num_threads(),
     )  # fmt: skip
     write_back(x, delta)
     if to is not None and out is not None:
@@ -59,7 +58,7 @@ def init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: 
 
 def _described(x: Tensor | None) -> tuple[int, int, int]:
     """Address, type and row stride; zeros for what is absent."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.stride(0))
+    return (0, 0, 0) if x is None else (x.data_ptr(), FLOAT_CODES[x.dtype], x.stride(0))
 
 
 def _address(x: Tensor) -> int:

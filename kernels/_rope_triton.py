@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
 from fastrl.kernels._partials_triton import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,7 +163,7 @@ def store(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same, with k and v copied to the `slots` of the caches (slots, K, E), which are contiguous."""
-    return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0, (_unit(v), k_cache, v_cache, slots.contiguous()))
+    return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0, (unit_rows(v), k_cache, v_cache, slots.contiguous()))
 
 
 def backward(
@@ -175,8 +175,8 @@ def backward(
         gq, gk = _turn(dq, dk, positions, cos, sin, q_norm[:0], k_norm[:0], eps, -1.0)
         return gq, gk, torch.zeros_like(q_norm), torch.zeros_like(k_norm)
     (T, H, E), K = dq.shape, dk.shape[1]
-    dq, dk = _unit(dq), _unit(dk)
-    q, k = (_unit(x) if used else d for x, d, used in zip((q, k), (dq, dk), norms, strict=True))
+    dq, dk = unit_rows(dq), unit_rows(dk)
+    q, k = (unit_rows(x) if used else d for x, d, used in zip((q, k), (dq, dk), norms, strict=True))
     gq, gk = (torch.empty(d.shape, dtype=d.dtype, device=d.device) for d in (dq, dk))
     tile = _tile(H + K, E)
     blocks = triton.cdiv(H + K, tile["HEADS"])
@@ -197,7 +197,7 @@ def _turn(
     q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, sense: float,
     cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k = _unit(q), _unit(k)
+    q, k = unit_rows(q), unit_rows(k)
     (T, H, E), K = q.shape, k.shape[1]
     yq, yk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     v, k_cache, v_cache, slots = cache or (k, k, k, positions)
@@ -211,11 +211,6 @@ def _turn(
                 Q_NORM=q_norm.numel() > 0, K_NORM=k_norm.numel() > 0, STORE=cache is not None, **tile,
             )  # fmt: skip
     return yq, yk
-
-
-def _unit(x: Tensor) -> Tensor:
-    """`x` (T, heads, E) with the elements of a head side by side: itself when they are."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _tile(heads: int, E: int) -> dict[str, int]:

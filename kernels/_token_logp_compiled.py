@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import COMPILED_ONLY, extension, register, unbuilt
-from fastrl.kernels._launch import row_layout, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES, row_layout, unit_rows
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -32,7 +31,7 @@ def _addresses(*tensors: Tensor) -> list[int]:
 def _out(out: Tensor, device: str) -> tuple[int, ...]:
     """The gradient's address and strides; on CUDA also its type, which may be narrower than the logits'."""
     _, batch, row = row_layout(out)
-    return (out.data_ptr(), *((CODES[out.dtype],) if device == "cuda" else ()), batch, row)
+    return (out.data_ptr(), *((FLOAT_CODES[out.dtype],) if device == "cuda" else ()), batch, row)
 
 
 def parts(device: str) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def parts(device: str) -> dict[str, Any]:
     def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> Stats:
         logits, target = unit_rows(logits), target.long().contiguous()
         stats = _outputs(logits, target.shape[0], entropy)
-        rows = (logits.data_ptr(), CODES[logits.dtype], *row_layout(logits))
+        rows = (logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
         call("forward", *rows, *_addresses(target, temperature, *stats), target.shape[0], logits.shape[-1], context(logits))
         return stats
 
@@ -58,20 +57,20 @@ def parts(device: str) -> dict[str, Any]:
         logits = unit_rows(logits)
         target, temperature, entropy, m, log_s = rest
         target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
-        rows = (*_out(out, device), logits.data_ptr(), CODES[logits.dtype], *row_layout(logits))
+        rows = (*_out(out, device), logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
         vectors = _addresses(target, temperature, dlogp, dentropy, entropy, m, log_s)
         call("backward", *rows, *vectors, target.shape[0], logits.shape[-1], context(logits))
         return out
 
     def fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor) -> Stats:
-        limit = extension().token_logp_fused_limit(CODES[logits.dtype]) if device == "cuda" else logits.shape[-1]
+        limit = extension().token_logp_fused_limit(FLOAT_CODES[logits.dtype]) if device == "cuda" else logits.shape[-1]
         if logits.stride(-1) != 1 or logits.shape[-1] > limit:  # two kernels, for a row that does not fit a cluster of multiprocessors
             stats = forward(logits, target, temperature, dentropy.numel() > 0)
             backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
             return stats
         target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
         stats = _outputs(logits, target.shape[0], dentropy.numel() > 0)
-        rows = (*(_out(out, device) if device == "cuda" else ()), logits.data_ptr(), CODES[logits.dtype], *row_layout(logits))
+        rows = (*(_out(out, device) if device == "cuda" else ()), logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
         vectors = _addresses(target, temperature, dlogp, dentropy, *stats)
         call("fused", *rows, *vectors, target.shape[0], logits.shape[-1], context(logits))
         return stats
@@ -83,4 +82,4 @@ def register_compiled() -> None:
     """Offer what fastrl._C was built with; the CUDA kernels have not run on a GPU."""
     for device, note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
         missing = unbuilt(f"token_logp_forward_{device}")
-        register("token_logp", device, dtypes=tuple(CODES), note=note, missing=missing, **parts(device))
+        register("token_logp", device, dtypes=tuple(FLOAT_CODES), note=note, missing=missing, **parts(device))

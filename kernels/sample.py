@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
 
@@ -98,21 +99,18 @@ register("sample", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
 def _compiled(
     logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """csrc/cpu/sample.cpp: addresses, sizes and row strides, and the arithmetic above."""
     B, V = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = unit_rows(logits)
     keys = tuple(x.contiguous() for x in (seed, sequence, position, temperature))
     token = torch.empty(B, dtype=torch.int64)
     logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
     out = (token, logp, behaviour_logp, entropy)
     extension().sample_forward_cpu(
-        logits.data_ptr(), _FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, *out)),
+        logits.data_ptr(), FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, *out)),
         B, V, top_k, top_p, min_p, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -121,7 +119,7 @@ def _compiled(
 register(
     "sample",
     "cpu",
-    dtypes=tuple(_FLOAT_CODES),
+    dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("sample_forward_cpu"),
     forward=_compiled,
 )

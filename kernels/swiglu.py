@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
+from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -45,29 +46,22 @@ register("swiglu", "reference", forward=reference, backward=reference_backward)
 
 # --- kernels ----------------------------------------------------------------------------------------
 # csrc/cpu/swiglu.cpp takes addresses, sizes and row strides.
-_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _compiled(gate_up: Tensor) -> Tensor:
-    x = _rows(gate_up)
+    x = unit_rows(gate_up)
     T, F = x.shape[0], x.shape[1] // 2
     y = torch.empty(T, F, dtype=x.dtype)
     if F:
-        extension().swiglu_forward_cpu(y.data_ptr(), x.data_ptr(), x.stride(0), _FLOAT_CODES[x.dtype], T, F, torch.get_num_threads())
+        extension().swiglu_forward_cpu(y.data_ptr(), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads())
     return y
 
 
 def _compiled_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    x, dy = _rows(gate_up), _rows(dy)
+    x, dy = unit_rows(gate_up), unit_rows(dy)
     T, F = dy.shape
     dx = torch.empty(T, 2 * F, dtype=x.dtype)
     if F:
         extension().swiglu_backward_cpu(
-            dx.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
+            dx.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
         )
     return dx
 
@@ -75,7 +69,7 @@ def _compiled_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 register(
     "swiglu",
     "cpu",
-    dtypes=tuple(_FLOAT_CODES),
+    dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("swiglu_forward_cpu"),
     forward=_compiled,
     backward=_compiled_backward,

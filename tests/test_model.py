@@ -265,6 +265,31 @@ def test_both_spellings_of_the_rope_settings_mean_the_same():
     assert ModelConfig.from_dict(tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 7.0})).rope_scaling is None
 
 
+def test_a_cache_is_filled_with_and_without_gradient_checkpointing():
+    """Wrong: a checkpointed layer that is not told of the cache, whose keys and values are then silently missing."""
+    config = tiny_config("qwen3")
+    model, cu = Decoder.from_config(config, seed=0), torch.tensor([0, 5], dtype=torch.int32)
+
+    class Slabs:
+        def __init__(self):
+            self.caches = [(torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)) for _ in model.layers]
+
+        def slab(self, layer):
+            return *self.caches[layer], torch.arange(5)
+
+        def __call__(self, layer, q, k, v):
+            return ops.attention(q, k, v, cu)
+
+    filled = []
+    for on in (False, True):
+        model.gradient_checkpointing = on
+        attend = Slabs()
+        model(torch.arange(5), cu, attend=attend)
+        filled.append(attend.caches)
+    for (k, v), (again_k, again_v) in zip(*filled, strict=True):
+        assert k.abs().sum() > 0 and torch.equal(k, again_k) and torch.equal(v, again_v)
+
+
 def test_a_window_that_no_layer_uses_is_no_obstacle():
     config = tiny_config(use_sliding_window=False, sliding_window=8, max_window_layers=2)
     assert ModelConfig.from_dict(config).num_hidden_layers == 2

@@ -55,13 +55,11 @@ def _selective_log_softmax_and_entropy(
 
 def _stats(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool) -> list[Tensor]:
     """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
-    shape = index.shape
-    if logits.ndim not in (2, 3):  # the views of two and three axes that TRL passes are not copied
-        logits, index = logits.reshape(-1, logits.shape[-1]), index.reshape(-1)
-    stats = ops.token_logp(logits, index, temperature=temperature, entropy=entropy)
+    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])  # the views that TRL passes are not copied
+    stats = ops.token_logp(rows, index.reshape(rows.shape[:-1]), temperature=temperature, entropy=entropy)
     fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)  # that kernel's results are float32
     dtype = torch.float32 if fused is not None and fused(logits, index, row_mask) else logits.dtype
-    return [_masked(x.view(shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None]
+    return [_masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None]
 
 
 def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
