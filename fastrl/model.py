@@ -105,7 +105,7 @@ class Decoder(nn.Module):
                  max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
         """
         T, device = tokens.shape[0], tokens.device
-        if cu_seqlens is None:
+        if cu_seqlens is None and (attend is None or positions is None):
             cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=device)
         if max_seqlen is None:
             max_seqlen = T if positions is not None else min(T, self.config.max_position_embeddings)

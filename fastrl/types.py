@@ -28,8 +28,9 @@ class Rollouts:
     behaviour_logp   (T,)   fp32    nats, after top-k, top-p and min-p: what the sampler drew from
     entropy          (T,)   fp32    nats, of the distribution `logp` refers to
     weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
-    finish_reason           "stop" or "length", one per sequence
+    finish_reason           "stop" or "length", one per sequence; "unfinished" where a later call is to go on
     text                    decoded completions, None without a tokenizer
+    sequence         (S,)   int64   each sequence's number, the key of its randomness; None where the sampler has none
 
     logp, behaviour_logp and entropy are 0, and weight_version is -1, where completion_mask is False.
     """
@@ -45,6 +46,7 @@ class Rollouts:
     weight_version: Tensor
     finish_reason: list[str]
     text: list[str] | None = None
+    sequence: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.finish_reason)

@@ -139,28 +139,23 @@ def test_a_sample_does_not_depend_on_what_was_sampled_beside_it():
     assert len({tuple(c) for c in whole.completions()[:3]}) == 3, "the samples of one prompt are different draws"
 
 
-def test_a_wave_stays_within_the_budget(monkeypatch):
+def test_sequences_wait_for_the_budget(monkeypatch):
     """Wrong implementation: the budget is counted in prompts, or not at all."""
-    taken, real = [], engine.PagedCache
-
-    def cache(*args, **kwargs):
-        made = real(*args, **kwargs)
-        taken.append(made.k.shape[1] * made.k.shape[2])
-        return made
-
-    monkeypatch.setattr(engine, "PagedCache", cache)
-    generate(decoder(), budget=4 * engine.PAGE)
-    assert taken == [4 * engine.PAGE] * 3
+    rows, real = [], ops.decode_attention
+    monkeypatch.setattr(ops, "decode_attention", lambda q, *args, **more: rows.append(q.shape[0]) or real(q, *args, **more))
+    sampler = Sampler(decoder(), max_tokens_in_flight=4 * engine.PAGE)
+    rollouts = sampler.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12, seed=5))
+    assert len(rollouts) == 12 and max(rows) == 4 == sampler.peak_pages
 
 
 def test_rows_that_finish_make_room(monkeypatch):
     """Wrong implementation: finished rows are decoded to the end."""
     rows, model = [], decoder(eos_token_id=[3, 4, 5, 6, 7, 8])
     real = ops.decode_attention
-    monkeypatch.setattr(ops, "decode_attention", lambda q, *args: rows.append(q.shape[0]) or real(q, *args))
+    monkeypatch.setattr(ops, "decode_attention", lambda q, *args, **more: rows.append(q.shape[0]) or real(q, *args, **more))
     rollouts = generate(model, n=8, max_new_tokens=30)
     assert set(rollouts.finish_reason) == {"stop"} and rows[0] > 4 * rows[-1]
-    assert len(rows) == 2 * (int(rollouts.lengths.max()) - 1), "decoding ends with the last row"
+    assert len(rows) == 2 * int(rollouts.lengths.max()), "decoding ends with the last row"
 
 
 def test_rows_that_have_ended_change_nothing_while_they_wait(monkeypatch):
@@ -168,7 +163,7 @@ def test_rows_that_have_ended_change_nothing_while_they_wait(monkeypatch):
     model, prompts = decoder(eos_token_id=[3, 4, 5]), [[6] * 126, [7] * 127, *PROMPTS]
     found = []
     for share in (0.0, 2.0):  # compact never, and at every look
-        monkeypatch.setattr(engine, "COMPACT_BELOW", share)
+        monkeypatch.setattr(engine, "COMPACT_BELOW", {"cpu": share})
         found.append(generate(model, prompts, n=6, max_new_tokens=40))
     assert found[0].completions() == found[1].completions() and torch.allclose(found[0].logp, found[1].logp, atol=1e-5)
     for rollouts in found:
@@ -180,7 +175,7 @@ def test_samples_of_a_prompt_share_its_prefill(monkeypatch):
     sizes, real = [], Decoder.forward
     monkeypatch.setattr(Decoder, "forward", lambda self, tokens, *a, **k: sizes.append(tokens.numel()) or real(self, tokens, *a, **k))
     generate(decoder(), n=5)
-    assert sizes[0] == sum(map(len, PROMPTS))
+    assert sizes[0] == sum(len(p) - 1 for p in PROMPTS), "a prompt's last token is each sample's first step"
     assert max(sizes[1:]) <= 20
 
 
@@ -328,7 +323,7 @@ def test_trainer_and_sampler_run_the_same_layers(monkeypatch):
     model = decoder()
     rollouts = generate(model, max_new_tokens=4)
     sampled = len(calls)
-    assert sampled == 2 * 4 and set(calls) == set(model.layers), "prefill and three decode steps through both layers"
+    assert sampled == 2 * 5 and set(calls) == set(model.layers), "prefill and four decode steps through both layers"
     model(rollouts.tokens, rollouts.cu_seqlens)
     assert len(calls) == sampled + 2 and set(calls) == set(model.layers)
 

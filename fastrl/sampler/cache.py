@@ -1,71 +1,124 @@
-"""The paged key/value cache, and the two attentions that go through it: a packed one that fills it, a paged one that reads it."""
+"""The paged key/value cache: one slab, an allocator that lives on the device, and the attentions that go through them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.kernels.advance import Pages
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
 
 
 class PagedCache:
-    """Keys and values of B rows, in pages of `page` tokens from one slab per layer.
+    """Keys and values in pages of `page` tokens, and which pages are free.
 
-    Row b's token at position p lives in page `block_table[b, p // page]`, at offset p % page.  Every row owns the pages for the
-    `row_tokens[b]` tokens it may need; its table is padded with page 0, which it never reads.
+    A sequence's token at position p lies in page `table[p // page]` of its row of a block table, at offset p % page.  Page 0 is
+    nobody's: tables are padded with it, and rows that have ended write there.  Pages may be shared; `pages.refs` counts users
+    (-1 for a free page).  Every method but `spare` only enqueues work on the device.
     """
 
-    def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, *, row_tokens: list[int], page: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        pages = torch.tensor([-(-n // page) for n in row_tokens], device=device)
-        shape = (layers, sum(-(-n // page) for n in row_tokens), page, kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # zeros: unused slots of a page must be finite
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.page = page
-        column = torch.arange(max(-(-n // page) for n in row_tokens), device=device)
-        own = column < pages[:, None]
-        self.block_table = torch.where(own, (pages.cumsum(0) - pages)[:, None] + column, 0).to(torch.int32)
+    def __init__(self, model: Any, pages: int, page: int) -> None:
+        config, device = model.config, model.device
+        layers, heads, width = (
+            (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) if model.supports_cache else (0, 1, 1)
+        )
+        shape = (layers, pages + 1, page, heads, width)
+        self.k = torch.zeros(shape, dtype=model.dtype, device=device)  # zeros: unused slots of a page must be finite
+        self.v = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.page, self.capacity = page, pages
+        free = torch.arange(pages + 1, dtype=torch.int32, device=device).flip(0)  # the stack's lowest `pages` entries; page 1 on top
+        refs = torch.full((pages + 1,), -1, dtype=torch.int32, device=device)
+        refs[0] = 1
+        self.pages = Pages(free, torch.full((1,), pages, dtype=torch.int64, device=device), refs)
 
-    def slots(self, row: Tensor, position: Tensor) -> Tensor:
-        """Flat slab slot of each (row, position) pair, int64."""
-        return self.block_table[row, position // self.page].long() * self.page + position % self.page
+    @staticmethod
+    def token_bytes(model: Any) -> int:
+        """Bytes of keys and values a token takes."""
+        config = model.config
+        if not model.supports_cache:
+            return 1
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget every row but these, in this order; their pages stay where they are."""
-        self.block_table = self.block_table[rows]
+    def spare(self) -> int:
+        """Free pages.  Waits for the device."""
+        return int(self.pages.top)
 
-    def prefill(self, cu_seqlens: Tensor, max_seqlen: int, source: Tensor, slots: Tensor) -> Attend:
-        """Packed causal attention that also stores token `source[i]`'s key and value at `slots[i]`."""
+    def take(self, n: int) -> Tensor:
+        """n free pages (n,) int32, with one user each.  The caller knows that there are as many."""
+        free, top, refs = self.pages
+        taken = free[top - 1 - torch.arange(n, device=free.device)]
+        refs.index_fill_(0, taken.long(), 1)
+        top.sub_(n)
+        return taken
+
+    def share(self, taken: Tensor) -> None:
+        """One more user for each of these pages; page 0 is left out."""
+        self._count(taken, 1)
+
+    def release(self, tables: Tensor) -> None:
+        """One user less for each page of these tables (n, N); the last user's pages become free."""
+        free, top, refs = self.pages
+        self._count(tables.flatten(), -1)
+        freed = refs == 0
+        rank = freed.cumsum(0)
+        place = torch.where(freed, top + rank - 1, self.capacity)  # past the stack, where nobody looks
+        free.index_copy_(0, place, torch.arange(self.capacity + 1, dtype=torch.int32, device=free.device))
+        refs.sub_(freed.int())
+        top.add_(rank[-1])
+
+    def _count(self, taken: Tensor, by: int) -> None:
+        self.pages.refs.index_add_(0, taken.long(), torch.where(taken > 0, by, 0).to(torch.int32))
+
+    # --- slots and what goes through them ---
+    def slots(self, table: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Flat slab slot of each (row of the table, position) pair, int64."""
+        return table[row, position // self.page].long() * self.page + position % self.page
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy keys and values of all layers from slots to slots."""
+        for slab in (self.k, self.v):
+            flat = slab.flatten(1, 2)
+            flat.index_copy_(1, target, flat.index_select(1, source))
+
+    def prefill(self, cu_seqlens: Tensor, max_seqlen: int, slots: Tensor) -> Attend:
+        """Packed causal attention of whole prompts, or of their beginnings, that also stores every token's key and value."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, k[source], v[source], slots)
             return ops.attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen)
 
-        return attend
+        return Through(self, slots, attend)
 
-    def decode(self, slots: Tensor, lengths: Tensor) -> Decode:
-        """Attention of one new token per row over that row's pages; the token's own key and value go to its slot."""
-        return Decode(self, slots, lengths)
+    def append(self, slots: Tensor, table: Tensor, row: Tensor, lengths: Tensor) -> Attend:
+        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of table row row[i]."""
 
-    def _store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths, rows=row)
+
+        return Through(self, slots, attend)
+
+    def decode(self, slots: Tensor, table: Tensor, lengths: Tensor) -> Attend:
+        """Attention of one new token per row over that row's pages."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths)
+
+        return Through(self, slots, attend)
 
 
-class Decode:
-    """What `PagedCache.decode` returns: rope writes the keys and values to `slab` in its own launch."""
+class Through:
+    """An attention through the cache: rope writes each token's key and value to its slot, in its own launch, before this is called."""
 
-    def __init__(self, cache: PagedCache, slots: Tensor, lengths: Tensor) -> None:
-        self.cache, self.slots, self.lengths = cache, slots, lengths
+    def __init__(self, cache: PagedCache, slots: Tensor, attend: Attend) -> None:
+        self.cache, self.slots, self.attend = cache, slots, attend
 
     def slab(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flat caches (slots, K, E) of keys and of values, and each token's slot."""
         return self.cache.k[layer].flatten(0, 1), self.cache.v[layer].flatten(0, 1), self.slots
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.decode_attention(q, self.cache.k[layer], self.cache.v[layer], self.cache.block_table, self.lengths)
+        return self.attend(layer, q, k, v)

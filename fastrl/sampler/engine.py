@@ -1,249 +1,291 @@
-"""The rollout engine: prompts in, packed `Rollouts` out.
+"""The rollout engine: sequences are admitted as pages allow, prefilled, and decoded together in windows of steps.
 
-Sequences are admitted in waves that fit the cache budget.  A wave prefills each distinct prompt once, copies its keys and values
-to the G samples of that prompt, and then decodes all rows together; finished rows are compacted away.  Randomness is keyed by
-(seed, sequence, position), so a sample does not depend on the batch, wave or process it was drawn in.
+    while engine.window(): ...
+
+The host decides who comes in and how many rows a step has, from a few numbers that it reads once per window: on CUDA those of the
+window before, so that it never waits for the device.  Rows that have ended are compacted away, and their pages given back, when
+that leaves a smaller step or room for others.  Randomness is keyed by (seed, sequence, position): a sample does not depend on the
+batch, the order or the process it was drawn in.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl import ops
 from fastrl.errors import UserError
-from fastrl.kernels._linear import project
 from fastrl.sampler.cache import PagedCache
-from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
-from fastrl.types import Rollouts
+from fastrl.sampler.prefill import PREFILL_TOKENS, Span, fill
+from fastrl.sampler.queue import Entry, Group, Queue, Waiting
+from fastrl.sampler.state import CANCELLED, Look, State, pages_of
+from fastrl.sampler.step import Filters, Step, bucket, runner
 
 PAGE = 64  # tokens a cache page holds
-CHECK_EVERY = {"cpu": 1, "cuda": 16}  # decode steps between looks at how many rows are still alive
-COMPACT_BELOW = 0.75  # rows are compacted when fewer than this share is alive
+MAX_ROWS = {"cpu": 256, "cuda": 1024}  # decoded together
+WINDOW = {"cpu": 1, "cuda": 16}  # decode steps between two looks
+COMPACT_BELOW = {"cpu": 0.95, "cuda": 0.8}  # share of live rows below which the others are compacted away
+ADMIT_AT_ONCE = 1 / 16  # of the rows: so many come in together, unless nothing else is left to do
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How completions are drawn.
+class Engine:
+    """Decodes sequences of one model.  Buffers, cache and graphs stay from call to call.
 
-    n               completions per prompt
-    max_new_tokens  the longest completion, its end-of-sequence token included
-    temperature     0 is greedy: log-probs are then reported at temperature 1
-    top_k, top_p, min_p   filters, applied in this order; 0, 1 and 0 turn them off
-    seed            with each sequence's number and position, the key of all randomness
-    stop            further tokens, or strings of one token, that end a completion
+    tokens   cache budget, in pages of `page`; `max_rows` sequences are decoded at a time, `prefill_tokens` tokens prefilled
     """
-
-    n: int = 1
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop: tuple[str | int, ...] = ()
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("n", self.n >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
-            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit number"),
-        )
-        for name, fine, expected in checks:
-            if not fine:
-                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)}")
-
-
-class Sampler:
-    """Generates with `model`'s current weights; nothing is copied, so an optimizer step is seen by the next call.
-
-    max_tokens_in_flight   key/value cache budget, tokens; sequences that do not fit wait for the next wave
-    """
-
-    def __init__(self, model: Any, tokenizer: Any = None, *, max_tokens_in_flight: int = 262144) -> None:
-        self.model, self.tokenizer, self.max_tokens_in_flight = model, tokenizer, max_tokens_in_flight
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, sequence_offset: int = 0, weight_version: int = 0,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> Rollouts:  # fmt: skip
-        """`params.n` completions of every prompt; sequence i answers prompt i // n.
-
-        `sequence_offset` is the number of the first sequence, the second part of the randomness key; `on_tokens(n)` is told of
-        every n tokens drawn.  Raises UserError for a prompt that is empty, foreign to the vocabulary or too long for the context.
-        """
-        config = self.model.config
-        encoded = tokenize(prompts, self.tokenizer, config.vocab_size)
-        limit = config.max_position_embeddings
-        for i, p in enumerate(encoded):
-            check_room(len(p), f"prompts[{i}]", limit)
-        waves = _waves([min(len(p) + params.max_new_tokens, limit) for p in encoded for _ in range(params.n)], self.max_tokens_in_flight)
-        stops = torch.tensor(stop_tokens(params.stop, self.tokenizer, config.eos_token_id), dtype=torch.int64, device=self.model.device)
-        drawn = _Drawn(len(encoded) * params.n, params.max_new_tokens, self.model.device)
-        for wave in waves:
-            _Wave(self.model, encoded, params, stops, wave, sequence_offset, drawn).run(on_tokens)
-        return self._collect(encoded, params, drawn, weight_version)
-
-    def _collect(self, prompts: list[list[int]], params: SamplingParams, drawn: _Drawn, version: int) -> Rollouts:
-        device = self.model.device
-        prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(params.n)
-        prompt_lengths = torch.tensor([len(p) for p in prompts], device=device, dtype=torch.int64)[prompt_index]
-        counts = drawn.count.tolist()
-        cu = torch.cat([prompt_lengths.new_zeros(1), (prompt_lengths + drawn.count).cumsum(0)]).to(torch.int32)
-        rows = [row for p in prompts for row in [torch.tensor(p, device=device)] * params.n]
-        pieces = [piece for i, row in enumerate(rows) for piece in (row, drawn.tokens[i, : counts[i]])]
-        tokens = torch.cat(pieces) if pieces else prompt_index.new_empty(0)
-        inside = torch.arange(params.max_new_tokens, device=device) < drawn.count[:, None]
-        position = torch.arange(tokens.numel(), device=device) - torch.repeat_interleave(cu[:-1].long(), cu.diff())
-        mask = position >= torch.repeat_interleave(prompt_lengths, cu.diff())
-
-        def spread(values: Tensor, empty: float) -> Tensor:
-            out = torch.full(tokens.shape, empty, dtype=values.dtype, device=device)
-            out[mask] = values[inside]
-            return out
-
-        text = None
-        if self.tokenizer is not None:
-            ids = [drawn.tokens[i, : counts[i]].tolist() for i in range(len(counts))]
-            text = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of none it makes one empty text
-        return Rollouts(
-            tokens=tokens, cu_seqlens=cu, completion_mask=mask, prompt_index=prompt_index, prompt_lengths=prompt_lengths,
-            logp=spread(drawn.logp, 0), behaviour_logp=spread(drawn.behaviour_logp, 0), entropy=spread(drawn.entropy, 0),
-            weight_version=torch.where(mask, version, -1), text=text,
-            finish_reason=["stop" if s else "length" for s in drawn.stopped.tolist()],
-        )  # fmt: skip
-
-
-class _Drawn:
-    """Everything drawn so far: S sequences by `max_new_tokens` columns."""
-
-    def __init__(self, S: int, max_new_tokens: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(S, max_new_tokens, dtype=torch.int64, device=device)
-        self.logp, self.behaviour_logp, self.entropy = (torch.zeros(S, max_new_tokens, device=device) for _ in range(3))
-        self.count = torch.zeros(S, dtype=torch.int64, device=device)
-        self.stopped = torch.zeros(S, dtype=torch.bool, device=device)
-
-
-class _Wave:
-    """B rows decoded together.  `seq` (B,) says which sequence each row is; rows shrink as sequences finish."""
 
     def __init__(
-        self, model: Any, prompts: list[list[int]], params: SamplingParams, stops: Tensor, sequences: range, offset: int, drawn: _Drawn
-    ) -> None:
-        self.model, self.params, self.stops, self.drawn, self.offset = model, params, stops, drawn, offset
-        device = model.device
-        self.seq = torch.tensor(list(sequences), device=device)
-        self.prompts = prompts
-        mine = [prompts[s // params.n] for s in sequences]
-        self.length = torch.tensor([len(p) for p in mine], device=device)  # tokens of each row so far
-        self.limit = torch.full_like(self.length, model.config.max_position_embeddings)
-        self.history = mine if not model.supports_cache else []
+        self, model: Any, *, tokens: int, page: int = PAGE, max_rows: int | None = None, prefill_tokens: int | None = None,
+        window: int | None = None,
+    ) -> None:  # fmt: skip
+        kind = model.device.type
+        self.model, self.tokens, self.page = model, tokens, page
+        self.max_rows = max_rows or MAX_ROWS.get(kind, 256)
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(kind, 4096)
+        self.steps, self.compact_below = window or WINDOW.get(kind, 1), COMPACT_BELOW.get(kind, 0.95)
+        self.cache: PagedCache | None = None
+        self.state: State | None = None
+        self.weights: tuple[int, ...] = ()
+        self.peak_pages = 0
+        self.timing: dict[str, float] = {}
 
-    def run(self, on_tokens: Callable[[int], None] | None) -> None:
-        step = self._decode if self.model.supports_cache else self._recompute
-        hidden = self._prefill() if self.model.supports_cache else self._recompute(None)
-        every = CHECK_EVERY.get(self.seq.device.type, 1)
-        self.alive = torch.ones_like(self.seq, dtype=torch.bool)
-        for t in range(self.params.max_new_tokens):
-            if on_tokens is not None:
-                on_tokens(int(self.alive.sum()))
-            token, alive = self._draw(hidden, t)
-            if t + 1 == self.params.max_new_tokens:
-                return
-            if (t + 1) % every == 0:
-                rows = alive.nonzero().squeeze(1)
-                if rows.numel() == 0:
-                    return
-                if rows.numel() < COMPACT_BELOW * alive.numel():
-                    token, alive = self._compact(rows, token)
-            self.alive = alive
-            hidden = step(token)
+    # --- a call ---
+    def begin(
+        self, S: int, C: int, pages: int, *, seed: int, temperature: float, filters: Filters, stops: Sequence[int], version: int,
+        between: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Make ready for up to S sequences of up to C tokens that together may need `pages`; `between` is called before each window.
 
-    def _draw(self, hidden: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Draw token t of every row and record it where the row is alive; the tokens, and which rows go on."""
-        p, d = self.params, self.drawn
-        logits = project(hidden, self.model.head_weight, self.model.head_bias, torch.promote_types(hidden.dtype, torch.float32))
-        draw = ops.sample(
-            logits, seed=p.seed, sequence=self.seq + self.offset, position=torch.full_like(self.seq, t),
-            temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p,
-        )  # fmt: skip
-        alive = self.alive
-        d.tokens[self.seq, t] = torch.where(alive, draw.token, 0)
-        for name in ("logp", "behaviour_logp", "entropy"):
-            getattr(d, name)[self.seq, t] = torch.where(alive, getattr(draw, name).float(), 0)
-        d.count[self.seq] += alive
-        stopped = alive & torch.isin(draw.token, self.stops)
-        d.stopped[self.seq] |= stopped
-        self.length = self.length + alive
-        return draw.token, alive & ~stopped & (self.length < self.limit)
+        Raises UserError when the weights are not where captured graphs would read them.
+        """
+        self._check_weights()
+        self._make_room(S, C, pages, len(stops))
+        self.state.begin(seed, temperature, stops, version)
+        self.filters, self.queue, self.looks = filters, Queue(self.page), deque()
+        self.between, self.late = between, between is None and self.model.device.type == "cuda"
+        self.n = self.peak_pages = 0
+        self.timing = dict.fromkeys(("prefill", "decode", "sample", "schedule"), 0.0)
+        self.step.seconds = dict.fromkeys(self.step.seconds, 0.0)
+        self.seen = Look(0, self.cache.capacity, 0, 0)
 
-    def _prefill(self) -> Tensor:
-        """Fill the cache with every prompt, each forwarded once; the hidden state (B, D) that predicts the first token."""
-        model, n, device = self.model, self.params.n, self.model.device
-        prompt_of = self.seq // n
-        distinct = sorted(set(prompt_of.tolist()))
-        place = {p: i for i, p in enumerate(distinct)}
-        row_prompt = torch.tensor([place[p] for p in prompt_of.tolist()], device=device)
-        lengths = torch.tensor([len(self.prompts[p]) for p in distinct], device=device)
-        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        tokens = torch.tensor([t for p in distinct for t in self.prompts[p]], device=device)
-        c = model.config
-        reserve = torch.minimum(self.length + self.params.max_new_tokens, self.limit).tolist()
-        self.cache = PagedCache(
-            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, row_tokens=reserve, page=PAGE, dtype=model.dtype, device=device
-        )
-        row = torch.repeat_interleave(torch.arange(self.seq.numel(), device=device), self.length)
-        first = torch.repeat_interleave(self.length.cumsum(0) - self.length, self.length)
-        position = torch.arange(row.numel(), device=device) - first
-        longest = max(len(self.prompts[p]) for p in distinct)
-        attend = self.cache.prefill(cu.to(torch.int32), longest, cu[row_prompt[row]] + position, self.cache.slots(row, position))
-        hidden = model(tokens, cu.to(torch.int32), attend=attend)
-        return hidden[cu[1:] - 1][row_prompt]
+    def add(self, waiting: Sequence[Waiting]) -> None:
+        """Queue sequences whose records are written."""
+        for who in waiting:
+            if pages_of(who.until, self.page) > self.cache.capacity:
+                need = pages_of(who.until, self.page) * self.page
+                raise UserError(
+                    f"max_tokens_in_flight: sequence {who.seq} alone may need {need} tokens of cache, above the budget of {self.tokens}"
+                )
+        for who in waiting:
+            self.queue.add(who)
 
-    def _decode(self, token: Tensor) -> Tensor:
-        """Hidden states (B, D) after appending `token` to every row; a finished row overwrites its own last slot."""
-        position = self.length - 1
-        slots = self.cache.slots(torch.arange(token.numel(), device=token.device), position)
-        attend = self.cache.decode(slots, self.length.to(torch.int32))
-        return self.model(token, None, positions=position, attend=attend)
+    def cancel(self, seqs: Sequence[int]) -> None:
+        """End these sequences where they are."""
+        gone = self.queue.remove(set(seqs))
+        for who in gone:
+            if who.group.waiting == 0 and who.group.table is not None:
+                self.cache.release(who.group.table[None])
+                who.group.table = None
+        state = self.state
+        ids = torch.tensor([w.seq for w in gone], dtype=torch.int64, device=state.device)
+        state.records.finish.index_fill_(0, ids, CANCELLED)
+        asked = torch.tensor(list(seqs), dtype=torch.int64, device=state.device)
+        state.end(self.n, torch.isin(state.rows.seq[: self.n], asked), CANCELLED)
 
-    def _recompute(self, token: Tensor | None) -> Tensor:
-        """The same without a cache, for models that have none: every row is forwarded whole."""
-        if token is not None:
-            rows = zip(self.history, token.tolist(), self.alive.tolist(), strict=True)
-            self.history = [[*h, t] if alive else h for h, t, alive in rows]
-        lengths = torch.tensor([len(h) for h in self.history], device=self.seq.device)
-        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        tokens = torch.tensor([t for h in self.history for t in h], device=self.seq.device)
-        return self.model(tokens, cu.to(torch.int32))[cu[1:] - 1]
+    def window(self) -> bool:
+        """Admit whom there is room for, decode one window, and say whether anything is left to do."""
+        began, before = time.perf_counter(), sum(self.timing.values())
+        if self.between is not None and self.n:
+            self.between()
+        self._settle()
+        self._admit()
+        if self.n:
+            b = min(bucket(self.n, self.state.device), self.state.B)
+            self._post()
+            decode_began = time.perf_counter()
+            for _ in range(self.steps):
+                self.run(b, self.filters)
+            self._time_steps(time.perf_counter() - decode_began)
+        self.timing["schedule"] += time.perf_counter() - began - (sum(self.timing.values()) - before)
+        return self.n > 0 or len(self.queue) > 0
 
-    def _compact(self, rows: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        self.seq, self.length, self.limit = self.seq[rows], self.length[rows], self.limit[rows]
-        if self.model.supports_cache:
-            self.cache.keep(rows)
+    def fresh(self) -> Look:
+        """What holds now.  Waits for the device."""
+        return Look(*self.state.look(self.n).tolist())
+
+    def drawn(self, *, wait: bool) -> int:
+        """Tokens drawn in this call; without waiting for the device, those that the last look saw."""
+        return int(self.state.total) if wait or not self.late else self.seen.total
+
+    def unfinished(self) -> int:
+        """Sequences that are not done, as far as the last look saw."""
+        return len(self.queue) + self.seen.alive
+
+    def end(self, reason: int) -> None:
+        """End all rows where they are, for this reason."""
+        self.state.end(self.n, self.state.rows.alive[: self.n].clone(), reason)
+
+    def finish(self) -> None:
+        """Give the pages of all rows back.  Waits for the device."""
+        if self.n:
+            self.peak_pages = max(self.peak_pages, self.fresh().used)
+            self.state.compact(self.n)
+            self.n = 0
+
+    # --- inside a window ---
+    def _settle(self) -> None:
+        """See how many rows are left, and compact the others away when it pays."""
+        if self.n == 0:
+            self.looks.clear()
+            return
+        if not self.late:
+            self.seen = self.fresh()
+        elif self.looks:
+            numbers, event = self.looks.popleft()
+            event.synchronize()
+            self.seen = Look(*numbers.tolist())
+        self.peak_pages = max(self.peak_pages, self.seen.used)
+        dead = self.n - self.seen.alive
+        wanted = len(self.queue) > 0 and dead >= self._at_once()
+        if dead and (wanted or self.seen.alive == 0 or self.seen.alive < self.compact_below * self.n):
+            self.state.compact(self.n)
+            self.n = self.seen.alive
+            if not self.late:
+                self.seen = self.fresh()  # with the pages that were given back
+
+    def _admit(self) -> None:
+        free = self.max_rows - self.n
+        if not len(self.queue) or (self.n and free < self._at_once()):
+            return
+        entries = self.queue.admit(free, self.seen.room if self.n else self.cache.spare(), idle=self.n == 0)
+        if entries:
+            began = time.perf_counter()
+            self._enter(entries)
+            self.timing["prefill"] += time.perf_counter() - began
+
+    def _at_once(self) -> int:
+        return min(len(self.queue), max(1, int(ADMIT_AT_ONCE * self.max_rows)))
+
+    def _post(self) -> None:
+        """Send what a later `_settle` will look at on its way."""
+        if self.late:
+            numbers = self.state.look(self.n).to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self.looks.append((numbers, event))
+
+    def _time_steps(self, seconds: float) -> None:
+        """On CPU a step's parts are measured; on CUDA the host only sees what it enqueues."""
+        if not self.late:
+            for part in ("decode", "sample"):
+                self.timing[part] += self.step.seconds[part]
+                self.step.seconds[part] = 0.0
         else:
-            self.history = [self.history[i] for i in rows.tolist()]
-        return token[rows], torch.ones_like(rows, dtype=torch.bool)
+            self.timing["decode"] += seconds
 
+    def _enter(self, entries: Sequence[Entry]) -> None:
+        """Give the entries rows n, n+1, ...: pages, prompts prefilled, keys of what follows them, and their state."""
+        state, cache = self.state, self.cache
+        groups = list({id(e.who.group): e.who.group for e in entries}.values())
+        tables, opened = self._open(groups)
+        place = {id(g): i for i, g in enumerate(groups)}
+        member = torch.tensor([place[id(e.who.group)] for e in entries], device=state.device)
+        rows = self._rows(entries, tables[member])
+        for i, g in enumerate(groups):
+            taken = g.waiting == 0 or any(e.takes for e in entries if e.who.group is g)
+            g.table = None if taken else tables[i]
+        if self.model.supports_cache:
+            fill(self.model, cache, tables, [Span(i, g.prompt, 0, len(g.prompt) - 1) for i, g in opened], self.prefill_tokens)
+            self._copy_partial(entries, tables[member], rows)
+            longer = [(i, e.who) for i, e in enumerate(entries) if e.who.length > len(e.who.group.prompt)]
+            spans = [Span(i, state.records.tokens[w.seq], len(w.group.prompt) - 1, w.length - 1) for i, w in longer]
+            fill(self.model, cache, rows, spans, self.prefill_tokens)
+        self._place(entries, rows)
 
-def _waves(reserve: list[int], budget: int) -> list[range]:
-    """Consecutive sequences cut into waves whose reserved tokens fit the budget, whole pages counted."""
-    waves, start, used = [], 0, 0
-    for i, need in enumerate(reserve):
-        pages = -(-need // PAGE) * PAGE
-        if pages > budget:
-            raise UserError(f"max_tokens_in_flight: sequence {i} alone may need {pages} tokens of cache, above the budget of {budget}")
-        if used + pages > budget:
-            waves.append(range(start, i))
-            start, used = i, 0
-        used += pages
-    return [*waves, range(start, len(reserve))] if reserve else []
+    def _open(self, groups: Sequence[Group]) -> tuple[Tensor, list[tuple[int, Group]]]:
+        """Tables (g, N) of the groups, those that were not open with pages for their prompt; which ones these are."""
+        width = self.state.rows.table.shape[1]
+        opened = [(i, g) for i, g in enumerate(groups) if g.table is None]
+        counts = [g.full(self.page) + 1 for _, g in opened]
+        tables = torch.zeros(len(groups), width, dtype=torch.int32, device=self.state.device)
+        for i, g in enumerate(groups):
+            if g.table is not None:
+                tables[i] = g.table
+        self.give(tables, [i for i, _ in opened], [0] * len(opened), counts)
+        return tables, opened
+
+    def give(self, tables: Tensor, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> None:
+        """New pages for these rows of `tables`: `counts` of them, from column `first` on."""
+        total = sum(counts)
+        if total:
+            where = [(r, a + j) for r, a, n in zip(rows, first, counts, strict=True) for j in range(n)]
+            row, column = torch.tensor(where, device=tables.device).T
+            tables[row, column] = self.cache.take(total)
+
+    def _rows(self, entries: Sequence[Entry], theirs: Tensor) -> Tensor:
+        """Tables (m, N) of the entries: the full pages of their groups', and pages of their own up to their newest token."""
+        full = [e.who.group.full(self.page) for e in entries]
+        kept = [f + e.takes for f, e in zip(full, entries, strict=True)]
+        column = torch.arange(theirs.shape[1], device=theirs.device)
+        mine = torch.where(column < torch.tensor(kept, device=theirs.device)[:, None], theirs, 0)
+        takes = torch.tensor([e.takes for e in entries], device=theirs.device)
+        self.cache.share(torch.where(takes[:, None], 0, mine).flatten())
+        self.give(mine, range(len(entries)), kept, [(e.who.length - 1) // self.page + 1 - k for e, k in zip(entries, kept, strict=True)])
+        return mine
+
+    def _copy_partial(self, entries: Sequence[Entry], theirs: Tensor, mine: Tensor) -> None:
+        """Copy what lies in the page after a prompt's full ones to every sample that does not take that page over."""
+        where = [
+            (i, p)
+            for i, e in enumerate(entries)
+            if not e.takes
+            for p in range(e.who.group.full(self.page) * self.page, len(e.who.group.prompt) - 1)
+        ]
+        if where:
+            row, position = torch.tensor(where, device=mine.device).T
+            self.cache.copy(self.cache.slots(theirs, row, position), self.cache.slots(mine, row, position))
+
+    def _place(self, entries: Sequence[Entry], tables: Tensor) -> None:
+        state, at = self.state, slice(self.n, self.n + len(entries))
+        numbers = [(w.seq, w.length, w.drawn, w.budget, w.until) for w in (e.who for e in entries)]
+        seq, length, drawn, budget, until = torch.tensor(numbers, device=state.device).T
+        last = state.records.tokens[seq, length - 1]
+        for x, value in zip(state.rows, (seq, length, drawn, budget, until, last, True, tables), strict=True):
+            x[at] = value
+        self.n += len(entries)
+        self.seen = replace(self.seen, alive=self.n)
+
+    # --- buffers ---
+    def _make_room(self, S: int, C: int, pages: int, stops: int) -> None:
+        """Buffers, cache and step that are large enough: those there are, or new ones."""
+        pages = min(self.tokens // self.page, pages)
+        grow = self.cache is None or self.cache.capacity < pages
+        if grow:
+            self.cache = None  # the old one's memory goes first
+            self.cache = PagedCache(self.model, pages, self.page)
+        if grow or self.state is None or not self.state.fits(S, C, stops):
+            old = (self.state.S, self.state.C) if self.state is not None else (0, 0)
+            self.state = State(self.cache, self.max_rows, max(S, old[0]), max(C, old[1]), self.model.device)
+            if stops > self.state.stops.numel():
+                self.state.stops = torch.full((stops,), -1, dtype=torch.int64, device=self.model.device)
+            self.step = Step(self.model, self.state)
+            self.run = runner(self.step, self.model.device)
+
+    def release(self) -> None:
+        """Give the cache's memory, and the graphs that read it, back; the next call makes them anew."""
+        self.cache = self.state = None
+        self.weights = ()
+
+    def _check_weights(self) -> None:
+        """The optimizer must write where the graphs read."""
+        places = tuple(p.data_ptr() for p in self.model.parameters())
+        if self.weights and places != self.weights:
+            names = [n for n, _ in self.model.named_parameters()]
+            moved = next(n for n, a, b in zip(names, self.weights, places, strict=False) if a != b)
+            raise UserError(f"model: {moved} has moved since the last rollout; write weights in place, or call Sampler.release() first")
+        self.weights = places

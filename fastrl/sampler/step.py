@@ -1,0 +1,101 @@
+"""One decode step of the first b rows, all on the device; and its captured CUDA graphs, one per bucket of rows."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.kernels._linear import project
+from fastrl.kernels.advance import Rows, advance
+from fastrl.sampler.state import State
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+Filters = tuple[int, float, float]  # top_k, top_p, min_p
+
+
+def bucket(b: int, device: torch.device) -> int:
+    """Rows a step is run with so that b are among them: a size there is a graph for; on CPU b itself."""
+    if device.type == "cpu":
+        return b
+    place = bisect_left(BUCKETS, b)
+    return BUCKETS[place] if place < len(BUCKETS) else -(-b // BUCKETS[-1]) * BUCKETS[-1]
+
+
+class Step:
+    """token -> layers -> head -> draw -> records, for rows of `state`.  Nothing in it depends on a value that the host reads."""
+
+    def __init__(self, model: Any, state: State) -> None:
+        self.model, self.state = model, state
+        self.hidden = self._cached if model.supports_cache else self._whole
+        self.seconds = {"decode": 0.0, "sample": 0.0}  # only of steps that the host waits for
+
+    def __call__(self, b: int, filters: Filters) -> None:
+        """Draw one token for each of the first b rows that is alive."""
+        state, began = self.state, time.perf_counter()
+        rows = Rows(*(x[:b] for x in state.rows))
+        hidden = self.hidden(rows)
+        logits = project(hidden, self.model.head_weight, self.model.head_bias, torch.promote_types(hidden.dtype, torch.float32))
+        drawn_at = time.perf_counter()
+        draw = ops.sample(
+            logits, seed=state.seed.expand(b), sequence=state.key[rows.seq], position=rows.drawn,
+            temperature=state.temperature.expand(b), top_k=filters[0], top_p=filters[1], min_p=filters[2],
+        )  # fmt: skip
+        numbers = {"stops": state.stops, "version": state.version, "total": state.total}
+        advance(draw, rows, state.records, state.cache.pages, page=state.cache.page, **numbers)
+        self.seconds["decode"] += drawn_at - began
+        self.seconds["sample"] += time.perf_counter() - drawn_at
+
+    def _cached(self, rows: Rows) -> Tensor:
+        """Hidden states (b, D) after each row's newest token, whose key and value go to the cache."""
+        cache, position = self.state.cache, rows.length - 1
+        slots = cache.slots(rows.table, self.state.index[: position.shape[0]], position)
+        attend = cache.decode(slots, rows.table, rows.length.to(torch.int32))
+        return self.model(rows.last, None, positions=position, attend=attend)
+
+    def _whole(self, rows: Rows) -> Tensor:
+        """The same for a model without a cache: every sequence is forwarded whole."""
+        inside = torch.arange(self.state.C, device=rows.length.device) < rows.length[:, None]
+        cu = torch.cat([rows.length.new_zeros(1), rows.length.cumsum(0)])
+        return self.model(self.state.records.tokens[rows.seq][inside], cu.to(torch.int32))[cu[1:] - 1]
+
+
+class Graphs:
+    """The step as CUDA graphs that share one memory pool; captured when first needed, the whole step in each."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.pool = step, torch.cuda.graph_pool_handle()
+        self.captured: dict[tuple[int, Filters], torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, b: int, filters: Filters) -> None:
+        """Replay the step of the first b rows."""
+        if (b, filters) not in self.captured:
+            self.captured[b, filters] = self._capture(b, filters)
+        self.captured[b, filters].replay()
+
+    def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
+        """Warm up and capture with every row asleep: nothing is drawn, and what is written is written again, or to page 0."""
+        alive = self.step.state.rows.alive
+        awake = alive.clone()
+        alive.fill_(False)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # Triton compiles, cuBLAS chooses
+                self.step(b, filters)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(b, filters)
+        alive.copy_(awake)
+        return graph
+
+
+def runner(step: Step, device: torch.device) -> Callable[[int, Filters], None]:
+    """What runs the step on this device: graphs on CUDA, for a model with a cache; plain calls elsewhere."""
+    return Graphs(step) if device.type == "cuda" and step.model.supports_cache else step

@@ -1,0 +1,125 @@
+"""End a decode step on the device: what was drawn goes into the records, and every row learns whether and where it goes on.
+
+For each row b that is alive, of sequence s = seq[b] with c = length[b] tokens so far:
+
+    records[s, c] = the draw;   length[b] += 1;  drawn[b] += 1;  last[b] = token
+    the row ends as `stop` if the token is one of `stops`, else as `length` if drawn[b] = budget[b] or length[b] = until[b]
+    a row that goes on, and whose newest token is the first of a page, gets the next free page for it
+
+Rows that are not alive change nothing.  The host looks at none of this: a captured graph of the step runs it as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._check import INTS, dims, same_device
+from fastrl.kernels.sample import Sample
+
+RUNNING, STOP, LENGTH = 0, 1, 2  # values of Records.finish
+
+
+class Rows(NamedTuple):
+    """B rows of a batch, each decoding one sequence: where each stands.
+
+    seq     (B,) int64   its row of the records
+    length  (B,) int64   tokens so far, prompt included; the newest has no key and value yet
+    drawn   (B,) int64   tokens drawn so far
+    budget  (B,) int64   tokens that may be drawn
+    until   (B,) int64   longest length
+    last    (B,) int64   its newest token
+    alive   (B,) bool    whether it goes on
+    table   (B, N) int32 its pages, in order; 0 where it has none
+    """
+
+    seq: Tensor
+    length: Tensor
+    drawn: Tensor
+    budget: Tensor
+    until: Tensor
+    last: Tensor
+    alive: Tensor
+    table: Tensor
+
+
+class Records(NamedTuple):
+    """All tokens of S sequences, C columns wide: tokens int64, three fp32 of each draw, whether it was drawn, by which weights.
+
+    length (S,) int64 and finish (S,) int8 are of whole sequences; the last one takes what nobody wants.
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    behaviour_logp: Tensor
+    entropy: Tensor
+    chosen: Tensor
+    version: Tensor
+    length: Tensor
+    finish: Tensor
+
+
+class Pages(NamedTuple):
+    """The allocator: a stack `free` (P,) int32 of which the lowest `top` (1,) int64 are free pages, and `refs` (P,) int32, a page's users."""
+
+    free: Tensor
+    top: Tensor
+    refs: Tensor
+
+
+# --- reference --------------------------------------------------------------------------------------
+def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+    """The definition, in PyTorch, without a look at any value."""
+    alive, S, C = rows.alive.clone(), *records.tokens.shape
+    seq = torch.where(alive, rows.seq, S - 1)
+    place = seq * C + torch.where(alive, rows.length, 0)
+    values = (draw.token, draw.logp, draw.behaviour_logp, draw.entropy, alive, version.expand_as(seq))
+    for record, value in zip(records[:6], values, strict=True):
+        record.view(-1).index_copy_(0, place, value.to(record.dtype))
+    rows.length.add_(alive)
+    rows.drawn.add_(alive)
+    rows.last.copy_(torch.where(alive, draw.token, rows.last))
+    total.add_(alive.sum())
+    stopped = (draw.token[:, None] == stops).any(1)
+    ended = alive & (stopped | (rows.drawn >= rows.budget) | (rows.length >= rows.until))
+    records.length.index_copy_(0, seq, rows.length)
+    records.finish.index_copy_(0, seq, torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING).to(torch.int8))
+    rows.alive.logical_and_(~ended)
+    newest = rows.length - 1
+    needy = rows.alive & (newest % page == 0)
+    rank = needy.cumsum(0)
+    given = pages.free[torch.where(needy, pages.top - rank, 0)]
+    column = torch.where(needy, newest // page, 0)[:, None]
+    rows.table.scatter_(1, column, torch.where(needy, given, rows.table.gather(1, column)[:, 0])[:, None])
+    pages.refs.index_copy_(0, torch.where(needy, given, 0).long(), torch.ones_like(given))  # page 0 belongs to nobody, for good
+    pages.top.sub_(rank[-1:])
+
+
+register("advance", "reference", forward=reference)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+register_triton("advance", "_advance_triton", "forward")
+
+
+# --- public -----------------------------------------------------------------------------------------
+def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+    """Record `draw` and move `rows`, `records` and `pages` on by one token, in place; add the number of tokens to `total` (1,) int64.
+
+    Shapes:  those of `Rows` (B rows), `Records`, `Pages` and `Sample`;  stops (n,) int64;  version (1,) int64, of the weights.
+    Memory:  the Triton kernel allocates nothing and is one launch of one program.  There must be a free page for every row.
+    Raises:  ValueError or TypeError naming the argument.  No values are read.  Not traced by torch.compile, not differentiable.
+    """
+    B, _ = dims("rows.table", rows.table, "B N", (torch.int32,))
+    for name, x, kinds in (("rows.length", rows.length, (torch.int64,)), ("draw.token", draw.token, INTS), ("rows.seq", rows.seq, INTS)):
+        dims(name, x, "B", kinds, B=B)
+    dims("records.tokens", records.tokens, "S C", (torch.int64,))
+    dims("stops", stops, "n", (torch.int64,))
+    same_device(token=draw.token, length=rows.length, tokens=records.tokens, free=pages.free, stops=stops)
+    if page < 1:
+        raise ValueError(f"page: expected a positive number of tokens, got {page}")
+    if B:
+        pick("advance", draw.logp, "forward")(draw, rows, records, pages, stops, version, total, page)
