@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,24 +44,27 @@ def _state(token: Tensor, C: int, page: int) -> tuple[Rows, Records, Pages, dict
     table = torch.zeros(B, -(-C // page) + 1, dtype=torch.int32, device=device)
     rows = Rows(row, length, ones, ones * C, ones * (C + page), zeros, ones.bool(), table)
     tokens = torch.zeros(B + 1, C + page, dtype=torch.int64, device=device)
-    floats = [torch.zeros(tokens.shape, device=device) for _ in range(3)]
+    logp, behaviour, entropy = (torch.zeros(tokens.shape, device=device) for _ in range(3))
     lengths = torch.zeros(B + 1, dtype=torch.int64, device=device)
-    records = Records(tokens, *floats, tokens.bool(), tokens.int(), lengths, lengths.to(torch.int8))
+    records = Records(tokens, logp, behaviour, entropy, tokens.bool(), tokens.int(), lengths, lengths.to(torch.int8))
     free = torch.arange(2 * B + 1, dtype=torch.int32, device=device).flip(0)
     pages = Pages(free, torch.full((1,), 2 * B, device=device), torch.full_like(free, -1))
     numbers = {"stops": torch.full((4,), -1, device=device), "version": zeros[:1].clone(), "total": zeros[:1].clone()}
     return rows, records, pages, numbers
 
 
-def _stepper(step: object):  # type: ignore[no-untyped-def]
+Step = Callable[[Sample, Rows, Records, Pages, dict[str, Tensor], int], None]
+
+
+def _stepper(step: Step) -> Callable[..., Tensor]:
     """Steps of one state, made at the first call; rows are put back, so that every call does the same work."""
-    made: dict[str, object] = {}
+    made: list[tuple[Rows, Records, Pages, dict[str, Tensor]]] = []
 
     def call(token: Tensor, logp: Tensor, C: int, page: int) -> Tensor:
         if not made:
-            made["state"] = _state(token, C, page)
-        rows, records, pages, numbers = made["state"]  # type: ignore[misc]
-        step(Sample(token, logp, logp, logp), rows, records, pages, numbers, page)  # type: ignore[operator]
+            made.append(_state(token, C, page))
+        rows, records, pages, numbers = made[0]
+        step(Sample(token, logp, logp, logp), rows, records, pages, numbers, page)
         rows.length.sub_(1)
         pages.top.fill_(2 * token.shape[0])
         return records.logp.sum()
@@ -67,11 +72,11 @@ def _stepper(step: object):  # type: ignore[no-untyped-def]
     return call
 
 
-def _ours(draw, rows, records, pages, numbers, page):  # type: ignore[no-untyped-def]
+def _ours(draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int) -> None:
     advance(draw, rows, records, pages, page=page, **numbers)
 
 
-def _eager(draw, rows, records, pages, numbers, page):  # type: ignore[no-untyped-def]
+def _eager(draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int) -> None:
     reference(draw, rows, records, pages, numbers["stops"], numbers["version"], numbers["total"], page)
 
 

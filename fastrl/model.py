@@ -105,16 +105,15 @@ class Decoder(nn.Module):
                  max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
         """
         T, device = tokens.shape[0], tokens.device
-        if cu_seqlens is None and (attend is None or positions is None):
-            cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=device)
-        if max_seqlen is None:
-            max_seqlen = T if positions is not None else min(T, self.config.max_position_embeddings)
-        if positions is None:
-            starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=T)
-            positions = torch.arange(T, device=device) - starts
+        whole = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
+        if positions is None or attend is None:
+            ends = torch.tensor([0, T], dtype=torch.int32, device=device) if cu_seqlens is None else cu_seqlens
+            packed = partial(attention, cu_seqlens=ends, max_seqlen=whole)
+            if positions is None:
+                starts = torch.repeat_interleave(ends[:-1].long(), ends.diff().long(), output_size=T)
+                positions = torch.arange(T, device=device) - starts
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
-        packed = partial(attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         residual = None
         slab_of = getattr(attend, "slab", None)
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()

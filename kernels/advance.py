@@ -63,7 +63,7 @@ class Records(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """The allocator: a stack `free` (P,) int32 of which the lowest `top` (1,) int64 are free pages, and `refs` (P,) int32, a page's users."""
+    """The allocator: of the stack `free` (P,) int32 the lowest `top` (1,) int64 are free pages; `refs` (P,) int32 are a page's users."""
 
     free: Tensor
     top: Tensor

@@ -31,10 +31,17 @@ class PagedCache:
         self.k = torch.zeros(shape, dtype=model.dtype, device=device)  # zeros: unused slots of a page must be finite
         self.v = torch.zeros(shape, dtype=model.dtype, device=device)
         self.page, self.capacity = page, pages
-        free = torch.arange(pages + 1, dtype=torch.int32, device=device).flip(0)  # the stack's lowest `pages` entries; page 1 on top
-        refs = torch.full((pages + 1,), -1, dtype=torch.int32, device=device)
+        free, refs = (torch.zeros(pages + 1, dtype=torch.int32, device=device) for _ in range(2))
+        self.pages = Pages(free, torch.zeros(1, dtype=torch.int64, device=device), refs)
+        self.reset()
+
+    def reset(self) -> None:
+        """Take every page back, whoever has it."""
+        free, top, refs = self.pages
+        free.copy_(torch.arange(self.capacity, -1, -1))  # page 1 is on top; page 0 lies past the stack's end
+        top.fill_(self.capacity)
+        refs.fill_(-1)
         refs[0] = 1
-        self.pages = Pages(free, torch.full((1,), pages, dtype=torch.int64, device=device), refs)
 
     @staticmethod
     def token_bytes(model: Any) -> int:

@@ -17,12 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.sampler.cache import PagedCache
-from fastrl.sampler.prefill import PREFILL_TOKENS, Span, fill
-from fastrl.sampler.queue import Entry, Group, Queue, Waiting
+from fastrl.sampler.enter import enter
+from fastrl.sampler.prefill import PREFILL_TOKENS
+from fastrl.sampler.queue import Queue, Waiting
 from fastrl.sampler.state import CANCELLED, Look, State, pages_of
 from fastrl.sampler.step import Filters, Step, bucket, runner
 
@@ -48,11 +48,10 @@ class Engine:
         self.max_rows = max_rows or MAX_ROWS.get(kind, 256)
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(kind, 4096)
         self.steps, self.compact_below = window or WINDOW.get(kind, 1), COMPACT_BELOW.get(kind, 0.95)
-        self.cache: PagedCache | None = None
-        self.state: State | None = None
+        self.peak_pages, self.timing = 0, dict[str, float]()
         self.weights: tuple[int, ...] = ()
-        self.peak_pages = 0
-        self.timing: dict[str, float] = {}
+        self.looks: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.release()
 
     # --- a call ---
     def begin(
@@ -63,8 +62,9 @@ class Engine:
 
         Raises UserError when the weights are not where captured graphs would read them.
         """
-        self._check_weights()
+        places = self._check_weights()
         self._make_room(S, C, pages, len(stops))
+        self.weights = places
         self.state.begin(seed, temperature, stops, version)
         self.filters, self.queue, self.looks = filters, Queue(self.page), deque()
         self.between, self.late = between, between is None and self.model.device.type == "cuda"
@@ -165,7 +165,9 @@ class Engine:
         entries = self.queue.admit(free, self.seen.room if self.n else self.cache.spare(), idle=self.n == 0)
         if entries:
             began = time.perf_counter()
-            self._enter(entries)
+            enter(self.model, self.state, entries, self.n, self.prefill_tokens)
+            self.n += len(entries)
+            self.seen = replace(self.seen, alive=self.n)
             self.timing["prefill"] += time.perf_counter() - began
 
     def _at_once(self) -> int:
@@ -188,104 +190,32 @@ class Engine:
         else:
             self.timing["decode"] += seconds
 
-    def _enter(self, entries: Sequence[Entry]) -> None:
-        """Give the entries rows n, n+1, ...: pages, prompts prefilled, keys of what follows them, and their state."""
-        state, cache = self.state, self.cache
-        groups = list({id(e.who.group): e.who.group for e in entries}.values())
-        tables, opened = self._open(groups)
-        place = {id(g): i for i, g in enumerate(groups)}
-        member = torch.tensor([place[id(e.who.group)] for e in entries], device=state.device)
-        rows = self._rows(entries, tables[member])
-        for i, g in enumerate(groups):
-            taken = g.waiting == 0 or any(e.takes for e in entries if e.who.group is g)
-            g.table = None if taken else tables[i]
-        if self.model.supports_cache:
-            fill(self.model, cache, tables, [Span(i, g.prompt, 0, len(g.prompt) - 1) for i, g in opened], self.prefill_tokens)
-            self._copy_partial(entries, tables[member], rows)
-            longer = [(i, e.who) for i, e in enumerate(entries) if e.who.length > len(e.who.group.prompt)]
-            spans = [Span(i, state.records.tokens[w.seq], len(w.group.prompt) - 1, w.length - 1) for i, w in longer]
-            fill(self.model, cache, rows, spans, self.prefill_tokens)
-        self._place(entries, rows)
-
-    def _open(self, groups: Sequence[Group]) -> tuple[Tensor, list[tuple[int, Group]]]:
-        """Tables (g, N) of the groups, those that were not open with pages for their prompt; which ones these are."""
-        width = self.state.rows.table.shape[1]
-        opened = [(i, g) for i, g in enumerate(groups) if g.table is None]
-        counts = [g.full(self.page) + 1 for _, g in opened]
-        tables = torch.zeros(len(groups), width, dtype=torch.int32, device=self.state.device)
-        for i, g in enumerate(groups):
-            if g.table is not None:
-                tables[i] = g.table
-        self.give(tables, [i for i, _ in opened], [0] * len(opened), counts)
-        return tables, opened
-
-    def give(self, tables: Tensor, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> None:
-        """New pages for these rows of `tables`: `counts` of them, from column `first` on."""
-        total = sum(counts)
-        if total:
-            where = [(r, a + j) for r, a, n in zip(rows, first, counts, strict=True) for j in range(n)]
-            row, column = torch.tensor(where, device=tables.device).T
-            tables[row, column] = self.cache.take(total)
-
-    def _rows(self, entries: Sequence[Entry], theirs: Tensor) -> Tensor:
-        """Tables (m, N) of the entries: the full pages of their groups', and pages of their own up to their newest token."""
-        full = [e.who.group.full(self.page) for e in entries]
-        kept = [f + e.takes for f, e in zip(full, entries, strict=True)]
-        column = torch.arange(theirs.shape[1], device=theirs.device)
-        mine = torch.where(column < torch.tensor(kept, device=theirs.device)[:, None], theirs, 0)
-        takes = torch.tensor([e.takes for e in entries], device=theirs.device)
-        self.cache.share(torch.where(takes[:, None], 0, mine).flatten())
-        self.give(mine, range(len(entries)), kept, [(e.who.length - 1) // self.page + 1 - k for e, k in zip(entries, kept, strict=True)])
-        return mine
-
-    def _copy_partial(self, entries: Sequence[Entry], theirs: Tensor, mine: Tensor) -> None:
-        """Copy what lies in the page after a prompt's full ones to every sample that does not take that page over."""
-        where = [
-            (i, p)
-            for i, e in enumerate(entries)
-            if not e.takes
-            for p in range(e.who.group.full(self.page) * self.page, len(e.who.group.prompt) - 1)
-        ]
-        if where:
-            row, position = torch.tensor(where, device=mine.device).T
-            self.cache.copy(self.cache.slots(theirs, row, position), self.cache.slots(mine, row, position))
-
-    def _place(self, entries: Sequence[Entry], tables: Tensor) -> None:
-        state, at = self.state, slice(self.n, self.n + len(entries))
-        numbers = [(w.seq, w.length, w.drawn, w.budget, w.until) for w in (e.who for e in entries)]
-        seq, length, drawn, budget, until = torch.tensor(numbers, device=state.device).T
-        last = state.records.tokens[seq, length - 1]
-        for x, value in zip(state.rows, (seq, length, drawn, budget, until, last, True, tables), strict=True):
-            x[at] = value
-        self.n += len(entries)
-        self.seen = replace(self.seen, alive=self.n)
-
     # --- buffers ---
+    def release(self) -> None:
+        """Give the cache's memory, and the graphs that read it, back; the next call makes them anew."""
+        self.cache = PagedCache(self.model, 0, self.page)
+        self.state = State(self.cache, 0, 0, 0, self.model.device)
+        self.weights = ()
+
     def _make_room(self, S: int, C: int, pages: int, stops: int) -> None:
         """Buffers, cache and step that are large enough: those there are, or new ones."""
         pages = min(self.tokens // self.page, pages)
-        grow = self.cache is None or self.cache.capacity < pages
-        if grow:
-            self.cache = None  # the old one's memory goes first
-            self.cache = PagedCache(self.model, pages, self.page)
-        if grow or self.state is None or not self.state.fits(S, C, stops):
-            old = (self.state.S, self.state.C) if self.state is not None else (0, 0)
-            self.state = State(self.cache, self.max_rows, max(S, old[0]), max(C, old[1]), self.model.device)
-            if stops > self.state.stops.numel():
-                self.state.stops = torch.full((stops,), -1, dtype=torch.int64, device=self.model.device)
-            self.step = Step(self.model, self.state)
-            self.run = runner(self.step, self.model.device)
+        if self.cache.capacity >= pages and self.state.fits(S, C, stops):
+            self.cache.reset()
+            return
+        S, C, stops = max(S, self.state.S), max(C, self.state.C), max(stops, self.state.stops.numel())
+        pages = max(pages, self.cache.capacity)
+        self.release()  # the old cache's memory goes first
+        self.cache = PagedCache(self.model, pages, self.page)
+        self.state = State(self.cache, self.max_rows, S, C, self.model.device, stops)
+        self.step = Step(self.model, self.state)
+        self.run = runner(self.step, self.model.device)
 
-    def release(self) -> None:
-        """Give the cache's memory, and the graphs that read it, back; the next call makes them anew."""
-        self.cache = self.state = None
-        self.weights = ()
-
-    def _check_weights(self) -> None:
-        """The optimizer must write where the graphs read."""
+    def _check_weights(self) -> tuple[int, ...]:
+        """Where the weights are: where captured graphs read them, which the optimizer must have written."""
         places = tuple(p.data_ptr() for p in self.model.parameters())
         if self.weights and places != self.weights:
             names = [n for n, _ in self.model.named_parameters()]
             moved = next(n for n, a, b in zip(names, self.weights, places, strict=False) if a != b)
             raise UserError(f"model: {moved} has moved since the last rollout; write weights in place, or call Sampler.release() first")
-        self.weights = places
+        return places

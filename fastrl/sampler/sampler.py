@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.kernels.advance import LENGTH

@@ -53,14 +53,14 @@ class State:
     seed, temperature, version, total, stops   of the call, on the device
     """
 
-    def __init__(self, cache: PagedCache, B: int, S: int, C: int, device: torch.device) -> None:
+    def __init__(self, cache: PagedCache, B: int, S: int, C: int, device: torch.device, stops: int = 0) -> None:
         self.cache, self.B, self.S, self.C, self.device = cache, B, S, C, device
         self.records = empty_records(S, C, device)
         self.rows = empty_rows(B, -(-C // cache.page), S, device)
         self.key = torch.zeros(S + 1, dtype=torch.int64, device=device)
         self.seed, self.version, self.total = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
         self.temperature = torch.ones(1, dtype=torch.float64 if cache.k.dtype == torch.float64 else torch.float32, device=device)
-        self.stops = torch.full((STOPS,), -1, dtype=torch.int64, device=device)
+        self.stops = torch.full((max(STOPS, stops),), -1, dtype=torch.int64, device=device)
         self.index = torch.arange(B, device=device)
 
     def fits(self, S: int, C: int, stops: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from fastrl.errors import UserError
 from fastrl.kernels.advance import LENGTH, RUNNING, STOP
 from fastrl.sampler.engine import Engine
+from fastrl.sampler.enter import give
 from fastrl.sampler.prefill import Span, fill
 
 
@@ -86,7 +87,7 @@ class Conversation:
             spans.append(Span(row, records.tokens[s], length - 1, end - 1))
         held = [(length - 2) // page + 1 for _, _, length, _ in on]  # a row that ends is given no page for its newest token
         more = [s.end // page + 1 - h for s, h in zip(spans, held, strict=True)]
-        engine.give(rows.table, [row for row, *_ in on], held, more)
+        give(engine.cache, rows.table, [row for row, *_ in on], held, more)
         if engine.model.supports_cache:
             fill(engine.model, engine.cache, rows.table, spans, engine.prefill_tokens)
         rows.alive[torch.tensor([row for row, *_ in on], device=rows.alive.device)] = True

@@ -116,5 +116,5 @@ def test_what_does_not_fit_is_named():
         advance(Sample(*(x[:3] for x in draw)), rows, records, pages, page=PAGE, **rest)
     with pytest.raises(ValueError, match="page: expected a positive number of tokens, got 0"):
         advance(draw, rows, records, pages, page=0, **rest)
-    with pytest.raises(TypeError, match="rows.table: expected dtype int32, got int64"):
+    with pytest.raises(TypeError, match=r"rows\.table: expected dtype int32, got int64"):
         advance(draw, rows._replace(table=rows.table.long()), records, pages, page=PAGE, **rest)
