@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+_PER_TOKEN = ("tokens", "completion_mask", "logp", "behaviour_logp", "entropy", "weight_version")  # of Rollouts
+_PER_SEQUENCE = ("prompt_index", "prompt_lengths", "sequence")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
     """S sampled sequences, prompts included, on the device of the model that sampled them.
@@ -55,6 +59,20 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """(S,) int64: completion tokens of each sequence."""
         return self.cu_seqlens.diff().long() - self.prompt_lengths
+
+    def select(self, samples: Sequence[int]) -> Rollouts:
+        """The rollouts of the named sequences, in the order given."""
+        ends = self.cu_seqlens.tolist()
+        parts = [torch.arange(ends[i], ends[i + 1], device=self.tokens.device) for i in samples]
+        take = torch.cat(parts) if parts else self.tokens.new_empty(0)
+        rows = torch.tensor(list(samples), dtype=torch.int64, device=self.tokens.device)
+        cu = torch.cat([rows.new_zeros(1), self.cu_seqlens.diff().long()[rows].cumsum(0)]).to(torch.int32)
+        return replace(
+            self, cu_seqlens=cu, finish_reason=[self.finish_reason[i] for i in samples],
+            text=None if self.text is None else [self.text[i] for i in samples],
+            **{name: getattr(self, name)[take] for name in _PER_TOKEN},
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE},
+        )  # fmt: skip
 
     def completions(self) -> list[list[int]]:
         """Completion tokens of every sequence, as Python lists (synchronises with the device)."""

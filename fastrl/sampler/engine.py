@@ -29,6 +29,7 @@ from fastrl.sampler.step import Filters, Step, bucket, runner
 PAGE = 64  # tokens a cache page holds
 MAX_ROWS = {"cpu": 256, "cuda": 1024}  # decoded together
 WINDOW = {"cpu": 1, "cuda": 16}  # decode steps between two looks
+LATE = {"cuda": True}  # whether a look shows what was one window before, so that the host never waits
 COMPACT_BELOW = {"cpu": 0.95, "cuda": 0.8}  # share of live rows below which the others are compacted away
 ADMIT_AT_ONCE = 1 / 16  # of the rows: so many come in together, unless nothing else is left to do
 
@@ -67,7 +68,7 @@ class Engine:
         self.weights = places
         self.state.begin(seed, temperature, stops, version)
         self.filters, self.queue, self.looks = filters, Queue(self.page), deque()
-        self.between, self.late = between, between is None and self.model.device.type == "cuda"
+        self.between, self.late = between, between is None and LATE.get(self.model.device.type, False)
         self.n = self.peak_pages = 0
         self.timing = dict.fromkeys(("prefill", "decode", "sample", "schedule"), 0.0)
         self.step.seconds = dict.fromkeys(self.step.seconds, 0.0)

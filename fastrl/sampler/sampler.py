@@ -42,15 +42,22 @@ class Sampler:
     cache_bytes            the same in bytes, instead
     keep_cache             False gives the cache's memory back after every call (and captures graphs anew in the next)
     max_rows               sequences decoded together; None takes 256 on CPU, 1024 on CUDA
+    prefill_tokens         tokens of one prefill; longer prompts are cut; None takes 4096 on CPU, 16384 on CUDA
     timing                 seconds of the last call by phase: prefill, decode, sample (part of decode on CUDA), schedule
     peak_pages             cache pages, of 64 tokens, that the last call had in use at once
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, max_tokens_in_flight: int = 262144, cache_bytes: int = 0, keep_cache: bool = True,
-        max_rows: int | None = None,
+        max_rows: int | None = None, prefill_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.keep_cache, self.max_rows = model, tokenizer, keep_cache, max_rows
+        self.model, self.tokenizer, self.keep_cache, self.max_rows, self.prefill_tokens = (
+            model,
+            tokenizer,
+            keep_cache,
+            max_rows,
+            prefill_tokens,
+        )
         self.max_tokens_in_flight = cache_bytes // PagedCache.token_bytes(model) if cache_bytes else max_tokens_in_flight
         self._engine: Engine | None = None
 
@@ -94,7 +101,9 @@ class Sampler:
         until = [limit if environment else min(limit, len(job.prompt) + params.max_new_tokens) for job in jobs]
         engine = self._engine
         if engine is None or engine.model is not self.model:
-            engine = self._engine = Engine(self.model, tokens=self.max_tokens_in_flight, max_rows=self.max_rows)
+            engine = self._engine = Engine(
+                self.model, tokens=self.max_tokens_in_flight, max_rows=self.max_rows, prefill_tokens=self.prefill_tokens
+            )
         engine.tokens = self.max_tokens_in_flight
         engine.begin(
             len(jobs), max(until), sum(pages_of(u, PAGE) + 1 for u in until), seed=params.seed, temperature=params.temperature,
