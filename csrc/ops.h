@@ -93,6 +93,13 @@ void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t 
 void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
                          int threads);
 
+// --- decode_attention: formula in kernels/decode_attention.py ---------------------------------------------
+// q (B, H, E) code; k_cache, v_cache (pages, page, K, E) code, contiguous; block_table (R, N) int32; lengths (B,) int32;
+// rows (B,) or 0: query b takes row b of the table, and R = B  ->  y (B, H, E) code, contiguous
+void decode_attention_cpu(Address y, Address q, int64_t q_token, int64_t q_head, int code, Address k_cache, Address v_cache,
+                          Address block_table, int64_t table_stride, Address lengths, Address rows, double scale, int64_t B, int64_t R,
+                          int64_t N, int64_t H, int64_t K, int64_t E, int64_t pages, int64_t page, int threads);
+
 // --- policy_loss: formulas in kernels/policy_loss.py --------------------------------------------------
 // logp, old_logp, advantage, weight (T,); entropy, ref_logp, correction (T,) or 0; mask (T,) bytes or 0; ends (S+1,) int64 where
 // the ratio is per sequence, or 0  ->  loss (), metrics (16,), dlogp (T,), dentropy (T,) with entropy

@@ -282,6 +282,30 @@ def swiglu_backward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def decode_attention_cpu(
+    y: int,
+    q: int,
+    q_token: int,
+    q_head: int,
+    code: int,
+    k_cache: int,
+    v_cache: int,
+    block_table: int,
+    table_stride: int,
+    lengths: int,
+    rows: int,
+    scale: float,
+    B: int,
+    R: int,
+    N: int,
+    H: int,
+    K: int,
+    E: int,
+    pages: int,
+    page: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: the best there is, or FASTRL_CPU_ISA."""
 
