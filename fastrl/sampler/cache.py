@@ -104,7 +104,7 @@ class PagedCache:
         """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of table row row[i]."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ops.decode_attention(q, self.k[layer], self.v[layer], table[row], lengths)
+            return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths, rows=row)
 
         return Through(self, slots, attend)
 
