@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
+from fastrl.kernels._backend import pick, register, route
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 
 
@@ -77,4 +77,5 @@ def decode_attention(
     readable = B and lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere this would wait or break a graph
     if readable and int(lengths.max()) > N * page:
         raise ValueError(f"lengths: expected at most {N * page} tokens ({N} pages of {page}), got {int(lengths.max())}")
-    return forward_op(q, k_cache, v_cache, block_table, lengths, E**-0.5 if scale is None else float(scale))
+    run = route(forward_op, "decode_attention", "forward", q, k_cache, v_cache, block_table, lengths)
+    return run(q, k_cache, v_cache, block_table, lengths, E**-0.5 if scale is None else float(scale))
