@@ -1,55 +1,149 @@
-"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second, log-probs included in ours."""
+"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second, log-probs included in ours.
+
+Under "random lengths" prompt and completion lengths are uniform in [100, N] and [100, M], drawn as in nano-vllm's bench.py, whose
+256 sequences have 142,827 prompt and 133,966 output tokens.  Memory is what torch's allocator held at most, weights aside.
+"""
 
 from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastrl.bench import decoders
-from fastrl.bench.common import Bench, Case, Cost, Data, Draw, Function, cases
+from fastrl.bench.common import Bench, Case, Cost, Data, Function, cases, only
+from fastrl.bench.decoders import LETTERS, QWEN3_06B, QWEN25_05B, QWEN25_15B
 from fastrl.sampler import Sampler, SamplingParams
 
-CASES = cases(
-    "P G N M L D F H K V",
-    tiny=(2, 2, 4, 3, 1, 16, 24, 2, 1, 37),
-    quick=(2, 4, 16, 16, 2, 64, 128, 4, 2, 4096),
-    cpu=[(8, 8, 64, 64, 4, 256, 512, 8, 4, 8192)],
-    cuda=[(32, 8, 256, 128, 24, 896, 4864, 14, 2, 151936)],
-    slice={},
-    modes=("generate",),
+RANDOM = "random lengths"
+PAGE = 64  # tokens of a cache page
+SHORTEST, TOKEN_IDS = 100, 10000  # of nano-vllm's bench.py
+PHASES = ("prefill", "decode", "sample", "schedule")  # of Sampler.timing, which need not have them all
+
+
+def table(mode: str, cuda: Sequence[tuple[int, ...]]) -> tuple[Case, ...]:
+    """The cases of a mode; the first on CUDA is the headline of its mode."""
+    return cases(
+        f"P G N M {LETTERS}",
+        tiny=(2, 2, 4, 3, 1, 16, 24, 2, 1, 8, 37),
+        quick=(4, 1, 16, 16, 2, 64, 128, 4, 2, 16, 4096),
+        cpu=[(64, 1, 16, 64, 4, 128, 512, 4, 2, 32, 4096), (64, 1, 16, 64, 8, 512, 2048, 8, 2, 64, 4096)],
+        cuda=cuda,
+        slice={},
+        modes=(mode,),
+    )
+
+
+LARGE = [(256, 1, 1024, 1024, *shape) for shape in (QWEN25_05B, QWEN25_15B, QWEN3_06B)]
+CASES = (
+    *table("generate", [(32, 8, 256, 128, *QWEN25_05B)]),
+    *(c for c in table(RANDOM, LARGE) if c.device == "cuda"),
 )
 
 
+@cache
+def requests(mode: str, P: int, G: int, N: int, M: int, V: int) -> tuple[list[list[int]], list[int]]:
+    """The prompts, and the tokens each completion of a prompt is to have."""
+    if mode != RANDOM:
+        draw = torch.randint(V, (P, N), generator=torch.Generator().manual_seed(0))
+        return draw.tolist(), [M] * P
+    noise = random.Random(0)
+    prompts = [[noise.randint(0, TOKEN_IDS) for _ in range(noise.randint(SHORTEST, N))] for _ in range(P)]
+    return prompts, [noise.randint(SHORTEST, M) for _ in range(P)]
+
+
+def lengths(case: Case) -> tuple[list[int], list[int]]:
+    """Prompt and output tokens of every prompt."""
+    prompts, outputs = requests(case.mode, *case.sizes("P G N M V"))
+    return [len(p) for p in prompts], outputs
+
+
 def data(case: Case) -> Data:
-    P, N, V = case.sizes("P N V")
-    return Data({"prompts": Draw(case).below(V, P, N)})
+    return Data({"prompts": requests(case.mode, *case.sizes("P G N M V"))[0]})
 
 
 def cost(case: Case) -> Cost:
     """Each step reads the weights and the cache so far; the products of every token."""
-    P, G, N, M, L, D, H, K = case.sizes("P G N M L D H K")
+    G, L, K, E = case.sizes("G L K E")
+    prompts, outputs = lengths(case)
     layers, head = decoders.parameters(case)
-    cache = 2 * P * G * (N + M // 2) * K * (D // H) * L
-    return Cost(M * (layers + head + cache) * case.itemsize, 2 * (layers * (P * N + P * G * M) + head * P * G * M), tokens=P * G * M)
+    tokens, steps = G * sum(outputs), max(outputs)
+    cache = 2 * L * K * E * G * sum(n * p + n * n // 2 for p, n in zip(prompts, outputs, strict=True))
+    return Cost((steps * (layers + head) + cache) * case.itemsize, 2 * (layers * (sum(prompts) + tokens) + head * tokens), tokens=tokens)
 
 
-def ours(case: Case) -> Function:
-    G, M = case.sizes("G M")
-    sampler = Sampler(decoders.ours(case), max_tokens_in_flight=1 << 30)
-    params = SamplingParams(n=G, max_new_tokens=M)
-    return lambda prompts: sampler.generate(prompts.tolist(), params).tokens
+# --- providers --------------------------------------------------------------------------------------
+class Ours:
+    """The engine, and where the time of its last call went."""
+
+    def __init__(self, case: Case) -> None:
+        G, M = case.sizes("G M")
+        budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))  # whole pages, and one to spare
+        self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
+        self.params = SamplingParams(n=G, max_new_tokens=M)
+        self.options = {}
+        if case.mode == RANDOM:
+            only("lengths" in inspect.signature(self.sampler.generate).parameters, "this sampler has one length for all sequences")
+            self.options["lengths"] = lengths(case)[1]
+        self.seconds = 0.0
+
+    def __call__(self, prompts: list[list[int]]) -> Tensor:
+        began = time.perf_counter()
+        tokens = self.sampler.generate(prompts, self.params, **self.options).tokens
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - began
+        return tokens
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds of the last call by phase; what no phase claims is the host's."""
+        timing = getattr(self.sampler, "timing", None) or {}
+        known = {f"{name} ms": timing[name] * 1e3 for name in PHASES if name in timing}
+        rest = {"host gaps ms": self.seconds * 1e3 - sum(known.values())} if known else {}
+        pages = getattr(self.sampler, "peak_pages", None)
+        return known | rest | ({} if pages is None else {"peak pages": float(pages)})
 
 
 def transformers(case: Case) -> Function:
     G, M = case.sizes("G M")
+    only(case.mode != RANDOM, "its generate has one length for all sequences")
     model = decoders.theirs(case).eval()
 
-    def generate(prompts: Tensor) -> Tensor:
+    def generate(prompts: list[list[int]]) -> Tensor:
+        ids = torch.tensor(prompts, device=case.device)
         options = {"max_new_tokens": M, "min_new_tokens": M, "num_return_sequences": G, "do_sample": True, "top_k": 0, "pad_token_id": 0}
-        return model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
     return generate
 
 
-BENCH = Bench(op="rollout", cases=CASES, data=data, cost=cost, providers={"fastrl": ours, "transformers": transformers}, wall=True)
+def details(case: Case, function: Function, ms: float) -> dict[str, float]:
+    """The additive bound, the share of it that was reached, and the time by phase where it is known."""
+    G = case.shape["G"]
+    prompts, outputs = lengths(case)
+    least = decoders.bound(case, prompts, outputs, G)
+    found = {
+        "of bound": least.ms / ms,
+        "bound tok/s": G * sum(outputs) / least.ms * 1e3,
+        "bound ms": least.ms,
+        "products ms": least.prefill_ms + least.decode_ms,
+        "ms a step": ms / max(outputs),
+    }
+    return found | (function.phases() if isinstance(function, Ours) else {})
+
+
+BENCH = Bench(
+    op="rollout",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers={"fastrl": Ours, "transformers": transformers},
+    wall=True,
+    details=details,
+)
 PROVIDERS = BENCH.providers

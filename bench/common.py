@@ -21,6 +21,7 @@ from torch import Tensor
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, EAGER, COMPILE = "fastrl", "eager", "torch.compile"
+ELSEWHERE = "works_elsewhere"  # an attribute of functions that work in another thread, whose memory the profiler does not see
 PRODUCTS = "products"  # no peer but a bound: the matrix products alone, whose results mean nothing
 
 Function = Callable[..., Any]  # of the case's arguments, by name -> a tensor or a tuple of them
@@ -137,6 +138,7 @@ class Bench:
     registry  the op whose implementations the fastrl rows run through; empty: one row, whatever is chosen automatically
     mutates   provider -> arguments it writes to, of which it gets its own copies
     wall      timed by the clock on the wall, not by device events: it waits for the device itself
+    details   (case, a provider's function, its milliseconds) -> further numbers of its row, by name and unit, once all is measured
     """
 
     op: str
@@ -148,6 +150,7 @@ class Bench:
     registry: str = ""
     mutates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     wall: bool = False
+    details: Callable[[Case, Function, float], dict[str, float]] | None = None
 
 
 # --- builders ---------------------------------------------------------------------------------------

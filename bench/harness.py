@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, COMPILE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
+from fastrl.bench.common import BOTH, COMPILE, ELSEWHERE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
 from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
 from fastrl.kernels._backend import COMPILED_ONLY, devices
@@ -50,6 +50,7 @@ class Runner:
     peak: int | None = None
     error: float | None = None
     relative: float | None = None
+    details: dict[str, float] = field(default_factory=dict)
 
     def fail(self, error: Exception) -> None:
         """This provider's numbers end here; the row says why."""
@@ -67,6 +68,8 @@ def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) 
         for runner in _live(runners):
             attempt(runner, lambda r: _prepare(r, bench, case, data))
         _measure(_live(runners), timer_for(torch.device(case.device), bench.wall), plan.effort)
+        for runner in _live(runners):
+            attempt(runner, lambda r: _detail(r, bench, case))
     if plan.compile:
         torch._dynamo.reset()  # graphs of this case's shapes are of no use to the next
     return [_row(bench, case, r) for r in runners]
@@ -77,6 +80,11 @@ def _measure(runners: list[Runner], timer: Timer, effort: Effort) -> None:
     calls, contexts = {n: r.call for n, r in by_name.items()}, {n: r.context for n, r in by_name.items()}
     for name, found in measure(calls, timer, effort, lambda n, error: by_name[n].fail(error), contexts).items():
         by_name[name].samples = found
+
+
+def _detail(runner: Runner, bench: Bench, case: Case) -> None:
+    if bench.details is not None:
+        runner.details = bench.details(case, runner.function, percentile(runner.samples["warm"], 0.5))  # type: ignore[arg-type]
 
 
 def left_out(bench: Bench, case: Case, reason: str) -> Row:
@@ -173,7 +181,8 @@ def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
         return evaluate(function, mine, case.mode)
 
     call()
-    runner.peak = peak_bytes(call, torch.device(case.device))
+    if not hasattr(function, ELSEWHERE):
+        runner.peak = peak_bytes(call, torch.device(case.device))
     runner.call = call
 
 
@@ -221,7 +230,7 @@ def _row(bench: Bench, case: Case, r: Runner) -> Row:
         provider=r.provider, status=r.status, reason=r.reason, default=r.default,
         ms={cache: _percentiles(found) for cache, found in r.samples.items()}, samples=max(map(len, r.samples.values()), default=0),
         bytes=cost.bytes, flops=cost.flops, tokens=cost.tokens, peak_bytes=r.peak,
-        error=_finite(r.error), relative_error=_finite(r.relative),
+        error=_finite(r.error), relative_error=_finite(r.relative), details=r.details,
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class Row:
     peak_bytes          most memory held beyond what was held before, as torch's allocator sees it
     error               largest absolute error of the first output against float64, on a slice
     relative_error      largest error of any output or gradient, over that tensor's largest true value
+    details             what only this benchmark measures, by name and unit
     """
 
     op: str
@@ -65,6 +66,7 @@ class Row:
     peak_bytes: int | None = None
     error: float | None = None
     relative_error: float | None = None
+    details: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> float | None:

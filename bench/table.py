@@ -56,6 +56,11 @@ def cells(results: Results, row: Row, eager: Row | None) -> list[str]:
     ]
 
 
+def details(row: Row) -> str:
+    """What only this benchmark measures, as one line; empty without any."""
+    return ", ".join(f"{name} {value:,.4g}" for name, value in row.details.items())
+
+
 def _number(x: float | None, form: str, unit: str = "") -> str:
     return "" if x is None else f"{x:{form}}{unit}"
 
@@ -64,7 +69,9 @@ def text(results: Results, rows: Sequence[Row]) -> str:
     """The rows as aligned text, a block per case."""
     blocks = []
     for title, members in group(rows):
-        lines = [list(COLUMNS), *(cells(results, r, named(members, EAGER)) for r in members)]
+        lines = [list(COLUMNS)]
+        for row in members:
+            lines += [cells(results, row, named(members, EAGER)), *([["", details(row)]] if row.details else [])]
         full = [x for x in lines if len(x) == len(COLUMNS)]
         widths = [max(len(x[i]) for x in full) for i in range(len(COLUMNS))]
         widths[0] = max(len(x[0]) for x in lines)
@@ -92,7 +99,7 @@ def show(results: Results, rows: Sequence[Row]) -> None:
         for row in members:
             line = cells(results, row, named(members, EAGER))
             table.add_row(*line, style="dim" if row.status != OK else "bold" if row.default else None)
-        console.print(table)
+        console.print(table, *(f"  {row.provider}: {details(row)}" for row in members if row.details), sep="\n")
 
 
 def _rich() -> tuple[Any, Any] | None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _PER_TOKEN = ("tokens", "completion_mask", "logp", "behaviour_logp", "entropy", "weight_version")  # of Rollouts
 _PER_SEQUENCE = ("prompt_index", "prompt_lengths", "sequence")
 

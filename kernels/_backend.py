@@ -4,13 +4,15 @@ An op file registers its implementations under the op's public name, each as nam
 
     register("token_logp", "reference", forward=_forward, backward=_backward)
 
-and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  An op that several libraries can run
-(attention) names each of them, and the order in which they are tried, with `ladder`.
+and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  A public function calls what `route`
+gives it: that registered op, or the picked implementation itself where nobody would see the difference.  An op that several
+libraries can run (attention) names each of them, and the order in which they are tried, with `ladder`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 INTERPRETED = ("triton", "cpu")  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+PLAIN = (Tensor, torch.nn.Parameter)  # what has no __torch_dispatch__ of its own
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
 
@@ -100,9 +104,38 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
             raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
         return table[wanted].parts[part]
     for name in order(op):
-        if name in table and table[name].note != COMPILED_ONLY and not _obstacle(table[name], name, x, part):
-            return table[name].parts[part]
+        impl = table.get(name)
+        if impl is not None and impl.note != COMPILED_ONLY and not _obstacle(impl, name, x, part):
+            return impl.parts[part]
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
+
+
+def route(registered: Callable[..., Any], op: str, part: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any]:
+    """What runs `part` of `op` on `x` and `others`, all of its tensors: `registered`, its torch.library op, or the picked function.
+
+    A call of a `custom_op` takes 20 us on the host, more than the arithmetic of a decode step's norm.
+    """
+    return pick(op, x, part) if direct(x, *others) else registered
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op on these needs nothing of torch.library.
+
+    It does while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch transform or a profiler, which
+    shows ops by name, and for a tensor subclass, a gradient to be taken, or a view that the dispatcher would have to negate.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    c = torch._C
+    if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or torch.autograd._profiler_enabled() or c._get_tracing_state() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 - a generator expression takes longer than the checks
+        if x is not None and (type(x) not in PLAIN or (grad and x.requires_grad) or x.is_neg()):
+            return False
+    return True
 
 
 def requested(op: str) -> str | None:
@@ -155,6 +188,7 @@ def devices(op: str, name: str) -> tuple[str, ...]:
     return _table[op][name].devices
 
 
+@functools.cache  # an import statement that finds its module takes 0.4 us
 def extension() -> Any:
     """The compiled module fastrl._C, or None when it was not built (a source tree that was never installed)."""
     try:
@@ -183,9 +217,10 @@ def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_n
         return "it has no such implementation"
     if impl.missing:
         return impl.missing
-    interpreted = by_name and (name, x.device.type) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type not in impl.devices and not interpreted:
-        return f"it does not run on {x.device.type} tensors"
+    kind = x.device.type
+    interpreted = by_name and (name, kind) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
+    if kind not in impl.devices and not interpreted:
+        return f"it does not run on {kind} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"
     if part not in impl.parts:

@@ -18,13 +18,17 @@ def dims(name: str, x: Tensor, spec: str, dtype: tuple[torch.dtype, ...], **know
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape ({spec.replace(' ', ', ')}), got {type(x).__name__}")
-    letters = spec.split()
-    if x.ndim != len(letters) or any(known.get(a, n) != n for a, n in zip(letters, x.shape, strict=True)):
+    letters, shape = spec.split(), x.shape
+    fits = len(shape) == len(letters)
+    if fits and known:
+        for a, n in zip(letters, shape, strict=True):  # a generator expression would cost more than the rest of the check
+            fits = fits and known.get(a, n) == n
+    if not fits:
         want = ", ".join(f"{a}={known[a]}" if a in known else a for a in letters)
-        raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape ({want}), got {tuple(shape)}")
     if x.dtype not in dtype:
         raise TypeError(f"{name}: expected dtype {_names(dtype)}, got {_names((x.dtype,))}")
-    return tuple(x.shape)
+    return shape
 
 
 def one_of(name: str, value: object, choices: Collection[str]) -> None:
@@ -35,9 +39,15 @@ def one_of(name: str, value: object, choices: Collection[str]) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all given tensors live on one device."""
-    where = {n: x.device for n, x in tensors.items() if x is not None}
-    if len(set(where.values())) > 1:
-        raise ValueError("expected all tensors on one device, got " + ", ".join(f"{n} on {d}" for n, d in where.items()))
+    first = None
+    for x in tensors.values():
+        if x is None:
+            continue
+        if first is None:
+            first = x.device
+        elif x.device != first:
+            where = {n: x.device for n, x in tensors.items() if x is not None}
+            raise ValueError("expected all tensors on one device, got " + ", ".join(f"{n} on {d}" for n, d in where.items()))
 
 
 def ends(name: str, cu_seqlens: Tensor, T: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrl.kernels._attention_flash import FLASH
 from fastrl.kernels._attention_padded import PADDED, padded
-from fastrl.kernels._backend import ladder, pick, register
+from fastrl.kernels._backend import ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
 
 SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
@@ -164,4 +164,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
         raise ValueError(f"k: expected key/value heads K that divide H={H} query heads, got K={K}")
     same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     ends("cu_seqlens", cu_seqlens, T)
-    return forward_op(q, k, v, cu_seqlens, E**-0.5 if scale is None else float(scale), max_seqlen or 0)[0]
+    run = route(forward_op, "attention", "forward", q, k, v, cu_seqlens)
+    return run(q, k, v, cu_seqlens, E**-0.5 if scale is None else float(scale), max_seqlen or 0)[0]

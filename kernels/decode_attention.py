@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, unbuilt
+from fastrl.kernels._backend import extension, pick, register, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 
@@ -146,4 +146,5 @@ def decode_attention(
             raise ValueError(f"{name}: expected a contiguous cache, got strides {cache.stride()}")
     same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths, rows=rows)
     no_gradient("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    return forward_op(q, k_cache, v_cache, block_table, lengths, rows, E**-0.5 if scale is None else float(scale))
+    run = route(forward_op, "decode_attention", "forward", q, k_cache, v_cache, block_table, lengths)
+    return run(q, k_cache, v_cache, block_table, lengths, rows, E**-0.5 if scale is None else float(scale))

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 
@@ -205,7 +205,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
     T, _ = dims("x", x, "T D", FLOATS, D=D)
     same_device(x=x, weight=weight, residual=residual)
     if residual is None:
-        return forward_op(x, weight, eps)[0]
+        return route(forward_op, "rms_norm", "forward", x, weight)(x, weight, eps)[0]
     dims("residual", residual, "T D", (x.dtype,), T=T, D=D)
-    y, h, _ = add_op(x, residual, weight, eps)
+    y, h, _ = route(add_op, "rms_norm", "add", x, residual, weight)(x, residual, weight, eps)
     return y, h

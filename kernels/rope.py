@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import pick, register, register_triton, route
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
@@ -185,11 +185,16 @@ def rope(
             dims(name, weight, "E", FLOATS, E=E)
     same_device(q=q, k=k, positions=positions, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
     readable = T and positions.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere this would wait or break a graph
-    if readable and not 0 <= int(positions.min()) <= int(positions.max()) < N:
-        raise ValueError(f"positions: expected values in [0, {N}), got {int(positions.min())} to {int(positions.max())}")
+    if readable:
+        low, high = map(int, positions.aminmax())
+        if not 0 <= low <= high < N:
+            raise ValueError(f"positions: expected values in [0, {N}), got {low} to {high}")
     absent = q.new_empty(0)
     turn = (positions, cos, sin, absent if q_norm is None else q_norm, absent if k_norm is None else k_norm, eps)
-    return forward_op(q, k, *turn) if store is None else store_op(q, k, _checked(store, k).v, *turn, *store[1:])
+    if store is None:
+        return route(forward_op, "rope", "forward", q, k, *turn[:5])(q, k, *turn)
+    tensors = (q, k, _checked(store, k).v, *turn, *store[1:])
+    return route(store_op, "rope", "store", q, k, *store, *turn[:5])(*tensors)
 
 
 def _checked(store: Store, k: Tensor) -> Store:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 from fastrl.kernels._philox import interleave, philox, split, uniform
@@ -182,7 +182,8 @@ def sample(
     key = _per_row("seed", seed, B, torch.int64, logits.device)
     if not isinstance(temperature, Tensor) and not temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}")
-    return Sample(*forward_op(logits.detach(), key, sequence.long(), position.long(), tau, top_k, float(top_p), float(min_p)))
+    tensors = (logits.detach(), key, sequence.long(), position.long(), tau)
+    return Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, top_k, float(top_p), float(min_p)))
 
 
 def _per_row(name: str, x: float | Tensor, B: int, dtype: torch.dtype, device: torch.device) -> Tensor:

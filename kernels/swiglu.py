@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 
@@ -124,4 +124,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     _, width = dims("gate_up", gate_up, "T 2F", FLOATS)
     if width % 2:
         raise ValueError(f"gate_up: expected an even number of columns, gate then up, got {width}")
-    return forward_op(gate_up)
+    return route(forward_op, "swiglu", "forward", gate_up)(gate_up)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl import ops
-from fastrl.kernels import _backend
+from fastrl.kernels import _backend, decode_attention, rms_norm
 
 X = torch.zeros(2, 5)
 Y = torch.tensor([0, 4])
@@ -79,3 +84,96 @@ def test_a_kernel_that_never_ran_is_not_chosen():
         assert ops.implementations()["planted"]["cuda"] == "compiled only"
     finally:
         del _backend._table["planted"]
+
+
+# --- the registered op, or the implementation itself ------------------------------------------------
+class Tagged(torch.Tensor):
+    """A subclass: its own __torch_function__ and __torch_dispatch__ are to see the op."""
+
+
+def under(context):
+    def run(f, x):
+        with context():
+            f(x)
+
+    return run
+
+
+def traced(f, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still there
+        torch.jit.trace(lambda x: f(x) or x + 1, x, check_trace=False)
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+SEEN_BY = {
+    "autograd": lambda f, x: f(x.requires_grad_()),
+    "FakeTensorMode": under(FakeTensorMode),
+    "a fake tensor": lambda f, x: f(FakeTensorMode().from_tensor(x)),
+    "a counter of FLOPs": under(lambda: FlopCounterMode(display=False)),
+    "a function mode": under(lambda: torch.device("meta")),
+    "a profiler": under(torch.autograd.profiler.profile),
+    "make_fx": lambda f, x: make_fx(lambda x: f(x) or x + 1)(x),
+    "torch.jit.trace": traced,
+    "vmap": lambda f, x: torch.func.vmap(lambda x: f(x) or x)(x),
+    "vjp": lambda f, x: torch.func.vjp(lambda x: f(x) or x, x),
+    "forward mode": dual,
+    "a subclass": lambda f, x: f(x.as_subclass(Tagged)),
+    "a lazy negation": lambda f, x: f(torch.complex(x, x).conj().imag),
+}
+
+
+@pytest.mark.parametrize("who", SEEN_BY)
+def test_the_registered_op_runs_where_somebody_would_see_it(who):
+    """Wrong: a shortcut that hides the op from a transform, a mode or a profiler, or hands a kernel memory that is not what it says."""
+    seen = []
+    SEEN_BY[who](lambda x: seen.append(_backend.direct(x)), torch.ones(2, 3))
+    assert seen
+    assert not any(seen)
+
+
+def test_without_a_witness_the_implementation_is_called_itself(monkeypatch):
+    """Wrong: 20 us of torch.library for every norm of a decode step; or a gradient, or a backend asked for, lost by going past it."""
+    x, w = torch.randn(4, 8), torch.nn.Parameter(torch.randn(8))
+    expected = ops.rms_norm(x, w).detach()
+    monkeypatch.setattr(rms_norm, "forward_op", None)
+    with torch.no_grad():
+        assert torch.equal(ops.rms_norm(x, w), expected)
+        with ops.use_backend("cuda", "rms_norm"), pytest.raises(RuntimeError, match="rms_norm: backend 'cuda' was asked for"):
+            ops.rms_norm(x, w)
+    with torch.inference_mode():
+        assert torch.equal(ops.rms_norm(x, w), expected)
+    with pytest.raises(TypeError, match="NoneType"):
+        ops.rms_norm(x, w)
+
+
+def test_a_compiled_graph_holds_the_registered_ops():
+    """Wrong: tracing into the shortcut, which breaks the graph at a data_ptr, or bakes one backend into it."""
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def f(x, w, y):
+        return ops.swiglu(ops.rms_norm(x, w)), ops.rms_norm(x, w, residual=y)
+
+    x, w, y = torch.randn(4, 8), torch.randn(8), torch.randn(4, 8)
+    with torch.no_grad():
+        got, expected = torch.compile(f, backend=backend, fullgraph=True)(x, w, y), f(x, w, y)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1][1], expected[1][1])
+    for op in ("fastrl.rms_norm", "fastrl.add_rms_norm", "fastrl.swiglu"):
+        assert any(op in name for name in called), called
+
+
+def test_a_gradient_is_refused_as_before():
+    """Wrong: decode attention past torch.library, whose result would be a constant to autograd."""
+    q, cache = torch.randn(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 1, 4)
+    y = decode_attention.decode_attention(q, cache, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    with pytest.raises(RuntimeError):
+        y.sum().backward()
