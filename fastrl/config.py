@@ -153,8 +153,11 @@ class Generate:
     """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
     output: str = "-"
     """A .jsonl file to write; - is the terminal."""
+    resume: bool = False
+    """Continue the output file of an interrupted run, with the completions that it would have had."""
     tokenizer: str | None = None
     n: int = 1
+    """Completions of each prompt."""
     max_new_tokens: int = 256
     seed: int = 0
     device: str = "auto"
