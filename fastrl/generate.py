@@ -30,7 +30,7 @@ from fastrl.errors import UserError
 from fastrl.files import as_object, decode, parse_json, read_json_lines, shorten
 from fastrl.log import replace_text
 from fastrl.options import dump, load
-from fastrl.sampler import Sampler, SamplingParams
+from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Rollouts
@@ -50,7 +50,7 @@ def run(config: Generate) -> None:
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.model, None)
     s = config.sampling
-    sampler = Sampler(model, tokenizer, max_tokens_in_flight=s.max_tokens_in_flight)
+    sampler = SAMPLERS[config.sampler](model, tokenizer, max_tokens_in_flight=s.max_tokens_in_flight)
     params = SamplingParams(
         n=config.n, max_new_tokens=config.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
         min_p=s.min_p, seed=config.seed,
