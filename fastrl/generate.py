@@ -63,7 +63,8 @@ def run(config: Generate) -> None:
     with ExitStack() as stack:
         out = sys.stdout if config.output == "-" else stack.enter_context(written.open("a", encoding="utf-8"))
         told = stack.enter_context(Told(config, len(prompts), rows // config.n, hidden=out.isatty()))
-        for first in range(rows // config.n // CHUNK * CHUNK, len(prompts), CHUNK):
+        begun = rows // config.n if rows == len(prompts) * config.n else rows // config.n // CHUNK * CHUNK
+        for first in range(begun, len(prompts), CHUNK):
             part = slice(first, first + CHUNK)
             rollouts = sampler.generate(encoded[part], params, sequence_offset=first * config.n, on_tokens=told.tokens)
             _write(out, texts[part], rollouts, first, config.n, skip=rows - first * config.n)
@@ -116,6 +117,8 @@ def _begin(config: Generate, path: Path, prompts: Sequence[Any]) -> int:
     rows, size = _whole(path, prompts, config.n)
     with path.open("r+b") as file:
         file.truncate(size)
+    if rows == len(prompts) * config.n:
+        print(f"{path} is complete: nothing is left to do", file=sys.stderr)
     return rows
 
 
