@@ -6,7 +6,6 @@ Under "random lengths" prompt and completion lengths are uniform in [100, N] and
 
 from __future__ import annotations
 
-import inspect
 import random
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from fastrl.sampler import Sampler, SamplingParams
 RANDOM = "random lengths"
 PAGE = 64  # tokens of a cache page
 SHORTEST, TOKEN_IDS = 100, 10000  # of nano-vllm's bench.py
-PHASES = ("prefill", "decode", "sample", "schedule")  # of Sampler.timing, which need not have them all
 
 
 def table(mode: str, cuda: Sequence[tuple[int, ...]]) -> tuple[Case, ...]:
@@ -86,15 +84,12 @@ class Ours:
         budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))  # whole pages, and one to spare
         self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
         self.params = SamplingParams(n=G, max_new_tokens=M)
-        self.options = {}
-        if case.mode == RANDOM:
-            only("lengths" in inspect.signature(self.sampler.generate).parameters, "this sampler has one length for all sequences")
-            self.options["lengths"] = lengths(case)[1]
+        self.lengths = lengths(case)[1] if case.mode == RANDOM else None
         self.seconds = 0.0
 
     def __call__(self, prompts: list[list[int]]) -> Tensor:
         began = time.perf_counter()
-        tokens = self.sampler.generate(prompts, self.params, **self.options).tokens
+        tokens = self.sampler.generate(prompts, self.params, lengths=self.lengths).tokens
         if tokens.is_cuda:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - began
@@ -102,11 +97,9 @@ class Ours:
 
     def phases(self) -> dict[str, float]:
         """Milliseconds of the last call by phase; what no phase claims is the host's."""
-        timing = getattr(self.sampler, "timing", None) or {}
-        known = {f"{name} ms": timing[name] * 1e3 for name in PHASES if name in timing}
-        rest = {"host gaps ms": self.seconds * 1e3 - sum(known.values())} if known else {}
-        pages = getattr(self.sampler, "peak_pages", None)
-        return known | rest | ({} if pages is None else {"peak pages": float(pages)})
+        known = {f"{name} ms": seconds * 1e3 for name, seconds in self.sampler.timing.items()}
+        rest = {"host gaps ms": self.seconds * 1e3 - sum(known.values())}
+        return known | rest | {"peak pages": float(self.sampler.peak_pages)}
 
 
 def transformers(case: Case) -> Function:

@@ -141,6 +141,8 @@ class Grpo(Run):
     """Its coefficient; None keeps the algorithm's own.  Above 0 a reference model is kept."""
     entropy_coef: float | None = None
     """Weight of the entropy bonus; None keeps the algorithm's own."""
+    sampler: Literal["fastrl", "vllm"] = "fastrl"
+    """Who generates: the model being trained itself, or vLLM (if installed) with a copy of its weights."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -153,13 +155,18 @@ class Generate:
     """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
     output: str = "-"
     """A .jsonl file to write; - is the terminal."""
+    resume: bool = False
+    """Continue the output file of an interrupted run, with the completions that it would have had."""
     tokenizer: str | None = None
     n: int = 1
+    """Completions of each prompt."""
     max_new_tokens: int = 256
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
+    sampler: Literal["fastrl", "vllm"] = "fastrl"
+    """Who generates: fastrl's own engine, or vLLM if it is installed."""
     sampling: Sampling = field(default_factory=Sampling)
 
 

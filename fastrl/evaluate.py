@@ -61,8 +61,9 @@ class Evaluation:
 
 
 def evaluate(
-    sampler: Sampler, task: Task, *, split: str, prompts: int, samples: int, max_new_tokens: int, seed: int = 0, world: World | None = None
-) -> Evaluation:
+    sampler: Sampler, task: Task, *, split: str, prompts: int, samples: int, max_new_tokens: int, seed: int = 0,
+    weight_version: int = 0, world: World | None = None,
+) -> Evaluation:  # fmt: skip
     """Evaluate the sampler's model on the first `prompts` examples of `split` (all of it when it has fewer)."""
     world = world or World()
     size = task.size(split)
@@ -72,10 +73,12 @@ def evaluate(
     examples = [task.example(split, i) for i in mine]
     texts = [e.prompt for e in examples]
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
-    greedy = sampler.generate(texts, SamplingParams(temperature=0.0, **shared)).text or []
+    greedy = sampler.generate(texts, SamplingParams(temperature=0.0, **shared), weight_version=weight_version).text or []
     drawn: Sequence[str] = []
     if samples:
-        drawn = sampler.generate(texts, SamplingParams(n=samples, **shared), sequence_offset=mine.start * samples).text or []
+        first = mine.start * samples
+        several = SamplingParams(n=samples, **shared)
+        drawn = sampler.generate(texts, several, sequence_offset=first, weight_version=weight_version).text or []
 
     def scored(example: Example, text: str) -> tuple[str, Score]:
         return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)

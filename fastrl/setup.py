@@ -25,7 +25,7 @@ from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
-from fastrl.sampler import Sampler
+from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Batch
@@ -112,7 +112,7 @@ def set_up(config: Run) -> Session:
     model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
-    sampler = Sampler(model, tokenizer)
+    sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
     learner = Learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,

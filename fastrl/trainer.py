@@ -72,7 +72,10 @@ def _evaluate(config: Run, run: Session, step: int) -> None:
         return
     began = time.perf_counter()
     length = e.max_new_tokens or run.max_new_tokens
-    done = evaluate(run.sampler, run.task, split=e.split, prompts=e.prompts, samples=e.samples, max_new_tokens=length, world=run.world)
+    done = evaluate(
+        run.sampler, run.task, split=e.split, prompts=e.prompts, samples=e.samples, max_new_tokens=length, weight_version=run.version,
+        world=run.world,
+    )  # fmt: skip
     run.log.eval(step, done.metrics() | {"eval/time": time.perf_counter() - began})
 
 

@@ -29,7 +29,7 @@ class Rollouts:
     prompt_lengths   (S,)   int64   prompt tokens of each sequence
     logp             (T,)   fp32    nats, at the sampling temperature over the full vocabulary: the old log-prob
     behaviour_logp   (T,)   fp32    nats, after top-k, top-p and min-p: what the sampler drew from
-    entropy          (T,)   fp32    nats, of the distribution `logp` refers to
+    entropy          (T,)   fp32    nats, of the distribution `logp` refers to; NaN where the sampler does not know it
     weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
     finish_reason           "stop" or "length", one per sequence; "unfinished" where a later call is to go on
     text                    decoded completions, None without a tokenizer
@@ -66,12 +66,11 @@ class Rollouts:
         take = torch.cat(parts) if parts else self.tokens.new_empty(0)
         rows = torch.tensor(list(samples), dtype=torch.int64, device=self.tokens.device)
         cu = torch.cat([rows.new_zeros(1), self.cu_seqlens.diff().long()[rows].cumsum(0)]).to(torch.int32)
-        return replace(
-            self, cu_seqlens=cu, finish_reason=[self.finish_reason[i] for i in samples],
-            text=None if self.text is None else [self.text[i] for i in samples],
-            **{name: getattr(self, name)[take] for name in _PER_TOKEN},
-            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE},
-        )  # fmt: skip
+        taken: dict[str, Any] = {name: getattr(self, name)[take] for name in _PER_TOKEN}
+        taken |= {name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE}
+        reasons, text = self.finish_reason, self.text
+        said = None if text is None else [text[i] for i in samples]
+        return replace(self, cu_seqlens=cu, finish_reason=[reasons[i] for i in samples], text=said, **taken)
 
     def completions(self) -> list[list[int]]:
         """Completion tokens of every sequence, as Python lists (synchronises with the device)."""

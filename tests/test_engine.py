@@ -95,6 +95,16 @@ def test_greedy_is_transformers_generate(family, tmp_path):
         assert want[0, len(prompt) :].tolist() == done
 
 
+def test_lengths_end_each_prompts_completions():
+    """Wrong implementation: one length for all, or a length that changes what is drawn before it."""
+    model = decoder(eos_token_id=None)
+    whole = Sampler(model).generate(PROMPTS, PARAMS)
+    short = Sampler(model).generate(PROMPTS, PARAMS, lengths=[1, 12, 5, 2])
+    assert short.completions() == [c[: [1, 12, 5, 2][i // 3]] for i, c in enumerate(whole.completions())]
+    with pytest.raises(UserError, match=r"lengths: expected 4 positive numbers, one for each prompt, got \[1, 2\]"):
+        Sampler(model).generate(PROMPTS, PARAMS, lengths=[1, 2])
+
+
 # --- pages ------------------------------------------------------------------------------------------
 def test_a_group_has_its_prompt_once(monkeypatch):
     """Wrong implementations: the prompt's pages, or its forward, once per sample; a page that is left behind."""
@@ -250,11 +260,11 @@ def test_ten_thousand_sequences_come_and_go():
     model = decoder(num_hidden_layers=1, eos_token_id=[3, 4], max_position_embeddings=128)
     tokens = 40 * page
     load = Engine(model, tokens=tokens, page=page, max_rows=64)
-    jobs: list[Job] = []
-    while len(jobs) < S:
+    prompts: list[tuple[int, list[int]]] = []  # of every sequence: its group, and the group's prompt
+    while len(prompts) < S:
         prompt = [chance.randrange(5, 31) for _ in range(chance.choice((1, 2, 5, 16, 17, 33, 40)))]
-        jobs += [Job(prompt, len(jobs), len(prompt), 0, len(jobs) + j, ("new", len(jobs))) for j in range(chance.choice((1, 1, 2, 8)))]
-    jobs = [Job(j.prompt, j.index, j.length, 0, i, j.origin) for i, j in enumerate(jobs[:S])]
+        prompts += [(len(prompts), prompt)] * chance.choice((1, 1, 2, 8))
+    jobs = [Job(prompt, group, len(prompt), 0, 1000, i, ("new", group)) for i, (group, prompt) in enumerate(prompts[:S])]
     until = [min(128, len(j.prompt) + chance.choice((1, 3, 20))) for j in jobs]
     load.begin(S, 128, tokens // page, seed=11, temperature=1.0, filters=(0, 1.0, 0.0), stops=[3, 4], version=0)
     _write(load.state, jobs, None)

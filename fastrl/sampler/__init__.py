@@ -1,7 +1,16 @@
-"""Rollouts with the weights being trained: same process, same storage, same layers."""
+"""Rollouts with the weights being trained: same process, same storage, same layers.
+
+`SAMPLERS` are the values of --sampler: what makes a sampler of a model and its tokenizer.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 from fastrl.sampler.params import SamplingParams, Tail
 from fastrl.sampler.sampler import Sampler
 from fastrl.sampler.turns import Environment, Turn
+from fastrl.sampler.vllm import VllmSampler
 
-__all__ = ["Environment", "Sampler", "SamplingParams", "Tail", "Turn"]
+SAMPLERS: dict[str, Callable[..., Any]] = {"fastrl": Sampler, "vllm": VllmSampler}
+
+__all__ = ["SAMPLERS", "Environment", "Sampler", "SamplingParams", "Tail", "Turn", "VllmSampler"]

@@ -98,6 +98,7 @@ class Engine:
         asked = torch.tensor(list(seqs), dtype=torch.int64, device=state.device)
         state.end(self.n, torch.isin(state.rows.seq[: self.n], asked), CANCELLED)
 
+    @torch.no_grad()
     def window(self) -> bool:
         """Admit whom there is room for, decode one window, and say whether anything is left to do."""
         began, before = time.perf_counter(), sum(self.timing.values())

@@ -25,12 +25,20 @@ ENDS = {"cut": LENGTH, "carry": UNFINISHED}  # what Tail.action makes of a seque
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A sequence to make: its prompt and the prompt's index, tokens it has and drawn ones among them, its number; whose pages it shares."""
+    """A sequence to make.
+
+    prompt, index   its prompt, and which one of the call that is
+    length, drawn   tokens that it has, and how many of them were drawn
+    budget          tokens that may be drawn
+    number          the key of its randomness
+    origin          sequences of one origin and prompt share the prompt's pages
+    """
 
     prompt: list[int]
     index: int
     length: int
     drawn: int
+    budget: int
     number: int
     origin: tuple[str, int]
 
@@ -80,7 +88,7 @@ class Sampler:
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, sequence_offset: int = 0, weight_version: int = 0,
         on_tokens: Callable[[int], None] | None = None, environment: Environment | None = None, tail: Tail | None = None,
-        carried: Rollouts | None = None,
+        carried: Rollouts | None = None, lengths: Sequence[int] | None = None,
     ) -> Rollouts:  # fmt: skip
         """`params.n` completions of every prompt; sequence i answers prompt i // n.
 
@@ -90,15 +98,18 @@ class Sampler:
         environment       answers each turn that the policy ends with a stop; its tokens are no part of completion_mask
         tail              what becomes of the last few sequences; None finishes them
         carried           unfinished sequences of earlier calls, which go on under their own numbers; they come first in what is returned
+        lengths           the longest completion of each prompt, instead of params.max_new_tokens
 
         Raises UserError for a prompt that is empty, foreign to the vocabulary or too long for the context, and for a budget that does
         not hold one sequence.
         """
-        jobs = [*_carried(carried), *self._new(prompts, params, sequence_offset)]
+        if lengths is not None and (len(lengths) != len(prompts) or min(lengths, default=1) < 1):
+            raise UserError(f"lengths: expected {len(prompts)} positive numbers, one for each prompt, got {list(lengths)}")
+        jobs = [*_carried(carried, params), *self._new(prompts, params, sequence_offset, lengths)]
         if not jobs:
             return self._collect(State(PagedCache(self.model, 0, PAGE), 0, 0, 0, self.model.device), jobs)
         limit = self._limit(params)
-        until = [limit if environment else min(limit, len(job.prompt) + params.max_new_tokens) for job in jobs]
+        until = [limit if environment else min(limit, len(job.prompt) + job.budget) for job in jobs]
         engine = self._engine
         if engine is None or engine.model is not self.model:
             engine = self._engine = Engine(
@@ -115,7 +126,7 @@ class Sampler:
         for _, same in groupby(enumerate(jobs), key=lambda pair: (pair[1].origin, pair[1].prompt)):
             members = list(same)
             group = Group(engine.state.records.tokens[members[0][0], : len(members[0][1].prompt)])
-            engine.add([Waiting(i, group, job.length, job.drawn, params.max_new_tokens, until[i]) for i, job in members])
+            engine.add([Waiting(i, group, job.length, job.drawn, job.budget, until[i]) for i, job in members])
         self._run(engine, len(jobs), on_tokens, tail)
         done = self._collect(engine.state, jobs)
         if not self.keep_cache:
@@ -126,12 +137,13 @@ class Sampler:
         context = self.model.config.max_position_embeddings
         return min(context, params.max_length or context)
 
-    def _new(self, prompts: Sequence[Prompt], params: SamplingParams, offset: int) -> list[Job]:
+    def _new(self, prompts: Sequence[Prompt], params: SamplingParams, offset: int, lengths: Sequence[int] | None) -> list[Job]:
         whose = "max_length" if params.max_length else "the model's context"
         jobs = []
         for i, tokens in enumerate(tokenize(prompts, self.tokenizer, self.model.config.vocab_size)):
             check_room(len(tokens), f"prompts[{i}]", self._limit(params), whose)
-            jobs += [Job(tokens, i, len(tokens), 0, offset + i * params.n + j, ("new", i)) for j in range(params.n)]
+            budget = params.max_new_tokens if lengths is None else lengths[i]
+            jobs += [Job(tokens, i, len(tokens), 0, budget, offset + i * params.n + j, ("new", i)) for j in range(params.n)]
         return jobs
 
     def _run(self, engine: Engine, S: int, on_tokens: Callable[[int], None] | None, tail: Tail | None) -> None:
@@ -169,7 +181,7 @@ class Sampler:
         )  # fmt: skip
 
 
-def _carried(carried: Rollouts | None) -> list[Job]:
+def _carried(carried: Rollouts | None, params: SamplingParams) -> list[Job]:
     """Sequences to go on with, as they were left."""
     if carried is None:
         return []
@@ -182,7 +194,7 @@ def _carried(carried: Rollouts | None) -> list[Job]:
     prefix = torch.cat([carried.prompt_lengths.new_zeros(1), carried.completion_mask.cumsum(0)]).tolist()
     columns = (carried.prompt_lengths.tolist(), carried.prompt_index.tolist(), carried.sequence.tolist())
     return [
-        Job(tokens[a : a + p], index, b - a, prefix[b] - prefix[a], number, ("carried", index))
+        Job(tokens[a : a + p], index, b - a, prefix[b] - prefix[a], params.max_new_tokens, number, ("carried", index))
         for a, b, p, index, number in zip(ends[:-1], ends[1:], *columns, strict=True)
     ]
 
