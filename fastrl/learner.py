@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastrl import ops
 from fastrl.algorithms import Algorithm
+from fastrl.algorithms.correction import merge_mismatch, mismatch
 from fastrl.config import Optim
 from fastrl.device import memory_limited_by
 from fastrl.dist import World
@@ -31,6 +32,9 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = min(1.0, (step - optim.warmup) / max(1, steps - optim.warmup))
     return optim.lr * (optim.floor + (1 - optim.floor) * SHAPES[optim.schedule](progress))
+
+
+OPTIONAL = ("correction", "ref_logp", "sampler_logp")  # vectors of a batch that may be None
 
 
 class NotFinite(UserError):
@@ -95,7 +99,7 @@ class Learner:
             hidden[:-1], self.model.head_weight, batch.tokens[1:],
             lambda logp, entropy, rows: algorithm.loss(tokens[rows].with_(logp, entropy)),
             mask=rows, bias=self.model.head_bias, temperature=self.temperature, entropy=True,
-            level="sequence" if algorithm.ratio == "sequence" else "token",
+            level=algorithm.level,
         )  # fmt: skip
         return loss, stats, tokens, rows
 
@@ -146,7 +150,8 @@ class Learner:
                 with torch.no_grad():
                     seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
                     measured = self.algorithm.metrics(seen)
-                    rows.append(torch.stack([loss.detach(), *(measured[name] for name in METRICS)]).double())
+                    sums = torch.stack([loss.detach(), *(measured[name] for name in METRICS)])
+                    rows.append(torch.cat([sums.double(), mismatch(self.algorithm.corrected(seen))]))
         self.world.sum_gradients(self.masters)
         return _merge(self.world.gather(torch.stack(rows).tolist() if rows else []))
 
@@ -175,11 +180,9 @@ class Learner:
 
 def _tokens(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
-    cu = batch.mask.long().cumsum(0)
-    live_ends = torch.cat([cu.new_zeros(1), cu])[batch.cu_seqlens.long()].to(torch.int32)
-    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in ("correction", "ref_logp")}
+    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL}
     return Tokens(
-        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=live_ends,
+        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=batch.live_ends,
         live=rows.numel(), **optional,
     )  # fmt: skip
 
@@ -189,6 +192,7 @@ def _merge(rows: list[list[float]]) -> dict[str, float]:
     if not rows:
         return {"loss": 0.0, "num_tokens": 0.0}
     table = torch.tensor(rows, dtype=torch.float64)
-    merged = {k: float(v) for k, v in merge_metrics([dict(zip(METRICS, row[1:].unbind(), strict=True)) for row in table]).items()}
+    each = [dict(zip(METRICS, row.unbind(), strict=True)) for row in table[:, 1 : 1 + len(METRICS)]]
+    merged = {k: float(v) for k, v in merge_metrics(each).items()} | merge_mismatch(table[:, 1 + len(METRICS) :])
     clipped = merged["clip_low"] + merged["clip_high"] + merged["clip_cap"]
     return merged | {"loss": float(table[:, 0].sum()), "num_tokens": merged["tokens"], "clip_region": clipped}

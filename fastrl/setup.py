@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastrl import checkpoint, environment
 from fastrl.adapter import load_model
-from fastrl.algorithms import ALGORITHMS, Algorithm
+from fastrl.algorithms import Algorithm, choose_algorithm
+from fastrl.algorithms.correction import MISMATCH
 from fastrl.config import Grpo, Run, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
@@ -36,10 +37,16 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
         "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
-        "ess": "ess",
+        "ess": "ess", "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
+        "sampler_diff_max": "sampling/sampling_logp_difference/max", "sampler_kl": "sampler/kl", "sampler_ess": "sampler/ess",
+        "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
+        "correction_max": "sampling/importance_sampling_ratio/max",
     },
 }  # fmt: skip
-OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
+OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
+    "num_tokens": sum, "ratio_max": max,
+    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -81,7 +88,9 @@ class Session:
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
-        silent = set() if self.learner.algorithm.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
+        row = self.learner.algorithm
+        silent = set() if row.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
+        silent |= set() if row.correction else {"correction_min", "correction_mean", "correction_max"}
         values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)] if key not in silent}
         return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
 
@@ -144,18 +153,6 @@ def _check(config: Run) -> None:
             raise UserError(f"{option}: expected {expected}, got {value}")
 
 
-def choose_algorithm(config: Run) -> Algorithm:
-    """The table's row, with the run's own KL and entropy settings where it has them."""
-    if not isinstance(config, Grpo):
-        return ALGORITHMS["sft"]
-    rows = {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
-    if config.algorithm not in rows:
-        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
-    given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
-    row = replace(rows[config.algorithm], **given)
-    return replace(row, kl="k3") if row.kl_coef and row.kl is None else row
-
-
 def _resume_from(config: Run) -> Path | None:
     found = checkpoint.whole(Path(config.output_dir))
     if not config.resume:
@@ -194,7 +191,7 @@ def _demonstrations(
 def _on_policy(
     config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
 ) -> tuple[Source, int]:
-    check_rollouts(config)
+    check_rollouts(config, algorithm)
     sampler.max_tokens_in_flight = config.sampling.max_tokens_in_flight
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
@@ -205,10 +202,14 @@ def _on_policy(
         def reference(batch: Batch) -> Tensor:
             return learner.logp(frozen, batch)
 
+    def trainer(batch: Batch) -> Tensor:
+        return learner.logp(learner.model, batch)
+
     stop = task.stop if task is not None else ()
     source = OnPolicy(
-        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, stop=stop, world=learner.world
-    )
+        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
+        world=learner.world,
+    )  # fmt: skip
     return source, config.max_new_tokens
 
 
