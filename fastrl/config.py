@@ -39,6 +39,12 @@ class Sampling:
     min_p: float = 0.0
     max_tokens_in_flight: int = 262144
     """Key/value cache budget, in tokens."""
+    cache_bytes: int = 0
+    """The same in bytes, instead; 0 leaves it to max_tokens_in_flight."""
+    keep_cache: bool = True
+    """Keep the cache while training; without it its memory is free for training, and CUDA graphs are captured anew each step."""
+    max_rows: int | None = None
+    """Sequences decoded together; None is 256 on CPU, 1024 on CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +181,10 @@ class Grpo(Run):
     """Completions cut off at max_new_tokens do not count in the loss."""
     overlong_buffer: int = 0
     """Soft overlong shaping: the reward falls by up to 1 over the last so many tokens before max_new_tokens; 0 turns it off."""
+    tail: Literal["finish", "cut", "carry"] = "finish"
+    """What becomes of a step's last unfinished completions: waited for, cut off, or carried over to the next step's weights."""
+    tail_share: float = 0.1
+    """Which those are: once no more than this share of a step's completions is unfinished."""
     sampling: Sampling = field(default_factory=Sampling)
 
 

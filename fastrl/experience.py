@@ -16,15 +16,18 @@ from torch import Tensor
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
 from fastrl.batches import correct, weigh
+from fastrl.carry import Carry
 from fastrl.config import Grpo
 from fastrl.data import Sample
 from fastrl.device import memory_limited_by
+from fastrl.dialogue import dialogue
 from fastrl.dist import World
 from fastrl.draw import Draw, measure
 from fastrl.errors import UserError
 from fastrl.refill import block, further, keep, spread
 from fastrl.rewards import Scored, soft_overlong
-from fastrl.sampler import Sampler, SamplingParams
+from fastrl.sampler import Sampler, SamplingParams, Tail
+from fastrl.tasks import Conversation
 from fastrl.types import Batch
 
 
@@ -53,6 +56,12 @@ class Source(Protocol):
     def collect(self, step: int, version: int) -> Step:
         """The data of `step` (counted from 0); `version` is how many optimizer steps the weights have seen."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep of it: data that is neither used nor a function of the step's number."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+
 
 class Demonstrations:
     """Supervised batches: `count` sequences a step, whose masked-in tokens count the same all over the step.
@@ -78,6 +87,12 @@ class Demonstrations:
         batch = Batch(tokens=tokens, cu_seqlens=cu, mask=mask, advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros)
         return Step([weigh(batch, self.algorithm, self.world, max_length=1)])
 
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing: its data is a function of the step's number."""
+
 
 class OnPolicy:
     """Batches of rollouts: sample `group` completions of every prompt, score them, turn rewards into advantages.
@@ -85,21 +100,24 @@ class OnPolicy:
     prompt(i) -> (prompt, columns) of item i of `size`;  score(prompts, completions, token lists, columns) -> Scored.
     reference(batch) -> (T,) log-probs under the reference model, or None when the algorithm wants no KL.
     trainer(batch) -> (T,) log-probs under the weights as they are; asked for once a step by a correction over several updates.
+    game, the task, answers the policy's turns if it is one of several; its rewards count unless config names reward functions.
     """
 
     def __init__(
         self, config: Grpo, sampler: Sampler, algorithm: Algorithm, *, prompt: Callable[[int], tuple[Any, Mapping[str, Any]]], size: int,
         score: Callable[..., Scored], reference: Callable[[Batch], Tensor] | None, stop: Sequence[str], world: World,
-        trainer: Callable[[Batch], Tensor] | None = None,
+        trainer: Callable[[Batch], Tensor] | None = None, game: Conversation | None = None,
     ) -> None:  # fmt: skip
         if algorithm.correction is not None and trainer is None and config.minibatches * config.epochs > 1:
             raise ValueError("trainer: expected a function of the batch, got None; a correction over several updates needs it")
         self.config, self.sampler, self.algorithm, self.world = config, sampler, algorithm, world
         self.prompt, self.size, self.score, self.reference, self.trainer = prompt, size, score, reference, trainer
+        self.game, self.carry = game, Carry(config.group)
+        self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         s = config.sampling
         self.params = SamplingParams(
-            n=config.group, max_new_tokens=config.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-            min_p=s.min_p, seed=config.seed, stop=tuple(stop),
+            n=config.group, max_new_tokens=config.max_new_tokens, max_length=(config.max_tokens or 0) if game else 0,
+            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=config.seed, stop=tuple(stop),
         )  # fmt: skip
 
     def collect(self, step: int, version: int) -> Step:
@@ -118,7 +136,7 @@ class OnPolicy:
         prompts, refill = self.config.prompts, self.config.refill
         draw = self._draw(step, 0, prompts, version)
         if not refill:
-            return draw, list(range(prompts))
+            return draw, list(range(draw.prompts))
         draws, useful = [draw], self._useful(draw)
         while sum(useful) < prompts and len(draws) <= refill:
             count = further(sum(useful), len(useful), prompts)
@@ -133,16 +151,30 @@ class OnPolicy:
         number = block(step, turn, config.refill) * config.prompts
         chosen = order(self.size, config.seed, number, count)
         mine = self.world.share(count)
-        items = [self.prompt(chosen[i]) for i in mine]
+        items = [(chosen[i], *self.prompt(chosen[i])) for i in mine]
+        talk = dialogue(self.game, self.sampler.tokenizer, [c["example"] for _, _, c in items for _ in range(G)]) if self.game else None
         with memory_limited_by("--sampling.max-tokens-in-flight", config.sampling.max_tokens_in_flight):
             rollouts = self.sampler.generate(
-                [p for p, _ in items], self.params, sequence_offset=(number + mine.start) * G, weight_version=version
-            )
-        repeated = [item for item in items for _ in range(G)]
+                [p for _, p, _ in items], self.params, sequence_offset=(number + mine.start) * G, weight_version=version,
+                environment=talk, tail=self.tail, carried=self.carry.unfinished(),
+            )  # fmt: skip
+        places = [before + i for i in mine]
+        if config.tail == "carry":
+            done, rollouts = self.carry.sort(rollouts, [item for item, _, _ in items])
+            items, places, count = [(i, *self.prompt(i)) for i in done], list(range(len(done))), len(done)
+        repeated = [(p, columns) for _, p, columns in items for _ in range(G)]
         scored = self.score([p for p, _ in repeated], rollouts.text, rollouts.completions(), [c for _, c in repeated])
+        if talk is not None and not config.reward:
+            scored = replace(scored, reward=talk.rewards)
         if config.overlong_buffer:
             scored = scored.plus("overlong", soft_overlong(rollouts.lengths.tolist(), config.max_new_tokens, config.overlong_buffer))
-        return Draw(repeated, rollouts, scored, [before + i for i in mine], count)
+        return Draw(repeated, rollouts, scored, places, count)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.carry.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.carry.load_state(state, self.sampler.tokenizer, self.sampler.model.device)
 
     def _useful(self, draw: Draw) -> list[bool]:
         """Which groups of the round, of all processes, have rewards that differ."""
@@ -202,7 +234,7 @@ class OnPolicy:
         return batch if bool(moves.all()) else batch.select(moves.nonzero().squeeze(1).tolist())
 
 
-def check_rollouts(config: Grpo, algorithm: Algorithm) -> None:
+def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, turns: bool = False) -> None:
     """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to train on."""
     if config.sampling.temperature == 0:
         raise UserError("--sampling.temperature: expected a positive number, got 0; greedy samples have no old log-prob to train on")
@@ -213,6 +245,10 @@ def check_rollouts(config: Grpo, algorithm: Algorithm) -> None:
         ("--epochs", config.epochs, config.epochs >= 1, "at least 1"),
         ("--refill", config.refill, config.refill >= 0, "a number of rounds of 0 or more"),
         ("--refill", config.refill, config.refill == 0 or config.group >= 2, "0 with --group 1, whose groups never have two rewards"),
+        ("--tail", config.tail, config.tail != "carry" or processes == 1, "finish or cut with several processes"),
+        ("--tail", config.tail, config.tail != "carry" or not turns, "finish or cut with a task of several turns"),
+        ("--tail", config.tail, config.tail != "carry" or config.refill == 0, "finish or cut with --refill, which fills the batch anyway"),
+        ("--tail-share", config.tail_share, 0 < config.tail_share < 1, "a fraction in (0, 1)"),
         ("--overlong-buffer", buffer, 0 <= buffer <= config.max_new_tokens, f"0 to --max-new-tokens ({config.max_new_tokens})"),
     ):
         if not fine:

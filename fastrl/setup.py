@@ -16,7 +16,7 @@ from fastrl import checkpoint, environment
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.config import Grpo, Run, Sft
+from fastrl.config import Grpo, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -27,7 +27,7 @@ from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
 from fastrl.sampler import SAMPLERS, Sampler
-from fastrl.tasks import Task
+from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Batch
 
@@ -43,6 +43,7 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "correction_max": "sampling/importance_sampling_ratio/max",
     },
 }  # fmt: skip
+SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
     **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
@@ -77,7 +78,8 @@ class Session:
         if self.world.is_main:
             meta = {"version": self.version, "command": _command(self.config)}
             folder = Path(self.config.output_dir)
-            path = checkpoint.save(folder, step, self.model, self.tokenizer, self.learner.state(), meta, keep=self.config.save.keep)
+            state = self.learner.state() | {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
+            path = checkpoint.save(folder, step, self.model, self.tokenizer, state, meta, keep=self.config.save.keep)
         self.world.barrier()
         return path
 
@@ -121,7 +123,8 @@ def set_up(config: Run) -> Session:
     model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
-    sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
+    chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
+    sampler = SAMPLERS[chosen](model, tokenizer, sampling)
     learner = Learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
@@ -129,6 +132,7 @@ def set_up(config: Run) -> Session:
     if resumed:
         learner.load_state(state)
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
+    source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})
     start = meta["step"]
     texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
     log = RunLog(
@@ -191,8 +195,7 @@ def _demonstrations(
 def _on_policy(
     config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
 ) -> tuple[Source, int]:
-    check_rollouts(config, algorithm)
-    sampler.max_tokens_in_flight = config.sampling.max_tokens_in_flight
+    check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
     reference: Callable[[Batch], Tensor] | None = None
@@ -208,7 +211,7 @@ def _on_policy(
     stop = task.stop if task is not None else ()
     source = OnPolicy(
         config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
-        world=learner.world,
+        world=learner.world, game=task if isinstance(task, Conversation) else None,
     )  # fmt: skip
     return source, config.max_new_tokens
 

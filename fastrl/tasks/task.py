@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,6 +37,15 @@ class Score:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A conversation so far: what the policy said in each turn, and what it heard after each but the last."""
+
+    example: Example
+    said: tuple[str, ...]
+    heard: tuple[str, ...]
+
+
 class Task(Protocol):
     """One task; a class with these members in a user's own file is as good as the built-in ones."""
 
@@ -59,6 +68,17 @@ class Task(Protocol):
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The task's own tokenizer, or None when it is at home in any."""
+
+
+@runtime_checkable
+class Conversation(Protocol):
+    """What a task of several turns has beside the members of `Task`."""
+
+    def step(self, transcripts: Sequence[Transcript]) -> tuple[Sequence[str], Sequence[float], Sequence[bool]]:
+        """Observations, rewards and whether it is over, one each for conversations whose policy has just ended a turn with a stop.
+
+        A sequence's reward is the sum over its turns.  `verify` then sees the whole conversation after the prompt.
+        """
 
 
 def draw(*parts: object) -> int:
