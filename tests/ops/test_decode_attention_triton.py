@@ -100,7 +100,7 @@ class watched:
 
 def test_rows_shared_pages_and_lengths_of_zero():
     """Wrong: rows ignored; a free slot's softmax over nothing; a row of the table read where the length is 0."""
-    q, k_cache, v_cache, table, _ = case([100, 70], E=16, page=16)
+    _, k_cache, v_cache, table, _ = case([100, 70], E=16, page=16)
     rows = torch.tensor([1, 0, 1, 1, 0])
     table = torch.cat((table, table[:1]))
     table[2, 4:] = 12345
