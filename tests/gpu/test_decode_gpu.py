@@ -1,4 +1,4 @@
-"""decode_attention's Triton kernel on a GPU: against float64, in a captured graph, the same bits, no waiting."""
+"""decode_attention's Triton kernel on a GPU: against float64, in a captured graph, the same bits, no waiting; and attention over a past."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from support import no_waiting, use, within_budget
 
+from fastrl import ops
+from fastrl.kernels._backend import order
 from fastrl.kernels._decode_attention_triton import SPLIT
 from fastrl.kernels.decode_attention import forward_op
 
@@ -99,3 +101,24 @@ def test_65536_queries_and_caches_beyond_2_31():
     assert torch.equal(run("triton", q, *far, table + (pages - 2), lengths), here)
     many = torch.arange(70000, device="cuda") % 2
     assert torch.equal(run("triton", q[many], k, v, table, lengths[many], many), here[many])
+
+
+# --- attention over a past ------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in order("attention") if n not in ("cpu", "reference")])
+def test_a_rung_continues_a_prompt(name, dtype):
+    """Wrong: a causal mask flush with the first token; a library that lays it otherwise than it says."""
+    new, past = [300, 0, 1, 64, 129], [1000, 64, 0, 63, 257]
+    cu, cu_k = (torch.tensor([0, *n], device="cuda").cumsum(0).int() for n in (new, [a + b for a, b in zip(new, past, strict=True)]))
+    q, k, v = (torch.randn(n, h, 64, device="cuda").to(dtype) for n, h in ((sum(new), 14), (sum(new + past), 2), (sum(new + past), 2)))
+    results = []
+    for rung, cast in ((name, dtype), ("reference", dtype), ("reference", torch.float64)):
+        with use(rung, "attention"):
+            try:
+                results.append(ops.attention(*(x.to(cast) for x in (q, k, v)), cu, cu_seqlens_k=cu_k))
+            except RuntimeError as error:
+                if "was asked for, but" not in str(error):
+                    raise
+                pytest.skip(str(error))
+    ours, its, exact = results
+    within_budget(ours, its, exact)
