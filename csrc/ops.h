@@ -93,6 +93,11 @@ void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t 
 void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
                          int threads);
 
+// --- linear: formulas in kernels/linear.py --------------------------------------------------------------
+// x (M, K), w (N, K) code; bias (N,) fp32 or 0  ->  y (M, N) `out`: fp32 or code
+void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t x_stride, Address w, int64_t w_stride, int code,
+                        Address bias, int64_t M, int64_t N, int64_t K, int threads);
+
 // --- policy_loss: formulas in kernels/policy_loss.py --------------------------------------------------
 // logp, old_logp, advantage, weight (T,); entropy, ref_logp, correction (T,) or 0; mask (T,) bytes or 0; ends (S+1,) int64 where
 // the ratio is per sequence, or 0  ->  loss (), metrics (16,), dlogp (T,), dentropy (T,) with entropy

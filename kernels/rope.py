@@ -89,11 +89,11 @@ def reference_store(
     return q, k
 
 
-register("rope", "reference", forward=reference, backward=reference_backward, store=reference_store)
+register("rope", "reference", forward=reference, backward=reference_backward, store=reference_store, exact=("cpu",))
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-register_triton("rope", "_rope_triton", "forward", "backward", "store")
+register_triton("rope", "_rope_triton", "forward", "backward", "store", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------
