@@ -51,6 +51,14 @@ def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
     return n - 1
 
 
+def no_gradient(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError where a gradient of `op`, which has none, would be asked for: not zero without a word."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x.requires_grad:
+                raise ValueError(f"{name}: expected no gradient, {op} has none, got a tensor that requires grad; use torch.no_grad()")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 inputs (gradcheck needs it), else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,8 +1,14 @@
-"""Attention of one new token per sequence over its paged key/value cache.
+"""Attention of single query tokens over paged key/value caches.
 
-    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b,   k_bj = k_cache[block_table[b, j // page], j % page]
+    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b,   k_bj = k_cache[block_table[rows_b, j // page], j % page]
 
-H query heads share K key/value heads.  A sequence of length 0 (a free slot of the batch) gets zeros.  No gradient.
+H query heads share K key/value heads.  A query of length 0 (a free slot of the batch) gets zeros.  No gradient.
+
+Decoding has one query per row of the table.  With `rows` several tokens of one sequence, each with its own length, attend over the
+same pages: a prompt that is continued, or a whole sequence scored by the kernel that sampled it.
+
+The compiled kernels take the keys in blocks that start at fixed positions, so that the bits of a query's output depend on that
+query, its keys and its values only: not on the rest of the batch, and not on where the pages lie.
 """
 
 from __future__ import annotations
@@ -10,28 +16,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register
-from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._backend import extension, pick, register, unbuilt
+from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
+from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+
+COPIED_BYTES = 256 << 20  # of keys and values that the reference copies at a time
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """The definition, over a copy of the pages in use: up to the longest sequence on CPU, all of the table on CUDA.
-
-    Cache rows past a sequence's length are read (and weighted 0): they must be finite, so a cache starts as zeros.
-    """
-    (B, H, E), (_, page, K, _), dtype = q.shape, k_cache.shape, compute_dtype(q)
-    longest = block_table.shape[1] * page
+def reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float
+) -> Tensor:
+    """The definition, over a copy of the pages in use: up to the longest sequence on CPU, all of the table on CUDA."""
+    (B, H, E), (_, page, K, _), N = q.shape, k_cache.shape, block_table.shape[1]
+    longest = N * page
     if lengths.device.type == "cpu":  # free to read here; on CUDA it would wait for the device
-        longest = int(lengths.max()) if B else 0
+        least, longest = (int(lengths.min()), int(lengths.max())) if B else (0, 0)
+        if least < 0 or longest > N * page:
+            raise ValueError(_range(longest if least >= 0 else least, N, page))
     if longest == 0:
-        return torch.zeros_like(q)
-    table = block_table[:, : -(-longest // page)].clamp(0, k_cache.shape[0] - 1).flatten()  # unused entries may hold anything
-    k, v = (c.index_select(0, table).view(B, -1, K, E)[:, :longest].to(dtype) for c in (k_cache, v_cache))
-    beyond = (torch.arange(longest, device=q.device) >= lengths[:, None])[:, None]
+        return torch.zeros(B, H, E, dtype=q.dtype, device=q.device)
+    table = block_table[:, : -(-longest // page)].clamp(0, k_cache.shape[0] - 1)  # unused entries may hold anything
+    table = table if rows is None else table.index_select(0, rows)
+    each = max(1, COPIED_BYTES // (2 * longest * K * E * compute_dtype(q).itemsize))
+    parts = zip(q.split(each), table.split(each), lengths.split(each), strict=True)
+    return torch.cat([_dense(*part, k_cache, v_cache, longest, scale) for part in parts])
+
+
+def _dense(q: Tensor, table: Tensor, lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int, scale: float) -> Tensor:
+    """A query for each row of `table`; what lies past a length is not read, or masked: it may be NaN."""
+    (B, H, E), K, dtype = q.shape, k_cache.shape[2], compute_dtype(q)
+    k, v = (c.index_select(0, table.flatten()).view(B, -1, K, E)[:, :longest].to(dtype) for c in (k_cache, v_cache))
+    beyond = torch.arange(longest, device=q.device) >= lengths[:, None]
+    v.masked_fill_(beyond[:, :, None, None], 0)  # weighted 0, but 0 * nan is nan
     y = torch.empty(B, K, H // K, E, dtype=dtype, device=q.device)
     for h, query in enumerate(q.to(dtype).view(B, K, H // K, E).unbind(1)):  # a head at a time: strided GEMMs, no transposed copy
-        s = torch.bmm(query, k[:, :, h].transpose(1, 2)).mul_(scale).masked_fill_(beyond, -torch.inf)
+        s = torch.bmm(query, k[:, :, h].transpose(1, 2)).mul_(scale).masked_fill_(beyond[:, None], -torch.inf)
         m = s.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # finite for an empty sequence
         s.sub_(m).exp_()
         total = s.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
@@ -39,42 +59,91 @@ def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, 
     return y.view(B, H, E).to(q.dtype)
 
 
+def _range(got: int, N: int, page: int) -> str:
+    limit = "at least 0 tokens" if got < 0 else f"at most {N * page} tokens ({N} pages of {page})"
+    return f"lengths: expected {limit}, got {got}"
+
+
 register("decode_attention", "reference", forward=reference)
 
 
+# --- kernels ----------------------------------------------------------------------------------------
+_C = extension()
+
+
+def _compiled(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float
+) -> Tensor:
+    """csrc/cpu/decode_attention.cpp, which takes addresses and reads the lengths, the rows and the pages in use before it starts."""
+    (B, H, E), (pages, page, K, _), (R, N), q = q.shape, k_cache.shape, block_table.shape, unit_rows(q)
+    y, table, lengths = torch.empty(B, H, E, dtype=q.dtype), unit_rows(block_table.int()), lengths.int().contiguous()
+    rows = None if rows is None else rows.long().contiguous()
+    _C.decode_attention_cpu(
+        y.data_ptr(), q.data_ptr(), q.stride(0), q.stride(1), FLOAT_CODES[q.dtype], k_cache.data_ptr(), v_cache.data_ptr(),
+        table.data_ptr(), table.stride(0), lengths.data_ptr(), 0 if rows is None else rows.data_ptr(), scale, B, R, N, H, K, E, pages, page,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), exact=("cpu",), forward=_compiled)
+
+
 # --- registration -----------------------------------------------------------------------------------
-@torch.library.custom_op("fastrl::decode_attention", mutates_args=())
-def forward_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """y (B, H, E)."""
-    return pick("decode_attention", q, "forward")(q, k_cache, v_cache, block_table, lengths, scale)
+# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more on the host
+torch.library.define(
+    "fastrl::decode_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, Tensor? rows, float scale) -> Tensor",
+)
+forward_op = torch.ops.fastrl.decode_attention.default
 
 
-@forward_op.register_fake
-def _(q, k_cache, v_cache, block_table, lengths, scale):  # type: ignore[no-untyped-def]
+@torch.library.impl("fastrl::decode_attention", "default")
+def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float) -> Tensor:
+    return pick("decode_attention", q, "forward")(q, k_cache, v_cache, block_table, lengths, rows, scale)
+
+
+@torch.library.register_fake("fastrl::decode_attention")
+def _(q, k_cache, v_cache, block_table, lengths, rows, scale):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape)
 
 
 # --- public -----------------------------------------------------------------------------------------
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    rows: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention of each sequence's newest token over its cache, in which that token's key and value are already stored.
+    """Attention of query tokens over their sequences' caches, in which their own keys and values are already stored.
 
-    Shapes:  q (B, H, E) bf16|fp16|fp32|fp64;  k_cache, v_cache (pages, page, K, E) of q's dtype, K divides H;
-             block_table (B, N) int32: the page of each `page` tokens;  lengths (B,) int32, at most N page  ->  (B, H, E).
-    Memory:  the reference copies the pages in use.  Not differentiable.
-    Raises:  ValueError or TypeError naming the argument (lengths are read on CPU only).
-    Source:  Kwon et al. 2023, "PagedAttention".
+    Shapes:  q (B, H, E) bf16|fp16|fp32|fp64;  k_cache, v_cache (pages, page, K, E) of q's dtype, contiguous, K divides H;
+             block_table (R, N) int32: the page of each `page` tokens;  lengths (B,) int32, at most N page: the keys a query sees,
+             itself included;  rows (B,) int: the row of block_table each query reads, None for row b, and R = B  ->  (B, H, E).
+             Entries of block_table and slots of a page past a length may hold anything.
+    Memory:  the kernels: on CUDA, (E + 2) fp32 numbers for each query head and split of its keys.  The reference copies the pages
+             in use.  Not differentiable.
+    Raises:  ValueError or TypeError naming the argument (lengths, rows and pages are read on CPU only).
+    Source:  Kwon et al. 2023, "PagedAttention"; Dao et al. 2023, "Flash-Decoding".
     """
     B, H, E = dims("q", q, "B H E", FLOATS)
     pages, page, K, _ = dims("k_cache", k_cache, "pages page K E", (q.dtype,), E=E)
     dims("v_cache", v_cache, "pages page K E", (q.dtype,), pages=pages, page=page, K=K, E=E)
-    _, N = dims("block_table", block_table, "B N", INTS, B=B)
     dims("lengths", lengths, "B", INTS, B=B)
+    if rows is None:
+        dims("block_table", block_table, "B N", INTS, B=B)
+    else:
+        dims("block_table", block_table, "R N", INTS)
+        dims("rows", rows, "B", INTS, B=B)
     if K == 0 or H % K:
         raise ValueError(f"k_cache: expected key/value heads K that divide H={H} query heads, got K={K}")
-    same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths)
-    readable = B and lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere this would wait or break a graph
-    if readable and int(lengths.max()) > N * page:
-        raise ValueError(f"lengths: expected at most {N * page} tokens ({N} pages of {page}), got {int(lengths.max())}")
-    return forward_op(q, k_cache, v_cache, block_table, lengths, E**-0.5 if scale is None else float(scale))
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous cache, got strides {cache.stride()}")
+    same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths, rows=rows)
+    no_gradient("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    return forward_op(q, k_cache, v_cache, block_table, lengths, rows, E**-0.5 if scale is None else float(scale))

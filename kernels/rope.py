@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels import _rope_cpu
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
@@ -89,10 +91,20 @@ def reference_store(
     return q, k
 
 
-register("rope", "reference", forward=reference, backward=reference_backward, store=reference_store, exact=("cpu",))
+register("rope", "reference", forward=reference, backward=reference_backward, store=reference_store)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+register(
+    "rope",
+    "cpu",
+    dtypes=tuple(FLOAT_CODES),
+    missing=unbuilt("rope_forward_cpu"),
+    exact=("cpu",),
+    forward=_rope_cpu.forward,
+    backward=_rope_cpu.backward,
+    store=_rope_cpu.store,
+)
 register_triton("rope", "_rope_triton", "forward", "backward", "store", exact=True)
 
 

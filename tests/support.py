@@ -48,6 +48,26 @@ def tiny_config(family: str = "qwen2", **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def paged(k: Tensor, v: Tensor, lengths: list[int], page: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed keys and values (T, K, E) spread over shuffled pages: caches, table, lengths.
+
+    Unused table entries are out of range, unused slots hold large numbers.
+    """
+    pages = [-(-n // page) for n in lengths]
+    free = torch.randperm(sum(pages) + 3).tolist()
+    table = torch.full((len(lengths), max(pages) + 1), -7, dtype=torch.int32)
+    caches = [torch.full((len(free), page, x.shape[1], x.shape[2]), 1e4, dtype=x.dtype) for x in (k, v)]
+    start = 0
+    for i, n in enumerate(lengths):
+        for p in range(pages[i]):
+            table[i, p] = free.pop()
+            rows = slice(start + p * page, start + min(n, (p + 1) * page))
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[table[i, p], : rows.stop - rows.start] = x[rows]
+        start += n
+    return *caches, table, torch.tensor(lengths, dtype=torch.int32)
+
+
 # --- implementations --------------------------------------------------------------------------------
 def use(name: str, op: str) -> contextlib.AbstractContextManager[None]:
     """One implementation of an op, or a visible skip that says why it is not there."""
