@@ -46,7 +46,7 @@ class Implementation:
 _table: dict[str, dict[str, Implementation]] = {}
 _ladders: dict[str, tuple[str, ...]] = {}  # of the ops with names of their own; BACKENDS for the others
 _asked: list[Asked] = []  # of the whole process: autograd runs a CUDA backward in threads of its own
-_exact = {"run": False, "blocks": 0}  # of the whole process, too: set for good, and the `with` blocks that ask for it
+_exact: list[None] = []  # of the whole process, too: an entry for every `exact` block that is open
 
 
 def register(
@@ -143,21 +143,16 @@ def exact() -> Iterator[None]:
     Gradients are right, and need not have that property.  An op that has no such implementation for a dtype and device raises
     RuntimeError when called: float64 has none, and float16 none on CPU.
     """
-    _exact["blocks"] += 1
+    _exact.append(None)
     try:
         yield
     finally:
-        _exact["blocks"] -= 1
-
-
-def set_exact(on: bool) -> None:
-    """Exact mode for the rest of the process; `exact` blocks hold whatever it says."""
-    _exact["run"] = on
+        _exact.pop()
 
 
 def is_exact() -> bool:
     """Whether exact mode is on."""
-    return bool(_exact["run"] or _exact["blocks"])
+    return bool(_exact)
 
 
 def requested(op: str) -> str | None:
