@@ -20,6 +20,9 @@ PAGE = 64  # tokens
 def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.  Nothing is read on the host."""
     T, device = q.shape[0], q.device
+    lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=device)
+    if T == 0:
+        return q.new_empty(q.shape), lse
     ends = cu_seqlens.long()
     token = torch.arange(T, device=device)
     rows = torch.searchsorted(ends[1:], token, right=True)
@@ -30,9 +33,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, m
     slots = first[rows] * PAGE + position
     cache = [x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x).view(pages, PAGE, *x.shape[1:]) for x in (k, v)]
     column = torch.arange(-(-(max_seqlen or T) // PAGE), device=device)
-    table = (first[:, None] + column).clamp_(max=max(pages - 1, 0)).to(torch.int32)
+    table = (first[:, None] + column).clamp_(max=pages - 1).to(torch.int32)
     y = pick("decode_attention", q, "forward")(q, *cache, table, (position + 1).to(torch.int32), rows, scale)
-    return y, torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=device)
+    return y, lse
 
 
 def backward(
