@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrl import weights
-from fastrl.kernels.linear import layer
+from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model_config import ModelConfig
 from fastrl.ops import attention, rms_norm, rope, swiglu
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b, (T, N)."""
-        return layer(x, self.weight, self.bias)
+        return linear_layer(x, self.weight, self.bias)
 
 
 class Layer(nn.Module):

@@ -40,7 +40,7 @@ class Implementation:
     missing: str  # why it cannot be used in this process; empty when it can
     devices: tuple[str, ...]
     obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes; empty when it can
-    exact: tuple[str, ...]  # the devices on which its forward is batch-invariant
+    exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -126,7 +126,7 @@ def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 def _first_exact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     table, where = _table[op], x.device.type
-    names = [n for n in order(op) if n in table and where in table[n].exact]
+    names = [n for n in dict.fromkeys((*order(op), *table)) if n in table and where in table[n].exact]
     reasons = {n: _obstacle(table[n], n, x, part) for n in names}
     for name, reason in reasons.items():
         if not reason:
@@ -222,7 +222,8 @@ def unbuilt(function: str) -> str:
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
-    names = list(dict.fromkeys((*BACKENDS, *(n for op in ops for n in order(op)))))
+    aside = (n for op in ops for n in _table[op] if n not in order(op))  # not on the ladder: only asked for, or of exact mode
+    names = list(dict.fromkeys((*BACKENDS, *aside, *(n for op in ops for n in order(op)))))
     if name not in names:
         raise ValueError(f"{where}: expected one of {', '.join(names)}; got {name!r}")
     return name

@@ -19,7 +19,8 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-TILE_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}  # no TF32: no tensor cores
+# of float32: whose tensor cores would be TF32
+TILE_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 GROUP = 8  # tiles of rows that share a tile of the weight while it is in the L2 cache
 
 

@@ -114,7 +114,7 @@ register(
     forward=_attention_exact.forward,
     backward=_attention_exact.backward,
 )
-ladder("attention", *FLASH, *PADDED, "reference", "exact")
+ladder("attention", *FLASH, *PADDED, "reference")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -109,10 +109,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         dims("bias", bias, "N", (x.dtype,), N=N)
     same_device(x=x, weight=weight, bias=bias)
-    return layer(x, weight, bias)
+    return linear_layer(x, weight, bias)
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
     if not is_exact() and requested("linear") is None:
         return functional.linear(x, weight, bias)

@@ -21,7 +21,9 @@ from fastrl.sampler import Sampler, SamplingParams
 from fastrl.trainer import train
 from fastrl.types import Batch
 
-needs_c = pytest.mark.skipif(extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 DTYPES = [torch.float32, torch.bfloat16]
 T = 100
 SUBSETS = ([0], [T - 1], [0, 1, 2], [7, 3, 50], list(range(64)), list(range(31, T)), torch.arange(T - 1, -1, -1).tolist())

@@ -11,9 +11,11 @@ from torch.nn.functional import linear as torch_linear
 from fastrl import ops
 from fastrl.kernels._backend import extension
 from fastrl.kernels._linear import project
-from fastrl.kernels.linear import forward_op, layer
+from fastrl.kernels.linear import forward_op, linear_layer
 
-needs_c = pytest.mark.skipif(extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1), (3, 7, 5), (16, 6, 128), (17, 13, 129), (33, 97, 300), (200, 31, 64), (5, 12, 1000)]
 SUBSETS = ([0], [199], [0, 1, 2], [7, 3, 150], list(range(64)), list(range(61, 200)), torch.arange(199, -1, -1).tolist())
@@ -37,7 +39,7 @@ def test_by_default_it_is_torchs_own():
     """Wrong: a kernel of ours that nobody asked for; an op in between, which costs time."""
     x, weight, bias = inputs(17, 13, 29)
     assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
-    assert type(layer(x, weight.requires_grad_(), bias).grad_fn).__name__ == "AddmmBackward0"
+    assert type(linear_layer(x, weight.requires_grad_(), bias).grad_fn).__name__ == "AddmmBackward0"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +153,10 @@ def test_errors_name_the_argument():
 def test_exact_mode_refuses_what_it_has_no_kernel_for():
     """Wrong: a library product in exact mode, without a word."""
     for dtype in (torch.float64, torch.float16):
-        with ops.exact(), pytest.raises(RuntimeError, match=rf"linear: exact mode has no batch-invariant implementation for {dtype} on cpu"):
+        with (
+            ops.exact(),
+            pytest.raises(RuntimeError, match=rf"linear: exact mode has no batch-invariant implementation for {dtype} on cpu"),
+        ):
             ops.linear(*inputs(2, 3, 4, dtype))
     with ops.exact(), ops.use_backend("reference"), pytest.raises(RuntimeError, match="'reference' was asked for, but it is not batch-inv"):
         ops.linear(*inputs(2, 3, 4))
