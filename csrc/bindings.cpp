@@ -35,6 +35,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu_forward_cpu", &swiglu_forward_cpu, NoGil());
   m.def("swiglu_backward_cpu", &swiglu_backward_cpu, NoGil());
 
+  m.def("linear_forward_cpu", &linear_forward_cpu, NoGil());
+
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 
   m.def("policy_loss_cpu", &policy_loss_cpu, NoGil());

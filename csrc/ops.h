@@ -106,6 +106,11 @@ void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t 
 void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
                          int threads);
 
+// --- linear: formulas in kernels/linear.py --------------------------------------------------------------
+// x (M, K), w (N, K) code; bias (N,) fp32 or 0  ->  y (M, N) `out`: fp32 or code
+void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t x_stride, Address w, int64_t w_stride, int code,
+                        Address bias, int64_t M, int64_t N, int64_t K, int threads);
+
 // --- decode_attention: formula in kernels/decode_attention.py ---------------------------------------------
 // q (B, H, E) code; k_cache, v_cache (pages, page, K, E) code, contiguous; block_table (R, N) int32; lengths (B,) int32;
 // rows (B,) or 0: query b takes row b of the table, and R = B  ->  y (B, H, E) code, contiguous

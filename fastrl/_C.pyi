@@ -282,6 +282,22 @@ def swiglu_backward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def linear_forward_cpu(
+    y: int,
+    y_stride: int,
+    out: int,
+    x: int,
+    x_stride: int,
+    w: int,
+    w_stride: int,
+    code: int,
+    bias: int,
+    M: int,
+    N: int,
+    K: int,
+    threads: int,
+    /,
+) -> None: ...
 def decode_attention_cpu(
     y: int,
     q: int,

@@ -106,6 +106,8 @@ class Run:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto is float32 on CPU and bfloat16 on CUDA.  Master weights are always float32."""
+    exact: bool = False
+    """Batch-invariant arithmetic: sampled log-probs equal the trainer's bit for bit; slower."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward, and compute the rest again: less memory, more time."""
     max_seconds: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl import checkpoint, environment
+from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
@@ -25,6 +26,7 @@ from fastrl.files import read_json_lines
 from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
+from fastrl.model import Decoder
 from fastrl.options import dump
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Conversation, Task
@@ -121,6 +123,8 @@ def set_up(config: Run) -> Session:
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
     model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    if config.exact and not isinstance(model, Decoder):
+        raise UserError(f"--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), got {config.model}; run without it")
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
@@ -140,6 +144,11 @@ def set_up(config: Run) -> Session:
     )
     evaluated = world.max(float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)))[0] > 0
     return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, evaluated, meta["version"], length)
+
+
+def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
+    """What rollouts and learner compute under: exact mode, for a run that asks for it."""
+    return ops.exact() if config.exact else contextlib.nullcontext()
 
 
 def _check(config: Run) -> None:

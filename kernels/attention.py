@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels import _attention_prefix
+from fastrl.kernels import _attention_exact, _attention_prefix
 from fastrl.kernels._attention_flash import FLASH
 from fastrl.kernels._attention_padded import PADDED, padded
-from fastrl.kernels._backend import ladder, pick, register, route
+from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 
 SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
@@ -107,6 +107,15 @@ register("attention", "reference", forward=reference, backward=reference_backwar
 # cache, causal blocks skipped, shared heads allowed.
 for _name, _rung in (FLASH | PADDED).items():
     register("attention", _name, **_rung)
+register(
+    "attention",
+    "exact",
+    note=EXACT_ONLY,
+    devices=("cpu", "cuda"),
+    exact=("cpu", "cuda"),
+    forward=_attention_exact.forward,
+    backward=_attention_exact.backward,
+)
 ladder("attention", *FLASH, *PADDED, "reference")
 
 

@@ -86,8 +86,8 @@ def _compiled(
     return y
 
 
-register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), forward=_compiled)
-register_triton("decode_attention", "_decode_attention_triton", "forward")
+register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), exact=("cpu",), forward=_compiled)
+register_triton("decode_attention", "_decode_attention_triton", "forward", exact=True)
 
 
 # --- registration -----------------------------------------------------------------------------------

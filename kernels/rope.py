@@ -100,11 +100,12 @@ register(
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rope_forward_cpu"),
+    exact=("cpu",),
     forward=_rope_cpu.forward,
     backward=_rope_cpu.backward,
     store=_rope_cpu.store,
 )
-register_triton("rope", "_rope_triton", "forward", "backward", "store")
+register_triton("rope", "_rope_triton", "forward", "backward", "store", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

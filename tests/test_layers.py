@@ -71,6 +71,7 @@ SAME_RUNG = (  # (importer, imported) pairs that may share a rung; cycles are re
     ("fastrl.kernels.linear_*", "fastrl.kernels.linear_logp"),
     ("fastrl.kernels.rope", "fastrl.kernels.rms_norm"),
     ("fastrl.kernels.advance", "fastrl.kernels.sample"),
+    ("fastrl.kernels.sample", "fastrl.kernels.token_logp"),
     ("fastrl.algorithms*", "fastrl.algorithms.*"),
     ("fastrl.tasks*", "fastrl.tasks.*"),
     ("fastrl.sampler*", "fastrl.sampler.*"),
