@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Ours:
         budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))  # whole pages, and one to spare
         self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
         self.params = SamplingParams(n=G, max_new_tokens=M)
-        self.options = {}
+        self.options: dict[str, Any] = {}
         if case.mode == RANDOM:
             only("lengths" in inspect.signature(self.sampler.generate).parameters, "this sampler has one length for all sequences")
             self.options["lengths"] = lengths(case)[1]
