@@ -17,6 +17,7 @@ from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.pack import micro_batches, plan
+from fastrl.prefix import shared
 from fastrl.types import Batch, Tokens
 
 SHAPES = {  # fraction of the peak learning rate, for progress in [0, 1] after warm-up
@@ -94,13 +95,24 @@ class Learner:
         algorithm = algorithm or self.algorithm
         rows = batch.mask[1:].nonzero().squeeze(1)
         tokens = _tokens(batch, rows)
-        hidden = self.model(batch.tokens, batch.cu_seqlens)
+        common = shared(batch) if getattr(self.model, "supports_cache", False) else None
+        if common is None:
+            hidden, target, mask = self.model(batch.tokens, batch.cu_seqlens)[:-1], batch.tokens[1:], rows
+        else:
+            hidden, target, mask = common.hidden(self.model, rows), batch.tokens[1:][rows], None
+
+        def share(logp: Tensor, entropy: Tensor | None, some: Tensor) -> Tensor:
+            return algorithm.loss(tokens[some if common is None else rows[some]].with_(logp, entropy))
+
         loss, stats = ops.linear_loss(
-            hidden[:-1], self.model.head_weight, batch.tokens[1:],
-            lambda logp, entropy, rows: algorithm.loss(tokens[rows].with_(logp, entropy)),
-            mask=rows, bias=self.model.head_bias, temperature=self.temperature, entropy=True,
-            level=algorithm.level,
+            hidden, self.model.head_weight, target, share, mask=mask, bias=self.model.head_bias, temperature=self.temperature,
+            entropy=True, level=algorithm.level,
         )  # fmt: skip
+        if common is not None:
+            blank = stats.logp.new_zeros(tokens.weight.shape)
+            logp, entropy, lse = (None if x is None else blank.index_copy(0, rows, x) for x in stats)
+            assert logp is not None and lse is not None
+            stats = ops.TokenStats(logp, entropy, lse)
         return loss, stats, tokens, rows
 
     @torch.no_grad()
@@ -110,7 +122,8 @@ class Learner:
         for samples in plan(batch.cu_seqlens.diff().tolist(), self.micro_tokens):
             micro = batch.select(samples)
             rows = micro.mask[1:].nonzero().squeeze(1)
-            hidden = model(micro.tokens, micro.cu_seqlens)[rows]
+            common = shared(micro) if getattr(model, "supports_cache", False) else None
+            hidden = model(micro.tokens, micro.cu_seqlens)[rows] if common is None else common.hidden(model, rows)
             target = micro.tokens[rows + 1]
             stats = ops.linear_logp(hidden, model.head_weight, target, bias=model.head_bias, temperature=self.temperature)
             out[batch.rows(samples)[rows + 1]] = stats.logp.float()

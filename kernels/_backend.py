@@ -30,6 +30,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes 
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 INTERPRETED = ("triton", "cpu")  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+ASKED_BY = "FASTRL_BACKEND"
 PLAIN = (Tensor, torch.nn.Parameter)  # what has no __torch_dispatch__ of its own
 EXACT_ONLY = "exact mode only"  # batch-invariant, and not what is fastest: chosen in exact mode, and when asked for
 NOT_BY_DEFAULT = (COMPILED_ONLY, EXACT_ONLY)
@@ -193,8 +194,10 @@ def requested(op: str) -> str | None:
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
-    name = os.environ.get("FASTRL_BACKEND", "")
-    return _known(name, "FASTRL_BACKEND") if name else None
+    if ASKED_BY not in os.environ:  # asking for what is not there raises inside, which takes three times as long
+        return None
+    name = os.environ[ASKED_BY]
+    return _known(name, ASKED_BY) if name else None
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ LADDER = (  # a module imports only from rungs above its own line in this list
         "fastrl.tasks.*",
         "fastrl.data",
         "fastrl.pack",
+        "fastrl.prefix",
         "fastrl.model",
         "fastrl.adapter",
         "fastrl.checkpoint",
