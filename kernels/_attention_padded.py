@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._attention_flash import deterministic
+from fastrl.kernels._attention_prefix import dense
 from fastrl.kernels._check import compute_dtype
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
@@ -117,7 +118,7 @@ def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[.
                 batch.put(out, x)
         return grads
 
-    return {"forward": forward, "backward": backward}
+    return {"forward": forward, "backward": backward, "prefix": dense}
 
 
 def _missing(name: str) -> str:
