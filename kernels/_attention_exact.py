@@ -19,23 +19,33 @@ PAGE = 64  # tokens
 
 def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.  Nothing is read on the host."""
-    T, device = q.shape[0], q.device
-    lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=device)
-    if T == 0:
-        return q.new_empty(q.shape), lse
-    ends = cu_seqlens.long()
-    token = torch.arange(T, device=device)
-    rows = torch.searchsorted(ends[1:], token, right=True)
-    position = token - ends[rows]
-    used = (ends.diff() + PAGE - 1) // PAGE  # pages of each sequence
+    lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=q.device)
+    return prefix(q, k, v, cu_seqlens, cu_seqlens, scale, max_seqlen), lse
+
+
+def prefix(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+    """y (T, H, E) of the last tokens of each sequence; max_seqlen counts keys, and 0 means unknown."""
+    if q.shape[0] == 0:
+        return q.new_empty(q.shape)
+    ends, ends_k = cu_seqlens.long(), cu_seqlens_k.long()
+    rows, place = _within(ends, q.shape[0])
+    rows_k, position = _within(ends_k, k.shape[0])
+    used = (ends_k.diff() + PAGE - 1) // PAGE  # pages of each sequence
     first = used.cumsum(0) - used
-    pages = T // PAGE + used.numel()  # enough: each sequence leaves less than one page unused
-    slots = first[rows] * PAGE + position
+    pages = k.shape[0] // PAGE + used.numel()  # enough: each sequence leaves less than one page unused
+    slots = first[rows_k] * PAGE + position
     cache = [x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x).view(pages, PAGE, *x.shape[1:]) for x in (k, v)]
-    column = torch.arange(-(-(max_seqlen or T) // PAGE), device=device)
+    column = torch.arange(-(-(max_seqlen or k.shape[0]) // PAGE), device=q.device)
     table = (first[:, None] + column).clamp_(max=pages - 1).to(torch.int32)
-    y = pick("decode_attention", q, "forward")(q, *cache, table, (position + 1).to(torch.int32), rows, scale)
-    return y, lse
+    lengths = (place + (ends_k.diff() - ends.diff())[rows] + 1).to(torch.int32)
+    return pick("decode_attention", q, "forward")(q, *cache, table, lengths, rows, scale)
+
+
+def _within(ends: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """Each packed token's sequence, and its place in there."""
+    token = torch.arange(T, device=ends.device)
+    rows = torch.searchsorted(ends[1:], token, right=True)
+    return rows, token - ends[rows]
 
 
 def backward(

@@ -115,6 +115,7 @@ register(
     exact=("cpu", "cuda"),
     forward=_attention_exact.forward,
     backward=_attention_exact.backward,
+    prefix=_attention_exact.prefix,
 )
 ladder("attention", *FLASH, *PADDED, "reference")
 

@@ -193,6 +193,12 @@ def test_packed_attention_has_the_bits_of_decode_attention(isa, dtype):
             for t in {0, n // 2, n - 1} if n else ():
                 table, length = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([t + 1], dtype=torch.int32)
                 assert torch.equal(ops.decode_attention(q[rows][t : t + 1], *pages, table, length), y[rows][t : t + 1])
+        late, new = (
+            torch.cat([torch.arange(starts[s] + n // 2, starts[s + 1]) for s, n in enumerate(LENGTHS)]),
+            [n - n // 2 for n in LENGTHS],
+        )
+        cu_new = torch.tensor([0, *new]).cumsum(0).to(torch.int32)
+        assert torch.equal(ops.attention(q[late], k, v, cu_new, cu_seqlens_k=cu, max_seqlen=max(LENGTHS)), y[late]), "after a past"
     truth = attention.reference(*(x.double() for x in (q, k, v)), cu, 0.25, 0)[0]
     within_budget(y, attention.reference(q, k, v, cu, 0.25, 0)[0], truth)
 
