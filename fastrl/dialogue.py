@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrl.errors import UserError
 from fastrl.files import call_user
 from fastrl.sampler import Turn
-from fastrl.tasks import Conversation, Example, Task, Transcript
+from fastrl.types import Transcript
+
+if TYPE_CHECKING:
+    from fastrl.tasks import Conversation, Example
 
 
 class Dialogue:
@@ -50,6 +53,6 @@ class Dialogue:
         return tokens
 
 
-def dialogue(task: Task | Conversation | None, tokenizer: Any, examples: Sequence[Example]) -> Dialogue | None:
-    """The environment of one call for a task of several turns; None for any other."""
-    return Dialogue(task, tokenizer, examples) if isinstance(task, Conversation) else None
+def dialogue(task: Any, tokenizer: Any, examples: Sequence[Example]) -> Dialogue | None:
+    """The environment of one call for a task of several turns (`fastrl.tasks.Conversation`); None for any other."""
+    return Dialogue(task, tokenizer, examples) if hasattr(task, "step") else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,10 @@ from fastrl.errors import UserError
 from fastrl.refill import block, further, keep, spread
 from fastrl.rewards import Scored, soft_overlong
 from fastrl.sampler import Sampler, SamplingParams, Tail
-from fastrl.tasks import Conversation
 from fastrl.types import Batch
+
+if TYPE_CHECKING:
+    from fastrl.tasks import Conversation
 
 
 def order(n: int, seed: int, first: int, count: int) -> list[int]:

@@ -49,7 +49,7 @@ def test_every_completion_is_trained_on_once_and_whole():
 
 def test_a_step_in_which_no_group_ends_is_empty():
     """Wrong implementation: an empty batch that fails."""
-    carrying = source(tail_share=0.95)
+    carrying = source(tail_share=0.8)
     steps = [carrying.collect(step, step) for step in range(4)]
     assert any(len(s.batches[0]) == 0 for s in steps) and any(len(s.batches[0]) > 0 for s in steps)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from fastrl.types import Transcript
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -35,15 +37,6 @@ class Score:
     correct: bool
     well_formed: bool
     message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """A conversation so far: what the policy said in each turn, and what it heard after each but the last."""
-
-    example: Example
-    said: tuple[str, ...]
-    heard: tuple[str, ...]
 
 
 class Task(Protocol):
