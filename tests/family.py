@@ -79,7 +79,7 @@ def vespo(b: Rect) -> Tensor:
 
 
 def sapo(b: Rect) -> Tensor:
-    tau = torch.where(b.A > 0, 1.0, 1.05)
+    tau = torch.where(b.A > 0, torch.ones_like(b.A), 1.05)
     return b.by_sequence(4 / tau * torch.sigmoid(tau * (b.r - 1)) * b.A)
 
 
