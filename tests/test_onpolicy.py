@@ -46,7 +46,7 @@ def test_first_update_measures_the_sampler():
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_one_pass_corrects_as_a_forward_beforehand_does(name):
-    """Wrong implementations: the weights after the update in one of the two; sequences cut by micro-batches; a weight that is differentiated."""
+    """Wrong implementations: the weights after the update in one of the two; sequences cut in two; a weight that is differentiated."""
     model = decoder()
     row = replace(ALGORITHMS["dapo"], correction=CORRECTIONS[name])
     if name == "geometric_mask":
