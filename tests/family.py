@@ -66,8 +66,8 @@ def sequence_ratio(b: Rect) -> Tensor:
     return (b.total(b.d) / b.length.clamp(min=1)).exp().expand_as(b.logp)
 
 
-def gmpo(b: Rect) -> Tensor:
-    up, down = b.d.clamp(max=0.4), b.d.clamp(min=-0.4)
+def gmpo(b: Rect, size: float = 0.4) -> Tensor:
+    up, down = b.d.clamp(max=size), b.d.clamp(min=-size)
     d = torch.where(b.A > 0, up, torch.where(b.A < 0, down, b.d))
     return b.by_sequence((b.total(d) / b.length.clamp(min=1)).exp() * b.A)
 
@@ -102,6 +102,19 @@ OBJECTIVES: dict[str, Callable[[Rect], Tensor]] = {  # what each row maximises
     "gpg": lambda b: b.by_token(b.A * b.logp),
     "pass_at_k": lambda b: b.by_budget(clipped(b, b.r, 0.2, 0.2)),
     "max_rl": lambda b: b.by_budget(clipped(b, b.r, 0.2, 0.2)),
+}
+
+
+OTHERS: dict[tuple[str, str], Callable[[Rect], Tensor]] = {  # what other trainers maximise under these names
+    ("trl", "dapo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
+    ("verl", "grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2, 3.0)),
+    ("verl", "dapo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.28, 10.0)),
+    ("verl", "rloo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2, 3.0)),
+    ("verl", "gmpo"): lambda b: gmpo(b, 0.2),
+    ("verl", "cispo"): lambda b: b.by_token(b.r.clamp(0.8, 1.2).detach() * b.A * b.logp),
+    ("nemo", "grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
+    ("nemo", "dr_grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
+    ("nemo", "cispo"): lambda b: b.by_token(b.r.clamp(0.8, 1.2).detach() * b.A * b.logp),
 }
 
 

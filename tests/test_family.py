@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import OBJECTIVES, RESTATED, Rect
+from family import OBJECTIVES, OTHERS, RESTATED, Rect
 from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS, Algorithm, Totals, choose_algorithm
@@ -70,9 +70,9 @@ def loss_and_slope(b: Rect, row: Algorithm, samples: list[int] | None = None, **
     return loss.detach(), out
 
 
-def want(b: Rect, name: str, correction: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def want(b: Rect, name: Any, correction: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     leaf = b.logp.clone().requires_grad_()
-    loss = -OBJECTIVES[name](Rect(leaf, torch.where(b.mask, b.old, 0), b.mask, b.advantage, b.budget, correction))
+    loss = -(OBJECTIVES | OTHERS)[name](Rect(leaf, torch.where(b.mask, b.old, 0), b.mask, b.advantage, b.budget, correction))
     (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
     return loss.detach(), slope
 
@@ -324,6 +324,14 @@ def test_presets_change_what_they_say_and_keep_the_first_update(name, semantics)
     b = rect([5, 1, 8, 3], [1.3, -0.7, -2.1, 0.4], spread=0.0)
     tokens = pack(b, row)
     torch.testing.assert_close(loss_and_slope(b, row)[1][b.mask], -tokens.advantage * tokens.weight, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("semantics", "name"), OTHERS)
+def test_presets_are_the_equations_of_the_other_trainers(semantics, name):
+    """Wrong implementations: verl's dual clip left out, or on the positive side; bounds of CISPO absolute; GRPO's mean of means."""
+    b = rect([5, 1, 8, 3], [1.3, -0.7, -2.1, 0.4], spread=1.2)
+    got = loss_and_slope(b, chosen(algorithm=name, semantics=semantics))
+    torch.testing.assert_close(got, want(b, (semantics, name)), rtol=1e-10, atol=1e-12)
 
 
 def test_options_reach_their_columns():

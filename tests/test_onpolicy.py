@@ -15,6 +15,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.batches import correct
 from fastrl.config import Grpo
+from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import check_rollouts, order
 from fastrl.intake import Scorer, prompts_and_rewards
@@ -231,6 +232,21 @@ def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
 
 def _z(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean()) / (x.std() + 1e-4)
+
+
+def test_a_process_without_prompts_has_no_advantages():
+    """Wrong implementation: the rewards of the others read by this process's own functions, of which it called none."""
+
+    class Other(World):
+        def _reduce(self, values, op):
+            return list(values)
+
+        def gather(self, rows):
+            return rows or [(0, 5, 1.0, 2.0, 3.0)] * GROUP
+
+    source = on_policy(decoder(), ALGORITHMS["reinforce++"], world=Other(0, 2), prompts=1)
+    source.score = lambda *given: Scored([])
+    assert len(source.collect(0, 0).batches[0]) == 0
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,9 @@ def no_report(monkeypatch):
         (sft, {"dtype": "bfloat16"}),
         (grpo, {}),
         (grpo, {"minibatches": 2, "epochs": 2, "kl_coef": 0.1, "algorithm": "gspo"}),
+        (grpo, {"minibatches": 2, "group": 2, "algorithm": "reinforce++", "refill": 2, "correction": "sequence_truncate"}),
     ],
-    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl"],
+    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl", "whitened-refill-correction"],
 )
 def test_twenty_steps_are_ten_and_ten(make, changes, tmp_path, monkeypatch):
     """Wrong implementations: moments, schedule, prompts or noise that begin again; a reference model made of the resumed weights;
