@@ -186,11 +186,14 @@ class OnPolicy:
         """Advantages of the samples `own` of this process; what depends on the whole batch sees those of all processes."""
         config, G, advantage = self.config, self.config.group, self.algorithm.advantage
         assert advantage is not None
-        named = draw.scored.each or {"reward": (1.0, draw.scored.reward)}
+        apart = config.multi_objective_aggregation != "sum_then_normalize"
+        named = (draw.scored.each if apart else {}) or {"reward": (1.0, draw.scored.reward)}  # summed once, as the log has it
         length = draw.rollouts.lengths.tolist()
         rows = [(draw.places[i // G], length[i], *(values[i] for _, values in named.values())) for i in own]
-        if advantage.whole_batch or config.multi_objective_aggregation != "sum_then_normalize":
+        if advantage.whole_batch or apart:
             rows = sorted(self.world.gather(rows), key=lambda row: row[0])
+        if not own:  # its share is empty, and so is what it knows of the rewards
+            return torch.zeros(0, device=draw.rollouts.tokens.device)
         table = torch.tensor(rows, dtype=torch.float32, device=draw.rollouts.tokens.device).view(len(rows), 2 + len(named))
         weight = table.new_tensor([w for w, _ in named.values()])
         combine = COMBINE[config.multi_objective_aggregation]

@@ -82,9 +82,12 @@ class Rollouts:
             starts = [sum(base[:i]) for i in range(len(parts))]
             columns[name] = [x + start for x, start in zip(columns[name], starts, strict=True)]
         columns["cu_seqlens"] = [x if i == 0 else x[1:] for i, x in enumerate(columns["cu_seqlens"])]
-        joined: dict[str, Any] = {
-            k: torch.cat(v) if isinstance(v[0], Tensor) else None if None in v else [x for y in v for x in y] for k, v in columns.items()
-        }
+        joined: dict[str, Any] = {}
+        for name, values in columns.items():
+            if isinstance(values[0], Tensor):
+                joined[name] = torch.cat(values)
+            else:
+                joined[name] = None if None in values else [x for part in values for x in part]
         return Rollouts(**joined)
 
     def completions(self) -> list[list[int]]:

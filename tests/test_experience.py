@@ -180,4 +180,4 @@ def test_a_process_without_prompts_takes_part():
 )
 def test_settings_that_cannot_train_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        check_rollouts(Grpo(**{"model": "m"} | changes))
+        check_rollouts(Grpo(**{"model": "m"} | changes), ALGORITHMS["grpo"])

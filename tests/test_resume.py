@@ -44,8 +44,9 @@ def no_report(monkeypatch):
         (grpo, {}),
         (grpo, {"minibatches": 2, "epochs": 2, "kl_coef": 0.1, "algorithm": "gspo"}),
         (grpo, {"tail": "carry", "tail_share": 0.3}),
+        (grpo, {"minibatches": 2, "group": 2, "algorithm": "reinforce++", "refill": 2, "correction": "sequence_truncate"}),
     ],
-    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl", "grpo-carried"],
+    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl", "grpo-carried", "whitened-refill-correction"],
 )
 def test_twenty_steps_are_ten_and_ten(make, changes, tmp_path, monkeypatch):
     """Wrong implementations: moments, schedule, prompts or noise that begin again; a reference model made of the resumed weights;

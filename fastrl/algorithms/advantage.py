@@ -70,8 +70,9 @@ def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor
     """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal only the mean is taken off."""
     table = reward.view(-1, group).double()
     known, x = ~table.isnan(), table.nan_to_num(0)
-    n = (known.sum(1, keepdim=True) - 1).clamp(min=1)
-    centred = torch.where(known, x - x.sum(1, keepdim=True) / (n + 1), 0)  # about the group's mean, for the digits of the sums below
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    n = (count - 1).clamp(min=1)
+    centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)  # about the group's mean, for the digits of the sums below
     mean = (centred.sum(1, keepdim=True) - centred) / n
     square = centred.square().sum(1, keepdim=True) - centred.square()
     deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()

@@ -6,7 +6,9 @@
            epsilon_high defaults to epsilon; the paper's 0.28 has to be asked for), `dr_grpo` keeps the z-score (scale_rewards="group")
            and differs from `grpo` by its divisor alone.  TRL divides `grpo`, `sapo`, `bnpo` by counts of each micro-batch; here
            every denominator counts the whole optimizer step, which is TRL's value where the step is one micro-batch.  Its RLOO
-           clips the ratio of the whole sequence; ours has none: equal gradients on the first update of a batch.
+           clips the ratio of the whole sequence; ours has none: equal gradients on the first update of a batch.  Its entropy bonus is
+           a mean over tokens whatever the loss; ours is weighed as the loss is.  A token-level correction of a sequence-level ratio
+           weighs each token's own gradient here, and there the mean of them.
     verl   z-scores divide by std + 1e-6; the dual clip (3; 10 in its DAPO recipe) is on; token mean unless the loss fixes its own;
            CISPO's bounds are relative, [1 - 0.2, 1 + 0.2]; GMPO clips at 0.2 log units; GPG's alpha counts non-zero rewards; k3 is
            cut off at 10, where its gradient becomes 0.  A group of one has the raw reward as its advantage there; such runs are
