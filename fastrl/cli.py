@@ -38,6 +38,14 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """Run the stages of a file one after the other, each from the last one's checkpoint; again, to go on where it stopped."""
+
+    file: Positional[str]
+    """A YAML file; see docs/pipelines.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """Time the kernels against their peers and against the hardware's limit."""
 
@@ -67,6 +75,7 @@ class Command:
 COMMANDS = {
     "sft": Command(Sft, "fastrl.trainer:train"),
     "grpo": Command(Grpo, "fastrl.trainer:train"),
+    "run": Command(Pipeline, "fastrl.pipeline:run"),
     "eval": Command(Evaluate, "fastrl.evaluate:run"),
     "generate": Command(Generate, "fastrl.generate:run"),
     "report": Command(Report, "fastrl.report:run"),

@@ -233,3 +233,7 @@ class Evaluate:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
+
+
+TRAINING: dict[str, type[Run]] = {"sft": Sft, "grpo": Grpo}
+"""The commands that train, as a pipeline's stages name them."""

@@ -116,7 +116,7 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
     return write(
         out,
         f"Run report: {name}",
-        _lead(it),
+        lead(it),
         section("Curves", figures(pictures)),
         section("Sample answers", *_samples(it)),
         section("All metrics", _metrics(it)),
@@ -188,7 +188,8 @@ def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     return curves
 
 
-def _lead(it: Run) -> str:
+def lead(it: Run) -> str:
+    """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
     gist = (

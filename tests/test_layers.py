@@ -63,7 +63,7 @@ LADDER = (  # a module imports only from rungs above its own line in this list
     ("fastrl.experience", "fastrl.intake"),
     ("fastrl.setup", "fastrl.evaluate", "fastrl.generate", "fastrl.report", "fastrl.compare"),
     ("fastrl.trainer", "fastrl.bench.*", "fastrl.integrations", "fastrl.integrations.*"),
-    ("fastrl.recipes", "fastrl.recipes.*"),
+    ("fastrl.recipes", "fastrl.recipes.*", "fastrl.pipeline"),
     ("fastrl.cli", "fastrl.__main__"),
 )
 SAME_RUNG = (  # (importer, imported) pairs that may share a rung; cycles are refused all the same
