@@ -58,6 +58,14 @@ def test_stages_feed_each_other(tmp_path, capsys):
     assert capsys.readouterr().out.count("done before") == 3
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing the plots takes longer than these runs."""
+    monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
+    monkeypatch.setattr(pipeline, "report", lambda stages, folder: folder)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_stopped_pipeline_goes_on(tmp_path, monkeypatch):
     """Wrong implementations: stages that are done run again; a half-done stage begun again; other numbers than in one go."""
     straight, stopped = chain(tmp_path, "straight"), chain(tmp_path, "stopped")
@@ -94,6 +102,7 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
         run(tmp_path / "none.yaml")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_stage_begun_with_other_options_is_refused(tmp_path):
     """Wrong implementation: a changed stage that is taken for done."""
     run(chain(tmp_path))
