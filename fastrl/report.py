@@ -24,21 +24,25 @@ EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 class Panel:
     """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any of them.
 
-    rewarded  None for every run; True or False for runs with or without rewards, whose losses are not the same quantity
+    learns    None for every run; or the runs (Run.learns) that the panel is of, whose losses are not the same quantity
     """
 
     title: str
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    rewarded: bool | None = None
+    learns: str | None = None
 
 
 PANELS = (
     Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
     Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, rewarded=False),
-    Panel("Policy loss", "loss", {"loss": "loss"}, rewarded=True),
+    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, learns="demonstrations"),
+    Panel("Policy loss", "loss", {"loss": "loss"}, learns="rewards"),
+    Panel("Preference loss", "loss", {"loss": "loss"}, learns="preferences"),
+    Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
+    Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
+    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
     Panel("Entropy", "nats per token", {"entropy": "entropy"}),
     Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
     Panel(
@@ -57,6 +61,13 @@ PANELS = (
 )
 
 
+GIST = {  # what the first lines of a report say, by what the run learned from
+    "rewards": (("Reward", "reward", ".3g"),),
+    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
+    "demonstrations": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a run folder holds, read."""
@@ -68,9 +79,10 @@ class Run:
     environment: str
 
     @property
-    def rewarded(self) -> bool:
-        """Whether the run learned from rewards."""
-        return any("reward" in r for r in self.rows)
+    def learns(self) -> str:
+        """What the run learned from."""
+        signs = {"rewards": "reward", "preferences": "logps/chosen"}
+        return next((name for name, key in signs.items() if any(key in r for r in self.rows)), "demonstrations")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
         """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside it."""
@@ -178,7 +190,7 @@ def prompt_text(prompt: object) -> str:
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     """A panel's curves of one run, the `place`-th of those compared: a colour per run, a dash per metric; alone, a colour per metric."""
-    if panel.rewarded not in (None, it.rewarded):
+    if panel.learns not in (None, it.learns):
         return []
     curves = []
     for i, (label, key) in enumerate(panel.keys.items()):
@@ -190,12 +202,7 @@ def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
 def _lead(it: Run) -> str:
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    gist = (
-        (("Reward", "reward", ".3g"),)
-        if it.rewarded
-        else (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%"))
-    )
-    for label, key, form in gist:
+    for label, key, form in GIST[it.learns]:
         y = it.series(key).y
         if y:
             head, tail = (sum(part) / len(part) for part in (y[:EDGE], y[-EDGE:]))

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from torch import Tensor
 from fastrl import checkpoint, environment
 from fastrl.adapter import load_model
 from fastrl.algorithms import ALGORITHMS, Algorithm
-from fastrl.config import Grpo, Run, Sft
+from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.config import Dpo, Grpo, Run, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.files import read_json_lines
-from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
+from fastrl.intake import demonstrations, load_run_task, preferences, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
+from fastrl.preferences import PreferenceLearner, Preferences
+from fastrl.reference import drawn, identity, precompute
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Task
 from fastrl.tokenizer import load_tokenizer
@@ -32,6 +36,13 @@ from fastrl.types import Batch
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
     Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Dpo: {
+        name: name
+        for name in (
+            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+        )
+    },
     Grpo: {
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
@@ -39,6 +50,8 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "ess": "ess",
     },
 }  # fmt: skip
+CHOOSERS: dict[type, Callable[[Any], Any]] = {Dpo: choose_preference}  # the others' rows are in ALGORITHMS
+LEARNERS: dict[type, Callable[..., Learner]] = {Dpo: PreferenceLearner}
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
 
 
@@ -106,14 +119,14 @@ def set_up(config: Run) -> Session:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
         )
-    algorithm = choose_algorithm(config)
+    algorithm = CHOOSERS.get(type(config), choose_algorithm)(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
     model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
-    learner = Learner(
+    learner = LEARNERS.get(type(config), Learner)(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
@@ -212,4 +225,35 @@ def _on_policy(
     return source, config.max_new_tokens
 
 
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy}
+def _preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+) -> tuple[Source, int]:
+    model, world = learner.model, learner.world
+    items, size, longest = preferences(
+        config, task, tokenizer, model.config.max_position_embeddings, model.config.vocab_size, paired=row.paired
+    )
+    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
+    live = config.reference == "live" or row.mismatched
+    if not row.reference:
+        return Preferences(items, size, row, **options), longest
+
+    @cache
+    def frozen() -> Any:  # before the first step, the model itself is the reference
+        if not live and not config.resume:
+            return model
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+    def logp(batch: Batch) -> Tensor:
+        return learner.logp(frozen(), batch)
+
+    if live:
+        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+    known = precompute(
+        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
+        model=identity(config.model, config.seed, model.dtype), device=device, world=world,
+    )  # fmt: skip
+    return Preferences(items, size, row, reference=known, **options), longest
+
+
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Dpo: _preferences, Grpo: _on_policy}

@@ -38,7 +38,11 @@ class Score:
 
 
 class Task(Protocol):
-    """One task; a class with these members in a user's own file is as good as the built-in ones."""
+    """One task; a class with these members in a user's own file is as good as the built-in ones.
+
+    One that also has `rejected(split, index) -> str`, a wrong completion of that example, gives preference pairs: its demonstration is
+    the chosen one.
+    """
 
     @property
     def name(self) -> str:
