@@ -90,7 +90,7 @@ def preferences(
         return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
         raise UserError("--dataset or --task: expected one of them, to have preferences to train on; got neither")
-    if not hasattr(task, "rejected"):
+    if not hasattr(task, "mistakes"):
         raise UserError(f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset")
     named: Any = task
     sides = 1 if paired else 2
@@ -98,8 +98,11 @@ def preferences(
     def items(indices: Sequence[int]) -> list[Unit]:
         rows = []
         for i in [index // sides for index in indices]:
-            example, rejected = named.example(TRAIN, i), named.rejected(TRAIN, i)
-            rows.append(Row(f"{named.name} {TRAIN}[{i}]", "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": rejected}))
+            example, where = named.example(TRAIN, i), f"{named.name} {TRAIN}[{i}]"
+            wrong = named.mistakes(example, 1, i)
+            if example.demo is None or not wrong:
+                raise UserError(f"{where}: expected a demonstration and a wrong answer, got {example.demo!r} and {wrong}; give a --dataset")
+            rows.append(Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]}))
         units = usable(rows) if rows else []
         return units if paired else [units[2 * n + index % 2] for n, index in enumerate(indices)]
 

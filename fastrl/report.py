@@ -10,13 +10,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastrl.errors import UserError
 from fastrl.page import Html, figures, folded, page, section, table, verdict
 from fastrl.plots import Picture, Series, lines
 
 SHOWN_SAMPLES = 5
+KINDS = {"policy": "reward", "preferences": "logps/chosen"}  # what a run learned -> a metric that only such runs have
+GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
+    "policy": (("Reward", "reward", ".3g"),),
+    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
+    "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
+}
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 
 
@@ -24,22 +30,22 @@ EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 class Panel:
     """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any of them.
 
-    learns    None for every run; or the runs (Run.learns) that the panel is of, whose losses are not the same quantity
+    of  None for every run; else the runs it is of, by what they learn (`Run.kind`): their losses are not the same quantity
     """
 
     title: str
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    learns: str | None = None
+    of: Literal["text", "policy", "preferences"] | None = None
 
 
 PANELS = (
     Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
     Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, learns="demonstrations"),
-    Panel("Policy loss", "loss", {"loss": "loss"}, learns="rewards"),
-    Panel("Preference loss", "loss", {"loss": "loss"}, learns="preferences"),
+    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
+    Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
+    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
     Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
     Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
     Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
@@ -61,13 +67,6 @@ PANELS = (
 )
 
 
-GIST = {  # what the first lines of a report say, by what the run learned from
-    "rewards": (("Reward", "reward", ".3g"),),
-    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
-    "demonstrations": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a run folder holds, read."""
@@ -79,10 +78,9 @@ class Run:
     environment: str
 
     @property
-    def learns(self) -> str:
-        """What the run learned from."""
-        signs = {"rewards": "reward", "preferences": "logps/chosen"}
-        return next((name for name, key in signs.items() if any(key in r for r in self.rows)), "demonstrations")
+    def kind(self) -> str:
+        """What the run learned: a "policy" from rewards, "preferences", or "text"."""
+        return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
         """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside it."""
@@ -190,7 +188,7 @@ def prompt_text(prompt: object) -> str:
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     """A panel's curves of one run, the `place`-th of those compared: a colour per run, a dash per metric; alone, a colour per metric."""
-    if panel.learns not in (None, it.learns):
+    if panel.of not in (None, it.kind):
         return []
     curves = []
     for i, (label, key) in enumerate(panel.keys.items()):
@@ -202,7 +200,8 @@ def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
 def _lead(it: Run) -> str:
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    for label, key, form in GIST[it.learns]:
+    gist = GISTS[it.kind]
+    for label, key, form in gist:
         y = it.series(key).y
         if y:
             head, tail = (sum(part) / len(part) for part in (y[:EDGE], y[-EDGE:]))

@@ -50,8 +50,6 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "ess": "ess",
     },
 }  # fmt: skip
-CHOOSERS: dict[type, Callable[[Any], Any]] = {Dpo: choose_preference}  # the others' rows are in ALGORITHMS
-LEARNERS: dict[type, Callable[..., Learner]] = {Dpo: PreferenceLearner}
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
 
 
@@ -119,14 +117,15 @@ def set_up(config: Run) -> Session:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
         )
-    algorithm = CHOOSERS.get(type(config), choose_algorithm)(config)
+    parts = PARTS.get(type(config), Parts())
+    algorithm = parts.choose(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
-    model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
-    learner = LEARNERS.get(type(config), Learner)(
+    learner = parts.learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
@@ -256,4 +255,14 @@ def _preferences(
     return Preferences(items, size, row, reference=known, **options), longest
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+
+    load: Callable[..., Any] = load_model
+    choose: Callable[..., Any] = choose_algorithm
+    learner: Callable[..., Any] = Learner
+
+
+PARTS: dict[type, Parts] = {Dpo: Parts(choose=choose_preference, learner=PreferenceLearner)}
 SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Dpo: _preferences, Grpo: _on_policy}

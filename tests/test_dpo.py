@@ -279,7 +279,7 @@ def margin(folder: Path, split: str = "val", n: int = 200) -> tuple[float, float
         for i in range(min(n, task.size(split))):
             example = task.example(split, i)
             start, sums = len(words.encode(example.prompt)), []
-            for answer in (example.demo, task.rejected(split, i)):
+            for answer in (example.demo, *task.mistakes(example, 1, i)):
                 tokens = torch.tensor([*words.encode(example.prompt + (answer or "")), words.eos_token_id])
                 logp = (model(tokens) @ model.head_weight.T).log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
                 sums.append(logp[start - 1 :].sum().item())

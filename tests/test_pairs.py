@@ -124,7 +124,7 @@ def test_a_dataset_of_the_other_kind(tmp_path):
 
 # --- from a task ------------------------------------------------------------------------------------
 def test_the_card_game_gives_pairs_of_a_right_and_a_wrong_answer():
-    """Wrong implementations: a wrong answer that is right, of other cards, or not well-formed, which is easy to tell; sides swapped."""
+    """Wrong implementations: a wrong answer that is right, or to another example; sides swapped."""
     task, words = Cards(k=2), tokenizer()
     items, size, limit = preferences(Dpo(model="m"), task, words, 48, 31, paired=True)
     single, twice, _ = preferences(Dpo(model="m", algorithm="kto"), task, words, 48, 31, paired=False)
@@ -134,9 +134,11 @@ def test_the_card_game_gives_pairs_of_a_right_and_a_wrong_answer():
         (prompt, right, good), (same, wrong, bad) = read(words, unit)
         assert prompt == same == example.prompt and (good, bad) == (True, False)
         scores = [task.verify(example, text.removesuffix("<eos>")) for text in (right, wrong)]
-        assert [s.correct for s in scores] == [True, False] and scores[1].well_formed
+        assert [s.correct for s in scores] == [True, False]
         assert single([2 * i, 2 * i + 1]) == [(unit[0],), (unit[1],)]
     assert items([]) == single([]) == []
+    three = task.mistakes(example, 3, 77)
+    assert len(set(three)) == 3 and not any(task.verify(example, text).correct for text in three)
 
 
 def test_nothing_to_prefer():

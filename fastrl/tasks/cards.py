@@ -122,23 +122,23 @@ class Cards:
             hand = self._same_numbers(hand, problem, index)
         return self._example(problem, hand, split, index)
 
-    def rejected(self, split: str, index: int) -> str:
-        """A wrong answer to example `index`: right numbers and right steps to another number than the target, where there is one."""
-        fields = self.example(split, index).fields
-        numbers, target = tuple(fields["numbers"]), fields["target"]
-        pool = tuple(sorted(numbers))
-        ends = sorted(end for end in reachable(pool, fractions=self.fractions, limit=self.limit) if end != target)
-        place = draw(self.seed, split, index, "rejected")
-        if not ends:
-            return ",".join(map(str, numbers))  # no step at all
-        ways = solutions(pool, ends[place % len(ends)], fractions=self.fractions, limit=self.limit)
-        return write(numbers, ways[place // len(ends) % len(ways)])
-
     def verify(self, example: Example, completion: str) -> Score:
         """1 (under the binary reward) for a correct answer to exactly these cards, read by `cards_verifier.check`.  Total."""
         level, message = check(completion, example.fields["numbers"], example.fields["target"], fractions=self.fractions)
         correct = level is Level.CORRECT
         return Score(reward=REWARDS[self.reward][level], correct=correct, well_formed=level > Level.ILL_FORMED, message=message)
+
+    def mistakes(self, example: Example, count: int, index: int) -> list[str]:
+        """Up to `count` different wrong answers to `example`, number `index` of its split: exact steps that end elsewhere."""
+        numbers, target = tuple(example.fields["numbers"]), example.fields["target"]
+        pool = tuple(sorted(numbers))
+        ends = sorted(end for end in reachable(pool, fractions=self.fractions, limit=self.limit) if end != target)
+        found = []
+        for i in range(min(count, len(ends))):
+            place = draw(self.seed, index, "mistake") + i
+            ways = solutions(pool, ends[place % len(ends)], fractions=self.fractions, limit=self.limit)
+            found.append(write(numbers, ways[place // len(ends) % len(ways)]))
+        return found
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per character of the game: 31 with <pad>, <eos> and <unk>."""

@@ -40,8 +40,8 @@ class Score:
 class Task(Protocol):
     """One task; a class with these members in a user's own file is as good as the built-in ones.
 
-    One that also has `rejected(split, index) -> str`, a wrong completion of that example, gives preference pairs: its demonstration is
-    the chosen one.
+    One that also has `mistakes(example, count, index) -> list[str]`, up to `count` wrong completions of example `index` of a split,
+    gives preference pairs: the demonstration is the chosen one.
     """
 
     @property
