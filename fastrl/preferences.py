@@ -121,8 +121,6 @@ class PreferenceLearner(Learner):
         row, rows = at_baseline(self.algorithm, batch), []
         with memory_limited_by("--micro-tokens", self.micro_tokens):
             for micro in micro_batches(batch, self.micro_tokens, row.unit):
-                if not len(micro):
-                    continue
                 loss, stats, tokens, live = self.forward(micro, row)  # type: ignore[arg-type]
                 loss.backward()
                 with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastrl.trainer
 from fastrl import checkpoint
 from fastrl.algorithms import ALGORITHMS, Algorithm
-from fastrl.config import Eval, Grpo, Optim, Run, Sft
+from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
 from fastrl.data import Sample
 from fastrl.dist import World
 from fastrl.experience import Demonstrations, OnPolicy
@@ -74,6 +74,16 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
         "optim": Optim(lr=1e-2, warmup=2), "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Grpo(**options | changes)
+
+
+def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
+    """A run of 12 steps on the card game's pairs."""
+    options: dict[str, Any] = {
+        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
+        "output_dir": str(folder / name), "steps": 12, "prompts": 6, "micro_tokens": 100, "optim": Optim(lr=1e-2, warmup=2),
+        "eval": Eval(prompts=4, every=6),
+    }  # fmt: skip
+    return Dpo(**options | changes)
 
 
 def stop_after(monkeypatch: Any, looks: int) -> None:
