@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +47,12 @@ def decoder(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """The config.json of a decoder even smaller, for runs from random weights."""
+    """The config.json of a decoder even smaller, for runs from random weights; whole at any moment, though several processes write it."""
     small = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}
     path = folder / "tiny.json"
-    path.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    partial = folder / f"{os.getpid()}.partial"
+    partial.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    partial.replace(path)
     return str(path)
 
 
