@@ -158,7 +158,12 @@ def reference(batch: Batch) -> Tensor:
 
 
 def on_policy(
-    model: Decoder, algorithm: Algorithm, scores: Sequence[float] = SCORES, world: World | None = None, **changes: Any
+    model: Decoder,
+    algorithm: Algorithm,
+    scores: Sequence[float] = SCORES,
+    world: World | None = None,
+    trainer: Any = reference,
+    **changes: Any,
 ) -> OnPolicy:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
     options: dict[str, Any] = {"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
@@ -171,7 +176,7 @@ def on_policy(
     kl = reference if algorithm.kl_coef else None
     return OnPolicy(
         config, Sampler(model), algorithm, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score, reference=kl,
-        stop=(), world=world or World(),
+        stop=(), world=world or World(), trainer=trainer,
     )  # fmt: skip
 
 
