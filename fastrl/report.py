@@ -10,13 +10,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastrl.errors import UserError
 from fastrl.page import Html, figures, folded, page, section, table, verdict
 from fastrl.plots import Picture, Series, lines
 
 SHOWN_SAMPLES = 5
+KINDS = {"policy": "reward", "preferences": "logps/chosen"}  # what a run learned -> a metric that only such runs have
+GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
+    "policy": (("Reward", "reward", ".3g"),),
+    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
+    "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
+}
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 
 
@@ -24,21 +30,25 @@ EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 class Panel:
     """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any of them.
 
-    rewarded  None for every run; True or False for runs with or without rewards, whose losses are not the same quantity
+    of  None for every run; else the runs it is of, by what they learn (`Run.kind`): their losses are not the same quantity
     """
 
     title: str
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    rewarded: bool | None = None
+    of: Literal["text", "policy", "preferences"] | None = None
 
 
 PANELS = (
     Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
     Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, rewarded=False),
-    Panel("Policy loss", "loss", {"loss": "loss"}, rewarded=True),
+    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
+    Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
+    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
+    Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
+    Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
+    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
     Panel("Entropy", "nats per token", {"entropy": "entropy"}),
     Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
     Panel(
@@ -69,9 +79,9 @@ class Run:
     environment: str
 
     @property
-    def rewarded(self) -> bool:
-        """Whether the run learned from rewards."""
-        return any("reward" in r for r in self.rows)
+    def kind(self) -> str:
+        """What the run learned: a "policy" from rewards, "preferences", or "text"."""
+        return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
         """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside it."""
@@ -179,7 +189,7 @@ def prompt_text(prompt: object) -> str:
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     """A panel's curves of one run, the `place`-th of those compared: a colour per run, a dash per metric; alone, a colour per metric."""
-    if panel.rewarded not in (None, it.rewarded):
+    if panel.of not in (None, it.kind):
         return []
     curves = []
     for i, (label, key) in enumerate(panel.keys.items()):
@@ -192,11 +202,7 @@ def lead(it: Run) -> str:
     """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    gist = (
-        (("Reward", "reward", ".3g"),)
-        if it.rewarded
-        else (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%"))
-    )
+    gist = GISTS[it.kind]
     for label, key, form in gist:
         y = it.series(key).y
         if y:

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.config import Grpo, Run, Sampling, Sft
+from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.config import Dpo, Grpo, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.files import read_json_lines
-from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
+from fastrl.intake import demonstrations, load_run_task, preferences, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.model import Decoder
 from fastrl.options import dump
+from fastrl.preferences import PreferenceLearner, Preferences
+from fastrl.reference import drawn, identity, precompute
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
@@ -35,6 +39,13 @@ from fastrl.types import Batch
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
     Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Dpo: {
+        name: name
+        for name in (
+            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+        )
+    },
     Grpo: {
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
@@ -119,17 +130,18 @@ def set_up(config: Run) -> Session:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
         )
-    algorithm = choose_algorithm(config)
+    parts = PARTS.get(type(config), Parts())
+    algorithm = parts.choose(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
-    model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
     if config.exact and not isinstance(model, Decoder):
         raise UserError(f"--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), got {config.model}; run without it")
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
     sampler = SAMPLERS[chosen](model, tokenizer, sampling)
-    learner = Learner(
+    learner = parts.learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
@@ -225,4 +237,45 @@ def _on_policy(
     return source, config.max_new_tokens
 
 
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy}
+def _preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+) -> tuple[Source, int]:
+    model, world = learner.model, learner.world
+    items, size, longest = preferences(
+        config, task, tokenizer, model.config.max_position_embeddings, model.config.vocab_size, paired=row.paired
+    )
+    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
+    live = config.reference == "live" or row.mismatched
+    if not row.reference:
+        return Preferences(items, size, row, **options), longest
+
+    @cache
+    def frozen() -> Any:  # before the first step, the model itself is the reference
+        if not live and not config.resume:
+            return model
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+    def logp(batch: Batch) -> Tensor:
+        return learner.logp(frozen(), batch)
+
+    if live:
+        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+    known = precompute(
+        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
+        model=identity(config.model, config.seed, model.dtype), device=device, world=world,
+    )  # fmt: skip
+    return Preferences(items, size, row, reference=known, **options), longest
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+
+    load: Callable[..., Any] = load_model
+    choose: Callable[..., Any] = choose_algorithm
+    learner: Callable[..., Any] = Learner
+
+
+PARTS: dict[type, Parts] = {Dpo: Parts(choose=choose_preference, learner=PreferenceLearner)}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Dpo: _preferences, Grpo: _on_policy}
