@@ -256,14 +256,15 @@ def _preferences(
         return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
 
     def logp(batch: Batch) -> Tensor:
-        return learner.logp(frozen(), batch)
+        with arithmetic(config):
+            return learner.logp(frozen(), batch)
 
     if live:
         options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
         return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
     known = precompute(
         Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
-        model=identity(config.model, config.seed, model.dtype), device=device, world=world,
+        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}", device=device, world=world,
     )  # fmt: skip
     return Preferences(items, size, row, reference=known, **options), longest
 
