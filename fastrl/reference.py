@@ -1,4 +1,4 @@
-"""The reference model's log-probs of a dataset, computed once and kept in the run's folder.
+"""Preferences with their reference model: live, or its log-probs of a dataset, computed once and kept in the run's folder.
 
 The file holds what they were computed from as a fingerprint: another model, dataset, tokenizer or number of steps computes them anew.
 """
@@ -8,20 +8,66 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastrl.adapter import load_model
+from fastrl.algorithms.preference import Preference
+from fastrl.config import Dpo
 from fastrl.dist import World
 from fastrl.experience import order
-from fastrl.preferences import Items, pack_units
+from fastrl.intake import preferences
+from fastrl.learner import Learner
+from fastrl.pairs import Unit
+from fastrl.preferences import Items, Preferences, pack_units
+from fastrl.tasks import Task
 from fastrl.types import Batch
 
 FILE = "reference.safetensors"
 CHUNK = 1024  # units tokenised and packed at a time
+
+
+def preference_source(
+    config: Dpo, task: Task | None, tokenizer: Any, learner: Learner, row: Preference, device: torch.device,
+    arithmetic: Callable[[Dpo], AbstractContextManager[None]],
+) -> tuple[Preferences, int]:  # fmt: skip
+    """The pairs of a run with their reference, as the row and `--reference` ask for it, and the longest sequence to expect.
+
+    arithmetic(config) -> what the learner will compute under, so that the reference's log-probs are computed alike
+    """
+    model, world = learner.model, learner.world
+    shape = model.config
+    items, size, longest = preferences(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size, paired=row.paired)
+    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
+    if not row.reference:
+        return Preferences(items, size, row, **options), longest
+    live = config.reference == "live" or row.mismatched
+
+    @cache
+    def frozen() -> Any:  # before the first step, the model itself is the reference
+        if not live and not config.resume:
+            return model
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+    def logp(batch: Batch) -> Tensor:
+        with arithmetic(config):
+            return learner.logp(frozen(), batch)
+
+    if live:
+        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+    known = precompute(
+        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
+        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}", device=device, world=world,
+    )  # fmt: skip
+    return Preferences(items, size, row, reference=known, **options), longest
 
 
 class Precomputed:
@@ -79,7 +125,7 @@ def identity(model: str, seed: int, dtype: torch.dtype) -> str:
     return f"{dtype} {seed} " + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else model)
 
 
-def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list]:
+def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list[Unit]]:
     for a in range(0, len(indices), CHUNK):
         yield items(indices[a : a + CHUNK])
 

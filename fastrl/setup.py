@@ -7,7 +7,6 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.files import read_json_lines
-from fastrl.intake import demonstrations, load_run_task, preferences, prompts_and_rewards
+from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.model import Decoder
 from fastrl.options import dump
-from fastrl.preferences import PreferenceLearner, Preferences
-from fastrl.reference import drawn, identity, precompute
+from fastrl.preferences import PreferenceLearner
+from fastrl.reference import preference_source
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
@@ -240,32 +239,7 @@ def _on_policy(
 def _preferences(
     config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
 ) -> tuple[Source, int]:
-    model, world = learner.model, learner.world
-    items, size, longest = preferences(
-        config, task, tokenizer, model.config.max_position_embeddings, model.config.vocab_size, paired=row.paired
-    )
-    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
-    live = config.reference == "live" or row.mismatched
-    if not row.reference:
-        return Preferences(items, size, row, **options), longest
-
-    @cache
-    def frozen() -> Any:  # before the first step, the model itself is the reference
-        if not live and not config.resume:
-            return model
-        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
-
-    def logp(batch: Batch) -> Tensor:
-        return learner.logp(frozen(), batch)
-
-    if live:
-        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
-        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
-    known = precompute(
-        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
-        model=identity(config.model, config.seed, model.dtype), device=device, world=world,
-    )  # fmt: skip
-    return Preferences(items, size, row, reference=known, **options), longest
+    return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,16 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     assert (run / FILE).is_file()
 
 
+@pytest.mark.parametrize("reference", ["precomputed", "live"])
+def test_in_exact_mode_the_first_margin_is_exactly_zero(reference, tmp_path, no_report):
+    """Policy and reference have the same bits, although they were packed with other pairs.
+
+    Wrong implementation: the reference is computed outside exact mode."""
+    train(dpo(tmp_path, exact=True, reference=reference, steps=1, prompts=9, eval=Eval()))
+    (row,) = lines(tmp_path / "run")
+    assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"reference": "live", "algorithm": "ipo", "dtype": "bfloat16"}, {"algorithm": "kto"}, {"algorithm": "simpo"}],
