@@ -33,6 +33,7 @@ ALIASES = {  # TRL's name -> ours, on the command line and in files
     "learning_rate": "optim.lr",
     "max_completion_length": "max_new_tokens",
     "max_steps": "steps",
+    "center_rewards_coefficient": "center",
 }
 INVOCATION = {  # how a command is run, as against what it runs: offered by every command, never part of a dumped configuration
     "config": (str | None, None, "YAML, TOML or JSON file that sets the same options; the command line overrides it."),

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrl import checkpoint, environment
 from fastrl.adapter import load_model
 from fastrl.algorithms import ALGORITHMS, Algorithm
-from fastrl.config import Grpo, Run, Sft
+from fastrl.config import Grpo, Reward, Run, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -25,6 +25,9 @@ from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
+from fastrl.reward_learner import RewardLearner
+from fastrl.reward_model import RewardModel
+from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Task
 from fastrl.tokenizer import load_tokenizer
@@ -37,6 +40,11 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
         "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
         "ess": "ess",
+    },
+    Reward: {
+        name: name for name in (
+            "loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "centering", "num_tokens", "grad_norm", "learning_rate",
+        )
     },
 }  # fmt: skip
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
@@ -106,14 +114,15 @@ def set_up(config: Run) -> Session:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
         )
-    algorithm = choose_algorithm(config)
+    parts = PARTS.get(type(config), Parts())
+    algorithm = parts.choose(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
-    model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
-    learner = Learner(
+    learner = parts.learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
@@ -138,7 +147,7 @@ def _check(config: Run) -> None:
         ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
         ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
         ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None, "0 without a --task, whose verifier evaluates"),
+        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None or isinstance(config, Reward), "0 without a --task, whose verifier evaluates"),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
@@ -212,4 +221,22 @@ def _on_policy(
     return source, config.max_new_tokens
 
 
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy}
+def _comparisons(
+    config: Reward, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Any, device: torch.device
+) -> tuple[Source, int]:
+    learner.model.tokenizer = tokenizer
+    learner.model.steps = config.step_separator if algorithm.data == "steps" else None
+    return comparisons(config, algorithm, task, tokenizer, learner.model, learner.world), 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+
+    load: Callable[..., Any] = load_model
+    choose: Callable[..., Any] = choose_algorithm
+    learner: Callable[..., Any] = Learner
+
+
+PARTS: dict[type, Parts] = {Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner)}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy, Reward: _comparisons}
