@@ -124,7 +124,7 @@ class Grpo(Run):
     """Reinforcement learning from verified rewards: the GRPO family."""
 
     reward: tuple[str, ...] = ()
-    """Reward functions, my_rewards.py:fn; defaults to the task's verifier."""
+    """Reward functions, my_rewards.py:fn, or reward models, model:FOLDER; defaults to the task's verifier."""
     algorithm: str = "grpo"
     """A row of fastrl.algorithms.ALGORITHMS."""
     group: int = 8
@@ -147,6 +147,14 @@ class Grpo(Run):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut(Eval):
+    """Accuracy of a reward model on what it is not trained on."""
+
+    prompts: int = 256
+    """Held-out prompts per evaluation, with all their completions; 0 turns evaluation off and trains on everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward(Run):
     """Reward models: a score for every completion, from comparisons, rankings, or right and wrong answers."""
 
@@ -160,7 +168,7 @@ class Reward(Run):
     """What ends a step of a completion whose steps are judged."""
     holdout: float = 0.05
     """Share of a dataset's prompts that is kept for evaluation, not trained on."""
-    eval: Eval = field(default_factory=lambda: Eval(prompts=256))
+    eval: HeldOut = field(default_factory=HeldOut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import yaml
 
 from fastrl.config import Grpo, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
+from fastrl.device import place
 from fastrl.errors import UserError
 from fastrl.rewards import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
@@ -72,7 +73,8 @@ def prompts_and_rewards(
 
     Every line of a dataset is checked before training.
     """
-    functions = [load_reward(spec) for spec in config.reward]
+    device, dtype = place(config.device, config.dtype)
+    functions = [load_reward(spec, dtype=dtype, device=device) for spec in config.reward]
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:
