@@ -208,7 +208,8 @@ def _read(i: int, sequence: Any, steps: str | None) -> Group | Statement:
     prompt, completion = sequence if isinstance(sequence, tuple) and len(sequence) == 2 else (None, sequence)
     if steps is None:
         return Statement(where, "compared", prompt, [completion], [0.0])
-    text = completion if isinstance(completion, str) else completion[-1]["content"] if isinstance(completion, list) else None
+    last = completion[-1] if isinstance(completion, list) and completion else completion
+    text = last.get("content") if isinstance(last, dict) else last
     if prompt is None or not isinstance(text, str):
         raise UserError(f"{where}: expected a pair (prompt, completion), whose steps the model judges; got {shorten(sequence, 80)}")
     parts = text.split(steps)
