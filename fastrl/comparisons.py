@@ -93,9 +93,8 @@ class Packed:
 
     def judged(self, score: Tensor, total: float) -> Judged:
         """The groups with their (N,) scores."""
-        made = {"dtype": score.dtype, "device": score.device}
-        target = torch.tensor([t for g in self.groups for t in g.target], **made)
-        margin = torch.tensor([g.margin for g in self.groups], **made)
+        target = torch.tensor([t for g in self.groups for t in g.target], dtype=score.dtype, device=score.device)
+        margin = torch.tensor([g.margin for g in self.groups], dtype=score.dtype, device=score.device)
         return Judged(score=score, target=target, sizes=[len(g.target) for g in self.groups], margin=margin, total=total)
 
 

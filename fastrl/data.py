@@ -72,7 +72,7 @@ def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> lis
     return rows
 
 
-def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """(`file:line`, its columns by their new names) of every row of a file, whatever its columns are; UserError as `read_rows`."""
     read = READERS.get(Path(path).suffix.lower())
     if read is None or not Path(path).is_file():
@@ -80,11 +80,10 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> It
         raise UserError(f"dataset {path}: {reason}")
     if len(set((columns or {}).values())) < len(columns or {}):
         raise UserError(f"columns: expected each column to be read as another one, got {columns}")
-    number = -1
-    for number, (where, fields) in enumerate(read(Path(path))):
-        yield where, _rename(fields, columns or {}, where)
-    if number < 0:
+    rows = [(where, _rename(fields, columns or {}, where)) for where, fields in read(Path(path))]
+    if not rows:
         raise UserError(f"dataset {path}: expected at least one row, the file has none")
+    return rows
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -126,19 +126,19 @@ def intervals(rows: Sequence[Row], *, title: str, unit: str, path: Path) -> Pict
 
 def reliability(bins: Sequence[Bin], *, title: str, path: Path) -> Picture:
     """Share of predictions that came true over what was predicted, a mark per bin as large as its share of them; saved to `path` (PNG)."""
-    total = sum(b.count for b in bins)
+    total = sum(b.size for b in bins)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=DASHES[1], label="calibrated")
         axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=COLOURS[0], linewidth=1.4, label="model")
-        axes.scatter([b.predicted for b in bins], [b.observed for b in bins], [12 + 160 * b.count / total for b in bins], color=COLOURS[0])
+        axes.scatter([b.predicted for b in bins], [b.observed for b in bins], [12 + 160 * b.size / total for b in bins], color=COLOURS[0])
         axes.set(xlabel="predicted probability", ylabel="came true", xlim=(-0.03, 1.03), ylim=(-0.05, 1.05))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         figure.legend(loc="outside upper left", ncols=2)
         uri = _save(figure, path)
-    said = [f"Predicted {b.predicted:.1%}: {b.observed:.1%} of {b.count} came true." for b in bins]
+    said = [f"Predicted {b.predicted:.1%}: {b.observed:.1%} of {b.size} came true." for b in bins]
     return Picture(uri, f"{title}. " + " ".join(said), "marks: one per tenth of probability, as large as its share of the predictions")
 
 

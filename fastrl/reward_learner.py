@@ -14,6 +14,8 @@ from fastrl.device import memory_limited_by
 from fastrl.learner import Learner
 from fastrl.pack import plan
 
+REWARD_METRICS = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "centering")  # of a step, under TRL's names
+
 
 @dataclass(frozen=True, slots=True)
 class RewardBatch:

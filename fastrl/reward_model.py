@@ -55,9 +55,7 @@ class RewardModel(nn.Module):
         return (self.body(tokens, cu_seqlens)[at].to(wide) * self.head.to(wide)).sum(-1)
 
     @torch.no_grad()
-    def score(
-        self, sequences: Sequence[Any], *, tokenizer: Any = None, max_tokens: int = 16384, trajectory: str = "min"
-    ) -> list[float]:
+    def score(self, sequences: Sequence[Any], *, tokenizer: Any = None, max_tokens: int = 16384, trajectory: str = "min") -> list[float]:
         """The reward of every sequence: a list of token ids, a text, a list of chat messages, or a pair (prompt, completion) of those.
 
         Text is tokenised as in training, its end-of-sequence token included; token lists are taken as they are.  A model that judges

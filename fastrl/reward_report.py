@@ -28,7 +28,7 @@ def held_out_rewards(folder: Path, plots: Path) -> list[Html]:
         ("Reliability", reliability(bins, title="Reliability", path=plots / "reliability.png")),
         ("Histogram of rewards", histogram(rewards, title="Histogram of rewards", unit="reward", path=plots / "rewards.png")),
     ]
-    rows = [(f"{b.predicted:.1%}", f"{b.observed:.1%}", f"{b.count:,}") for b in bins]
+    rows = [(f"{b.predicted:.1%}", f"{b.observed:.1%}", f"{b.size:,}") for b in bins]
     means = ", ".join(f"{name} {sum(r) / len(r):.3g}" for name, r in rewards.items() if r)
     said = f"After step {step}: expected calibration error {ece:.3f}; mean reward of the answers: {means}."
     caption = "Probabilities that the model gives (of a pair: sigmoid of the difference, both ways round), and how often they came true"

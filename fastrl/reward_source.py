@@ -163,7 +163,9 @@ def _from_task(
     config: Reward, row: RewardLoss, task: Task, usable: Callable[[Sequence[Statement]], list[Group]], world: World
 ) -> Comparisons:
     if not hasattr(task, "mistakes") or row.data == "steps":
-        raise UserError(f"--task: {task.name} gives no {'steps' if row.data == 'steps' else 'wrong answers'} to learn from; give a --dataset")
+        raise UserError(
+            f"--task: {task.name} gives no {'steps' if row.data == 'steps' else 'wrong answers'} to learn from; give a --dataset"
+        )
 
     def statements(split: str, indices: Sequence[int]) -> list[Statement]:
         return [_statement(config, row, task, split, i) for i in indices]
@@ -195,5 +197,5 @@ def _check(group: Group, vocab_size: int, micro_tokens: int) -> None:
         )
     if group.length > micro_tokens:
         raise UserError(
-            f"{group.where}: {group.length} tokens to compare exceed a pass; raise --micro-tokens ({micro_tokens}) to at least {group.length}"
+            f"{group.where}: {group.length} tokens to compare exceed a pass; raise --micro-tokens from {micro_tokens} to {group.length}"
         )

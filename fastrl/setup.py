@@ -25,7 +25,7 @@ from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
-from fastrl.reward_learner import RewardLearner
+from fastrl.reward_learner import REWARD_METRICS, RewardLearner
 from fastrl.reward_model import RewardModel
 from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import SAMPLERS, Sampler
@@ -41,11 +41,8 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
         "ess": "ess",
     },
-    Reward: {
-        name: name for name in (
-            "loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "centering", "num_tokens", "grad_norm", "learning_rate",
-        )
-    },
+    Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
 
@@ -140,6 +137,7 @@ def set_up(config: Run) -> Session:
 
 def _check(config: Run) -> None:
     e = config.eval
+    judged = config.task is not None or isinstance(config, Reward)  # a reward model is judged on a dataset's held-out lines, too
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
@@ -147,7 +145,7 @@ def _check(config: Run) -> None:
         ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
         ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
         ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None or isinstance(config, Reward), "0 without a --task, whose verifier evaluates"),
+        ("--eval.prompts", e.prompts, e.prompts == 0 or judged, "0 without a --task, whose verifier evaluates"),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")

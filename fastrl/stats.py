@@ -63,7 +63,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float], *, level: f
 class Bin(NamedTuple):
     """Predictions between two probabilities: how many, their mean, and the share of them that came true."""
 
-    count: int
+    size: int
     predicted: float
     observed: float
 
@@ -80,7 +80,7 @@ def calibration(predicted: Sequence[float], outcome: Sequence[float], *, bins: i
     for p, y in zip(predicted, outcome, strict=True):
         inside[min(int(p * bins), bins - 1)].append((p, y))
     found = [Bin(len(b), fmean(p for p, _ in b), fmean(y for _, y in b)) for b in inside if b]
-    return sum(b.count * abs(b.predicted - b.observed) for b in found) / len(predicted), found
+    return sum(b.size * abs(b.predicted - b.observed) for b in found) / len(predicted), found
 
 
 def t_quantile(p: float, df: int) -> float:

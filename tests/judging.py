@@ -99,10 +99,11 @@ def token_groups(name: str, count: int = 7) -> list[Group]:
     """Groups of random token sequences, for a row of REWARD_LOSSES."""
     out = []
     for i in range(count):
-        K = 1 if name in ("outcome", "process") else 1 + i % 4
+        verdicts = name in ("outcome", "process")
+        K = 1 if verdicts else 1 + i % 4
         tokens = [torch.randint(4, 31, (int(torch.randint(3, 9, ())),)).tolist() for _ in range(K)]
         at = [[1, len(t) - 1] if name == "process" else [len(t) - 1] for t in tokens]
-        target = [float(torch.randint(2, ())) for a in at for _ in a] if name in ("outcome", "process") else [float(K - k) for k in range(K)]
+        target = [float(torch.randint(2, ())) for a in at for _ in a] if verdicts else [float(K - k) for k in range(K)]
         out.append(Group(f"group {i}", tokens, at, target, 0.25 * (i % 3)))
     return out
 

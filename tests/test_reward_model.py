@@ -96,7 +96,7 @@ def test_what_cannot_be_loaded(tmp_path):
         with pytest.raises(UserError, match=message):
             RewardModel.load(tmp_path)
     gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 31, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="--model: expected a Llama, Qwen2 or Qwen3 .* got GPT2LMHeadModel"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"--model: expected a Llama, Qwen2 or Qwen3 .* got GPT2LMHeadModel"):
         RewardModel.load(gpt2)
 
 
