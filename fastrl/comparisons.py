@@ -24,6 +24,7 @@ from fastrl.algorithms.reward import Judged
 from fastrl.data import Row, encode_all, encode_prompt, read_table
 from fastrl.errors import UserError
 from fastrl.files import shorten
+from fastrl.pairs import prompt_of
 
 SEPARATOR = "\n"  # what ends a step; the last step ends in the end-of-sequence token
 
@@ -127,16 +128,19 @@ def _statement(fields: dict[str, Any], where: str, data: str, margins: bool) -> 
         got = ", ".join(map(repr, fields)) or "none"
         raise UserError(f"{where}: expected the columns {wanted}; got {got} (other columns need another --algorithm, or --columns)")
     completions, target = _judged(name, fields, where)
+    for text in completions:
+        _said(text, "completions", where, steps=data == "steps")
+    if fields.get("prompt") is not None:
+        _said(fields["prompt"], "prompt", where)
+    prompt = fields.get("prompt")
+    if name == "pair" and (prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]):  # else there is no prompt to find
+        prompt, *completions = prompt_of(Row(where, name, fields))
     margin = fields.get("margin")
     if margin is not None and not margins:
         raise UserError(f"{where}: margin: expected none, which this --algorithm takes no notice of; use bradley_terry, or drop the column")
     if margin is not None:
         _number(margin, "margin", where)
-    for text in completions:
-        _said(text, "completions", where, steps=data == "steps")
-    if fields.get("prompt") is not None:
-        _said(fields["prompt"], "prompt", where)
-    return Statement(where, data, fields.get("prompt"), completions, target, margin, fields)
+    return Statement(where, data, prompt, completions, target, margin, fields)
 
 
 def _judged(name: str, fields: dict[str, Any], where: str) -> tuple[list[Any], list[float]]:

@@ -18,9 +18,14 @@ from fastrl.plots import Picture, Series, lines
 from fastrl.reward_report import held_out_rewards
 
 SHOWN_SAMPLES = 5
-KINDS = {"policy": "reward", "scores": "mean_reward"}  # what a run learned -> a metric that only such runs have
+KINDS = {  # what a run learned -> a metric that only such runs have
+    "policy": "reward",
+    "preferences": "logps/chosen",
+    "scores": "mean_reward",
+}
 GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
     "policy": (("Reward", "reward", ".3g"),),
+    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
     "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
     "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
 }
@@ -38,7 +43,7 @@ class Panel:
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    of: Literal["text", "policy", "scores"] | None = None
+    of: Literal["text", "policy", "preferences", "scores"] | None = None
 
 
 PANELS = (
@@ -46,6 +51,10 @@ PANELS = (
     Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
     Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
     Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
+    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
+    Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
+    Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
+    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
     Panel("Reward loss", "loss of a group", {"loss": "loss"}, of="scores"),
     Panel("Comparisons won", "comparisons or verdicts", {"training": "accuracy", "held out": "eval/accuracy"}, percent=True, of="scores"),
     Panel("Reward margin", "log-odds of the truth", {"training": "margin", "held out": "eval/margin"}, of="scores"),
@@ -81,7 +90,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What the run learned: a "policy" from rewards, "scores" (a reward model), or "text"."""
+        """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model), or "text"."""
         return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:

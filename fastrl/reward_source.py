@@ -16,7 +16,7 @@ from fastrl.experience import Step, order
 from fastrl.files import nearest
 from fastrl.intake import TRAIN, pairs
 from fastrl.reward_learner import RewardBatch, RewardLearner
-from fastrl.stats import calibration, mean_interval, wilson
+from fastrl.stats import Estimate, calibration, mean_interval, wilson
 from fastrl.tasks import Task
 from fastrl.tasks.task import bucket, draw
 
@@ -74,16 +74,16 @@ class Comparisons:
 def judge_held_out(row: RewardLoss, groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> tuple[dict[str, float], dict[str, Any]]:
     """Accuracy with its interval, calibration and means of scored groups; and the same as rewards.json has it.
 
-    A comparison counts for each pair of a better and a worse completion, a verdict for each score.  Comparisons of one group are not
-    independent: the interval is over the groups' own accuracies.
+    A comparison counts for each pair of a better and a worse completion, a verdict for each score.  Those of one group are not
+    independent: where a group has several, accuracy and its interval are of the groups' own accuracies.
     """
     logits = [_logits(row, g.target, s) for g, s in zip(groups, scores, strict=True)]
     pooled = [z for own in logits for z, _ in own]
     hits = [[z > 0 if row.compares or y >= 0.5 else z < 0 for z, y in own] for own in logits if own]
     per_group = [sum(h) / len(h) for h in hits]
-    accuracy = sum(map(sum, hits)) / max(len(pooled), 1)
-    whole = mean_interval(per_group) if any(len(h) > 1 for h in hits) and len(hits) > 1 else None
-    lo, hi = (whole.lo, whole.hi) if whole else wilson(sum(map(sum, hits)), len(pooled))
+    won = sum(map(sum, hits))
+    several = any(len(h) > 1 for h in hits)
+    accuracy = mean_interval(per_group) if several else Estimate(won / len(pooled), *wilson(won, len(pooled)))
     said = [(_sigmoid(z), y) for own in logits for z, y in own]
     if row.compares:  # each pair both ways round: else every outcome is 1
         said += [(_sigmoid(-z), 0.0) for z in pooled]
@@ -93,7 +93,7 @@ def judge_held_out(row: RewardLoss, groups: Sequence[Group], scores: Sequence[Se
     rest = [r for g, own in zip(groups, scores, strict=True) for r, t in zip(own, g.target, strict=True) if t != _top(row, g.target)]
     signed = pooled if row.compares else [z if y >= 0.5 else -z for own in logits for z, y in own]
     metrics = {
-        "eval/accuracy": accuracy, "eval/accuracy_lo": lo, "eval/accuracy_hi": hi, "eval/ece": ece,
+        "eval/accuracy": accuracy.mean, "eval/accuracy_lo": accuracy.lo, "eval/accuracy_hi": accuracy.hi, "eval/ece": ece,
         "eval/margin": sum(signed) / max(len(signed), 1), "eval/mean_reward": sum(flat) / max(len(flat), 1),
     }  # fmt: skip
     names = ("better", "worse") if row.compares else ("right", "wrong")

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from torch import Tensor
 from fastrl import checkpoint, environment
 from fastrl.adapter import load_model
 from fastrl.algorithms import ALGORITHMS, Algorithm
-from fastrl.config import Grpo, Reward, Run, Sft
+from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.config import Dpo, Grpo, Reward, Run, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.files import read_json_lines
-from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
+from fastrl.intake import demonstrations, load_run_task, preferences, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.options import dump
+from fastrl.preferences import PreferenceLearner, Preferences
+from fastrl.reference import drawn, identity, precompute
 from fastrl.reward_learner import REWARD_METRICS, RewardLearner
 from fastrl.reward_model import RewardModel
 from fastrl.reward_source import choose_reward_loss, comparisons
@@ -35,6 +39,13 @@ from fastrl.types import Batch
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
     Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Dpo: {
+        name: name
+        for name in (
+            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+        )
+    },
     Grpo: {
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
@@ -227,6 +238,37 @@ def _comparisons(
     return comparisons(config, algorithm, task, tokenizer, learner.model, learner.world), 0
 
 
+def _preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+) -> tuple[Source, int]:
+    model, world = learner.model, learner.world
+    items, size, longest = preferences(
+        config, task, tokenizer, model.config.max_position_embeddings, model.config.vocab_size, paired=row.paired
+    )
+    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
+    live = config.reference == "live" or row.mismatched
+    if not row.reference:
+        return Preferences(items, size, row, **options), longest
+
+    @cache
+    def frozen() -> Any:  # before the first step, the model itself is the reference
+        if not live and not config.resume:
+            return model
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+    def logp(batch: Batch) -> Tensor:
+        return learner.logp(frozen(), batch)
+
+    if live:
+        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+    known = precompute(
+        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
+        model=identity(config.model, config.seed, model.dtype), device=device, world=world,
+    )  # fmt: skip
+    return Preferences(items, size, row, reference=known, **options), longest
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
@@ -236,5 +278,13 @@ class Parts:
     learner: Callable[..., Any] = Learner
 
 
-PARTS: dict[type, Parts] = {Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner)}
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy, Reward: _comparisons}
+PARTS: dict[type, Parts] = {
+    Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
+    Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
+}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
+    Sft: _demonstrations,
+    Dpo: _preferences,
+    Grpo: _on_policy,
+    Reward: _comparisons,
+}

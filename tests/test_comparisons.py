@@ -48,13 +48,15 @@ def test_pairs_in_every_spelling(tmp_path):
         {"chosen": "abcd", "rejected": "abe", "margin": 0.5},
         {"prompt": [user("ab")], "chosen": [assistant("cd")], "rejected": [assistant("e")], "margin": 2},
         {"chosen": [user("ab"), assistant("cd")], "rejected": [user("ab"), assistant("e")]},
+        {"prompt": "ab", "chosen": [user("ab"), assistant("cd")], "rejected": [user("ab"), assistant("e")]},
+        {"chosen": "f", "rejected": "g"},
     ]
     got = groups(tmp_path, "compared", *lines)
     text = [[*ids("abcd"), EOS], [*ids("abe"), EOS]]
     chat = [[*ids("u:ab;a:cd"), EOS], [*ids("u:ab;a:e"), EOS]]
-    assert [g.tokens for g in got] == [text, text, chat, chat]
+    assert [g.tokens for g in got] == [text, text, chat, chat, chat, [[*ids("f"), EOS], [*ids("g"), EOS]]]
     assert all(g.at == [[len(t) - 1] for t in g.tokens] and g.target == [1.0, 0.0] for g in got)
-    assert [g.margin for g in got] == [0, 0.5, 2, 0]
+    assert [g.margin for g in got] == [0, 0.5, 2, 0, 0, 0]
 
 
 def test_ranks_are_lower_and_scores_higher_for_the_better(tmp_path):

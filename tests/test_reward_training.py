@@ -172,7 +172,7 @@ def test_held_out_numbers_worked_by_hand():
     a, b = replace(a, tokens=[], at=[], target=[2.0, 1.0, 1.0]), replace(b, tokens=[], at=[], target=[1.0, 0.0])
     metrics, table = judge_held_out(REWARD_LOSSES["bradley_terry"], [a, b], [[1.0, 0.0, 2.0], [0.5, 0.25]])
     p = [1 / (1 + math.exp(-z)) for z in (1.0, -1.0, 0.25)]
-    assert metrics["eval/accuracy"] == pytest.approx(2 / 3) and metrics["eval/margin"] == pytest.approx(0.25 / 3)
+    assert metrics["eval/accuracy"] == pytest.approx((1 / 2 + 1) / 2) and metrics["eval/margin"] == pytest.approx(0.25 / 3)
     bins = {round(x.predicted, 6): (x.size, x.observed) for x in table["bins"]}
     assert bins == {round(1 - p[0], 6): (2, 0.5), round(1 - p[2], 6): (1, 0.0), round(p[2], 6): (1, 1.0), round(p[0], 6): (2, 0.5)}
     assert metrics["eval/ece"] == pytest.approx((4 * abs(p[0] - 0.5) + 2 * (1 - p[2])) / 6)

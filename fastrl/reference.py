@@ -1,0 +1,114 @@
+"""The reference model's log-probs of a dataset, computed once and kept in the run's folder.
+
+The file holds what they were computed from as a fingerprint: another model, dataset, tokenizer or number of steps computes them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastrl.dist import World
+from fastrl.experience import order
+from fastrl.preferences import Items, pack_units
+from fastrl.types import Batch
+
+FILE = "reference.safetensors"
+CHUNK = 1024  # units tokenised and packed at a time
+
+
+class Precomputed:
+    """Log-probs by item: those of item items[i] are logp[ends[i]:ends[i+1]], one per token that counts in the loss, fp32 nats."""
+
+    def __init__(self, logp: Tensor, items: Tensor, ends: Tensor) -> None:
+        self.logp, self.items, self.ends = logp, items, ends
+        self.place = {item: i for i, item in enumerate(items.tolist())}
+
+    def __call__(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        """(T,) of the batch made of the items `indices`, in this order; 0 where a token does not count."""
+        ends = self.ends.tolist()
+        parts = [self.logp[ends[p] : ends[p + 1]] for p in (self.place[i] for i in indices)]
+        out = torch.zeros_like(batch.weight)
+        out[batch.mask] = torch.cat([*parts, self.logp[:0]]).to(out.device)
+        return out
+
+
+def drawn(size: int, seed: int, count: int) -> list[int]:
+    """The items that a run of `count` draws out of `size` will see, sorted."""
+    return list(range(size)) if count >= size else sorted(set(order(size, seed, 0, count)))
+
+
+def precompute(
+    folder: Path, items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], *, model: str, device: torch.device, world: World
+) -> Precomputed:
+    """The reference log-probs of `indices`: from the file in `folder` if it fits, else by `logp(batch)` -> (T,), and written there.
+
+    model  what identifies the reference model (see `identity`)
+    """
+    wanted = _fingerprint(items, indices, model)
+    path = folder / FILE
+    found = _read(path, wanted)
+    if world.max(float(found is None))[0] == 0 and found is not None:
+        return found
+    values, counts = _compute(items, [indices[i] for i in world.share(len(indices))], logp, device)
+    values = torch.cat([*world.gather([values]), torch.empty(0)])
+    counts = torch.cat(world.gather([counts]))
+    made = Precomputed(values, torch.tensor(list(indices), dtype=torch.int64), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.new")
+        save_file({"logp": made.logp, "items": made.items, "ends": made.ends}, partial, metadata={"fingerprint": wanted})
+        os.replace(partial, path)
+    world.barrier()
+    return made
+
+
+def identity(model: str, seed: int, dtype: torch.dtype) -> str:
+    """What tells one reference model from another: its files' names, sizes and times, or a configuration's text and the seed."""
+    path = Path(model)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+        return f"{dtype} " + " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    return f"{dtype} {seed} " + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else model)
+
+
+def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list]:
+    for a in range(0, len(indices), CHUNK):
+        yield items(indices[a : a + CHUNK])
+
+
+def _fingerprint(items: Items, indices: Sequence[int], model: str) -> str:
+    digest = hashlib.sha256(f"{model}\n{list(indices)}\n".encode())
+    for units in _chunks(items, indices):
+        digest.update(repr([[(one.sample.tokens, one.sample.mask) for one in unit] for unit in units]).encode())
+    return digest.hexdigest()
+
+
+def _compute(items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The log-probs of the tokens that count, end to end, and how many each item has."""
+    values, counts = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    for units in _chunks(items, indices):
+        batch = pack_units(units, 1, device)
+        values.append(logp(batch)[batch.mask].float().cpu())
+        counts.append(torch.tensor([sum(sum(one.sample.mask) for one in unit) for unit in units]))
+    return torch.cat(values), torch.cat(counts)
+
+
+def _read(path: Path, fingerprint: str) -> Precomputed | None:
+    """The file's log-probs; None where there is no whole file of this fingerprint."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return Precomputed(*(file.get_tensor(name) for name in ("logp", "items", "ends")))
+    except SafetensorError:
+        return None
