@@ -15,7 +15,7 @@ from fastrl import ops
 from fastrl.bench.common import BOTH, COMPILE, ELSEWHERE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
 from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
-from fastrl.kernels._backend import COMPILED_ONLY, devices
+from fastrl.kernels._backend import COMPILED_ONLY, EXACT_ONLY, devices
 
 REASON = 300  # characters of an error that a row keeps
 
@@ -137,7 +137,7 @@ def _implementations(name: str, bench: Bench, case: Case, plan: Plan) -> Iterato
         runner.context = lambda backend=backend: ops.use_backend(backend, op)  # type: ignore[misc]
         if state == COMPILED_ONLY and not plan.compiled_only:
             runner.status, runner.reason = UNAVAILABLE, f"{COMPILED_ONLY}: --gpu-check runs it"
-        elif state not in ("ready", COMPILED_ONLY):
+        elif state not in ("ready", COMPILED_ONLY, EXACT_ONLY):
             runner.status, runner.reason = UNAVAILABLE, state
         yield runner
 

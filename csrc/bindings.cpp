@@ -30,8 +30,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("rms_norm_forward_cpu", &rms_norm_forward_cpu, NoGil());
   m.def("rms_norm_backward_cpu", &rms_norm_backward_cpu, NoGil());
+  m.def("rope_forward_cpu", &rope_forward_cpu, NoGil());
+  m.def("rope_backward_cpu", &rope_backward_cpu, NoGil());
   m.def("swiglu_forward_cpu", &swiglu_forward_cpu, NoGil());
   m.def("swiglu_backward_cpu", &swiglu_backward_cpu, NoGil());
+
+  m.def("linear_forward_cpu", &linear_forward_cpu, NoGil());
 
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 

@@ -86,12 +86,30 @@ void rms_norm_forward_cpu(Address y, Address h, Address r, Address x, int64_t x_
 void rms_norm_backward_cpu(Address dx, Address dw, Address dy, int64_t dy_stride, Address dh, int64_t dh_stride, Address x,
                            int64_t x_stride, int code, Address weight, Address r, int64_t T, int64_t D, int threads);
 
+// --- rope: formulas in kernels/rope.py ----------------------------------------------------------------
+// q (T, H, E), k (T, K, E) code; positions (T,) in [0, N); cos, sin (N, E/2); q_norm, k_norm (E,) or 0; sense 1, or -1 to turn back
+// ->  yq, yk (T, H | K, E) code, contiguous.  With v (T, K, E): yk and v also go to `slots` (T,) of k_cache, v_cache (cache_rows, K, E)
+void rope_forward_cpu(Address yq, Address yk, Address q, int64_t q_token, int64_t q_head, Address k, int64_t k_token, int64_t k_head,
+                      int code, Address positions, Address cos, Address sin, int64_t N, Address q_norm, Address k_norm, double eps,
+                      double sense, Address v, int64_t v_token, int64_t v_head, Address k_cache, Address v_cache, Address slots,
+                      int64_t cache_rows, int64_t T, int64_t H, int64_t K, int64_t E, int threads);
+// dq, dk like q, k; q and k are read where there is a norm  ->  gq, gk code, contiguous; wq, wk (E,) where there is a norm, else 0
+void rope_backward_cpu(Address gq, Address gk, Address wq, Address wk, Address dq, int64_t dq_token, int64_t dq_head, Address dk,
+                       int64_t dk_token, int64_t dk_head, Address q, int64_t q_token, int64_t q_head, Address k, int64_t k_token,
+                       int64_t k_head, int code, Address positions, Address cos, Address sin, int64_t N, Address q_norm, Address k_norm,
+                       double eps, int64_t T, int64_t H, int64_t K, int64_t E, int threads);
+
 // --- swiglu: formulas in kernels/swiglu.py --------------------------------------------------------------
 // x (T, 2F) code  ->  y (T, F) code, contiguous
 void swiglu_forward_cpu(Address y, Address x, int64_t stride, int code, int64_t T, int64_t F, int threads);
 // dy (T, F), x (T, 2F) code  ->  dx (T, 2F) code, contiguous
 void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, int64_t stride, int code, int64_t T, int64_t F,
                          int threads);
+
+// --- linear: formulas in kernels/linear.py --------------------------------------------------------------
+// x (M, K), w (N, K) code; bias (N,) fp32 or 0  ->  y (M, N) `out`: fp32 or code
+void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t x_stride, Address w, int64_t w_stride, int code,
+                        Address bias, int64_t M, int64_t N, int64_t K, int threads);
 
 // --- decode_attention: formula in kernels/decode_attention.py ---------------------------------------------
 // q (B, H, E) code; k_cache, v_cache (pages, page, K, E) code, contiguous; block_table (R, N) int32; lengths (B,) int32;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from fastrl.adapter import load_model
 from fastrl.config import Evaluate
 from fastrl.device import place, set_threads
+from fastrl.dialogue import dialogue
 from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.files import call_user
@@ -73,12 +73,13 @@ def evaluate(
     examples = [task.example(split, i) for i in mine]
     texts = [e.prompt for e in examples]
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
-    greedy = sampler.generate(texts, SamplingParams(temperature=0.0, **shared), weight_version=weight_version).text or []
-    drawn: Sequence[str] = []
-    if samples:
-        first = mine.start * samples
-        several = SamplingParams(n=samples, **shared)
-        drawn = sampler.generate(texts, several, sequence_offset=first, weight_version=weight_version).text or []
+
+    def answers(params: SamplingParams, first: int = 0) -> list[str]:
+        talk = dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(params.n)])
+        return sampler.generate(texts, params, sequence_offset=first, weight_version=weight_version, environment=talk).text or []
+
+    greedy = answers(SamplingParams(temperature=0.0, **shared))
+    drawn = answers(SamplingParams(n=samples, **shared), mine.start * samples) if samples else []
 
     def scored(example: Example, text: str) -> tuple[str, Score]:
         return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)

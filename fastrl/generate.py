@@ -50,7 +50,7 @@ def run(config: Generate) -> None:
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.model, None)
     s = config.sampling
-    sampler = SAMPLERS[config.sampler](model, tokenizer, max_tokens_in_flight=s.max_tokens_in_flight)
+    sampler = SAMPLERS[config.sampler](model, tokenizer, s)
     params = SamplingParams(
         n=config.n, max_new_tokens=config.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
         min_p=s.min_p, seed=config.seed,

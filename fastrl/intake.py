@@ -119,6 +119,9 @@ def prompts_and_rewards(
     """
     device, dtype = place(config.device, config.dtype)
     functions = [load_reward(spec, dtype=dtype, device=device) for spec in config.reward]
+    weights = config.reward_weights or None
+    if weights is not None and len(weights) != max(len(functions), 1):
+        raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:
@@ -129,7 +132,7 @@ def prompts_and_rewards(
         def from_dataset(i: int) -> PromptItem:
             return rows[i].fields["prompt"], {k: v for k, v in rows[i].fields.items() if k not in ("prompt", "completion")}
 
-        return from_dataset, len(rows), Scorer(None, functions)
+        return from_dataset, len(rows), Scorer(None, functions, weights)
     if task is None:
         raise UserError("--task or --dataset: expected one of them, to have prompts to sample from; got neither")
     named: Task = task
@@ -138,15 +141,16 @@ def prompts_and_rewards(
         example = named.example(TRAIN, i)
         return example.prompt, {"example": example, **example.fields}
 
-    return from_task, named.size(TRAIN), Scorer(named, functions)
+    return from_task, named.size(TRAIN), Scorer(named, functions, weights)
 
 
 class Scorer:
     """Scores completions with the reward functions, or with the task's verifier where there are none; the share of them that the
     verifier calls correct is reported either way."""
 
-    def __init__(self, task: Task | None, functions: Sequence[Reward]) -> None:
+    def __init__(self, task: Task | None, functions: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
         self.verify = [] if task is None else [task_reward(task)]
+        self.weights = weights
         self.functions = list(functions)
 
     def __call__(
@@ -156,7 +160,9 @@ class Scorer:
             raise UserError("--tokenizer: rewards read text, and the run has no tokenizer")
         if not texts:  # this process has no share of the prompts
             return Scored([])
-        done = [score(group, prompts, texts, tokens, columns) for group in (self.verify, self.functions) if group]
+        groups = [group for group in (self.verify, self.functions) if group]
+        weights = [*[None] * (len(groups) - 1), self.weights]  # the last group rewards, the other is reported
+        done = [score(g, prompts, texts, tokens, columns, weights=w) for g, w in zip(groups, weights, strict=True)]
         verdict, last = done[0], done[-1]
         message = last.message if any(last.message) else verdict.message
         return replace(last, parts=verdict.parts | last.parts, message=message, extra=verdict.extra | last.extra)

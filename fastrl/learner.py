@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from fastrl import ops
 from fastrl.algorithms import Algorithm
+from fastrl.algorithms.correction import merge_mismatch, mismatch
 from fastrl.config import Optim
 from fastrl.device import memory_limited_by
 from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.pack import micro_batches, plan
+from fastrl.prefix import shared
 from fastrl.types import Batch, Tokens
 
 SHAPES = {  # fraction of the peak learning rate, for progress in [0, 1] after warm-up
@@ -31,6 +33,9 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = min(1.0, (step - optim.warmup) / max(1, steps - optim.warmup))
     return optim.lr * (optim.floor + (1 - optim.floor) * SHAPES[optim.schedule](progress))
+
+
+OPTIONAL = ("correction", "ref_logp", "sampler_logp")  # vectors of a batch that may be None
 
 
 class NotFinite(UserError):
@@ -90,13 +95,24 @@ class Learner:
         algorithm = algorithm or self.algorithm
         rows = batch.mask[1:].nonzero().squeeze(1)
         tokens = _tokens(batch, rows)
-        hidden = self.model(batch.tokens, batch.cu_seqlens)
+        common = shared(batch) if getattr(self.model, "supports_cache", False) else None
+        if common is None:
+            hidden, target, mask = self.model(batch.tokens, batch.cu_seqlens)[:-1], batch.tokens[1:], rows
+        else:
+            hidden, target, mask = common.hidden(self.model, rows), batch.tokens[1:][rows], None
+
+        def share(logp: Tensor, entropy: Tensor | None, some: Tensor) -> Tensor:
+            return algorithm.loss(tokens[some if common is None else rows[some]].with_(logp, entropy))
+
         loss, stats = ops.linear_loss(
-            hidden[:-1], self.model.head_weight, batch.tokens[1:],
-            lambda logp, entropy, rows: algorithm.loss(tokens[rows].with_(logp, entropy)),
-            mask=rows, bias=self.model.head_bias, temperature=self.temperature, entropy=True,
-            level="sequence" if algorithm.ratio == "sequence" else "token",
+            hidden, self.model.head_weight, target, share, mask=mask, bias=self.model.head_bias, temperature=self.temperature,
+            entropy=True, level=algorithm.level,
         )  # fmt: skip
+        if common is not None:
+            blank = stats.logp.new_zeros(tokens.weight.shape)
+            logp, entropy, lse = (None if x is None else blank.index_copy(0, rows, x) for x in stats)
+            assert logp is not None and lse is not None
+            stats = ops.TokenStats(logp, entropy, lse)
         return loss, stats, tokens, rows
 
     @torch.no_grad()
@@ -106,7 +122,8 @@ class Learner:
         for samples in plan(batch.cu_seqlens.diff().tolist(), self.micro_tokens):
             micro = batch.select(samples)
             rows = micro.mask[1:].nonzero().squeeze(1)
-            hidden = model(micro.tokens, micro.cu_seqlens)[rows]
+            common = shared(micro) if getattr(model, "supports_cache", False) else None
+            hidden = model(micro.tokens, micro.cu_seqlens)[rows] if common is None else common.hidden(model, rows)
             target = micro.tokens[rows + 1]
             stats = ops.linear_logp(hidden, model.head_weight, target, bias=model.head_bias, temperature=self.temperature)
             out[batch.rows(samples)[rows + 1]] = stats.logp.float()
@@ -146,7 +163,8 @@ class Learner:
                 with torch.no_grad():
                     seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
                     measured = self.algorithm.metrics(seen)
-                    rows.append(torch.stack([loss.detach(), *(measured[name] for name in METRICS)]).double())
+                    sums = torch.stack([loss.detach(), *(measured[name] for name in METRICS)])
+                    rows.append(torch.cat([sums.double(), mismatch(self.algorithm.corrected(seen))]))
         self.world.sum_gradients(self.masters)
         return _merge(self.world.gather(torch.stack(rows).tolist() if rows else []))
 
@@ -175,11 +193,9 @@ class Learner:
 
 def _tokens(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
-    cu = batch.mask.long().cumsum(0)
-    live_ends = torch.cat([cu.new_zeros(1), cu])[batch.cu_seqlens.long()].to(torch.int32)
-    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in ("correction", "ref_logp")}
+    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL}
     return Tokens(
-        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=live_ends,
+        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=batch.live_ends,
         live=rows.numel(), **optional,
     )  # fmt: skip
 
@@ -189,6 +205,7 @@ def _merge(rows: list[list[float]]) -> dict[str, float]:
     if not rows:
         return {"loss": 0.0, "num_tokens": 0.0}
     table = torch.tensor(rows, dtype=torch.float64)
-    merged = {k: float(v) for k, v in merge_metrics([dict(zip(METRICS, row[1:].unbind(), strict=True)) for row in table]).items()}
+    each = [dict(zip(METRICS, row.unbind(), strict=True)) for row in table[:, 1 : 1 + len(METRICS)]]
+    merged = {k: float(v) for k, v in merge_metrics(each).items()} | merge_mismatch(table[:, 1 + len(METRICS) :])
     clipped = merged["clip_low"] + merged["clip_high"] + merged["clip_cap"]
     return merged | {"loss": float(table[:, 0].sum()), "num_tokens": merged["tokens"], "clip_region": clipped}

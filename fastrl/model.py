@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrl import weights
+from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model_config import ModelConfig
 from fastrl.ops import attention, rms_norm, rope, swiglu
@@ -30,6 +31,14 @@ Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
 
 
+class Linear(nn.Linear):
+    """nn.Linear over `ops.linear`, which exact mode makes batch-invariant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b, (T, N)."""
+        return linear_layer(x, self.weight, self.bias)
+
+
 class Layer(nn.Module):
     """One decoder layer: attention and MLP, each behind a norm, each added to the residual stream by the norm after it."""
 
@@ -39,14 +48,14 @@ class Layer(nn.Module):
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.config = config
         self.input_norm = nn.Parameter(torch.empty(D))
-        self.qkv = nn.Linear(D, (H + 2 * K) * E, bias=config.qkv_bias)
+        self.qkv = Linear(D, (H + 2 * K) * E, bias=config.qkv_bias)
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.empty(E))
             self.k_norm = nn.Parameter(torch.empty(E))
-        self.out = nn.Linear(H * E, D, bias=False)
+        self.out = Linear(H * E, D, bias=False)
         self.mlp_norm = nn.Parameter(torch.empty(D))
-        self.gate_up = nn.Linear(D, 2 * F_, bias=False)
-        self.down = nn.Linear(F_, D, bias=False)
+        self.gate_up = Linear(D, 2 * F_, bias=False)
+        self.down = Linear(F_, D, bias=False)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None

@@ -1,10 +1,11 @@
 """The public ops.  Re-exports only: each op's formula, reference, kernels and registration live in fastrl/kernels/<op>.py."""
 
-from fastrl.kernels._backend import backend, implementations, use_backend
+from fastrl.kernels._backend import backend, exact, implementations, use_backend
 from fastrl.kernels.attention import attention
 from fastrl.kernels.decode_attention import decode_attention
 from fastrl.kernels.gae import gae
 from fastrl.kernels.group_advantage import group_advantage
+from fastrl.kernels.linear import linear
 from fastrl.kernels.linear_cross_entropy import linear_cross_entropy
 from fastrl.kernels.linear_logp import linear_logp
 from fastrl.kernels.linear_loss import linear_loss
@@ -23,9 +24,11 @@ __all__ = [
     "attention",
     "backend",
     "decode_attention",
+    "exact",
     "gae",
     "group_advantage",
     "implementations",
+    "linear",
     "linear_cross_entropy",
     "linear_logp",
     "linear_loss",

@@ -26,15 +26,12 @@ from fastrl.errors import UserError
 
 C = TypeVar("C")  # a configuration dataclass
 ALIASES = {  # TRL's name -> ours, on the command line and in files
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "reward_funcs": "reward",
-    "num_generations": "group",
-    "learning_rate": "optim.lr",
-    "max_completion_length": "max_new_tokens",
-    "max_steps": "steps",
-    "center_rewards_coefficient": "center",
-}
+    "model_name_or_path": "model", "dataset_name": "dataset", "reward_funcs": "reward", "num_generations": "group",
+    "learning_rate": "optim.lr", "max_completion_length": "max_new_tokens", "max_steps": "steps", "loss_type": "algorithm",
+    "beta": "kl_coef", "num_iterations": "epochs", "mask_truncated_completions": "overlong_filter",
+    "vllm_importance_sampling_mode": "correction", "vllm_importance_sampling_clip_min": "correction_min",
+    "vllm_importance_sampling_clip_max": "correction_max", "center_rewards_coefficient": "center",
+}  # fmt: skip
 INVOCATION = {  # how a command is run, as against what it runs: offered by every command, never part of a dumped configuration
     "config": (str | None, None, "YAML, TOML or JSON file that sets the same options; the command line overrides it."),
     "dry_run": (bool, False, "Print the resolved configuration as YAML and stop."),

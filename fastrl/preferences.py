@@ -96,6 +96,13 @@ class Preferences:
         z0 = self._baseline([chosen[i - 1] for i in mine[:1]] + indices)
         return Step([replace(batch, baseline=torch.full_like(batch.weight, z0))], {"kl": z0})
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: every step is a function of its number."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
     def _baseline(self, indices: Sequence[int]) -> float:
         """max(0, mean log-ratio of mismatched completions) over the whole step; `indices` are this process's, after the one before them."""
         total = 0.0
@@ -121,8 +128,6 @@ class PreferenceLearner(Learner):
         row, rows = at_baseline(self.algorithm, batch), []
         with memory_limited_by("--micro-tokens", self.micro_tokens):
             for micro in micro_batches(batch, self.micro_tokens, row.unit):
-                if not len(micro):
-                    continue
                 loss, stats, tokens, live = self.forward(micro, row)  # type: ignore[arg-type]
                 loss.backward()
                 with torch.no_grad():

@@ -69,6 +69,7 @@ PANELS = (
         percent=True,
     ),
     Panel("KL to the reference", "nats per token", {"KL": "kl"}),
+    Panel("Sampler against trainer", "nats, mean size of the difference", {"log-prob": "sampling/sampling_logp_difference/mean"}),
     Panel("Gradient norm", "L2 norm before clipping", {"norm": "grad_norm"}),
     Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
     Panel("Token accuracy", "next tokens predicted", {"accuracy": "mean_token_accuracy"}, percent=True),

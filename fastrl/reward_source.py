@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastrl.algorithms.reward import REWARD_LOSSES, RewardLoss
 from fastrl.comparisons import Group, Statement, encode_statements, read_statements
 from fastrl.config import Reward
@@ -60,6 +63,13 @@ class Comparisons:
         groups = [g for g in every if self.row.units(g.target)]
         (total,) = self.world.sum(float(sum(self.row.units(g.target) for g in groups)))
         return Step([RewardBatch(groups, total)])  # type: ignore[list-item]
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: every step's groups are a function of its number."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
 
     def evaluate(self, learner: RewardLearner) -> tuple[dict[str, float], dict[str, Any], list[dict[str, Any]]]:
         """Metrics of the held-out groups, what rewards.json says of them, and a few of their completions."""
@@ -124,9 +134,12 @@ def _shown(s: Statement, rewards: Sequence[float]) -> list[dict[str, Any]]:
 
 
 # --- what there is to learn from --------------------------------------------------------------------
-def comparisons(config: Reward, row: RewardLoss, task: Task | None, tokenizer: Any, model: Any, world: World) -> Comparisons:
-    """The source that the configuration describes; every line of a dataset is checked before training."""
-    shape = model.config
+def comparisons(
+    config: Reward, task: Task | None, tokenizer: Any, sampler: Any, learner: RewardLearner, row: RewardLoss, device: torch.device
+) -> tuple[Comparisons, int]:
+    """The source that the configuration describes, and no length of a completion; every line of a dataset is checked before training."""
+    model, world, shape = learner.model, learner.world, learner.model.config
+    model.tokenizer, model.steps = tokenizer, config.step_separator if row.data == "steps" else None
     limit = min(config.max_tokens or shape.max_position_embeddings, shape.max_position_embeddings)
 
     def usable(statements: Sequence[Statement]) -> list[Group]:
@@ -136,10 +149,10 @@ def comparisons(config: Reward, row: RewardLoss, task: Task | None, tokenizer: A
         return groups
 
     if config.dataset is not None:
-        return _from_dataset(config, row, config.dataset, usable, world)
+        return _from_dataset(config, row, config.dataset, usable, world), 0
     if task is None:
         raise UserError("--dataset or --task: expected one of them, to have something to learn from; got neither")
-    return _from_task(config, row, task, usable, world)
+    return _from_task(config, row, task, usable, world), 0
 
 
 def _from_dataset(

@@ -16,7 +16,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Scored:
     """The rewards of S completions.
 
     reward   (S,) weighted sum of what applies; NaN where no function does
+    each     reward -> its weight and (S,) values, NaN for None; empty where there is only `reward`
     parts    metric name -> (S,) values whose mean is the metric: `rewards/<function>/mean` (NaN for None), and what was logged
     message  (S,) what a function logged as "message", else empty
     extra    column -> (S,) values, everything else that was logged with log_extra
@@ -50,6 +51,37 @@ class Scored:
     parts: dict[str, list[float]] = field(default_factory=dict)
     message: list[str] = field(default_factory=list)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    each: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
+
+    def plus(self, name: str, values: Sequence[float]) -> Scored:
+        """With one more reward of weight 1; a sample that no function applies to stays that."""
+        total = [r + v for r, v in zip(self.reward, values, strict=True)]
+        here = [math.nan if math.isnan(r) else v for r, v in zip(self.reward, values, strict=True)]
+        each = self.each or {"reward": (1.0, self.reward)}
+        return replace(self, reward=total, parts=self.parts | {f"rewards/{name}/mean": here}, each=each | {name: (1.0, here)})
+
+    @staticmethod
+    def join(parts: Sequence[Scored]) -> Scored:
+        """The completions of several calls as those of one, in order; NaN (or None) where a call has not what another has."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def columns(tables: list[dict[str, list[Any]]], absent: Any) -> dict[str, list[Any]]:
+            names = dict.fromkeys(name for table in tables for name in table)
+            return {n: [x for t, p in zip(tables, parts, strict=True) for x in t.get(n, [absent] * len(p.reward))] for n in names}
+
+        weights = {name: weight for p in parts for name, (weight, _) in p.each.items()}
+        each = columns([{name: values for name, (_, values) in p.each.items()} for p in parts], math.nan)
+        return Scored(
+            [x for p in parts for x in p.reward], columns([p.parts for p in parts], math.nan),
+            [x for p in parts for x in p.message or [""] * len(p.reward)], columns([p.extra for p in parts], None),
+            {name: (weights[name], values) for name, values in each.items()},
+        )  # fmt: skip
+
+
+def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float]:
+    """DAPO's punishment of completions of `length` tokens: 0 up to budget - buffer, -1 from budget on, linear between."""
+    return [max(-1.0, min(0.0, (budget - buffer - n) / buffer)) for n in length]
 
 
 def load_reward(spec: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Reward:
@@ -109,7 +141,8 @@ def score(
     each = {name: _call(name, f, given, hooks) for name, f in zip(function_names(functions), functions, strict=True)}
     total = [_combine(factors, row) for row in zip(*each.values(), strict=True)]
     message = [str(m) for m in extra.pop("message", [""] * len(total))]
-    return Scored(total, {f"rewards/{name}/mean": values for name, values in each.items()} | parts, message, extra)
+    named = {name: (factor, values) for factor, (name, values) in zip(factors, each.items(), strict=True)}
+    return Scored(total, {f"rewards/{name}/mean": values for name, values in each.items()} | parts, message, extra, named)
 
 
 def function_names(functions: Sequence[Reward]) -> list[str]:

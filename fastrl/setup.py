@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl import checkpoint, environment
+from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
-from fastrl.algorithms import ALGORITHMS, Algorithm
+from fastrl.algorithms import Algorithm, choose_algorithm
+from fastrl.algorithms.correction import MISMATCH
 from fastrl.algorithms.preference import Preference, choose_preference
-from fastrl.config import Dpo, Grpo, Reward, Run, Sft
+from fastrl.config import Dpo, Grpo, Reward, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -26,6 +28,7 @@ from fastrl.files import read_json_lines
 from fastrl.intake import demonstrations, load_run_task, preferences, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
+from fastrl.model import Decoder
 from fastrl.options import dump
 from fastrl.preferences import PreferenceLearner, Preferences
 from fastrl.reference import drawn, identity, precompute
@@ -33,7 +36,7 @@ from fastrl.reward_learner import REWARD_METRICS, RewardLearner
 from fastrl.reward_model import RewardModel
 from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import SAMPLERS, Sampler
-from fastrl.tasks import Task
+from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Batch
 
@@ -50,12 +53,19 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
         "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
-        "ess": "ess",
+        "ess": "ess", "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
+        "sampler_diff_max": "sampling/sampling_logp_difference/max", "sampler_kl": "sampler/kl", "sampler_ess": "sampler/ess",
+        "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
+        "correction_max": "sampling/importance_sampling_ratio/max",
     },
     Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
     | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
-OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {"num_tokens": sum, "ratio_max": max}  # the others are averaged
+SOURCE = "source."  # before the names of the source's tensors in a checkpoint
+OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
+    "num_tokens": sum, "ratio_max": max,
+    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -86,7 +96,8 @@ class Session:
         if self.world.is_main:
             meta = {"version": self.version, "command": _command(self.config)}
             folder = Path(self.config.output_dir)
-            path = checkpoint.save(folder, step, self.model, self.tokenizer, self.learner.state(), meta, keep=self.config.save.keep)
+            state = self.learner.state() | {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
+            path = checkpoint.save(folder, step, self.model, self.tokenizer, state, meta, keep=self.config.save.keep)
         self.world.barrier()
         return path
 
@@ -97,7 +108,9 @@ class Session:
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
-        silent = set() if self.learner.algorithm.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
+        row = self.learner.algorithm
+        silent = set() if row.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
+        silent |= set() if row.correction else {"correction_min", "correction_mean", "correction_max"}
         values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)] if key not in silent}
         return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
 
@@ -127,9 +140,12 @@ def set_up(config: Run) -> Session:
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
     model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
+    if config.exact and not isinstance(model, Decoder):
+        raise UserError(f"--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), got {config.model}; run without it")
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
-    sampler = SAMPLERS[config.sampler if isinstance(config, Grpo) else "fastrl"](model, tokenizer)
+    chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
+    sampler = SAMPLERS[chosen](model, tokenizer, sampling)
     learner = parts.learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
@@ -137,6 +153,7 @@ def set_up(config: Run) -> Session:
     if resumed:
         learner.load_state(state)
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
+    source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})
     start = meta["step"]
     texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
     log = RunLog(
@@ -144,6 +161,11 @@ def set_up(config: Run) -> Session:
     )
     evaluated = world.max(float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)))[0] > 0
     return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, evaluated, meta["version"], length)
+
+
+def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
+    """What rollouts and learner compute under: exact mode, for a run that asks for it."""
+    return ops.exact() if config.exact else contextlib.nullcontext()
 
 
 def _check(config: Run) -> None:
@@ -160,18 +182,6 @@ def _check(config: Run) -> None:
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
-
-
-def choose_algorithm(config: Run) -> Algorithm:
-    """The table's row, with the run's own KL and entropy settings where it has them."""
-    if not isinstance(config, Grpo):
-        return ALGORITHMS["sft"]
-    rows = {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
-    if config.algorithm not in rows:
-        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
-    given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
-    row = replace(rows[config.algorithm], **given)
-    return replace(row, kl="k3") if row.kl_coef and row.kl is None else row
 
 
 def _resume_from(config: Run) -> Path | None:
@@ -212,8 +222,7 @@ def _demonstrations(
 def _on_policy(
     config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
 ) -> tuple[Source, int]:
-    check_rollouts(config)
-    sampler.max_tokens_in_flight = config.sampling.max_tokens_in_flight
+    check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
     reference: Callable[[Batch], Tensor] | None = None
@@ -223,19 +232,15 @@ def _on_policy(
         def reference(batch: Batch) -> Tensor:
             return learner.logp(frozen, batch)
 
+    def trainer(batch: Batch) -> Tensor:
+        return learner.logp(learner.model, batch)
+
     stop = task.stop if task is not None else ()
     source = OnPolicy(
-        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, stop=stop, world=learner.world
-    )
+        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
+        world=learner.world, game=task if isinstance(task, Conversation) else None,
+    )  # fmt: skip
     return source, config.max_new_tokens
-
-
-def _comparisons(
-    config: Reward, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Any, device: torch.device
-) -> tuple[Source, int]:
-    learner.model.tokenizer = tokenizer
-    learner.model.steps = config.step_separator if algorithm.data == "steps" else None
-    return comparisons(config, algorithm, task, tokenizer, learner.model, learner.world), 0
 
 
 def _preferences(
@@ -286,5 +291,5 @@ SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
     Sft: _demonstrations,
     Dpo: _preferences,
     Grpo: _on_policy,
-    Reward: _comparisons,
+    Reward: comparisons,
 }

@@ -14,7 +14,7 @@ from fastrl.evaluate import evaluate
 from fastrl.interrupt import Interrupt
 from fastrl.learner import NotFinite
 from fastrl.log import REWARDS, replace_text
-from fastrl.setup import Session, set_up
+from fastrl.setup import Session, arithmetic, set_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def train(config: Run) -> RunResult:
     Ctrl-C or SIGTERM finishes the step, saves, and returns.  Raises UserError for whatever the user can mend.
     """
     session = set_up(config)
-    with session.log, Interrupt(config.max_seconds) as stop:
+    with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
         result = _loop(config, session, stop)
     if session.world.is_main and result.steps > 0:
         report.build(config.output_dir)

@@ -72,10 +72,32 @@ class Rollouts:
         said = None if text is None else [text[i] for i in samples]
         return replace(self, cu_seqlens=cu, finish_reason=[reasons[i] for i in samples], text=said, **taken)
 
+    @staticmethod
+    def join(parts: Sequence[Rollouts]) -> Rollouts:
+        """The sequences of several calls as those of one, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Rollouts)}
+        for name, base in (("cu_seqlens", [int(p.cu_seqlens[-1]) for p in parts]), ("prompt_index", [_prompts(p) for p in parts])):
+            starts = [sum(base[:i]) for i in range(len(parts))]
+            columns[name] = [x + start for x, start in zip(columns[name], starts, strict=True)]
+        columns["cu_seqlens"] = [x if i == 0 else x[1:] for i, x in enumerate(columns["cu_seqlens"])]
+        joined: dict[str, Any] = {}
+        for name, values in columns.items():
+            if isinstance(values[0], Tensor):
+                joined[name] = torch.cat(values)
+            else:
+                joined[name] = None if None in values else [x for part in values for x in part]
+        return Rollouts(**joined)
+
     def completions(self) -> list[list[int]]:
         """Completion tokens of every sequence, as Python lists (synchronises with the device)."""
         tokens, ends, prompts = self.tokens.tolist(), self.cu_seqlens.tolist(), self.prompt_lengths.tolist()
         return [tokens[a + p : b] for a, b, p in zip(ends[:-1], ends[1:], prompts, strict=True)]
+
+
+def _prompts(rollouts: Rollouts) -> int:
+    return int(rollouts.prompt_index.amax()) + 1 if len(rollouts) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +112,7 @@ class Batch:
     weight     (T,)   fp32    the aggregate: what multiplies a token's loss, global denominators inside
     correction (T,)   fp32    importance weight of sampler against trainer, or None for 1
     ref_logp   (T,)   fp32    under the reference model, or None
+    sampler_logp (T,) fp32    what the sampler recorded, where old_logp is not that; else None
     """
 
     tokens: Tensor
@@ -100,9 +123,16 @@ class Batch:
     weight: Tensor
     correction: Tensor | None = None
     ref_logp: Tensor | None = None
+    sampler_logp: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    @property
+    def live_ends(self) -> Tensor:
+        """(S+1,) int32: where each sequence ends among the tokens that count in the loss."""
+        counted = self.mask.long().cumsum(0)
+        return torch.cat([counted.new_zeros(1), counted])[self.cu_seqlens.long()].to(torch.int32)
 
     def rows(self, samples: Sequence[int]) -> Tensor:
         """Indices into T of the named sequences' tokens, in the order given, int64."""
@@ -127,7 +157,7 @@ class Tokens:
     logp, entropy          (N,)   under the policy being trained, nats; what the loss is differentiated by
     old_logp               (N,)   nats
     advantage, weight      (N,)   see `Batch`
-    correction, ref_logp   (N,)   or None
+    correction, ref_logp, sampler_logp   (N,)   or None
     cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level chunk,
                                   which may cut a sequence in two
     live                   how many of the tokens count in the loss
@@ -138,6 +168,7 @@ class Tokens:
     weight: Tensor
     correction: Tensor | None = None
     ref_logp: Tensor | None = None
+    sampler_logp: Tensor | None = None
     cu_seqlens: Tensor | None = None
     live: int = 0
     logp: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -146,10 +177,23 @@ class Tokens:
     def __getitem__(self, rows: Tensor) -> Tokens:
         """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked for."""
         whole = rows.numel() == self.live
-        names = ("old_logp", "advantage", "weight", "correction", "ref_logp")
+        names = ("old_logp", "advantage", "weight", "correction", "ref_logp", "sampler_logp")
         taken: dict[str, Any] = {n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names}
         return Tokens(**taken, cu_seqlens=self.cu_seqlens if whole else None, live=rows.numel())
 
     def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:
         """The same tokens under the current policy's log-probs and entropies."""
         return replace(self, logp=logp, entropy=entropy)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A conversation with a task so far.
+
+    example      the task's problem (`fastrl.tasks.Example`)
+    said, heard  what the policy said in each turn, and what it heard after each but the last
+    """
+
+    example: Any
+    said: tuple[str, ...]
+    heard: tuple[str, ...]

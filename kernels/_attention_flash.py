@@ -4,6 +4,8 @@
     flash_attn_2   flash-attn
     varlen_attn    the flash attention inside torch, that of torch.nn.attention.varlen
 
+All three take the ends of keys and of queries apart, and lay the causal mask flush with the last of both.
+
 Each rung calls its library's forward and backward themselves, because the op around them has its own autograd.  They agree on what
 is kept: y, and the natural logarithm lse, (H, T) for them and (T, H) here.  The backward is deterministic on every rung.  No rung
 is given pages: paged calls of varlen_attn are wrong in several builds (pytorch issue 194167), and decoding has a kernel of its own.
@@ -43,13 +45,14 @@ def deterministic() -> Iterator[None]:
 
 
 # --- libraries --------------------------------------------------------------------------------------
-# forward(q, k, v, ends, longest, scale) -> y, lse (H, T);  backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
+# forward(q, k, v, ends, longest, scale, keys) -> y, lse (H, T), with the ends of the keys where those are not the queries';
+# backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
 def flash4(interface: Any) -> tuple[Call, Call]:
     """flash_attn.cute.interface."""
 
-    def options(ends: Tensor, longest: int, scale: float) -> dict[str, Any]:
+    def options(ends: Tensor, longest: int, scale: float, keys: Tensor | None = None) -> dict[str, Any]:
         return {
-            "cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest,
+            "cu_seqlens_q": ends, "cu_seqlens_k": ends if keys is None else keys, "max_seqlen_q": longest, "max_seqlen_k": longest,
             "softmax_scale": scale, "causal": True,
         }  # fmt: skip
 
@@ -65,9 +68,11 @@ def flash4(interface: Any) -> tuple[Call, Call]:
 def flash2(interface: Any) -> tuple[Call, Call]:
     """flash_attn.flash_attn_interface."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float) -> tuple[Tensor, ...]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, keys: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         return interface.flash_attn_varlen_func(
-            q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True, return_attn_probs=True
+            q, k, v, ends, ends if keys is None else keys, longest, longest, softmax_scale=scale, causal=True, return_attn_probs=True
         )[:2]  # fmt: skip
 
     def backward(
@@ -86,8 +91,11 @@ def flash2(interface: Any) -> tuple[Call, Call]:
 def varlen(aten: Any) -> tuple[Call, Call]:
     """torch.ops.aten, whose two ops are what torch.nn.attention.varlen calls; these also take shared heads in torch 2.10 and 2.11."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float) -> tuple[Tensor, ...]:
-        return aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scale)[:2]
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, keys: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        of_keys = ends if keys is None else keys
+        return aten._flash_attention_forward(q, k, v, ends, of_keys, longest, longest, 0.0, True, False, scale=scale)[:2]
 
     def backward(
         dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, ends: Tensor, longest: int, scale: float
@@ -104,7 +112,7 @@ def varlen(aten: Any) -> tuple[Call, Call]:
 
 # --- rungs ------------------------------------------------------------------------------------------
 def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
-    """The op's forward and backward from a library's."""
+    """The op's forward, backward and prefix from a library's forward and backward."""
     call, call_backward = library
 
     def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +133,14 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
         with on_device(q):
             return tuple(x.contiguous() for x in call_backward(*tensors, cu_seqlens.int().contiguous(), max_seqlen or T, scale))
 
-    return {"forward": forward, "backward": backward}
+    def prefix(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+        if q.shape[0] == 0:
+            return torch.empty_like(q)
+        ends, keys = (x.int().contiguous() for x in (cu_seqlens, cu_seqlens_k))
+        with on_device(q):
+            return call(*(unit_rows(x) for x in (q, k, v)), ends, max_seqlen or k.shape[0], scale, keys)[0]
+
+    return {"forward": forward, "backward": backward, "prefix": prefix}
 
 
 def installed(package: str, module: str) -> tuple[Any, str]:

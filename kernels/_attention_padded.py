@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._attention_flash import deterministic
+from fastrl.kernels._attention_prefix import dense
 from fastrl.kernels._check import compute_dtype
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
@@ -26,13 +27,18 @@ class Padded:
     padding: Tensor  # (n, L)
     places: Tensor  # the places that are not padding
     tokens: Tensor  # the packed token of each of `places`
+    whole: bool  # all sequences, and of one length: packed is padded, and nothing is copied
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Packed (T, H, ...) as (n, H, L, ...)."""
-        return x.index_select(0, self.index.flatten()).to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+        rows = x if self.whole else x.index_select(0, self.index.flatten())
+        return rows.to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """Write (n, H, L, ...) back to packed `out` (T, H, ...)."""
+        if self.whole:
+            out.view(*self.index.shape, *out.shape[1:]).copy_(x.transpose(1, 2))
+            return
         rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
         out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
 
@@ -48,7 +54,7 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
     even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    power = lengths.double().log2().ceil()  # -inf for an empty sequence
+    power, total = lengths.double().log2().ceil(), int(lengths.sum())  # -inf for an empty sequence
     for p in power[lengths > 0].unique().tolist():
         inside = (power == p).nonzero().squeeze(1)
         at = torch.arange(int(lengths[inside].max()), device=starts.device)
@@ -56,7 +62,8 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
             last = lengths[some, None] - 1
             index = starts[some, None] + torch.minimum(at, last)
             places = (at <= last).flatten().nonzero().squeeze(1)
-            yield Padded(index, at > last, places, index.flatten()[places])
+            whole = some.numel() == lengths.numel() and index.numel() == total
+            yield Padded(index, at > last, places, index.flatten()[places], whole)
 
 
 # --- dense attention --------------------------------------------------------------------------------
@@ -117,7 +124,7 @@ def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[.
                 batch.put(out, x)
         return grads
 
-    return {"forward": forward, "backward": backward}
+    return {"forward": forward, "backward": backward, "prefix": dense}
 
 
 def _missing(name: str) -> str:

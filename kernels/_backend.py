@@ -7,6 +7,9 @@ An op file registers its implementations under the op's public name, each as nam
 and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  A public function calls what `route`
 gives it: that registered op, or the picked implementation itself where nobody would see the difference.  An op that several
 libraries can run (attention) names each of them, and the order in which they are tried, with `ladder`.
+
+In exact mode (`exact`) every op between tokens and log-probs runs an implementation that is registered as batch-invariant: the bits
+of a row follow from that row alone, not from how many rows there are, its place among them, padding, chunks or threads.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes 
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 INTERPRETED = ("triton", "cpu")  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+ASKED_BY = "FASTRL_BACKEND"
 PLAIN = (Tensor, torch.nn.Parameter)  # what has no __torch_dispatch__ of its own
+EXACT_ONLY = "exact mode only"  # batch-invariant, and not what is fastest: chosen in exact mode, and when asked for
+NOT_BY_DEFAULT = (COMPILED_ONLY, EXACT_ONLY)
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
 
@@ -39,11 +45,13 @@ class Implementation:
     missing: str  # why it cannot be used in this process; empty when it can
     devices: tuple[str, ...]
     obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes; empty when it can
+    exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
 
 
 _table: dict[str, dict[str, Implementation]] = {}
 _ladders: dict[str, tuple[str, ...]] = {}  # of the ops with names of their own; BACKENDS for the others
 _asked: list[Asked] = []  # of the whole process: autograd runs a CUDA backward in threads of its own
+_exact: list[None] = []  # of the whole process, too: an entry for every `exact` block that is open
 
 
 def register(
@@ -55,6 +63,7 @@ def register(
     missing: str = "",
     devices: tuple[str, ...] | None = None,
     obstacle: Callable[[Tensor], str] | None = None,
+    exact: tuple[str, ...] = (),
     **parts: Callable[..., Any],
 ) -> None:
     """Add an implementation of `op`; called once, by the op's own file, when it is imported.
@@ -62,7 +71,7 @@ def register(
     `devices` is needed for a name that is not in BACKENDS.
     """
     where = DEVICES[backend] if devices is None else devices
-    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle)
+    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle, exact)
 
 
 def ladder(op: str, *names: str) -> None:
@@ -75,10 +84,11 @@ def order(op: str) -> tuple[str, ...]:
     return _ladders.get(op, BACKENDS)
 
 
-def register_triton(op: str, module: str, *parts: str) -> None:
+def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> None:
     """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels.`module`, for the dtypes it lists.
 
-    Where triton is not installed (it has no wheels outside Linux) the implementation is listed as missing.
+    `exact` says that it is batch-invariant.  Where triton is not installed (it has no wheels outside Linux) the implementation is
+    listed as missing.
     """
     try:
         twin = importlib.import_module(f"fastrl.kernels.{module}")
@@ -87,7 +97,8 @@ def register_triton(op: str, module: str, *parts: str) -> None:
             raise
         register(op, "triton", missing="triton is not installed")
         return
-    register(op, "triton", dtypes=twin.DTYPES, note=COMPILED_ONLY, **{part: getattr(twin, part) for part in parts})
+    where = ("cuda", "cpu") if exact else ()
+    register(op, "triton", dtypes=twin.DTYPES, note=COMPILED_ONLY, exact=where, **{part: getattr(twin, part) for part in parts})
 
 
 def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
@@ -97,15 +108,24 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     """
     wanted = requested(op)
     table = _table[op]
+    strict = is_exact() and any(i.exact for i in table.values())
     if wanted is not None:
         reason = _obstacle(table.get(wanted), wanted, x, part, by_name=True)
+        if not reason and strict and x.device.type not in table[wanted].exact:
+            reason = "it is not batch-invariant, which exact mode asks for"
         if reason:
             have = ", ".join(b for b in order(op) if b in table and not table[b].missing)
             raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
         return table[wanted].parts[part]
+    return _first_exact(op, x, part) if strict else inexact(op, x, part)
+
+
+def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
+    """The function that runs `part` of `op` where nobody asks for anything: the first that fits."""
+    table = _table[op]
     for name in order(op):
         impl = table.get(name)
-        if impl is not None and impl.note != COMPILED_ONLY and not _obstacle(impl, name, x, part):
+        if impl is not None and impl.note not in NOT_BY_DEFAULT and not _obstacle(impl, name, x, part):
             return impl.parts[part]
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
 
@@ -138,13 +158,46 @@ def direct(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _first_exact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
+    table, where = _table[op], x.device.type
+    names = [n for n in dict.fromkeys((*order(op), *table)) if n in table and where in table[n].exact]
+    reasons = {n: _obstacle(table[n], n, x, part) for n in names}
+    for name, reason in reasons.items():
+        if not reason:
+            return table[name].parts[part]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none is written"
+    raise RuntimeError(f"{op}: exact mode has no batch-invariant implementation for {x.dtype} on {where} ({why})")
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Batch-invariant arithmetic inside the `with` block, in every thread of the process: slower, and the same bits for a token
+    whatever it is computed beside, so that log-probs recorded while sampling equal the trainer's own bit for bit.
+
+    Gradients are right, and need not have that property.  An op that has no such implementation for a dtype and device raises
+    RuntimeError when called: float64 has none, and float16 none on CPU.
+    """
+    _exact.append(None)
+    try:
+        yield
+    finally:
+        _exact.pop()
+
+
+def is_exact() -> bool:
+    """Whether exact mode is on."""
+    return bool(_exact)
+
+
 def requested(op: str) -> str | None:
     """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else None."""
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
-    name = os.environ.get("FASTRL_BACKEND", "")
-    return _known(name, "FASTRL_BACKEND") if name else None
+    if ASKED_BY not in os.environ:  # asking for what is not there raises inside, which takes three times as long
+        return None
+    name = os.environ[ASKED_BY]
+    return _known(name, ASKED_BY) if name else None
 
 
 @contextlib.contextmanager
@@ -172,7 +225,7 @@ def backend(device: str | None = None) -> dict[str, str]:
     chosen = {}
     for op, table in sorted(_table.items()):
         name = requested(op) or next(
-            b for b in order(op) if b in table and kind in table[b].devices and not table[b].missing and table[b].note != COMPILED_ONLY
+            b for b in order(op) if b in table and kind in table[b].devices and not table[b].missing and table[b].note not in NOT_BY_DEFAULT
         )
         chosen[op] = name
     return chosen
@@ -206,7 +259,8 @@ def unbuilt(function: str) -> str:
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
-    names = list(dict.fromkeys((*BACKENDS, *(n for op in ops for n in order(op)))))
+    aside = (n for op in ops for n in _table[op] if n not in order(op))  # not on the ladder: only asked for, or of exact mode
+    names = list(dict.fromkeys((*BACKENDS, *aside, *(n for op in ops for n in order(op)))))
     if name not in names:
         raise ValueError(f"{where}: expected one of {', '.join(names)}; got {name!r}")
     return name

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastrl.kernels._backend import is_exact, pick
+
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
 ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}  # rows of a chunk from which products run at full speed: half the bytes do then
 _TILE = 4096  # vocabulary rows widened at a time on CPU
@@ -37,7 +39,13 @@ def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -
 
 # --- products ---------------------------------------------------------------------------------------
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given."""
+    """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given.
+
+    In exact mode they come from `linear`'s batch-invariant kernel, in rows that begin alike with and without an `out`.
+    """
+    if is_exact():
+        out = logits_buffer(x.shape[0], weight.shape[0], dtype, x.device) if out is None else out
+        return pick("linear", x, "into")(out, x, weight, weight.new_empty(0) if bias is None else bias)
     if x.dtype == dtype:
         logits = x @ weight.T if out is None else torch.mm(x, weight.T, out=out)
     elif x.is_cuda:

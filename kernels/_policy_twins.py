@@ -145,4 +145,10 @@ def _absolute(e, x, k3, r):  # type: ignore[no-untyped-def]
     return tl.abs(e), tl.where(e > 0.0, 1.0, tl.where(e < 0.0, -1.0, e))
 
 
-KL_TWINS = {"k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus, "k1_is": _k1_is, "k3_is": _k3_is, "abs": _absolute}
+@triton.jit
+def _k3_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
+    far = k3 > 10.0
+    return tl.where(far, 10.0, k3), tl.where(far, 0.0, -x)
+
+
+KL_TWINS = {"k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus, "k1_is": _k1_is, "k3_is": _k3_is, "abs": _absolute, "k3_cut": _k3_cut}

@@ -154,6 +154,11 @@ def _k3(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return x + e, -x
 
 
+def _k3_cut(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _k3(e, d)
+    return value.clamp(max=10.0), torch.where(value.detach() > 10.0, 0, slope)
+
+
 def _k3_plus(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     k2 = 0.5 * e.square()
     return k2 + (_k3(e, d)[0] - k2).detach(), e
@@ -181,4 +186,5 @@ KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # (e, tok
     "k1_is": _k1_is,  # r k1 and
     "k3_is": _k3_is,  # r k3: both unbiased when the tokens came from the old policy
     "abs": _absolute,  # |e|
+    "k3_cut": _k3_cut,  # min(k3, 10), as in verl and NeMo-RL: no gradient where the policy is furthest
 }

@@ -82,4 +82,5 @@ def register_compiled() -> None:
     """Offer what fastrl._C was built with; the CUDA kernels have not run on a GPU."""
     for device, note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
         missing = unbuilt(f"token_logp_forward_{device}")
-        register("token_logp", device, dtypes=tuple(FLOAT_CODES), note=note, missing=missing, **parts(device))
+        exact = ("cpu",) if device == "cpu" else ()
+        register("token_logp", device, dtypes=tuple(FLOAT_CODES), note=note, missing=missing, exact=exact, **parts(device))

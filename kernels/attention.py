@@ -4,6 +4,8 @@
     ds_ij = p_ij (dy_i . v_j - dy_i . y_i);  dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij dy_i
 
 H query heads share K key/value heads, H / K neighbours to one.  Kept for the backward: y and lse, never p.
+
+With a past (`cu_seqlens_k`) the queries are the last tokens of their sequence: token i of them sees j <= i + keys - queries.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.kernels import _attention_exact, _attention_prefix
 from fastrl.kernels._attention_flash import FLASH
 from fastrl.kernels._attention_padded import PADDED, padded
-from fastrl.kernels._backend import ladder, pick, register, route
-from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
+from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
+from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 
 SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
 
@@ -96,7 +99,7 @@ def _over_rows(p: Tensor, x: Tensor, G: int) -> Tensor:
     return heads if G == 1 else heads.view(-1, G, *heads.shape[1:]).sum(1)
 
 
-register("attention", "reference", forward=reference, backward=reference_backward)
+register("attention", "reference", forward=reference, backward=reference_backward, prefix=_attention_prefix.reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -104,6 +107,16 @@ register("attention", "reference", forward=reference, backward=reference_backwar
 # cache, causal blocks skipped, shared heads allowed.
 for _name, _rung in (FLASH | PADDED).items():
     register("attention", _name, **_rung)
+register(
+    "attention",
+    "exact",
+    note=EXACT_ONLY,
+    devices=("cpu", "cuda"),
+    exact=("cpu", "cuda"),
+    forward=_attention_exact.forward,
+    backward=_attention_exact.backward,
+    prefix=_attention_exact.prefix,
+)
 ladder("attention", *FLASH, *PADDED, "reference")
 
 
@@ -120,6 +133,17 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     return pick("attention", q, "backward")(dy, q, k, v, y, lse, cu_seqlens, scale, max_seqlen)
+
+
+@torch.library.custom_op("fastrl::attention_prefix", mutates_args=())
+def prefix_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+    """y (T, H, E) of the last tokens of each sequence; no gradient."""
+    return pick("attention", q, "prefix")(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen)
+
+
+@prefix_op.register_fake
+def _(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape)
 
 
 @forward_op.register_fake
@@ -147,22 +171,53 @@ forward_op.register_autograd(_autograd, setup_context=_setup)
 
 
 # --- public -----------------------------------------------------------------------------------------
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, max_seqlen: int | None = None) -> Tensor:
-    """Causal attention within each packed sequence, differentiable in q, k and v.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """Causal attention within each packed sequence, differentiable in q, k and v where they have the same tokens.
 
     Shapes:  q (T, H, E), k and v (T, K, E) bf16|fp16|fp32|fp64, K divides H;  cu_seqlens (S+1,) int32, empty sequences
              allowed;  scale defaults to E^-1/2;  max_seqlen, if known, spares some kernels a look at the lengths  ->  (T, H, E).
+             With cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each sequence's past before its T new tokens, which are its
+             last; max_seqlen then counts keys.  Without a gradient: for the continuation of a prompt.
     Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch of sequences at a
              time and read cu_seqlens on the host, which waits for the device on CUDA.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
     """
     T, H, E = dims("q", q, "T H E", FLOATS)
-    _, K, _ = dims("k", k, "T K E", (q.dtype,), T=T, E=E)
-    dims("v", v, "T K E", (q.dtype,), T=T, K=K, E=E)
+    if cu_seqlens_k is None:
+        _, K, _ = dims("k", k, "T K E", (q.dtype,), T=T, E=E)
+        dims("v", v, "T K E", (q.dtype,), T=T, K=K, E=E)
+    else:
+        T_k, K, _ = dims("k", k, "T_k K E", (q.dtype,), E=E)
+        dims("v", v, "T_k K E", (q.dtype,), T_k=T_k, K=K, E=E)
     if K == 0 or H % K:
         raise ValueError(f"k: expected key/value heads K that divide H={H} query heads, got K={K}")
-    same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     ends("cu_seqlens", cu_seqlens, T)
-    run = route(forward_op, "attention", "forward", q, k, v, cu_seqlens)
-    return run(q, k, v, cu_seqlens, E**-0.5 if scale is None else float(scale), max_seqlen or 0)[0]
+    scale = E**-0.5 if scale is None else float(scale)
+    if cu_seqlens_k is None:
+        return route(forward_op, "attention", "forward", q, k, v, cu_seqlens)(q, k, v, cu_seqlens, scale, max_seqlen or 0)[0]
+    _check_past(cu_seqlens, cu_seqlens_k, T_k)
+    no_gradient("attention with cu_seqlens_k", q=q, k=k, v=v)
+    return prefix_op(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen or 0)
+
+
+def _check_past(cu_seqlens: Tensor, cu_seqlens_k: Tensor, T_k: int) -> None:
+    """Raise ValueError unless each sequence has at least the keys of its own queries."""
+    S = ends("cu_seqlens_k", cu_seqlens_k, T_k)
+    if cu_seqlens.numel() != S + 1:
+        raise ValueError(f"cu_seqlens_k: expected the ends of S={cu_seqlens.numel() - 1} sequences, got {S}")
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
+        at = int((cu_seqlens_k.diff() < cu_seqlens.diff()).nonzero()[0])
+        queries, keys = int(cu_seqlens.diff()[at]), int(cu_seqlens_k.diff()[at])
+        raise ValueError(f"cu_seqlens_k: expected at least the {queries} tokens of sequence {at}'s queries, got {keys} keys")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, route, unbuilt
+from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 
@@ -86,7 +86,8 @@ def _compiled(
     return y
 
 
-register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), forward=_compiled)
+register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), exact=("cpu",), forward=_compiled)
+register_triton("decode_attention", "_decode_attention_triton", "forward", exact=True)
 
 
 # --- registration -----------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def backward_chunks(
     return dhidden, dweight, dbias
 
 
-register("linear_logp", "reference", forward_chunks=forward_chunks)
+register("linear_logp", "reference", exact=("cpu", "cuda"), forward_chunks=forward_chunks)
 register_triton("linear_logp", "_linear_tiles_triton", "forward_chunks")
 
 

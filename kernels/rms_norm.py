@@ -99,13 +99,14 @@ register(
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rms_norm_forward_cpu"),
+    exact=("cpu",),
     forward=_compiled,
     add=_compiled_add,
     backward=_compiled_backward,
     add_backward=_compiled_add_backward,
 )
 
-register_triton("rms_norm", "_rms_norm_triton", "forward", "add", "backward", "add_backward")
+register_triton("rms_norm", "_rms_norm_triton", "forward", "add", "backward", "add_backward", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

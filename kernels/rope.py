@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton, route
+from fastrl.kernels import _rope_cpu
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
@@ -93,7 +95,17 @@ register("rope", "reference", forward=reference, backward=reference_backward, st
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-register_triton("rope", "_rope_triton", "forward", "backward", "store")
+register(
+    "rope",
+    "cpu",
+    dtypes=tuple(FLOAT_CODES),
+    missing=unbuilt("rope_forward_cpu"),
+    exact=("cpu",),
+    forward=_rope_cpu.forward,
+    backward=_rope_cpu.backward,
+    store=_rope_cpu.store,
+)
+register_triton("rope", "_rope_triton", "forward", "backward", "store", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
 from fastrl.kernels._philox import interleave, philox, split, uniform
+from fastrl.kernels.token_logp import forward_op as token_logp_op
 
 
 class Sample(NamedTuple):
@@ -159,6 +160,9 @@ def sample(
     the index of the token drawn (below 2^32).  Never use the same triple for two draws.  Temperature 0 is greedy: the first of
     the largest logits, with logp and entropy at temperature 1 and behaviour_logp 0.
 
+    In exact mode logp and entropy (and behaviour_logp, without filters) are those of `token_logp`, which reads the logits again: the
+    bits that a trainer finds for these logits.
+
     Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;  temperature a float or (B,)
              ->  token (B,) int64;  logp, behaviour_logp, entropy (B,) fp32 (fp64 for fp64 logits).
     Memory:  the results; on CPU, filters need 8 bytes per token of the vocabulary and thread.  The PyTorch definition (fp16 on CPU,
@@ -182,8 +186,17 @@ def sample(
     key = _per_row("seed", seed, B, torch.int64, logits.device)
     if not isinstance(temperature, Tensor) and not temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}")
-    tensors = (logits.detach(), key, sequence.long(), position.long(), tau)
-    return Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, top_k, float(top_p), float(min_p)))
+    tensors, options = (logits.detach(), key, sequence.long(), position.long(), tau), (top_k, float(top_p), float(min_p))
+    drawn = Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, *options))
+    return _as_scored(drawn, tensors[0], tau, filtered=0 < top_k < V or top_p < 1 or min_p > 0) if is_exact() else drawn
+
+
+def _as_scored(drawn: Sample, logits: Tensor, temperature: Tensor, filtered: bool) -> Sample:
+    """The draw with the log-prob and the entropy that a trainer computes of these logits: `token_logp` adds up in another order."""
+    greedy = temperature == 0
+    logp, entropy, _, _ = token_logp_op(logits, drawn.token, torch.where(greedy, 1, temperature), True, False)
+    behaviour = drawn.behaviour_logp if filtered else torch.where(greedy, 0, logp)
+    return Sample(drawn.token, logp, behaviour, entropy)
 
 
 def _per_row(name: str, x: float | Tensor, B: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -71,11 +71,12 @@ register(
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("swiglu_forward_cpu"),
+    exact=("cpu",),
     forward=_compiled,
     backward=_compiled_backward,
 )
 
-register_triton("swiglu", "_swiglu_triton", "forward", "backward")
+register_triton("swiglu", "_swiglu_triton", "forward", "backward", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -72,7 +72,7 @@ def _fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor
 
 register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_backward_into, fused_into=_fused_into)
 register_compiled()
-register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into", "fused_into")
+register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into", "fused_into", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -3,11 +3,13 @@ denominators, are those of the published equations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+from family import ADVANTAGE_OF, OBJECTIVES, RESTATED, Rect, clipped
 from runs import (
     BUDGET,
     EXTRA,
@@ -76,19 +78,24 @@ def test_aggregates_with_the_denominators_of_the_whole_step():
 
 
 def test_the_rows():
-    """Wrong implementations: DAPO without clip-higher, Dr. GRPO with GRPO's length bias, GSPO with token ratios."""
+    """Wrong implementations: DAPO without clip-higher, Dr. GRPO with GRPO's length bias, GSPO with token ratios, GMPO's log bounds taken
+    for ratios."""
     bounds = {name: (row.surrogate.params.get("low"), row.surrogate.params.get("high")) for name, row in ALGORITHMS.items()}
-    assert bounds == {
-        "sft": (None, None), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (0, 5),
-        "rloo": (None, None),
-    }  # fmt: skip
-    rules = {name: row.aggregate for name, row in ALGORITHMS.items()}
+    plain = dict.fromkeys(
+        ("grpo", "dr_grpo", "bnpo", "lite_ppo", "two_sided", "reinforce++", "reinforce++_baseline", "pass_at_k", "max_rl"), (0.2, 0.2)
+    )
+    others = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "luspo": (2e-3, 2.5e-3), "cispo": (0, 5)}
+    gmpo = {"gmpo": pytest.approx((1 - math.exp(-0.4), math.exp(0.4) - 1))}
+    assert bounds == plain | others | gmpo | dict.fromkeys(("sft", "sapo", "vespo", "rloo", "gpg"), (None, None))
+    rules = {f: {name for name, row in ALGORITHMS.items() if row.aggregate is f} for f in (sequence_mean, sequence_sum, fixed_length)}
     assert rules == {
-        "sft": token_mean, "grpo": sequence_mean, "dr_grpo": fixed_length, "dapo": token_mean, "gspo": sequence_mean, "cispo": token_mean,
-        "rloo": sequence_sum,
+        sequence_mean: {"grpo", "gspo", "gmpo", "sapo"}, sequence_sum: {"rloo", "luspo"},
+        fixed_length: {"dr_grpo", "pass_at_k", "max_rl"},
     }  # fmt: skip
-    assert [name for name, row in ALGORITHMS.items() if row.ratio == "sequence"] == ["gspo"]
+    assert {row.aggregate for row in ALGORITHMS.values()} - rules.keys() == {token_mean}
+    assert [name for name, row in ALGORITHMS.items() if row.ratio == "sequence"] == ["gspo", "luspo"]
     assert [name for name, row in ALGORITHMS.items() if row.advantage is None] == ["sft"]
+    assert not any(row.kl_coef or row.entropy_coef or row.correction for row in ALGORITHMS.values())
 
 
 def test_loss_and_metrics_are_of_one_formula():
@@ -110,37 +117,25 @@ def test_options_change_a_row():
 
 @pytest.mark.parametrize("name", ["ppoo", "sft"])
 def test_an_unknown_row_is_an_error(name):
-    with pytest.raises(UserError, match=f"--algorithm: expected one of grpo, dr_grpo, dapo, gspo, cispo, rloo; got '{name}'"):
+    with pytest.raises(UserError, match=rf"--algorithm: expected one of grpo, dr_grpo, dapo, bnpo, .*, max_rl; got '{name}'"):
         choose_algorithm(Grpo(model="m", algorithm=name))
 
 
 # --- the equations, padded and in float64 -----------------------------------------------------------
-class Padded:
+class Padded(Rect):
     """A batch as (S, L) matrices: every sequence forwarded alone, log-probs and entropies from a full softmax."""
 
-    def __init__(self, model: Decoder, batch: Batch, temperature: float) -> None:
+    def __init__(self, model: Decoder, batch: Batch, temperature: float, advantage: str) -> None:
         ends = batch.cu_seqlens.tolist()
         spans = [slice(a, b) for a, b in pairwise(ends)]
         rows = [(model(batch.tokens[s]) @ model.head_weight.T / temperature).log_softmax(-1)[:-1] for s in spans]
-        self.logp = _pad([r.gather(1, batch.tokens[s][1:, None]).squeeze(1) for r, s in zip(rows, spans, strict=True)])
+        logp = _pad([r.gather(1, batch.tokens[s][1:, None]).squeeze(1) for r, s in zip(rows, spans, strict=True)])
         self.entropy = _pad([-(r.exp() * r).sum(-1) for r in rows])
-        self.mask, self.old, self.ref = (_pad([x[s][1:].double() for s in spans]) for x in (batch.mask, batch.old_logp, reference(batch)))
-        self.length, self.d = self.mask.sum(1), self.logp - self.old
-        self.r = self.d.exp()
-        reward = torch.tensor(SCORES, dtype=torch.float64).view(-1, GROUP)[order(3, SEED, 0, 3)]
-        centred = reward - reward.mean(1, keepdim=True)
-        self.centred, self.others = centred.view(-1, 1), centred.view(-1, 1) * GROUP / (GROUP - 1)
-        self.zscore = (centred / (reward.std(1, keepdim=True) + 1e-4)).view(-1, 1)
-
-    def by_sequence(self, x: Tensor) -> Tensor:
-        return ((x * self.mask).sum(1) / self.length).mean()
-
-    def by_token(self, x: Tensor) -> Tensor:
-        return (x * self.mask).sum() / self.mask.sum()
-
-    def gspo(self) -> Tensor:
-        ratio = ((self.d * self.mask).sum(1, keepdim=True) / self.length[:, None]).exp()
-        return -_clipped(ratio, self.zscore, 3e-4, 4e-4).mean()
+        mask, old, self.ref = (_pad([x[s][1:].double() for s in spans]) for x in (batch.mask, batch.old_logp, reference(batch)))
+        super().__init__(logp, old, mask.bool(), torch.zeros(len(batch), 1, dtype=torch.float64), BUDGET)
+        if len(batch) == len(SCORES):
+            reward = torch.tensor(SCORES, dtype=torch.float64).view(-1, GROUP)[order(3, SEED, 0, 3)]
+            self.advantage = RESTATED[advantage](reward, self.length.view(-1, GROUP)).view(-1, 1)
 
     def k3(self) -> Tensor:
         return (self.ref - self.logp).exp() - (self.ref - self.logp) - 1
@@ -150,21 +145,14 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-
-
-EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {
-    "sft": lambda b: -b.by_token(b.logp),
-    "grpo": lambda b: -b.by_sequence(_clipped(b.r, b.zscore, 0.2, 0.2)),
-    "dr_grpo": lambda b: -(_clipped(b.r, b.centred, 0.2, 0.2) * b.mask).sum() / (len(SCORES) * BUDGET),
-    "dapo": lambda b: -b.by_token(_clipped(b.r, b.zscore, 0.2, 0.28)),
-    "gspo": lambda b: b.gspo(),
-    "cispo": lambda b: -b.by_token(b.r.clamp(0, 5).detach() * b.zscore * b.logp),
-    "rloo": lambda b: -(b.others * b.logp * b.mask).sum() / len(SCORES),
-    "grpo+kl+entropy": lambda b: -b.by_sequence(_clipped(b.r, b.zscore, 0.2, 0.2) - 0.1 * b.k3() + 0.01 * b.entropy),
-    "gspo+kl": lambda b: b.gspo() + b.by_sequence(0.1 * (b.logp - b.ref).square()),
+EXTRA_EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {
+    "sft": lambda b: b.by_token(b.logp),
+    "grpo+kl+entropy": lambda b: b.by_sequence(clipped(b, b.r, 0.2, 0.2) - 0.1 * b.k3() + 0.01 * b.entropy),
+    "gspo+kl": lambda b: OBJECTIVES["gspo"](b) - b.by_sequence(0.1 * (b.logp - b.ref).square()),
 }
+EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {**OBJECTIVES, **EXTRA_EQUATIONS}  # type: ignore[dict-item]
+DRIFTS = {"gspo": 1e-3, "gspo+kl": 1e-3, "luspo": 5e-3, "gmpo": 0.06}  # so that both branches of every clip are seen
+ALL_MOVE = {"sft", "reinforce++", "reinforce++_baseline", *EXTRA}  # rows under which no sample's gradient is 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -176,9 +164,9 @@ def test_loss_and_gradient_are_those_of_the_equations(name, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("fastrl.experience.OnPolicy._live", lambda self, batch: batch)
         whole = make_batch(name, model)
-    assert len(whole) == len(batch) if name in ("sft", *EXTRA) else len(whole) > len(batch)
-    drift(model, 1e-3 if "gspo" in name else 0.03)
-    loss = EQUATIONS[name](Padded(model, whole, 1.0 if name == "sft" else TEMPERATURE))
+    assert len(whole) == len(batch) if name in ALL_MOVE else len(whole) > len(batch)
+    drift(model, DRIFTS.get(name, 0.03))
+    loss = -EQUATIONS[name](Padded(model, whole, 1.0 if name == "sft" else TEMPERATURE, ADVANTAGE_OF.get(name, "zscore")))
     want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     metrics, got = gradient(learner(model, METHODS[name], 20), batch)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8)

@@ -264,7 +264,7 @@ def test_a_case_without_inputs_is_a_failed_row():
 def test_every_op_has_a_benchmark_with_cases_for_every_run():
     """Wrong implementation: an op that --quick or --gpu-check passes over."""
     kernels = {p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_")}
-    assert set(run.names()) == kernels | {"train", "rollout"}
+    assert set(run.names()) == kernels | {"train", "rollout", "grpo"}
     for name in run.names():
         b = run.load(name)
         assert b.op == name and (not b.registry or b.registry in ops.implementations())

@@ -129,6 +129,13 @@ def test_dry_run_prints_a_file_that_gives_the_same_configuration(command, capsys
     assert load(Sft, tmp_path / "run.yaml") == cli.parse(Sft, ["--model", "m", "--optim.lr", "3e-5"]).config
 
 
+@pytest.mark.parametrize("given, shown", [(["--exact"], "exact: true"), ([], "exact: false")])
+def test_exact_mode_is_an_option_that_a_dry_run_shows(given, shown, command, capsys):
+    command(raises(AssertionError("a dry run ran")))
+    assert cli.main(["grpo", "--model", "m", "--dry-run", *given]) == 0
+    assert shown in capsys.readouterr().out.splitlines()
+
+
 def test_overview_and_version(capsys):
     assert cli.main(["--help"]) == 0
     told = capsys.readouterr().out

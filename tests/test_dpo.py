@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, decoder, gradient, lines, relative, state, straight_and_resumed, tokenizer, write_model
+from runs import assert_same_run, decoder, dpo, gradient, lines, relative, state, straight_and_resumed, tokenizer, write_model
 from torch import Tensor
 
 import fastrl.reference
 import fastrl.report
 import fastrl.trainer
+from fastrl import cli
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.config import Dpo, Eval, Optim, Sft
 from fastrl.data import Sample
@@ -23,6 +24,7 @@ from fastrl.errors import UserError
 from fastrl.experience import order
 from fastrl.learner import Learner
 from fastrl.model import Decoder
+from fastrl.options import load
 from fastrl.pairs import Judged, Unit
 from fastrl.plots import Picture
 from fastrl.preferences import PreferenceLearner, Preferences, mismatch, pack_units
@@ -31,16 +33,6 @@ from fastrl.tasks import Cards
 from fastrl.trainer import train
 
 CPU = torch.device("cpu")
-
-
-def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
-    """A run of 12 steps on the card game's pairs."""
-    options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 12, "prompts": 6, "micro_tokens": 100, "optim": Optim(lr=1e-2, warmup=2),
-        "eval": Eval(prompts=4, every=6),
-    }  # fmt: skip
-    return Dpo(**options | changes)
 
 
 @pytest.fixture
@@ -136,6 +128,13 @@ def test_what_cannot_run_is_refused_before_training(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(dpo(tmp_path, **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_prints_a_file_that_gives_the_same_configuration(capsys, tmp_path):
+    args = ["dpo", "--model", "m", "--algorithm", "simpo", "--gamma", "0.5", "--reference", "none", "--nll-coef", "0.1"]
+    assert cli.main([*args, "--dry-run"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load(Dpo, tmp_path / "printed.yaml") == Dpo(model="m", algorithm="simpo", gamma=0.5, reference="none", nll_coef=0.1)
 
 
 # --- the reference ----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_no_two_samples_of_a_run_have_one_number(monkeypatch):
     """Wrong implementations: numbers that begin again at every step, or in every process: the same noise for other samples."""
     numbers, real = [], Sampler.generate
 
-    def generate(self, prompts, params, *, sequence_offset, weight_version):
+    def generate(self, prompts, params, *, sequence_offset, weight_version, **_):
         numbers.extend(range(sequence_offset, sequence_offset + len(prompts) * params.n))
         assert weight_version == 17
         return real(self, prompts, params, sequence_offset=sequence_offset)
@@ -180,4 +180,4 @@ def test_a_process_without_prompts_takes_part():
 )
 def test_settings_that_cannot_train_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        check_rollouts(Grpo(**{"model": "m"} | changes))
+        check_rollouts(Grpo(**{"model": "m"} | changes), ALGORITHMS["grpo"])

@@ -60,14 +60,23 @@ TRL = {
     "learning_rate": 0.001,
     "max_completion_length": 9,
     "max_steps": 3,
+    "loss_type": "dapo",
+    "beta": 0.25,
+    "num_iterations": 2,
+    "vllm_importance_sampling_mode": "token_mask",
+    "vllm_importance_sampling_clip_min": 0.25,
+    "vllm_importance_sampling_clip_max": 4.0,
 }
 
 
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file"])
 def test_trl_spellings(where, tmp_path):
     """Wrong implementation: aliases on the command line only."""
-    assert {*TRL, "reward_funcs"} == set(ALIASES)
-    expected = Grpo(model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",))
+    assert {*TRL, "reward_funcs", "mask_truncated_completions"} == set(ALIASES)
+    expected = Grpo(
+        model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",), algorithm="dapo",
+        kl_coef=0.25, epochs=2, correction="token_mask", correction_min=0.25, correction_max=4.0,
+    )  # fmt: skip
     if where == "file":
         text = "".join(f"{k}: {v}\n" for k, v in TRL.items()) + "reward_funcs: r.py:f\n"
         args = ["--config", write(tmp_path, text)]
@@ -116,7 +125,7 @@ def test_an_option_of_another_command_is_unknown():
         ("optim.lr: fast", "optim.lr: expected float, got 'fast' (str)"),
         ("optim:\n  lr: [1]", "optim.lr: expected float, got [1] (list)"),
         ("optim.lr: true", "optim.lr: expected float, got True (bool)"),
-        ("kl: k4", "kl: expected one of k1, k2, k3 or null, got 'k4' (str)"),
+        ("kl: k4", "kl: expected one of k1, k2, k3, k3+, k1_is, k3_is, abs or null, got 'k4' (str)"),
         ("reward: [3]", "reward: expected a list of str, got [3] (list)"),
         ("max_steps: 3\nsteps: 4", "'steps' is set twice (the second time as 'steps')"),
         ("steps: 3\nsteps: 4", "key 'steps' is set twice"),

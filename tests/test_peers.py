@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.algorithms import choose_algorithm
 from fastrl.algorithms.aggregate import Aggregate, Totals, fixed_length, sequence_mean, token_mean
+from fastrl.config import Grpo
+from fastrl.types import Tokens
 
 try:
     from trl import GRPOTrainer
@@ -80,20 +84,25 @@ def differentiated(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor
 
 
 # --- TRL's GRPO loss --------------------------------------------------------------------------------
-def trl_loss(batch: Batch, logp: Tensor, entropy: Tensor, **settings: Any) -> tuple[Tensor, dict[str, list[float]]]:
+def trl_loss(
+    batch: Batch, logp: Tensor, entropy: Tensor, sampling_per_token_logps: Tensor | None = None, **settings: Any
+) -> tuple[Tensor, dict[str, list[float]]]:
     """GRPOTrainer._compute_loss itself, on a trainer that is only its settings."""
     given = {
         "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", "use_vllm": False,
         "delta": None, "use_bias_correction_kl": False, "entropy_coef": 0.0, "loss_type": "grpo",
+        "off_policy_mask_threshold": None,
     } | settings  # fmt: skip
     metrics: dict[str, list[float]] = defaultdict(list)
     trainer = SimpleNamespace(
-        **given, top_entropy_quantile=1.0, off_policy_mask_threshold=None, aux_loss_enabled=False, max_completion_length=BUDGET,
+        **given, top_entropy_quantile=1.0, get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights, aux_loss_enabled=False, max_completion_length=BUDGET,
         vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1, use_adaptive_entropy=False,
         model=SimpleNamespace(training=True), _entropy_bonus_enabled=given["entropy_coef"] != 0, _metrics={"train": metrics},
         args=SimpleNamespace(
             delta=given["delta"], use_bias_correction_kl=given["use_bias_correction_kl"], steps_per_generation=1,
             sapo_temperature_pos=1.0, sapo_temperature_neg=given.get("sapo_temperature_neg"),
+            **{name: value for name, value in given.items() if name.startswith("vespo")},
         ),
         accelerator=SimpleNamespace(
             num_processes=1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
@@ -104,8 +113,10 @@ def trl_loss(batch: Batch, logp: Tensor, entropy: Tensor, **settings: Any) -> tu
     inputs = {
         "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": batch.target, "completion_mask": batch.mask.long(),
         "advantages": batch.advantage, "old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref,
-        "importance_sampling_ratio": batch.correction, "num_items_in_batch": batch.mask.sum(),
+        "num_items_in_batch": batch.mask.sum(),
     }  # fmt: skip
+    inputs |= {"importance_sampling_ratio": batch.correction * batch.mask + ~batch.mask} if given["use_vllm"] else {}
+    inputs |= {} if sampling_per_token_logps is None else {"sampling_per_token_logps": sampling_per_token_logps}
     return GRPOTrainer._compute_loss(trainer, None, inputs), metrics
 
 
@@ -168,6 +179,73 @@ def test_policy_loss_is_trls(case):
         names = {"entropy": "entropy"}  # TRL counts clips after the cap, and per sequence
     for name in names.keys() & kept["theirs"].keys():
         assert kept["ours"][names[name]].item() == pytest.approx(kept["theirs"][name][0], rel=1e-6), name
+
+
+# a row's name and TRL's settings for its loss; TRL's own defaults where it has no such name
+TRL_ROWS: dict[str, dict[str, Any]] = {
+    "grpo": {}, "bnpo": {"loss_type": "bnpo"}, "dapo": {"loss_type": "dapo"}, "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0}, "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.05},
+    "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon_low": 2e-3, "epsilon_high": 2.5e-3},
+    "vespo": {"loss_type": "vespo", "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0},
+}  # fmt: skip
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our options and TRL's
+    "plain": ({}, {}),
+    "beta": ({"kl_coef": 0.1}, {"beta": 0.1}),
+    "entropy": ({"entropy_coef": 0.3}, {"entropy_coef": 0.3}),
+    "delta": ({"delta": 1.5}, {"delta": 1.5}),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.05}, {"off_policy_mask_threshold": 0.05}),
+    "correction": ({"correction": "token_truncate"}, {"use_vllm": True}),
+    "sequence correction": ({"correction": "sequence_mask"}, {"use_vllm": True}),
+}
+
+
+def trl_takes(name: str, variant: str) -> bool:
+    """What TRL refuses or defines otherwise (presets.py says how) is left out."""
+    if variant == "delta":
+        return name in ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo")
+    if variant == "entropy":
+        return name in ("bnpo", "dapo", "cispo", "vespo")
+    return (name, variant) not in (("gspo", "correction"), ("luspo", "correction"), ("vespo", "sequence correction"))
+
+
+@needs_trl
+@pytest.mark.parametrize(("name", "variant"), [(n, v) for n in TRL_ROWS for v in VARIANTS if trl_takes(n, v)])
+def test_rows_with_trl_semantics_are_trls(name, variant):
+    """The row that `--semantics trl` chooses, with options under TRL's names: loss and gradient of TRL's trainer at the same settings.
+
+    Wrong implementations: the paper's clip-higher under TRL's `dapo`; a mask by the wrong log-probs; the correction left out of VESPO's
+    weight; an option that changes another column."""
+    options, settings = VARIANTS[variant]
+    row = choose_algorithm(Grpo(model="m", algorithm=name, semantics="trl", **options))
+    batch = Batch(torch.float64)
+    if name in ("gspo", "luspo"):
+        batch.old = batch.logp - (batch.logp - batch.old) / 100
+    if name == "sapo":  # TRL makes float32 tensors of its temperatures: ones that float32 holds exactly
+        row = replace(row, surrogate=row.surrogate.with_params(neg=1.25))
+    settings = TRL_ROWS[name] | settings | ({"sapo_temperature_neg": 1.25} if name == "sapo" else {})
+    if row.correction is not None and row.correction.level == "sequence":
+        batch.correction = (batch.correction[:, :1] * torch.tensor([1.0, 1, 0, 1, 1, 1])[:, None]).expand(B, L)
+    sampler = batch.old + 0.2 if variant == "off-policy mask" else batch.old
+    live = batch.mask.reshape(-1)
+
+    def packed(x: Tensor) -> Tensor:
+        return x.expand(B, L).reshape(-1)[live]
+
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), batch.mask.sum(1).cumsum(0)]).to(torch.int32)
+    tokens = Tokens(
+        old_logp=packed(batch.old), advantage=packed(batch.advantage[:, None]), weight=packed(batch.token_weight(row.aggregate)),
+        ref_logp=packed(batch.ref), sampler_logp=packed(sampler), cu_seqlens=ends, live=int(live.sum()),
+        correction=packed(batch.correction) if row.correction else None,
+    )  # fmt: skip
+
+    def ours(logp: Tensor, entropy: Tensor) -> Tensor:
+        return row.loss(tokens.with_(packed(logp), packed(entropy)))
+
+    def theirs(logp: Tensor, entropy: Tensor) -> Tensor:
+        return trl_loss(batch, logp, entropy, sampling_per_token_logps=sampler, **settings)[0]
+
+    torch.testing.assert_close(differentiated(ours, batch.logp, batch.entropy), differentiated(theirs, batch.logp, batch.entropy), **DOUBLE)
 
 
 # --- Liger's fused linear losses --------------------------------------------------------------------

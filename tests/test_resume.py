@@ -43,12 +43,14 @@ def no_report(monkeypatch):
         (sft, {"dtype": "bfloat16"}),
         (grpo, {}),
         (grpo, {"minibatches": 2, "epochs": 2, "kl_coef": 0.1, "algorithm": "gspo"}),
+        (grpo, {"tail": "carry", "tail_share": 0.3}),
+        (grpo, {"minibatches": 2, "group": 2, "algorithm": "reinforce++", "refill": 2, "correction": "sequence_truncate"}),
     ],
-    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl"],
+    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl", "grpo-carried", "whitened-refill-correction"],
 )
 def test_twenty_steps_are_ten_and_ten(make, changes, tmp_path, monkeypatch):
     """Wrong implementations: moments, schedule, prompts or noise that begin again; a reference model made of the resumed weights;
-    masters rounded to bfloat16 on the way; an evaluation done twice or not at all."""
+    masters rounded to bfloat16 on the way; an evaluation done twice or not at all; completions that were carried over lost."""
     straight, resumed = straight_and_resumed(monkeypatch, make, tmp_path, 10, **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 20)
     assert [r["step"] for r in lines(resumed.output_dir) if "eval/well_formed" in r] == [0, 5, 10, 15, 20]

@@ -142,12 +142,13 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
     data.write_text("".join(json.dumps({"prompt": f"{i % 20}>", "chosen": f"{i}", "rejected": "="}) + "\n" for i in range(80)))
     config = run(tmp_path, task=None, dataset=str(data), holdout=0.3)
     model = reward_model()
-    source = comparisons(config, REWARD_LOSSES["bradley_terry"], None, tokenizer(), model, learner(model, "bradley_terry").world)
+    trained, row = learner(model, "bradley_terry"), REWARD_LOSSES["bradley_terry"]
+    source, _ = comparisons(config, None, tokenizer(), None, trained, row, model.device)
     held = {s.prompt for _, s in source.held_out()}
     train = {tokenizer().decode(g.tokens[0]).partition(">")[0] + ">" for g in source.items(range(source.size))}
     assert 2 <= len(held) < 18 and not held & train and len(held | train) == 20
     with pytest.raises(UserError, match=r"--holdout: none of the 80 lines .* into the 0% held out; raise it, or turn evaluation off"):
-        comparisons(replace(config, holdout=0.0), REWARD_LOSSES["bradley_terry"], None, tokenizer(), model, source.world)
+        comparisons(replace(config, holdout=0.0), None, tokenizer(), None, trained, row, model.device)
 
 
 def test_the_task_gives_a_right_answer_against_different_wrong_ones():

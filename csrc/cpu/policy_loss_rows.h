@@ -109,6 +109,11 @@ INLINE Kl k1_is(const Drift& t) { return {t.r * t.e, t.r * (1.0f + t.e)}; }
 INLINE Kl k3_is(const Drift& t) { return {t.r * t.k3, t.r * t.e}; }
 INLINE Kl size_of(const Drift& t) { return {absolute(t.e), flag(t.e > 0.0f) - flag(t.e < 0.0f) + (t.e - t.e)}; }
 
+INLINE Kl k3_cut(const Drift& t) {
+  const I far = t.k3 > 10.0f;
+  return {far ? splat(10) : t.k3, far ? F{} : -t.x};
+}
+
 template <Kl (*RULE)(const Drift&)>
 void kl(Block& b) {
   for (int i = 0; i < kBlock; i += LANES) {
@@ -116,7 +121,7 @@ void kl(Block& b) {
     store(b.kl + i, x.value), store(b.kl_slope + i, x.slope);
   }
 }
-constexpr void (*kKls[])(Block&) = {kl<k1>, kl<k2>, kl<k3>, kl<k3_plus>, kl<k1_is>, kl<k3_is>, kl<size_of>};  // as the table KLS
+constexpr void (*kKls[])(Block&) = {kl<k1>, kl<k2>, kl<k3>, kl<k3_plus>, kl<k1_is>, kl<k3_is>, kl<size_of>, kl<k3_cut>};  // as KLS
 static_assert(sizeof kKls == kPolicyKls * sizeof *kKls, "kPolicyKls counts them");
 
 // --- stages -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Methods as rows of a table; see `objective.ALGORITHMS`."""
 
 from fastrl.algorithms.aggregate import Totals
+from fastrl.algorithms.choose import choose_algorithm
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 
-__all__ = ["ALGORITHMS", "Algorithm", "Totals"]
+__all__ = ["ALGORITHMS", "Algorithm", "Totals", "choose_algorithm"]

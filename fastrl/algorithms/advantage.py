@@ -1,26 +1,158 @@
 """Advantage estimators: rewards of groups of samples in, one number per sample out.  A variant is a row.
 
-Rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.
+Most rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.  A NaN reward is "not
+scored": it enters no statistic and gets 0.  Rows that look at the whole batch get every process's samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.errors import UserError
 
-Advantage = Callable[[Tensor, int], Tensor]  # reward (S,) of contiguous groups of G -> (S,)
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """One estimator: `compute(reward (S,), group, length (S,), **params) -> (S,)`, for contiguous groups of `group` samples.
+
+    least        completions of a prompt it needs
+    whole_batch  whether a sample's advantage depends on other groups: it then gets the rewards of all processes
+    """
+
+    compute: Callable[..., Tensor]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    least: int = 2
+    whole_batch: bool = False
+
+    def __call__(self, reward: Tensor, group: int, length: Tensor | None = None) -> Tensor:
+        """`length` counts each sample's loss tokens; None takes all as equal."""
+        return self.compute(reward, group, torch.ones_like(reward) if length is None else length, **self.params)
+
+    def with_params(self, **changes: Any) -> Advantage:
+        """The same estimator with some parameters changed; an unknown name is a ValueError."""
+        for name in changes:
+            if name not in self.params:
+                raise ValueError(f"{name}: not a parameter of this advantage, which has: {', '.join(self.params) or 'none'}")
+        whole = self.whole_batch or changes.get("scale") == "batch_std"
+        return replace(self, params={**self.params, **changes}, whole_batch=whole)
+
+
+def _relative(reward: Tensor, group: int, length: Tensor, **columns: Any) -> Tensor:
+    return ops.group_advantage(reward, group, **columns)
+
+
+def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, eps: float) -> Tensor:
+    """(R - mean) / std over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1)."""
+    x = _relative(reward, group, length, scale="none") if centred else reward
+    known, x = ~reward.isnan(), x.nan_to_num(0).double()
+    weight = torch.where(known, length.double(), 0)
+    n = weight.sum()
+    mean = (weight * x).sum() / n
+    deviation = ((weight * (x - mean).square()).sum() / (n - 1)).sqrt()
+    flat = x[known].numel() == 0 or bool((x[known] == x[known][0]).all())
+    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / (deviation + eps), 0).to(reward.dtype)
+
+
+def _gpg(reward: Tensor, group: int, length: Tensor, *, zero: str) -> Tensor:
+    """alpha (R - mean): alpha makes up for the samples that give no gradient."""
+    centred = _relative(reward, group, length, scale="none")
+    counted = reward.nan_to_num(0) if zero == "reward" else centred.view(-1, group).abs().amax(1).repeat_interleave(group)
+    return centred * reward.numel() / counted.count_nonzero().clamp(min=1)
+
+
+def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor:
+    """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal only the mean is taken off."""
+    table = reward.view(-1, group).double()
+    known, x = ~table.isnan(), table.nan_to_num(0)
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    n = (count - 1).clamp(min=1)
+    centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)  # about the group's mean, for the digits of the sums below
+    mean = (centred.sum(1, keepdim=True) - centred) / n
+    square = centred.square().sum(1, keepdim=True) - centred.square()
+    deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
+    flat = ~(deviation > 1e-7 * centred.abs().amax(1, keepdim=True))
+    a = (centred - mean) / torch.where(flat, 1, deviation + eps)
+    spread = known & (centred.amax(1, keepdim=True) > centred.amin(1, keepdim=True))
+    return torch.where(spread, a, 0).flatten().to(reward.dtype)
+
+
+def _max_rl(reward: Tensor, group: int, length: Tensor) -> Tensor:
+    """(R - mean) / mean of rewards of 0 or more."""
+    if bool((reward < 0).any()):
+        raise UserError(f"--advantage max_rl: expected rewards of 0 or more, got {float(reward.nan_to_num(0).min()):g}")
+    mean = reward.view(-1, group).nanmean(1).repeat_interleave(group)
+    centred = _relative(reward, group, length, scale="none")
+    return torch.where(centred != 0, centred / mean, 0)
+
+
+def _max_at_k(reward: Tensor, group: int, length: Tensor, *, k: int) -> Tensor:
+    """What the sample adds to the best of k samples, over all draws of the other k - 1 from its group.
+
+    k/n E[max(R - max of k-1 others, 0)]: times the score function, an unbiased gradient of E[best of k].
+    """
+    table = reward.view(-1, group).double()
+    n = (~table.isnan()).sum(1, keepdim=True).double().clamp(min=1)
+    k_of = torch.minimum(n, torch.full_like(n, k or group))
+    low = table.nan_to_num(torch.inf).sort(dim=1).values  # not scored: last, and below nobody
+    place = torch.arange(group, dtype=torch.float64, device=reward.device)
+    best = torch.where(place >= k_of - 2, (_log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)).exp(), 0)
+    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(min=0)  # (P, G, G); its own place counts 0
+    return ((gain * best[:, None, :]).sum(2) * k_of / n).flatten().to(reward.dtype)
+
+
+def _log_choose(n: Tensor, k: Tensor) -> Tensor:
+    """log of n choose k, where 0 <= k <= n."""
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
+
+
+def _columns(baseline: str = "mean", scale: str = "std", **others: Any) -> Advantage:
+    params = {"baseline": baseline, "scale": scale, "eps": 1e-4, **others}
+    return Advantage(_relative, params, whole_batch=scale == "batch_std")
+
 
 ADVANTAGES: dict[str, Advantage] = {
-    "zscore": partial(ops.group_advantage, baseline="mean", scale="std"),
-    "center": partial(ops.group_advantage, baseline="mean", scale="none"),
-    "rloo": partial(ops.group_advantage, baseline="leave_one_out", scale="none"),
-    "batch_std": partial(ops.group_advantage, baseline="mean", scale="batch_std"),
-    "best": partial(ops.group_advantage, baseline="max", scale="none"),
-    "best_range": partial(ops.group_advantage, baseline="max", scale="range"),
-    "rank": partial(ops.group_advantage, shape="rank"),
-    "softmax": partial(ops.group_advantage, shape="softmax"),
+    "zscore": _columns(),
+    "center": _columns(scale="none"),
+    "rloo": _columns("leave_one_out", "none"),
+    "batch_std": _columns(scale="batch_std"),
+    "best": _columns("max", "none"),
+    "best_range": _columns("max", "range"),
+    "rank": Advantage(_relative, {"shape": "rank"}),
+    "softmax": Advantage(_relative, {"shape": "softmax", "tau": 0.5}),
+    "leave_one_out_zscore": Advantage(_others, {"eps": 1e-6}),
+    "whiten": Advantage(_whitened, {"centred": False, "eps": 1e-8}, least=1, whole_batch=True),
+    "center_whiten": Advantage(_whitened, {"centred": True, "eps": 1e-8}, whole_batch=True),
+    "gpg": Advantage(_gpg, {"zero": "advantage"}, whole_batch=True),
+    "max_rl": Advantage(_max_rl),
+    "max_at_k": Advantage(_max_at_k, {"k": 0}),  # 0: the whole group
+}
+
+
+# --- several rewards ---------------------------------------------------------------------------------
+def _sum_then_normalize(parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor) -> Tensor:
+    total = (weight[:, None] * parts).nansum(0)
+    return advantage(torch.where(parts.isnan().all(0), torch.nan, total), group, length)
+
+
+def _normalize_then_sum(parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor) -> Tensor:
+    """Each reward becomes an advantage; their weighted sum is whitened over the samples of the batch (GDPO)."""
+    known = ~parts.isnan().all(0)
+    x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
+    n = known.sum()
+    mean = torch.where(known, x, 0).sum() / n.clamp(min=1)
+    deviation = (torch.where(known, x - mean, 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
+    moved = x.view(-1, group).ne(0).any(1).repeat_interleave(group)  # a group that is all equal in every reward stays at 0
+    return torch.where(known & moved, (x - mean) / (deviation + 1e-4), 0)
+
+
+# (rewards (F, S), their weights (F,), advantage, group, length (S,)) -> (S,); TRL's names
+COMBINE: dict[str, Callable[[Tensor, Tensor, Advantage, int, Tensor], Tensor]] = {
+    "sum_then_normalize": _sum_then_normalize,
+    "normalize_then_sum": _normalize_then_sum,
 }

@@ -1,11 +1,14 @@
-"""The table of methods.  A method is a row: advantage | ratio | surrogate | aggregate | KL; nothing branches on its name.
+"""The table of methods.  A method is a row: advantage | ratio | prepare | surrogate | aggregate | KL | correction; nothing branches on
+its name.  The equations of the rows and their sources are in docs/methods.md; what other trainers do under the same names is in
+presets.py.
 
 Everything here is plain PyTorch on (N,) vectors of loss tokens; the vocabulary lives in `ops.linear_loss`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -13,6 +16,8 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.algorithms.advantage import ADVANTAGES, Advantage
 from fastrl.algorithms.aggregate import Aggregate, fixed_length, sequence_mean, sequence_sum, token_mean
+from fastrl.algorithms.correction import Correction
+from fastrl.algorithms.prepare import Prepare, gamma_weight, geometric_mean
 from fastrl.ops import SURROGATES, Surrogate
 from fastrl.types import Tokens
 
@@ -27,6 +32,8 @@ class Algorithm:
     ratio         importance ratio of each "token", or the length-normalised ratio of its "sequence"
     kl, kl_coef   estimator and weight of the KL to the reference model; no reference model is kept at 0
     entropy_coef  weight of the entropy bonus
+    correction    importance weight of the sampler against the trainer (a row of CORRECTIONS); None trusts the recorded log-probs
+    prepare       what whole sequences say about their tokens before the surrogate, in this order: see prepare.py
     """
 
     surrogate: Surrogate
@@ -36,6 +43,18 @@ class Algorithm:
     kl: str | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    correction: Correction | None = None
+    prepare: tuple[Prepare, ...] = ()
+
+    @property
+    def level(self) -> Literal["token", "sequence"]:
+        """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
+        whole = self.ratio == "sequence" or self.prepare or (self.correction is not None and self.correction.level != "token")
+        return "sequence" if whole else "token"
+
+    def corrected(self, tokens: Tokens) -> Tokens:
+        """The tokens with their correction; where the batch brings none, `tokens.logp` is the trainer's before any update on it."""
+        return tokens if self.correction is None or tokens.correction is not None else self.correction(tokens)
 
     def loss(self, tokens: Tokens) -> Tensor:
         """These tokens' share of the step's loss, differentiable in their logp and entropy."""
@@ -46,6 +65,9 @@ class Algorithm:
         return self._policy_loss(tokens)[1]
 
     def _policy_loss(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.corrected(tokens)
+        for prepare in self.prepare:
+            tokens = replace(tokens, correction=prepare(tokens, self.surrogate))
         return ops.policy_loss(
             tokens.logp,
             tokens.old_logp,
@@ -63,16 +85,34 @@ class Algorithm:
         )
 
 
-def _clip(low: float, high: float) -> Surrogate:
-    return SURROGATES["clip"].with_params(low=low, high=high)
+def _clip(low: float, high: float, cap: float = math.inf) -> Surrogate:
+    return SURROGATES["clip"].with_params(low=low, high=high, cap=cap)
 
 
+def _log_clip(size: float) -> Surrogate:
+    """Bounds exp(-size) and exp(size)."""
+    return _clip(-math.expm1(-size), math.expm1(size))
+
+
+_A, _S = ADVANTAGES, SURROGATES
 ALGORITHMS: dict[str, Algorithm] = {
-    "sft": Algorithm(surrogate=SURROGATES["nll"], aggregate=token_mean),
-    "grpo": Algorithm(advantage=ADVANTAGES["zscore"], surrogate=_clip(0.2, 0.2), aggregate=sequence_mean),
-    "dr_grpo": Algorithm(advantage=ADVANTAGES["center"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),
-    "dapo": Algorithm(advantage=ADVANTAGES["zscore"], surrogate=_clip(0.2, 0.28), aggregate=token_mean),
-    "gspo": Algorithm(advantage=ADVANTAGES["zscore"], ratio="sequence", surrogate=_clip(3e-4, 4e-4), aggregate=sequence_mean),
-    "cispo": Algorithm(advantage=ADVANTAGES["zscore"], surrogate=SURROGATES["cispo"], aggregate=token_mean),
-    "rloo": Algorithm(advantage=ADVANTAGES["rloo"], surrogate=SURROGATES["pg"], aggregate=sequence_sum),
+    "sft": Algorithm(surrogate=_S["nll"], aggregate=token_mean),
+    "grpo": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.2), aggregate=sequence_mean),
+    "dr_grpo": Algorithm(advantage=_A["center"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),
+    "dapo": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.28), aggregate=token_mean),
+    "bnpo": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
+    "lite_ppo": Algorithm(advantage=_A["batch_std"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
+    "two_sided": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.2, cap=4.0), aggregate=token_mean),
+    "gspo": Algorithm(advantage=_A["zscore"], ratio="sequence", surrogate=_clip(3e-4, 4e-4), aggregate=sequence_mean),
+    "luspo": Algorithm(advantage=_A["zscore"], ratio="sequence", surrogate=_clip(2e-3, 2.5e-3), aggregate=sequence_sum),
+    "gmpo": Algorithm(advantage=_A["zscore"], prepare=(geometric_mean,), surrogate=_log_clip(0.4), aggregate=sequence_mean),
+    "cispo": Algorithm(advantage=_A["zscore"], surrogate=_S["cispo"], aggregate=token_mean),
+    "sapo": Algorithm(advantage=_A["zscore"], surrogate=_S["sapo"], aggregate=sequence_mean),
+    "vespo": Algorithm(advantage=_A["zscore"], prepare=(gamma_weight,), surrogate=_S["pg"], aggregate=token_mean),
+    "rloo": Algorithm(advantage=_A["rloo"], surrogate=_S["pg"], aggregate=sequence_sum),
+    "reinforce++": Algorithm(advantage=_A["whiten"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
+    "reinforce++_baseline": Algorithm(advantage=_A["center_whiten"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
+    "gpg": Algorithm(advantage=_A["gpg"], surrogate=_S["pg"], aggregate=token_mean),
+    "pass_at_k": Algorithm(advantage=_A["max_at_k"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),
+    "max_rl": Algorithm(advantage=_A["max_rl"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),
 }

@@ -101,10 +101,23 @@ class PagedCache:
         return Through(self, slots, attend)
 
     def append(self, slots: Tensor, table: Tensor, row: Tensor, lengths: Tensor) -> Attend:
-        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of table row row[i]."""
+        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of table row row[i].
+
+        Each reads the pages for itself, as in decoding: the bits are those of a prompt that came in one piece.
+        """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths, rows=row)
+
+        return Through(self, slots, attend)
+
+    def follow(self, cu_seqlens: Tensor, slots: Tensor, past: Tensor, cu_past: Tensor, longest: int) -> Attend:
+        """The same through the packed attention of prompts: `past` (T_k,) are the slots of every sequence's tokens up to its last new
+        one, ended by cu_past (S+1,), the longest of so many tokens."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = (slab[layer].flatten(0, 1).index_select(0, past) for slab in (self.k, self.v))
+            return ops.attention(q, keys, values, cu_seqlens, cu_seqlens_k=cu_past, max_seqlen=longest)
 
         return Through(self, slots, attend)
 

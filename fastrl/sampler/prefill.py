@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.sampler.cache import PagedCache
+from fastrl.kernels._backend import is_exact
+from fastrl.sampler.cache import Attend, PagedCache
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward
 
@@ -31,19 +32,37 @@ class Span:
 def fill(model: Any, cache: PagedCache, table: Tensor, spans: Sequence[Span], budget: int) -> None:
     """Store the keys and values of the spans' tokens, those before each span being there."""
     for pack in packs(spans, budget):
-        sizes = [s.end - s.start for s in pack]
         tokens = torch.cat([s.tokens[s.start : s.end] for s in pack])
-        device = tokens.device
-        row, start, size = torch.tensor([[s.row for s in pack], [s.start for s in pack], sizes], device=device)
-        cu = torch.cat([size.new_zeros(1), size.cumsum(0)])
-        row, first = (torch.repeat_interleave(x, size, output_size=len(tokens)) for x in (row, start - cu[:-1]))
-        position = torch.arange(len(tokens), device=device) + first
-        slots = cache.slots(table, row, position)
-        if pack[0].start == 0:
-            attend = cache.prefill(cu.to(torch.int32), max(sizes), slots)
-        else:
-            attend = cache.append(slots, table, row, (position + 1).to(torch.int32))
-        model(tokens, cu.to(torch.int32), positions=position, attend=attend)
+        row, start, end = torch.tensor([(s.row, s.start, s.end) for s in pack], device=tokens.device).T
+        cu = _ends(end - start)
+        place, position = _places(start, end, len(tokens))
+        attend = _attention(cache, table, pack, row, end, cu, row[place], position)
+        model(tokens, cu, positions=position, attend=attend)
+
+
+def _attention(
+    cache: PagedCache, table: Tensor, pack: Sequence[Span], row: Tensor, end: Tensor, cu: Tensor, of: Tensor, position: Tensor
+) -> Attend:
+    """The pack's attention: packed where it begins sequences; where it continues them, packed too, over the keys read back from
+    their pages, or in exact mode from page to page, as in decoding."""
+    slots, longest = cache.slots(table, of, position), max(s.end for s in pack)
+    if pack[0].start == 0:
+        return cache.prefill(cu, longest, slots)
+    if is_exact():
+        return cache.append(slots, table, of, (position + 1).to(torch.int32))
+    place, all_positions = _places(torch.zeros_like(end), end, sum(s.end for s in pack))
+    return cache.follow(cu, slots, cache.slots(table, row[place], all_positions), _ends(end), longest)
+
+
+def _places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Which span each of their `total` tokens belongs to, and its position, both (total,)."""
+    place = torch.repeat_interleave(torch.arange(len(end), device=end.device), end - start, output_size=total)
+    first = start - _ends(end - start)[:-1]
+    return place, torch.arange(total, device=end.device) + first[place]
+
+
+def _ends(size: Tensor) -> Tensor:
+    return torch.cat([size.new_zeros(1), size.cumsum(0)]).to(torch.int32)
 
 
 def packs(spans: Sequence[Span], budget: int) -> Iterator[list[Span]]:

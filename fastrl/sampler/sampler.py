@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastrl.config import Sampling
 from fastrl.errors import UserError
 from fastrl.kernels.advance import LENGTH
 from fastrl.sampler.cache import PagedCache
@@ -68,6 +69,14 @@ class Sampler:
         )
         self.max_tokens_in_flight = cache_bytes // PagedCache.token_bytes(model) if cache_bytes else max_tokens_in_flight
         self._engine: Engine | None = None
+
+    @classmethod
+    def configured(cls, model: Any, tokenizer: Any, sampling: Sampling) -> Sampler:
+        """A sampler with the budget that the options --sampling.* give it."""
+        return cls(
+            model, tokenizer, max_tokens_in_flight=sampling.max_tokens_in_flight, cache_bytes=sampling.cache_bytes,
+            keep_cache=sampling.keep_cache, max_rows=sampling.max_rows,
+        )  # fmt: skip
 
     @property
     def timing(self) -> dict[str, float]:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.config import Sampling
 from fastrl.errors import UserError
 from fastrl.model import Decoder
 from fastrl.sampler.params import SamplingParams
@@ -72,6 +73,18 @@ class VllmSampler:
         self._pushed: int | None = None  # the weight version that vLLM has
 
     @torch.no_grad()
+    @classmethod
+    def configured(cls, model: Any, tokenizer: Any, sampling: Sampling) -> VllmSampler:
+        """A sampler with the budget of --sampling.max-tokens-in-flight; the other options of the own cache are refused."""
+        for name, given, default in (
+            ("cache-bytes", sampling.cache_bytes, 0),
+            ("keep-cache", sampling.keep_cache, True),
+            ("max-rows", sampling.max_rows, None),
+        ):
+            if given != default:
+                raise UserError(f"--sampling.{name}: expected {default} with --sampler vllm, got {given}; use --sampler fastrl")
+        return cls(model, tokenizer, max_tokens_in_flight=sampling.max_tokens_in_flight)
+
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, sequence_offset: int = 0, weight_version: int = 0,
         on_tokens: Callable[[int], None] | None = None, **engine_only: Any,

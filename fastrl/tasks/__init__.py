@@ -33,13 +33,28 @@ from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, nearest
 from fastrl.tasks.cards import Cards
 from fastrl.tasks.gsm8k import Gsm8k
-from fastrl.tasks.task import Example, Prompt, Score, Task, task_reward
+from fastrl.tasks.guess import Guess
+from fastrl.tasks.task import Conversation, Example, Prompt, Score, Task, Transcript, task_reward
 
-__all__ = ["TASKS", "Cards", "Example", "Gsm8k", "Prompt", "Score", "Task", "load_task", "task_reward"]
+__all__ = [
+    "TASKS",
+    "Cards",
+    "Conversation",
+    "Example",
+    "Gsm8k",
+    "Guess",
+    "Prompt",
+    "Score",
+    "Task",
+    "Transcript",
+    "load_task",
+    "task_reward",
+]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "cards": Cards,
     "gsm8k": Gsm8k,
+    "guess": Guess,
 }
 
 _MEMBERS = ("name", "stop", "size", "example", "verify", "tokenizer")

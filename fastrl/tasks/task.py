@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from fastrl.types import Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,6 +65,17 @@ class Task(Protocol):
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The task's own tokenizer, or None when it is at home in any."""
+
+
+@runtime_checkable
+class Conversation(Protocol):
+    """What a task of several turns has beside the members of `Task`."""
+
+    def step(self, transcripts: Sequence[Transcript]) -> tuple[Sequence[str], Sequence[float], Sequence[bool]]:
+        """Observations, rewards and whether it is over, one each for conversations whose policy has just ended a turn with a stop.
+
+        A sequence's reward is the sum over its turns.  `verify` then sees the whole conversation after the prompt.
+        """
 
 
 def draw(*parts: object) -> int:

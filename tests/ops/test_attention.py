@@ -83,6 +83,23 @@ def test_any_block_size_gives_the_same(budget, monkeypatch):
             torch.testing.assert_close(ours.double(), theirs, atol=tight, rtol=tight)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[5] * 3, [5, 5, 0, 5], [5], [4, 6, 5]], ids=str)
+def test_sequences_of_one_length_are_a_padded_batch_already(backend, lengths):
+    """From views of one projection.  Wrong implementations: a view of rows that lie elsewhere, or of one sequence too few; lengths
+    taken for equal because their sum is."""
+    fused = torch.randn(sum(lengths), 8, 8, requires_grad=True)
+    leaves, cu = fused.split((4, 2, 2), 1), torch.tensor([0, *lengths]).cumsum(0).int()
+    up = torch.randn(sum(lengths), 4, 8)
+    with ops.use_backend(backend, "attention"):
+        y = ops.attention(*leaves, cu)
+        (grad,) = torch.autograd.grad(y, fused, up)
+    exact = fused.detach().double().requires_grad_()
+    expected = truth(*exact.split((4, 2, 2), 1), cu)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(expected, exact, up.double())[0], atol=1e-5, rtol=1e-5)
+
+
 def test_gradcheck():
     leaves, cu = inputs([2, 0, 5, 1], E=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *x: ops.attention(*x, cu), leaves)

@@ -1,0 +1,128 @@
+// y = x W^T + b with bits that are each element's own: the same however many rows x has, wherever a row is among them, and
+// whatever the threads; formulas in kernels/linear.py.
+//
+// The rows of x are packed side by side, a row to a lane.  A tile takes kLinearRows rows of the weight, each element broadcast,
+// and two vectors of x; its sums run over blocks of kLinearDepth columns, whose bounds depend on K alone.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../check.h"
+#include "../ops.h"
+
+namespace fastrl {
+
+constexpr int kLinearRows = 6;           // with two vectors 12 sums, 2 of x and one of the weight: 15 of AVX2's 16 registers
+constexpr int64_t kLinearDepth = 128;    // columns summed in one go: short chains lose few digits; 3 KiB of weights and 8 KiB of x in L1
+constexpr int64_t kLinearPitch = kLinearDepth + 16;  // not a multiple of 4096 bytes: the rows do not share a cache set
+
+struct LinearAhead {  // the part of the weight that comes next
+  const char* at;
+  int64_t stride, bytes, rows, offset;
+  int each;  // cache lines asked for every 8 steps
+};
+
+struct LinearRows {  // by the type code of the operand, or of the output
+  void (*pack[2])(float* out, const void* x, int64_t stride, int64_t M, int64_t K);
+  void (*widen[2])(float* out, const void* w, int64_t stride, int64_t rows, int64_t depth);
+  void (*tile[2])(float* sums, const float* w, const float* x, int64_t depth, bool first, LinearAhead& ahead);  // one vector, two
+  void (*put[2])(void* y, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns);
+  int64_t lanes;
+};
+
+}  // namespace fastrl
+
+#define FASTRL_ROWS "linear_rows.h"
+#include "foreach_target.h"
+
+namespace fastrl {
+namespace {
+
+constexpr int64_t kPacked = 1 << 17;  // floats of x packed at once, if that makes from kFewest to kMost rows: half of a 1 MiB L2
+constexpr int64_t kFewest = 64, kMost = 128;  // rows: fewer read the weight too often, the stores of more miss the cache
+constexpr int64_t kSize[2] = {4, 2};  // bytes, by type code
+
+struct Product {
+  const LinearRows& rows;
+  char* y;
+  int64_t y_stride;
+  int out;
+  const char* x;
+  int64_t x_stride;
+  const char* w;
+  int64_t w_stride;
+  int code;
+  const float* bias;
+  int64_t M, N, K;
+};
+
+struct Buffers {  // of a thread
+  std::vector<float> x, sums, w;
+};
+
+// What the tiles ask for beside the block (n, k): the columns after it, or the first of the next rows.
+LinearAhead after(const Product& p, int64_t n, int64_t k, int64_t end, int64_t panels) {
+  const int64_t size = kSize[p.code], steps = panels * kLinearDepth / 8;
+  const bool last = k + kLinearDepth >= p.K;
+  const char* at = p.w + (last ? (n + kLinearRows) * p.w_stride : n * p.w_stride + k + kLinearDepth) * size;
+  const int64_t bytes = std::min(kLinearDepth, last ? p.K : p.K - k - kLinearDepth) * size;
+  const int64_t lines = last && n + kLinearRows >= end ? 0 : kLinearRows * ((bytes + 63) / 64);
+  return {at, p.w_stride * size, bytes, kLinearRows - 1, 0, static_cast<int>((lines + steps - 1) / steps)};
+}
+
+// Columns [begin, end) of rows [m, m + M), which are packed in `b.x`.
+void columns(const Product& p, Buffers& b, int64_t m, int64_t M, int64_t begin, int64_t end) {
+  const int64_t panel = 2 * p.rows.lanes, panels = (M + panel - 1) / panel;
+  const float zero[kLinearRows] = {};
+  for (int64_t n = begin; n < end; n += kLinearRows) {
+    const int64_t count = std::min<int64_t>(kLinearRows, end - n);
+    for (int64_t k = 0; k < p.K; k += kLinearDepth) {
+      const int64_t depth = std::min(kLinearDepth, p.K - k);
+      p.rows.widen[p.code](b.w.data(), p.w + (n * p.w_stride + k) * kSize[p.code], p.w_stride, count, depth);
+      LinearAhead ahead = after(p, n, k, end, panels);
+      for (int64_t i = 0; i < panels; i++) {
+        const auto tile = p.rows.tile[M - i * panel > p.rows.lanes];
+        tile(b.sums.data() + i * panel * kLinearRows, b.w.data(), b.x.data() + (i * p.K + k) * panel, depth, k == 0, ahead);
+      }
+    }
+    char* y = p.y + (m * p.y_stride + n) * kSize[p.out];
+    p.rows.put[p.out](y, p.y_stride, b.sums.data(), p.bias ? p.bias + n : zero, M, count);
+  }
+}
+
+void check(const Product& p, int threads) {
+  FASTRL_CHECK(p.code == kFloat32 || p.code == kBFloat16, "code", "0 (fp32) or 1 (bf16)", p.code);
+  FASTRL_CHECK(p.out == kFloat32 || p.out == p.code, "out", "0 (fp32), or the code of the operands", p.out);
+  FASTRL_CHECK(p.M >= 0 && p.N >= 0 && p.K >= 0, "M, N, K", "at least 0", std::min({p.M, p.N, p.K}));
+  FASTRL_CHECK(threads >= 1, "threads", "at least 1", threads);
+  FASTRL_CHECK(p.M == 0 || p.N == 0 || (p.y && (p.K == 0 || (p.x && p.w))), "y, x, w", "addresses", "0");
+}
+
+}  // namespace
+
+void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t x_stride, Address w, int64_t w_stride, int code,
+                        Address bias, int64_t M, int64_t N, int64_t K, int threads) {
+  const Product p{FASTRL_CHOOSE(kLinear), reinterpret_cast<char*>(y), y_stride, out, reinterpret_cast<const char*>(x), x_stride,
+                  reinterpret_cast<const char*>(w), w_stride, code, reinterpret_cast<const float*>(bias), M, N, K};
+  check(p, threads);
+  const int64_t panel = 2 * p.rows.lanes, fits = kPacked / std::max<int64_t>(K, 1) / panel * panel;
+  const int64_t most = std::clamp(fits, kFewest, kMost), chunks = (M + most - 1) / most;
+  const int64_t shares = chunks >= threads ? 1 : threads;  // of the columns
+  const int64_t width = ((N + shares - 1) / shares + kLinearRows - 1) / kLinearRows * kLinearRows;
+  auto body = [&](int64_t begin, int64_t end) {
+    static thread_local Buffers b;
+    b.w.resize(kLinearRows * kLinearPitch);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t m = i / shares * most, from = i % shares * width;
+      const int64_t rows = std::min(most, M - m), room = (rows + panel - 1) / panel * panel;
+      if (from >= N) continue;
+      b.x.resize(room * K);
+      b.sums.assign(room * kLinearRows, 0.0f);
+      p.rows.pack[code](b.x.data(), p.x + m * x_stride * kSize[code], x_stride, rows, K);
+      columns(p, b, m, rows, from, std::min(N, from + width));
+    }
+  };
+  parallel(chunks * shares, 1, threads, body);
+}
+
+}  // namespace fastrl

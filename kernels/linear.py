@@ -1,0 +1,119 @@
+"""A linear layer: y = x W^T + b.
+
+    dx = dy W      dW = dy^T x      db = sum_t dy_t
+
+By default it is torch's own.  A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a
+row then depend on its company.  The other implementations are batch-invariant: an element is a sum over k in one fixed order, in
+float32, whatever the number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients are plain
+products of torch's in every mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastrl.kernels._backend import EXACT_ONLY, extension, is_exact, pick, register, register_triton, requested, unbuilt
+from fastrl.kernels._check import FLOATS, dims, same_device
+from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+
+
+# --- reference --------------------------------------------------------------------------------------
+def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition, (T, N); an absent bias is empty."""
+    return functional.linear(x, weight, bias if bias.numel() else None)
+
+
+register("linear", "reference", forward=reference)
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+# csrc/cpu/linear.cpp takes addresses, sizes and row strides; the output is of the operands' type or fp32.
+def _compiled_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x, weight, bias = unit_rows(x), unit_rows(weight), bias.float().contiguous()
+    (M, K), N = x.shape, weight.shape[0]
+    codes = FLOAT_CODES[out.dtype], FLOAT_CODES[x.dtype]
+    if M and N:
+        extension().linear_forward_cpu(
+            out.data_ptr(), out.stride(0), codes[0], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), codes[1],
+            bias.data_ptr() if bias.numel() else 0, M, N, K, torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _compiled_into(torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype), x, weight, bias)
+
+
+register(
+    "linear",
+    "cpu",
+    dtypes=tuple(FLOAT_CODES),
+    note=EXACT_ONLY,
+    missing=unbuilt("linear_forward_cpu"),
+    exact=("cpu",),
+    forward=_compiled,
+    into=_compiled_into,
+)
+register_triton("linear", "_linear_triton", "forward", "into", exact=True)
+
+
+# --- registration and autograd ----------------------------------------------------------------------
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return pick("linear", x, "forward")(x, weight, bias)
+
+
+# not custom_op, whose wrapper costs as much as the product of a small layer
+torch.library.define("fastrl::linear", torch.library.infer_schema(_forward, mutates_args=()))
+torch.library.impl("fastrl::linear", "CompositeExplicitAutograd", _forward)
+forward_op = torch.ops.fastrl.linear.default
+
+
+@torch.library.register_fake("fastrl::linear")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias = bias.numel() > 0
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    dx = dy @ weight if wanted[0] else None
+    dweight = dy.T @ x if wanted[1] else None
+    return dx, dweight, dy.sum(0) if ctx.bias and wanted[2] else None
+
+
+torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setup)
+
+
+# --- public -----------------------------------------------------------------------------------------
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another.
+
+    Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same dtype, rounded once.
+    Memory:  the result; x and weight are kept for the backward.  On CPU the batch-invariant kernel packs 128 rows of x a thread.
+    Raises:  ValueError or TypeError naming the argument, RuntimeError in exact mode for a dtype without such a kernel.
+    Source:  Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication" (the packed panels);
+             He et al. 2025, "Defeating nondeterminism in LLM inference" (why batch invariance).
+    """
+    _, K = dims("x", x, "T K", FLOATS)
+    N, _ = dims("weight", weight, "N K", (x.dtype,), K=K)
+    if bias is not None:
+        dims("bias", bias, "N", (x.dtype,), N=N)
+    same_device(x=x, weight=weight, bias=bias)
+    return linear_layer(x, weight, bias)
+
+
+def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
+    if not is_exact() and requested("linear") is None:
+        return functional.linear(x, weight, bias)
+    return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
