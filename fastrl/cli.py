@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Dpo, Evaluate, Generate, Grpo, Sft
+from fastrl.config import Dpo, Evaluate, Generate, Grpo, Reward, Sft
 from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.options import UsageError, dump, parse
@@ -74,6 +74,7 @@ class Command:
 
 COMMANDS = {
     "sft": Command(Sft, "fastrl.trainer:train"),
+    "reward": Command(Reward, "fastrl.trainer:train"),
     "dpo": Command(Dpo, "fastrl.trainer:train"),
     "grpo": Command(Grpo, "fastrl.trainer:train"),
     "run": Command(Pipeline, "fastrl.pipeline:run"),

@@ -67,17 +67,21 @@ def read_rows(path: str | Path, columns: Mapping[str, str] | None = None, kinds:
     `columns` renames the file's columns to the ones above: {"question": "prompt", "answer": "completion"}.
     Raises UserError naming file and line: what was expected there and what came.
     """
+    rows: list[Row] = []
+    for where, named in read_table(path, columns):
+        rows.append(Row(where, _kind(named, where, rows[0].kind if rows else None, kinds), named))
+    return rows
+
+
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """(`file:line`, its columns by their new names) of every row of a file, whatever its columns are; UserError as `read_rows`."""
     read = READERS.get(Path(path).suffix.lower())
     if read is None or not Path(path).is_file():
         reason = f"no such file (looked in {Path.cwd()})" if read else f"expected a file ending in {', '.join(READERS)}"
         raise UserError(f"dataset {path}: {reason}")
-    renamed = list((columns or {}).values())
-    if len(set(renamed)) < len(renamed):
+    if len(set((columns or {}).values())) < len(columns or {}):
         raise UserError(f"columns: expected each column to be read as another one, got {columns}")
-    rows: list[Row] = []
-    for where, fields in read(Path(path)):
-        named = _rename(fields, columns or {}, where)
-        rows.append(Row(where, _kind(named, where, rows[0].kind if rows else None, kinds), named))
+    rows = [(where, _rename(fields, columns or {}, where)) for where, fields in read(Path(path))]
     if not rows:
         raise UserError(f"dataset {path}: expected at least one row, the file has none")
     return rows

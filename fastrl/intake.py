@@ -10,6 +10,7 @@ import yaml
 
 from fastrl.config import Dpo, Grpo, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
+from fastrl.device import place
 from fastrl.errors import UserError
 from fastrl.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.rewards import Reward, Scored, load_reward, score
@@ -116,7 +117,8 @@ def prompts_and_rewards(
 
     Every line of a dataset is checked before training.
     """
-    functions = [load_reward(spec) for spec in config.reward]
+    device, dtype = place(config.device, config.dtype)
+    functions = [load_reward(spec, dtype=dtype, device=device) for spec in config.reward]
     weights = config.reward_weights or None
     if weights is not None and len(weights) != max(len(functions), 1):
         raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")

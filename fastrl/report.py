@@ -15,12 +15,18 @@ from typing import Any, Literal, Protocol
 from fastrl.errors import UserError
 from fastrl.page import Html, figures, folded, page, section, table, verdict
 from fastrl.plots import Picture, Series, lines
+from fastrl.reward_report import held_out_rewards
 
 SHOWN_SAMPLES = 5
-KINDS = {"policy": "reward", "preferences": "logps/chosen"}  # what a run learned -> a metric that only such runs have
+KINDS = {  # what a run learned -> a metric that only such runs have
+    "policy": "reward",
+    "preferences": "logps/chosen",
+    "scores": "mean_reward",
+}
 GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
     "policy": (("Reward", "reward", ".3g"),),
     "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
+    "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
     "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
 }
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
@@ -37,7 +43,7 @@ class Panel:
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    of: Literal["text", "policy", "preferences"] | None = None
+    of: Literal["text", "policy", "preferences", "scores"] | None = None
 
 
 PANELS = (
@@ -49,6 +55,11 @@ PANELS = (
     Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
     Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
     Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
+    Panel("Reward loss", "loss of a group", {"loss": "loss"}, of="scores"),
+    Panel("Comparisons won", "comparisons or verdicts", {"training": "accuracy", "held out": "eval/accuracy"}, percent=True, of="scores"),
+    Panel("Reward margin", "log-odds of the truth", {"training": "margin", "held out": "eval/margin"}, of="scores"),
+    Panel("Rewards of a step", "reward", {"mean": "mean_reward", "lowest": "min_reward", "highest": "max_reward"}, of="scores"),
+    Panel("Calibration error", "probability (ECE), held out", {"ECE": "eval/ece"}, of="scores"),
     Panel("Entropy", "nats per token", {"entropy": "entropy"}),
     Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
     Panel(
@@ -80,7 +91,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What the run learned: a "policy" from rewards, "preferences", or "text"."""
+        """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model), or "text"."""
         return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
@@ -128,6 +139,7 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
         f"Run report: {name}",
         lead(it),
         section("Curves", figures(pictures)),
+        section("Held-out rewards", *held_out_rewards(it.folder, out / "plots")),
         section("Sample answers", *_samples(it)),
         section("All metrics", _metrics(it)),
         section("Set-up", folded("Resolved configuration (config.yaml)", it.config), folded("Environment", it.environment)),
@@ -208,11 +220,11 @@ def lead(it: Run) -> str:
         if y:
             head, tail = (sum(part) / len(part) for part in (y[:EDGE], y[-EDGE:]))
             parts.append(f"{label} {head:{form}} → {tail:{form}} (means of the first and last {min(EDGE, len(y))} steps).")
-    for label, key in (("greedy", "eval/accuracy_greedy"), ("sampled", "eval/accuracy_sampled")):
+    for label, key in ((", greedy", "eval/accuracy_greedy"), (", sampled", "eval/accuracy_sampled"), ("", "eval/accuracy")):
         s = it.series(key)
         if s.y:
             ends = "" if s.lo is None or s.hi is None else f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
-            parts.append(f"Held-out accuracy, {label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")
+            parts.append(f"Held-out accuracy{label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")
     return " ".join(parts)
 
 

@@ -18,7 +18,7 @@ from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
 from fastrl.algorithms.preference import Preference, choose_preference
-from fastrl.config import Dpo, Grpo, Run, Sampling, Sft
+from fastrl.config import Dpo, Grpo, Reward, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -31,6 +31,9 @@ from fastrl.model import Decoder
 from fastrl.options import dump
 from fastrl.preferences import PreferenceLearner
 from fastrl.reference import preference_source
+from fastrl.reward_learner import REWARD_METRICS, RewardLearner
+from fastrl.reward_model import RewardModel
+from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
@@ -54,6 +57,8 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
         "correction_max": "sampling/importance_sampling_ratio/max",
     },
+    Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
@@ -164,6 +169,7 @@ def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
 
 def _check(config: Run) -> None:
     e = config.eval
+    judged = config.task is not None or isinstance(config, Reward)  # a reward model is judged on a dataset's held-out lines, too
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
@@ -171,7 +177,7 @@ def _check(config: Run) -> None:
         ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
         ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
         ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None, "0 without a --task, whose verifier evaluates"),
+        ("--eval.prompts", e.prompts, e.prompts == 0 or judged, "0 without a --task, whose verifier evaluates"),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
@@ -251,5 +257,13 @@ class Parts:
     learner: Callable[..., Any] = Learner
 
 
-PARTS: dict[type, Parts] = {Dpo: Parts(choose=choose_preference, learner=PreferenceLearner)}
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Dpo: _preferences, Grpo: _on_policy}
+PARTS: dict[type, Parts] = {
+    Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
+    Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
+}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
+    Sft: _demonstrations,
+    Dpo: _preferences,
+    Grpo: _on_policy,
+    Reward: comparisons,
+}

@@ -10,7 +10,7 @@ from support import data_file
 from transformers import AutoTokenizer
 
 from fastrl.compare import as_text, build_comparison
-from fastrl.config import Dpo, Grpo, Sft
+from fastrl.config import Dpo, Grpo, Reward, Sft
 from fastrl.evaluate import Evaluation
 from fastrl.intake import load_run_task
 from fastrl.model import Decoder
@@ -20,7 +20,9 @@ from fastrl.recipes import tokenizer as tokenizer_recipe
 from fastrl.stats import mean_interval
 from fastrl.tasks import Example, Score
 
-COMMANDS = {"cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "gsm8k_sft": Sft}
+COMMANDS = {
+    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_reward": Reward, "gsm8k_sft": Sft,
+}  # fmt: skip
 
 
 def evaluation(right: list[list[bool]]) -> Evaluation:

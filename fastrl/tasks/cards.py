@@ -22,6 +22,7 @@ from typing import ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fastrl.errors import UserError
+from fastrl.tasks.cards_mistakes import mistakes
 from fastrl.tasks.cards_rules import RANKS, RULES, hands, number_sets, reachable, solutions, translate, write
 from fastrl.tasks.cards_verifier import Level, check
 from fastrl.tasks.task import Example, Score, bucket, draw
@@ -129,16 +130,8 @@ class Cards:
         return Score(reward=REWARDS[self.reward][level], correct=correct, well_formed=level > Level.ILL_FORMED, message=message)
 
     def mistakes(self, example: Example, count: int, index: int) -> list[str]:
-        """Up to `count` different wrong answers to `example`, number `index` of its split: exact steps that end elsewhere."""
-        numbers, target = tuple(example.fields["numbers"]), example.fields["target"]
-        pool = tuple(sorted(numbers))
-        ends = sorted(end for end in reachable(pool, fractions=self.fractions, limit=self.limit) if end != target)
-        found = []
-        for i in range(min(count, len(ends))):
-            place = draw(self.seed, index, "mistake") + i
-            ways = solutions(pool, ends[place % len(ends)], fractions=self.fractions, limit=self.limit)
-            found.append(write(numbers, ways[place // len(ends) % len(ways)]))
-        return found
+        """Up to `count` different wrong answers to `example`, number `index` of its split: a pure function of the three."""
+        return mistakes(example, count, lambda text: not self.verify(example, text).correct, self.seed, index)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per character of the game: 31 with <pad>, <eos> and <unk>."""
