@@ -60,9 +60,10 @@ class Layer(nn.Module):
         self.down = Linear(F_, D, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None, paged: Paged | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the layer adds, and the residual stream it is to be added to."""
+        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None, paged: Paged | None = None,
+        *, only_store: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after the keys and values."""
         config = self.config
         if paged is not None and serves(x) and self._untouched():
             done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
@@ -73,6 +74,8 @@ class Layer(nn.Module):
         q, k, v = self.qkv(x).view(-1, H + 2 * K, E).split((H, K, K), 1)
         norms = {"q_norm": self.q_norm, "k_norm": self.k_norm} if config.qk_norm else {}
         q, k = rope(q, k, *angles, eps=eps, store=None if slab is None else Store(v, *slab), **norms)
+        if only_store:
+            return x, residual
         x = self.out(attend(q, k, v).reshape(-1, H * E))
         x, residual = add_norm(x, residual, self.mlp_norm, eps)
         return self.down(swiglu(self.gate_up(x))), residual
@@ -123,12 +126,14 @@ class Decoder(nn.Module):
         attend: Attend | None = None,
         embeds: Tensor | None = None,
         max_seqlen: int | None = None,
+        only_store: bool = False,
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): row t predicts token t + 1.
 
         Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64, default 0.. within
                  each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding;
-                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
+                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do;
+                 only_store, for an `attend` with a slab: leave out what no key or value depends on, and the result with it.
         """
         T, device = tokens.shape[0], tokens.device
         whole = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
@@ -146,6 +151,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
             inputs = (x, residual, angles, attention_i, *(None if f is None else f(i) for f in (slab_of, paged_of)))
+            if only_store and i + 1 == len(self.layers):
+                return layer(*inputs, only_store=True)[0]
             x, residual = checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
