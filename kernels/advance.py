@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import INTS, dims, same_device
 from fastrl.kernels.sample import Sample
 
@@ -102,6 +102,21 @@ register("advance", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+    """csrc/cpu/advance.cpp, which takes addresses and reads what it writes through before it starts."""
+    for name, group in (("rows", rows), ("records", records), ("pages", pages)):
+        for field, x in zip(group._fields, group, strict=True):
+            if not x.is_contiguous():
+                raise ValueError(f"{name}.{field}: expected a contiguous tensor, got strides {x.stride()}")
+    drawn = (draw.token.long(), *(x.contiguous() for x in draw[1:]))
+    groups = [[x.data_ptr() for x in group] for group in (drawn, rows, records, pages)]
+    (B, N), (S, C) = rows.table.shape, records.tokens.shape
+    extension().advance_cpu(
+        *groups, stops.data_ptr(), stops.numel(), int(version), total.data_ptr(), B, N, S, C, pages.refs.numel(), page
+    )  # fmt: skip
+
+
+register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
 register_triton("advance", "_advance_triton", "forward")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.kernels._decoder_layer import Paged
 from fastrl.kernels.advance import Pages
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
@@ -127,7 +128,7 @@ class PagedCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths)
 
-        return Through(self, slots, attend)
+        return Decoding(self, slots, attend, table, lengths)
 
 
 class Through:
@@ -142,3 +143,15 @@ class Through:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(layer, q, k, v)
+
+
+class Decoding(Through):
+    """The same of one new token per row, by names that a layer which runs in one call understands."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor) -> None:
+        super().__init__(cache, slots, attend)
+        self.table, self.lengths = table, lengths
+
+    def paged(self, layer: int) -> Paged:
+        """The layer's pages, where each new key and value goes, and what each row's query sees."""
+        return Paged(self.cache.k[layer], self.cache.v[layer], self.slots, self.table, self.lengths)

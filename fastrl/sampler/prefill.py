@@ -37,7 +37,7 @@ def fill(model: Any, cache: PagedCache, table: Tensor, spans: Sequence[Span], bu
         cu = _ends(end - start)
         place, position = places(start, end, len(tokens))
         attend = _attention(cache, table, pack, row, end, cu, row[place], position)
-        model(tokens, cu, positions=position, attend=attend)
+        model(tokens, cu, positions=position, attend=attend, only_store=True)
 
 
 def _attention(

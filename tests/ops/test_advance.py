@@ -13,7 +13,7 @@ from fastrl.kernels.advance import Pages, Records, Rows, advance
 from fastrl.kernels.sample import Sample
 
 PAGE, STOPS = 4, torch.tensor([7, 3, -1])
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 
 
 def state(B: int, S: int = 40, C: int = 32, seed: int = 0) -> tuple[Rows, Records, Pages, Sample]:
