@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "ops.h"
 
 namespace py = pybind11;
@@ -42,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 
   m.def("advance_cpu", &advance_cpu, NoGil());
+  m.def("need_cpu", &need_cpu, NoGil());
 
   m.def("decoder_layer_cpu", [](Address y, Address residual_out, Address x, Address residual, const std::array<Address, 9>& w,
                                 const std::array<Address, 8>& p, const std::array<int64_t, 5>& n, double scale, double eps, int64_t B,

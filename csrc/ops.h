@@ -2,6 +2,7 @@
 // Strides count elements.  Floats of type `code` are 0 = fp32, 1 = bf16; everything else is fp32 or int64 and contiguous.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -123,6 +124,9 @@ void decode_attention_cpu(Address y, Address q, int64_t q_token, int64_t q_head,
 void advance_cpu(const std::vector<Address>& draw, const std::vector<Address>& rows, const std::vector<Address>& records,
                  const std::vector<Address>& pages, Address stops, int64_t n_stops, int64_t version, Address total, int64_t B,
                  int64_t N, int64_t S, int64_t C, int64_t P, int64_t page);
+
+// alive (B,) bool; length, until (B,) int64  ->  rows alive, pages that they may come to need
+std::array<int64_t, 2> need_cpu(Address alive, Address length, Address until, int64_t B, int64_t page);
 
 // --- decoder_layer: the layer in model.py, one new token a row, all fp32 -----------------------------------
 struct LayerWeights {  // 0 where the layer has none

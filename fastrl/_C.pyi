@@ -315,6 +315,7 @@ def advance_cpu(
     page: int,
     /,
 ) -> None: ...
+def need_cpu(alive: int, length: int, until: int, B: int, page: int, /) -> list[int]: ...
 def decoder_layer_cpu(
     y: int,
     residual_out: int,

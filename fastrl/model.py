@@ -65,7 +65,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after the keys and values."""
         config = self.config
-        if paged is not None and serves(x) and self._untouched():
+        if paged is not None and self._untouched():
             done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
             if done is not None:
                 return done
@@ -82,14 +82,18 @@ class Layer(nn.Module):
 
     def _untouched(self) -> bool:
         """Whether the projections are what the layer was built with, and nobody listens to them."""
-        parts = (self.qkv, self.out, self.gate_up, self.down)
-        return all(type(p) is Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
+        for p in self._modules.values():  # past Module.__getattr__, which would take longer than the rest
+            if type(p) is not Linear or p._forward_hooks or p._forward_pre_hooks:
+                return False
+        return True
 
     def _weights(self) -> LayerWeights:
-        norms = (self.q_norm, self.k_norm) if self.config.qk_norm else (None, None)
+        own = self._parameters
+        qkv, out, gate_up, down = (self._modules[name]._parameters for name in ("qkv", "out", "gate_up", "down"))  # type: ignore[union-attr]
         return LayerWeights(
-            self.input_norm, self.qkv.weight, self.qkv.bias, *norms, self.out.weight, self.mlp_norm, self.gate_up.weight, self.down.weight
-        )  # fmt: skip
+            own["input_norm"], qkv["weight"], qkv["bias"], own.get("q_norm"), own.get("k_norm"), out["weight"], own["mlp_norm"],
+            gate_up["weight"], down["weight"],
+        )  # type: ignore[arg-type]  # fmt: skip
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -146,7 +150,7 @@ class Decoder(nn.Module):
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
-        slab_of, paged_of = getattr(attend, "slab", None), getattr(attend, "paged", None)
+        slab_of, paged_of = getattr(attend, "slab", None), getattr(attend, "paged", None) if serves(x) else None
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)

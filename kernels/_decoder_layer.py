@@ -59,10 +59,11 @@ def decoder_layer(
     `angles` are positions (B,) int64 and the tables cos and sin.
     Raises:  ValueError for a position, slot, page or length out of range.
     """
-    if not all(w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in weights):
-        return None
+    for w in weights:
+        if w is not None and (w.dtype != torch.float32 or not w.is_contiguous()):
+            return None
     (B, D), x, (pages, page, K, E), table = x.shape, x.contiguous(), paged.k_cache.shape, paged.table
-    y, stream, H, F = torch.empty(B, D), torch.empty(B, D), weights.out.shape[1] // E, weights.down.shape[1]
+    (y, stream), H, F = torch.empty(2, B, D).unbind(), weights.out.shape[1] // E, weights.down.shape[1]
     place = (*angles, paged.slots, paged.k_cache, paged.v_cache, table, paged.lengths)
     extension().decoder_layer_cpu(
         y.data_ptr(), stream.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr(),

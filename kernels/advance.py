@@ -98,7 +98,14 @@ def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     pages.top.sub_(rank[-1:])
 
 
+def reference_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """The definition of `need`; its last token never has a key."""
+    pages = (until - 2) // page - (length - 1) // page
+    return alive.sum(), torch.where(alive, pages, 0).sum()
+
+
 register("advance", "reference", forward=reference)
+register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -116,6 +123,13 @@ def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     )  # fmt: skip
 
 
+def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
+    found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
+    return torch.tensor(found).unbind()
+
+
+register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
 register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
 register_triton("advance", "_advance_triton", "forward")
 
@@ -138,3 +152,8 @@ def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: 
         raise ValueError(f"page: expected a positive number of tokens, got {page}")
     if B:
         pick("advance", draw.logp, "forward")(draw, rows, records, pages, stops, version, total, page)
+
+
+def need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """How many rows (B,) are alive, and how many pages they have not taken yet but may come to need, both () int64."""
+    return pick("need", alive, "forward")(alive, length, until, page)

@@ -1,5 +1,6 @@
 // The end of a decode step: the draw is recorded and every row moves on; formulas in kernels/advance.py.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -57,6 +58,16 @@ void advance_cpu(const std::vector<Address>& draw, const std::vector<Address>& r
     table[b * N + at / page] = given;
     refs[given] = 1;
   }
+}
+
+std::array<int64_t, 2> need_cpu(Address alive, Address length, Address until, int64_t B, int64_t page) {
+  std::array<int64_t, 2> found = {};
+  for (int64_t b = 0; b < B; b++) {
+    if (!array<const bool>(alive)[b]) continue;
+    found[0]++;
+    found[1] += (array<const int64_t>(until)[b] - 2) / page - (array<const int64_t>(length)[b] - 1) / page;
+  }
+  return found;
 }
 
 }  // namespace fastrl
