@@ -200,7 +200,7 @@ def test_a_step_of_pairs_is_trls(margin, center):
     theirs = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=score[:, None]), inputs)
     (slope,) = torch.autograd.grad(theirs, score)
     margins = inputs["margin"].tolist() if margin else [0.0] * n
-    groups = [([float(score[i]), float(score[n + i])], [1.0, 0.0], margins[i]) for i in range(n)]
+    groups = [([score[i].item(), score[n + i].item()], [1.0, 0.0], margins[i]) for i in range(n)]
     ours, grad, metrics = step(replace(REWARD_LOSSES["bradley_terry"], center=center or 0.0), groups)
     assert ours == pytest.approx(theirs.item(), rel=1e-12)
     assert torch.allclose(grad.view(n, 2).T.flatten(), slope, rtol=1e-11, atol=1e-15)

@@ -208,6 +208,8 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
     with pytest.raises(UserError, match="--task: gsm8k gives no wrong answers to learn from; give a --dataset"):
         fastrl.trainer.train(run(tmp_path, "other", task="gsm8k", task_options=(), tokenizer=str(_saved_tokenizer(tmp_path))))
     assert resolve(Reward, ["--model", "m", "--center_rewards_coefficient", "0.01"]).center == 0.01
+    (tmp_path / "trl.yaml").write_text("model: m\ncenter_rewards_coefficient: 0.02\n")
+    assert resolve(Reward, ["--config", str(tmp_path / "trl.yaml")]).center == 0.02
     assert cli.main(["reward", "--model", "m", "--eval.every", "5", "--dry-run"]) == 0
     assert "algorithm: bradley_terry" in (shown := capsys.readouterr().out) and "prompts: 256" in shown
 
