@@ -32,8 +32,8 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
         following, carried = 0.0, 0.0
         for t in reversed(range(reward.shape[1])):
             if mask[s, t]:
-                carried = float(reward[s, t]) + gamma * following - float(value[s, t]) + gamma * lam * carried
-                following = float(value[s, t])
+                carried = float(reward[s, t].detach()) + gamma * following - float(value[s, t].detach()) + gamma * lam * carried
+                following = float(value[s, t].detach())
                 advantage[s, t] = carried
     return advantage, torch.where(mask, advantage + value, 0)
 
