@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import GROUP, PROMPTS, SCORES, decoder, grpo, on_policy
+from runs import GROUP, PROMPTS, SCORES, grpo, on_policy
 from torch import Tensor
 
 from fastrl.algorithms.ppo import PPO, ActorCritic
@@ -112,5 +112,3 @@ def ppo(folder: Path, name: str = "run", **changes: Any) -> Ppo:
     base = grpo(folder, name)
     kept = {f: getattr(base, f) for f in base.__dataclass_fields__ if f not in ("algorithm", "group")}
     return Ppo(**kept | {"optim": Optim(lr=3e-3, warmup=2), "critic_lr": None} | changes)
-
-
