@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastrl.types import Batch
 
 def pad(x: Tensor, cu: Tensor) -> Tensor:
     """Packed (T,) as (S, L), zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence([x[a:b].double() for a, b in zip(cu[:-1], cu[1:], strict=True)], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence([x[a:b].double() for a, b in itertools.pairwise(cu)], batch_first=True)
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
