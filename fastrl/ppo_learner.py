@@ -14,6 +14,7 @@ from fastrl.config import Optim
 from fastrl.critic import Critic, ValueHead
 from fastrl.device import memory_limited_by
 from fastrl.dist import World
+from fastrl.errors import UserError
 from fastrl.learner import Learner
 from fastrl.pack import micro_batches, plan
 from fastrl.types import Batch
@@ -136,8 +137,12 @@ class PpoLearner(Learner):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned.  Raises UserError for the state of another kind of critic."""
         own = {name.removeprefix("critic."): x for name, x in state.items() if name.startswith("critic.")}
+        mine = [f"weight.{n}" for n in self.critic.names] if self.critic is not None else [*self._head_state()]
+        if missing := [name for name in mine if name not in own]:
+            kind = self.algorithm.critic
+            raise UserError(f"--critic: expected {kind}'s {missing[0]} in the checkpoint; resume with the --critic that the run began with")
         for name, x in self._head_state().items():
             x.copy_(own[name])
         super().load_state(state)

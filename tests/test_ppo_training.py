@@ -273,6 +273,14 @@ def test_four_steps_are_two_and_two(changes, tmp_path, monkeypatch, no_report):
     assert kept.config.architecture == "Qwen3ForCausalLM"
 
 
+def test_a_checkpoint_of_another_critic_is_refused():
+    """Wrong implementations: an error that names a tensor and no option; a head that silently stays at zero."""
+    separate, shared = (learner(decoder(), row(critic=kind)) for kind in ("separate", "shared"))
+    for one, other in ((separate, shared), (shared, separate)):
+        with pytest.raises(UserError, match=f"--critic: expected {one.algorithm.critic}'s .* resume with the --critic that the run began"):
+            one.load_state(other.state())
+
+
 def test_a_run_reports_under_the_usual_names(tmp_path, no_report):
     """Wrong implementations: metrics that the command's table leaves out; a spread of groups of one; panels that nothing fills."""
     result = fastrl.trainer.train(ppo(tmp_path, steps=2, minibatches=2, eval=Eval()))
