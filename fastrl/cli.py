@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Dpo, Evaluate, Generate, Grpo, Reward, Sft
+from fastrl.config import Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Sft
 from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.options import UsageError, dump, parse
@@ -77,6 +77,7 @@ COMMANDS = {
     "reward": Command(Reward, "fastrl.trainer:train"),
     "dpo": Command(Dpo, "fastrl.trainer:train"),
     "grpo": Command(Grpo, "fastrl.trainer:train"),
+    "ppo": Command(Ppo, "fastrl.trainer:train"),
     "run": Command(Pipeline, "fastrl.pipeline:run"),
     "eval": Command(Evaluate, "fastrl.evaluate:run"),
     "generate": Command(Generate, "fastrl.generate:run"),

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
+from fastrl.algorithms.ppo import ActorCritic, choose_ppo
 from fastrl.algorithms.preference import Preference, choose_preference
-from fastrl.config import Dpo, Grpo, Reward, Run, Sampling, Sft
+from fastrl.config import Dpo, Grpo, Ppo, Reward, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -29,6 +31,8 @@ from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
 from fastrl.model import Decoder
 from fastrl.options import dump
+from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
+from fastrl.ppo_source import PpoSource
 from fastrl.preferences import PreferenceLearner
 from fastrl.reference import preference_source
 from fastrl.reward_learner import REWARD_METRICS, RewardLearner
@@ -60,6 +64,7 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
     Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
     | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
+NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
@@ -219,13 +224,14 @@ def _demonstrations(
 
 
 def _on_policy(
-    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
-) -> tuple[Source, int]:
+    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device,
+    make: Callable[..., OnPolicy] = OnPolicy,
+) -> tuple[Source, int]:  # fmt: skip
     check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
     reference: Callable[[Batch], Tensor] | None = None
-    if algorithm.kl_coef:  # the reference is where the run began, not where it resumes
+    if algorithm.needs_reference:  # the reference is where the run began, not where it resumes
         frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
 
         def reference(batch: Batch) -> Tensor:
@@ -235,7 +241,7 @@ def _on_policy(
         return learner.logp(learner.model, batch)
 
     stop = task.stop if task is not None else ()
-    source = OnPolicy(
+    source = make(
         config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
         world=learner.world, game=task if isinstance(task, Conversation) else None,
     )  # fmt: skip
@@ -246,6 +252,12 @@ def _preferences(
     config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
 ) -> tuple[Source, int]:
     return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
+
+
+def _actor_critic(
+    config: Ppo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: PpoLearner, algorithm: ActorCritic, device: torch.device
+) -> tuple[Source, int]:
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +271,13 @@ class Parts:
 
 PARTS: dict[type, Parts] = {
     Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
+    Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
     Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
 }
 SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
     Sft: _demonstrations,
     Dpo: _preferences,
     Grpo: _on_policy,
+    Ppo: _actor_critic,
     Reward: comparisons,
 }

@@ -113,6 +113,8 @@ class Batch:
     correction (T,)   fp32    importance weight of sampler against trainer, or None for 1
     ref_logp   (T,)   fp32    under the reference model, or None
     sampler_logp (T,) fp32    what the sampler recorded, where old_logp is not that; else None
+    value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's unit; else None
+    returns    (T,)   fp32    what it should have expected; else None
     """
 
     tokens: Tensor
@@ -124,6 +126,8 @@ class Batch:
     correction: Tensor | None = None
     ref_logp: Tensor | None = None
     sampler_logp: Tensor | None = None
+    value: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import actor_critic
 import pytest
 import torch
 from runs import (
@@ -71,6 +72,11 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)  # a step without gradient would still decay the weights
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
+    for critic in ("separate", "shared"):
+        made = actor_critic.learner(decoder(), actor_critic.row(critic=critic, reward_kl_coef=0.1), 20, world=world)
+        step = actor_critic.source(made, kl_target=1.0, missing_eos_penalty=0.5).collect(0, 0)
+        metrics, *grads = actor_critic.gradients(made, step.batches[0])
+        found[f"ppo {critic}"] = (metrics, torch.cat(grads), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     fastrl.trainer.train(grpo(folder, **RUN))
@@ -152,9 +158,10 @@ def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None
     assert found == pytest.approx({k: v for k, v in want.items() if k not in rounding}, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "ppo separate", "ppo shared"])
 def test_two_processes_have_the_loss_and_gradient_of_one(name, one, two):
-    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples."""
+    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples;
+    advantages whitened, or a KL observed, over a process's own tokens."""
     metrics, gradients, rollout = one[1][name]
     for found in two[1]:
         assert relative(found[name][1], gradients) < 1e-5
