@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Evaluate, Generate, Grpo, Sft
+from fastrl.config import Evaluate, Generate, Grpo, Hybrid, Sft
 from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.options import UsageError, dump, parse
@@ -67,6 +67,7 @@ class Command:
 COMMANDS = {
     "sft": Command(Sft, "fastrl.trainer:train"),
     "grpo": Command(Grpo, "fastrl.trainer:train"),
+    "hybrid": Command(Hybrid, "fastrl.trainer:train"),
     "eval": Command(Evaluate, "fastrl.evaluate:run"),
     "generate": Command(Generate, "fastrl.generate:run"),
     "report": Command(Report, "fastrl.report:run"),

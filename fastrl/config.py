@@ -191,6 +191,36 @@ class Grpo(Run):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hybrid(Grpo):
+    """Demonstrations and verified rewards in one step: hybrids of supervised and reinforcement learning."""
+
+    algorithm: str = "hpt"
+    """A row of fastrl.algorithms.hybrid.HYBRIDS: hpt, hpt_soft, luffy, srft, chord, chord_phi, mixed."""
+    rl: str | None = None
+    """The row of fastrl.algorithms.ALGORITHMS that trains the policy's own completions; None keeps the hybrid's own."""
+    solved: float = 1.0
+    """A completion with at least this reward solves its prompt."""
+    gate: float | None = None
+    """hpt: prompts of which no more than this share of completions is solved learn from their demonstration; None is 0."""
+    demo_reward: float = 1.0
+    """luffy, srft: the reward of a demonstration among its prompt's completions."""
+    gamma: float | None = None
+    """luffy: its tokens are shaped by p / (p + gamma); None is 0.1."""
+    sft_coef: float | None = None
+    """hpt, hpt_soft, srft, mixed: weight of the supervised loss; None is 1."""
+    rl_coef: float | None = None
+    """mixed: weight of the policy loss; None is 1."""
+    mu: float | None = None
+    """chord: the largest weight of the supervised loss, 0.9 if None; chord_phi: its weight, 0.1 if None."""
+    mu_end: float | None = None
+    """chord: what mu falls to; None is 0.05."""
+    mu_warmup: int | None = None
+    """chord: steps over which mu rises to its peak; None is 0."""
+    mu_decay: int | None = None
+    """chord: steps over which it falls; None, or 0, is the rest of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
     """Complete prompts with a trained model."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fastrl.config import Grpo, Sft
+from fastrl.config import Grpo, Hybrid, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.errors import UserError
 from fastrl.rewards import Reward, Scored, load_reward, score
@@ -96,6 +96,41 @@ def prompts_and_rewards(
         return example.prompt, {"example": example, **example.fields}
 
     return from_task, named.size(TRAIN), Scorer(named, functions, weights)
+
+
+def demonstrations_of_prompts(
+    config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
+) -> Callable[[Sequence[int]], list[Sample | None]]:
+    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has none or a completion is empty.
+
+    Every line of a dataset is checked before training.
+    """
+    limit = min(config.max_tokens or context, context)
+
+    def usable(rows: Sequence[Row]) -> list[Sample | None]:
+        known = [row for row in rows if row.fields["completion"]]
+        for row, sample in zip(known, samples := encode_all(known, tokenizer, max_tokens=limit), strict=True):
+            _check_tokens(sample.tokens, row.where, vocab_size)
+            _check_budget(len(sample.tokens), row.where, config.micro_tokens)
+        there = iter(samples)
+        return [next(there) if row.fields["completion"] else None for row in rows]
+
+    if config.dataset is not None:
+        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        if rows[0].kind != "prompt-completion":
+            raise UserError(f"{rows[0].where}: expected a completion column, the demonstrations, got {', '.join(rows[0].fields)}")
+        all_of_them = usable(rows)
+        return lambda indices: [all_of_them[i] for i in indices]
+    if task is None:
+        raise UserError("--task or --dataset: expected one of them, to have demonstrations to learn from; got neither")
+    named: Task = task
+
+    def items(indices: Sequence[int]) -> list[Sample | None]:
+        examples = [named.example(TRAIN, i) for i in indices]
+        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
+        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
+
+    return items
 
 
 class Scorer:

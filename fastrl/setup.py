@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.config import Grpo, Run, Sampling, Sft
+from fastrl.algorithms.hybrid import choose_hybrid
+from fastrl.config import Grpo, Hybrid, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.files import read_json_lines
-from fastrl.intake import demonstrations, load_run_task, prompts_and_rewards
+from fastrl.intake import demonstrations, demonstrations_of_prompts, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
+from fastrl.mixture import MixedLearner, Mixture, check_mixture
 from fastrl.model import Decoder
 from fastrl.options import dump
 from fastrl.sampler import SAMPLERS, Sampler
@@ -45,6 +48,7 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "correction_max": "sampling/importance_sampling_ratio/max",
     },
 }  # fmt: skip
+NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share")}
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
@@ -119,17 +123,18 @@ def set_up(config: Run) -> Session:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
         )
-    algorithm = choose_algorithm(config)
+    parts = PARTS.get(type(config), Parts())
+    algorithm = parts.choose(config)
     task = load_run_task(config.task, config.task_options)
     source_folder = str(resumed or config.model)
-    model = load_model(source_folder, dtype=dtype, device=device, seed=config.seed)
+    model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
     if config.exact and not isinstance(model, Decoder):
         raise UserError(f"--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), got {config.model}; run without it")
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
     sampler = SAMPLERS[chosen](model, tokenizer, sampling)
-    learner = Learner(
+    learner = parts.learner(
         model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
@@ -202,8 +207,9 @@ def _demonstrations(
 
 
 def _on_policy(
-    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
-) -> tuple[Source, int]:
+    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device,
+    kind: Callable[..., Source] = OnPolicy,
+) -> tuple[Source, int]:  # fmt: skip
     check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
@@ -218,11 +224,28 @@ def _on_policy(
         return learner.logp(learner.model, batch)
 
     stop = task.stop if task is not None else ()
-    source = OnPolicy(
+    source = kind(
         config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
         world=learner.world, game=task if isinstance(task, Conversation) else None,
     )  # fmt: skip
     return source, config.max_new_tokens
 
 
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy}
+def _mixture(config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, *rest: Any) -> tuple[Source, int]:
+    check_mixture(config, rest[0], turns=isinstance(task, Conversation))
+    shape = learner.model.config
+    known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    return _on_policy(config, task, tokenizer, sampler, learner, *rest, kind=partial(Mixture, demonstrations=known))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+
+    load: Callable[..., Any] = load_model
+    choose: Callable[..., Any] = choose_algorithm
+    learner: Callable[..., Any] = Learner
+
+
+PARTS: dict[type, Parts] = {Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner)}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy, Hybrid: _mixture}
