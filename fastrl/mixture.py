@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from fastrl.kernels.policy_loss import METRICS
 from fastrl.learner import Learner
 from fastrl.rewards import Scored
 from fastrl.types import Batch, Rollouts, Tokens
+
+Demonstrated = Callable[[Sequence[int]], list[Sample | None]]
 
 
 # --- the source -------------------------------------------------------------------------------------
@@ -136,16 +139,20 @@ def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, max_length: int
 def _longer(draw: Draw, samples: Sequence[Sample | None], reward: Sequence[float], version: int) -> Draw:
     """The draw with one more sequence at the end of each group; where there is none, one token that does not count."""
     r, P = draw.rollouts, len(samples)
-    n, device, ends = len(r) // max(P, 1), r.tokens.device, r.cu_seqlens.tolist()
+    n, ends = len(r) // max(P, 1), r.cu_seqlens.tolist()
     rows = [s or Sample([int(r.tokens[ends[g * n]])], [False]) for g, s in enumerate(samples)]
-    mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=device)
-    zeros = torch.zeros(mask.shape, dtype=r.logp.dtype, device=device)
+
+    def column(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=r.tokens.device)
+
+    mask = column([m for row in rows for m in row.mask], torch.bool)
+    zeros = torch.zeros(mask.shape, dtype=r.logp.dtype, device=mask.device)
     more = Rollouts(
-        tokens=torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor([0, *(len(row.tokens) for row in rows)], device=device).cumsum(0).to(torch.int32), completion_mask=mask,
-        prompt_index=torch.arange(P, device=device), prompt_lengths=torch.tensor([row.mask.count(False) for row in rows], device=device).long(),
-        logp=zeros, behaviour_logp=zeros, entropy=zeros, weight_version=torch.where(mask, version, -1), finish_reason=["stop"] * P,
-        text=None, sequence=None if r.sequence is None else torch.zeros(P, dtype=torch.int64, device=device),
+        tokens=column([t for row in rows for t in row.tokens]), completion_mask=mask, prompt_index=column(list(range(P))),
+        cu_seqlens=column([0, *accumulate(len(row.tokens) for row in rows)], torch.int32),
+        prompt_lengths=column([row.mask.count(False) for row in rows]), logp=zeros, behaviour_logp=zeros, entropy=zeros,
+        weight_version=torch.where(mask, version, -1), finish_reason=["stop"] * P,
+        sequence=None if r.sequence is None else column([0] * P),
     )  # fmt: skip
     order = [i for g in range(P) for i in (*range(g * n, g * n + n), len(r) + g)]
     both = [*draw.scored.reward, *reward]
@@ -198,18 +205,14 @@ def only(tokens: Tokens, kind: int) -> Tokens:
 
 def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
     """Refuse settings that have no meaning with demonstrations in the batch."""
+    apart = "multi_objective_aggregation"
     together = config.multi_objective_aggregation == "sum_then_normalize" or row.member is None
-    for option, value, fine, expected in (
-        ("--sampling.temperature", config.sampling.temperature, config.sampling.temperature == 1, "1, at which demonstrations are scored"),
-        ("--refill", config.refill, config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
-        ("--tail", config.tail, config.tail != "carry", "finish or cut"),
-        ("--task", config.task, not turns, "a task of one turn, as demonstrations are"),
-        (
-            "--multi-objective-aggregation",
-            config.multi_objective_aggregation,
-            together,
-            "sum_then_normalize: a demonstration has one reward",
-        ),
+    for name, value, fine, expected in (
+        ("sampling.temperature", config.sampling.temperature, config.sampling.temperature == 1, "1, at which demonstrations are scored"),
+        ("refill", config.refill, config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
+        ("tail", config.tail, config.tail != "carry", "finish or cut"),
+        ("task", config.task, not turns, "a task of one turn, as demonstrations are"),
+        (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:
-            raise UserError(f"{option}: expected {expected}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")

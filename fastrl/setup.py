@@ -18,7 +18,7 @@ from fastrl import checkpoint, environment, ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.hybrid import choose_hybrid
+from fastrl.algorithms.hybrid import Mixed, choose_hybrid
 from fastrl.config import Grpo, Hybrid, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
@@ -231,11 +231,14 @@ def _on_policy(
     return source, config.max_new_tokens
 
 
-def _mixture(config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, *rest: Any) -> tuple[Source, int]:
-    check_mixture(config, rest[0], turns=isinstance(task, Conversation))
+def _mixture(
+    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
+) -> tuple[Source, int]:
+    check_mixture(config, algorithm, turns=isinstance(task, Conversation))
     shape = learner.model.config
     known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    return _on_policy(config, task, tokenizer, sampler, learner, *rest, kind=partial(Mixture, demonstrations=known))
+    mixture = partial(Mixture, demonstrations=known)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, mixture)
 
 
 @dataclass(frozen=True, slots=True)

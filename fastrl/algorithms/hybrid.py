@@ -97,24 +97,24 @@ def _sign(reward: Tensor, group: int, length: Tensor) -> Tensor:
 
 
 # --- what a prompt's sequences count ----------------------------------------------------------------
+Parts = tuple[Tensor | float, Tensor | float, Tensor | float]  # by KINDS
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps, **params) -> (P, 3)`, by KINDS.
+    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps, **params)`, of each kind.
 
     solved  share of the prompt's completions that are right, NaN where none was scored;  there  whether it has a demonstration
     A kind that counts 0 leaves the batch, and its denominators.
     """
 
-    compute: Callable[..., Tensor]
+    compute: Callable[..., Parts]
     params: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, solved: Tensor, there: Tensor, step: int, steps: int) -> Tensor:
         own, member, supervised = self.compute(solved, there, step, steps, **self.params)
         one, known = torch.ones_like(solved), there.to(solved.dtype)
         return torch.stack([own * one, member * known, supervised * known], 1)
-
-
-Parts = tuple[Tensor | float, Tensor | float, Tensor | float]
 
 
 def _gate(solved: Tensor, there: Tensor, step: int, steps: int, *, gate: float, sft_coef: float) -> Parts:
