@@ -34,7 +34,12 @@ def demonstration(i: int) -> Sample:
 
 
 def mixture(
-    model: Decoder, row: Mixed, scores: Sequence[float] = SCORES, known: Sequence[int] = (0, 1, 2), world: World | None = None, **changes: Any
+    model: Decoder,
+    row: Mixed,
+    scores: Sequence[float] = SCORES,
+    known: Sequence[int] = (0, 1, 2),
+    world: World | None = None,
+    **changes: Any,
 ) -> Mixture:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the `known` prompts."""
     options: dict[str, Any] = {"model": "", "steps": 10, "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
@@ -197,6 +202,7 @@ OBJECTIVES: dict[str, Callable[[list[Group]], Tensor]] = {  # what each row maxi
     "chord_phi": lambda data: 0.9 * grpo(data) + 0.1 * supervised(data, lambda s: (s.p * (1 - s.p)).detach()),
     "mixed": lambda data: grpo(data) + supervised(data),
 }
+
 
 def with_rule(name: str, **params: float) -> Mixed:
     """A row whose rule has other parameters."""

@@ -5,25 +5,23 @@ tests/hybrids.py restates the equations.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hybrids import ANSWERS, OBJECTIVES, SCORES, demonstration, groups, half_cosine, hpt, learner, luffy, mixture, with_rule
-from runs import BUDGET, GROUP, PROMPTS, SEED, assert_same_run, decoder, drift, gradient, lines, relative, straight_and_resumed, write_model
+from hybrids import ANSWERS, OBJECTIVES, SCORES, demonstration, groups, half_cosine, learner, mixture, with_rule
+from runs import BUDGET, GROUP, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 from torch import Tensor
 
-import fastrl.trainer
-from fastrl import cli
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.hybrid import DENOMINATORS, HYBRIDS, MEMBER, OWN, SUPERVISED, Estimator, certain, choose_hybrid, phi, uncertain
-from fastrl.config import Hybrid, Optim
+from fastrl.config import Hybrid, Sampling
+from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, order
-from fastrl.mixture import check_mixture, only
+from fastrl.mixture import check_mixture, only, weigh_apart
 from fastrl.ops import SURROGATES
 from fastrl.types import Tokens
 
@@ -60,20 +58,30 @@ def test_cutting_and_order_change_nothing(name):
     assert {k: b[k] for k in a} == pytest.approx(a, rel=1e-6, abs=1e-9)
 
 
-def test_two_processes_see_what_one_does():
-    """Wrong implementation: denominators of one process's share."""
-    model = decoder(dtype=F64)
-    row = HYBRIDS["luffy"]
-    whole = mixture(model, row).collect(0, 0).batches[0]
+@pytest.mark.parametrize("name", ["hpt", "luffy"])
+def test_denominators_are_of_all_processes(name):
+    """Wrong implementations: counts of one process's share; supervised tokens and completions in one sum."""
+    row = HYBRIDS[name]
+    source = mixture(decoder(dtype=F64), row)
+    source._weigh = lambda part: part  # type: ignore[method-assign]
+    source._live = lambda part: part  # type: ignore[method-assign]
+    whole = source.collect(0, 0).batches[0]
+    halves, seen = [whole.select(range(5)), whole.select(range(5, len(whole)))], []
 
-    class Half(type(mixture(model, row).world)):  # type: ignore[misc]
+    class Told(World):
         def sum(self, *values):
-            return [n.pop(0) for n in self.totals] if False else list(values)
+            seen.append(values)
+            return list(values)
 
-    assert len(whole) > 0  # the counts below are those of the whole step, whoever holds the sequences
-    kinds = whole.kind[whole.cu_seqlens[:-1].long()]
-    weight = whole.weight[whole.cu_seqlens[:-1].long()]
-    assert torch.allclose(weight, torch.full_like(weight, 1 / (15 * BUDGET))) and set(kinds.tolist()) == {OWN, MEMBER}
+    class Summed(World):
+        def sum(self, *values):
+            return [sum(x) for x in zip(*seen, strict=True)]
+
+    want = weigh_apart(whole, row, World(), max_length=BUDGET).weight
+    for half in halves:
+        weigh_apart(half, row, Told(), max_length=BUDGET)
+    got = torch.cat([weigh_apart(half, row, Summed(), max_length=BUDGET).weight for half in halves])
+    assert torch.equal(got, want) and len(want.unique()) > 1
 
 
 # --- the four parts -----------------------------------------------------------------------------------
@@ -82,7 +90,9 @@ def tokens(n: int = 40, spread: float = 0.3) -> Tokens:
     logp = -3 * torch.rand(n, generator=draw, dtype=F64)
     x, y, h = (torch.randn(n, generator=draw, dtype=F64) for _ in range(3))
     ends = torch.tensor([0, 7, 7, 25, n], dtype=torch.int32)
-    return Tokens(old_logp=logp - spread * x, advantage=y, weight=torch.full((n,), 0.1, dtype=F64), cu_seqlens=ends, live=n).with_(logp, h.abs())
+    return Tokens(old_logp=logp - spread * x, advantage=y, weight=torch.full((n,), 0.1, dtype=F64), cu_seqlens=ends, live=n).with_(
+        logp, h.abs()
+    )
 
 
 def slope(loss, t: Tokens) -> Tensor:
@@ -165,28 +175,152 @@ def test_with_demonstrations_alone_it_is_sft_exactly(row):
     metrics, got = gradient(learner(model, row), mixture(model, row).collect(0, 0).batches[0])
     theirs, want = supervised_gradient(model)
     assert torch.equal(got, want)
-    assert metrics["loss"] == metrics["sft_loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert [metrics["loss"], metrics["sft_loss"]] == pytest.approx([theirs["loss"]] * 2, rel=1e-6)
     assert metrics["num_tokens"] == theirs["num_tokens"] == sum(map(len, ANSWERS)) and metrics["off_policy_share"] == 1
     assert not {"ratio_mean", "approx_kl", "tokens"} & metrics.keys(), "there are no tokens of its own to measure"
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", ["hpt", "hpt_soft", "luffy", "mixed", "chord_phi"])
 def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
     """Wrong implementation: the place of a demonstration that is not there in the group's mean or in a denominator."""
-    model, row = decoder(), HYBRIDS[name]
-    if name in ("srft", "chord", "chord_phi"):  # weights of their own; the equations have them
-        row = replace(with_rule(name, mu=0.0) if name != "srft" else row, prepare=(), own_advantage=None)
-        row = with_rule("chord_phi", mu=0.0) if name == "chord" else row
+    model, row = decoder(), with_rule("chord_phi", mu=0.0) if name == "chord_phi" else HYBRIDS[name]
+    base = replace(ALGORITHMS["grpo" if row.advantage.params["scale"] == "std" else "dr_grpo"], surrogate=row.surrogate)
     source = mixture(model, row, known=NONE)
-    batch = source.collect(0, 0).batches[0]
     other = OnPolicy.__new__(OnPolicy)
-    other.__dict__.update(source.__dict__ | {"members": GROUP})
-    base = replace(ALGORITHMS[{"hpt": "dr_grpo", "hpt_soft": "dr_grpo", "luffy": "dr_grpo"}.get(name, "grpo")], surrogate=row.surrogate)
-    other.algorithm = base
+    other.__dict__.update(source.__dict__ | {"members": GROUP, "algorithm": base})
+    batches = [s.collect(0, 0).batches[0] for s in (source, other)]
     drift(model, 0.03)
-    got, want = gradient(learner(model, row), batch), gradient(plain_learner(model, base), source_batch(other))
-    assert relative(got[1], want[1]) < 1e-6 and got[0]["ratio_mean"] == pytest.approx(want[0]["ratio_mean"])
+    got, want = gradient(learner(model, row), batches[0]), gradient(plain_learner(model, base, temperature=1.0), batches[1])
+    assert torch.equal(got[1], want[1]) and got[0] == want[0]
 
 
-def source_batch(source):
-    return source.collect(0, 0).batches[0]
+# --- gates --------------------------------------------------------------------------------------------
+T, F = True, False
+nan = math.nan
+
+
+@pytest.mark.parametrize(
+    ("name", "solved", "there", "want"),
+    [
+        ("hpt", [0.0, 0.125, 1.0, nan], [T, T, T, T], [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]),
+        ("hpt", [0.0, 1.0], [F, F], [(1, 0, 0), (1, 0, 0)]),
+        ("hpt_soft", [0.0, 0.2, 0.25, 0.5, 0.625, 1.0], [T] * 6, [(0, 0, 1), (0, 0, 1), (0.125, 0, 0.5), (0.5, 0, 0.125), (1, 0, 0), (1, 0, 0)]),
+        ("hpt_soft", [0.0, nan], [F, T], [(1, 0, 0), (1, 0, 0)]),
+        ("luffy", [0.0, 1.0], [T, F], [(1, 1, 0), (1, 0, 0)]),
+        ("srft", [0.0, 1.0], [T, F], [(1, 1, 1), (1, 0, 0)]),
+        ("chord", [0.0, 1.0], [T, F], [(0.1, 0, 0.9), (0.1, 0, 0)]),
+        ("mixed", [0.0, 1.0], [T, F], [(1, 0, 1), (1, 0, 0)]),
+    ],
+)  # fmt: skip
+def test_gates_at_their_edges(name, solved, there, want):
+    """Wrong implementations: < for <= at the gate; no scores taken for none solved; a prompt without a demonstration that is gated, and
+    so learns nothing."""
+    got = HYBRIDS[name].rule(torch.tensor(solved), torch.tensor(there), 0, 10)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float32))
+
+
+def test_the_gate_is_a_share_of_solved_completions():
+    """Wrong implementations: the mean reward for the share that is solved; a gate that opens at its threshold."""
+    model = decoder()
+    scores = [1.0, 0.0, 0.0, 0.0, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 0.0, 0.0]
+    for gate, solved, taught in ((0.0, 1.0, 1), (0.25, 1.0, 2), (0.5, 1.0, 3), (0.0, 0.9, 0), (0.0, 2.0, 3)):
+        told = mixture(model, with_rule("hpt", gate=gate), scores, solved=solved).collect(0, 0).metrics
+        assert told["hybrid/sft_prompts"] == pytest.approx(taught / 3) == 1 - told["hybrid/rl_prompts"]
+    assert told["hybrid/solved"] == 0 and told["hybrid/demonstrated"] == 1
+
+
+def test_all_solved_and_nothing_to_learn_is_no_step():
+    """Every reward equal and every gate open: no token is left, and the learner must not step."""
+    model = decoder()
+    batch = mixture(model, HYBRIDS["hpt"], [1.0] * 12).collect(0, 0).batches[0]
+    assert len(batch) == 0
+    before = [p.clone() for p in model.parameters()]
+    metrics = learner(model, HYBRIDS["hpt"]).update(batch, 0)
+    assert metrics["num_tokens"] == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_mu_rises_and_falls():
+    """Wrong implementations: a decay counted from step 0; a warm-up that ends above the peak; a linear decay."""
+    row = with_rule("chord", mu=0.8, mu_end=0.1, mu_warmup=4, mu_decay=10)
+    got = [float(row.rule(torch.zeros(1), torch.ones(1, dtype=torch.bool), step, 99)[0, SUPERVISED]) for step in range(20)]
+    assert got == pytest.approx([half_cosine(step, 0.8, 0.1, 4, 10) for step in range(20)], abs=1e-6)
+    assert got[0] == 0 and got[4] == pytest.approx(0.8) and got[14:] == pytest.approx([0.1] * 6)
+
+
+def test_minibatches_hold_whole_groups_with_their_demonstrations():
+    """Wrong implementation: groups cut by their completions alone, so that a demonstration lands in another prompt's minibatch."""
+    model = decoder()
+    batches = mixture(model, HYBRIDS["srft"], minibatches=3, epochs=2).collect(0, 0).batches
+    assert len(batches) == 6
+    for batch in batches:
+        first = batch.cu_seqlens[:-1].long()
+        assert batch.kind[first].tolist() == [OWN] * GROUP + [MEMBER, SUPERVISED]
+        assert len({int(t) for t in batch.tokens[first]}) == 1, "one prompt"
+
+
+def test_metrics_tell_own_tokens_from_others():
+    """Wrong implementations: the demonstration's ratio in the policy's; its tokens left out of num_tokens; a mean of means."""
+    model, row = decoder(), HYBRIDS["srft"]
+    batch = mixture(model, row).collect(0, 0).batches[0]
+    trained = learner(model, row, 20)
+    metrics = gradient(trained, batch)[0]
+    logp, taught = trained.logp(model, batch), (batch.kind == SUPERVISED) & batch.mask
+    assert metrics["sft_loss"] == metrics["member_nll"] == pytest.approx(-float(logp[taught].mean()), rel=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and metrics["sampler_diff_max"] < 1e-4
+    shown = 2 * sum(map(len, ANSWERS))
+    assert metrics["num_tokens"] == int(batch.mask.sum()) and metrics["off_policy_share"] == pytest.approx(shown / int(batch.mask.sum()))
+    assert metrics["tokens"] == int(batch.mask.sum()) - shown
+
+
+def test_tokens_of_one_kind_keep_their_sequences():
+    t = replace(tokens(), kind=torch.tensor([0] * 7 + [2] * 18 + [0] * 15))
+    own = only(t, OWN)
+    assert own.cu_seqlens.tolist() == [0, 7, 7, 7, 22] and torch.equal(own.logp, torch.cat([t.logp[:7], t.logp[25:]]))
+
+
+# --- options ------------------------------------------------------------------------------------------
+def test_options_change_a_row():
+    """Wrong implementations: an option of 0 taken for none; --rl that loses the hybrid's own part."""
+    row = choose_hybrid(Hybrid(model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1))
+    assert row.rule.params == {"gate": 0.25, "sft_coef": 0.0} and row.supervised == HYBRIDS["hpt"].supervised
+    assert (row.surrogate, row.aggregate, row.kl, row.kl_coef) == (ALGORITHMS["dapo"].surrogate, ALGORITHMS["dapo"].aggregate, "k3", 0.1)
+    assert choose_hybrid(Hybrid(model="m", algorithm="luffy", gamma=0.5)).member.surrogate.params == {"gamma": 0.5}
+    assert choose_hybrid(Hybrid(model="m", algorithm="srft", rl="dr_grpo")).prepare == (uncertain,)
+    assert choose_hybrid(Hybrid(model="m", rl="gspo")).level == "sequence" and choose_hybrid(Hybrid(model="m")).level == "token"
+    assert choose_hybrid(Hybrid(model="m")) == HYBRIDS["hpt"] and HYBRIDS["srft"].level == "sequence"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "grpo"}, "--algorithm: expected one of hpt, hpt_soft, luffy, srft, chord, chord_phi, mixed; got 'grpo'"),
+        ({"rl": "sft"}, "--rl: expected one of grpo, .*; got 'sft'"),
+        ({"gate": 1.5}, "--gate: expected a share of completions in .0, 1., got 1.5"),
+        ({"gamma": 0.1}, "--gamma: hpt has no such setting; take an --algorithm that has: luffy"),
+        ({"algorithm": "luffy", "gate": 0.0}, "--gate: luffy has no such setting; take an --algorithm that has: hpt"),
+        ({"algorithm": "mixed", "mu": 0.5}, "--mu: mixed has no such setting; take an --algorithm that has: chord, chord_phi"),
+        ({"algorithm": "chord", "mu_warmup": -1}, "--mu-warmup: expected steps, 0 or more, got -1"),
+        ({"semantics": "trl"}, "--semantics: trl is of a row of --rl; give --rl"),
+        ({"epsilon": 0.1}, "--epsilon: hpt has no such bound"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        choose_hybrid(Hybrid(**{"model": "m"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refill": 1}, "--refill: expected 0: prompts that nobody solves"),
+        ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
+        ({"sampling": Sampling(temperature=0.5)}, "--sampling.temperature: expected 1, at which demonstrations are scored, got 0.5"),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_mixture(Hybrid(**{"model": "m"} | changes), HYBRIDS["luffy"])
+    check_mixture(Hybrid(model="m"), HYBRIDS["luffy"])
+    with pytest.raises(UserError, match="--task: expected a task of one turn"):
+        check_mixture(Hybrid(model="m"), HYBRIDS["luffy"], turns=True)
