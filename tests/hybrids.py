@@ -49,7 +49,7 @@ def mixture(
 
     return Mixture(
         Hybrid(**options | changes), Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=reference if row.kl_coef else None, stop=(), world=world or World(), trainer=reference,
+        reference=reference if row.kl_coef else None, stop=(), world=World(), trainer=reference,
         demonstrations=lambda some: [demonstration(i) if i in known else None for i in some],
     )  # fmt: skip
 
@@ -109,15 +109,13 @@ def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: f
 def groups(model: Decoder, source: Mixture, scores: Sequence[float], known: Sequence[int]) -> Callable[[], list[Group]]:
     """What the source draws, now; the function gives it under the model's weights as they then are."""
     rollouts = source._fill(0, 0)[0].rollouts
+    columns = rollouts.tokens, rollouts.completion_mask, rollouts.logp
     spans = [slice(a, b) for a, b in pairwise(rollouts.cu_seqlens.tolist())]
 
     def under() -> list[Group]:
         out = []
         for g, prompt in enumerate(order(len(PROMPTS), SEED, 0, len(PROMPTS))):
-            own = [
-                forward(model, *(x[spans[g * GROUP + i]] for x in (rollouts.tokens, rollouts.completion_mask, rollouts.logp)), scores[prompt * GROUP + i])
-                for i in range(GROUP)
-            ]  # fmt: skip
+            own = [forward(model, *(x[spans[g * GROUP + i]] for x in columns), scores[prompt * GROUP + i]) for i in range(GROUP)]
             shown = demonstration(prompt)
             tokens = torch.tensor(shown.tokens)
             demo = forward(model, tokens, torch.tensor(shown.mask), torch.zeros(len(tokens))) if prompt in known else None

@@ -30,8 +30,7 @@ ALL, NONE = (0, 1, 2), ()
 
 
 # --- the equations ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("known", [ALL, (0, 1), NONE], ids=["all", "some", "none"])
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(("name", "known"), [*((name, (0, 1)) for name in HYBRIDS), ("hpt", ALL), ("luffy", ALL), ("srft", NONE)])
 def test_loss_and_gradient_are_those_of_the_equations(name, known):
     """Wrong implementations: one denominator for completions and supervised tokens; gated completions left in a denominator; the
     demonstration outside its group's mean; a gradient through phi or an entropy weight; a missing demonstration counted as a sample."""
@@ -58,7 +57,7 @@ def test_cutting_and_order_change_nothing(name):
     assert {k: b[k] for k in a} == pytest.approx(a, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["hpt", "luffy"])
+@pytest.mark.parametrize("name", ["hpt", "srft"])
 def test_denominators_are_of_all_processes(name):
     """Wrong implementations: counts of one process's share; supervised tokens and completions in one sum."""
     row = HYBRIDS[name]
@@ -111,8 +110,8 @@ def inside(r: Tensor, A: Tensor, low: float, high: float) -> Tensor:
 
 
 def test_every_method_is_mask_denominator_advantage_and_likelihood():
-    """W = 1_stable A exp(logp - den) of the unified estimator.  Wrong implementations: pi_old as SFT's denominator; the recorded log-prob as
-    LUFFY's; a mask by the ratio alone; GSPO's ratio of one token."""
+    """W = 1_stable A exp(logp - den) of the unified estimator.  Wrong implementations: pi_old as SFT's denominator; the recorded log-prob
+    as LUFFY's; a mask by the ratio alone; GSPO's ratio of one token."""
     t = tokens()
     everywhere, A, p, r = torch.ones(t.live, dtype=torch.bool), t.advantage, t.logp.exp(), (t.logp - t.old_logp).exp()
     one, zeros = torch.ones_like(A), torch.zeros_like(A)
@@ -191,7 +190,7 @@ def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
     batches = [s.collect(0, 0).batches[0] for s in (source, other)]
     drift(model, 0.03)
     got, want = gradient(learner(model, row), batches[0]), gradient(plain_learner(model, base, temperature=1.0), batches[1])
-    assert torch.equal(got[1], want[1]) and got[0] == want[0]
+    assert torch.equal(got[1], want[1]) and got[0] == want[0] | {"off_policy_share": 0.0}
 
 
 # --- gates --------------------------------------------------------------------------------------------
@@ -204,7 +203,8 @@ nan = math.nan
     [
         ("hpt", [0.0, 0.125, 1.0, nan], [T, T, T, T], [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]),
         ("hpt", [0.0, 1.0], [F, F], [(1, 0, 0), (1, 0, 0)]),
-        ("hpt_soft", [0.0, 0.2, 0.25, 0.5, 0.625, 1.0], [T] * 6, [(0, 0, 1), (0, 0, 1), (0.125, 0, 0.5), (0.5, 0, 0.125), (1, 0, 0), (1, 0, 0)]),
+        ("hpt_soft", [0.0, 0.2, 0.25, 0.5], [T] * 4, [(0, 0, 1), (0, 0, 1), (0.125, 0, 0.5), (0.5, 0, 0.125)]),
+        ("hpt_soft", [0.625, 1.0], [T] * 2, [(1, 0, 0), (1, 0, 0)]),
         ("hpt_soft", [0.0, nan], [F, T], [(1, 0, 0), (1, 0, 0)]),
         ("luffy", [0.0, 1.0], [T, F], [(1, 1, 0), (1, 0, 0)]),
         ("srft", [0.0, 1.0], [T, F], [(1, 1, 1), (1, 0, 0)]),

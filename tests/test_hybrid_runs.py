@@ -18,9 +18,15 @@ from fastrl.intake import demonstrations_of_prompts
 from fastrl.tasks import Cards, Example
 from fastrl.trainer import train
 
+REWARD = """
+def digits(completions, **columns):
+    return [float(sum(map(str.isdigit, c)) > 2) for c in completions]
+"""
+CHORD, SRFT = {"algorithm": "chord", "mu_warmup": 2}, {"algorithm": "srft", "minibatches": 2, "epochs": 2, "kl_coef": 0.1}
+
 
 @pytest.fixture(autouse=True)
-def no_report(request, monkeypatch):
+def no_report(monkeypatch):
     """Drawing the plots takes longer than these runs."""
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
 
