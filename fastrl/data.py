@@ -46,10 +46,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sequence: its tokens, and True in `mask` where a token counts in the loss; never the first, which nothing predicts."""
+    """A sequence: its tokens, and True in `mask` where a token counts in the loss; never the first, which nothing predicts.
+
+    `weight` multiplies what its tokens count in means over tokens.
+    """
 
     tokens: list[int]
     mask: list[bool]
+    weight: float = 1.0
 
 
 class Segment(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
-from fastrl.batches import correct, weigh
+from fastrl.batches import correct, reweigh, weigh
 from fastrl.carry import Carry
 from fastrl.config import Grpo
 from fastrl.data import Sample
@@ -68,26 +68,35 @@ class Source(Protocol):
 class Demonstrations:
     """Supervised batches: `count` sequences a step, whose masked-in tokens count the same all over the step.
 
-    items(indices) -> demonstrations out of `size`: a pure function of the indices.
+    items(indices) -> demonstrations out of `size`: a pure function of the indices.  `weighted` says whether their weights count.
     """
 
     def __init__(
         self, items: Callable[[Sequence[int]], list[Sample]], size: int, *, count: int, algorithm: Algorithm, seed: int,
-        device: torch.device, world: World,
+        device: torch.device, world: World, weighted: bool = False,
     ) -> None:  # fmt: skip
-        self.items, self.size, self.count, self.seed = items, size, count, seed
+        self.items, self.size, self.count, self.seed, self.weighted = items, size, count, seed, weighted
         self.algorithm, self.device, self.world = algorithm, device, world
 
     def collect(self, step: int, version: int) -> Step:
         chosen = order(self.size, self.seed, step * self.count, self.count)
-        rows = self.items([chosen[i] for i in self.world.share(self.count)])
+        mine = self.world.share(self.count)
+        rows = self.items([chosen[i] for i in mine])
         tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=self.device)
         mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=self.device)
         lengths = torch.tensor([0, *(len(row.tokens) for row in rows)], device=self.device)
         zeros = torch.zeros(tokens.shape, device=self.device)
         cu = lengths.cumsum(0).to(torch.int32)
-        batch = Batch(tokens=tokens, cu_seqlens=cu, mask=mask, advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros)
-        return Step([weigh(batch, self.algorithm, self.world, max_length=1)])
+        number, share = (
+            torch.repeat_interleave(torch.tensor(x, device=self.device), cu.diff().long()) if rows else zeros
+            for x in (list(mine), [row.weight for row in rows])
+        )
+        batch = Batch(
+            tokens=tokens, cu_seqlens=cu, mask=mask & (share > 0), advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros,
+            number=number,
+        )  # fmt: skip
+        batch = weigh(batch, self.algorithm, self.world, max_length=1)
+        return Step([reweigh(batch, share, self.world) if self.weighted else batch])
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from fastrl.config import Grpo, Hybrid, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.errors import UserError
+from fastrl.files import shorten
 from fastrl.rewards import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Task, load_task, task_reward
@@ -46,7 +48,7 @@ def demonstrations(
         for row, sample in zip(rows, samples, strict=True):
             _check_tokens(sample.tokens, row.where, vocab_size)
             _check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        return samples
+        return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)] if config.sample_weights else samples
 
     if config.dataset is not None:
         known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
@@ -165,6 +167,13 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_si
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
     _check_tokens(tokens, row.where, vocab_size)
     _check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
+
+
+def _weight(row: Row) -> float:
+    value = row.fields.get("weight")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; or leave --sample-weights out")
+    return float(value)
 
 
 def _check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:

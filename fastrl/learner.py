@@ -94,7 +94,7 @@ class Learner:
         """
         algorithm = algorithm or self.algorithm
         rows = batch.mask[1:].nonzero().squeeze(1)
-        tokens = _tokens(batch, rows)
+        tokens = token_columns(batch, rows)
         common = shared(batch) if getattr(self.model, "supports_cache", False) else None
         if common is None:
             hidden, target, mask = self.model(batch.tokens, batch.cu_seqlens)[:-1], batch.tokens[1:], rows
@@ -199,7 +199,7 @@ class Learner:
                 weight.copy_(master)
 
 
-def _tokens(batch: Batch, rows: Tensor) -> Tokens:
+def token_columns(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
     optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL}
     return Tokens(

@@ -32,6 +32,7 @@ from fastrl.mixture import MixedLearner, Mixture, check_mixture
 from fastrl.model import Decoder
 from fastrl.options import dump
 from fastrl.sampler import SAMPLERS, Sampler
+from fastrl.supervised import SupervisedLearner, choose_supervised
 from fastrl.tasks import Conversation, Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Batch
@@ -202,7 +203,10 @@ def _demonstrations(
 ) -> tuple[Source, int]:
     shape = learner.model.config
     items, size, longest = demonstrations(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    source = Demonstrations(items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world)
+    source = Demonstrations(
+        items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world,
+        weighted=config.sample_weights,
+    )  # fmt: skip
     return source, longest
 
 
@@ -250,5 +254,8 @@ class Parts:
     learner: Callable[..., Any] = Learner
 
 
-PARTS: dict[type, Parts] = {Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner)}
+PARTS: dict[type, Parts] = {
+    Sft: Parts(choose=choose_supervised, learner=SupervisedLearner),
+    Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner),
+}
 SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy, Hybrid: _mixture}

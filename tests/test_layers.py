@@ -61,7 +61,7 @@ LADDER = (  # a module imports only from rungs above its own line in this list
     ),
     ("fastrl.draw", "fastrl.batches", "fastrl.carry", "fastrl.dialogue"),
     ("fastrl.experience", "fastrl.intake"),
-    ("fastrl.mixture",),
+    ("fastrl.mixture", "fastrl.supervised"),
     ("fastrl.setup", "fastrl.evaluate", "fastrl.generate", "fastrl.report", "fastrl.compare"),
     ("fastrl.trainer", "fastrl.bench.*", "fastrl.integrations", "fastrl.integrations.*"),
     ("fastrl.recipes", "fastrl.recipes.*"),
