@@ -10,7 +10,7 @@ from support import data_file
 from transformers import AutoTokenizer
 
 from fastrl.compare import as_text, build_comparison
-from fastrl.config import Grpo, Sft
+from fastrl.config import Grpo, Hybrid, Sft
 from fastrl.evaluate import Evaluation
 from fastrl.intake import load_run_task
 from fastrl.model import Decoder
@@ -20,7 +20,7 @@ from fastrl.recipes import tokenizer as tokenizer_recipe
 from fastrl.stats import mean_interval
 from fastrl.tasks import Example, Score
 
-COMMANDS = {"cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "gsm8k_sft": Sft}
+COMMANDS = {"cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_hybrid": Hybrid, "gsm8k_sft": Sft}
 
 
 def evaluation(right: list[list[bool]]) -> Evaluation:
