@@ -107,7 +107,7 @@ class Mixture(OnPolicy):
         return replace(batch, kind=kind, weight=counts, mask=batch.mask & (counts != 0))
 
     def _weigh(self, part: Batch) -> Batch:
-        return weigh_apart(part, self.algorithm, self.world, max_length=self.config.max_new_tokens)
+        return weigh_apart(part, self.algorithm, self.world, group=self.config.group, max_length=self.config.max_new_tokens)
 
     def _live(self, batch: Batch) -> Batch:
         """Without the sequences that do not count, or cannot move anything; their denominators stay."""
@@ -120,19 +120,23 @@ class Mixture(OnPolicy):
         return batch if bool(moves.all()) else batch.select(moves.nonzero().squeeze(1).tolist())
 
 
-def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, max_length: int) -> Batch:
-    """The batch with its tokens' weights, of which it brings what multiplies them.
+def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, group: int, max_length: int) -> Batch:
+    """The batch with its tokens' weights, of which it brings what multiplies them; `group` completions of every prompt are in it.
 
     Completions and the demonstrations among them are aggregated as the algorithm says, supervised tokens by their mean, and neither
-    counts in the other's denominators, which are those of the whole optimizer step, all processes included.
+    counts in the other's denominators; each term is then weighed by its share of the prompts, so that the loss is a mean over
+    prompts, whichever way each is taught.  Counts are of the whole optimizer step, all processes included.
     """
     assert batch.kind is not None
     live, first = batch.live_ends.diff(), batch.cu_seqlens[:-1].long()
-    taught = batch.kind[first] == SUPERVISED
-    counts = world.sum(*(float(x.sum()) for part in (live * ~taught, live * taught) for x in (part, part > 0)))
-    totals = [Totals(tokens=int(counts[i]), samples=int(counts[i + 1]), max_length=max_length) for i in (0, 2)]
-    length = live.to(torch.float32)
-    per_sample = torch.where(taught, token_mean(length, totals[1]), algorithm.aggregate(length, totals[0]))
+    kind, counts = batch.kind[first], batch.weight[first] != 0
+    taught = kind == SUPERVISED
+    sums = [live * ~taught, (live > 0) & ~taught, live * taught, (live > 0) & taught, kind == OWN, counts & (kind == OWN), counts & taught]
+    tokens, samples, sft_tokens, sft_samples, own, open_, shut = world.sum(*(float(x.sum()) for x in sums))
+    length, prompts = live.to(torch.float32), max(own / group, 1)
+    rl = algorithm.aggregate(length, Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)) * (open_ / group / prompts)
+    sft = token_mean(length, Totals(tokens=int(sft_tokens), samples=int(sft_samples), max_length=max_length)) * (shut / prompts)
+    per_sample = torch.where(taught, sft, rl)
     return replace(batch, weight=batch.weight * torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long()))
 
 

@@ -143,13 +143,13 @@ def by_sequence(rows: Sequence[Tensor]) -> Tensor:
 
 
 def hpt(data: list[Group], gate: float = 0.0, sft_coef: float = 1.0) -> Tensor:
-    rl, sft = [], []
+    rl, sft, n = [], [], len(data)
     for g in data:
         if g.demo is not None and g.solved <= gate:
             sft.append(g.demo.logp)
         else:
             rl += [s.r * A for s, A in zip(g.own, g.centred(), strict=True)]
-    return by_budget(rl) + sft_coef * per_token(sft)
+    return (n - len(sft)) / n * by_budget(rl) + len(sft) / n * sft_coef * per_token(sft)
 
 
 def hpt_soft(data: list[Group]) -> Tensor:
@@ -159,7 +159,7 @@ def hpt_soft(data: list[Group]) -> Tensor:
         rl += [own * s.r * A for s, A in zip(g.own, g.centred(), strict=True) if own]
         if g.demo is not None and taught:
             sft.append(taught * g.demo.logp)
-    return by_budget(rl) + per_token(sft)
+    return len(rl) / (len(data) * GROUP) * by_budget(rl) + len(sft) / len(data) * per_token(sft)
 
 
 def luffy(data: list[Group], gamma: float = 0.1) -> Tensor:
@@ -180,7 +180,7 @@ def srft(data: list[Group]) -> Tensor:
         if g.demo is not None:
             rows.append(g.demo.p * g.centred(union=True, scale=True)[-1])
             sft.append(0.5 * (-g.demo.H).exp() * g.demo.logp)
-    return by_sequence(rows) + per_token(sft)
+    return by_sequence(rows) + len(sft) / len(data) * per_token(sft)
 
 
 def grpo(data: list[Group]) -> Tensor:
@@ -188,7 +188,8 @@ def grpo(data: list[Group]) -> Tensor:
 
 
 def supervised(data: list[Group], weight: Callable[[Row], Tensor | float] = lambda s: 1.0) -> Tensor:
-    return per_token([weight(g.demo) * g.demo.logp for g in data if g.demo is not None])
+    rows = [weight(g.demo) * g.demo.logp for g in data if g.demo is not None]
+    return len(rows) / len(data) * per_token(rows)
 
 
 OBJECTIVES: dict[str, Callable[[list[Group]], Tensor]] = {  # what each row maximises at the first of ten steps

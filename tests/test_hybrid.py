@@ -76,10 +76,10 @@ def test_denominators_are_of_all_processes(name):
         def sum(self, *values):
             return [sum(x) for x in zip(*seen, strict=True)]
 
-    want = weigh_apart(whole, row, World(), max_length=BUDGET).weight
+    want = weigh_apart(whole, row, World(), group=GROUP, max_length=BUDGET).weight
     for half in halves:
-        weigh_apart(half, row, Told(), max_length=BUDGET)
-    got = torch.cat([weigh_apart(half, row, Summed(), max_length=BUDGET).weight for half in halves])
+        weigh_apart(half, row, Told(), group=GROUP, max_length=BUDGET)
+    got = torch.cat([weigh_apart(half, row, Summed(), group=GROUP, max_length=BUDGET).weight for half in halves])
     assert torch.equal(got, want) and len(want.unique()) > 1
 
 

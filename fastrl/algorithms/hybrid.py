@@ -168,7 +168,7 @@ class Mixed(Algorithm):
     member         demonstrations that join their prompt's group, aggregated like completions; None for none
     supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for none
     own_advantage  advantage of the completions, where it is not the group's
-    KL and entropy bonus are of the policy's own tokens.
+    The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's own tokens.
     """
 
     rule: Rule
