@@ -67,12 +67,18 @@ TRL = {
     "vllm_importance_sampling_clip_min": 0.25,
     "vllm_importance_sampling_clip_max": 4.0,
 }
+TRL_SFT = {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.25}
+
+
+def test_trl_spellings_of_sft():
+    args = ["--model", "m", *(part for k, v in TRL_SFT.items() for part in (f"--{k}", str(v)))]
+    assert resolve(Sft, args) == Sft(model="m", neftune_alpha=5.0, label_smoothing=0.25)
 
 
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file"])
 def test_trl_spellings(where, tmp_path):
     """Wrong implementation: aliases on the command line only."""
-    assert {*TRL, "reward_funcs", "mask_truncated_completions"} == set(ALIASES)
+    assert {*TRL, *TRL_SFT, "reward_funcs", "mask_truncated_completions"} == set(ALIASES)
     expected = Grpo(
         model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",), algorithm="dapo",
         kl_coef=0.25, epochs=2, correction="token_mask", correction_min=0.25, correction_max=4.0,
