@@ -33,3 +33,10 @@ def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) 
     totals = Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
     per_sample = algorithm.aggregate(live.to(torch.float32), totals)
     return replace(batch, weight=torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long()))
+
+
+def reweigh(batch: Batch, share: Tensor, world: World) -> Batch:
+    """The batch with its tokens' weights multiplied by `share` (T,), and scaled so that they sum to what they did over all processes."""
+    weight, live = batch.weight.double(), batch.mask.double()
+    before, after = world.sum(float((weight * live).sum()), float((weight * share * live).sum()))
+    return replace(batch, weight=(weight * share * (before / after if after else 0.0)).to(batch.weight.dtype))

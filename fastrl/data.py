@@ -29,11 +29,8 @@ Messages = list[dict[str, Any]]
 Turns = Literal["all", "last"]
 Kinds = Mapping[str, tuple[str, ...]]
 KINDS: Kinds = {  # the columns that make a row of this kind; the first kind whose columns are all there
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-    "prompt": ("prompt",),
-}
+    "prompt-completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",), "prompt": ("prompt",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +44,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sequence: its tokens, and True in `mask` where a token counts in the loss; never the first, which nothing predicts."""
+    """A sequence: its tokens, True in `mask` where one counts in the loss (never the first), and what its tokens weigh in means."""
 
     tokens: list[int]
     mask: list[bool]
+    weight: float = 1.0
 
 
 class Segment(NamedTuple):

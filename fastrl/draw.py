@@ -23,6 +23,7 @@ class Draw:
     items    prompt and columns of each completion
     places   of its groups among all that were drawn in the step
     prompts  drawn by all processes
+    numbers  of its groups' prompts among all there are
     """
 
     items: list[tuple[Any, Mapping[str, Any]]]
@@ -30,6 +31,7 @@ class Draw:
     scored: Scored
     places: list[int]
     prompts: int
+    numbers: list[int]
 
     @property
     def reward(self) -> Tensor:
@@ -42,7 +44,7 @@ class Draw:
             [item for r in rounds for item in r.items],
             Rollouts.join([r.rollouts for r in rounds]),
             Scored.join([r.scored for r in rounds]),
-            [place for r in rounds for place in r.places], sum(r.prompts for r in rounds),
+            [place for r in rounds for place in r.places], sum(r.prompts for r in rounds), [n for r in rounds for n in r.numbers],
         )  # fmt: skip
 
     def samples(self, group: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
-from fastrl.batches import correct, weigh
+from fastrl.batches import correct, reweigh, weigh
 from fastrl.carry import Carry
 from fastrl.config import Grpo
 from fastrl.data import Sample
@@ -68,26 +68,35 @@ class Source(Protocol):
 class Demonstrations:
     """Supervised batches: `count` sequences a step, whose masked-in tokens count the same all over the step.
 
-    items(indices) -> demonstrations out of `size`: a pure function of the indices.
+    items(indices) -> demonstrations out of `size`: a pure function of the indices.  `weighted` says whether their weights count.
     """
 
     def __init__(
         self, items: Callable[[Sequence[int]], list[Sample]], size: int, *, count: int, algorithm: Algorithm, seed: int,
-        device: torch.device, world: World,
+        device: torch.device, world: World, weighted: bool = False,
     ) -> None:  # fmt: skip
-        self.items, self.size, self.count, self.seed = items, size, count, seed
+        self.items, self.size, self.count, self.seed, self.weighted = items, size, count, seed, weighted
         self.algorithm, self.device, self.world = algorithm, device, world
 
     def collect(self, step: int, version: int) -> Step:
         chosen = order(self.size, self.seed, step * self.count, self.count)
-        rows = self.items([chosen[i] for i in self.world.share(self.count)])
+        mine = self.world.share(self.count)
+        rows = self.items([chosen[i] for i in mine])
         tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=self.device)
         mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=self.device)
         lengths = torch.tensor([0, *(len(row.tokens) for row in rows)], device=self.device)
         zeros = torch.zeros(tokens.shape, device=self.device)
         cu = lengths.cumsum(0).to(torch.int32)
-        batch = Batch(tokens=tokens, cu_seqlens=cu, mask=mask, advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros)
-        return Step([weigh(batch, self.algorithm, self.world, max_length=1)])
+        number, share = (
+            torch.repeat_interleave(torch.tensor(x, device=self.device), cu.diff().long()) if rows else zeros
+            for x in (list(mine), [row.weight for row in rows])
+        )
+        batch = Batch(
+            tokens=tokens, cu_seqlens=cu, mask=mask & (share > 0), advantage=torch.ones_like(zeros), old_logp=zeros, weight=zeros,
+            number=number,
+        )  # fmt: skip
+        batch = weigh(batch, self.algorithm, self.world, max_length=1)
+        return Step([reweigh(batch, share, self.world) if self.weighted else batch])
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -114,7 +123,7 @@ class OnPolicy:
             raise ValueError("trainer: expected a function of the batch, got None; a correction over several updates needs it")
         self.config, self.sampler, self.algorithm, self.world = config, sampler, algorithm, world
         self.prompt, self.size, self.score, self.reference, self.trainer = prompt, size, score, reference, trainer
-        self.game, self.carry = game, Carry(config.group)
+        self.game, self.carry, self.members = game, Carry(config.group), config.group
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         s = config.sampling
         self.params = SamplingParams(
@@ -123,15 +132,20 @@ class OnPolicy:
         )  # fmt: skip
 
     def collect(self, step: int, version: int) -> Step:
-        G = self.config.group
         draw, kept = self._fill(step, version)
+        whole, told = self._complete(draw, step, version)
+        G = self.members
         mine = {place: i for i, place in enumerate(draw.places) if place in kept}  # this process's groups of the batch
         own = [i * G + g for i in mine.values() for g in range(G)]
-        batch = self._batch(draw, own, self._advantage(draw, own))
-        metrics = measure(draw, self.config.group, version, self.world)
+        batch = self._batch(whole, own, self._advantage(whole, own, G))
+        metrics = measure(draw, self.config.group, version, self.world) | told
         if self.config.refill:
             metrics |= {"refill/groups": float(draw.prompts), "refill/kept": float(len(kept))}
         return Step(list(self._split(batch, [kept.index(place) for place in mine])), metrics, draw.samples(self.config.group))
+
+    def _complete(self, draw: Draw, step: int, version: int) -> tuple[Draw, dict[str, float]]:
+        """The draw with whatever else is in its groups, `members` sequences each, and what is to be told of that."""
+        return draw, {}
 
     def _fill(self, step: int, version: int) -> tuple[Draw, list[int]]:
         """All that was drawn for the step, and the places of the groups that make its batch."""
@@ -170,7 +184,7 @@ class OnPolicy:
             scored = replace(scored, reward=talk.rewards)
         if config.overlong_buffer:
             scored = scored.plus("overlong", soft_overlong(rollouts.lengths.tolist(), config.max_new_tokens, config.overlong_buffer))
-        return Draw(repeated, rollouts, scored, places, count)
+        return Draw(repeated, rollouts, scored, places, count, [i for i, _, _ in items])
 
     def state(self) -> dict[str, Tensor]:
         return self.carry.state()
@@ -182,9 +196,9 @@ class OnPolicy:
         """Which groups of the round, of all processes, have rewards that differ."""
         return self.world.gather(spread(draw.reward, self.config.group).tolist())
 
-    def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
+    def _advantage(self, draw: Draw, own: list[int], group: int) -> Tensor:
         """Advantages of the samples `own` of this process; what depends on the whole batch sees those of all processes."""
-        config, G, advantage = self.config, self.config.group, self.algorithm.advantage
+        config, G, advantage = self.config, group, self.algorithm.advantage
         assert advantage is not None
         apart = config.multi_objective_aggregation != "sum_then_normalize"
         named = (draw.scored.each if apart else {}) or {"reward": (1.0, draw.scored.reward)}  # summed once, as the log has it
@@ -224,12 +238,15 @@ class OnPolicy:
         Minibatch k holds every M-th of the step's prompts, of which this process has those at `places`: the same ones for any
         number of processes, and about as many in each.  (The prompts come shuffled.)
         """
-        config, G, M = self.config, self.config.group, self.config.minibatches
+        config, G, M = self.config, self.members, self.config.minibatches
         for _ in range(config.epochs):
             for k in range(M):
                 groups = [i for i, place in enumerate(places) if place % M == k]
                 part = batch.select([g * G + i for g in groups for i in range(G)]) if M > 1 else batch
-                yield self._live(weigh(part, self.algorithm, self.world, max_length=config.max_new_tokens))
+                yield self._live(self._weigh(part))
+
+    def _weigh(self, part: Batch) -> Batch:
+        return weigh(part, self.algorithm, self.world, max_length=self.config.max_new_tokens)
 
     def _live(self, batch: Batch) -> Batch:
         """Without KL and entropy terms a sample with zero advantage has zero gradient: leave it out, its denominators stay."""

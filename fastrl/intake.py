@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from fastrl.config import Dpo, Grpo, Sft
+from fastrl.config import Dpo, Grpo, Hybrid, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.device import place
 from fastrl.errors import UserError
+from fastrl.files import shorten
 from fastrl.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.rewards import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
@@ -48,7 +50,7 @@ def demonstrations(
         for row, sample in zip(rows, samples, strict=True):
             _check_tokens(sample.tokens, row.where, vocab_size)
             _check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        return samples
+        return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)] if config.sample_weights else samples
 
     if config.dataset is not None:
         known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
@@ -144,6 +146,41 @@ def prompts_and_rewards(
     return from_task, named.size(TRAIN), Scorer(named, functions, weights)
 
 
+def demonstrations_of_prompts(
+    config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
+) -> Callable[[Sequence[int]], list[Sample | None]]:
+    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has none or a completion is empty.
+
+    Every line of a dataset is checked before training.
+    """
+    limit = min(config.max_tokens or context, context)
+
+    def usable(rows: Sequence[Row]) -> list[Sample | None]:
+        known = [row for row in rows if row.fields["completion"]]
+        for row, sample in zip(known, samples := encode_all(known, tokenizer, max_tokens=limit), strict=True):
+            _check_tokens(sample.tokens, row.where, vocab_size)
+            _check_budget(len(sample.tokens), row.where, config.micro_tokens)
+        there = iter(samples)
+        return [next(there) if row.fields["completion"] else None for row in rows]
+
+    if config.dataset is not None:
+        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        if rows[0].kind != "prompt-completion":
+            raise UserError(f"{rows[0].where}: expected a completion column, the demonstrations, got {', '.join(rows[0].fields)}")
+        all_of_them = usable(rows)
+        return lambda indices: [all_of_them[i] for i in indices]
+    if task is None:
+        raise UserError("--task or --dataset: expected one of them, to have demonstrations to learn from; got neither")
+    named: Task = task
+
+    def items(indices: Sequence[int]) -> list[Sample | None]:
+        examples = [named.example(TRAIN, i) for i in indices]
+        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
+        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
+
+    return items
+
+
 class Scorer:
     """Scores completions with the reward functions, or with the task's verifier where there are none; the share of them that the
     verifier calls correct is reported either way."""
@@ -176,6 +213,13 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_si
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
     _check_tokens(tokens, row.where, vocab_size)
     _check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
+
+
+def _weight(row: Row) -> float:
+    value = row.fields.get("weight")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; or leave --sample-weights out")
+    return float(value)
 
 
 def _check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:

@@ -35,7 +35,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     return optim.lr * (optim.floor + (1 - optim.floor) * SHAPES[optim.schedule](progress))
 
 
-OPTIONAL = ("correction", "ref_logp", "sampler_logp")  # vectors of a batch that may be None
+OPTIONAL = ("correction", "ref_logp", "sampler_logp", "kind")  # vectors of a batch that may be None
 
 
 class NotFinite(UserError):
@@ -98,7 +98,7 @@ class Learner:
         """
         algorithm = algorithm or self.algorithm
         rows = batch.mask[1:].nonzero().squeeze(1)
-        tokens = _tokens(batch, rows)
+        tokens = token_columns(batch, rows)
         common = shared(batch) if getattr(self.model, "supports_cache", False) else None
         if common is None:
             hidden, target, mask = self.model(batch.tokens, batch.cu_seqlens)[:-1], batch.tokens[1:], rows
@@ -171,11 +171,19 @@ class Learner:
                 loss.backward()
                 with torch.no_grad():
                     seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
-                    measured = self.algorithm.metrics(seen)
-                    sums = torch.stack([loss.detach(), *(measured[name] for name in METRICS)])
-                    rows.append(torch.cat([sums.double(), mismatch(self.algorithm.corrected(seen))]))
+                    rows.append(self._measure(loss.detach(), seen))
         self.world.sum_gradients(self.masters)
-        return _merge(self.world.gather(torch.stack(rows).tolist() if rows else []))
+        return self._merged(self.world.gather(torch.stack(rows).tolist() if rows else []))
+
+    def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
+        """A micro-batch's row of numbers, float64, for `_merged`."""
+        measured = self.algorithm.metrics(seen)
+        sums = torch.stack([loss, *(measured[name] for name in METRICS)])
+        return torch.cat([sums.double(), mismatch(self.algorithm.corrected(seen))])
+
+    def _merged(self, rows: list[list[float]]) -> dict[str, float]:
+        """The step's metrics from the rows of every micro-batch of every process."""
+        return _merge(rows)
 
     def _accumulate_in_float32(self) -> None:
         """Gradients of low-precision weights move to their float32 master as soon as autograd has made them."""
@@ -200,7 +208,7 @@ class Learner:
                 weight.copy_(master)
 
 
-def _tokens(batch: Batch, rows: Tensor) -> Tokens:
+def token_columns(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
     optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL}
     return Tokens(

@@ -33,6 +33,9 @@ Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
 
 
+PROJECTIONS = ("qkv", "out", "gate_up", "down")
+
+
 class Linear(nn.Linear):
     """nn.Linear over `ops.linear`, which exact mode makes batch-invariant."""
 
@@ -82,18 +85,17 @@ class Layer(nn.Module):
 
     def _untouched(self) -> bool:
         """Whether the projections are what the layer was built with, and nobody listens to them."""
-        for p in self._modules.values():  # past Module.__getattr__, which would take longer than the rest
-            if type(p) is not Linear or p._forward_hooks or p._forward_pre_hooks:
-                return False
-        return True
+        parts = self._modules.values()  # past Module.__getattr__, which would take longer than the rest
+        return all(type(p) is Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
 
     def _weights(self) -> LayerWeights:
-        own = self._parameters
-        qkv, out, gate_up, down = (self._modules[name]._parameters for name in ("qkv", "out", "gate_up", "down"))  # type: ignore[union-attr]
+        own: dict[str, Any] = self._parameters
+        parts: tuple[dict[str, Any], ...] = tuple(self._modules[name]._parameters for name in PROJECTIONS)  # type: ignore[union-attr]
+        qkv, out, gate_up, down = parts
         return LayerWeights(
             own["input_norm"], qkv["weight"], qkv["bias"], own.get("q_norm"), own.get("k_norm"), out["weight"], own["mlp_norm"],
             gate_up["weight"], down["weight"],
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ C = TypeVar("C")  # a configuration dataclass
 ALIASES = {  # TRL's name -> ours, on the command line and in files
     "model_name_or_path": "model", "dataset_name": "dataset", "reward_funcs": "reward", "num_generations": "group",
     "learning_rate": "optim.lr", "max_completion_length": "max_new_tokens", "max_steps": "steps", "loss_type": "algorithm",
-    "beta": "kl_coef", "num_iterations": "epochs", "mask_truncated_completions": "overlong_filter",
+    "beta": "kl_coef", "neftune_noise_alpha": "neftune_alpha", "label_smoothing_factor": "label_smoothing",
+    "num_iterations": "epochs", "mask_truncated_completions": "overlong_filter",
     "vllm_importance_sampling_mode": "correction", "vllm_importance_sampling_clip_min": "correction_min",
     "vllm_importance_sampling_clip_max": "correction_max", "center_rewards_coefficient": "center", "num_ppo_epochs": "epochs",
     "num_mini_batches": "minibatches", "cliprange": "epsilon", "cliprange_value": "value_clip", "kl_estimator": "kl",

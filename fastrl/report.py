@@ -77,6 +77,8 @@ PANELS = (
     Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
     Panel("Token accuracy", "next tokens predicted", {"accuracy": "mean_token_accuracy"}, percent=True),
     Panel("Groups without signal", "groups of equal rewards", {"groups": "frac_reward_zero_std"}, percent=True),
+    Panel("What teaches a prompt", "prompts", {"demonstration": "hybrid/sft_prompts", "rewards": "hybrid/rl_prompts"}, percent=True),
+    Panel("Demonstrations", "nats per token", {"supervised": "sft_loss", "in the group": "member_nll"}),
     Panel("Cut-off completions", "completions at the limit", {"cut off": "completions/clipped_ratio"}, percent=True),
     Panel("Learning rate", "learning rate", {"learning rate": "learning_rate"}),
 )

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrl import report
+from fastrl.commands import arithmetic
 from fastrl.config import Reward, Run
 from fastrl.evaluate import evaluate
 from fastrl.interrupt import Interrupt
 from fastrl.learner import NotFinite
 from fastrl.log import REWARDS, replace_text
-from fastrl.setup import Session, arithmetic, set_up
+from fastrl.setup import Session, set_up
 
 
 @dataclass(frozen=True, slots=True)

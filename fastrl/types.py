@@ -115,6 +115,8 @@ class Batch:
     sampler_logp (T,) fp32    what the sampler recorded, where old_logp is not that; else None
     value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's unit; else None
     returns    (T,)   fp32    what it should have expected; else None
+    kind       (T,)   int64   whose token it is (fastrl.algorithms.hybrid.KINDS), or None where all are of one kind
+    number     (T,)   int64   the sequence's place among those of the step, all processes included, or None where nobody asks
     """
 
     tokens: Tensor
@@ -128,6 +130,8 @@ class Batch:
     sampler_logp: Tensor | None = None
     value: Tensor | None = None
     returns: Tensor | None = None
+    kind: Tensor | None = None
+    number: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -161,7 +165,7 @@ class Tokens:
     logp, entropy          (N,)   under the policy being trained, nats; what the loss is differentiated by
     old_logp               (N,)   nats
     advantage, weight      (N,)   see `Batch`
-    correction, ref_logp, sampler_logp   (N,)   or None
+    correction, ref_logp, sampler_logp, kind   (N,)   or None
     cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level chunk,
                                   which may cut a sequence in two
     live                   how many of the tokens count in the loss
@@ -173,6 +177,7 @@ class Tokens:
     correction: Tensor | None = None
     ref_logp: Tensor | None = None
     sampler_logp: Tensor | None = None
+    kind: Tensor | None = None
     cu_seqlens: Tensor | None = None
     live: int = 0
     logp: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -181,7 +186,7 @@ class Tokens:
     def __getitem__(self, rows: Tensor) -> Tokens:
         """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked for."""
         whole = rows.numel() == self.live
-        names = ("old_logp", "advantage", "weight", "correction", "ref_logp", "sampler_logp")
+        names = ("old_logp", "advantage", "weight", "correction", "ref_logp", "sampler_logp", "kind")
         taken: dict[str, Any] = {n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names}
         return Tokens(**taken, cu_seqlens=self.cu_seqlens if whole else None, live=rows.numel())
 

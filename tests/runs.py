@@ -196,9 +196,10 @@ def demonstrations(world: World | None = None) -> Demonstrations:
 
 
 def learner(
-    model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None
-) -> Learner:
-    temperature = 1.0 if algorithm.advantage is None else TEMPERATURE
+    model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None,
+    temperature: float | None = None,
+) -> Learner:  # fmt: skip
+    temperature = temperature or (1.0 if algorithm.advantage is None else TEMPERATURE)
     return Learner(model, algorithm, optim or Optim(), steps=10, micro_tokens=micro_tokens, temperature=temperature, world=world)
 
 

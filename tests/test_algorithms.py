@@ -28,14 +28,13 @@ from runs import (
 )
 from torch import Tensor
 
-from fastrl.algorithms import ALGORITHMS, Totals
+from fastrl.algorithms import ALGORITHMS, Totals, choose_algorithm
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.aggregate import fixed_length, sequence_mean, sequence_sum, token_mean
 from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
 from fastrl.experience import order
 from fastrl.model import Decoder
-from fastrl.setup import choose_algorithm
 from fastrl.types import Batch, Tokens
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 3.0], dtype=torch.float64)  # mean 1, unbiased variance 2

@@ -67,6 +67,12 @@ TRL = {
     "vllm_importance_sampling_clip_min": 0.25,
     "vllm_importance_sampling_clip_max": 4.0,
 }
+TRL_SFT = {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.25}
+
+
+def test_trl_spellings_of_sft():
+    args = ["--model", "m", *(part for k, v in TRL_SFT.items() for part in (f"--{k}", str(v)))]
+    assert resolve(Sft, args) == Sft(model="m", neftune_alpha=5.0, label_smoothing=0.25)
 
 
 TRL_PPO = {"num_ppo_epochs": 4, "num_mini_batches": 2, "cliprange": 0.1, "cliprange_value": 0.3, "kl_estimator": "k3"}
@@ -76,7 +82,7 @@ TRL_PPO = {"num_ppo_epochs": 4, "num_mini_batches": 2, "cliprange": 0.1, "clipra
 def test_trl_spellings(where, tmp_path):
     """Wrong implementation: aliases on the command line only."""
     others = {"reward_funcs", "mask_truncated_completions", "center_rewards_coefficient"}
-    assert {*TRL, *TRL_PPO, *others} == set(ALIASES)
+    assert {*TRL, *TRL_PPO, *TRL_SFT, *others} == set(ALIASES)
     expected = Grpo(
         model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",), algorithm="dapo",
         kl_coef=0.25, epochs=2, correction="token_mask", correction_min=0.25, correction_max=4.0,

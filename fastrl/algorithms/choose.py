@@ -35,7 +35,11 @@ def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
     if config.semantics not in SEMANTICS:
         raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
-    row = replace(rows[config.algorithm], **SEMANTICS[config.semantics].get(config.algorithm, {}))
+    return with_options(replace(rows[config.algorithm], **SEMANTICS[config.semantics].get(config.algorithm, {})), config)
+
+
+def with_options(row: Algorithm, config: Grpo) -> Algorithm:
+    """The row with the columns that the run's options change.  Raises UserError for options that do not go with it."""
     for change in (_kl, _advantage, _bounds, _correction, _stale):
         row = change(row, config)
     return row

@@ -69,7 +69,7 @@ class Algorithm:
         """Diagnostics of these tokens (see `ops.policy_loss`), the same for every method."""
         return self._policy_loss(tokens)[1]
 
-    def _policy_loss(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, tokens: Tokens, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = self.corrected(tokens)
         for prepare in self.prepare:
             tokens = replace(tokens, correction=prepare(tokens, self.surrogate))
@@ -81,6 +81,7 @@ class Algorithm:
             token_weight=tokens.weight,
             ratio=self.ratio,
             cu_seqlens=tokens.cu_seqlens if self.ratio == "sequence" else None,
+            mask=mask,
             kl=self.kl if tokens.ref_logp is not None else None,
             kl_coef=self.kl_coef,
             ref_logp=tokens.ref_logp,

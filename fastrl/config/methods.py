@@ -1,122 +1,11 @@
-"""Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
+"""The training commands, a class each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optim:
-    """AdamW and its schedule."""
-
-    lr: float = 1e-5
-    """Peak learning rate."""
-    warmup: int = 0
-    """Optimizer steps of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after warm-up."""
-    floor: float = 0.0
-    """Final learning rate, as a fraction of the peak, of the linear and cosine schedules."""
-    clip: float = 1.0
-    """Largest global L2 norm of the gradient; 0 turns clipping off."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    """Decoupled; applied to matrices only."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How completions are drawn in training."""
-
-    temperature: float = 1.0
-    """Divides the logits, in sampling and in the loss."""
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens_in_flight: int = 262144
-    """Key/value cache budget, in tokens."""
-    cache_bytes: int = 0
-    """The same in bytes, instead; 0 leaves it to max_tokens_in_flight."""
-    keep_cache: bool = True
-    """Keep the cache while training; without it its memory is free for training, and CUDA graphs are captured anew each step."""
-    max_rows: int | None = None
-    """Sequences decoded together; None is 256 on CPU, 1024 on CUDA."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eval:
-    """Accuracy on a held-out split while training."""
-
-    every: int = 0
-    """Optimizer steps between evaluations; 0 evaluates only before the first and after the last step."""
-    prompts: int = 0
-    """Held-out prompts per evaluation; 0 turns evaluation off."""
-    split: str = "val"
-    samples: int = 1
-    """Completions drawn per prompt at temperature 1, beside the greedy one."""
-    max_new_tokens: int | None = None
-    """Defaults to the run's own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
-    """Checkpoints."""
-
-    every: int = 0
-    """Optimizer steps between checkpoints; 0 saves only the last step."""
-    keep: int = 2
-    """Checkpoints kept; older ones are removed after a newer one is whole."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What every training command shares."""
-
-    model: str
-    """Hugging Face folder, or a config.json (or YAML of one) for random initial weights."""
-    tokenizer: str | None = None
-    """Hugging Face tokenizer folder; defaults to the model's, or to the task's own."""
-    task: str | None = None
-    """Name of a built-in task (see fastrl.tasks), or my_task.py:MyTask."""
-    task_options: tuple[str, ...] = ()
-    """Options of the task, key=value with values in YAML: k=3 targets=[1,40]."""
-    dataset: str | None = None
-    """JSON lines or parquet file, TRL's columns: prompt, completion, messages, text, ..."""
-    columns: tuple[str, ...] = ()
-    """Columns of the dataset under other names, theirs=ours: question=prompt answer=completion."""
-    output_dir: str = "runs/latest"
-    """Folder for everything the run leaves behind."""
-    steps: int = 100
-    """Training steps: one batch of prompts each (and one optimizer step, unless minibatches or epochs ask for more)."""
-    prompts: int = 32
-    """Prompts per step (SFT: demonstrations per step)."""
-    max_tokens: int | None = None
-    """Longest sequence, tokens; longer ones are an error that names the line.  Defaults to the model's context."""
-    micro_tokens: int = 16384
-    """Tokens per forward and backward pass: lower it when memory runs out."""
-    seed: int = 0
-    """With the step, what all of a run's randomness follows from."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; auto is float32 on CPU and bfloat16 on CUDA.  Master weights are always float32."""
-    exact: bool = False
-    """Batch-invariant arithmetic: sampled log-probs equal the trainer's bit for bit; slower."""
-    gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward, and compute the rest again: less memory, more time."""
-    max_seconds: float = 0.0
-    """Stop, as if by Ctrl-C, after this much training time; 0 never."""
-    resume: bool = False
-    """Continue from the newest whole checkpoint of output_dir."""
-    optim: Optim = field(default_factory=Optim)
-    eval: Eval = field(default_factory=Eval)
-    save: Save = field(default_factory=Save)
+from fastrl.config.run import Eval, Run, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +14,14 @@ class Sft(Run):
 
     turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation count in the loss."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the square of each row's log-sum-exp, which keeps logits from drifting."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings in training, uniform within alpha / sqrt(L D) of a sequence of L tokens; 5 to 15, 0 for none."""
+    sample_weights: bool = False
+    """Weigh each line of the dataset by its column `weight`: 2 is the line twice, 0 is the line left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,49 +175,36 @@ class Ppo(Grpo):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Complete prompts with a trained model."""
+class Hybrid(Grpo):
+    """Demonstrations and verified rewards in one step: hybrids of supervised and reinforcement learning."""
 
-    model: str
-    prompts: str = "-"
-    """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
-    output: str = "-"
-    """A .jsonl file to write; - is the terminal."""
-    resume: bool = False
-    """Continue the output file of an interrupted run, with the completions that it would have had."""
-    tokenizer: str | None = None
-    n: int = 1
-    """Completions of each prompt."""
-    max_new_tokens: int = 256
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int = 0
-    sampler: Literal["fastrl", "vllm"] = "fastrl"
-    """Who generates: fastrl's own engine, or vLLM if it is installed."""
-    sampling: Sampling = field(default_factory=Sampling)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate:
-    """Accuracy of a model on a task's split, greedy and sampled, with 95% intervals."""
-
-    model: str
-    task: str
-    task_options: tuple[str, ...] = ()
-    """Options of the task, key=value with values in YAML."""
-    split: str = "test"
-    prompts: int = 512
-    samples: int = 4
-    max_new_tokens: int = 256
-    output: str | None = None
-    """A .json file for the numbers and every answer."""
-    tokenizer: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int = 0
+    algorithm: str = "hpt"
+    """A row of fastrl.algorithms.hybrid.HYBRIDS: hpt, hpt_soft, luffy, srft, chord, chord_phi, mixed."""
+    rl: str | None = None
+    """The row of fastrl.algorithms.ALGORITHMS that trains the policy's own completions; None keeps the hybrid's own."""
+    solved: float = 1.0
+    """A completion with at least this reward solves its prompt."""
+    gate: float | None = None
+    """hpt: prompts of which no more than this share of completions is solved learn from their demonstration; None is 0."""
+    demo_reward: float = 1.0
+    """luffy, srft: the reward of a demonstration among its prompt's completions."""
+    gamma: float | None = None
+    """luffy: its tokens are shaped by p / (p + gamma); None is 0.1."""
+    sft_coef: float | None = None
+    """hpt, hpt_soft, srft, mixed: weight of the supervised loss; None is 1."""
+    rl_coef: float | None = None
+    """mixed: weight of the policy loss; None is 1."""
+    mu: float | None = None
+    """chord: the largest weight of the supervised loss, 0.9 if None; chord_phi: its weight, 0.1 if None."""
+    mu_end: float | None = None
+    """chord: what mu falls to; None is 0.05."""
+    mu_warmup: int | None = None
+    """chord: steps over which mu rises to its peak; None is 0."""
+    mu_decay: int | None = None
+    """chord: steps over which it falls; None, or 0, is the rest of the run."""
 
 
-TRAINING: dict[str, type[Run]] = {"sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo, "ppo": Ppo}
+TRAINING: dict[str, type[Run]] = {
+    "sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo, "ppo": Ppo, "hybrid": Hybrid,
+}  # fmt: skip
 """The commands that train, as a pipeline's stages name them."""

@@ -1,0 +1,272 @@
+"""Supervised and reinforcement learning in one loss: the table of hybrids.
+
+Every gradient of post-training has four parts (UPGE, Lv et al. 2025):
+
+    1_stable (1 / pi_den) A grad pi  =  W grad logp,        W = 1_stable A exp(logp - log pi_den)
+
+A batch holds sequences of three KINDS: the policy's own completions; demonstrations that are one more member of a prompt's group, with
+an advantage of their own; and demonstrations that are supervised.  The parts are columns of the batch: the denominator is `old_logp`,
+the advantage `advantage`, what stabilises is the surrogate's gate times `correction`, and `weight` holds the aggregate.  An `Estimator`
+says what a demonstration has in them; the policy's own tokens are a row of ALGORITHMS.  The equations are in docs/hybrid.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.algorithms.advantage import Advantage
+from fastrl.algorithms.choose import with_options
+from fastrl.algorithms.objective import ALGORITHMS, Algorithm
+from fastrl.algorithms.prepare import Prepare
+from fastrl.algorithms.presets import SEMANTICS
+from fastrl.algorithms.sequence import mean
+from fastrl.config import Hybrid
+from fastrl.errors import UserError
+from fastrl.ops import SURROGATES, Surrogate
+from fastrl.types import Tokens
+
+KINDS = ("own", "member", "supervised")  # what the numbers in `Batch.kind` mean
+OWN, MEMBER, SUPERVISED = range(3)
+
+# log pi_den of each token; "old" is what is recorded, and only the policy's own completions have it
+DENOMINATORS: dict[str, Callable[[Tokens], Tensor]] = {
+    "policy": lambda tokens: tokens.logp.detach(),  # SFT, REINFORCE
+    "old": lambda tokens: tokens.old_logp,  # PPO and its kin
+    "one": lambda tokens: torch.zeros_like(tokens.logp),  # LUFFY, SRFT: nobody knows what wrote the demonstration
+}
+
+
+# --- one kind's part of the loss --------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Estimator:
+    """What demonstrations of one kind have for the four parts.
+
+    surrogate    what is maximised, its gate included
+    denominator  a row of DENOMINATORS
+    factor       (tokens, surrogate) -> (N,) constant weight of each token; None for 1
+    whole        whether the factor needs every token of a sequence at once
+    """
+
+    surrogate: Surrogate
+    denominator: str
+    factor: Prepare | None = None
+    whole: bool = False
+
+    def loss(self, tokens: Tokens, mask: Tensor) -> Tensor:
+        """The masked-in tokens' share of the step's loss."""
+        factor = None if self.factor is None else self.factor(tokens, self.surrogate)
+        return ops.policy_loss(
+            tokens.logp, DENOMINATORS[self.denominator](tokens), tokens.advantage, surrogate=self.surrogate, token_weight=tokens.weight,
+            correction=factor, mask=mask,
+        )[0]  # fmt: skip
+
+
+def phi(tokens: Tokens, surrogate: Surrogate) -> Tensor:
+    """CHORD: p (1 - p) of each token, greatest where the policy is in doubt."""
+    p = tokens.logp.detach().exp()
+    return p * (1 - p)
+
+
+def certain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
+    """SRFT, supervised tokens: exp(-H) / 2, H the mean entropy of the demonstration under the policy."""
+    return 0.5 * (-mean(_entropy(tokens), tokens)).exp()
+
+
+def uncertain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
+    """SRFT, the policy's own tokens: exp(H) / 10 where the advantage is positive, else 1; times what they are corrected by."""
+    weight = torch.where(tokens.advantage > 0, 0.1 * mean(_entropy(tokens), tokens).exp(), 1.0)
+    return weight if tokens.correction is None else weight * tokens.correction
+
+
+def _entropy(tokens: Tokens) -> Tensor:
+    if tokens.entropy is None:
+        raise ValueError("entropy: expected (N,), got None; SRFT weighs by it")
+    return tokens.entropy.detach()
+
+
+def _sign(reward: Tensor, group: int, length: Tensor) -> Tensor:
+    """1 where the reward is above 0, else -1; 0 where there is none."""
+    return torch.where(reward.isnan(), 0, torch.where(reward > 0, 1.0, -1.0)).to(reward.dtype)
+
+
+# --- what a prompt's sequences count ----------------------------------------------------------------
+Parts = tuple[Tensor | float, Tensor | float, Tensor | float]  # by KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps, **params)`, of each kind.
+
+    solved  share of the prompt's completions that are right, NaN where none was scored;  there  whether it has a demonstration
+    A kind that counts 0 leaves the batch, and its denominators.
+    """
+
+    compute: Callable[..., Parts]
+    params: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, solved: Tensor, there: Tensor, step: int, steps: int) -> Tensor:
+        own, member, supervised = self.compute(solved, there, step, steps, **self.params)
+        one, known = torch.ones_like(solved), there.to(solved.dtype)
+        return torch.stack([own * one, member * known, supervised * known], 1)
+
+
+def _gate(solved: Tensor, there: Tensor, step: int, steps: int, *, gate: float, sft_coef: float) -> Parts:
+    shut = there & (solved <= gate)
+    return (~shut).to(solved.dtype), 0.0, sft_coef * shut
+
+
+SOFT = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0))
+
+
+def _soft(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
+    """By eighths of completions solved; a prompt that nothing is known of, or without a demonstration, is left to its rewards."""
+    alone = ~there | solved.isnan()
+    eighth = torch.where(alone, 1, solved).mul(8).floor().long()
+    own, supervised = solved.new_tensor(SOFT)[eighth].unbind(1)
+    return own, 0.0, sft_coef * supervised
+
+
+def _union(solved: Tensor, there: Tensor, step: int, steps: int) -> Parts:
+    return 1.0, 1.0, 0.0
+
+
+def _all(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
+    return 1.0, 1.0, sft_coef
+
+
+def _fixed(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float, rl_coef: float) -> Parts:
+    return rl_coef, 0.0, sft_coef
+
+
+def _mu(solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float) -> Parts:
+    return 1 - mu, 0.0, mu
+
+
+def _schedule(
+    solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float, mu_end: float, mu_warmup: float, mu_decay: float
+) -> Parts:
+    """mu rises from 0 to its peak over `mu_warmup` steps, and falls by half a cosine to `mu_end` over `mu_decay` (0: the rest)."""
+    decay = mu_decay or max(steps - mu_warmup, 1)
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - mu_warmup) / decay)))
+    now = mu * step / mu_warmup if step < mu_warmup else mu_end + (mu - mu_end) * fall
+    return 1 - now, 0.0, now
+
+
+# --- the table --------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed(Algorithm):
+    """A row: an algorithm for the policy's own completions, and what becomes of the demonstrations.
+
+    rule           how much each kind of a prompt's sequences counts
+    member         demonstrations that join their prompt's group, aggregated like completions; None for none
+    supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for none
+    own_advantage  advantage of the completions, where it is not the group's
+    The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's own tokens.
+    """
+
+    rule: Rule
+    member: Estimator | None = None
+    supervised: Estimator | None = None
+    own_advantage: Advantage | None = None
+
+    @property
+    def estimators(self) -> dict[int, Estimator]:
+        """The demonstrations' parts of the loss, by kind."""
+        return {kind: part for kind, part in ((MEMBER, self.member), (SUPERVISED, self.supervised)) if part is not None}
+
+    @property
+    def level(self) -> Literal["token", "sequence"]:
+        whole = any(part.whole for part in self.estimators.values())
+        return "sequence" if whole else Algorithm.level.fget(self)  # type: ignore[attr-defined]
+
+    def _policy_loss(self, tokens: Tokens, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of every kind, and the metrics of the policy's own tokens."""
+        if tokens.kind is None:
+            raise ValueError("kind: expected (N,), whose token each is; got None")
+        loss, metrics = Algorithm._policy_loss(self, tokens, tokens.kind == OWN)
+        for kind, part in self.estimators.items():
+            loss = loss + part.loss(tokens, tokens.kind == kind)
+        return loss, metrics
+
+
+def _mix(base: Algorithm, rule: Rule, **columns: Any) -> Mixed:
+    """A row whose own completions are trained by `base`, with some columns changed."""
+    return Mixed(**{f.name: getattr(base, f.name) for f in fields(Algorithm)} | columns, rule=rule)
+
+
+_NLL = Estimator(SURROGATES["pg"], "policy")  # -A logp with an advantage of 1
+_UNCLIPPED = {"surrogate": SURROGATES["ratio"]}
+HYBRIDS: dict[str, Mixed] = {
+    "hpt": _mix(ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
+    "hpt_soft": _mix(ALGORITHMS["dr_grpo"], Rule(_soft, {"sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
+    "luffy": _mix(ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")),
+    "srft": _mix(
+        ALGORITHMS["grpo"], Rule(_all, {"sft_coef": 1.0}), prepare=(uncertain,), own_advantage=Advantage(_sign, least=1),
+        member=Estimator(SURROGATES["ratio"], "one"), supervised=Estimator(SURROGATES["pg"], "policy", certain, whole=True),
+    ),
+    "chord": _mix(
+        ALGORITHMS["grpo"], Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}), supervised=_NLL
+    ),
+    "chord_phi": _mix(ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)),
+    "mixed": _mix(ALGORITHMS["grpo"], Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL),
+}  # fmt: skip
+
+
+# --- from a run's options to a row ------------------------------------------------------------------
+RANGES = {  # option -> what it may be, and in words
+    "gate": (0.0, 1.0, "a share of completions in [0, 1]"),
+    "sft_coef": (0.0, math.inf, "a number of 0 or more"),
+    "rl_coef": (0.0, math.inf, "a number of 0 or more"),
+    "mu": (0.0, 1.0, "a number in [0, 1]"),
+    "mu_end": (0.0, 1.0, "a number in [0, 1]"),
+    "mu_warmup": (0, math.inf, "steps, 0 or more"),
+    "mu_decay": (0, math.inf, "steps, 0 or more"),
+    "gamma": (1e-8, math.inf, "a positive number"),
+}
+
+
+def choose_hybrid(config: Hybrid) -> Mixed:
+    """The table's row, with the run's own settings where it has them.  Raises UserError for options that do not go together."""
+    if config.algorithm not in HYBRIDS:
+        raise UserError(f"--algorithm: expected one of {', '.join(HYBRIDS)}; got {config.algorithm!r}")
+    row = _base(HYBRIDS[config.algorithm], config)
+    for name, (low, high, expected) in RANGES.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+        row = _with(row, name, float(value), config.algorithm)
+    changed = with_options(row, config)
+    assert isinstance(changed, Mixed)
+    return changed
+
+
+def _base(row: Mixed, config: Hybrid) -> Mixed:
+    """The row with the algorithm of `--rl` for the policy's own completions."""
+    if config.rl is None:
+        if config.semantics != "paper":
+            raise UserError(f"--semantics: {config.semantics} is of a row of --rl; give --rl, or leave --semantics out")
+        return row
+    rows = {name: other for name, other in ALGORITHMS.items() if other.advantage is not None}
+    if config.rl not in rows:
+        raise UserError(f"--rl: expected one of {', '.join(rows)}; got {config.rl!r}")
+    base = replace(rows[config.rl], **SEMANTICS[config.semantics].get(config.rl, {}))
+    columns = {f.name: getattr(base, f.name) for f in fields(Algorithm)}
+    return replace(row, **columns | {"prepare": (*base.prepare, *row.prepare)})
+
+
+def _with(row: Mixed, name: str, value: float, algorithm: str) -> Mixed:
+    if name in row.rule.params:
+        return replace(row, rule=replace(row.rule, params={**row.rule.params, name: value}))
+    if row.member is not None and name in row.member.surrogate.params:
+        return replace(row, member=replace(row.member, surrogate=row.member.surrogate.with_params(**{name: value})))
+    fine = [k for k, o in HYBRIDS.items() if name in o.rule.params or (o.member and name in o.member.surrogate.params)]
+    raise UserError(f"--{name.replace('_', '-')}: {algorithm} has no such setting; take an --algorithm that has: {', '.join(fine)}")

@@ -1,0 +1,155 @@
+"""What each training command is made of: its data source, its row of which table, its learner, the names of its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.adapter import load_model
+from fastrl.algorithms import Algorithm, choose_algorithm
+from fastrl.algorithms.correction import MISMATCH
+from fastrl.algorithms.hybrid import Mixed, choose_hybrid
+from fastrl.algorithms.ppo import ActorCritic, choose_ppo
+from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
+from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
+from fastrl.intake import demonstrations, demonstrations_of_prompts, prompts_and_rewards
+from fastrl.learner import Learner
+from fastrl.mixture import MixedLearner, Mixture, check_mixture
+from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
+from fastrl.ppo_source import PpoSource
+from fastrl.preferences import PreferenceLearner
+from fastrl.reference import preference_source
+from fastrl.reward_learner import REWARD_METRICS, RewardLearner
+from fastrl.reward_model import RewardModel
+from fastrl.reward_source import choose_reward_loss, comparisons
+from fastrl.sampler import Sampler
+from fastrl.supervised import SupervisedLearner, choose_supervised
+from fastrl.tasks import Conversation, Task
+from fastrl.types import Batch
+
+NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
+    Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Dpo: {
+        name: name
+        for name in (
+            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+        )
+    },
+    Grpo: {
+        "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
+        "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
+        "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
+        "ess": "ess", "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
+        "sampler_diff_max": "sampling/sampling_logp_difference/max", "sampler_kl": "sampler/kl", "sampler_ess": "sampler/ess",
+        "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
+        "correction_max": "sampling/importance_sampling_ratio/max",
+    },
+    Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    | {name: name for name in REWARD_METRICS},
+}  # fmt: skip
+NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
+NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share")}
+OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
+    "num_tokens": sum, "ratio_max": max,
+    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
+}  # fmt: skip
+
+
+def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
+    """What rollouts and learner compute under: exact mode, for a run that asks for it."""
+    return ops.exact() if config.exact else contextlib.nullcontext()
+
+
+# --- data sources -----------------------------------------------------------------------------------
+def _demonstrations(
+    config: Sft, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
+) -> tuple[Source, int]:
+    shape = learner.model.config
+    items, size, longest = demonstrations(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    source = Demonstrations(
+        items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world,
+        weighted=config.sample_weights,
+    )  # fmt: skip
+    return source, longest
+
+
+def _on_policy(
+    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device,
+    make: Callable[..., Source] = OnPolicy,
+) -> tuple[Source, int]:  # fmt: skip
+    check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
+    shape = learner.model.config
+    prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    reference: Callable[[Batch], Tensor] | None = None
+    if algorithm.needs_reference:  # the reference is where the run began, not where it resumes
+        frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+        def reference(batch: Batch) -> Tensor:
+            return learner.logp(frozen, batch)
+
+    def trainer(batch: Batch) -> Tensor:
+        return learner.logp(learner.model, batch)
+
+    stop = task.stop if task is not None else ()
+    source = make(
+        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
+        world=learner.world, game=task if isinstance(task, Conversation) else None,
+    )  # fmt: skip
+    return source, config.max_new_tokens
+
+
+def _preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+) -> tuple[Source, int]:
+    return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
+
+
+def _actor_critic(
+    config: Ppo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: PpoLearner, algorithm: ActorCritic, device: torch.device
+) -> tuple[Source, int]:
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner))
+
+
+def _mixture(
+    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
+) -> tuple[Source, int]:
+    check_mixture(config, algorithm, turns=isinstance(task, Conversation))
+    shape = learner.model.config
+    known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    mixture = partial(Mixture, demonstrations=known)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, mixture)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+
+    load: Callable[..., Any] = load_model
+    choose: Callable[..., Any] = choose_algorithm
+    learner: Callable[..., Any] = Learner
+
+
+PARTS: dict[type, Parts] = {
+    Sft: Parts(choose=choose_supervised, learner=SupervisedLearner),
+    Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
+    Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
+    Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner),
+    Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
+}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
+    Sft: _demonstrations,
+    Dpo: _preferences,
+    Grpo: _on_policy,
+    Ppo: _actor_critic,
+    Hybrid: _mixture,
+    Reward: comparisons,
+}

@@ -1,0 +1,23 @@
+"""Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
+
+from fastrl.config.methods import TRAINING, Dpo, Grpo, HeldOut, Hybrid, Ppo, Reward, Sft
+from fastrl.config.run import Eval, Optim, Run, Sampling, Save
+from fastrl.config.tools import Evaluate, Generate
+
+__all__ = [
+    "TRAINING",
+    "Dpo",
+    "Eval",
+    "Evaluate",
+    "Generate",
+    "Grpo",
+    "HeldOut",
+    "Hybrid",
+    "Optim",
+    "Ppo",
+    "Reward",
+    "Run",
+    "Sampling",
+    "Save",
+    "Sft",
+]
