@@ -305,14 +305,14 @@ def test_ppo_raises_the_reward_of_the_card_game(tmp_path, no_report):
     fixed = {"task": "cards", "task_options": ("k=2", "rules=b"), "threads": 1, "eval": Eval()}
     optim = Optim(lr=4e-3, schedule="linear", warmup=10, weight_decay=0.01)
     model = str(demo.RECIPES / "cards.config.json")
-    sft = Sft(**fixed, model=model, steps=150, prompts=128, optim=optim, output_dir=str(tmp_path / "sft"))
+    sft = Sft(**fixed, model=model, steps=100, prompts=128, optim=optim, output_dir=str(tmp_path / "sft"))
     start = str(fastrl.trainer.train(sft).checkpoint)
     config = Ppo(
-        **fixed, model=start, steps=30, prompts=256, minibatches=4, max_new_tokens=20, kl_coef=0.0, lam=1.0, critic_lr=1e-3,
-        optim=Optim(lr=3e-4, warmup=3), output_dir=str(tmp_path / "ppo"),
+        **fixed, model=start, steps=50, prompts=64, group=8, minibatches=4, max_new_tokens=16, kl_coef=0.0, lam=1.0, critic_lr=1e-3,
+        optim=Optim(lr=5e-4, warmup=3), output_dir=str(tmp_path / "ppo"),
     )  # fmt: skip
     fastrl.trainer.train(config)
     rows = lines(tmp_path / "ppo")
-    first, last = ([r["reward"] for r in some] for some in (rows[:4], rows[-4:]))  # 1024 answers each: a deviation of 0.02 of the gain
-    assert sum(last) / 4 - sum(first) / 4 > 0.08, (first, last)
-    assert sum(r["critic/vf_explained_var"] for r in rows[-4:]) / 4 > 0.1
+    first, last = (sum(r["reward"] for r in some) / 10 for some in (rows[:10], rows[-10:]))
+    assert last - first > 0.1, (first, last)  # 0.3 to 0.5; a mean of ten steps deviates by 0.01
+    assert sum(r["critic/vf_explained_var"] for r in rows[-10:]) > 0
