@@ -82,10 +82,8 @@ class Layer(nn.Module):
 
     def _untouched(self) -> bool:
         """Whether the projections are what the layer was built with, and nobody listens to them."""
-        for p in self._modules.values():  # past Module.__getattr__, which would take longer than the rest
-            if type(p) is not Linear or p._forward_hooks or p._forward_pre_hooks:
-                return False
-        return True
+        parts = self._modules.values()  # past Module.__getattr__, which would take longer than the rest
+        return all(type(p) is Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
 
     def _weights(self) -> LayerWeights:
         own = self._parameters
