@@ -126,7 +126,8 @@ def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
 def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
     alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
     found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
-    return torch.tensor(found).unbind()
+    live, pages = torch.tensor(found).unbind()
+    return live, pages
 
 
 register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
