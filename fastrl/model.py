@@ -33,9 +33,6 @@ Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
 
 
-PROJECTIONS = ("qkv", "out", "gate_up", "down")
-
-
 class Linear(nn.Linear):
     """nn.Linear over `ops.linear`, which exact mode makes batch-invariant."""
 
@@ -64,7 +61,7 @@ class Layer(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None, paged: Paged | None = None,
-        *, only_store: bool = False,
+        only_store: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after the keys and values."""
         config = self.config
@@ -89,9 +86,9 @@ class Layer(nn.Module):
         return all(type(p) is Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
 
     def _weights(self) -> LayerWeights:
-        own: dict[str, Any] = self._parameters
-        parts: tuple[dict[str, Any], ...] = tuple(self._modules[name]._parameters for name in PROJECTIONS)  # type: ignore[union-attr]
-        qkv, out, gate_up, down = parts
+        own: Any = self._parameters
+        parts: Any = self._modules
+        qkv, out, gate_up, down = (parts[name]._parameters for name in ("qkv", "out", "gate_up", "down"))
         return LayerWeights(
             own["input_norm"], qkv["weight"], qkv["bias"], own.get("q_norm"), own.get("k_norm"), out["weight"], own["mlp_norm"],
             gate_up["weight"], down["weight"],
@@ -158,7 +155,7 @@ class Decoder(nn.Module):
             attention_i: Attention = packed if attend is None else partial(attend, i)
             inputs = (x, residual, angles, attention_i, *(None if f is None else f(i) for f in (slab_of, paged_of)))
             if only_store and i + 1 == len(self.layers):
-                return layer(*inputs, only_store=True)[0]
+                return layer(*inputs, True)[0]
             x, residual = checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 

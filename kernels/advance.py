@@ -125,8 +125,9 @@ def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
 
 def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
     alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
-    live, pages = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
-    return torch.tensor(live), torch.tensor(pages)
+    found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
+    live, pages = torch.tensor(found).unbind()
+    return live, pages
 
 
 register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)

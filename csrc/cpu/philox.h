@@ -56,3 +56,27 @@ INLINE Words<W> philox(W a, W b, W c, W d, unsigned k0, unsigned k1) {
   }
   return {{a, b, c, d}};
 }
+
+// The keys of all rounds as vectors, for many counters under one key: loaded, not broadcast again in every round.
+struct RoundKeys {
+  P k[10][2];
+};
+INLINE RoundKeys round_keys(unsigned k0, unsigned k1) {
+  RoundKeys keys;
+  for (int i = 0; i < 10; i++) {
+    keys.k[i][0] = P{} + (k0 + i * 0x9E3779B9u);
+    keys.k[i][1] = P{} + (k1 + i * 0xBB67AE85u);
+  }
+  return keys;
+}
+INLINE Words<P> philox(P a, P b, P c, P d, const RoundKeys& keys) {
+  const P first = P{} + 0xD2511F53u, second = P{} + 0xCD9E8D57u;
+  for (int i = 0; i < 10; i++) {
+    const P p = product(a, first), q = product(c, second);
+    a = (q >> 32) ^ b ^ keys.k[i][0];
+    b = q;
+    c = (p >> 32) ^ d ^ keys.k[i][1];
+    d = p;
+  }
+  return {{a, b, c, d}};
+}

@@ -52,10 +52,9 @@ constexpr P kCounters = {0, 1};
 #endif
 
 // LANES / 2 counters from `first` on: kCounters is the order that makes pairing their words a permutation within 128 bits
-INLINE void words(const RowDraw& draw, unsigned first, U& low, U& high) {
+INLINE void words(const RowDraw& draw, const RoundKeys& keys, unsigned first, U& low, U& high) {
   const P zero = {};
-  const Words<P> w = philox<P>(kCounters + first, zero + draw.counter[0], zero + draw.counter[1], zero + draw.counter[2],
-                               draw.key[0], draw.key[1]);
+  const Words<P> w = philox(kCounters + first, zero + draw.counter[0], zero + draw.counter[1], zero + draw.counter[2], keys);
   const P ab = (w.w[0] & 0xffffffffull) | (w.w[1] << 32), cd = (w.w[2] & 0xffffffffull) | (w.w[3] << 32);
   low = (U)FASTRL_PAIRS(ab, cd, FASTRL_EVEN);
   high = (U)FASTRL_PAIRS(ab, cd, FASTRL_ODD);
@@ -82,18 +81,18 @@ __attribute__((noinline)) void score(const T* x, int64_t first, const U* word, c
 }
 
 template <class T>
-INLINE void compete(const T* x, int64_t first, const F* e, RowDraw& draw) {
+INLINE void compete(const T* x, int64_t first, const F* e, const RoundKeys& keys, RowDraw& draw) {
   U word[4];
   I passed[4];
-  words(draw, (unsigned)(first / 4), word[0], word[1]);
-  words(draw, (unsigned)(first / 4) + LANES / 2, word[2], word[3]);
+  words(draw, keys, (unsigned)(first / 4), word[0], word[1]);
+  words(draw, keys, (unsigned)(first / 4) + LANES / 2, word[2], word[3]);
   const F limit = splat(draw.limit);
   for (int k = 0; k < 4; k++) passed[k] = __builtin_convertvector((I)(word[k] >> 1), F) < limit * e[k];
   if (any((passed[0] | passed[1]) | (passed[2] | passed[3]))) score(x, first, word, passed, draw);
 }
 
 template <bool FILTER, class T>
-INLINE void block(const T* x, int64_t first, long n, RowDraw& draw) {
+INLINE void block(const T* x, int64_t first, long n, const RoundKeys& keys, RowDraw& draw) {
   const F top = splat(draw.top), inverse = splat((float)(1 / (double)draw.temperature)), floor = splat(draw.floor);
   F s[2] = {}, a[2] = {}, kept[2] = {};
   for (long i = 0; i < n; i += kGroup) {
@@ -111,7 +110,7 @@ INLINE void block(const T* x, int64_t first, long n, RowDraw& draw) {
       }
     }
     const F most = larger(larger(e[0], e[1]), larger(e[2], e[3]));
-    if (any(most * splat(draw.limit) > 0.25f)) compete(x + i, first + i, e, draw);
+    if (any(most * splat(draw.limit) > 0.25f)) compete(x + i, first + i, e, keys, draw);
   }
   draw.s += total(s[0] + s[1]);
   draw.a += total(a[0] + a[1]);
@@ -122,13 +121,14 @@ template <bool FILTER, class T>
 void run(const void* row, int64_t V, RowDraw& draw) {
   const T* x = static_cast<const T*>(row);
   const int64_t whole = V - V % kGroup;
+  const RoundKeys keys = round_keys(draw.key[0], draw.key[1]);
   draw.score = kStart;
   draw.limit = draw.greedy ? 0 : (float)(0x1p31 * kMargin * __builtin_exp(-kStart));  // 0: nobody races
-  for (int64_t i = 0; i < whole; i += kBlock) block<FILTER>(x + i, i, whole - i < kBlock ? whole - i : kBlock, draw);
+  for (int64_t i = 0; i < whole; i += kBlock) block<FILTER>(x + i, i, whole - i < kBlock ? whole - i : kBlock, keys, draw);
   if (whole == V) return;
   T last[kGroup];
   for (long i = 0; i < kGroup; i++) last[i] = whole + i < V ? x[whole + i] : minus_infinity<T>();
-  block<FILTER>(last, whole, kGroup, draw);
+  block<FILTER>(last, whole, kGroup, keys, draw);
 }
 
 // --- what else a row needs ------------------------------------------------------------------------------
