@@ -20,7 +20,7 @@ demo-seeds: $(STAMP)
 	$(PY) -m fastrl.recipes.demo --output-dir demo --seeds 3
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not gpu and not slow and not multigpu" $(TESTS)
+	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu" $(TESTS)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)

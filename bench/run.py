@@ -28,7 +28,10 @@ from fastrl.errors import UserError
 from fastrl.files import nearest
 
 HERE = Path(__file__).parent
-FIRST = ("token_logp", "linear_logp", "linear_loss", "linear_cross_entropy", "policy_loss")  # what matters most, should time run out
+FIRST = (  # what matters most, should time run out
+    *("token_logp", "linear_logp", "linear_loss", "linear_cross_entropy", "policy_loss"),
+    *("decode_attention", "rollout", "train"),
+)
 QUICK_SECONDS, CHECK_SECONDS = 45.0, 300.0
 
 

@@ -39,6 +39,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 
+  m.def("advance_cpu", &advance_cpu, NoGil());
+  m.def("need_cpu", &need_cpu, NoGil());
+
+  m.def("decoder_layer_cpu", [](Address y, Address residual_out, Address x, Address residual, const std::array<Address, 9>& w,
+                                const std::array<Address, 8>& p, const std::array<int64_t, 5>& n, double scale, double eps, int64_t B,
+                                int64_t D, int64_t F, int64_t H, int64_t K, int64_t E, int threads) {
+    const LayerWeights weights{w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]};
+    const LayerPlace place{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], n[0], n[1], n[2], n[3], n[4], scale};
+    decoder_layer_cpu(y, residual_out, x, residual, weights, place, eps, B, D, F, H, K, E, threads);
+  }, NoGil());
+
   m.def("policy_loss_cpu", &policy_loss_cpu, NoGil());
 
   m.def("cpu_isa", &cpu_isa);

@@ -2,6 +2,7 @@
 // Strides count elements.  Floats of type `code` are 0 = fp32, 1 = bf16; everything else is fp32 or int64 and contiguous.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -117,6 +118,28 @@ void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t
 void decode_attention_cpu(Address y, Address q, int64_t q_token, int64_t q_head, int code, Address k_cache, Address v_cache,
                           Address block_table, int64_t table_stride, Address lengths, Address rows, double scale, int64_t B, int64_t R,
                           int64_t N, int64_t H, int64_t K, int64_t E, int64_t pages, int64_t page, int threads);
+
+// --- advance: the step in kernels/advance.py ----------------------------------------------------------------
+// draw (4), rows (8), records (8) and pages (3) as the tuples there list them; B rows of N pages, S records of C tokens, P pages
+void advance_cpu(const std::vector<Address>& draw, const std::vector<Address>& rows, const std::vector<Address>& records,
+                 const std::vector<Address>& pages, Address stops, int64_t n_stops, int64_t version, Address total, int64_t B,
+                 int64_t N, int64_t S, int64_t C, int64_t P, int64_t page);
+
+// alive (B,) bool; length, until (B,) int64  ->  rows alive, pages that they may come to need
+std::array<int64_t, 2> need_cpu(Address alive, Address length, Address until, int64_t B, int64_t page);
+
+// --- decoder_layer: the layer in model.py, one new token a row, all fp32 -----------------------------------
+struct LayerWeights {  // 0 where the layer has none
+  Address input_norm, qkv, qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down;
+};
+struct LayerPlace {  // positions, slots (B,) int64; `angles` rows of cos and sin; lengths (B,) int32; table (B, columns) int32
+  Address positions, cos, sin, slots, k_cache, v_cache, table, lengths;
+  int64_t angles, pages, page, table_stride, columns;
+  double scale;  // of the scores
+};
+// x, residual or 0 (B, D)  ->  y (B, D), what the layer adds to residual_out (B, D)
+void decoder_layer_cpu(Address y, Address residual_out, Address x, Address residual, const LayerWeights& weights, const LayerPlace& place,
+                       double eps, int64_t B, int64_t D, int64_t F, int64_t H, int64_t K, int64_t E, int threads);
 
 // --- policy_loss: formulas in kernels/policy_loss.py --------------------------------------------------
 // logp, old_logp, advantage, weight (T,); entropy, ref_logp, correction (T,) or 0; mask (T,) bytes or 0; ends (S+1,) int64 where

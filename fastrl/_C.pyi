@@ -298,6 +298,43 @@ def linear_forward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def advance_cpu(
+    draw: list[int],
+    rows: list[int],
+    records: list[int],
+    pages: list[int],
+    stops: int,
+    n_stops: int,
+    version: int,
+    total: int,
+    B: int,
+    N: int,
+    S: int,
+    C: int,
+    P: int,
+    page: int,
+    /,
+) -> None: ...
+def need_cpu(alive: int, length: int, until: int, B: int, page: int, /) -> list[int]: ...
+def decoder_layer_cpu(
+    y: int,
+    residual_out: int,
+    x: int,
+    residual: int,
+    weights: tuple[int, ...],
+    place: tuple[int, ...],
+    sizes: tuple[int, ...],
+    scale: float,
+    eps: float,
+    B: int,
+    D: int,
+    F: int,
+    H: int,
+    K: int,
+    E: int,
+    threads: int,
+    /,
+) -> None: ...
 def decode_attention_cpu(
     y: int,
     q: int,

@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Evaluate, Generate, Grpo, Hybrid, Sft
+from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Ppo, Reward, Sft
 from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.options import UsageError, dump, parse
@@ -35,6 +35,14 @@ class Report:
     """Run folders."""
     output: str | None = None
     """Folder to write to; defaults to the run's own, and must be given for a comparison."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """Run the stages of a file one after the other, each from the last one's checkpoint; again, to go on where it stopped."""
+
+    file: Positional[str]
+    """A YAML file; see docs/pipelines.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +74,12 @@ class Command:
 
 COMMANDS = {
     "sft": Command(Sft, "fastrl.trainer:train"),
+    "reward": Command(Reward, "fastrl.trainer:train"),
+    "dpo": Command(Dpo, "fastrl.trainer:train"),
     "grpo": Command(Grpo, "fastrl.trainer:train"),
     "hybrid": Command(Hybrid, "fastrl.trainer:train"),
+    "ppo": Command(Ppo, "fastrl.trainer:train"),
+    "run": Command(Pipeline, "fastrl.pipeline:run"),
     "eval": Command(Evaluate, "fastrl.evaluate:run"),
     "generate": Command(Generate, "fastrl.generate:run"),
     "report": Command(Report, "fastrl.report:run"),

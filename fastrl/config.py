@@ -136,11 +136,37 @@ class Sft(Run):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dpo(Run):
+    """Preference optimisation: DPO and its relatives, on pairs of a chosen and a rejected completion or on labelled ones."""
+
+    algorithm: str = "dpo"
+    """A row of fastrl.algorithms.preference.PREFERENCES: dpo, ipo, simpo, orpo, kto, ...; TRL's names of them are taken too."""
+    reference: Literal["precomputed", "live", "none"] | None = None
+    """The reference model's log-probs: computed once before training, or by a frozen copy at every step.  None: as the row needs them."""
+    beta: float | None = None
+    """Weight of the reference, or scale of the scores (orpo: of its odds term); None keeps the row's own, as for the options below."""
+    label_smoothing: float | None = None
+    """Share of the labels taken to be wrong (cdpo, robust, exo)."""
+    gamma: float | None = None
+    """Target margin (simpo)."""
+    penalty: float | None = None
+    """Weight of the chosen completion's loss of likelihood (dpop)."""
+    tau: float | None = None
+    """Sharpness of the blend (discopop)."""
+    desirable_weight: float | None = None
+    """Weight of good examples (kto)."""
+    undesirable_weight: float | None = None
+    """Weight of bad examples (kto)."""
+    nll_coef: float | None = None
+    """Weight of the chosen completion's cross-entropy, beside any loss of pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grpo(Run):
     """Reinforcement learning from verified rewards: the GRPO family."""
 
     reward: tuple[str, ...] = ()
-    """Reward functions, my_rewards.py:fn; defaults to the task's verifier."""
+    """Reward functions, my_rewards.py:fn, or reward models, model:FOLDER; defaults to the task's verifier."""
     algorithm: str = "grpo"
     """A row of fastrl.algorithms.ALGORITHMS."""
     group: int = 8
@@ -229,6 +255,67 @@ class Hybrid(Grpo):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut(Eval):
+    """Accuracy of a reward model on what it is not trained on."""
+
+    prompts: int = 256
+    """Held-out prompts per evaluation, with all their completions; 0 turns evaluation off and trains on everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward(Run):
+    """Reward models: a score for every completion, from comparisons, rankings, or right and wrong answers."""
+
+    algorithm: str = "bradley_terry"
+    """A row of fastrl.algorithms.reward.REWARD_LOSSES."""
+    center: float = 0.0
+    """Weight of the squared sum of a pair's rewards, which keeps rewards near 0; 0.01 is usual.  Not for verdicts."""
+    group: int = 2
+    """Completions of a prompt that a task gives: a right one, and wrong ones."""
+    step_separator: str = "\n"
+    """What ends a step of a completion whose steps are judged."""
+    holdout: float = 0.05
+    """Share of a dataset's prompts that is kept for evaluation, not trained on."""
+    eval: HeldOut = field(default_factory=HeldOut)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ppo(Grpo):
+    """Reinforcement learning with a critic: PPO, its advantages per token by GAE."""
+
+    algorithm: str = "ppo"
+    """A row of fastrl.algorithms.ppo.PPO."""
+    group: int = 1
+    """Completions per prompt: the critic, not the others, says what was to be expected."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float | None = None
+    """Of GAE: 1 trusts the rewards to come, 0 the critic's next value; None keeps the algorithm's own (0.95)."""
+    whiten: bool = True
+    """Advantages to mean 0 and deviation 1 over all tokens of the step, of all minibatches and processes."""
+    bootstrap: bool = False
+    """A completion that was cut off goes on: gamma times the value of its last state is added to its reward.  Else it ends there."""
+    missing_eos_penalty: float = 0.0
+    """What a completion that was cut off loses of its reward."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL to the reference model goes: kl_coef (default 0.05) times its estimate (default k1 in the reward, k2 in the loss)."""
+    kl_target: float | None = None
+    """KL of a completion, nats, that the coefficient is adapted to; None keeps the coefficient."""
+    kl_horizon: int = 10000
+    """Completions over which an adapted coefficient can change by a factor of about 1.2."""
+    critic: Literal["separate", "shared", "head"] = "separate"
+    """A model of its own, a head on the policy's hidden states that trains them too, or a head that leaves them alone."""
+    critic_model: str | None = None
+    """Folder the separate critic starts from (a causal language model or a reward model); defaults to the policy's weights."""
+    critic_lr: float | None = None
+    """Peak learning rate of the separate critic; defaults to the policy's."""
+    value_clip: float | None = None
+    """How far a value may move from the one at sampling, in the value loss; 0 is any distance, None the algorithm's own (0.2)."""
+    vf_coef: float | None = None
+    """Weight of the value loss beside the policy's, where they share hidden states or an optimizer; None is 0.1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
     """Complete prompts with a trained model."""
 
@@ -271,3 +358,7 @@ class Evaluate:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
+
+
+TRAINING: dict[str, type[Run]] = {"sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo, "ppo": Ppo}
+"""The commands that train, as a pipeline's stages name them."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 Turns = Literal["all", "last"]
-KINDS = {  # the columns that make a row of this kind; the first kind whose columns are all there
+Kinds = Mapping[str, tuple[str, ...]]
+KINDS: Kinds = {  # the columns that make a row of this kind; the first kind whose columns are all there
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
@@ -64,23 +65,27 @@ class Segment(NamedTuple):
 
 
 # --- reading ----------------------------------------------------------------------------------------
-def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Every row of a .jsonl, .json or .parquet file, all of one kind.
+def read_rows(path: str | Path, columns: Mapping[str, str] | None = None, kinds: Kinds = KINDS) -> list[Row]:
+    """Every row of a .jsonl, .json or .parquet file, all of one of the `kinds`.
 
     `columns` renames the file's columns to the ones above: {"question": "prompt", "answer": "completion"}.
     Raises UserError naming file and line: what was expected there and what came.
     """
+    rows: list[Row] = []
+    for where, named in read_table(path, columns):
+        rows.append(Row(where, _kind(named, where, rows[0].kind if rows else None, kinds), named))
+    return rows
+
+
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """(`file:line`, its columns by their new names) of every row of a file, whatever its columns are; UserError as `read_rows`."""
     read = READERS.get(Path(path).suffix.lower())
     if read is None or not Path(path).is_file():
         reason = f"no such file (looked in {Path.cwd()})" if read else f"expected a file ending in {', '.join(READERS)}"
         raise UserError(f"dataset {path}: {reason}")
-    renamed = list((columns or {}).values())
-    if len(set(renamed)) < len(renamed):
+    if len(set((columns or {}).values())) < len(columns or {}):
         raise UserError(f"columns: expected each column to be read as another one, got {columns}")
-    rows: list[Row] = []
-    for where, fields in read(Path(path)):
-        named = _rename(fields, columns or {}, where)
-        rows.append(Row(where, _kind(named, where, rows[0].kind if rows else None), named))
+    rows = [(where, _rename(fields, columns or {}, where)) for where, fields in read(Path(path))]
     if not rows:
         raise UserError(f"dataset {path}: expected at least one row, the file has none")
     return rows
@@ -121,23 +126,23 @@ def _rename(fields: dict[str, Any], columns: Mapping[str, str], where: str) -> d
     return {columns.get(name, name): value for name, value in fields.items()}
 
 
-def _kind(fields: dict[str, Any], where: str, first: str | None) -> str:
-    kinds = [first] if first else list(KINDS)
-    kind = next((k for k in kinds if all(c in fields for c in KINDS[k])), None)
+def _kind(fields: dict[str, Any], where: str, first: str | None, known: Kinds) -> str:
+    kinds = [first] if first else list(known)
+    kind = next((k for k in kinds if all(c in fields for c in known[k])), None)
     if kind is None:
-        wanted = " or ".join(" + ".join(KINDS[k]) for k in kinds)
+        wanted = " or ".join(" + ".join(known[k]) for k in kinds)
         like = " like the lines before it" if first else "; rename others with columns"
         raise UserError(f"{where}: expected the columns {wanted}{like}; got {', '.join(map(repr, fields)) or 'none'}")
-    for column in KINDS[kind]:
-        _check_value(column, fields[column], where)
+    for column in known[kind]:
+        check_value(column, fields[column], where)
     return kind
 
 
-def _check_value(column: str, value: Any, where: str) -> None:
-    if isinstance(value, str) and column != "messages":
+def check_value(column: str, value: Any, where: str) -> None:
+    if isinstance(value, bool) if column == "label" else isinstance(value, str) and column != "messages":
         return
-    if column == "text" or not isinstance(value, list):
-        expected = {"text": "text", "messages": "a list of messages"}.get(column, "text or a list of messages")
+    if column in ("text", "label") or not isinstance(value, list):
+        expected = {"text": "text", "label": "true or false", "messages": "a list of messages"}.get(column, "text or a list of messages")
         raise UserError(f"{where}: {column}: expected {expected}, got {type(value).__name__} {shorten(value, 80)}")
     if not value:
         raise UserError(f"{where}: {column}: expected at least one message, got an empty list")
@@ -203,7 +208,7 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, *,
         begin, ids = _beginning(tokenizer), _ids([(prompt, where)], tokenizer)[0]
         tokens = ids if begin and ids[:1] == begin else begin + ids
     else:
-        _check_value("prompt", prompt, where)
+        check_value("prompt", prompt, where)
         tokens = _ids([(_render(prompt, tokenizer, where, generate=True), where)], tokenizer)[0]
     if not tokens:
         raise UserError(f"{where}: prompt: expected at least one token, got none")

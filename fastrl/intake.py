@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from fastrl.config import Grpo, Hybrid, Sft
+from fastrl.config import Dpo, Grpo, Hybrid, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
+from fastrl.device import place
 from fastrl.errors import UserError
 from fastrl.files import shorten
+from fastrl.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.rewards import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Task, load_task, task_reward
@@ -67,6 +69,49 @@ def demonstrations(
     return items, named.size(TRAIN), limit
 
 
+def preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int, *, paired: bool
+) -> tuple[Callable[[Sequence[int]], list[Unit]], int, int]:
+    """items(indices), how many pairs (or labelled examples) there are, and the longest completion to expect.
+
+    Every line of a dataset is checked before training.
+    """
+    limit = min(config.max_tokens or context, context)
+
+    def usable(rows: Sequence[Row]) -> list[Unit]:
+        units = encode_units(rows, tokenizer, paired=paired, max_tokens=limit)
+        each = len(units) // len(rows)  # 2 where pairs were taken apart
+        for i, unit in enumerate(units):
+            where = rows[i // each].where
+            for one in unit:
+                _check_tokens(one.sample.tokens, where, vocab_size)
+            _check_budget(sum(len(one.sample.tokens) for one in unit), where, config.micro_tokens, "pair" if paired else "sequence")
+        return units
+
+    if config.dataset is not None:
+        known = usable(read_rows(config.dataset, pairs(config.columns, "--columns"), PAIRED if paired else LABELLED))
+        return lambda indices: [known[i] for i in indices], len(known), limit
+    if task is None:
+        raise UserError("--dataset or --task: expected one of them, to have preferences to train on; got neither")
+    if not hasattr(task, "mistakes"):
+        raise UserError(f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset")
+    named: Any = task
+    sides = 1 if paired else 2
+
+    def items(indices: Sequence[int]) -> list[Unit]:
+        rows = []
+        for i in [index // sides for index in indices]:
+            example, where = named.example(TRAIN, i), f"{named.name} {TRAIN}[{i}]"
+            wrong = named.mistakes(example, 1, i)
+            if example.demo is None or not wrong:
+                raise UserError(f"{where}: expected a demonstration and a wrong answer, got {example.demo!r} and {wrong}; give a --dataset")
+            rows.append(Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]}))
+        units = usable(rows) if rows else []
+        return units if paired else [units[2 * n + index % 2] for n, index in enumerate(indices)]
+
+    return items, named.size(TRAIN) * sides, limit
+
+
 def prompts_and_rewards(
     config: Grpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int
 ) -> tuple[Callable[[int], PromptItem], int, Callable[..., Scored]]:
@@ -74,7 +119,8 @@ def prompts_and_rewards(
 
     Every line of a dataset is checked before training.
     """
-    functions = [load_reward(spec) for spec in config.reward]
+    device, dtype = place(config.device, config.dtype)
+    functions = [load_reward(spec, dtype=dtype, device=device) for spec in config.reward]
     weights = config.reward_weights or None
     if weights is not None and len(weights) != max(len(functions), 1):
         raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")
@@ -183,10 +229,10 @@ def _check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
         )
 
 
-def _check_budget(length: int, where: str, micro_tokens: int) -> None:
+def _check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
     if length > micro_tokens:
         raise UserError(
-            f"{where}: a sequence of up to {length} tokens exceeds a pass; raise --micro-tokens ({micro_tokens}) to at least {length}"
+            f"{where}: a {what} of up to {length} tokens exceeds a pass; raise --micro-tokens ({micro_tokens}) to at least {length}"
         )
 
 

@@ -43,16 +43,20 @@ class NotFinite(UserError):
 
 
 class Learner:
-    """Trains `model` with `algorithm`: one `update` is one optimizer step over a whole batch."""
+    """Trains `model` with `algorithm`: one `update` is one optimizer step over a whole batch.
+
+    beside  a module that is trained with the model, by the same optimizer: a head on its hidden states
+    """
 
     def __init__(
         self, model: Any, algorithm: Algorithm, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0,
-        world: World | None = None,
+        world: World | None = None, beside: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.model, self.algorithm, self.optim, self.steps = model, algorithm, optim, steps
         self.micro_tokens, self.temperature, self.world = micro_tokens, temperature, world or World()
-        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        named = [*model.named_parameters(), *(beside.named_parameters("beside") if beside is not None else ())]
+        self.names = [n for n, p in named if p.requires_grad]
+        self.weights = [p for _, p in named if p.requires_grad]
         self.masters = [p if p.dtype.itemsize >= 4 else p.detach().float() for p in self.weights]
         self._accumulate_in_float32()
         matrices = [p for p in self.masters if p.ndim >= 2]
@@ -108,12 +112,17 @@ class Learner:
             hidden, self.model.head_weight, target, share, mask=mask, bias=self.model.head_bias, temperature=self.temperature,
             entropy=True, level=algorithm.level,
         )  # fmt: skip
+        loss = self._with_more(loss, hidden, mask, batch, rows)
         if common is not None:
             blank = stats.logp.new_zeros(tokens.weight.shape)
             logp, entropy, lse = (None if x is None else blank.index_copy(0, rows, x) for x in stats)
             assert logp is not None and lse is not None
             stats = ops.TokenStats(logp, entropy, lse)
         return loss, stats, tokens, rows
+
+    def _with_more(self, loss: Tensor, hidden: Tensor, at: Tensor | None, batch: Batch, rows: Tensor) -> Tensor:
+        """The micro-batch's loss with what a subclass adds: `hidden`, at its rows `at` (None: all), predicts the tokens rows + 1."""
+        return loss
 
     @torch.no_grad()
     def logp(self, model: Any, batch: Batch) -> Tensor:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, REWARDS = "metrics.jsonl", "samples.jsonl", "rewards.json"
 EVENTS = "events.out.tfevents.*"
-LOGS = (METRICS, SAMPLES, EVENTS, "config.yaml", "environment.txt", "report.html", "plots")  # all a run leaves but its checkpoints
+LOGS = (METRICS, SAMPLES, EVENTS, "config.yaml", "environment.txt", REWARDS, "report.html", "plots")  # all a run leaves but its checkpoints
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
     "reward": ("reward", ".3f"),

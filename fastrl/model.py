@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrl import weights
+from fastrl.kernels._decoder_layer import LayerWeights, Paged, decoder_layer, serves
 from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model_config import ModelConfig
@@ -25,7 +26,8 @@ __all__ = ["Attend", "Decoder", "ModelConfig"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).  One with a method slab(layer) -> (k_cache, v_cache, slots)
-finds each token's key and value there when it is called: rope writes them in its own launch."""
+finds each token's key and value there when it is called: rope writes them in its own launch.  One with a method
+paged(layer) -> Paged is the attention of one new token per row over pages, which a layer may run in one call with all the rest."""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
@@ -58,18 +60,40 @@ class Layer(nn.Module):
         self.down = Linear(F_, D, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the layer adds, and the residual stream it is to be added to."""
+        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None, paged: Paged | None = None,
+        *, only_store: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after the keys and values."""
         config = self.config
+        if paged is not None and self._untouched():
+            done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
+            if done is not None:
+                return done
         eps, H, K, E = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         x, residual = add_norm(x, residual, self.input_norm, eps)
         q, k, v = self.qkv(x).view(-1, H + 2 * K, E).split((H, K, K), 1)
         norms = {"q_norm": self.q_norm, "k_norm": self.k_norm} if config.qk_norm else {}
         q, k = rope(q, k, *angles, eps=eps, store=None if slab is None else Store(v, *slab), **norms)
+        if only_store:
+            return x, residual
         x = self.out(attend(q, k, v).reshape(-1, H * E))
         x, residual = add_norm(x, residual, self.mlp_norm, eps)
         return self.down(swiglu(self.gate_up(x))), residual
+
+    def _untouched(self) -> bool:
+        """Whether the projections are what the layer was built with, and nobody listens to them."""
+        for p in self._modules.values():  # past Module.__getattr__, which would take longer than the rest
+            if type(p) is not Linear or p._forward_hooks or p._forward_pre_hooks:
+                return False
+        return True
+
+    def _weights(self) -> LayerWeights:
+        own = self._parameters
+        qkv, out, gate_up, down = (self._modules[name]._parameters for name in ("qkv", "out", "gate_up", "down"))  # type: ignore[union-attr]
+        return LayerWeights(
+            own["input_norm"], qkv["weight"], qkv["bias"], own.get("q_norm"), own.get("k_norm"), out["weight"], own["mlp_norm"],
+            gate_up["weight"], down["weight"],
+        )  # type: ignore[arg-type]  # fmt: skip
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -106,12 +130,14 @@ class Decoder(nn.Module):
         attend: Attend | None = None,
         embeds: Tensor | None = None,
         max_seqlen: int | None = None,
+        only_store: bool = False,
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): row t predicts token t + 1.
 
         Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64, default 0.. within
                  each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding;
-                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do.
+                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do;
+                 only_store, for an `attend` with a slab: leave out what no key or value depends on, and the result with it.
         """
         T, device = tokens.shape[0], tokens.device
         whole = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
@@ -124,11 +150,13 @@ class Decoder(nn.Module):
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
-        slab_of = getattr(attend, "slab", None)
+        slab_of, paged_of = getattr(attend, "slab", None), getattr(attend, "paged", None) if serves(x) else None
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
-            inputs = (x, residual, angles, attention_i, None if slab_of is None else slab_of(i))
+            inputs = (x, residual, angles, attention_i, *(None if f is None else f(i) for f in (slab_of, paged_of)))
+            if only_store and i + 1 == len(self.layers):
+                return layer(*inputs, only_store=True)[0]
             x, residual = checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 

@@ -31,7 +31,8 @@ ALIASES = {  # TRL's name -> ours, on the command line and in files
     "beta": "kl_coef", "neftune_noise_alpha": "neftune_alpha", "label_smoothing_factor": "label_smoothing",
     "num_iterations": "epochs", "mask_truncated_completions": "overlong_filter",
     "vllm_importance_sampling_mode": "correction", "vllm_importance_sampling_clip_min": "correction_min",
-    "vllm_importance_sampling_clip_max": "correction_max",
+    "vllm_importance_sampling_clip_max": "correction_max", "center_rewards_coefficient": "center", "num_ppo_epochs": "epochs",
+    "num_mini_batches": "minibatches", "cliprange": "epsilon", "cliprange_value": "value_clip", "kl_estimator": "kl",
 }  # fmt: skip
 INVOCATION = {  # how a command is run, as against what it runs: offered by every command, never part of a dumped configuration
     "config": (str | None, None, "YAML, TOML or JSON file that sets the same options; the command line overrides it."),

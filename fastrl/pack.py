@@ -30,9 +30,14 @@ def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-def micro_batches(batch: Batch, budget: int) -> Iterator[Batch]:
-    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole batch."""
-    groups = plan(batch.cu_seqlens.diff().tolist(), budget)
+def micro_batches(batch: Batch, budget: int, unit: int = 1) -> Iterator[Batch]:
+    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole batch.
+
+    `unit` sequences that lie next to each other (the two of a pair) stay together.
+    """
+    lengths = batch.cu_seqlens.diff().tolist()
+    units = plan([sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)], budget)
+    groups = [[unit * u + i for u in group for i in range(unit)] for group in units]
     if len(groups) == 1:
         yield batch
         return

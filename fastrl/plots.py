@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from fastrl.stats import Estimate
+from fastrl.stats import Bin, Estimate
 
 # Okabe & Ito's colours, told apart with every common form of colour blindness; yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": FAINT,
     "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "fastrl", "figure.facecolor": "white",
 }  # fmt: skip
+BINS = 24  # of a histogram
 SMOOTH_FROM = 40  # points; a shorter curve is drawn as it is
 SMOOTH_ENOUGH = 0.03  # of a curve's range: a mean that moves no point further than this would only round its corners
 BARS_UP_TO = 2  # curves in a figure; the intervals of more would hide each other
@@ -121,6 +122,44 @@ def intervals(rows: Sequence[Row], *, title: str, unit: str, path: Path) -> Pict
     said = [f"{row.label}, {kind}: {e.mean:.1%} [{e.lo:.1%}, {e.hi:.1%}]." for row in rows for kind, e in row.estimates.items()]
     note = "faint: single seeds" if any(values for row in rows for values in row.singles.values()) else ""
     return Picture(uri, f"{title}, {unit}. " + " ".join(said), note)
+
+
+def reliability(bins: Sequence[Bin], *, title: str, path: Path) -> Picture:
+    """Share of predictions that came true over what was predicted, a mark per bin as large as its share of them; saved to `path` (PNG)."""
+    total = sum(b.size for b in bins)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=DASHES[1], label="calibrated")
+        axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=COLOURS[0], linewidth=1.4, label="model")
+        axes.scatter([b.predicted for b in bins], [b.observed for b in bins], [12 + 160 * b.size / total for b in bins], color=COLOURS[0])
+        axes.set(xlabel="predicted probability", ylabel="came true", xlim=(-0.03, 1.03), ylim=(-0.05, 1.05))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        figure.legend(loc="outside upper left", ncols=2)
+        uri = _save(figure, path)
+    said = [f"Predicted {b.predicted:.1%}: {b.observed:.1%} of {b.size} came true." for b in bins]
+    return Picture(uri, f"{title}. " + " ".join(said), "marks: one per tenth of probability, as large as its share of the predictions")
+
+
+def histogram(values: Mapping[str, Sequence[float]], *, title: str, unit: str, path: Path) -> Picture:
+    """How often values occur, one outline per name over the same bins, saved to `path` (PNG); a name without values is left out."""
+    there = {name: v for name, v in values.items() if v}
+    low, high = min(map(min, there.values())), max(map(max, there.values()))
+    edges = [low + (high - low or 1.0) * i / BINS for i in range(BINS + 1)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, v) in enumerate(there.items()):
+            style: dict[str, Any] = {"color": COLOURS[i], "linestyle": DASHES[i], "label": name}
+            axes.hist(v, edges, histtype="stepfilled", alpha=0.15, color=COLOURS[i])
+            axes.hist(v, edges, histtype="step", linewidth=1.4, **style)
+        axes.set(xlabel=unit, ylabel="answers")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        figure.legend(loc="outside upper left", ncols=_columns(list(there)), handlelength=2.0)
+        uri = _save(figure, path)
+    said = [f"{name}: {len(v)} values from {min(v):.4g} to {max(v):.4g}, mean {sum(v) / len(v):.4g}." for name, v in there.items()]
+    return Picture(uri, f"{title}, {unit}. " + " ".join(said))
 
 
 def smooth(y: Sequence[float], window: int) -> list[float]:

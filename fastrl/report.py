@@ -10,13 +10,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastrl.errors import UserError
 from fastrl.page import Html, figures, folded, page, section, table, verdict
 from fastrl.plots import Picture, Series, lines
+from fastrl.reward_report import held_out_rewards
 
 SHOWN_SAMPLES = 5
+KINDS = {  # what a run learned -> a metric that only such runs have
+    "policy": "reward",
+    "preferences": "logps/chosen",
+    "scores": "mean_reward",
+}
+GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
+    "policy": (("Reward", "reward", ".3g"),),
+    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
+    "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
+    "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
+}
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 
 
@@ -24,21 +36,30 @@ EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 class Panel:
     """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any of them.
 
-    rewarded  None for every run; True or False for runs with or without rewards, whose losses are not the same quantity
+    of  None for every run; else the runs it is of, by what they learn (`Run.kind`): their losses are not the same quantity
     """
 
     title: str
     unit: str
     keys: Mapping[str, str]
     percent: bool = False
-    rewarded: bool | None = None
+    of: Literal["text", "policy", "preferences", "scores"] | None = None
 
 
 PANELS = (
     Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
     Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, rewarded=False),
-    Panel("Policy loss", "loss", {"loss": "loss"}, rewarded=True),
+    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
+    Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
+    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
+    Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
+    Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
+    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
+    Panel("Reward loss", "loss of a group", {"loss": "loss"}, of="scores"),
+    Panel("Comparisons won", "comparisons or verdicts", {"training": "accuracy", "held out": "eval/accuracy"}, percent=True, of="scores"),
+    Panel("Reward margin", "log-odds of the truth", {"training": "margin", "held out": "eval/margin"}, of="scores"),
+    Panel("Rewards of a step", "reward", {"mean": "mean_reward", "lowest": "min_reward", "highest": "max_reward"}, of="scores"),
+    Panel("Calibration error", "probability (ECE), held out", {"ECE": "eval/ece"}, of="scores"),
     Panel("Entropy", "nats per token", {"entropy": "entropy"}),
     Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
     Panel(
@@ -48,6 +69,9 @@ PANELS = (
         percent=True,
     ),
     Panel("KL to the reference", "nats per token", {"KL": "kl"}),
+    Panel("Value loss", "squared error, half", {"loss": "loss/value_avg"}),
+    Panel("Explained variance", "share of the returns' variance", {"critic": "critic/vf_explained_var"}),
+    Panel("Returns and values", "reward's unit, mean of a token", {"returns": "critic/returns/mean", "values": "critic/values/mean"}),
     Panel("Sampler against trainer", "nats, mean size of the difference", {"log-prob": "sampling/sampling_logp_difference/mean"}),
     Panel("Gradient norm", "L2 norm before clipping", {"norm": "grad_norm"}),
     Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
@@ -71,9 +95,9 @@ class Run:
     environment: str
 
     @property
-    def rewarded(self) -> bool:
-        """Whether the run learned from rewards."""
-        return any("reward" in r for r in self.rows)
+    def kind(self) -> str:
+        """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model), or "text"."""
+        return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
         """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside it."""
@@ -118,8 +142,9 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
     return write(
         out,
         f"Run report: {name}",
-        _lead(it),
+        lead(it),
         section("Curves", figures(pictures)),
+        section("Held-out rewards", *held_out_rewards(it.folder, out / "plots")),
         section("Sample answers", *_samples(it)),
         section("All metrics", _metrics(it)),
         section("Set-up", folded("Resolved configuration (config.yaml)", it.config), folded("Environment", it.environment)),
@@ -181,7 +206,7 @@ def prompt_text(prompt: object) -> str:
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     """A panel's curves of one run, the `place`-th of those compared: a colour per run, a dash per metric; alone, a colour per metric."""
-    if panel.rewarded not in (None, it.rewarded):
+    if panel.of not in (None, it.kind):
         return []
     curves = []
     for i, (label, key) in enumerate(panel.keys.items()):
@@ -190,24 +215,21 @@ def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
     return curves
 
 
-def _lead(it: Run) -> str:
+def lead(it: Run) -> str:
+    """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    gist = (
-        (("Reward", "reward", ".3g"),)
-        if it.rewarded
-        else (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%"))
-    )
+    gist = GISTS[it.kind]
     for label, key, form in gist:
         y = it.series(key).y
         if y:
             head, tail = (sum(part) / len(part) for part in (y[:EDGE], y[-EDGE:]))
             parts.append(f"{label} {head:{form}} → {tail:{form}} (means of the first and last {min(EDGE, len(y))} steps).")
-    for label, key in (("greedy", "eval/accuracy_greedy"), ("sampled", "eval/accuracy_sampled")):
+    for label, key in ((", greedy", "eval/accuracy_greedy"), (", sampled", "eval/accuracy_sampled"), ("", "eval/accuracy")):
         s = it.series(key)
         if s.y:
             ends = "" if s.lo is None or s.hi is None else f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
-            parts.append(f"Held-out accuracy, {label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")
+            parts.append(f"Held-out accuracy{label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")
     return " ".join(parts)
 
 

@@ -6,6 +6,8 @@ One number per completion; None means that the function does not apply to it.  P
 messages where the prompt is one; every column of the dataset comes as a list.  log_extra(column, values) adds a value per completion
 to the saved samples, log_metric(name, value) a number to the metrics.  A function without **columns gets only what it names.
 Nothing a function does wrong becomes a reward: it is a UserError that names the function and shows the sample.
+
+    model:FOLDER                       a reward model (`fastrl reward`) scores the completions, on the run's device
 """
 
 from __future__ import annotations
@@ -15,15 +17,22 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, shorten
+from fastrl.model_config import architecture
+from fastrl.reward_model import SCORING, RewardModel
+from fastrl.tokenizer import load_tokenizer
+from fastrl.weights import read_config
 
 Reward = Callable[..., Sequence[float | None]]
 Given = dict[str, Sequence[Any]]  # argument name -> one value per sample
+MODEL = "model:"  # what a reward model's folder is named by
 _SEARCHED = 64  # samples tried one by one to find the one a function fails on
 
 
@@ -75,17 +84,35 @@ def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float
     return [max(-1.0, min(0.0, (budget - buffer - n) / buffer)) for n in length]
 
 
-def load_reward(spec: str) -> Reward:
-    """The reward function at `my_rewards.py:fn`.
+def load_reward(spec: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Reward:
+    """The reward function at `my_rewards.py:fn`, or the reward model at `model:FOLDER`, kept on `device` in `dtype`.
 
-    Raises UserError for a missing file or name, something that cannot be called, a class, and an async function.
+    Raises UserError for a missing file or name, something that cannot be called, a class, an async function, and no reward model.
     """
+    if spec.startswith(MODEL):
+        return model_reward(spec.removeprefix(MODEL), dtype=dtype, device=device)
     function = load_object(spec, "--reward")
     if not callable(function) or inspect.isclass(function):
         raise UserError(f"--reward: expected a function at {spec}, got {shorten(function)}")
     if inspect.iscoroutinefunction(function):
         raise UserError(f"--reward: {spec} is async; reward functions are called synchronously: write `def`, not `async def`")
     return function
+
+
+def model_reward(folder: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Reward:
+    """A reward model as a reward function: it reads the text of prompt and completion with its own tokenizer and chat template.
+
+    Raises UserError for a folder that holds no trained reward model, or no tokenizer.
+    """
+    if not Path(folder).is_dir() or not architecture(read_config(Path(folder))).endswith(SCORING):
+        raise UserError(f"--reward: expected the folder of a reward model (`fastrl reward` writes one), got {MODEL}{folder}")
+    model = RewardModel.load(folder, dtype=dtype, device=device).requires_grad_(False)
+    model.tokenizer = load_tokenizer(None, folder, None)
+
+    def reward_model(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        return model.score(list(zip(prompts, completions, strict=True)))
+
+    return reward_model
 
 
 def score(

@@ -19,7 +19,9 @@ from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
 from fastrl.algorithms.hybrid import Mixed, choose_hybrid
-from fastrl.config import Grpo, Hybrid, Run, Sampling, Sft
+from fastrl.algorithms.ppo import ActorCritic, choose_ppo
+from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sampling, Sft
 from fastrl.device import place, set_threads
 from fastrl.dist import World, join
 from fastrl.errors import UserError
@@ -28,9 +30,16 @@ from fastrl.files import read_json_lines
 from fastrl.intake import demonstrations, demonstrations_of_prompts, load_run_task, prompts_and_rewards
 from fastrl.learner import Learner
 from fastrl.log import METRICS, RunLog
-from fastrl.mixture import MixedLearner, Mixture, check_mixture
+from fastrl.mixture import MixedLearner, Mixture
 from fastrl.model import Decoder
 from fastrl.options import dump
+from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
+from fastrl.ppo_source import PpoSource
+from fastrl.preferences import PreferenceLearner
+from fastrl.reference import preference_source
+from fastrl.reward_learner import REWARD_METRICS, RewardLearner
+from fastrl.reward_model import RewardModel
+from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import SAMPLERS, Sampler
 from fastrl.supervised import SupervisedLearner, choose_supervised
 from fastrl.tasks import Conversation, Task
@@ -39,6 +48,13 @@ from fastrl.types import Batch
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
     Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Dpo: {
+        name: name
+        for name in (
+            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+        )
+    },
     Grpo: {
         "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
         "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
@@ -48,8 +64,11 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
         "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
         "correction_max": "sampling/importance_sampling_ratio/max",
     },
+    Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
 NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share")}
+NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
@@ -159,6 +178,7 @@ def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
 
 def _check(config: Run) -> None:
     e = config.eval
+    judged = config.task is not None or isinstance(config, Reward)  # a reward model is judged on a dataset's held-out lines, too
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
@@ -166,7 +186,7 @@ def _check(config: Run) -> None:
         ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
         ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
         ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        ("--eval.prompts", e.prompts, e.prompts == 0 or config.task is not None, "0 without a --task, whose verifier evaluates"),
+        ("--eval.prompts", e.prompts, e.prompts == 0 or judged, "0 without a --task, whose verifier evaluates"),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
@@ -203,22 +223,21 @@ def _demonstrations(
 ) -> tuple[Source, int]:
     shape = learner.model.config
     items, size, longest = demonstrations(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    source = Demonstrations(
+    return Demonstrations(
         items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world,
         weighted=config.sample_weights,
-    )  # fmt: skip
-    return source, longest
+    ), longest  # fmt: skip
 
 
 def _on_policy(
     config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device,
-    kind: Callable[..., Source] = OnPolicy,
+    make: Callable[..., OnPolicy] = OnPolicy,
 ) -> tuple[Source, int]:  # fmt: skip
     check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
     prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
     reference: Callable[[Batch], Tensor] | None = None
-    if algorithm.kl_coef:  # the reference is where the run began, not where it resumes
+    if algorithm.needs_reference:  # the reference is where the run began, not where it resumes
         frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
 
         def reference(batch: Batch) -> Tensor:
@@ -228,7 +247,7 @@ def _on_policy(
         return learner.logp(learner.model, batch)
 
     stop = task.stop if task is not None else ()
-    source = kind(
+    source = make(
         config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
         world=learner.world, game=task if isinstance(task, Conversation) else None,
     )  # fmt: skip
@@ -238,11 +257,21 @@ def _on_policy(
 def _mixture(
     config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
 ) -> tuple[Source, int]:
-    check_mixture(config, algorithm, turns=isinstance(task, Conversation))
     shape = learner.model.config
     known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    mixture = partial(Mixture, demonstrations=known)
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, mixture)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, demonstrations=known))
+
+
+def _preferences(
+    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+) -> tuple[Source, int]:
+    return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
+
+
+def _actor_critic(
+    config: Ppo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: PpoLearner, algorithm: ActorCritic, device: torch.device
+) -> tuple[Source, int]:
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +285,16 @@ class Parts:
 
 PARTS: dict[type, Parts] = {
     Sft: Parts(choose=choose_supervised, learner=SupervisedLearner),
+    Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
     Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner),
+    Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
+    Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
 }
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {Sft: _demonstrations, Grpo: _on_policy, Hybrid: _mixture}
+SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
+    Sft: _demonstrations,
+    Dpo: _preferences,
+    Grpo: _on_policy,
+    Hybrid: _mixture,
+    Ppo: _actor_critic,
+    Reward: comparisons,
+}

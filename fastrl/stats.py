@@ -60,6 +60,29 @@ def paired_interval(before: Sequence[float], after: Sequence[float], *, level: f
     return mean_interval([b - a for a, b in zip(before, after, strict=True)], level=level)
 
 
+class Bin(NamedTuple):
+    """Predictions between two probabilities: how many, their mean, and the share of them that came true."""
+
+    size: int
+    predicted: float
+    observed: float
+
+
+def calibration(predicted: Sequence[float], outcome: Sequence[float], *, bins: int = 10) -> tuple[float, list[Bin]]:
+    """Expected calibration error of probabilities, and the `bins` of equal width behind it (empty ones are left out).
+
+    Raises:  ValueError for lists of different or zero length.
+    Source:  Naeini, Cooper & Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian binning".
+    """
+    if len(predicted) != len(outcome) or not predicted:
+        raise ValueError(f"calibration: expected two lists of one length, at least 1; got {len(predicted)} and {len(outcome)}")
+    inside: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for p, y in zip(predicted, outcome, strict=True):
+        inside[min(int(p * bins), bins - 1)].append((p, y))
+    found = [Bin(len(b), fmean(p for p, _ in b), fmean(y for _, y in b)) for b in inside if b]
+    return sum(b.size * abs(b.predicted - b.observed) for b in found) / len(predicted), found
+
+
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with `df` degrees of freedom, for 0.5 <= p < 1, to 1e-9 relative.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastrl import report
-from fastrl.config import Run
+from fastrl.config import Reward, Run
 from fastrl.evaluate import evaluate
 from fastrl.interrupt import Interrupt
 from fastrl.learner import NotFinite
+from fastrl.log import REWARDS, replace_text
 from fastrl.setup import Session, arithmetic, set_up
 
 
@@ -67,16 +70,37 @@ def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
 
 def _evaluate(config: Run, run: Session, step: int) -> None:
     """Evaluate after `step` if that is due; the checkpoint comes first, so that nothing that fails here costs a step."""
-    e = config.eval
-    if e.prompts == 0 or run.task is None or not (step in (0, config.steps) or _due(step, e.every)):
+    if config.eval.prompts == 0 or not (step in (0, config.steps) or _due(step, config.eval.every)):
         return
     began = time.perf_counter()
+    metrics = EVALUATIONS.get(type(config), _answers)(config, run, step)
+    if metrics:
+        run.log.eval(step, metrics | {"eval/time": time.perf_counter() - began})
+
+
+def _answers(config: Run, run: Session, step: int) -> dict[str, float]:
+    """Accuracy of the answers to a task's held-out prompts."""
+    e = config.eval
+    if run.task is None:
+        return {}
     length = e.max_new_tokens or run.max_new_tokens
     done = evaluate(
         run.sampler, run.task, split=e.split, prompts=e.prompts, samples=e.samples, max_new_tokens=length, weight_version=run.version,
         world=run.world,
     )  # fmt: skip
-    run.log.eval(step, done.metrics() | {"eval/time": time.perf_counter() - began})
+    return done.metrics()
+
+
+def _held_out(config: Run, run: Session, step: int) -> dict[str, float]:
+    """Accuracy and calibration of a reward model; rewards.json keeps what the report draws."""
+    metrics, table, samples = run.source.evaluate(run.learner)  # type: ignore[attr-defined]
+    if run.world.is_main:
+        replace_text(Path(config.output_dir) / REWARDS, json.dumps({"step": step, **table}))
+    run.log.samples(step, samples)
+    return metrics
+
+
+EVALUATIONS: dict[type, Callable[[Run, Session, int], dict[str, float]]] = {Reward: _held_out}
 
 
 def _pace(metrics: dict[str, float], began: float, sampled: float) -> dict[str, float]:

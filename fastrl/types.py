@@ -115,6 +115,8 @@ class Batch:
     sampler_logp (T,) fp32    what the sampler recorded, where old_logp is not that; else None
     kind       (T,)   int64   whose token it is (fastrl.algorithms.hybrid.KINDS), or None where all are of one kind
     number     (T,)   int64   the sequence's place among those of the step, all processes included, or None where nobody asks
+    value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's unit; else None
+    returns    (T,)   fp32    what it should have expected; else None
     """
 
     tokens: Tensor
@@ -128,6 +130,8 @@ class Batch:
     sampler_logp: Tensor | None = None
     kind: Tensor | None = None
     number: Tensor | None = None
+    value: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1

@@ -117,7 +117,7 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
             have = ", ".join(b for b in order(op) if b in table and not table[b].missing)
             raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
         return table[wanted].parts[part]
-    return _first_exact(op, x, part) if strict else inexact(op, x, part)
+    return batch_invariant(op, x, part) if strict else inexact(op, x, part)
 
 
 def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
@@ -158,7 +158,8 @@ def direct(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _first_exact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
+def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
+    """The function that runs `part` of `op` in exact mode where nobody asks for anything."""
     table, where = _table[op], x.device.type
     names = [n for n in dict.fromkeys((*order(op), *table)) if n in table and where in table[n].exact]
     reasons = {n: _obstacle(table[n], n, x, part) for n in names}
@@ -198,6 +199,11 @@ def requested(op: str) -> str | None:
         return None
     name = os.environ[ASKED_BY]
     return _known(name, ASKED_BY) if name else None
+
+
+def overruled() -> bool:
+    """Whether a backend is asked for by name, whatever the op."""
+    return bool(_asked) or bool(os.environ.get(ASKED_BY))
 
 
 @contextlib.contextmanager

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import is_exact, pick
+from fastrl.kernels._backend import batch_invariant, direct, is_exact, overruled, pick, unbuilt
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
 ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}  # rows of a chunk from which products run at full speed: half the bytes do then
+FEW_ROWS = range(8, 129)  # of x, for which csrc/cpu/linear.cpp is faster than torch's product: the weight streams through once
 _TILE = 4096  # vocabulary rows widened at a time on CPU
 _MOVED = 16  # rows of logits copied at a time
+_BUILT = not unbuilt("linear_forward_cpu")
 
 
 def logits_budget(device: torch.device, budget: int | None = None) -> int:
@@ -37,15 +39,23 @@ def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -
     return torch.empty(rows, V + (-V % 16 if device.type == "cuda" else 0), dtype=dtype, device=device)[:, :V]
 
 
+def streams(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled product is the default for x (T, K) and weight (N, K)."""
+    fits = x.shape[0] in FEW_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+    return fits and _BUILT and not torch.is_grad_enabled() and not overruled() and direct(x, weight)
+
+
 # --- products ---------------------------------------------------------------------------------------
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given.
 
-    In exact mode they come from `linear`'s batch-invariant kernel, in rows that begin alike with and without an `out`.
+    In exact mode, and for a few rows on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin alike with and
+    without an `out`.
     """
-    if is_exact():
+    if is_exact() or (dtype == torch.float32 and streams(x, weight)):
         out = logits_buffer(x.shape[0], weight.shape[0], dtype, x.device) if out is None else out
-        return pick("linear", x, "into")(out, x, weight, weight.new_empty(0) if bias is None else bias)
+        run = pick if is_exact() else batch_invariant
+        return run("linear", x, "into")(out, x, weight, weight.new_empty(0) if bias is None else bias)
     if x.dtype == dtype:
         logits = x @ weight.T if out is None else torch.mm(x, weight.T, out=out)
     elif x.is_cuda:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import INTS, dims, same_device
 from fastrl.kernels.sample import Sample
 
@@ -98,10 +98,39 @@ def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     pages.top.sub_(rank[-1:])
 
 
+def reference_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """The definition of `need`; its last token never has a key."""
+    pages = (until - 2) // page - (length - 1) // page
+    return alive.sum(), torch.where(alive, pages, 0).sum()
+
+
 register("advance", "reference", forward=reference)
+register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+    """csrc/cpu/advance.cpp, which takes addresses and reads what it writes through before it starts."""
+    for name, group in (("rows", rows), ("records", records), ("pages", pages)):
+        for field, x in zip(group._fields, group, strict=True):
+            if not x.is_contiguous():
+                raise ValueError(f"{name}.{field}: expected a contiguous tensor, got strides {x.stride()}")
+    drawn = (draw.token.long(), *(x.contiguous() for x in draw[1:]))
+    groups = [[x.data_ptr() for x in group] for group in (drawn, rows, records, pages)]
+    (B, N), (S, C) = rows.table.shape, records.tokens.shape
+    extension().advance_cpu(
+        *groups, stops.data_ptr(), stops.numel(), int(version), total.data_ptr(), B, N, S, C, pages.refs.numel(), page
+    )  # fmt: skip
+
+
+def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
+    found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
+    return torch.tensor(found).unbind()
+
+
+register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
+register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
 register_triton("advance", "_advance_triton", "forward")
 
 
@@ -123,3 +152,8 @@ def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: 
         raise ValueError(f"page: expected a positive number of tokens, got {page}")
     if B:
         pick("advance", draw.logp, "forward")(draw, rows, records, pages, stops, version, total, page)
+
+
+def need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """How many rows (B,) are alive, and how many pages they have not taken yet but may come to need, both () int64."""
+    return pick("need", alive, "forward")(alive, length, until, page)

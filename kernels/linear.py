@@ -2,10 +2,10 @@
 
     dx = dy W      dW = dy^T x      db = sum_t dy_t
 
-By default it is torch's own.  A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a
-row then depend on its company.  The other implementations are batch-invariant: an element is a sum over k in one fixed order, in
-float32, whatever the number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients are plain
-products of torch's in every mode.
+By default it is torch's own, but for a few rows on CPU (`FEW_ROWS`) where no gradient is taken, as in decoding: there ours is faster.
+A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a row then depend on its company.
+The other implementations are batch-invariant: an element is a sum over k in one fixed order, in float32, whatever the number of
+rows, the place among them, and the threads.  `exact` mode picks them.  Gradients are plain products of torch's in every mode.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional
 from fastrl.kernels._backend import EXACT_ONLY, extension, is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._linear import streams
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -32,6 +33,9 @@ register("linear", "reference", forward=reference)
 
 # --- kernels ----------------------------------------------------------------------------------------
 # csrc/cpu/linear.cpp takes addresses, sizes and row strides; the output is of the operands' type or fp32.
+_NO_BIAS = torch.empty(0)
+
+
 def _compiled_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = unit_rows(x), unit_rows(weight), bias.float().contiguous()
     (M, K), N = x.shape, weight.shape[0]
@@ -96,7 +100,8 @@ torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setu
 
 # --- public -----------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another.
+    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another, or a few rows
+    on CPU need no gradient.
 
     Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same dtype, rounded once.
     Memory:  the result; x and weight are kept for the backward.  On CPU the batch-invariant kernel packs 128 rows of x a thread.
@@ -115,5 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
     if not is_exact() and requested("linear") is None:
-        return functional.linear(x, weight, bias)
+        if not streams(x, weight):
+            return functional.linear(x, weight, bias)
+        return _compiled(x, weight, _NO_BIAS if bias is None else bias)
     return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)

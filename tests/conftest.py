@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first cuBLAS handle
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: two threads each would wait for each other's cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else, on some processors, the bits of a product depend on its operands' alignment
 
 import pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 import fastrl.trainer
 from fastrl import checkpoint
 from fastrl.algorithms import ALGORITHMS, Algorithm
-from fastrl.config import Eval, Grpo, Optim, Run, Sft
+from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
 from fastrl.data import Sample
 from fastrl.dist import World
 from fastrl.experience import Demonstrations, OnPolicy
@@ -46,10 +47,12 @@ def decoder(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """The config.json of a decoder even smaller, for runs from random weights."""
+    """The config.json of a decoder even smaller, for runs from random weights; whole at any moment, though several processes write it."""
     small = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}
     path = folder / "tiny.json"
-    path.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    partial = folder / f"{os.getpid()}.partial"
+    partial.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    partial.replace(path)
     return str(path)
 
 
@@ -74,6 +77,16 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
         "optim": Optim(lr=1e-2, warmup=2), "eval": Eval(prompts=4, every=5),
     }  # fmt: skip
     return Grpo(**options | changes)
+
+
+def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
+    """A run of 12 steps on the card game's pairs."""
+    options: dict[str, Any] = {
+        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
+        "output_dir": str(folder / name), "steps": 12, "prompts": 6, "micro_tokens": 100, "optim": Optim(lr=1e-2, warmup=2),
+        "eval": Eval(prompts=4, every=6),
+    }  # fmt: skip
+    return Dpo(**options | changes)
 
 
 def stop_after(monkeypatch: Any, looks: int) -> None:

@@ -88,7 +88,7 @@ def test_a_file_cannot_say_how_to_run(capsys, tmp_path):
     "args, line",
     [
         (["gpro"], "fastrl: error: unknown command 'gpro'; did you mean 'grpo'?"),
-        (["xyz"], "fastrl: error: unknown command 'xyz'; expected one of sft, grpo, hybrid, eval, generate, report, bench, env"),
+        (["xyz"], f"fastrl: error: unknown command 'xyz'; expected one of {', '.join(cli.COMMANDS)}"),
         (["grpo", "--stpes", "3"], "fastrl: error: unknown option --stpes; did you mean --steps?"),
     ],
 )

@@ -12,9 +12,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import actor_critic
 import pytest
 import torch
-from runs import GROUP, METHODS, SEED, decoder, demonstrations, drift, gradient, grpo, learner, lines, on_policy, relative, state, tokenizer
+from runs import (
+    GROUP,
+    METHODS,
+    SEED,
+    decoder,
+    demonstrations,
+    dpo,
+    drift,
+    gradient,
+    grpo,
+    learner,
+    lines,
+    on_policy,
+    relative,
+    state,
+    tokenizer,
+)
 
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
@@ -23,10 +40,12 @@ from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
 from fastrl.experience import order
 from fastrl.sampler import Sampler
+from fastrl.setup import set_up
 from fastrl.tasks import Cards
 
 ROOT = Path(__file__).parents[1]
 FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]  # the one group of unequal rewards is the first process's
+PREFERENCES = ("dpo", "kto")
 ALIKE = ("bnpo", "two_sided", "luspo", "sapo", "pass_at_k", "max_rl", "reinforce++")  # others share what processes could get wrong
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
 RUN = {"steps": 3, "minibatches": 2, "epochs": 2, "kl_coef": 0.1, "eval": Eval(prompts=3)}
@@ -53,10 +72,24 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)  # a step without gradient would still decay the weights
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
+    for critic in ("separate", "shared"):
+        made = actor_critic.learner(decoder(), actor_critic.row(critic=critic, reward_kl_coef=0.1), 20, world=world)
+        step = actor_critic.source(made, kl_target=1.0, missing_eos_penalty=0.5).collect(0, 0)
+        metrics, *grads = actor_critic.gradients(made, step.batches[0])
+        found[f"ppo {critic}"] = (metrics, torch.cat(grads), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     fastrl.trainer.train(grpo(folder, **RUN))
-    return found
+    return found | {f"first step of {name}": preference_step(folder, name) for name in PREFERENCES}
+
+
+def preference_step(folder: Path, name: str) -> tuple[dict[str, float], torch.Tensor]:
+    """The metrics of a run's first step, and the weights after it."""
+    run = set_up(dpo(folder, name, algorithm=name, prompts=5, optim=Optim(lr=1e-2, eps=1e-2)))
+    with run.log:
+        step = run.source.collect(0, 0)
+        metrics = run.learner.update(step.batches[0], 0)
+    return metrics | step.metrics, torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
 def child(folder: Path) -> None:
@@ -125,9 +158,10 @@ def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None
     assert found == pytest.approx({k: v for k, v in want.items() if k not in rounding}, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "ppo separate", "ppo shared"])
 def test_two_processes_have_the_loss_and_gradient_of_one(name, one, two):
-    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples."""
+    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples;
+    advantages whitened, or a KL observed, over a process's own tokens."""
     metrics, gradients, rollout = one[1][name]
     for found in two[1]:
         assert relative(found[name][1], gradients) < 1e-5
@@ -146,6 +180,16 @@ def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, 
         assert torch.allclose(found[name][1], weights, atol=1e-6)
         assert_same_metrics(found[name][0], metrics)
         assert found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_step_of_preferences_is_that_of_one_process(name, one, two):
+    """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file while the other computes;
+    a baseline of mismatches within a share; a mean over a share's pairs."""
+    metrics, weights = one[1][f"first step of {name}"]
+    for found in two[1]:
+        assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+        assert torch.allclose(found[f"first step of {name}"][1], weights, atol=1e-6)
 
 
 def test_an_evaluation_is_shared_and_whole_everywhere(one, two):

@@ -105,6 +105,15 @@ def test_lengths_end_each_prompts_completions():
         Sampler(model).generate(PROMPTS, PARAMS, lengths=[1, 2])
 
 
+def test_triton_kernels_make_the_same_samples():
+    """Wrong implementation: a kernel of the step that reads its rows, lengths or pages in another way than the engine keeps them."""
+    model, params = decoder(), SamplingParams(max_new_tokens=3, seed=5)
+    want = Sampler(model).generate(PROMPTS[:2], params)
+    kernels = ("decode_attention", "rope", "rms_norm", "swiglu", "sample", "advance")
+    with ops.use_backend("triton", *kernels):
+        same(Sampler(model).generate(PROMPTS[:2], params), want)
+
+
 # --- pages ------------------------------------------------------------------------------------------
 def test_a_group_has_its_prompt_once(monkeypatch):
     """Wrong implementations: the prompt's pages, or its forward, once per sample; a page that is left behind."""
@@ -192,6 +201,22 @@ def test_a_conversation_keeps_its_cache(budget):
     assert sum(forwarded) < stored * 1.6 or budget == 512, "each token once, beside rows that wait for a window's end"
 
 
+def test_a_conversation_that_is_cut_was_answered():
+    """Wrong implementation: a turn that ended in the last window is not shown to the environment, which gives its reward."""
+    model, shown = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400), []
+    params = SamplingParams(n=6, max_new_tokens=40, max_length=250, seed=5)
+
+    def answer(turns: list[Turn]) -> list[list[int] | None]:
+        shown.extend((t.index, len(t.tokens)) for t in turns)
+        return echo(turns)
+
+    rollouts = Sampler(model).generate(LONG[:3], params, environment=answer, tail=Tail(share=0.5, action="cut"))
+    for i, (done, reason) in enumerate(zip(rollouts.completions(), rollouts.finish_reason, strict=True)):
+        assert reason in ("stop", "length")
+        assert reason == "length" or (i, len(done)) in shown
+    assert "length" in rollouts.finish_reason and "stop" in rollouts.finish_reason
+
+
 def test_an_observation_is_read_by_what_follows():
     """Wrong implementation: positions that restart, or keys of the observation missing: greedy tokens after it differ."""
     model = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400)
@@ -232,6 +257,9 @@ def test_the_cache_can_be_kept_or_lent():
     assert (kept._engine.cache.k.data_ptr(), kept._engine.state.records.tokens.data_ptr()) == place
     assert lent._engine.cache.capacity == 0
     same(lent.generate(PROMPTS, PARAMS), first)
+    kept.max_tokens_in_flight = 128
+    kept.generate(PROMPTS, PARAMS)
+    assert kept._engine.cache.capacity == 2, "a smaller budget is kept to"
     bytes_a_token = engine.PagedCache.token_bytes(model)
     assert Sampler(model, cache_bytes=1000 * bytes_a_token).max_tokens_in_flight == 1000
 

@@ -12,7 +12,7 @@ from runs import assert_same_run, lines, straight_and_resumed, tokenizer, write_
 
 import fastrl.trainer
 from fastrl import cli
-from fastrl.config import Hybrid, Optim
+from fastrl.config import Eval, Grpo, Hybrid, Optim, Sft
 from fastrl.errors import UserError
 from fastrl.intake import demonstrations_of_prompts
 from fastrl.tasks import Cards, Example

@@ -121,7 +121,7 @@ def numbered(model: Any, scores: Any, **options: Any) -> tuple[Any, list[tuple[i
     source, calls = on_policy(model, ALGORITHMS["dapo"], **options), []
     real = source.sampler.generate
 
-    def generate(prompts, params, *, sequence_offset, weight_version):
+    def generate(prompts, params, *, sequence_offset, weight_version, **_):
         calls.append((sequence_offset, len(prompts)))
         return real(prompts, params, sequence_offset=sequence_offset, weight_version=weight_version)
 

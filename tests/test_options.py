@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.config import Evaluate, Grpo, Optim, Sampling, Save, Sft
+from fastrl.config import Evaluate, Grpo, Optim, Ppo, Sampling, Save, Sft
 from fastrl.options import ALIASES, UsageError, dump, load, parse, resolve
 
 
@@ -75,10 +75,14 @@ def test_trl_spellings_of_sft():
     assert resolve(Sft, args) == Sft(model="m", neftune_alpha=5.0, label_smoothing=0.25)
 
 
+TRL_PPO = {"num_ppo_epochs": 4, "num_mini_batches": 2, "cliprange": 0.1, "cliprange_value": 0.3, "kl_estimator": "k3"}
+
+
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file"])
 def test_trl_spellings(where, tmp_path):
     """Wrong implementation: aliases on the command line only."""
-    assert {*TRL, *TRL_SFT, "reward_funcs", "mask_truncated_completions"} == set(ALIASES)
+    others = {"reward_funcs", "mask_truncated_completions", "center_rewards_coefficient"}
+    assert {*TRL, *TRL_PPO, *TRL_SFT, *others} == set(ALIASES)
     expected = Grpo(
         model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",), algorithm="dapo",
         kl_coef=0.25, epochs=2, correction="token_mask", correction_min=0.25, correction_max=4.0,
@@ -91,6 +95,12 @@ def test_trl_spellings(where, tmp_path):
     else:
         args = [f"--{k}={v}" for k, v in TRL.items()] + ["--reward_funcs=r.py:f"]
     assert resolve(Grpo, args) == expected
+
+
+def test_trl_spellings_of_ppo():
+    """Wrong implementation: the clip of the ratio and that of the values taken for each other."""
+    args = [f"--{k}={v}" for k, v in TRL_PPO.items()]
+    assert resolve(Ppo, ["--model=m", *args]) == Ppo(model="m", epochs=4, minibatches=2, epsilon=0.1, value_clip=0.3, kl="k3")
 
 
 @pytest.mark.parametrize(

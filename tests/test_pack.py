@@ -43,3 +43,20 @@ def test_micro_batches_hold_the_batch():
     assert all(torch.equal(p.tokens.float(), p.weight) and p.cu_seqlens[-1] == p.tokens.numel() <= 6 for p in parts)
     assert next(micro_batches(batch, 12)) is batch
     assert list(micro_batches(batch.select([]), 6)) == []
+
+
+@pytest.mark.parametrize("budget", [13, 20, 40])
+def test_pairs_stay_together(budget):
+    """Wrong implementations: a pair cut in two; its order lost; a micro-batch that starts with a rejected completion."""
+    draw = random.Random(budget)
+    lengths = torch.tensor([draw.randint(1, 6) for _ in range(40)])
+    number = torch.arange(40).repeat_interleave(lengths)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    vectors = {name: number.float() for name in ("advantage", "old_logp", "weight")}
+    seen = []
+    for part in micro_batches(Batch(tokens=number, cu_seqlens=ends, mask=number > 0, **vectors), budget, 2):
+        here = part.tokens[part.cu_seqlens[:-1].long()].tolist()
+        assert [i + 1 for i in here[::2]] == here[1::2] and all(i % 2 == 0 for i in here[::2])
+        assert part.tokens.numel() <= budget
+        seen += here
+    assert sorted(seen) == list(range(40))

@@ -10,7 +10,7 @@ from support import data_file
 from transformers import AutoTokenizer
 
 from fastrl.compare import as_text, build_comparison
-from fastrl.config import Grpo, Hybrid, Sft
+from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Sft
 from fastrl.evaluate import Evaluation
 from fastrl.intake import load_run_task
 from fastrl.model import Decoder
@@ -20,7 +20,10 @@ from fastrl.recipes import tokenizer as tokenizer_recipe
 from fastrl.stats import mean_interval
 from fastrl.tasks import Example, Score
 
-COMMANDS = {"cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_hybrid": Hybrid, "gsm8k_sft": Sft}
+COMMANDS = {
+    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_reward": Reward, "cards_ppo": Ppo,
+    "cards_hybrid": Hybrid, "gsm8k_sft": Sft,
+}  # fmt: skip
 
 
 def evaluation(right: list[list[bool]]) -> Evaluation:
@@ -44,7 +47,7 @@ def test_every_recipe_is_a_configuration_of_its_command():
 
 def test_the_three_arms_share_task_and_model():
     """A control on another task, or a model with another vocabulary than the task's tokenizer, would compare nothing."""
-    configs = [load(COMMANDS[n], demo.RECIPES / f"{n}.yaml") for n in ("cards_sft", "cards_sft_continued", "cards_grpo")]
+    configs = [load(COMMANDS[n], demo.RECIPES / f"{n}.yaml") for n in ("cards_sft", "cards_sft_continued", "cards_grpo", "cards_dpo")]
     assert len({(c.task, c.task_options) for c in configs}) == 1
     task = load_run_task(configs[0].task, configs[0].task_options)
     assert task is not None

@@ -17,7 +17,7 @@ DOCUMENTED = textwrap.dedent(fastrl.tasks.__doc__.partition("in a file:\n")[2])
 def test_built_in_tasks():
     assert load_task("cards") == Cards() and load_task("cards", k=2, targets=(1, 20)) == Cards(k=2, targets=(1, 20))
     assert load_task("cards", limit=None, val=0).limit is None
-    assert isinstance(load_task("gsm8k", folder="x"), Gsm8k) and set(TASKS) == {"cards", "gsm8k"}
+    assert isinstance(load_task("gsm8k", folder="x"), Gsm8k) and set(TASKS) == {"cards", "gsm8k", "guess"}
 
 
 def test_the_documented_task(tmp_path):
@@ -59,7 +59,7 @@ def test_a_task_with_options_neighbours_and_dataclasses(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("crads", {}, r"expected one of cards, gsm8k, or a file like my_task.py:MyTask; got 'crads'; did you mean 'cards'\?"),
+        ("crads", {}, r"expected one of cards, gsm8k, guess, or a file like my_task.py:MyTask; got 'crads'; did you mean 'cards'\?"),
         ("cards", {"kk": 3}, r"cards has no option 'kk'; did you mean 'k'\?; it has: k, targets"),
         ("cards", {"k": "three"}, "--task: cards: k: expected int, got 'three'"),
         ("cards", {"targets": 24}, r"--task: cards: targets: expected tuple\[int, int\], got 24"),

@@ -1,8 +1,8 @@
 // y = x W^T + b with bits that are each element's own: the same however many rows x has, wherever a row is among them, and
 // whatever the threads; formulas in kernels/linear.py.
 //
-// The rows of x are packed side by side, a row to a lane.  A tile takes kLinearRows rows of the weight, each element broadcast,
-// and two vectors of x; its sums run over blocks of kLinearDepth columns, whose bounds depend on K alone.
+// The rows of x are packed side by side, a row to a lane.  A tile takes kLinearRows rows of the weight, where they lie or widened, each
+// element broadcast, and two vectors of x; its sums run over blocks of kLinearDepth columns, whose bounds depend on K alone.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,6 +16,8 @@ constexpr int kLinearRows = 6;           // with two vectors 12 sums, 2 of x and
 constexpr int64_t kLinearDepth = 128;    // columns summed in one go: short chains lose few digits; 3 KiB of weights and 8 KiB of x in L1
 constexpr int64_t kLinearPitch = kLinearDepth + 16;  // not a multiple of 4096 bytes: the rows do not share a cache set
 
+constexpr int64_t kLinearColumns = 16 * kLinearRows;  // of y whose sums are kept before they go there: whole cache lines of each row
+
 struct LinearAhead {  // the part of the weight that comes next
   const char* at;
   int64_t stride, bytes, rows, offset;
@@ -25,7 +27,7 @@ struct LinearAhead {  // the part of the weight that comes next
 struct LinearRows {  // by the type code of the operand, or of the output
   void (*pack[2])(float* out, const void* x, int64_t stride, int64_t M, int64_t K);
   void (*widen[2])(float* out, const void* w, int64_t stride, int64_t rows, int64_t depth);
-  void (*tile[2])(float* sums, const float* w, const float* x, int64_t depth, bool first, LinearAhead& ahead);  // one vector, two
+  void (*tile[2])(float* sums, const float* w, int64_t pitch, const float* x, int64_t depth, bool first, LinearAhead& ahead);  // one vector, two
   void (*put[2])(void* y, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns);
   int64_t lanes;
 };
@@ -73,20 +75,23 @@ LinearAhead after(const Product& p, int64_t n, int64_t k, int64_t end, int64_t p
 // Columns [begin, end) of rows [m, m + M), which are packed in `b.x`.
 void columns(const Product& p, Buffers& b, int64_t m, int64_t M, int64_t begin, int64_t end) {
   const int64_t panel = 2 * p.rows.lanes, panels = (M + panel - 1) / panel;
-  const float zero[kLinearRows] = {};
+  static constexpr float zero[kLinearColumns] = {};
   for (int64_t n = begin; n < end; n += kLinearRows) {
-    const int64_t count = std::min<int64_t>(kLinearRows, end - n);
+    const int64_t count = std::min<int64_t>(kLinearRows, end - n), done = (n - begin) % kLinearColumns;
     for (int64_t k = 0; k < p.K; k += kLinearDepth) {
       const int64_t depth = std::min(kLinearDepth, p.K - k);
-      p.rows.widen[p.code](b.w.data(), p.w + (n * p.w_stride + k) * kSize[p.code], p.w_stride, count, depth);
+      const bool in_place = p.code == kFloat32 && count == kLinearRows;
+      const float* w = in_place ? reinterpret_cast<const float*>(p.w) + n * p.w_stride + k : b.w.data();
+      if (!in_place) p.rows.widen[p.code](b.w.data(), p.w + (n * p.w_stride + k) * kSize[p.code], p.w_stride, count, depth);
       LinearAhead ahead = after(p, n, k, end, panels);
       for (int64_t i = 0; i < panels; i++) {
         const auto tile = p.rows.tile[M - i * panel > p.rows.lanes];
-        tile(b.sums.data() + i * panel * kLinearRows, b.w.data(), b.x.data() + (i * p.K + k) * panel, depth, k == 0, ahead);
+        tile(b.sums.data() + (i * kLinearColumns + done) * panel, w, in_place ? p.w_stride : kLinearPitch, b.x.data() + (i * p.K + k) * panel, depth, k == 0, ahead);
       }
     }
-    char* y = p.y + (m * p.y_stride + n) * kSize[p.out];
-    p.rows.put[p.out](y, p.y_stride, b.sums.data(), p.bias ? p.bias + n : zero, M, count);
+    if (done + count < kLinearColumns && n + count < end) continue;
+    char* y = p.y + (m * p.y_stride + n - done) * kSize[p.out];
+    p.rows.put[p.out](y, p.y_stride, b.sums.data(), p.bias ? p.bias + n - done : zero, M, done + count);
   }
 }
 
@@ -117,7 +122,7 @@ void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t
       const int64_t rows = std::min(most, M - m), room = (rows + panel - 1) / panel * panel;
       if (from >= N) continue;
       b.x.resize(room * K);
-      b.sums.assign(room * kLinearRows, 0.0f);
+      b.sums.assign(room * kLinearColumns, 0.0f);  // what a product over no columns is
       p.rows.pack[code](b.x.data(), p.x + m * x_stride * kSize[code], x_stride, rows, K);
       columns(p, b, m, rows, from, std::min(N, from + width));
     }

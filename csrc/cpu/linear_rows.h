@@ -3,6 +3,40 @@
 
 constexpr long kPanel = 2 * LANES;  // rows of x that lie side by side, one a lane
 
+typedef float Q __attribute__((vector_size(16)));
+
+INLINE Q load4(const float* p) {
+  Q v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store4(float* p, Q v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// 4 x 4 elements, turned
+INLINE void turn(const Q* rows, Q* columns) {
+  const Q &a = rows[0], &b = rows[1], &c = rows[2], &d = rows[3];
+  const Q ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]}, AB = {a[2], b[2], a[3], b[3]}, CD = {c[2], d[2], c[3], d[3]};
+  columns[0] = Q{ab[0], ab[1], cd[0], cd[1]}, columns[1] = Q{ab[2], ab[3], cd[2], cd[3]};
+  columns[2] = Q{AB[0], AB[1], CD[0], CD[1]}, columns[3] = Q{AB[2], AB[3], CD[2], CD[3]};
+}
+
+// As much of a whole panel as can be turned in registers; the columns done.
+template <class T>
+int64_t pack_whole(float*, const T*, int64_t, int64_t) { return 0; }
+template <>
+int64_t pack_whole(float* out, const float* x, int64_t stride, int64_t K) {
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+    for (long i = 0; i < kPanel; i += 4) {
+      Q rows[4], columns[4];
+      for (int j = 0; j < 4; j++) rows[j] = load4(x + (i + j) * stride + k);
+      turn(rows, columns);
+      for (int j = 0; j < 4; j++) store4(out + (k + j) * kPanel + i, columns[j]);
+    }
+  }
+  return k;
+}
+
 // Panels of kPanel rows of x, K by kPanel each; the rows of the last panel that x lacks are 0.
 template <class T>
 void pack(float* out, const void* x_rows, int64_t stride, int64_t M, int64_t K) {
@@ -11,7 +45,7 @@ void pack(float* out, const void* x_rows, int64_t stride, int64_t M, int64_t K) 
     const T* from = x + first * stride;
     const int64_t rows = M - first < kPanel ? M - first : kPanel;
     if (rows == kPanel) {
-      for (int64_t k = 0; k < K; k++) {
+      for (int64_t k = pack_whole(out, from, stride, K); k < K; k++) {
         for (long i = 0; i < kPanel; i++) out[k * kPanel + i] = to_float(from[i * stride + k]);
       }
     } else {
@@ -58,7 +92,7 @@ INLINE void fetch(LinearAhead& ahead) {
 // sums (kLinearRows, V LANES) of a block of at least one column: every element is one chain over k = 0, 1, ..., whatever its lane,
 // vector or panel, and is then added to the chains of the blocks before.  That is what makes its bits its own.
 template <int V>
-void tile(float* sums, const float* w, const float* x, int64_t depth, bool first, LinearAhead& ahead) {
+void tile(float* sums, const float* w, int64_t pitch, const float* x, int64_t depth, bool first, LinearAhead& ahead) {
   F acc[kLinearRows][V] = {};  // in registers, which takes loops that are unrolled
   int64_t k = 0;
   do {
@@ -70,7 +104,7 @@ void tile(float* sums, const float* w, const float* x, int64_t depth, bool first
     }
     FASTRL_UNROLL
     for (int r = 0; r < kLinearRows; r++) {
-      const F weight = splat(w[r * kLinearPitch + k]);
+      const F weight = splat(w[r * pitch + k]);
       FASTRL_UNROLL
       for (int v = 0; v < V; v++) acc[r][v] += weight * in[v];
     }
@@ -93,52 +127,33 @@ INLINE void write(BF16* p, float x) {
   p->bits = (unsigned short)(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
-template <class T>
-void put_some(T* y, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
-  for (int64_t m = 0; m < M; m++, y += stride) {
-    for (int64_t r = 0; r < columns; r++) write(y + r, sums[m + r * kPanel] + bias[r]);
-  }
+INLINE void write4(float* p, Q v) { store4(p, v); }
+INLINE void write4(BF16* p, Q v) {
+  for (int i = 0; i < 4; i++) write(p + i, v[i]);
 }
 
-typedef float Q __attribute__((vector_size(16)));
-typedef float Two __attribute__((vector_size(8)));
-
-INLINE Q sum4(const float* sums, float bias) {
-  Q v;
-  __builtin_memcpy(&v, sums, sizeof v);
-  return v + bias;
-}
-
-// Four outputs of kLinearRows columns at a time, turned in registers: written one by one they would cost a sixth of a product
-// of 128 columns.
-template <class T>
-int64_t put_whole(T*, int64_t, const float*, const float*, int64_t) { return 0; }
-template <>
-int64_t put_whole(float* y, int64_t stride, const float* sums, const float* bias, int64_t M) {
-  int64_t m = 0;
-  for (; m + 4 <= M; m += 4, y += 4 * stride) {
-    Q c[kLinearRows];
-    for (int r = 0; r < kLinearRows; r++) c[r] = sum4(sums + m + r * kPanel, bias[r]);
-    const Q ab = {c[0][0], c[1][0], c[0][1], c[1][1]}, cd = {c[2][0], c[3][0], c[2][1], c[3][1]};
-    const Q AB = {c[0][2], c[1][2], c[0][3], c[1][3]}, CD = {c[2][2], c[3][2], c[2][3], c[3][3]};
-    const Q four[4] = {{ab[0], ab[1], cd[0], cd[1]}, {ab[2], ab[3], cd[2], cd[3]}, {AB[0], AB[1], CD[0], CD[1]}, {AB[2], AB[3], CD[2], CD[3]}};
-    for (int i = 0; i < 4; i++) {
-      const Two two = {c[4][i], c[5][i]};
-      __builtin_memcpy(y + i * stride, &four[i], sizeof(Q));
-      __builtin_memcpy(y + i * stride + 4, &two, sizeof two);
-    }
-  }
-  return m;
-}
-
-// Rows of `columns` outputs from the panels' sums, bias added, rounded once.
+// Rows of `columns` outputs from the panels' sums, bias added, rounded once.  Four by four, a few rows over all the columns: rows of y
+// often lie a power of two apart, so that all those of one column would want the same few cache sets.
 template <class T>
 void put(void* y_rows, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
   T* y = static_cast<T*>(y_rows);
-  for (int64_t first = 0; first < M; first += kPanel, sums += kPanel * kLinearRows) {
-    const int64_t rows = M - first < kPanel ? M - first : kPanel;
-    const int64_t done = columns == kLinearRows ? put_whole(y + first * stride, stride, sums, bias, rows) : 0;
-    put_some(y + (first + done) * stride, stride, sums + done, bias, rows - done, columns);
+  const int64_t whole = columns - columns % 4;
+  for (int64_t m = 0; m < M; m += 4, y += 4 * stride) {
+    const float* from = sums + m / kPanel * kPanel * kLinearColumns + m % kPanel;
+    const int64_t rows = M - m < 4 ? M - m : 4;
+    for (int64_t n = 0; n < whole; n += 4) {
+      Q c[4], r[4];
+      for (int i = 0; i < 4; i++) c[i] = load4(from + (n + i) * kPanel) + bias[n + i];
+      turn(c, r);
+      if (rows == 4) {
+        for (int i = 0; i < 4; i++) write4(y + i * stride + n, r[i]);
+      } else {
+        for (int i = 0; i < rows; i++) write4(y + i * stride + n, r[i]);
+      }
+    }
+    for (int64_t n = whole; n < columns; n++) {
+      for (int64_t i = 0; i < rows; i++) write(y + i * stride + n, from[n * kPanel + i] + bias[n]);
+    }
   }
 }
 

@@ -6,6 +6,7 @@ than its user believes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +23,14 @@ from fastrl.kernels._surrogates import name_of
 SCALES = {"group": "std", "batch": "batch_std", "range": "range", "none": "none"}  # TRL's names -> ops.group_advantage's
 
 
-def choose_algorithm(config: Run) -> Algorithm:
-    """The table's row, with the run's own settings where it has them.  Raises UserError for options that do not go together."""
+def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -> Algorithm:
+    """The row of `rows` (default: the family), with the run's own settings where it has them.
+
+    Raises UserError for options that do not go together.
+    """
     if not isinstance(config, Grpo):
         return ALGORITHMS["sft"]
-    rows = {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
+    rows = rows or {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
     if config.algorithm not in rows:
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
     if config.semantics not in SEMANTICS:

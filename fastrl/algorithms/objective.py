@@ -47,6 +47,11 @@ class Algorithm:
     prepare: tuple[Prepare, ...] = ()
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probs of a reference model are asked for."""
+        return bool(self.kl_coef)
+
+    @property
     def level(self) -> Literal["token", "sequence"]:
         """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
         whole = self.ratio == "sequence" or self.prepare or (self.correction is not None and self.correction.level != "token")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.kernels._decoder_layer import Paged
 from fastrl.kernels.advance import Pages
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
@@ -30,6 +31,8 @@ class PagedCache:
         shape = (layers, pages + 1, page, heads, width)
         self.k = torch.zeros(shape, dtype=model.dtype, device=device)  # zeros: unused slots of a page must be finite
         self.v = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.paged = list(zip(self.k, self.v, strict=True))  # by layer, (pages, page, K, E)
+        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.paged]  # (slots, K, E)
         self.page, self.capacity = page, pages
         free, refs = (torch.zeros(pages + 1, dtype=torch.int32, device=device) for _ in range(2))
         self.pages = Pages(free, torch.zeros(1, dtype=torch.int64, device=device), refs)
@@ -127,7 +130,7 @@ class PagedCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths)
 
-        return Through(self, slots, attend)
+        return Decoding(self, slots, attend, table, lengths)
 
 
 class Through:
@@ -138,7 +141,19 @@ class Through:
 
     def slab(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flat caches (slots, K, E) of keys and of values, and each token's slot."""
-        return self.cache.k[layer].flatten(0, 1), self.cache.v[layer].flatten(0, 1), self.slots
+        return *self.cache.flat[layer], self.slots
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(layer, q, k, v)
+
+
+class Decoding(Through):
+    """The same of one new token per row, by names that a layer which runs in one call understands."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor) -> None:
+        super().__init__(cache, slots, attend)
+        self.table, self.lengths = table, lengths
+
+    def paged(self, layer: int) -> Paged:
+        """The layer's pages, where each new key and value goes, and what each row's query sees."""
+        return Paged(*self.cache.paged[layer], self.slots, self.table, self.lengths)

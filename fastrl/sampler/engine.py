@@ -129,7 +129,9 @@ class Engine:
         return len(self.queue) + self.seen.alive
 
     def end(self, reason: int) -> None:
-        """End all rows where they are, for this reason."""
+        """End all rows where they are, for this reason; turns that have ended are answered before."""
+        if self.between is not None and self.n:
+            self.between()
         self.state.end(self.n, self.state.rows.alive[: self.n].clone(), reason)
 
     def finish(self) -> None:
@@ -202,11 +204,11 @@ class Engine:
     def _make_room(self, S: int, C: int, pages: int, stops: int) -> None:
         """Buffers, cache and step that are large enough: those there are, or new ones."""
         pages = min(self.tokens // self.page, pages)
-        if self.cache.capacity >= pages and self.state.fits(S, C, stops):
+        if pages <= self.cache.capacity <= self.tokens // self.page and self.state.fits(S, C, stops):
             self.cache.reset()
             return
         S, C, stops = max(S, self.state.S), max(C, self.state.C), max(stops, self.state.stops.numel())
-        pages = max(pages, self.cache.capacity)
+        pages = min(max(pages, self.cache.capacity), self.tokens // self.page)
         self.release()  # the old cache's memory goes first
         self.cache = PagedCache(self.model, pages, self.page)
         self.state = State(self.cache, self.max_rows, S, C, self.model.device, stops)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.sampler.cache import PagedCache
-from fastrl.sampler.prefill import Span, fill
+from fastrl.sampler.prefill import Span, fill, places
 from fastrl.sampler.queue import Entry, Group
 from fastrl.sampler.state import State
 
@@ -69,15 +69,16 @@ def _rows(cache: PagedCache, entries: Sequence[Entry], theirs: Tensor) -> Tensor
 
 def _copy_partial(cache: PagedCache, entries: Sequence[Entry], theirs: Tensor, mine: Tensor) -> None:
     """Copy what lies in the page after a prompt's full ones to every sample that does not take that page over."""
-    where = [
-        (i, p)
+    page = cache.page
+    spans = [
+        (i, e.who.group.full(page) * page, len(e.who.group.prompt) - 1)
         for i, e in enumerate(entries)
-        if not e.takes
-        for p in range(e.who.group.full(cache.page) * cache.page, len(e.who.group.prompt) - 1)
+        if not e.takes and (len(e.who.group.prompt) - 1) % page
     ]
-    if where:
-        row, position = torch.tensor(where, device=mine.device).T
-        cache.copy(cache.slots(theirs, row, position), cache.slots(mine, row, position))
+    if spans:
+        row, start, end = torch.tensor(spans, device=mine.device).T
+        place, position = places(start, end, sum(b - a for _, a, b in spans))
+        cache.copy(cache.slots(theirs, row[place], position), cache.slots(mine, row[place], position))
 
 
 def _place(state: State, entries: Sequence[Entry], tables: Tensor, first: int) -> None:

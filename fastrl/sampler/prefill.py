@@ -35,9 +35,9 @@ def fill(model: Any, cache: PagedCache, table: Tensor, spans: Sequence[Span], bu
         tokens = torch.cat([s.tokens[s.start : s.end] for s in pack])
         row, start, end = torch.tensor([(s.row, s.start, s.end) for s in pack], device=tokens.device).T
         cu = _ends(end - start)
-        place, position = _places(start, end, len(tokens))
+        place, position = places(start, end, len(tokens))
         attend = _attention(cache, table, pack, row, end, cu, row[place], position)
-        model(tokens, cu, positions=position, attend=attend)
+        model(tokens, cu, positions=position, attend=attend, only_store=True)
 
 
 def _attention(
@@ -50,12 +50,12 @@ def _attention(
         return cache.prefill(cu, longest, slots)
     if is_exact():
         return cache.append(slots, table, of, (position + 1).to(torch.int32))
-    place, all_positions = _places(torch.zeros_like(end), end, sum(s.end for s in pack))
+    place, all_positions = places(torch.zeros_like(end), end, sum(s.end for s in pack))
     return cache.follow(cu, slots, cache.slots(table, row[place], all_positions), _ends(end), longest)
 
 
-def _places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Which span each of their `total` tokens belongs to, and its position, both (total,)."""
+def places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of spans [start, end): which one each of their `total` tokens belongs to, and its position, both (total,)."""
     place = torch.repeat_interleave(torch.arange(len(end), device=end.device), end - start, output_size=total)
     first = start - _ends(end - start)[:-1]
     return place, torch.arange(total, device=end.device) + first[place]

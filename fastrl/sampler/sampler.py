@@ -163,7 +163,7 @@ class Sampler:
             if on_tokens is not None and (total := engine.drawn(wait=not going)) > told:
                 on_tokens(total - told)
                 told = total
-            if going and tail is not None and engine.unfinished() <= tail.share * S:
+            if going and tail is not None and not len(engine.queue) and engine.unfinished() <= tail.share * S:
                 engine.end(ENDS[tail.action])
                 going = False
         engine.finish()
@@ -217,8 +217,9 @@ def _write(state: State, jobs: Sequence[Job], carried: Rollouts | None) -> None:
     state.key[:S] = torch.tensor([job.number for job in jobs])
     records.length[:S] = lengths
     inside = (torch.arange(state.C) < lengths[:, None]).to(state.device)
-    rest = [t for job in jobs[0 if carried is None else len(carried) :] for t in job.prompt]
-    fresh = torch.tensor(rest, dtype=torch.int64, device=state.device)
+    new = jobs[0 if carried is None else len(carried) :]
+    prompts = {id(job.prompt): torch.tensor(job.prompt, dtype=torch.int64) for job in new}  # each once, however many samples it has
+    fresh = torch.cat([prompts[id(job.prompt)] for job in new] or [torch.empty(0, dtype=torch.int64)]).to(state.device)
     records.tokens[:S][inside] = fresh if carried is None else torch.cat([carried.tokens, fresh])
     if carried is not None:
         n = len(carried)

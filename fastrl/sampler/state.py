@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels.advance import Records, Rows
+from fastrl.kernels.advance import Records, Rows, need
 from fastrl.sampler.cache import PagedCache
 
 CANCELLED, UNFINISHED = 3, 4  # values of Records.finish beside those of ops.advance
@@ -79,10 +79,8 @@ class State:
     def look(self, b: int) -> Tensor:
         """The numbers of a `Look` at the first b rows, (4,) int64."""
         rows, page, pages = self.rows, self.cache.page, self.cache.pages
-        alive, length, until = rows.alive[:b], rows.length[:b], rows.until[:b]
-        need = torch.where(alive, pages_of(until, page) - (length - 1) // page - 1, 0).sum()
-        used = self.cache.capacity - pages.top[0]
-        return torch.stack([alive.sum(), pages.top[0] - need, used, self.total[0]])
+        alive, more = need(rows.alive[:b], rows.length[:b], rows.until[:b], page)
+        return torch.stack([alive, pages.top[0] - more, self.cache.capacity - pages.top[0], self.total[0]])
 
     def compact(self, b: int) -> None:
         """Bring the live ones among the first b rows to the front, in order; give the others' pages back and empty them."""

@@ -22,6 +22,7 @@ from typing import ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fastrl.errors import UserError
+from fastrl.tasks.cards_mistakes import mistakes
 from fastrl.tasks.cards_rules import RANKS, RULES, hands, number_sets, reachable, solutions, translate, write
 from fastrl.tasks.cards_verifier import Level, check
 from fastrl.tasks.task import Example, Score, bucket, draw
@@ -127,6 +128,10 @@ class Cards:
         level, message = check(completion, example.fields["numbers"], example.fields["target"], fractions=self.fractions)
         correct = level is Level.CORRECT
         return Score(reward=REWARDS[self.reward][level], correct=correct, well_formed=level > Level.ILL_FORMED, message=message)
+
+    def mistakes(self, example: Example, count: int, index: int) -> list[str]:
+        """Up to `count` different wrong answers to `example`, number `index` of its split: a pure function of the three."""
+        return mistakes(example, count, lambda text: not self.verify(example, text).correct, self.seed, index)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per character of the game: 31 with <pad>, <eos> and <unk>."""

@@ -40,7 +40,11 @@ class Score:
 
 
 class Task(Protocol):
-    """One task; a class with these members in a user's own file is as good as the built-in ones."""
+    """One task; a class with these members in a user's own file is as good as the built-in ones.
+
+    One that also has `mistakes(example, count, index) -> list[str]`, up to `count` wrong completions of example `index` of a split,
+    gives preference pairs: the demonstration is the chosen one.
+    """
 
     @property
     def name(self) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrl.kernels._backend import use_backend
-from fastrl.kernels.advance import Pages, Records, Rows, advance
+from fastrl.kernels.advance import Pages, Records, Rows, advance, need
 from fastrl.kernels.sample import Sample
 
 PAGE, STOPS = 4, torch.tensor([7, 3, -1])
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 
 
 def state(B: int, S: int = 40, C: int = 32, seed: int = 0) -> tuple[Rows, Records, Pages, Sample]:
@@ -98,6 +98,18 @@ def test_many_steps_hand_out_every_page_once(backend, monkeypatch):
     assert len(held.unique()) == len(held) and (pages.refs[held.long()] == 1).all()
     free = pages.free[: int(pages.top)]
     assert not set(free.tolist()) & set(held.tolist())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_need_is_what_a_loop_counts(backend):
+    """Wrong: pages counted that a row has, or for a last token, which has no key; dead rows."""
+    for seed in range(6):
+        rows, _, _, _ = state(33, seed=seed)
+        with use_backend(backend, "need"):
+            alive, pages = need(rows.alive, rows.length, rows.until, PAGE)
+        live = [(n, u) for n, u, on in zip(rows.length.tolist(), rows.until.tolist(), rows.alive.tolist(), strict=True) if on]
+        missing = [{p // PAGE for p in range(u - 1)} - {p // PAGE for p in range(n)} for n, u in live]
+        assert int(alive) == len(live) and int(pages) == sum(len(m) for m in missing)
 
 
 def test_nothing_is_read_on_the_host():

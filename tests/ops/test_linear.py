@@ -10,7 +10,7 @@ from torch.nn.functional import linear as torch_linear
 
 from fastrl import ops
 from fastrl.kernels._backend import extension
-from fastrl.kernels._linear import project
+from fastrl.kernels._linear import project, streams
 from fastrl.kernels.linear import forward_op, linear_layer
 
 needs_c = pytest.mark.skipif(
@@ -40,6 +40,25 @@ def test_by_default_it_is_torchs_own():
     x, weight, bias = inputs(17, 13, 29)
     assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
     assert type(linear_layer(x, weight.requires_grad_(), bias).grad_fn).__name__ == "AddmmBackward0"
+
+
+@needs_c
+def test_a_few_rows_without_a_gradient_are_the_compiled_products():
+    """Wrong: a gradient lost; other dtypes, sizes or an asked-for backend passed by; a head whose bits depend on who asks."""
+    with torch.no_grad():
+        for T in (8, 64, 128):
+            x, weight, bias = inputs(T, 13, 29)
+            few, head = ops.linear(x, weight, bias), project(x, weight, bias, torch.float32)
+            with ops.exact():
+                assert torch.equal(few, ops.linear(x, weight, bias)) and torch.equal(few, head)
+            within_budget(few, torch_linear(x, weight, bias), torch_linear(x.double(), weight.double(), bias.double()))
+        for T, dtype in ((7, torch.float32), (129, torch.float32), (64, torch.bfloat16), (64, torch.float64)):
+            x, weight, bias = inputs(T, 13, 29, dtype)
+            assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias)) and not streams(x, weight)
+        x, weight, bias = inputs(64, 13, 29)
+        with ops.use_backend("reference"):
+            assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
+    assert not streams(x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

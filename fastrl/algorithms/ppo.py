@@ -1,0 +1,198 @@
+"""PPO: rewards per token, advantages per token from a critic, and the critic's own loss.  The equations are in docs/ppo.md.
+
+A row is the family's (objective.py), its advantage left to GAE, with what the critic needs beside it; nothing branches on its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.algorithms.aggregate import token_mean
+from fastrl.algorithms.choose import choose_algorithm
+from fastrl.algorithms.objective import Algorithm
+from fastrl.algorithms.presets import KL
+from fastrl.config import Ppo
+from fastrl.errors import UserError
+from fastrl.kernels._surrogates import KLS
+from fastrl.ops import SURROGATES
+
+Sum = Callable[..., list[float]]
+"""Numbers -> each summed over all processes: `World.sum`."""
+KL_COEF = 0.05
+VF_COEF = 0.1
+
+
+# --- rows -------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorCritic(Algorithm):
+    """A method with a critic.
+
+    gamma, lam   discount per token, and lambda of GAE
+    whiten       advantages to mean 0 and deviation 1 over the tokens of the step
+    reward_kl    estimator of the KL inside the reward, with its weight; no reference model is kept where both weights are 0
+    value_clip   how far a value may move from the one at sampling, inf for any distance
+    vf_coef      weight of the value loss where it shares the policy's optimizer
+    critic       a row of fastrl.ppo_learner.CRITICS, the folder it starts from, and its learning rate; None: the policy's
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    reward_kl: str = "k1"
+    reward_kl_coef: float = 0.0
+    value_clip: float = 0.2
+    vf_coef: float = VF_COEF
+    critic: str = "separate"
+    critic_model: str | None = None
+    critic_lr: float | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probs of a reference model are asked for."""
+        return bool(self.kl_coef or self.reward_kl_coef)
+
+
+def _clip(low: float, high: float, cap: float = math.inf) -> dict[str, Any]:
+    return {"surrogate": SURROGATES["clip"].with_params(low=low, high=high, cap=cap)}
+
+
+PPO: dict[str, ActorCritic] = {
+    "ppo": ActorCritic(**_clip(0.2, 0.2), aggregate=token_mean, kl="k2"),
+    "dual_clip": ActorCritic(**_clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
+}
+SEMANTICS: Mapping[str, Mapping[str, Any]] = {  # what other trainers do under the name, as columns it changes
+    "verl": _clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
+}
+
+
+def choose_ppo(config: Ppo) -> ActorCritic:
+    """The row, with the run's own settings.  Raises UserError for options that do not go together."""
+    _check(config)
+    if config.algorithm not in PPO:
+        raise UserError(f"--algorithm: expected one of {', '.join(PPO)}; got {config.algorithm!r}")
+    preset = SEMANTICS.get(config.semantics, {})
+    coef = KL_COEF if config.kl_coef is None else config.kl_coef
+    inside = config.kl_in == "reward"
+    table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
+    family = replace(config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef)
+    row = cast(ActorCritic, choose_algorithm(family, table))
+    estimator = (config.kl or "k1") if inside else row.kl
+    estimator = KL.get(config.semantics, {}).get(estimator or "", estimator)
+    given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {"kl": estimator}
+    given |= {"gamma": config.gamma, "whiten": config.whiten, "critic": config.critic, "critic_model": config.critic_model}
+    given |= {"critic_lr": config.critic_lr}
+    given |= {} if config.lam is None else {"lam": config.lam}
+    given |= {} if config.vf_coef is None else {"vf_coef": config.vf_coef}
+    given |= {} if config.value_clip is None else {"value_clip": config.value_clip or math.inf}
+    return replace(row, **given)
+
+
+def _check(config: Ppo) -> None:
+    for option in ("advantage", "scale_rewards", "pass_k"):
+        if getattr(config, option) is not None:
+            spelt = option.replace("_", "-")
+            raise UserError(f"--{spelt}: PPO's advantages come from its critic; leave it out, or run fastrl grpo")
+    several, own, coef = config.multi_objective_aggregation, config.critic == "separate", config.kl_coef
+    tied, alone = config.critic_lr is None and config.critic_model is None, config.vf_coef is None
+    samples = config.prompts * config.group
+    for name, value, fine, expected in (
+        ("--multi-objective-aggregation", several, several == "sum_then_normalize", "sum_then_normalize, as there are no groups"),
+        ("--gamma", config.gamma, 0 <= config.gamma <= 1, "a discount in [0, 1]"),
+        ("--lam", config.lam, config.lam is None or 0 <= config.lam <= 1, "a number in [0, 1]"),
+        ("--kl-coef", coef, coef is None or coef >= 0, "0 or more"),
+        ("--kl", config.kl, config.kl is None or coef != 0, "no estimator at --kl-coef 0"),
+        ("--kl-target", config.kl_target, config.kl_target is None or config.kl_target > 0, "a positive number of nats"),
+        ("--kl-target", config.kl_target, config.kl_target is None or coef != 0, "none at --kl-coef 0, which no factor moves"),
+        ("--kl-horizon", config.kl_horizon, config.kl_target is None or config.kl_horizon >= samples, f"at least a step's {samples}"),
+        ("--critic-lr, --critic-model", config.critic, own or tied, "--critic separate, which has an optimizer and weights of its own"),
+        ("--critic-lr", config.critic_lr, config.critic_lr is None or 0 <= config.critic_lr < math.inf, "0 or more"),
+        ("--vf-coef", config.vf_coef, alone or not own, "none with --critic separate, whose optimizer is its own; see --critic-lr"),
+        ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
+        ("--value-clip", config.value_clip, (config.value_clip or 0) >= 0, "a positive number, or 0 for none"),
+    ):
+        if not fine:
+            raise UserError(f"{name}: expected {expected}, got {value}")
+
+
+# --- rewards and advantages -------------------------------------------------------------------------
+def kl_of_tokens(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
+    """(T,) KL to the reference of each sampled token, nats, by a row of KLS under the policy that sampled it."""
+    return KLS[estimator](logp - ref_logp, torch.zeros_like(logp))[0]
+
+
+def token_rewards(score: Tensor, kl: Tensor | None, kl_coef: float, live_ends: Tensor, mask: Tensor) -> Tensor:
+    """Rewards of packed tokens: -kl_coef kl at each that counts, and the completion's score at its last one.
+
+    Shapes:  score (S,), kl (T,) or None, live_ends (S+1,) (see `Batch.live_ends`), mask (T,) bool  ->  (T,), 0 where masked out.
+    """
+    reward = torch.zeros(mask.shape, dtype=score.dtype, device=score.device)
+    if kl is not None:
+        reward = torch.where(mask, -kl_coef * kl.to(score.dtype), reward)
+    there = live_ends.diff() > 0
+    last = mask.nonzero().squeeze(1)[live_ends[1:][there].long() - 1]
+    return reward.index_add(0, last, score[there])
+
+
+def whiten(x: Tensor, mask: Tensor, total: Sum) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8) over the tokens that count, of all processes; 0 elsewhere, and of a single token.
+
+    The variance divides by N - 1.  Sums are float64, in two passes.
+    """
+    live = x[mask].double()
+    n, first = total(float(live.numel()), float(live.sum()))
+    mean = first / max(n, 1)
+    (squares,) = total(float((live - mean).square().sum()))
+    scale = (squares / max(n - 1, 1) + 1e-8) ** -0.5
+    return torch.where(mask, (x.double() - mean) * scale, 0).to(x.dtype)
+
+
+def advantages(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, row: ActorCritic, total: Sum) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened if the row says so, and returns (T,), which are computed before that; 0 where masked out."""
+    found = ops.gae(reward, value, cu_seqlens, gamma=row.gamma, lam=row.lam, mask=mask)
+    return whiten(found.advantage, mask, total) if row.whiten else found.advantage, found.returns
+
+
+@dataclass(slots=True)
+class Coefficient:
+    """The weight of the KL, from batch to batch: kept, or adapted to a KL of `target` nats per completion.
+
+    Source:  Ziegler et al. 2019, "Fine-tuning language models from human preferences" (arXiv 1909.08593), section 2.2.
+    """
+
+    value: float
+    target: float | None = None
+    horizon: int = 10000
+
+    def observe(self, kl: float, completions: float) -> None:
+        """After a batch of completions whose mean KL, summed over the tokens of each, was `kl` nats."""
+        if self.target is not None and math.isfinite(kl):
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * completions / self.horizon
+
+
+# --- the critic's loss ------------------------------------------------------------------------------
+VALUE_SUMS = ("loss", "tokens", "clipped", "value")  # of `value_loss`: the loss, weighted, and three plain sums over tokens
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """sum weight 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), and VALUE_SUMS (4,) float64, detached.
+
+    Where the second is the larger the gradient is 0: the value has moved far enough away from what it was, towards R.
+    Shapes:  all (N,); differentiable in `value`.
+    Source:  the PPO authors' implementation (openai/baselines, ppo2), of which TRL and verl have the form.
+    """
+    old_value, returns, weight = (x.to(value.dtype) for x in (old_value, returns, weight))
+    free = (value - returns).square()
+    held = (old_value + (value - old_value).clamp(-clip, clip) - returns).square()
+    loss = 0.5 * (weight * torch.maximum(free, held)).sum()
+    with torch.no_grad():
+        n = loss.new_full((), value.numel())
+        sums = torch.stack([loss, n, (held > free).sum().to(loss.dtype), value.sum()])
+    return loss, sums.detach().double()

@@ -1,0 +1,265 @@
+"""The table of preference losses.  A loss is a row: a rule over what a pair (or a labelled example) scored | what a score is | NLL;
+nothing branches on its name.  Equations and sources are in docs/preference.md.
+
+A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or without a reference its
+log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,) vectors of sequences, differentiated through
+`ops.linear_loss(level="sequence")`: the gradient of a token's log-prob is its sequence's scalar, and the vocabulary is never seen.
+
+Batches are as types.Batch says, with these columns: `advantage` is +1 for tokens of chosen and desirable completions and -1 for the
+others, `weight` is 1 / units of the whole optimizer step; a pair's two sequences lie next to each other, the chosen one first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.algorithms.preference_rules import (
+    alpha_divergence,
+    apo_down,
+    apo_zero,
+    apo_zero_unpaired,
+    bco,
+    cdpo,
+    discopop,
+    dpo,
+    dpop,
+    exo,
+    forward_kl,
+    hinge,
+    ipo,
+    jensen_shannon,
+    kto,
+    nca,
+    orpo,
+    robust,
+    simpo,
+    sppo,
+)  # fmt: skip
+from fastrl.config import Dpo
+from fastrl.errors import UserError
+from fastrl.files import nearest
+from fastrl.types import Tokens
+
+Rule = Callable[..., Tensor]  # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
+SUMS = ("units", "tokens", "entropy", "nll", "accurate", *(f"{x}_{side}" for side in ("good", "bad") for x in ("n", "reward", "logp")))
+
+
+class Scores(NamedTuple):
+    """What S sequences of a micro-batch say: each (S,).
+
+    score   nats: summed log-prob over the reference's, or the log-prob alone
+    logp    nats, summed
+    length  loss tokens
+    good    chosen or desirable
+    weight  of the unit the sequence belongs to
+    """
+
+    score: Tensor
+    logp: Tensor
+    length: Tensor
+    good: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """One loss.
+
+    rule       what two scores cost, or with `paired` False what one score and its label cost
+    params     the rule's parameters; `beta` also scales the rewards that are reported.  A `baseline` among them is KTO's z0, which the
+               learner fills in at every step
+    paired     pairs of a chosen and a rejected completion, or single completions labelled good or bad
+    reference  whether a score is measured against a reference model
+    average    scores are divided by the completion's tokens
+    transform  of the scores before that: f' of an f-divergence (f-DPO); None is the reverse KL
+    tail       weight of tokens beyond the length of the pair's shorter completion (LD-DPO)
+    nll        weight of the chosen completion's cross-entropy, nats per token of it, added to each pair's loss
+    """
+
+    rule: Rule
+    params: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1})
+    paired: bool = True
+    reference: bool = True
+    average: bool = False
+    transform: Callable[[Tensor], Tensor] | None = None
+    tail: float = 1.0
+    nll: float = 0.0
+
+    # what a learner asks of any row: see objective.Algorithm
+    level: ClassVar[Literal["sequence"]] = "sequence"
+    ratio: ClassVar[Literal["sequence"]] = "sequence"
+    kl_coef: ClassVar[float] = 0.0
+    correction: ClassVar[None] = None
+
+    @property
+    def unit(self) -> int:
+        """Sequences that a loss is about: 2 of a pair, or 1; a micro-batch holds whole units."""
+        return 2 if self.paired else 1
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether the rule compares with completions of other prompts (KTO's z0)."""
+        return "baseline" in self.params
+
+    def with_params(self, **params: float) -> Preference:
+        """The row with parameters of its rule changed."""
+        return replace(self, params={**self.params, **params})
+
+    def loss(self, tokens: Tokens) -> Tensor:
+        """These sequences' share of the step's loss, differentiable in the tokens' logp."""
+        s = self.scores(tokens)
+        return (self.per_unit(s) * s.weight[:: self.unit]).sum()
+
+    def per_unit(self, s: Scores) -> Tensor:
+        """The loss of each pair, (S/2,), or of each example, (S,)."""
+        score = s.score if self.transform is None else self.transform(s.score)
+        score = score / s.length if self.average else score
+        value = self.rule(*(score.view(-1, 2).unbind(1) if self.paired else (score, s.good)), **self.params)
+        return value - self.nll * (s.logp / s.length)[:: self.unit] if self.nll else value
+
+    def scores(self, tokens: Tokens) -> Scores:
+        """The sequences' sums, in float64 before they are rounded: a difference of long sums loses nothing."""
+        if tokens.cu_seqlens is None:
+            raise ValueError('cu_seqlens: expected the ends of whole sequences, got None; evaluate the loss with level="sequence"')
+        if self.reference and tokens.ref_logp is None:
+            raise ValueError("ref_logp: expected the reference model's log-probs, got None; this row compares with them")
+        ends = tokens.cu_seqlens.long()
+        each = tokens.logp - tokens.ref_logp if self.reference and tokens.ref_logp is not None else tokens.logp
+        if self.tail != 1.0:
+            each = each * self._tail_weight(ends, each.numel()).to(each.dtype)
+        return Scores(
+            score=_sum(each, ends), logp=_sum(tokens.logp, ends), length=ends.diff().to(each.dtype),
+            good=tokens.advantage[ends[:-1]] > 0, weight=tokens.weight[ends[:-1]],
+        )  # fmt: skip
+
+    def _tail_weight(self, ends: Tensor, tokens: int) -> Tensor:
+        length = ends.diff()
+        shorter = ends[:-1] + length.view(-1, 2).amin(1).repeat_interleave(2)  # where each sequence's tail begins
+        return torch.where(torch.arange(tokens, device=ends.device) < shorter.repeat_interleave(length, output_size=tokens), 1.0, self.tail)
+
+    # --- what is reported ---
+    def measure(self, tokens: Tokens) -> Tensor:
+        """Sums over these sequences, float64, in the order of SUMS: what `merge` makes a step's metrics of."""
+        s = self.scores(tokens)
+        reward = self.params["beta"] * (s.score / s.length if self.average else s.score)
+        sides = reward.view(-1, 2).unbind(1) if self.paired else (reward.new_zeros(0), reward.new_zeros(0))
+        entropy = tokens.logp.new_zeros(()) if tokens.entropy is None else tokens.entropy.sum()
+        nll = torch.where(s.good, -s.logp / s.length, 0).sum()
+        units = s.length.new_tensor(s.length.numel() // self.unit)
+        out = [units, s.length.sum(), entropy, nll, (sides[0] > sides[1]).sum()]
+        for there in (s.good, ~s.good):
+            out += [there.sum(), torch.where(there, reward, 0).sum(), torch.where(there, s.logp, 0).sum()]
+        return torch.stack([x.double() for x in out])
+
+    def merge(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """A step's metrics under TRL's names, from `measure` of every micro-batch of every process."""
+        total = dict(zip(SUMS, map(math.fsum, zip(*rows, strict=True)), strict=True)) if rows else dict.fromkeys(SUMS, 0.0)
+        out = {"num_tokens": total["tokens"]}
+        for side, name in (("good", "chosen"), ("bad", "rejected")):
+            if n := total[f"n_{side}"]:  # a step may have no example of one label
+                out |= {f"rewards/{name}": total[f"reward_{side}"] / n, f"logps/{name}": total[f"logp_{side}"] / n}
+        if total["n_good"] and total["n_bad"]:
+            out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+        if total["units"]:
+            out |= {"rewards/accuracies": total["accurate"] / total["units"]} if self.paired else {}
+            out["entropy"] = total["entropy"] / total["tokens"]
+        if total["n_good"]:
+            out["nll_loss"] = total["nll"] / total["n_good"]
+        return out
+
+
+def _sum(x: Tensor, ends: Tensor) -> Tensor:
+    return torch.segment_reduce(x.double(), "sum", offsets=ends, unsafe=True).to(x.dtype)
+
+
+PREFERENCES: dict[str, Preference] = {
+    "dpo": Preference(rule=dpo),
+    "cdpo": Preference(rule=cdpo, params={"beta": 0.1, "label_smoothing": 0.1}),
+    "robust": Preference(rule=robust, params={"beta": 0.1, "label_smoothing": 0.1}),
+    "hinge": Preference(rule=hinge),
+    "ipo": Preference(rule=ipo, average=True),
+    "dpo_norm": Preference(rule=dpo, params={"beta": 5.0}, average=True),
+    "ld_dpo": Preference(rule=dpo, tail=0.5),
+    "dpop": Preference(rule=dpop, params={"beta": 0.3, "penalty": 50.0}),
+    "rpo": Preference(rule=dpo, nll=1.0),
+    "exo": Preference(rule=exo, params={"beta": 0.1, "label_smoothing": 1e-3}),
+    "nca": Preference(rule=nca, params={"beta": 0.01}),
+    "bco": Preference(rule=bco, params={"beta": 0.01}),
+    "sppo": Preference(rule=sppo, params={"beta": 0.001}),
+    "apo_zero": Preference(rule=apo_zero),
+    "apo_down": Preference(rule=apo_down),
+    "discopop": Preference(rule=discopop, params={"beta": 0.05, "tau": 0.05}),
+    "dpo_forward_kl": Preference(rule=dpo, transform=forward_kl),
+    "dpo_js": Preference(rule=dpo, transform=jensen_shannon),
+    "dpo_alpha": Preference(rule=dpo, transform=alpha_divergence),
+    "simpo": Preference(rule=simpo, params={"beta": 2.0, "gamma": 1.0}, reference=False, average=True),
+    "cpo": Preference(rule=dpo, reference=False, nll=1.0),
+    "orpo": Preference(rule=orpo, reference=False, average=True, nll=1.0),
+    "kto": Preference(
+        rule=kto, params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "baseline": 0.0}, paired=False
+    ),
+    "apo_zero_unpaired": Preference(
+        rule=apo_zero_unpaired, params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, paired=False
+    ),
+}  # fmt: skip
+TRL_NAMES = {  # its loss_type -> our row
+    "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco", "sppo_hard": "sppo",
+}  # fmt: skip
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "a positive number")
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the parameters a user may set
+    "beta": _POSITIVE,
+    "label_smoothing": (lambda x: 0 < x < 0.5, "a share above 0 and below 0.5"),
+    "gamma": (lambda x: 0 <= x < math.inf, "a number of at least 0"),
+    "penalty": (lambda x: 0 <= x < math.inf, "a number of at least 0"),
+    "tau": _POSITIVE,
+    "desirable_weight": _POSITIVE,
+    "undesirable_weight": _POSITIVE,
+}
+
+
+def choose_preference(config: Dpo) -> Preference:
+    """The table's row with the run's own parameters.  Raises UserError for options that the row has no use for, and values out of range."""
+    name = TRL_NAMES.get(config.algorithm, config.algorithm)
+    if name not in PREFERENCES:
+        raise UserError(f"--algorithm: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, PREFERENCES)}")
+    row = PREFERENCES[name]
+    for key, (fine, expected) in RANGES.items():
+        value = getattr(config, key)
+        if value is None:
+            continue
+        option = f"--{key.replace('_', '-')}"
+        if key not in row.params:
+            have = ", ".join(n for n, r in PREFERENCES.items() if key in r.params)
+            raise UserError(f"{option}: {name} has no such parameter; leave it out, or take an --algorithm that has: {have}")
+        if not fine(value):
+            raise UserError(f"{option}: expected {expected}, got {value:g}")
+        row = row.with_params(**{key: value})
+    row = _with_nll(row, name, config.nll_coef)
+    _check_reference(row, name, config.reference)
+    return row
+
+
+def _with_nll(row: Preference, name: str, coef: float | None) -> Preference:
+    if coef is None:
+        return row
+    if not row.paired:
+        raise UserError(f"--nll-coef: {name} has no pairs, whose chosen completion it is the weight of; leave it out")
+    if not 0 <= coef < math.inf:
+        raise UserError(f"--nll-coef: expected a number of at least 0, got {coef:g}")
+    return replace(row, nll=coef)
+
+
+def _check_reference(row: Preference, name: str, asked: str | None) -> None:
+    if row.reference and asked == "none":
+        free = ", ".join(n for n, r in PREFERENCES.items() if not r.reference)
+        raise UserError(f"--reference: {name} compares with a reference model; take precomputed or live, or an --algorithm without: {free}")
+    if not row.reference and asked in ("precomputed", "live"):
+        raise UserError(f"--reference: {name} has no reference model; leave it out, or take none")
+    if row.mismatched and asked == "precomputed":
+        raise UserError(f"--reference: {name} pairs each prompt with another's completion, anew at every step; take live")

@@ -1,0 +1,117 @@
+"""Pipelines: stages that feed each other, stop and go on, and one report."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import REWARDS, state, stop_after, write_model
+
+import fastrl.trainer
+from fastrl import checkpoint, cli, pipeline
+from fastrl.errors import UserError
+
+SMALL = {"steps": 4, "prompts": 2, "micro_tokens": 64, "optim": {"lr": 0.01}}
+
+
+def write(folder: Path, *stages: dict[str, Any], name: str = "pipe", **top: Any) -> Path:
+    """A pipeline of tiny stages on the card game."""
+    (folder / "rewards.py").write_text(REWARDS)
+    file = folder / f"{name}.yaml"
+    shared = {"task": "cards", "task_options": ["k=2"], "seed": 3}
+    file.write_text(yaml.safe_dump({"output_dir": str(folder / name), "shared": shared, "stages": list(stages)} | top))
+    return file
+
+
+def chain(folder: Path, name: str = "pipe", **changes: Any) -> Path:
+    first = {"sft": SMALL | {"model": write_model(folder)}}
+    sampled = SMALL | {"group": 4, "max_new_tokens": 8, "reward": [f"{folder}/rewards.py:digits"]}
+    return write(folder, first, {"grpo": sampled | changes}, {"grpo": sampled | {"name": "more", "max_new_tokens": 6}}, name=name)
+
+
+def run(file: Path) -> None:
+    pipeline.run(SimpleNamespace(file=str(file)))
+
+
+def test_stages_feed_each_other(tmp_path, capsys):
+    """Wrong implementations: every stage from the first one's model; shared options that a stage overrides lost; a report of one stage."""
+    run(chain(tmp_path))
+    folder = tmp_path / "pipe"
+    names = ["1-sft", "2-grpo", "3-more"]
+    configs = [yaml.safe_load((folder / n / "config.yaml").read_text()) for n in names]
+    assert [c["model"] for c in configs[1:]] == [str(folder / n / "checkpoints/step_4") for n in names[:2]]
+    assert all(c["seed"] == 3 and c["task"] == "cards" for c in configs)
+    ends = [state(folder / n / "checkpoints/step_4") for n in names]
+    weights = [k for k in ends[0] if k.startswith("model.safetensors")]
+    assert all(any(not torch.equal(a[k], b[k]) for k in weights) for a, b in pairwise(ends))
+    page = (folder / "report.html").read_text()
+    assert all(f'href="{n}/report.html"' in page for n in names) and page.count("<h2>") == 4
+    assert all((folder / n / "report.html").is_file() for n in names)
+    capsys.readouterr()
+    run(tmp_path / "pipe.yaml")
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing the plots takes longer than these runs."""
+    monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
+    monkeypatch.setattr(pipeline, "report", lambda stages, folder: folder)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_stopped_pipeline_goes_on(tmp_path, monkeypatch):
+    """Wrong implementations: stages that are done run again; a half-done stage begun again; other numbers than in one go."""
+    straight, stopped = chain(tmp_path, "straight"), chain(tmp_path, "stopped")
+    run(straight)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4 + 1 + 2)  # the first stage looks once before its steps and after each; then two steps of the second
+        with pytest.raises(UserError, match=r"stopped in stage 'grpo'; continue with: fastrl run .*stopped.yaml"):
+            run(stopped)
+    assert checkpoint.whole(tmp_path / "stopped/2-grpo")[-1].name in ("step_1", "step_2")
+    run(stopped)
+    for n in ("1-sft", "2-grpo", "3-more"):
+        a, b = (state(tmp_path / run_ / n / "checkpoints/step_4") for run_ in ("straight", "stopped"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), n
+
+
+def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastrl.pipeline, "train", lambda config: pytest.fail("nothing may be trained"))
+    model = write_model(tmp_path)
+    for stages, message in (
+        ([{"sfd": {}}], r"stage 1: unknown command 'sfd'; did you mean 'sft'\?"),
+        ([{"sft": {"model": model}}, {"sft": {}}], "stage 2: a second stage is called 'sft'; give it another name, like `name: sft-2`"),
+        ([{"sft": {"model": "{grpo}"}}], r"stage 1: '\{grpo\}' names stage 'grpo'; stages before it: none"),
+        ([{"sft": {"model": model, "output_dir": "x"}}], "stage 1: output_dir and resume are the pipeline's own"),
+        ([{"sft": {"model": model, "stebs": 3}}], "unknown key 'stebs'; did you mean 'steps'"),
+        ([{"sft": {"steps": 3}}], "required option 'model' is missing"),
+        (["sft"], "stage 1: expected one command with its options"),
+        ([], "expected the keys output_dir and stages"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(write(tmp_path, *stages))
+    with pytest.raises(UserError, match="unknown key 'stage'; did you mean 'stages'"):
+        run(write(tmp_path, {"sft": {"model": model}}, stage=[]))
+    with pytest.raises(UserError, match="expected a pipeline's YAML file, which is not there"):
+        run(tmp_path / "none.yaml")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_stage_begun_with_other_options_is_refused(tmp_path):
+    """Wrong implementation: a changed stage that is taken for done."""
+    run(chain(tmp_path))
+    with pytest.raises(UserError, match=r"stage 'grpo': .* was begun with group = 4, now it is 3; name another output_dir"):
+        run(chain(tmp_path, group=3))
+
+
+def test_the_command(tmp_path, capsys):
+    assert cli.main(["run", str(tmp_path / "none.yaml")]) == 1
+    assert "expected a pipeline's YAML file" in capsys.readouterr().err
+    assert cli.main(["run", str(chain(tmp_path)), "--dry-run"]) == 0
+    assert json.dumps(str(tmp_path / "pipe.yaml"))[1:-1] in capsys.readouterr().out

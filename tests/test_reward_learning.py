@@ -1,0 +1,118 @@
+"""Reward models learn: the card game's right answers from wrong ones, and which of several solutions of a word problem is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import lines
+from support import data_file, tiny_config
+
+import fastrl.trainer
+from fastrl.config import HeldOut, Optim, Reward, Run, Sft
+from fastrl.reward_model import RewardModel
+from fastrl.stats import wilson
+from fastrl.tasks import Cards
+from fastrl.tasks.tokens import train_bpe
+
+SOURCES = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+LONGEST = 800  # characters of a problem with a solution: at most 512 tokens
+
+
+def trained(config: Run) -> Path:
+    result = fastrl.trainer.train(config)
+    assert result.checkpoint is not None
+    return result.checkpoint
+
+
+def held_out(config: Reward) -> dict[str, float]:
+    """The last evaluation of a run."""
+    return [row for row in lines(config.output_dir) if "eval/accuracy" in row][-1]
+
+
+def write(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+CARDS = {
+    "model": "fastrl/recipes/cards.config.json", "prompts": 64, "center": 0.01, "threads": 1,
+    "optim": Optim(lr=3e-3, warmup=5, schedule="linear"),
+}  # fmt: skip
+
+
+def pairs(task: Cards, split: str, count: int) -> Iterator[dict[str, str]]:
+    """The answer to a hand against the answer to another one."""
+    for i in range(count):
+        example = task.example(split, i)
+        others = (str(task.example(split, i + j).demo) for j in range(1, 99))
+        wrong = next(text for text in others if not task.verify(example, text).correct)
+        yield {"prompt": str(example.prompt), "chosen": str(example.demo), "rejected": wrong}
+
+
+@pytest.mark.slow
+def test_a_hands_answer_is_told_from_another_hands(tmp_path):
+    """Accuracy above 0.9 on the test split's problems, which are in no training set (0.98 was measured).  Wrong implementations: a score
+    read before the answer's end; pairs turned round; a head that is not trained; a prompt that is not read: both are answers."""
+    task = Cards(k=3, rules="b", test=0.2)
+    task.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = write(tmp_path / "pairs.jsonl", pairs(task, "train", 8000))
+    config = Reward(
+        **CARDS, tokenizer=str(tmp_path / "tokenizer"), dataset=data, steps=120, output_dir=str(tmp_path / "run"), eval=HeldOut(prompts=200)
+    )
+    model = RewardModel.load(trained(config))
+    model.tokenizer = task.tokenizer()
+    rows = list(pairs(task, "test", 512))
+    better, worse = (model.score([(r["prompt"], r[side]) for r in rows]) for side in ("chosen", "rejected"))
+    right = sum(a > b for a, b in zip(better, worse, strict=True))
+    assert wilson(right, len(rows))[0] > 0.9, right
+
+
+@pytest.mark.slow
+def test_the_tasks_own_mistakes_are_told_from_right_answers(tmp_path):
+    """All four kinds, near misses among them: a small decoder from random weights tells them in 150 steps at 0.82 [0.77, 0.87]."""
+    options = ("k=3", "rules=b", "test=0.2")
+    config = Reward(**CARDS, task="cards", task_options=options, steps=150, output_dir=str(tmp_path / "run"))
+    trained(config)
+    last = held_out(config)
+    assert last["eval/accuracy_lo"] > 0.7 and last["eval/ece"] < 0.15, last
+
+
+@pytest.mark.slow
+def test_right_solutions_of_unseen_word_problems_are_above_chance(tmp_path):
+    """Four models' solutions of GSM8K problems, compared within a problem, held out by problem; the 95% interval (over problems) of the
+    accuracy stays above one half (0.61 [0.55, 0.67] was measured).  A small decoder first reads the training set's own solutions.
+
+    Wrong implementations: comparisons across problems, which learn how hard a problem is; a split by solution.
+    """
+    written = [json.loads(line) for line in data_file("gsm8k", "train.jsonl").read_text().splitlines()]
+    solved = [json.loads(line) for line in data_file("gsm8k", "model_solutions.jsonl").read_text().splitlines()]
+    texts = [{"prompt": f"Question: {r['question']}\nAnswer:\n", "completion": r["answer"].replace("\n#### ", "\nA: ")} for r in written]
+    groups = [
+        {
+            "prompt": f"Question: {r['question']}\nAnswer:\n",
+            "completions": [r[s]["solution"] for s in SOURCES],
+            "scores": [float(r[s]["is_correct"]) for s in SOURCES],
+        }
+        for r in solved
+    ]
+    mixed = [g for g in groups if len(set(g["scores"])) > 1 and max(len(g["prompt"] + c) for c in g["completions"]) < 2 * LONGEST]
+    train_bpe([t["prompt"] + t["completion"] for t in texts], 1024).save_pretrained(tmp_path / "tokenizer")
+    small = {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 256, "head_dim": 24, "max_position_embeddings": 1024}
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config("qwen2", **small)))
+    common = {"tokenizer": str(tmp_path / "tokenizer"), "threads": 1}
+    start = Sft(
+        model=str(tmp_path / "model.json"), steps=250, prompts=32, output_dir=str(tmp_path / "sft"), **common,
+        dataset=write(tmp_path / "sft.jsonl", (t for t in texts if len(t["prompt"] + t["completion"]) < LONGEST)),
+        optim=Optim(lr=4e-3, warmup=20, schedule="linear", floor=0.1),
+    )  # fmt: skip
+    config = Reward(
+        model=str(trained(start)), dataset=write(tmp_path / "groups.jsonl", mixed), steps=40, prompts=16, center=0.01, holdout=0.4,
+        output_dir=str(tmp_path / "run"), optim=Optim(lr=1e-3, warmup=5, schedule="linear", weight_decay=0.1), **common,
+    )  # fmt: skip
+    trained(config)
+    last = held_out(config)
+    print(f"accuracy {last['eval/accuracy']:.3f} [{last['eval/accuracy_lo']:.3f}, {last['eval/accuracy_hi']:.3f}], {last}")
+    assert last["eval/accuracy_lo"] > 0.5, last
