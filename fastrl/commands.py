@@ -22,7 +22,7 @@ from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.intake import demonstrations, demonstrations_of_prompts, prompts_and_rewards
 from fastrl.learner import Learner
-from fastrl.mixture import MixedLearner, Mixture, check_mixture
+from fastrl.mixture import MixedLearner, Mixture
 from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
 from fastrl.ppo_source import PpoSource
 from fastrl.preferences import PreferenceLearner
@@ -122,11 +122,9 @@ def _actor_critic(
 def _mixture(
     config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
 ) -> tuple[Source, int]:
-    check_mixture(config, algorithm, turns=isinstance(task, Conversation))
     shape = learner.model.config
     known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    mixture = partial(Mixture, demonstrations=known)
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, mixture)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, demonstrations=known))
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ class OnPolicy:
         G = self.members
         mine = {place: i for i, place in enumerate(draw.places) if place in kept}  # this process's groups of the batch
         own = [i * G + g for i in mine.values() for g in range(G)]
-        batch = self._batch(whole, own, self._advantage(whole, own, G))
+        batch = self._batch(whole, own, self._advantage(whole, own))
         metrics = measure(draw, self.config.group, version, self.world) | told
         if self.config.refill:
             metrics |= {"refill/groups": float(draw.prompts), "refill/kept": float(len(kept))}
@@ -196,9 +196,9 @@ class OnPolicy:
         """Which groups of the round, of all processes, have rewards that differ."""
         return self.world.gather(spread(draw.reward, self.config.group).tolist())
 
-    def _advantage(self, draw: Draw, own: list[int], group: int) -> Tensor:
+    def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """Advantages of the samples `own` of this process; what depends on the whole batch sees those of all processes."""
-        config, G, advantage = self.config, group, self.algorithm.advantage
+        config, G, advantage = self.config, len(draw.rollouts) // max(len(draw.places), 1), self.algorithm.advantage
         assert advantage is not None
         apart = config.multi_objective_aggregation != "sum_then_normalize"
         named = (draw.scored.each if apart else {}) or {"reward": (1.0, draw.scored.reward)}  # summed once, as the log has it

@@ -48,7 +48,10 @@ class Completed(Draw):
 
 
 class Mixture(OnPolicy):
-    """Rollouts with demonstrations(numbers) -> those of the prompts of these numbers, None where there is none."""
+    """Rollouts with demonstrations(numbers) -> those of the prompts of these numbers, None where there is none.
+
+    Raises UserError for settings that have no meaning with demonstrations in the batch.
+    """
 
     algorithm: Mixed
     config: Hybrid
@@ -62,6 +65,7 @@ class Mixture(OnPolicy):
         demonstrations: Callable[[Sequence[int]], list[Sample | None]],
         **others: Any,
     ) -> None:
+        check_mixture(config, algorithm, turns=others.get("game") is not None)
         super().__init__(config, sampler, algorithm, **others)
         self.demonstrations = demonstrations
         self.members += len(algorithm.estimators)
@@ -85,13 +89,14 @@ class Mixture(OnPolicy):
         )
         return completed, _told(solved, there, count, self.world)
 
-    def _advantage(self, draw: Draw, own: list[int], group: int) -> Tensor:
+    def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """Those of the completions, and of the demonstrations among them; 1 for what is supervised."""
         assert isinstance(draw, Completed)
+        group = self.members
         with_reward = group - (self.algorithm.supervised is not None)
         rows = [i // group * with_reward + i % group for i in own if i % group < with_reward]
         kind = draw.kind[own]
-        advantage = super()._advantage(draw.rewarded, rows, with_reward)
+        advantage = super()._advantage(draw.rewarded, rows)
         out = torch.ones(len(own), dtype=advantage.dtype, device=advantage.device)
         out[kind != SUPERVISED] = advantage
         if self.algorithm.own_advantage is not None:

@@ -55,7 +55,7 @@ class PpoSource(OnPolicy):
             self.coefficient.value = float(state.pop("kl_coef"))
         super().load_state(state)
 
-    def _advantage(self, draw: Draw, own: list[int], group: int) -> Tensor:
+    def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """The scores of the samples `own`, which `_batch` turns into advantages."""
         score = draw.reward[own]
         cut = self._cut(draw, own)
