@@ -81,9 +81,10 @@ def test_the_tasks_own_mistakes_are_told_from_right_answers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_right_solutions_of_unseen_word_problems_are_above_chance(tmp_path):
     """Four models' solutions of GSM8K problems, compared within a problem, held out by problem; the 95% interval (over problems) of the
-    accuracy stays above one half (0.61 [0.55, 0.67] was measured).  A small decoder first reads the training set's own solutions.
+    accuracy stays above one half (0.61 [0.56, 0.66] was measured).  A small decoder first reads the training set's own solutions.
 
     Wrong implementations: comparisons across problems, which learn how hard a problem is; a split by solution.
     """
