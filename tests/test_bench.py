@@ -385,8 +385,8 @@ def test_an_unknown_op_is_one_line(capsys):
 
 
 def test_it_needs_no_package_of_the_command_line():
-    """The GPU machine has torch, triton, transformers, safetensors and numpy: an import of anything else fails there."""
-    absent = ("tyro", "rich", "yaml", "tensorboard", "matplotlib", "trl", "liger_kernel")
+    """The GPU machine has torch, triton, transformers (which brings PyYAML), safetensors and numpy: any other import fails there."""
+    absent = ("tyro", "rich", "tensorboard", "matplotlib", "trl", "liger_kernel")
     block = f"import sys\nfor n in {absent}: sys.modules[n] = None\n"
     code = block + "from fastrl.bench import readme, run\nprint([run.load(n).op for n in run.names()])"
     done = subprocess.run(

@@ -72,7 +72,6 @@ class VllmSampler:
         _check_model(model)
         self._pushed: int | None = None  # the weight version that vLLM has
 
-    @torch.no_grad()
     @classmethod
     def configured(cls, model: Any, tokenizer: Any, sampling: Sampling) -> VllmSampler:
         """A sampler with the budget of --sampling.max-tokens-in-flight; the other options of the own cache are refused."""
@@ -85,6 +84,7 @@ class VllmSampler:
                 raise UserError(f"--sampling.{name}: expected {default} with --sampler vllm, got {given}; use --sampler fastrl")
         return cls(model, tokenizer, max_tokens_in_flight=sampling.max_tokens_in_flight)
 
+    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, sequence_offset: int = 0, weight_version: int = 0,
         on_tokens: Callable[[int], None] | None = None, **engine_only: Any,
