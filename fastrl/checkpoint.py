@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ INSTEAD = "remove the folder to use an older checkpoint"
 _NAME = re.compile(r"step_(\d+)")
 
 
-def save(run: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Tensor], meta: dict[str, Any], *, keep: int = 0) -> Path:
+def save(
+    run: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Tensor], meta: dict[str, Any], *, keep: int = 0,
+    others: Mapping[str, tuple[Any, Any]] | None = None,
+) -> Path:  # fmt: skip
     """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps every one).
 
-    `state` holds the trainer's tensors, `meta` its plain values.  Raises UserError, naming the folder, when the disk refuses.
+    `state` holds the trainer's tensors, `meta` its plain values; `others` are more models with their tokenizers, by the name of their
+    folder inside it.  Raises UserError, naming the folder, when the disk refuses.
     """
     root = run / "checkpoints"
     final, partial = root / f"step_{step}", root / f".step_{step}.partial"
@@ -36,9 +41,10 @@ def save(run: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Tens
         for left in root.glob(".*.partial"):
             shutil.rmtree(left)
         partial.mkdir()
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        for folder, (one, reads) in {"": (model, tokenizer), **(others or {})}.items():
+            one.save_pretrained(partial / folder)
+            if reads is not None:
+                reads.save_pretrained(partial / folder)
         save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, partial / STATE)
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))

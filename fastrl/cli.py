@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Ppo, Reward, Sft
+from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Joint, Ppo, Reward, Sft
 from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.options import UsageError, dump, parse
@@ -79,6 +79,7 @@ COMMANDS = {
     "grpo": Command(Grpo, "fastrl.trainer:train"),
     "ppo": Command(Ppo, "fastrl.trainer:train"),
     "hybrid": Command(Hybrid, "fastrl.trainer:train"),
+    "joint": Command(Joint, "fastrl.trainer:train"),
     "run": Command(Pipeline, "fastrl.pipeline:run"),
     "eval": Command(Evaluate, "fastrl.evaluate:run"),
     "generate": Command(Generate, "fastrl.generate:run"),

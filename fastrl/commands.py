@@ -16,11 +16,14 @@ from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
 from fastrl.algorithms.correction import MISMATCH
 from fastrl.algorithms.hybrid import Mixed, choose_hybrid
+from fastrl.algorithms.joint import CoTrained, choose_joint
 from fastrl.algorithms.ppo import ActorCritic, choose_ppo
 from fastrl.algorithms.preference import Preference, choose_preference
-from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
+from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Run, Sft
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.intake import demonstrations, demonstrations_of_prompts, prompts_and_rewards
+from fastrl.joint_learner import JOINT_METRICS, JointLearner
+from fastrl.joint_source import JointSource, offline_comparisons
 from fastrl.learner import Learner
 from fastrl.mixture import MixedLearner, Mixture
 from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
@@ -33,6 +36,7 @@ from fastrl.reward_source import choose_reward_loss, comparisons
 from fastrl.sampler import Sampler
 from fastrl.supervised import SupervisedLearner, choose_supervised
 from fastrl.tasks import Conversation, Task
+from fastrl.tokenizer import has_tokenizer, load_tokenizer
 from fastrl.types import Batch
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
@@ -58,6 +62,7 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
 }  # fmt: skip
 NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
 NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share")}
+NAMES[Joint] = NAMES[Grpo] | JOINT_METRICS
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
     **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
@@ -127,6 +132,16 @@ def _mixture(
     return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, demonstrations=known))
 
 
+def _joint(
+    config: Joint, task: Task | None, tokenizer: Any, sampler: Sampler, learner: JointLearner, algorithm: CoTrained, device: torch.device
+) -> tuple[Source, int]:
+    """The reward model reads text with its own tokenizer, or with the policy's where it brings none."""
+    reads = load_tokenizer(None, algorithm.reward_model, task) if has_tokenizer(algorithm.reward_model) else tokenizer
+    learner.reward.model.tokenizer = reads
+    offline = offline_comparisons(config, task, reads, learner, device)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(JointSource, learner, offline=offline))
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
@@ -141,6 +156,7 @@ PARTS: dict[type, Parts] = {
     Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
     Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
     Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner),
+    Joint: Parts(choose=choose_joint, learner=JointLearner),
     Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
 }
 SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
@@ -149,5 +165,6 @@ SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
     Grpo: _on_policy,
     Ppo: _actor_critic,
     Hybrid: _mixture,
+    Joint: _joint,
     Reward: comparisons,
 }

@@ -138,6 +138,10 @@ class Learner:
             out[batch.rows(samples)[rows + 1]] = stats.logp.float()
         return out
 
+    def others(self) -> dict[str, tuple[Any, Any]]:
+        """Models beside the policy, with their tokenizers, by the name of their folder in a checkpoint; one that is resumed `read`s it."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Everything but the weights that the next step depends on, by name; with masters when the weights are not float32."""
         out: dict[str, Tensor] = {}

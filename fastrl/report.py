@@ -24,7 +24,11 @@ KINDS = {  # what a run learned -> a metric that only such runs have
     "scores": "mean_reward",
 }
 GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
-    "policy": (("Reward", "reward", ".3g"),),
+    "policy": (
+        ("Reward", "reward", ".3g"),
+        ("Oracle's reward", "joint/oracle", ".3g"),
+        ("Correlation of the two", "joint/correlation", ".2f"),
+    ),
     "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
     "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
     "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
@@ -60,6 +64,10 @@ PANELS = (
     Panel("Reward margin", "log-odds of the truth", {"training": "margin", "held out": "eval/margin"}, of="scores"),
     Panel("Rewards of a step", "reward", {"mean": "mean_reward", "lowest": "min_reward", "highest": "max_reward"}, of="scores"),
     Panel("Calibration error", "probability (ECE), held out", {"ECE": "eval/ece"}, of="scores"),
+    Panel("Proxy and oracle", "mean reward of a completion", {"reward model": "joint/proxy", "verifier": "joint/oracle"}),
+    Panel("Proxy against oracle", "correlation within a step", {"correlation": "joint/correlation"}),
+    Panel("Fresh comparisons won", "pairs, before they are learned", {"accuracy": "joint/accuracy"}, percent=True),
+    Panel("Loss of the reward model", "loss of a group", {"loss": "joint/loss"}),
     Panel("Entropy", "nats per token", {"entropy": "entropy"}),
     Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
     Panel(

@@ -73,7 +73,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def step_scores(self, sequences: Sequence[Any], *, tokenizer: Any = None, max_tokens: int = 16384) -> list[Tensor]:
         """Every sequence's rewards, (steps,) on the host, logits; one of them where the model judges whole sequences."""
-        groups = self._groups(sequences, tokenizer or self.tokenizer)
+        groups = self.groups(sequences, tokenizer)
         out: list[Tensor] = [torch.empty(0)] * len(groups)
         lengths = [g.length for g in groups]
         for some in plan(lengths, max(max_tokens, *lengths, 1)):
@@ -83,7 +83,9 @@ class RewardModel(nn.Module):
                 out[i] = own
         return out
 
-    def _groups(self, sequences: Sequence[Any], tokenizer: Any) -> list[Group]:
+    def groups(self, sequences: Sequence[Any], tokenizer: Any = None) -> list[Group]:
+        """The tokens of every sequence to score, a group each.  Raises UserError as `score` does."""
+        tokenizer = tokenizer or self.tokenizer
         if isinstance(sequences, str):
             raise UserError(f"sequences: expected a list of sequences, got the text {shorten(sequences, 60)} alone; put it into a list")
         made: list[Group | Statement] = [_read(i, s, self.steps) for i, s in enumerate(sequences)]
@@ -161,8 +163,12 @@ class RewardModel(nn.Module):
         typed = ModelConfig.from_dict(config | {"architectures": [causal], "tie_word_embeddings": True})
         body = Decoder._empty(typed, dtype, device)
         model = cls(body, tied=bool(config.get("tie_word_embeddings", False)), steps=config.get("step_separator"))
-        weights.read(folder, dict(model.named_parameters()), model.layout(), tied=False)
+        model.read(folder)
         return model
+
+    def read(self, folder: str | Path) -> None:
+        """Fill the weights from the folder of a reward model of this shape.  Raises UserError as `weights.read` does."""
+        weights.read(Path(folder), dict(self.named_parameters()), self.layout(), tied=False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30) -> None:
         """Write config.json and *.safetensors under Hugging Face's names, in `dtype` or the model's own.

@@ -145,7 +145,7 @@ def comparisons(
     def usable(statements: Sequence[Statement]) -> list[Group]:
         groups = encode_statements(statements, tokenizer, max_tokens=limit, separator=config.step_separator)
         for g in groups:
-            _check(g, shape.vocab_size, config.micro_tokens)
+            check_group(g, shape.vocab_size, config.micro_tokens)
         return groups
 
     if config.dataset is not None:
@@ -202,7 +202,8 @@ def _statement(config: Reward, row: RewardLoss, task: Any, split: str, index: in
     return Statement(f"{task.name} {split}[{index}]", row.data, example.prompt, texts, target)
 
 
-def _check(group: Group, vocab_size: int, micro_tokens: int) -> None:
+def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:
+    """Refuse a group that the model cannot read, or not in one pass."""
     top = max(t for tokens in group.tokens for t in tokens)
     if top >= vocab_size:
         raise UserError(

@@ -145,6 +145,11 @@ def score(
     return Scored(total, {f"rewards/{name}/mean": values for name, values in each.items()} | parts, message, extra, named)
 
 
+def said_to(prompt: Any, completion: str) -> Any:
+    """A completion in its prompt's form: text, or a list of one message."""
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
+
 def function_names(functions: Sequence[Reward]) -> list[str]:
     """What the functions are called in metrics; a name that comes again gets a number."""
     names: list[str] = []
@@ -164,7 +169,7 @@ def _given(
         raise ValueError(f"prompts, completions, completion_ids, columns: expected one entry per sample in each, got {lengths}")
     names = dict.fromkeys(name for row in rows or () for name in row)
     given: Given = {name: [row.get(name) for row in rows or ()] for name in names}
-    said = [c if isinstance(p, str) else [{"role": "assistant", "content": c}] for p, c in zip(prompts, completions, strict=True)]
+    said = [said_to(p, c) for p, c in zip(prompts, completions, strict=True)]
     return given | {"prompts": list(prompts), "completions": said} | ({} if ids is None else {"completion_ids": list(ids)})
 
 

@@ -60,7 +60,9 @@ class Session:
             meta = {"version": self.version, "command": _command(self.config)}
             folder = Path(self.config.output_dir)
             state = self.learner.state() | {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
-            path = checkpoint.save(folder, step, self.model, self.tokenizer, state, meta, keep=self.config.save.keep)
+            path = checkpoint.save(
+                folder, step, self.model, self.tokenizer, state, meta, keep=self.config.save.keep, others=self.learner.others()
+            )
         self.world.barrier()
         return path
 
@@ -114,6 +116,8 @@ def set_up(config: Run) -> Session:
         temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
     )  # fmt: skip
     if resumed:
+        for name, (other, _) in learner.others().items():
+            other.read(resumed / name)
         learner.load_state(state)
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
     source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
+from statistics import correlation as pearson
 from typing import NamedTuple
 
 
@@ -58,6 +59,17 @@ def paired_interval(before: Sequence[float], after: Sequence[float], *, level: f
     if len(before) != len(after):
         raise ValueError(f"paired_interval: expected lists of one length, got {len(before)} and {len(after)}")
     return mean_interval([b - a for a, b in zip(before, after, strict=True)], level=level)
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation; NaN where one of the two does not vary, or there are fewer than two values.
+
+    Raises:  ValueError for lists of different length.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"correlation: expected lists of one length, got {len(x)} and {len(y)}")
+    varied = all(len(values) > 1 and min(values) < max(values) for values in (x, y))
+    return pearson(x, y) if varied else math.nan
 
 
 class Bin(NamedTuple):

@@ -17,13 +17,17 @@ def load_tokenizer(asked: str | None, model: str, task: Task | None) -> Any:
     """The tokenizer of folder `asked`, of the model's folder, or of the task.  Raises UserError when there is none."""
     if asked is not None:
         return _from(Path(asked))
-    folder = Path(model)
-    if folder.is_dir() and any((folder / f).exists() for f in FILES):
-        return _from(folder)
+    if has_tokenizer(model):
+        return _from(Path(model))
     own = task.tokenizer() if task is not None else None
     if own is None:
         raise UserError(f"--tokenizer: {model} has no tokenizer files and the task brings none; name a tokenizer folder")
     return own
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether `model` is a folder with a tokenizer's files."""
+    return Path(model).is_dir() and any((Path(model) / f).exists() for f in FILES)
 
 
 def _from(folder: Path) -> Any:

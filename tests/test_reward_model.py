@@ -113,7 +113,7 @@ def test_scores_do_not_depend_on_the_batch():
 def test_bfloat16_scores_are_float32_sums():
     """Wrong implementation: the head's product in bfloat16, whose rewards of 10 are apart by 0.06."""
     model = reward_model(dtype=torch.bfloat16)
-    packed = pack(model._groups(SEQUENCES, None))
+    packed = pack(model.groups(SEQUENCES))
     hidden = model.body(packed.tokens, packed.cu_seqlens)
     want = (hidden[packed.at].double() * model.head.double()).sum(-1)
     got = model(packed.tokens, packed.cu_seqlens)

@@ -23,12 +23,14 @@ class Advantage:
 
     least        completions of a prompt it needs
     whole_batch  whether a sample's advantage depends on other groups: it then gets the rewards of all processes
+    signed       whether rewards may be below 0
     """
 
     compute: Callable[..., Tensor]
     params: Mapping[str, Any] = field(default_factory=dict)
     least: int = 2
     whole_batch: bool = False
+    signed: bool = True
 
     def __call__(self, reward: Tensor, group: int, length: Tensor | None = None) -> Tensor:
         """`length` counts each sample's loss tokens; None takes all as equal."""
@@ -129,7 +131,7 @@ ADVANTAGES: dict[str, Advantage] = {
     "whiten": Advantage(_whitened, {"centred": False, "eps": 1e-8}, least=1, whole_batch=True),
     "center_whiten": Advantage(_whitened, {"centred": True, "eps": 1e-8}, whole_batch=True),
     "gpg": Advantage(_gpg, {"zero": "advantage"}, whole_batch=True),
-    "max_rl": Advantage(_max_rl),
+    "max_rl": Advantage(_max_rl, signed=False),
     "max_at_k": Advantage(_max_at_k, {"k": 0}),  # 0: the whole group
 }
 

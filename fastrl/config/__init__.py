@@ -1,6 +1,6 @@
 """Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
 
-from fastrl.config.methods import TRAINING, Dpo, Grpo, HeldOut, Hybrid, Ppo, Reward, Sft
+from fastrl.config.methods import TRAINING, Dpo, Grpo, HeldOut, Hybrid, Joint, Ppo, Reward, Sft
 from fastrl.config.run import Eval, Optim, Run, Sampling, Save
 from fastrl.config.tools import Evaluate, Generate
 
@@ -13,6 +13,7 @@ __all__ = [
     "Grpo",
     "HeldOut",
     "Hybrid",
+    "Joint",
     "Optim",
     "Ppo",
     "Reward",
