@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from judging import restated
-from runs import REWARDS, decoder, tokenizer, write_model
+from runs import REWARDS, decoder, tokenizer, write, write_model
 from torch import Tensor
 
 from fastrl.algorithms.joint import choose_joint
@@ -28,7 +28,7 @@ ORACLE = [1.0, 0.0, 0.5, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0, math.nan, 1.0, 0.25, 1.0,
 
 def joint(folder: Path, name: str = "run", **changes: Any) -> Joint:
     """A run on an oracle that random weights can climb, its reward model random at the start."""
-    (folder / "rewards.py").write_text(REWARDS)
+    write(folder / "rewards.py", REWARDS)
     options: dict[str, Any] = {
         "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
         "output_dir": str(folder / name), "steps": 5, "prompts": 4, "group": GROUP, "max_new_tokens": 8, "micro_tokens": 96,

@@ -47,11 +47,15 @@ def decoder(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int
 
 
 def write_model(folder: Path, **changes: Any) -> str:
-    """The config.json of a decoder even smaller, for runs from random weights; whole at any moment, though several processes write it."""
+    """The config.json of a decoder even smaller, for runs from random weights."""
     small = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}
-    path = folder / "tiny.json"
-    partial = folder / f"{os.getpid()}.partial"
-    partial.write_text(json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    return write(folder / "tiny.json", json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+
+
+def write(path: Path, text: str) -> str:
+    """A file that is whole at any moment, though several processes write it."""
+    partial = path.with_name(f"{os.getpid()}.partial")
+    partial.write_text(text)
     partial.replace(path)
     return str(path)
 
@@ -69,7 +73,7 @@ def sft(folder: Path, name: str = "run", **changes: Any) -> Sft:
 
 def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
     """A run of 20 steps on a reward that random weights can climb."""
-    (folder / "rewards.py").write_text(REWARDS)
+    write(folder / "rewards.py", REWARDS)
     options: dict[str, Any] = {
         "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
         "output_dir": str(folder / name), "steps": 20, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, 

@@ -15,6 +15,7 @@ from typing import Any
 import actor_critic
 import pytest
 import torch
+from cotraining import joint
 from runs import (
     GROUP,
     METHODS,
@@ -79,6 +80,7 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         found[f"ppo {critic}"] = (metrics, torch.cat(grads), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
+    found["joint"] = joint_steps(folder)
     fastrl.trainer.train(grpo(folder, **RUN))
     return found | {f"first step of {name}": preference_step(folder, name) for name in PREFERENCES}
 
@@ -90,6 +92,19 @@ def preference_step(folder: Path, name: str) -> tuple[dict[str, float], torch.Te
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
     return metrics | step.metrics, torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torch.Tensor, list[list[int]]]]:
+    """Of a run's first steps: metrics, the weights of policy and reward model, and the calibration set."""
+    smooth = Optim(lr=1e-2, eps=1e-2)
+    run, out = set_up(joint(folder, "joint", prompts=5, reward_every=2, offline_share=0.4, calibration=7, optim=smooth)), []
+    with run.log:
+        for number in range(3):
+            step = run.source.collect(number, number)
+            metrics = run.rename([run.learner.update(batch, number) for batch in step.batches])
+            weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (run.model, run.learner.reward.model)]
+            out.append((metrics | step.metrics, *weights, [g.tokens[0] for g in run.learner.calibration]))
+    return out
 
 
 def child(folder: Path) -> None:
@@ -190,6 +205,16 @@ def test_a_step_of_preferences_is_that_of_one_process(name, one, two):
     for found in two[1]:
         assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-3, abs=1e-5)
         assert torch.allclose(found[f"first step of {name}"][1], weights, atol=1e-6)
+
+
+def test_joint_training_is_that_of_one_process(one, two):
+    """Wrong implementations: a calibration set of each process's own; comparisons that wait in the process that drew them, or are learned
+    from by all; offline ones twice; accuracy of a share; denominators of a share."""
+    for found in two[1]:
+        for (metrics, policy, reward, calibration), want in zip(found["joint"], one[1]["joint"], strict=True):
+            assert metrics == pytest.approx(want[0], rel=1e-3, abs=1e-5) and calibration == want[3] and len(calibration) == 7
+            assert torch.allclose(policy, want[1], atol=1e-5) and torch.allclose(reward, want[2], atol=1e-5)
+    assert ["joint/loss" in metrics for metrics, *_ in one[1]["joint"]] == [False, True, False]
 
 
 def test_an_evaluation_is_shared_and_whole_everywhere(one, two):

@@ -10,7 +10,7 @@ from support import data_file
 from transformers import AutoTokenizer
 
 from fastrl.compare import as_text, build_comparison
-from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Sft
+from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Sft
 from fastrl.evaluate import Evaluation
 from fastrl.intake import load_run_task
 from fastrl.model import Decoder
@@ -22,7 +22,7 @@ from fastrl.tasks import Example, Score
 
 COMMANDS = {
     "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_reward": Reward, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "gsm8k_sft": Sft,
+    "cards_hybrid": Hybrid, "cards_joint": Joint, "gsm8k_sft": Sft,
 }  # fmt: skip
 
 

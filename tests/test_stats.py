@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fastrl.stats import mean_interval, paired_interval, t_quantile, wilson
+from fastrl.stats import correlation, mean_interval, paired_interval, t_quantile, wilson
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,11 @@ def test_one_value_has_no_interval_and_none_is_an_error():
         mean_interval([])
     with pytest.raises(ValueError, match="2 and 1"):
         paired_interval([1.0, 2.0], [1.0])
+
+
+def test_correlation():
+    """Wrong implementations: 0, or a division by it, where there is nothing to correlate; the lists cut to the shorter one."""
+    assert correlation([0.0, 1.0, 2.0, 4.0], [1.0, 0.0, 3.0, 5.0]) == pytest.approx(0.90224364)
+    assert math.isnan(correlation([1.0, 1.0], [0.0, 1.0])) and math.isnan(correlation([], []))
+    with pytest.raises(ValueError, match="lists of one length, got 2 and 1"):
+        correlation([1.0, 2.0], [1.0])
