@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,13 +59,13 @@ class JointLearner(Learner):
         self.scale = Scale()
 
     def rewards(self, groups: Sequence[Group]) -> list[float]:
-        """The reward of each group, one sequence each: plain numbers, which no gradient passes."""
-        return [self.scale(score) for (score,) in self.reward.scores(groups)]
+        """The reward of each group, one sequence each: plain numbers without a gradient.  Raises UserError where one is not finite."""
+        return [self.scale(score) for score in self._scores(groups)]
 
     def calibrate(self) -> None:
         """Measure the scale anew, on the calibration set; every process takes its share of it."""
         mine = [self.calibration[i] for i in self.world.share(len(self.calibration))]
-        scores = [score for (score,) in self.world.gather(self.reward.scores(mine))]
+        scores = self.world.gather(self._scores(mine))
         self.scale = Scale.of(scores) if scores else Scale()
 
     def update(self, batch: JointBatch, step: int) -> dict[str, float]:  # type: ignore[override]
@@ -79,6 +80,12 @@ class JointLearner(Learner):
         self.calibrate()
         metrics["reward_groups"] = batch.comparisons.total
         return metrics | {f"reward_{old}": told[name] for old, name in _LOGGED if told["num_tokens"]}
+
+    def _scores(self, groups: Sequence[Group]) -> list[float]:
+        scores = [score for (score,) in self.reward.scores(groups)]
+        if wrong := [score for score in scores if not math.isfinite(score)]:  # a NaN would be taken for "not scored"
+            raise UserError(f"the reward model's score of a completion is {wrong[0]}; lower --reward-lr, or take another --reward-model")
+        return scores
 
     def others(self) -> dict[str, tuple[Any, Any]]:
         """The reward model, a folder of its own: what `--reward model:FOLDER` takes."""

@@ -178,6 +178,18 @@ def test_the_scale_of_the_reward_model_does_not_reach_the_policy(tmp_path):
     assert Scale.of([3.0, 3.0])(4.0) == 1.0 and Scale.of([1.0, 3.0])(4.0) == 2.0
 
 
+def test_a_reward_model_that_has_diverged_is_named(tmp_path):
+    """Wrong implementations: NaN, which everywhere else says that no reward applies, and leaves the samples out; a policy's fault."""
+    it = source(tmp_path)
+    (batch,) = it.collect(0, 0).batches
+    with torch.no_grad():
+        it.learner.reward.model.head.fill_(math.inf)
+    with pytest.raises(UserError, match=r"the reward model's step 1: loss is nan"):
+        it.learner.update(batch, 0)
+    with pytest.raises(UserError, match=r"the reward model's score of a completion is (nan|-?inf); lower --reward-lr"):
+        it.collect(1, 1)
+
+
 # --- what joint training is for ----------------------------------------------------------------------
 def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
     """Accuracy on comparisons of held-out prompts rises above 0.9.  Wrong implementations: comparisons turned round; a reward model that
