@@ -45,6 +45,10 @@ class JointSource(OnPolicy):
         if options.get("game") is not None:
             raise UserError(f"--task: expected a task of one turn, whose completions a reward model can read; got {config.task}")
         super().__init__(config, sampler, algorithm, score=self._judge, **options)
+        if config.demonstrations and getattr(self.prompt(0)[1].get("example"), "demo", None) is None:
+            raise UserError(
+                "--demonstrations: expected a --task with demonstrations to compare with; leave it out, or give --offline-share"
+            )
         self.learner, self.oracle, self.offline = learner, score, offline
         self.buffer: list[Group] = []
         self._read: list[Group] = []  # the step's completions, as the reward model read them
@@ -83,14 +87,19 @@ class JointSource(OnPolicy):
 
     def _complete(self, draw: Draw, step: int, version: int) -> tuple[Draw, dict[str, float]]:
         """The draw as it is; its comparisons go to the buffer, and the reward model is judged by them before it learns from them."""
-        G, row, shape = self.config.group, self.algorithm.reward_loss, self.learner.reward.model.config
+        G, shape = self.config.group, self.learner.reward.model.config
         oracle, proxy = (draw.scored.extra.get(name, []) for name in ("oracle", "proxy"))
-        ranked = [_ranked(f"prompt {n}", self._read[g * G : g * G + G], oracle[g * G : g * G + G]) for g, n in enumerate(draw.numbers)]
-        fresh = [g for g in ranked if g.target and row.units(g.target)]  # ties are not compared
+        own = [(self._read[i : i + G], oracle[i : i + G]) for i in range(0, len(oracle), G)]
+        shown = self._demonstrated(draw) if self.config.demonstrations else [([], [])] * len(own)
+        ranked = [
+            _ranked(f"prompt {n}", [*mine[0], *more[0]], [*mine[1], *more[1]])
+            for n, mine, more in zip(draw.numbers, own, shown, strict=True)
+        ]
+        fresh = [g for g in ranked if self._compares(g.target)]
         for g in fresh:
             check_group(g, shape.vocab_size, self.config.micro_tokens)
-        won, pairs = _won(proxy, oracle, G)
-        won, pairs, groups, tied = self.world.sum(won, pairs, float(len(ranked)), float(len(ranked) - len(fresh)))
+        flat = sum(not self._compares([y for y in said if not math.isnan(y)]) for _, said in own)
+        won, pairs, groups, tied = self.world.sum(*_won(proxy, oracle, G), float(len(own)), float(flat))
         both = [(x, y) for x, y in self.world.gather(list(zip(proxy, oracle, strict=True))) if not math.isnan(y)]
         self.buffer += self.world.gather(fresh)
         return draw, {
@@ -98,6 +107,21 @@ class JointSource(OnPolicy):
             "joint/correlation": correlation(*zip(*both, strict=True)) if both else math.nan,
             "joint/shift": self.learner.scale.mean, "joint/scale": self.learner.scale.deviation,
         }  # fmt: skip
+
+    def _compares(self, target: Sequence[float]) -> bool:
+        """Whether one of them is better than another: ties are not compared."""
+        return bool(target) and self.algorithm.reward_loss.units(target) > 0
+
+    def _demonstrated(self, draw: Draw) -> list[tuple[list[Group], list[float]]]:
+        """Of each group: its prompt's demonstration as the reward model reads it, with the oracle's verdict; empty where there is none."""
+        items = draw.items[:: self.config.group]
+        known = [(p, columns, columns["example"].demo) for p, columns in items if columns["example"].demo is not None]
+        prompts, rows, texts = [p for p, _, _ in known], [c for _, c, _ in known], [text for _, _, text in known]
+        tokens = [self.sampler.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        verdicts = self.oracle(prompts, texts, tokens, rows).reward
+        read = self.learner.reward.model.groups([(p, said_to(p, text)) for p, text in zip(prompts, texts, strict=True)])
+        each = iter([([g], [y]) for g, y in zip(read, verdicts, strict=True)])
+        return [next(each) if columns["example"].demo is not None else ([], []) for _, columns in items]
 
     def _due(self, step: int) -> RewardBatch:
         """This process's share of the waiting comparisons, and the offline ones of this update."""

@@ -97,7 +97,10 @@ def preference_step(folder: Path, name: str) -> tuple[dict[str, float], torch.Te
 def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torch.Tensor, list[list[int]]]]:
     """Of a run's first steps: metrics, the weights of policy and reward model, and the calibration set."""
     smooth = Optim(lr=1e-2, eps=1e-2)
-    run, out = set_up(joint(folder, "joint", prompts=5, reward_every=2, offline_share=0.4, calibration=7, optim=smooth)), []
+    run, out = (
+        set_up(joint(folder, "joint", prompts=5, reward_every=2, offline_share=0.4, calibration=7, demonstrations=True, optim=smooth)),
+        [],
+    )
     with run.log:
         for number in range(3):
             step = run.source.collect(number, number)

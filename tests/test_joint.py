@@ -159,6 +159,30 @@ def test_offline_comparisons_are_a_share_of_the_update(tmp_path):
     assert sorted(tokenizer().decode(g.tokens[0], skip_special_tokens=True)[1:] for g in made.groups) == [">7"] * 4
 
 
+def test_demonstrations_are_in_the_reward_models_groups_alone(tmp_path):
+    """Every answer of the policy is wrong, and compared with the prompt's own demonstration.  Wrong implementations: another prompt's; a
+    verdict that is taken for granted; a member of the policy's group, or of what is said of it."""
+    (tmp_path / "right.py").write_text(
+        "def right(completions, example, **columns):\n    return [2.0 * (c == e.demo) for c, e in zip(completions, example)]\n"
+    )
+    run = set_up(joint(tmp_path, demonstrations=True, reward=(f"{tmp_path}/right.py:right",)))
+    with run.log:
+        step = run.source.collect(0, 0)
+    (batch,) = step.batches
+    assert len(batch.comparisons.groups) == batch.comparisons.total == 4 and len(batch.policy) == 16
+    assert [g.target for g in batch.comparisons.groups] == [[0.0] * GROUP + [2.0]] * 4
+    for group in batch.comparisons.groups:
+        *wrong, right = [tokenizer().decode(tokens, skip_special_tokens=True).replace(" ", "") for tokens in group.tokens]
+        prompt = right.partition("|")[0]
+        assert all(text.partition("|")[0] == prompt for text in wrong) and len(right) > len(prompt) + 1
+        found = [e.demo for e in (run.task.example("train", i) for i in range(run.task.size("train"))) if e.prompt == prompt + "|"]
+        assert right.partition("|")[2] in found
+    m = step.metrics
+    assert (m["joint/pairs"], m["joint/tied"], m["joint/oracle"]) == (0, 1, 0) and math.isnan(m["joint/accuracy"])
+    with pytest.raises(UserError, match="--demonstrations: expected a --task with demonstrations to compare with"):
+        source(tmp_path, demonstrations=True)
+
+
 # --- the scale ---------------------------------------------------------------------------------------
 def test_the_scale_of_the_reward_model_does_not_reach_the_policy(tmp_path):
     """Wrong implementations: a scale measured once; measured on the step's own completions, which hides that all of them got better; a

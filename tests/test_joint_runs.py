@@ -39,7 +39,7 @@ def judge_of(run: str | Path, step: int) -> Path:
     [
         {"reward_every": 2, "offline_share": 0.5, "kl_coef": 0.1, "reward_lr": 3e-3, **SPLIT},
         {"dtype": "bfloat16", "reward_epochs": 2, "reward_loss": "plackett_luce", "algorithm": "dr_grpo", "calibration": 5},
-        {"reward_every": 4, "tail": "carry", "tail_share": 0.3},
+        {"reward_every": 4, "tail": "carry", "tail_share": 0.3, "demonstrations": True},
     ],
     ids=["waiting-offline-kl", "bfloat16-epochs-ranked", "waiting-carried"],
 )

@@ -222,6 +222,8 @@ class Joint(Grpo):
     """Steps between updates of the reward model, each on the comparisons of all steps since the last one."""
     reward_epochs: int = 1
     """Optimizer steps of the reward model per update, each over all of those comparisons."""
+    demonstrations: bool = False
+    """Compare the policy's completions with their prompt's demonstration, too: groups that are all wrong then teach the reward model."""
     offline_share: float = 0.0
     """Share of an update's groups that are offline comparisons: the task's demonstrations against its mistakes, or --offline's."""
     offline: str | None = None
