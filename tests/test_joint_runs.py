@@ -133,13 +133,13 @@ def test_the_oracles_reward_rises_with_a_reward_model_that_learns_along(tmp_path
     sft = Sft(**fixed, model=model, steps=100, prompts=128, optim=first, output_dir=str(tmp_path / "sft"), eval=Eval())
     start = str(fastrl.trainer.train(sft).checkpoint)
     taught = Reward(
-        **fixed, model=start, algorithm="plackett_luce", group=4, steps=150, prompts=128, center=0.01, eval=HeldOut(prompts=0),
+        **fixed, model=start, algorithm="plackett_luce", group=4, steps=300, prompts=128, center=0.01, eval=HeldOut(prompts=0),
         optim=Optim(lr=3e-3, floor=0.02, **fall), output_dir=str(tmp_path / "reward"),
     )  # fmt: skip
     judge = str(fastrl.trainer.train(taught).checkpoint)
     config = Joint(
-        **fixed, model=start, reward_model=judge, algorithm="dr_grpo", steps=50, prompts=64, group=8, minibatches=4, max_new_tokens=16,
-        optim=Optim(lr=6e-4, floor=0.1, **fall), reward_lr=1.5e-3, reward_epochs=3, offline_share=0.2,
+        **fixed, model=start, reward_model=judge, algorithm="dr_grpo", steps=60, prompts=64, group=8, minibatches=2, max_new_tokens=16,
+        optim=Optim(lr=4e-4, floor=0.3, **fall), reward_lr=1.5e-3, reward_epochs=4, demonstrations=True,
         output_dir=str(tmp_path / "joint"), eval=Eval(),
     )  # fmt: skip
     fastrl.trainer.train(config)
