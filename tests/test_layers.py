@@ -68,7 +68,7 @@ LADDER = (  # a module imports only from rungs above its own line in this list
     ("fastrl.draw", "fastrl.batches", "fastrl.carry", "fastrl.dialogue", "fastrl.ppo_learner"),
     ("fastrl.experience", "fastrl.intake", "fastrl.reward_source"),
     ("fastrl.ppo_source", "fastrl.preferences", "fastrl.mixture", "fastrl.supervised"),
-    ("fastrl.reference",),
+    ("fastrl.reference", "fastrl.fusion"),
     ("fastrl.commands",),
     ("fastrl.setup", "fastrl.evaluate", "fastrl.generate", "fastrl.report", "fastrl.reward_report", "fastrl.compare"),
     ("fastrl.trainer", "fastrl.bench.*", "fastrl.integrations", "fastrl.integrations.*"),
