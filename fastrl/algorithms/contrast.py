@@ -65,7 +65,7 @@ class Contrast:
         s = self.preference.scores(tokens)
         assert tokens.cu_seqlens is not None
         first = tokens.cu_seqlens[:-1].long().clamp(max=max(tokens.advantage.numel() - 1, 0))
-        reward = torch.where(s.length > 0, tokens.advantage[first], torch.nan)
+        reward = torch.where(s.length > 0, tokens.advantage[first].detach(), torch.nan)
         return s._replace(length=s.length.clamp_min(1)), reward.view(-1, self.unit)
 
 
