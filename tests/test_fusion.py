@@ -18,7 +18,8 @@ from runs import GROUP, PROMPTS, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 
 from fastrl.algorithms import ALGORITHMS
-from fastrl.algorithms.fusion import FUSIONS, Schedule, choose_fusion, offline as offline_run
+from fastrl.algorithms.fusion import FUSIONS, Schedule, choose_fusion
+from fastrl.algorithms.fusion import offline as offline_run
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.config import Hybrid, Optim
