@@ -23,7 +23,8 @@ from fastrl.algorithms.preference import Preference, choose_preference
 from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.fusion import Contrasted, FusedLearner, FusedSource
-from fastrl.intake import demonstrations, demonstrations_of_prompts, pairs_of_prompts, prompts_and_rewards
+from fastrl.intake import demonstrations, prompts_and_rewards
+from fastrl.known import demonstrations_of_prompts, pairs_of_prompts
 from fastrl.learner import Learner
 from fastrl.mixture import Known, MixedLearner, Mixture
 from fastrl.ppo_learner import VALUE_METRICS, PpoLearner

@@ -17,7 +17,7 @@ import fastrl.trainer
 from fastrl import cli, pipeline
 from fastrl.config import Eval, Hybrid, Optim
 from fastrl.errors import UserError
-from fastrl.intake import pairs_of_prompts
+from fastrl.known import pairs_of_prompts
 from fastrl.recipes import demo
 from fastrl.tasks import Cards, Example
 from fastrl.trainer import train

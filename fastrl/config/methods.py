@@ -55,7 +55,8 @@ class Grpo(Run):
     """Reinforcement learning from verified rewards: the GRPO family."""
 
     reward: tuple[str, ...] = ()
-    """Reward functions, my_rewards.py:fn, or reward models, model:FOLDER; defaults to the task's verifier."""
+    """Reward functions, my_rewards.py:fn; reward models, model:FOLDER; a policy's own preferences, implicit:POLICY,REFERENCE; the task's
+    verifier, task, which is also what none given means."""
     algorithm: str = "grpo"
     """A row of fastrl.algorithms.ALGORITHMS."""
     group: int = 8
