@@ -21,6 +21,7 @@ from fastrl.algorithms.hybrid import Mixed
 from fastrl.algorithms.ppo import ActorCritic, choose_ppo
 from fastrl.algorithms.preference import Preference, choose_preference
 from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
+from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
 from fastrl.fusion import Contrasted, FusedLearner, FusedSource
 from fastrl.intake import demonstrations, prompts_and_rewards
@@ -148,6 +149,8 @@ def _fused(
     config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Fused, device: torch.device
 ) -> tuple[Source, int]:
     rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
+    if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
+        raise UserError(f"--pair-dataset: expected a file of pairs, because task {config.task} has no wrong answers; got none")
     pairs, _ = preference_source(offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic)
     assert isinstance(rollouts, Mixture)
     return FusedSource(rollouts, pairs), longest

@@ -208,8 +208,11 @@ def test_options_change_a_row():
     assert chosen(algorithm="luffy_pairs", gamma=0.5).member.surrogate.params == {"gamma": 0.5}
     assert [chosen(algorithm="grpo_pairs", members=x).sides for x in (None, "both", "chosen")] == [2, 2, 1]
     assert chosen(algorithm="hpt") == HYBRIDS["hpt"]
-    run = offline_run(Hybrid(model="m", steps=5, minibatches=2, epochs=3, prompts=7, dataset="d", pair_dataset="p", seed=4))
-    assert (run.steps, run.prompts, run.dataset, run.seed, run.algorithm) == (30, 7, "p", 4, "dpo")
+    asked = Hybrid(model="m", steps=5, minibatches=2, epochs=3, prompts=7, dataset="d", columns=("q=prompt",), seed=4)
+    run = offline_run(asked)
+    assert (run.steps, run.prompts, run.dataset, run.columns, run.seed, run.algorithm) == (30, 7, "d", ("q=prompt",), 4, "dpo")
+    run = offline_run(replace(asked, pair_dataset="p", pairs=3))
+    assert (run.prompts, run.dataset, run.columns) == (3, "p", ())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import yaml
 from fusion_runs import fusion
 from runs import assert_same_run, dpo, grpo, lines, state, straight_and_resumed, tokenizer, write_model
 
+import fastrl.setup
 import fastrl.trainer
 from fastrl import cli, pipeline
 from fastrl.config import Eval, Hybrid, Optim
@@ -129,7 +130,12 @@ def test_a_line_that_cannot_be_used_is_named(row, message, tmp_path):
         pairs_of_prompts(fusion(tmp_path, dataset=write(tmp_path, [row])), None, tokenizer(), 48, 31)
 
 
-def test_a_task_without_a_pair_for_a_prompt():
+def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
+    class Bare(Cards):
+        @property
+        def mistakes(self) -> Any:  # type: ignore[override]
+            raise AttributeError
+
     class Some(Cards):
         def example(self, split: str, index: int) -> Example:
             e = Cards.example(self, split, index)
@@ -138,6 +144,9 @@ def test_a_task_without_a_pair_for_a_prompt():
         def mistakes(self, example: Example, count: int, index: int) -> list[str]:
             return [] if index < 2 else Cards.mistakes(self, example, count, index)
 
+    monkeypatch.setattr(fastrl.setup, "load_run_task", lambda *named: Bare(k=2))
+    with pytest.raises(UserError, match="--pair-dataset: expected a file of pairs, because task cards has no wrong answers; got none"):
+        train(fusion(tmp_path))
     items = pairs_of_prompts(Hybrid(model="m"), Some(k=2), tokenizer(), 48, 31)
     assert [[x is not None for x in pair] for pair in items([0, 1, 2])] == [[True, False], [False, False], [True, True]]
     bare: Any = SimpleNamespace(name="bare")

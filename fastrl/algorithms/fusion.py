@@ -163,7 +163,8 @@ def _pair_loss(config: Hybrid) -> Preference:
 def offline(config: Hybrid) -> Dpo:
     """The run of `fastrl dpo` whose pairs a fusion trains on beside its rollouts; it has the fusion's optimizer steps for steps."""
     shared = {f.name: getattr(config, f.name) for f in fields(Run)}
-    shared["dataset"] = config.pair_dataset or config.dataset
+    if config.pair_dataset is not None:  # its columns have their own names
+        shared |= {"dataset": config.pair_dataset, "columns": ()}
     shared["prompts"] = config.pairs or config.prompts
     shared["steps"] = config.steps * config.minibatches * config.epochs
     return Dpo(

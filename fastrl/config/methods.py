@@ -211,7 +211,7 @@ class Hybrid(Grpo):
     nll_coef: float | None = None
     """grpo_dpo, online_dpo: weight of the chosen completion's cross-entropy in the loss of a pair; None keeps the row's own."""
     pair_dataset: str | None = None
-    """grpo_dpo: offline pairs, as `fastrl dpo` takes them; None is the --dataset, or the task's own."""
+    """grpo_dpo: offline pairs, as `fastrl dpo` takes them, under its names of columns; None is the --dataset, or the task's own."""
     pairs: int | None = None
     """grpo_dpo: offline pairs per optimizer step; None is as many as --prompts."""
     pair_coef: float | None = None
