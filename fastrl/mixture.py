@@ -90,7 +90,7 @@ class Mixture(OnPolicy):
         completed = Completed(
             whole.items, whole.rollouts, whole.scored, whole.places, whole.prompts, whole.numbers, kind, count[:, kinds].flatten(), rewarded
         )
-        return completed, _told(solved, there, count, self.world)
+        return completed, _told(solved, there, count, self.world) if self.algorithm.others else {}
 
     def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """Those of the completions, and of the demonstrations among them; 1 for what is supervised."""
@@ -220,7 +220,12 @@ def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
     apart, alone = "multi_objective_aggregation", not row.others
     together = config.multi_objective_aggregation == "sum_then_normalize" or row.member is None
     for name, value, fine, expected in (
-        ("sampling.temperature", config.sampling.temperature, config.sampling.temperature == 1, "1, at which demonstrations are scored"),
+        (
+            "sampling.temperature",
+            config.sampling.temperature,
+            config.sampling.temperature == 1,
+            "1, at which demonstrations and pairs are scored",
+        ),
         ("refill", config.refill, alone or config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
         ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
         ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),

@@ -22,10 +22,11 @@ from fastrl.algorithms.fusion import FUSIONS, Schedule, choose_fusion
 from fastrl.algorithms.fusion import offline as offline_run
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN
 from fastrl.algorithms.preference import PREFERENCES
-from fastrl.config import Hybrid, Optim
+from fastrl.config import Hybrid, Optim, Sampling
 from fastrl.errors import UserError
 from fastrl.experience import OnPolicy, order
 from fastrl.fusion import FusedLearner
+from fastrl.mixture import check_mixture
 from fastrl.preferences import PreferenceLearner
 
 F64 = torch.float64
@@ -213,6 +214,17 @@ def test_options_change_a_row():
     assert (run.steps, run.prompts, run.dataset, run.columns, run.seed, run.algorithm) == (30, 7, "d", ("q=prompt",), 4, "dpo")
     run = offline_run(replace(asked, pair_dataset="p", pairs=3))
     assert (run.prompts, run.dataset, run.columns) == (3, "p", ())
+
+
+def test_pairs_beside_rollouts_leave_these_free():
+    """Wrong implementation: refill, carried tails and conversations refused for demonstrations that are not there."""
+    check_mixture(Hybrid(model="m", refill=1, tail="carry", multi_objective_aggregation="normalize_then_sum"), ROW, turns=True)
+    source = fused(decoder(), ROW, refill=2)
+    assert len(source.collect(0, 0).batches[0].own) > 0
+    with pytest.raises(UserError, match="--refill: expected 0"):
+        check_mixture(Hybrid(model="m", refill=1), FUSIONS["grpo_pairs"])
+    with pytest.raises(UserError, match="--sampling.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5"):
+        check_mixture(Hybrid(model="m", sampling=Sampling(temperature=0.5)), ROW)
 
 
 @pytest.mark.parametrize(
