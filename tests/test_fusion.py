@@ -223,7 +223,7 @@ def test_pairs_beside_rollouts_leave_these_free():
     assert len(source.collect(0, 0).batches[0].own) > 0
     with pytest.raises(UserError, match="--refill: expected 0"):
         check_mixture(Hybrid(model="m", refill=1), FUSIONS["grpo_pairs"])
-    with pytest.raises(UserError, match="--sampling.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5"):
+    with pytest.raises(UserError, match=r"--sampling\.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5"):
         check_mixture(Hybrid(model="m", sampling=Sampling(temperature=0.5)), ROW)
 
 
