@@ -24,11 +24,7 @@ KINDS = {  # what a run learned -> a metric that only such runs have
     "scores": "mean_reward",
 }
 GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
-    "policy": (
-        ("Reward", "reward", ".3g"),
-        ("Oracle's reward", "joint/oracle", ".3g"),
-        ("Correlation of the two", "joint/correlation", ".2f"),
-    ),
+    "policy": (("Reward", "reward", ".3g"), ("Oracle's reward", "joint/oracle", ".3g")),
     "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
     "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
     "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
@@ -81,12 +77,14 @@ PANELS = (
     Panel("Explained variance", "share of the returns' variance", {"critic": "critic/vf_explained_var"}),
     Panel("Returns and values", "reward's unit, mean of a token", {"returns": "critic/returns/mean", "values": "critic/values/mean"}),
     Panel("Sampler against trainer", "nats, mean size of the difference", {"log-prob": "sampling/sampling_logp_difference/mean"}),
-    Panel("Gradient norm", "L2 norm before clipping", {"norm": "grad_norm"}),
+    Panel("Gradient norm", "L2 norm before clipping", {"norm": "grad_norm", "rewards": "grad_norm/rl", "pairs": "grad_norm/pairs"}),
     Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
     Panel("Token accuracy", "next tokens predicted", {"accuracy": "mean_token_accuracy"}, percent=True),
     Panel("Groups without signal", "groups of equal rewards", {"groups": "frac_reward_zero_std"}, percent=True),
     Panel("What teaches a prompt", "prompts", {"demonstration": "hybrid/sft_prompts", "rewards": "hybrid/rl_prompts"}, percent=True),
     Panel("Demonstrations", "nats per token", {"supervised": "sft_loss", "in the group": "member_nll"}),
+    Panel("Loss of pairs", "nats per pair", {"loss": "pairs/loss", "weight": "hybrid/pair_coef"}),
+    Panel("Pairs beside rewards", "pairs ranked right", {"accuracy": "pairs/rewards/accuracies"}, percent=True),
     Panel("Cut-off completions", "completions at the limit", {"cut off": "completions/clipped_ratio"}, percent=True),
     Panel("Learning rate", "learning rate", {"learning rate": "learning_rate"}),
 )
