@@ -139,12 +139,12 @@ def test_the_oracles_reward_rises_with_a_reward_model_that_learns_along(tmp_path
     judge = str(fastrl.trainer.train(taught).checkpoint)
     config = Joint(
         **fixed, model=start, reward_model=judge, algorithm="dr_grpo", steps=60, prompts=64, group=8, minibatches=2, max_new_tokens=16,
-        optim=Optim(lr=4e-4, floor=0.3, **fall), reward_lr=1.5e-3, reward_epochs=4, demonstrations=True,
+        optim=Optim(lr=4e-4, floor=0.3, **fall), reward_lr=4e-4, reward_epochs=4, demonstrations=True,
         output_dir=str(tmp_path / "joint"), eval=Eval(),
     )  # fmt: skip
     fastrl.trainer.train(config)
     rows = lines(tmp_path / "joint")
     first_ten, last_ten = ({k: sum(r[k] for r in some) / 10 for k in KEYS} for some in (rows[:10], rows[-10:]))
     print(first_ten, last_ten)
-    assert last_ten["joint/oracle"] - first_ten["joint/oracle"] > 0.1, (first_ten, last_ten)
-    assert last_ten["joint/proxy"] > first_ten["joint/proxy"] and last_ten["joint/correlation"] > 0.3
+    assert last_ten["joint/oracle"] - first_ten["joint/oracle"] > 0.06, (first_ten, last_ten)  # 0.12; a mean of ten steps deviates by 0.02
+    assert last_ten["joint/proxy"] > first_ten["joint/proxy"] and last_ten["joint/correlation"] > 0.4
