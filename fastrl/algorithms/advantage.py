@@ -47,16 +47,19 @@ def _relative(reward: Tensor, group: int, length: Tensor, **columns: Any) -> Ten
     return ops.group_advantage(reward, group, **columns)
 
 
-def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, eps: float) -> Tensor:
-    """(R - mean) / std over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1)."""
+def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, ddof: int) -> Tensor:
+    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1).
+
+    The variance divides by N - ddof.
+    """
     x = _relative(reward, group, length, scale="none") if centred else reward
     known, x = ~reward.isnan(), x.nan_to_num(0).double()
     weight = torch.where(known, length.double(), 0)
     n = weight.sum()
     mean = (weight * x).sum() / n
-    deviation = ((weight * (x - mean).square()).sum() / (n - 1)).sqrt()
+    deviation = ((weight * (x - mean).square()).sum() / (n - ddof) + 1e-8).sqrt()
     flat = x[known].numel() == 0 or bool((x[known] == x[known][0]).all())
-    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / (deviation + eps), 0).to(reward.dtype)
+    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
 
 
 def _gpg(reward: Tensor, group: int, length: Tensor, *, zero: str) -> Tensor:
@@ -126,8 +129,8 @@ ADVANTAGES: dict[str, Advantage] = {
     "rank": Advantage(_relative, {"shape": "rank"}),
     "softmax": Advantage(_relative, {"shape": "softmax", "tau": 0.5}),
     "leave_one_out_zscore": Advantage(_others, {"eps": 1e-6}),
-    "whiten": Advantage(_whitened, {"centred": False, "eps": 1e-8}, least=1, whole_batch=True),
-    "center_whiten": Advantage(_whitened, {"centred": True, "eps": 1e-8}, whole_batch=True),
+    "whiten": Advantage(_whitened, {"centred": False, "ddof": 1}, least=1, whole_batch=True),
+    "center_whiten": Advantage(_whitened, {"centred": True, "ddof": 1}, whole_batch=True),
     "gpg": Advantage(_gpg, {"zero": "advantage"}, whole_batch=True),
     "max_rl": Advantage(_max_rl),
     "max_at_k": Advantage(_max_at_k, {"k": 0}),  # 0: the whole group

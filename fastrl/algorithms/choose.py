@@ -15,7 +15,7 @@ from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import drop_stale, gamma_weight
-from fastrl.algorithms.presets import KL, SEMANTICS
+from fastrl.algorithms.presets import columns, estimator
 from fastrl.config import Grpo, Run
 from fastrl.errors import UserError
 from fastrl.kernels._surrogates import name_of
@@ -33,9 +33,7 @@ def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -
     rows = rows or {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
     if config.algorithm not in rows:
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
-    if config.semantics not in SEMANTICS:
-        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
-    return with_options(replace(rows[config.algorithm], **SEMANTICS[config.semantics].get(config.algorithm, {})), config)
+    return with_options(replace(rows[config.algorithm], **columns(config.semantics, config.algorithm)), config)
 
 
 def with_options(row: Algorithm, config: Grpo) -> Algorithm:
@@ -51,7 +49,7 @@ def _kl(row: Algorithm, config: Grpo) -> Algorithm:
     if config.kl is not None and not row.kl_coef:
         raise UserError(f"--kl: {config.kl} has no effect at --kl-coef 0; give --kl-coef, or leave --kl out")
     row = replace(row, kl="k3") if row.kl_coef and row.kl is None else row
-    return replace(row, kl=KL.get(config.semantics, {}).get(row.kl or "", row.kl))
+    return replace(row, kl=estimator(config.semantics, row.kl)) if row.kl_coef and row.kl else row
 
 
 def _advantage(row: Algorithm, config: Grpo) -> Algorithm:

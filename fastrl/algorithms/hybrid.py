@@ -25,7 +25,7 @@ from fastrl.algorithms.advantage import Advantage
 from fastrl.algorithms.choose import with_options
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import Prepare
-from fastrl.algorithms.presets import SEMANTICS
+from fastrl.algorithms.presets import columns as preset
 from fastrl.algorithms.sequence import mean
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
@@ -258,7 +258,7 @@ def _base(row: Mixed, config: Hybrid) -> Mixed:
     rows = {name: other for name, other in ALGORITHMS.items() if other.advantage is not None}
     if config.rl not in rows:
         raise UserError(f"--rl: expected one of {', '.join(rows)}; got {config.rl!r}")
-    base = replace(rows[config.rl], **SEMANTICS[config.semantics].get(config.rl, {}))
+    base = replace(rows[config.rl], **preset(config.semantics, config.rl))
     columns = {f.name: getattr(base, f.name) for f in fields(Algorithm)}
     return replace(row, **columns | {"prepare": (*base.prepare, *row.prepare)})
 

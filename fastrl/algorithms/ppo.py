@@ -68,6 +68,8 @@ PPO: dict[str, ActorCritic] = {
     "dual_clip": ActorCritic(**_clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
 }
 SEMANTICS: Mapping[str, Mapping[str, Any]] = {  # what other trainers do under the name, as columns it changes
+    "paper": {},
+    "trl": {},
     "verl": _clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
 }
 
@@ -77,7 +79,9 @@ def choose_ppo(config: Ppo) -> ActorCritic:
     _check(config)
     if config.algorithm not in PPO:
         raise UserError(f"--algorithm: expected one of {', '.join(PPO)}; got {config.algorithm!r}")
-    preset = SEMANTICS.get(config.semantics, {})
+    if config.semantics not in SEMANTICS:
+        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
+    preset = SEMANTICS[config.semantics]
     coef = KL_COEF if config.kl_coef is None else config.kl_coef
     inside = config.kl_in == "reward"
     table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
