@@ -15,6 +15,7 @@ import torch
 from runs import BUDGET, GROUP, PROMPTS, SEED, reference
 from torch import Tensor
 
+from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.hybrid import HYBRIDS, Mixed
 from fastrl.config import Hybrid, Optim
 from fastrl.data import Sample
@@ -49,13 +50,18 @@ def mixture(
 
     return Mixture(
         Hybrid(**options | changes), Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=reference if row.kl_coef else None, stop=(), world=World(), trainer=reference,
+        reference=reference if row.kl_coef else None, stop=(), world=world or World(), trainer=reference,
         demonstrations=lambda some: [demonstration(i) if i in known else None for i in some],
     )  # fmt: skip
 
 
-def learner(model: Decoder, row: Mixed, micro_tokens: int = 10**6) -> MixedLearner:
-    return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+def learner(model: Decoder, row: Mixed, micro_tokens: int = 10**6, world: World | None = None) -> MixedLearner:
+    return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens, world=world)
+
+
+def corrected(name: str, correction: str | None) -> Mixed:
+    """The row, with a correction by its name."""
+    return replace(HYBRIDS[name], correction=None if correction is None else CORRECTIONS[correction])
 
 
 # --- the equations ----------------------------------------------------------------------------------
