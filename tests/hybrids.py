@@ -104,6 +104,14 @@ class Group:
         A = R - R.mean()
         return (A / (R.std() + 1e-4 if scale else 1)).tolist()
 
+    def measured_by_own(self, scale: bool = False) -> list[float]:
+        """(R - mean) / std of the completions, then of the demonstration by their mean and std."""
+        R = [float(s.reward) for s in self.own]  # type: ignore[arg-type]
+        mean = sum(R) / len(R)
+        std = math.sqrt(sum((r - mean) ** 2 for r in R) / (len(R) - 1))
+        divisor = std + 1e-4 if scale and std > 0 else 1
+        return [(r - mean) / divisor for r in (*R, *([1.0] if self.demo is not None else []))]
+
 
 def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: float | None = None) -> Row:
     """Alone, through a whole softmax."""
@@ -168,10 +176,10 @@ def hpt_soft(data: list[Group]) -> Tensor:
     return len(rl) / (len(data) * GROUP) * by_budget(rl) + len(sft) / len(data) * per_token(sft)
 
 
-def luffy(data: list[Group], gamma: float = 0.1) -> Tensor:
+def luffy(data: list[Group], gamma: float = 0.1, split: bool = False) -> Tensor:
     rows = []
     for g in data:
-        A = g.centred(union=True)
+        A = g.measured_by_own() if split else g.centred(union=True)
         rows += [s.r * a for s, a in zip(g.own, A, strict=False)]
         rows += [A[-1] * g.demo.p / (g.demo.p + gamma)] if g.demo is not None else []
     return by_budget(rows)

@@ -137,6 +137,31 @@ ADVANTAGES: dict[str, Advantage] = {
 }
 
 
+def of_completions(advantage: Advantage) -> Advantage:
+    """The estimator for groups whose last sample is a demonstration, with statistics of the completions before it alone.
+
+    The demonstration is measured by them; where they are all equal, only their mean is taken off.
+    Raises:  UserError for an estimator that is not a distance from the group's mean.
+    """
+    p = advantage.params
+    if p.get("baseline") != "mean" or p.get("scale") not in ("std", "none"):
+        raise UserError("--group-statistics: own goes with the advantages zscore and center alone; leave it out, or take one of them")
+    return Advantage(_of_completions, {"scale": p["scale"], "eps": p["eps"]})
+
+
+def _of_completions(reward: Tensor, group: int, length: Tensor, *, scale: str, eps: float) -> Tensor:
+    table = reward.view(-1, group)
+    own = table[:, :-1].double()
+    known = ~own.isnan()
+    n = known.sum(1, keepdim=True)
+    centred = torch.where(known, own - own.nanmean(1, keepdim=True), 0)
+    deviation = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    a = _relative(table[:, :-1].reshape(-1), group - 1, length, scale=scale, eps=eps).view(-1, group - 1)
+    divisor = deviation + eps if scale == "std" else torch.ones_like(deviation)
+    shown = (table[:, -1:] - own.nanmean(1, keepdim=True)) / torch.where(a.any(1, keepdim=True), divisor, 1)
+    return torch.cat([a, shown.nan_to_num(0).to(a.dtype)], 1).flatten()
+
+
 # --- several rewards ---------------------------------------------------------------------------------
 def _sum_then_normalize(parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor) -> Tensor:
     total = (weight[:, None] * parts).nansum(0)

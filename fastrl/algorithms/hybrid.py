@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms.advantage import Advantage
+from fastrl.algorithms.advantage import Advantage, of_completions
 from fastrl.algorithms.choose import with_options
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import Prepare
@@ -245,8 +245,13 @@ def choose_hybrid(config: Hybrid) -> Mixed:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
         row = _with(row, name, float(value), config.algorithm)
     changed = with_options(row, config)
-    assert isinstance(changed, Mixed)
-    return changed
+    assert isinstance(changed, Mixed) and changed.advantage is not None
+    if config.group_statistics == "union":
+        return changed
+    if row.member is None:
+        fine = ", ".join(name for name, other in HYBRIDS.items() if other.member)
+        raise UserError(f"--group-statistics: {config.algorithm} has no demonstration in a group; take an --algorithm that has: {fine}")
+    return replace(changed, advantage=of_completions(changed.advantage))
 
 
 def _base(row: Mixed, config: Hybrid) -> Mixed:

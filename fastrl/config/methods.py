@@ -188,6 +188,8 @@ class Hybrid(Grpo):
     """hpt: prompts of which no more than this share of completions is solved learn from their demonstration; None is 0."""
     demo_reward: float = 1.0
     """luffy, srft: the reward of a demonstration among its prompt's completions."""
+    group_statistics: Literal["union", "own"] = "union"
+    """luffy, srft: mean and deviation of a group are of its completions and the demonstration, or of its own completions alone."""
     gamma: float | None = None
     """luffy: its tokens are shaped by p / (p + gamma); None is 0.1."""
     sft_coef: float | None = None
