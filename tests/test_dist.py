@@ -41,8 +41,7 @@ from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Dpo, Eval, HeldOut, Optim, Reward
 from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
-from fastrl.experience import order
-from fastrl.reward_source import Comparisons
+from fastrl.experience import Evaluable, order
 from fastrl.sampler import Sampler
 from fastrl.setup import set_up
 from fastrl.tasks import Cards
@@ -120,7 +119,7 @@ def first_step(config: Dpo | Reward) -> tuple[dict[str, float], torch.Tensor]:
     with run.log:
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
-        held_out = run.source.evaluate(run.learner)[0] if isinstance(run.source, Comparisons) else {}
+        held_out = run.source.evaluate(run.learner)[0] if isinstance(run.source, Evaluable) else {}
     return metrics | step.metrics | held_out, torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
