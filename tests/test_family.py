@@ -238,6 +238,16 @@ def test_max_at_k_is_an_unbiased_gradient_of_pass_at_k(k):
     torch.testing.assert_close(advantage(R.flatten(), 6).view(3, 6), RESTATED["max_at_k"](R, R, k), rtol=1e-10, atol=1e-12)  # type: ignore[call-arg]
 
 
+def test_max_at_k_by_hand():
+    """Two right of eight at k = 4: three of the other seven miss the other right one with 4/7, so each adds 4/8 * 4/7 to pass@4, and the
+    wrong ones nothing; of the whole group only the best adds what it is above the second.
+
+    Wrong implementation: draws that may hold the sample twice."""
+    right = ADVANTAGES["max_at_k"].with_params(k=4)(vector(1, 0, 0, 1, 0, 0, 0, 0), 8)
+    assert right.tolist() == pytest.approx([2 / 7, 0, 0, 2 / 7, 0, 0, 0, 0])
+    assert ADVANTAGES["max_at_k"](vector(0.2, 1, 0.5, 0.5), 4).tolist() == pytest.approx([0, 0.5, 0, 0])
+
+
 def test_max_rl_refuses_negative_rewards():
     with pytest.raises(UserError, match=r"--advantage max_rl: expected rewards of 0 or more, got -1"):
         ADVANTAGES["max_rl"](vector(1, -1), 2)
