@@ -218,6 +218,8 @@ def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
         ("refill", config.refill, config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
         ("tail", config.tail, config.tail != "carry", "finish or cut"),
         ("task", config.task, not turns, "a task of one turn, as demonstrations are"),
+        ("demo_reward", config.demo_reward, math.isfinite(config.demo_reward), "a finite number"),
+        ("solved", config.solved, not math.isnan(config.solved), "a reward"),
         (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:

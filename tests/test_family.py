@@ -283,7 +283,7 @@ def chosen(**options: Any) -> Algorithm:
 
 def test_options_reach_their_columns():
     """Wrong implementations: --epsilon that leaves the other bound; options applied before the preset; an upper bound for CISPO relative
-    to 1."""
+    to 1; GMPO's sizes of log-ratios taken for bounds of ratios, or refused at 1, where those end."""
     params = {
         name: dict(chosen(**options).surrogate.params)
         for name, options in {
@@ -298,6 +298,8 @@ def test_options_reach_their_columns():
         "two": {"low": 0.1, "high": 0.3, "cap": inf}, "delta": {"low": 0.2, "high": 0.2, "cap": 2.0}, "cispo": {"low": 0.0, "high": 2.0},
         "verl": {"low": 0.1, "high": 0.1, "cap": 3.0},
     }  # fmt: skip
+    log_units = chosen(algorithm="gmpo", epsilon=0.5, epsilon_high=1.5).surrogate.params
+    assert [1 - log_units["low"], 1 + log_units["high"]] == pytest.approx([math.exp(-0.5), math.exp(1.5)])
     row = chosen(advantage="softmax", correction="token_truncate", correction_max=1.5, off_policy_mask_threshold=0.5)
     assert (row.advantage, row.correction, row.level) == (
         ADVANTAGES["softmax"], replace(CORRECTIONS["token_truncate"], high=1.5), "sequence",
@@ -311,10 +313,14 @@ REFUSED = [
     ({"algorithm": "rloo", "epsilon": 0.1}, "--epsilon: rloo has no such bound; take an algorithm that clips"),
     ({"algorithm": "cispo", "epsilon": 0.1}, "--epsilon: cispo bounds its weight from above only; give --epsilon-high"),
     ({"algorithm": "sapo", "delta": 4.0}, "--delta: sapo has no such bound"),
+    ({"algorithm": "gmpo", "delta": 4.0}, "--delta: gmpo has no such bound"),
     ({"delta": 1.1}, r"--delta: cap: expected more than 1 \+ high = 1.2, got 1.1; give a larger one, or none"),
     ({"epsilon": 0.0}, "--epsilon: expected a positive number, got 0"),
+    ({"kl_coef": -0.1}, "--kl-coef: expected a number of 0 or more; below 0 the policy would be driven away .*; got -0.1"),
+    ({"entropy_coef": math.inf}, "--entropy-coef: expected a finite number; got inf"),
     ({"kl": "k2"}, "--kl: k2 has no effect at --kl-coef 0; give --kl-coef, or leave --kl out"),
-    ({"advantage": "bset"}, "--advantage: expected one of zscore, center, .*; got 'bset'"),
+    ({"algorithm": "drgrpo"}, "--algorithm: expected one of grpo, .*; got 'drgrpo'; did you mean 'dr_grpo'"),
+    ({"advantage": "bset"}, "--advantage: expected one of zscore, center, .*; got 'bset'; did you mean 'best'"),
     ({"advantage": "rank", "scale_rewards": "none"}, "--scale-rewards: the advantage of grpo has no scale; take an --advantage that has:"),
     ({"pass_k": 2}, "--pass-k: the advantage of grpo has no k; take an --advantage that has: max_at_k"),
     ({"algorithm": "pass_at_k", "pass_k": 1}, r"--pass-k: expected 2 to --group \(8\), got 1; for 1 take --algorithm rloo"),

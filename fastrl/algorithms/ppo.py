@@ -119,6 +119,7 @@ def _check(config: Ppo) -> None:
         ("--critic-lr", config.critic_lr, config.critic_lr is None or 0 <= config.critic_lr < math.inf, "0 or more"),
         ("--vf-coef", config.vf_coef, alone or not own, "none with --critic separate, whose optimizer is its own; see --critic-lr"),
         ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
+        ("--missing-eos-penalty", config.missing_eos_penalty, math.isfinite(config.missing_eos_penalty), "a finite number"),
         ("--value-clip", config.value_clip, (config.value_clip or 0) >= 0, "a positive number, or 0 for none"),
     ):
         if not fine:

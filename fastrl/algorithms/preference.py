@@ -227,7 +227,7 @@ def choose_preference(config: Dpo) -> Preference:
     """The table's row with the run's own parameters.  Raises UserError for options that the row has no use for, and values out of range."""
     name = TRL_NAMES.get(config.algorithm, config.algorithm)
     if name not in PREFERENCES:
-        raise UserError(f"--algorithm: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, PREFERENCES)}")
+        raise UserError(f"--algorithm: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, [*PREFERENCES, *TRL_NAMES])}")
     row = PREFERENCES[name]
     for key, (fine, expected) in RANGES.items():
         value = getattr(config, key)

@@ -81,7 +81,7 @@ class Grpo(Run):
     scale_rewards: Literal["group", "batch", "range", "none"] | None = None
     """What the advantage is divided by: the deviation of the group or of the batch, the group's range, or 1."""
     epsilon: float | None = None
-    """The ratio is clipped to [1 - epsilon, 1 + epsilon_high]; alone it sets both."""
+    """The ratio is clipped to [1 - epsilon, 1 + epsilon_high], of gmpo its logarithm to [-epsilon, epsilon_high]; alone it sets both."""
     epsilon_high: float | None = None
     """See epsilon.  Of cispo: the largest weight."""
     delta: float | None = None
