@@ -166,7 +166,7 @@ class Learner:
         """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
         rows: list[Tensor] = []  # of each micro-batch: its loss and its metrics
         with memory_limited_by("--micro-tokens", self.micro_tokens):
-            for micro in micro_batches(batch, self.micro_tokens):
+            for micro in micro_batches(batch, self.micro_tokens, self.algorithm.unit):
                 loss, stats, tokens, live = self.forward(micro)
                 loss.backward()
                 with torch.no_grad():

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from fastrl.algorithms.preference import Preference
 from fastrl.data import Sample
-from fastrl.device import memory_limited_by
 from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import Step, order
 from fastrl.learner import Learner
-from fastrl.pack import micro_batches
+from fastrl.ops import TokenStats
 from fastrl.pairs import Judged, Unit
-from fastrl.types import Batch
+from fastrl.types import Batch, Tokens
 
 Items = Callable[[Sequence[int]], list[Unit]]
 Reference = Callable[[Sequence[int], Batch], Tensor]  # (items, the batch made of them) -> (T,) log-probs of the reference model
@@ -123,19 +122,16 @@ class PreferenceLearner(Learner):
 
     algorithm: Preference  # type: ignore[assignment]
 
-    def _gradients(self, batch: Batch) -> dict[str, float]:
-        """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
-        row, rows = at_baseline(self.algorithm, batch), []
-        with memory_limited_by("--micro-tokens", self.micro_tokens):
-            for micro in micro_batches(batch, self.micro_tokens, row.unit):
-                loss, stats, tokens, live = self.forward(micro, row)  # type: ignore[arg-type]
-                loss.backward()
-                with torch.no_grad():
-                    seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
-                    rows.append(torch.cat([loss.detach().double().view(1), row.measure(seen)]))
-        self.world.sum_gradients(self.masters)
-        table = self.world.gather(torch.stack(rows).tolist() if rows else [])
-        return {"loss": sum(r[0] for r in table)} | row.merge([r[1:] for r in table])
+    def forward(self, batch: Batch, algorithm: Any = None) -> tuple[Tensor, TokenStats, Tokens, Tensor]:
+        """`Learner.forward`, by the row with the batch's z0, where it has one."""
+        row: Any = algorithm or at_baseline(self.algorithm, batch)
+        return super().forward(batch, row)
+
+    def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
+        return torch.cat([loss.double().view(1), self.algorithm.measure(seen)])
+
+    def _merged(self, rows: list[list[float]]) -> dict[str, float]:
+        return {"loss": sum(row[0] for row in rows)} | self.algorithm.merge([row[1:] for row in rows])
 
 
 def at_baseline(row: Preference, batch: Batch) -> Preference:

@@ -17,11 +17,10 @@ from fastrl import ops
 from fastrl.algorithms.aggregate import token_mean
 from fastrl.algorithms.choose import choose_algorithm
 from fastrl.algorithms.objective import Algorithm
-from fastrl.algorithms.presets import KL
+from fastrl.algorithms.presets import KL, clip
 from fastrl.config import Ppo
 from fastrl.errors import UserError
 from fastrl.kernels._surrogates import KLS
-from fastrl.ops import SURROGATES
 
 Sum = Callable[..., list[float]]
 """Numbers -> each summed over all processes: `World.sum`."""
@@ -59,18 +58,14 @@ class ActorCritic(Algorithm):
         return bool(self.kl_coef or self.reward_kl_coef)
 
 
-def _clip(low: float, high: float, cap: float = math.inf) -> dict[str, Any]:
-    return {"surrogate": SURROGATES["clip"].with_params(low=low, high=high, cap=cap)}
-
-
 PPO: dict[str, ActorCritic] = {
-    "ppo": ActorCritic(**_clip(0.2, 0.2), aggregate=token_mean, kl="k2"),
-    "dual_clip": ActorCritic(**_clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
+    "ppo": ActorCritic(**clip(0.2, 0.2), aggregate=token_mean, kl="k2"),
+    "dual_clip": ActorCritic(**clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
 }
 SEMANTICS: Mapping[str, Mapping[str, Any]] = {  # what other trainers do under the name, as columns it changes
     "paper": {},
     "trl": {},
-    "verl": _clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
+    "verl": clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
 }
 
 

@@ -41,7 +41,8 @@ from fastrl.ops import SURROGATES
 Columns = dict[str, Any]
 
 
-def _clip(low: float, high: float, cap: float = math.inf) -> Columns:
+def clip(low: float, high: float, cap: float = math.inf) -> Columns:
+    """The column of PPO's clip."""
     return {"surrogate": SURROGATES["clip"].with_params(low=low, high=high, cap=cap)}
 
 
@@ -55,12 +56,12 @@ def _cispo(high: float) -> Columns:
 
 _SAME: Columns = {}
 _TOKENS: Columns = {"aggregate": token_mean}
-_DUAL, _DAPO = _clip(0.2, 0.2, 3.0), _clip(0.2, 0.28, 10.0)
+_DUAL, _DAPO = clip(0.2, 0.2, 3.0), clip(0.2, 0.28, 10.0)
 _EPS6, _LOO = _advantage("zscore", eps=1e-6), _advantage("leave_one_out_zscore")
 SEMANTICS: dict[str, dict[str, Columns]] = {  # preset -> row that its trainer has -> the columns it changes
     "trl": {
         **dict.fromkeys(("grpo", "bnpo", "lite_ppo", "two_sided", "gspo", "luspo", "gmpo", "cispo", "sapo", "vespo", "rloo"), _SAME),
-        "dapo": _clip(0.2, 0.2),
+        "dapo": clip(0.2, 0.2),
         "dr_grpo": _advantage("zscore"),
     },
     "verl": {
