@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fastrl.algorithms.preference import Preference
 from fastrl.data import Sample
+from fastrl.device import memory_limited_by
 from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import Step, order
 from fastrl.learner import Learner
-from fastrl.ops import TokenStats
+from fastrl.pack import micro_batches
 from fastrl.pairs import Judged, Unit
-from fastrl.types import Batch, Tokens
+from fastrl.types import Batch
 
 Items = Callable[[Sequence[int]], list[Unit]]
 Reference = Callable[[Sequence[int], Batch], Tensor]  # (items, the batch made of them) -> (T,) log-probs of the reference model
@@ -122,16 +123,29 @@ class PreferenceLearner(Learner):
 
     algorithm: Preference  # type: ignore[assignment]
 
-    def forward(self, batch: Batch, algorithm: Any = None) -> tuple[Tensor, TokenStats, Tokens, Tensor]:
-        """`Learner.forward`, by the row with the batch's z0, where it has one."""
-        row: Any = algorithm or at_baseline(self.algorithm, batch)
-        return super().forward(batch, row)
+    def _gradients(self, batch: Batch) -> dict[str, float]:
+        """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
+        row = at_baseline(self.algorithm, batch)
+        rows = backward_of_units(self, batch, row)
+        self.world.sum_gradients(self.masters)
+        table = self.world.gather(rows)
+        return {"loss": sum(r[0] for r in table)} | row.merge([r[1:] for r in table])
 
-    def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
-        return torch.cat([loss.double().view(1), self.algorithm.measure(seen)])
 
-    def _merged(self, rows: list[list[float]]) -> dict[str, float]:
-        return {"loss": sum(row[0] for row in rows)} | self.algorithm.merge([row[1:] for row in rows])
+def backward_of_units(learner: Learner, batch: Batch, row: Any) -> list[list[float]]:
+    """Add this process's gradient of the units in `batch` to the masters; of each micro-batch its loss and what the row measures.
+
+    row  one of PREFERENCES, or whatever else has its `unit`, `loss` and `measure`
+    """
+    rows = []
+    with memory_limited_by("--micro-tokens", learner.micro_tokens):
+        for micro in micro_batches(batch, learner.micro_tokens, row.unit):
+            loss, stats, tokens, live = learner.forward(micro, row)
+            loss.backward()
+            with torch.no_grad():
+                seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
+                rows.append(torch.cat([loss.detach().double().view(1), row.measure(seen)]))
+    return torch.stack(rows).tolist() if rows else []
 
 
 def at_baseline(row: Preference, batch: Batch) -> Preference:

@@ -16,6 +16,7 @@ import actor_critic
 import hybrids
 import pytest
 import torch
+from fusion_runs import fusion
 from runs import (
     GROUP,
     METHODS,
@@ -38,7 +39,7 @@ from runs import (
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.reward import REWARD_LOSSES
-from fastrl.config import Dpo, Eval, HeldOut, Optim, Reward
+from fastrl.config import Eval, HeldOut, Optim, Reward, Run
 from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
 from fastrl.experience import Evaluable, order
@@ -49,6 +50,9 @@ from fastrl.tasks import Cards
 ROOT = Path(__file__).parents[1]
 FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]  # the one group of unequal rewards is the first process's
 PREFERENCES = ("dpo", "kto")
+FUSED = {  # one step's offline pairs, minibatch of groups with members, on-policy pairs and lists
+    "grpo_dpo": {"norms_every": 1, "pairs": 5}, "grpo_pairs": {}, "online_dpo": {"pairing": "all"}, "group_softmax": {"anchor": "old"},
+}  # fmt: skip
 ALIKE = ("bnpo", "two_sided", "luspo", "sapo", "pass_at_k", "max_rl", "reinforce++")  # others share what processes could get wrong
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
 MIXTURES: dict[str, dict[str, Any]] = {  # of hybrids: options of the source
@@ -96,12 +100,11 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     fastrl.trainer.train(grpo(folder, **RUN))
-    slow = {"optim": Optim(lr=1e-2, eps=1e-2)}
-    for name in PREFERENCES:
-        found[f"first step of {name}"] = first_step(dpo(folder, name, algorithm=name, prompts=5, **slow))
-    for name, options in REWARDED.items():
-        found[f"first step of {name}"] = first_step(reward(folder, name, **slow | {"prompts": 5} | options))
-    return found
+    slow: dict[str, Any] = {"optim": Optim(lr=1e-2, eps=1e-2)}
+    runs: dict[str, Run] = {name: dpo(folder, name, algorithm=name, prompts=5, **slow) for name in PREFERENCES}
+    runs |= {name: fusion(folder, name, algorithm=name, prompts=5, **slow, **options) for name, options in FUSED.items()}
+    runs |= {name: reward(folder, name, **slow | {"prompts": 5} | options) for name, options in REWARDED.items()}
+    return found | {f"first step of {name}": first_step(config) for name, config in runs.items()}
 
 
 def reward(folder: Path, name: str, **changes: Any) -> Reward:
@@ -113,7 +116,7 @@ def reward(folder: Path, name: str, **changes: Any) -> Reward:
     )  # fmt: skip
 
 
-def first_step(config: Dpo | Reward) -> tuple[dict[str, float], torch.Tensor]:
+def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
     """The metrics of a run's first step, with those of a reward model's evaluation after it, and the weights after it."""
     run = set_up(config)
     with run.log:
@@ -214,11 +217,11 @@ def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, 
         assert found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*PREFERENCES, *REWARDED])
+@pytest.mark.parametrize("name", [*PREFERENCES, *FUSED, *REWARDED])
 def test_a_step_of_comparisons_is_that_of_one_process(name, one, two):
     """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file while the other computes;
     a baseline of mismatches within a share; a mean over a share's pairs, groups or verdicts; accuracy of a share; a process
-    without a group that waits in another sum."""
+    without a group that waits in another sum; norms of one process's part of a gradient."""
     metrics, weights = one[1][f"first step of {name}"]
     for found in two[1]:
         assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)

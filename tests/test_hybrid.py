@@ -342,7 +342,10 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
         ({"demo_reward": nan}, "--demo-reward: expected a finite number, got nan"),
         ({"solved": nan}, "--solved: expected a reward, got nan"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
-        ({"sampling": Sampling(temperature=0.5)}, "--sampling.temperature: expected 1, at which demonstrations are scored, got 0.5"),
+        (
+            {"sampling": Sampling(temperature=0.5)},
+            "--sampling.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5",
+        ),
     ],
 )
 def test_settings_without_meaning_are_refused(changes, message):

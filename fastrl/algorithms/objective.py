@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -45,8 +45,6 @@ class Algorithm:
     entropy_coef: float = 0.0
     correction: Correction | None = None
     prepare: tuple[Prepare, ...] = ()
-
-    unit: ClassVar[int] = 1  # sequences that lie next to each other and are never cut apart: 2 of a pair
 
     @property
     def needs_reference(self) -> bool:
