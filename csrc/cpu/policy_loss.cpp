@@ -12,7 +12,7 @@
 
 namespace fastrl {
 
-constexpr int kPolicySurrogates = 8, kPolicyKls = 8;
+constexpr int kPolicySurrogates = 8, kPolicyKls = 9;
 
 // The metrics in the order of METRICS (kernels/_policy_metrics.py).  The last is made of two others: its place holds the loss.
 enum PolicySum {
