@@ -268,6 +268,7 @@ def test_over_optimisation_of_a_frozen_reward_model_and_none_of_a_trained_one():
             {"reward_loss": "outcome"},
             "--reward-loss: expected one that compares completions, bradley_terry or plackett_luce; got",
         ),
+        ({"reward_loss": "bradley"}, "got 'bradley'; did you mean 'bradley_terry'"),
         ({"group": 1, "algorithm": "reinforce++"}, "--group: expected at least 2 completions of a prompt, to compare them; got 1"),
         ({"center": -1.0}, "--center: expected a number of 0 or more; got -1.0"),
         ({"reward_lr": math.inf}, "--reward-lr: expected a number"),

@@ -17,6 +17,7 @@ from fastrl.algorithms.objective import Algorithm
 from fastrl.algorithms.reward import REWARD_LOSSES, RewardLoss
 from fastrl.config import Joint
 from fastrl.errors import UserError
+from fastrl.files import nearest
 
 
 class Scale(NamedTuple):
@@ -57,7 +58,8 @@ def choose_joint(config: Joint) -> CoTrained:
     """The family's row with the reward model's part.  Raises UserError for options that do not go together."""
     rows = [name for name, row in REWARD_LOSSES.items() if row.compares]
     if config.reward_loss not in rows:
-        raise UserError(f"--reward-loss: expected one that compares completions, {' or '.join(rows)}; got {config.reward_loss!r}")
+        got = f"{config.reward_loss!r}{nearest(config.reward_loss, rows)}"
+        raise UserError(f"--reward-loss: expected one that compares completions, {' or '.join(rows)}; got {got}")
     base = choose_algorithm(config)
     assert base.advantage is not None
     share, compared = config.offline_share, config.group * config.max_new_tokens
