@@ -106,7 +106,8 @@ class Sampler:
         on_tokens(n)      is told of every n tokens drawn
         environment       answers each turn that the policy ends with a stop; its tokens are no part of completion_mask
         tail              what becomes of the last few sequences; None finishes them
-        carried           unfinished sequences of earlier calls, which go on under their own numbers; they come first in what is returned
+        carried           unfinished sequences of earlier calls, which go on under their own numbers; they come first in what is returned;
+                          one with nothing left to draw under these params ends as "length"
         lengths           the longest completion of each prompt, instead of params.max_new_tokens
 
         Raises UserError for a prompt that is empty, foreign to the vocabulary or too long for the context, and for a budget that does
