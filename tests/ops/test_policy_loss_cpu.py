@@ -155,3 +155,13 @@ def test_bad_arguments_are_value_errors(changes, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         C.policy_loss_cpu(*(given | changes).values())
+
+
+@needs_c
+@pytest.mark.parametrize("ends", [[0, 2, 4], [0, -1, 3], [0, 3, 1]])
+def test_ends_that_lead_outside_are_not_followed(ends):
+    """Wrong: memory before or after the log-probs, read and written, by a caller of the module itself."""
+    cu, x = torch.tensor(ends), torch.zeros(32)
+    at = x.data_ptr()
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing ends, 0 to 3, got"):
+        C.policy_loss_cpu(at, 0, at, at, at, 0, 0, 0, cu.data_ptr(), 2, at, at, at, 0, 3, (0.2, 0.2, math.inf), -1, 0.0, 0.0, 3, 1)
