@@ -1,0 +1,167 @@
+"""Does every method learn?  `python -m fastrl.recipes.learning` (`make learning`): one SFT start, every method from it, several seeds.
+
+Each row of METHODS is a command with its recipe, so that what is measured is what a user would type; on-policy methods have one budget
+of completions.  What was done before is not done again: a run that has a result.json is left alone, one that was stopped resumes.
+The differences to the start are on the test split, paired by prompt; nothing was chosen on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.bench.ledger import identity
+from fastrl.checkpoint import whole
+from fastrl.config import Grpo
+from fastrl.errors import UserError
+from fastrl.options import load
+from fastrl.recipes.demo import PROMPTS, RECIPES, SAMPLES, command, newest
+from fastrl.recipes.learning_table import RESULT, START, as_text, gather, publish
+from fastrl.recipes.margins import margins
+
+STEPS = 80  # of every on-policy method: 64 prompts x 8 completions each
+UPDATES = 2 * STEPS  # of the control: what two minibatches a step come to
+
+
+# --- what is measured -------------------------------------------------------------------------------
+def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Right answers to the test split's prompts: greedy (P,), and the share of right samples (P,)."""
+    cards = load(Grpo, RECIPES / "cards_grpo.yaml")
+    file = run / "test.json"
+    call(
+        "eval", "--model", str(checkpoint), "--task", "cards", "--task-options", *cards.task_options, "--prompts", str(PROMPTS),
+        "--samples", str(SAMPLES), "--max-new-tokens", str(cards.max_new_tokens), "--seed", str(seed), "--threads", "1",
+        "--output", str(file),
+    )  # fmt: skip
+    rows = json.loads(file.read_text(encoding="utf-8"))["answers"]
+    return {
+        "greedy": [float(r["greedy"]["correct"]) for r in rows],
+        "sampled": [sum(s["correct"] for s in r["sampled"]) / len(r["sampled"]) for r in rows],
+    }
+
+
+def margin(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Of the test split's pairs: log-probability of the right answer less that of the wrong one, nats, by this model (P,)."""
+    cards = load(Grpo, RECIPES / "cards_grpo.yaml")
+    return {"margin": margins(checkpoint, cards.task_options, split="test", count=PROMPTS)} | answers(checkpoint, run, seed)
+
+
+def pairs(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Accuracy on the test split's pairs, as the run's last evaluation has it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if "eval/accuracy" in line][-1]
+    return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")], "ece": last["eval/ece"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A row: a command, its recipe, what is set otherwise, and what is measured of its last checkpoint."""
+
+    command: str
+    recipe: str
+    options: tuple[str, ...] = ()
+    measure: Callable[[Path, Path, int], dict[str, Any]] = answers
+
+
+def _family(name: str) -> Method:
+    return Method("grpo", "cards_grpo", ("--algorithm", name, "--steps", str(STEPS), "--eval.prompts", "0"))
+
+
+FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo", "gmpo", "sapo")
+SHORT = ("--steps", str(STEPS), "--eval.prompts", "0")
+METHODS: dict[str, Method] = {
+    "sft continued": Method("sft", "cards_sft_continued", ("--steps", str(UPDATES))),
+    **{name: _family(name) for name in FAMILY},
+    "ppo": Method("ppo", "cards_ppo", SHORT),
+    "hpt": Method("hybrid", "cards_hybrid", SHORT),
+    "dpo": Method("dpo", "cards_dpo", ("--eval.prompts", "0"), margin),
+    "reward": Method("reward", "cards_reward", ("--eval.split", "test", "--eval.prompts", str(PROMPTS), "--eval.every", "0"), pairs),
+}
+
+
+# --- running ----------------------------------------------------------------------------------------
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not done, print the table, and write it where it is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m fastrl.recipes.learning", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/learning"), help="where the runs go (default: runs/learning)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted from 0 (default: 3)")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"some of: {', '.join(METHODS)}")
+    parser.add_argument("--results", type=Path, help="folder for learning-<date>.json, such as bench/results")
+    parser.add_argument("--readme", type=Path, help="file whose table is written anew from the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        start = begin(options.output_dir / "start", range(options.seeds))
+        for seed in range(options.seeds):  # seed by seed, so that a run that is stopped has whole seeds
+            for name in options.only:
+                train(name, METHODS[name], seed, start, options.output_dir)
+        found = gather(options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()})
+        print(as_text(found))
+        publish(found, options.output_dir, options.results, options.readme)
+    except (UserError, subprocess.CalledProcessError) as error:
+        print(f"learning: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def begin(folder: Path, seeds: Sequence[int]) -> Path:
+    """The checkpoint that every method starts from: seed 0 of the recipe, measured with every seed's noise."""
+    if not whole(folder):
+        sft = ("--model", str(RECIPES / "cards.config.json"), "--threads", "1", "--output-dir", str(folder))
+        call(*command("sft", "cards_sft", *sft)[2:])
+    start = newest(folder)
+    for seed in seeds:
+        record(folder / f"seed{seed}", partial(margin, start), START, seed)
+    return start
+
+
+def train(name: str, method: Method, seed: int, start: Path, folder: Path) -> None:
+    """One seed of one method, from the start to its result."""
+    run = folder / name.replace(" ", "_") / f"seed{seed}"
+    own = ("--model", str(start), "--threads", "1", "--seed", str(seed), "--output-dir", str(run), *method.options)
+
+    def work(run: Path, seed: int) -> dict[str, Any]:
+        resume = ("--resume",) if whole(run) else ()
+        seconds = call(*command(method.command, method.recipe, *own, *resume)[2:])
+        return {"seconds": seconds} | method.measure(newest(run), run, seed)
+
+    record(run, work, name, seed)
+
+
+def record(run: Path, work: Callable[[Path, int], dict[str, Any]], name: str, seed: int) -> None:
+    """What `work` finds, written beside the run with the commit it ran at; nothing if that was done before."""
+    if (run / RESULT).is_file():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    found = {"method": name, "seed": seed, "identity": identity(torch.device("cpu"))} | work(run, seed)
+    (run / RESULT).write_text(json.dumps(found), encoding="utf-8")
+
+
+def call(*arguments: str) -> float:
+    """Run a command as a user would type it; its CPU time, s: one thread, so the time that it takes alone.
+
+    Raises CalledProcessError when it fails.
+    """
+    print(f"$ fastrl {' '.join(arguments)}", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastrl", *arguments], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    sys.exit(main())

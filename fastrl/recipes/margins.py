@@ -1,0 +1,42 @@
+"""What a language model makes of pairs of a right and a wrong answer: which it finds likelier, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl import ops
+from fastrl.adapter import load_model
+from fastrl.data import Row
+from fastrl.intake import load_run_task
+from fastrl.pairs import encode_units
+from fastrl.preferences import pack_units
+from fastrl.tokenizer import load_tokenizer
+
+CHUNK = 64  # pairs of one forward pass
+
+
+@torch.no_grad()
+def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
+    """log p(demonstration) - log p(mistake) of the first `count` hands of a split of the card game, nats, summed over tokens, on CPU."""
+    task: Any = load_run_task("cards", task_options)
+    model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
+    examples = [task.example(split, i) for i in range(min(count, task.size(split)))]
+    rows = [
+        Row(f"{split}[{i}]", "pair", {"prompt": e.prompt, "chosen": e.demo, "rejected": task.mistakes(e, 1, i)[0]})
+        for i, e in enumerate(examples)
+    ]
+    out: list[float] = []
+    every = encode_units(rows, load_tokenizer(None, str(checkpoint), task), paired=True)
+    for first in range(0, len(every), CHUNK):
+        units = every[first : first + CHUNK]
+        batch = pack_units(units, 1, torch.device("cpu"))
+        at = batch.mask[1:].nonzero().squeeze(1)
+        logp = ops.linear_logp(model(batch.tokens, batch.cu_seqlens)[at], model.head_weight, batch.tokens[at + 1]).logp
+        sequence = torch.repeat_interleave(torch.arange(2 * len(units)), batch.cu_seqlens.diff().long())[at + 1]
+        chosen, rejected = torch.zeros(2 * len(units)).index_add(0, sequence, logp).view(-1, 2).unbind(1)
+        out += (chosen - rejected).tolist()
+    return out
