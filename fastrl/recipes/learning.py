@@ -29,7 +29,7 @@ from fastrl.recipes.demo import PROMPTS, RECIPES, SAMPLES, command, newest
 from fastrl.recipes.learning_table import RESULT, START, as_text, gather, publish
 from fastrl.recipes.margins import margins
 
-STEPS = 80  # of every on-policy method: 64 prompts x 8 completions each
+STEPS = 60  # of every on-policy method: 64 prompts x 8 completions each
 UPDATES = 2 * STEPS  # of the control: what two minibatches a step come to
 
 
