@@ -21,8 +21,9 @@ from fastrl.stats import mean_interval
 from fastrl.tasks import Example, Score
 
 COMMANDS = {
-    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_reward": Reward, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "gsm8k_sft": Sft,
+    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_kto": Dpo, "cards_ppo": Ppo,
+    "cards_hybrid": Hybrid, "gsm8k_sft": Sft, "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward,
+    "cards_process": Reward,
 }  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             choose_reward_loss(run(tmp_path, **changes))
-    with pytest.raises(UserError, match="--task: cards gives no steps to learn from; give a --dataset"):
+    with pytest.raises(UserError, match=r"--step-separator: '\\n' does not join the steps of cards to '"):
         fastrl.trainer.train(run(tmp_path, algorithm="process"))
     with pytest.raises(UserError, match="--task: gsm8k gives no wrong answers to learn from; give a --dataset"):
         fastrl.trainer.train(run(tmp_path, "other", task="gsm8k", task_options=(), tokenizer=str(_saved_tokenizer(tmp_path))))
