@@ -24,11 +24,17 @@ from fastrl.bench.ledger import identity
 from fastrl.checkpoint import whole
 from fastrl.config import Grpo
 from fastrl.errors import UserError
+from fastrl.log import METRICS
 from fastrl.options import load
 from fastrl.recipes.demo import PROMPTS, RECIPES, SAMPLES, command, newest
+from fastrl.recipes.gsm8k_reward import prepare
 from fastrl.recipes.learning_table import RESULT, START, as_text, gather, publish
-from fastrl.recipes.margins import margins
+from fastrl.recipes.margins import margins, reward_margins
+from fastrl.stats import wilson
 
+GSM8K = "FASTRL_GSM8K"  # the environment's variable, as for --task gsm8k
+CARDS = load(Grpo, RECIPES / "cards_grpo.yaml")
+OPTIONS = CARDS.task_options
 STEPS = 60  # of every on-policy method: 64 prompts x 8 completions each
 UPDATES = 2 * STEPS  # of the control: what two minibatches a step come to
 
@@ -36,11 +42,10 @@ UPDATES = 2 * STEPS  # of the control: what two minibatches a step come to
 # --- what is measured -------------------------------------------------------------------------------
 def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
     """Right answers to the test split's prompts: greedy (P,), and the share of right samples (P,)."""
-    cards = load(Grpo, RECIPES / "cards_grpo.yaml")
     file = run / "test.json"
     call(
-        "eval", "--model", str(checkpoint), "--task", "cards", "--task-options", *cards.task_options, "--prompts", str(PROMPTS),
-        "--samples", str(SAMPLES), "--max-new-tokens", str(cards.max_new_tokens), "--seed", str(seed), "--threads", "1",
+        "eval", "--model", str(checkpoint), "--task", "cards", "--task-options", *OPTIONS, "--prompts", str(PROMPTS),
+        "--samples", str(SAMPLES), "--max-new-tokens", str(CARDS.max_new_tokens), "--seed", str(seed), "--threads", "1",
         "--output", str(file),
     )  # fmt: skip
     rows = json.loads(file.read_text(encoding="utf-8"))["answers"]
@@ -52,40 +57,51 @@ def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 
 def margin(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
     """Of the test split's pairs: log-probability of the right answer less that of the wrong one, nats, by this model (P,)."""
-    cards = load(Grpo, RECIPES / "cards_grpo.yaml")
-    return {"margin": margins(checkpoint, cards.task_options, split="test", count=PROMPTS)} | answers(checkpoint, run, seed)
+    return {"margin": margins(checkpoint, OPTIONS, split="test", count=PROMPTS)} | answers(checkpoint, run, seed)
 
 
-def pairs(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Accuracy on the test split's pairs, as the run's last evaluation has it."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def preferred(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Of the test split's pairs: the reward of the right answer less that of the wrong one (P,)."""
+    found = reward_margins(checkpoint, OPTIONS, split="test", count=PROMPTS)
+    right = sum(m > 0 for m in found)
+    return {"accuracy": [right / len(found), *wilson(right, len(found))], "pairs": len(found)}
+
+
+def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Accuracy on the pairs of held-out problems, as the run's last evaluation has it; the interval is over problems."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "eval/accuracy" in line][-1]
-    return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")], "ece": last["eval/ece"]}
+    return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")], "pairs": "held-out problems"}
 
 
+# --- what is run ------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row: a command, its recipe, what is set otherwise, and what is measured of its last checkpoint."""
+    """A row: a command, its recipe, what is set otherwise, what is measured of its last checkpoint, and what it starts from."""
 
     command: str
     recipe: str
     options: tuple[str, ...] = ()
     measure: Callable[[Path, Path, int], dict[str, Any]] = answers
+    start: str = "cards"
 
 
 def _family(name: str) -> Method:
-    return Method("grpo", "cards_grpo", ("--algorithm", name, "--steps", str(STEPS), "--eval.prompts", "0"))
+    return Method("grpo", "cards_grpo", ("--algorithm", name, *SHORT))
 
 
 FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo", "gmpo", "sapo")
-SHORT = ("--steps", str(STEPS), "--eval.prompts", "0")
+QUIET = ("--eval.prompts", "0")
+SHORT = ("--steps", str(STEPS), *QUIET)
+REWARDS = {"bradley_terry": "reward", "plackett_luce": "ranking", "outcome": "outcome", "process": "process"}
 METHODS: dict[str, Method] = {
     "sft continued": Method("sft", "cards_sft_continued", ("--steps", str(UPDATES))),
     **{name: _family(name) for name in FAMILY},
     "ppo": Method("ppo", "cards_ppo", SHORT),
     "hpt": Method("hybrid", "cards_hybrid", SHORT),
-    "dpo": Method("dpo", "cards_dpo", ("--eval.prompts", "0"), margin),
-    "reward": Method("reward", "cards_reward", ("--eval.split", "test", "--eval.prompts", str(PROMPTS), "--eval.every", "0"), pairs),
+    "dpo": Method("dpo", "cards_dpo", QUIET, margin),
+    **{f"reward, {row}": Method("reward", f"cards_{recipe}", QUIET, preferred) for row, recipe in REWARDS.items()},
+    "reward, gsm8k": Method("reward", "gsm8k_reward", measure=held_out, start="gsm8k"),
 }
 
 
@@ -95,16 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrl.recipes.learning", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/learning"), help="where the runs go (default: runs/learning)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted from 0 (default: 3)")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"some of: {', '.join(METHODS)}")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=possible(), metavar="NAME", help=f"some of: {', '.join(METHODS)}")
     parser.add_argument("--results", type=Path, help="folder for learning-<date>.json, such as bench/results")
     parser.add_argument("--readme", type=Path, help="file whose table is written anew from the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        start = begin(options.output_dir / "start", range(options.seeds))
+        asked = {METHODS[name].start for name in options.only}
+        starts = {k: make(options.output_dir / FOLDERS[k], range(options.seeds)) for k, make in STARTS.items() if k in asked}
         for seed in range(options.seeds):  # seed by seed, so that a run that is stopped has whole seeds
             for name in options.only:
-                train(name, METHODS[name], seed, start, options.output_dir)
+                train(name, METHODS[name], seed, starts[METHODS[name].start], options.output_dir)
         found = gather(options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()})
         print(as_text(found))
         publish(found, options.output_dir, options.results, options.readme)
@@ -114,21 +131,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def begin(folder: Path, seeds: Sequence[int]) -> Path:
-    """The checkpoint that every method starts from: seed 0 of the recipe, measured with every seed's noise."""
+def possible() -> list[str]:
+    """Every method whose data is there."""
+    left_out = [] if GSM8K in os.environ else [name for name, m in METHODS.items() if m.start == "gsm8k"]
+    if left_out:
+        print(f"without {', '.join(left_out)}: {GSM8K} does not name the folder of train.jsonl and model_solutions.jsonl", file=sys.stderr)
+    return [name for name in METHODS if name not in left_out]
+
+
+def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
+    """What every method on the card game starts from: seed 0 of the recipe, measured with every seed's noise."""
     if not whole(folder):
         sft = ("--model", str(RECIPES / "cards.config.json"), "--threads", "1", "--output-dir", str(folder))
         call(*command("sft", "cards_sft", *sft)[2:])
     start = newest(folder)
     for seed in seeds:
         record(folder / f"seed{seed}", partial(margin, start), START, seed)
-    return start
+    return ["--model", str(start)]
 
 
-def train(name: str, method: Method, seed: int, start: Path, folder: Path) -> None:
+def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
+    """What reward models of word problems start from: a decoder that has read the training set's solutions."""
+    data = folder.parent / "gsm8k_data"
+    paths = ["--tokenizer", str(data / "tokenizer"), "--threads", "1"]
+    if not whole(folder):
+        if GSM8K not in os.environ:
+            raise UserError(f"--only: {GSM8K} must name the folder of train.jsonl and model_solutions.jsonl")
+        prepare(Path(os.environ[GSM8K]), data)
+        own = ("--model", str(RECIPES / "gsm8k_small.config.json"), "--dataset", str(data / "solutions.jsonl"))
+        call(*command("sft", "gsm8k_read", *own, *paths, "--output-dir", str(folder))[2:])
+    return ["--model", str(newest(folder)), "--dataset", str(data / "groups.jsonl"), *paths[:2]]
+
+
+STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {"cards": begin, "gsm8k": begin_reading}
+FOLDERS = {"cards": START, "gsm8k": "gsm8k_read"}
+
+
+def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Path) -> None:
     """One seed of one method, from the start to its result."""
-    run = folder / name.replace(" ", "_") / f"seed{seed}"
-    own = ("--model", str(start), "--threads", "1", "--seed", str(seed), "--output-dir", str(run), *method.options)
+    run = folder / "".join(c if c.isalnum() or c in "+_" else "_" for c in name) / f"seed{seed}"
+    own = (*start, "--threads", "1", "--seed", str(seed), "--output-dir", str(run), *method.options)
 
     def work(run: Path, seed: int) -> dict[str, Any]:
         resume = ("--resume",) if whole(run) else ()

@@ -44,7 +44,7 @@ def _row(runs: Sequence[dict[str, Any]], start: Mapping[int, dict[str, Any]]) ->
     pairs = [(start[r["seed"]], r) for r in runs]
     out: dict[str, Any] = {"seconds": [r["seconds"] for r in runs]}
     if "accuracy" in runs[0]:
-        out |= {"pairs": [{"seed": r["seed"], "accuracy": r["accuracy"], "ece": r["ece"]} for r in runs]}
+        out |= {"pairs": [{"seed": r["seed"], "accuracy": r["accuracy"], "of": r["pairs"]} for r in runs]}
     if "sampled" in runs[0]:
         gains = [[b - a for a, b in zip(s["sampled"], r["sampled"], strict=True)] for s, r in pairs]
         out |= {"seeds": [_answers(r, s) for s, r in pairs], "gain": _both(gains)}

@@ -1,4 +1,4 @@
-"""What a language model makes of pairs of a right and a wrong answer: which it finds likelier, and by how much."""
+"""What a model makes of pairs of a right and a wrong answer to the card game: which of them it prefers, and by how much."""
 
 from __future__ import annotations
 
@@ -14,21 +14,36 @@ from fastrl.data import Row
 from fastrl.intake import load_run_task
 from fastrl.pairs import encode_units
 from fastrl.preferences import pack_units
+from fastrl.reward_model import RewardModel
 from fastrl.tokenizer import load_tokenizer
 
 CHUNK = 64  # pairs of one forward pass
 
 
-@torch.no_grad()
-def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
-    """log p(demonstration) - log p(mistake) of the first `count` hands of a split of the card game, nats, summed over tokens, on CPU."""
+def card_pairs(task_options: Sequence[str], split: str, count: int) -> tuple[Any, list[Row]]:
+    """The task, and the first `count` hands of a split: the demonstration against one of the task's own mistakes, its four kinds mixed."""
     task: Any = load_run_task("cards", task_options)
-    model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     examples = [task.example(split, i) for i in range(min(count, task.size(split)))]
-    rows = [
+    return task, [
         Row(f"{split}[{i}]", "pair", {"prompt": e.prompt, "chosen": e.demo, "rejected": task.mistakes(e, 1, i)[0]})
         for i, e in enumerate(examples)
     ]
+
+
+def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
+    """A reward model's score of the demonstration less that of the mistake, on CPU."""
+    task, rows = card_pairs(task_options, split, count)
+    model = RewardModel.load(checkpoint)
+    model.tokenizer = load_tokenizer(None, str(checkpoint), task)
+    sides = [model.score([(r.fields["prompt"], r.fields[side]) for r in rows]) for side in ("chosen", "rejected")]
+    return [right - wrong for right, wrong in zip(*sides, strict=True)]
+
+
+@torch.no_grad()
+def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
+    """log p(demonstration) - log p(mistake) under a language model, nats, summed over tokens, on CPU."""
+    task, rows = card_pairs(task_options, split, count)
+    model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     out: list[float] = []
     every = encode_units(rows, load_tokenizer(None, str(checkpoint), task), paired=True)
     for first in range(0, len(every), CHUNK):
