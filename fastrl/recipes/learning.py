@@ -175,7 +175,7 @@ def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Pa
     def work(run: Path, seed: int) -> dict[str, Any]:
         resume = ("--resume",) if whole(run) else ()
         seconds = call(*command(method.command, method.recipe, *own, *resume)[2:])
-        return {"seconds": seconds} | method.measure(newest(run), run, seed)
+        return {"seconds": None if resume else seconds} | method.measure(newest(run), run, seed)
 
     record(run, work, name, seed)
 

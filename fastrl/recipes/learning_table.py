@@ -100,7 +100,8 @@ def _policies(found: Mapping[str, Any]) -> str:
         if "gain" in row:
             gain, single = row["gain"], ", ".join(f"{100 * s['gain'][0]:+.1f}" for s in row["seeds"])
             over = "" if gain["over_seeds"] is None else _ends(gain["over_seeds"])
-            seconds = f"{sum(row['seconds']) / len(row['seconds']):.0f}"
+            known = [s for s in row["seconds"] if s is not None]  # a resumed run knows the time of its last part only
+            seconds = f"{sum(known) / len(known):.0f}" if known else ""
             rows.append(
                 (name, _mean(row["seeds"], "greedy"), _mean(row["seeds"], "sampled"), _points(gain["over_prompts"]), over, single, seconds)
             )
