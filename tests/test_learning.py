@@ -38,7 +38,7 @@ def folder(tmp_path) -> Path:
     write(tmp_path, "grpo", 0, seconds=10.0, **right(0.5, 1.0, 0.5))
     write(tmp_path, "grpo", 1, seconds=20.0, **right(0.5, 0.75, 0.5))
     write(tmp_path, "dpo", 0, seconds=5.0, **right(0.0, 1.0, 0.5), margin=[3.0, 1.0, 5.0])
-    write(tmp_path, "reward", 0, seconds=5.0, accuracy=[0.9, 0.85, 0.95], pairs=800)
+    write(tmp_path, "reward", 0, seconds=5.0, accuracy=[0.9, 0.85, 0.95], kinds={"false_step": [0.5, 0.4, 0.6]})
     return tmp_path
 
 
@@ -65,7 +65,8 @@ def test_differences_are_to_the_start_of_the_same_seed(folder):
 def test_the_table_says_what_was_found(folder):
     text = as_text(gather(folder, COMMANDS))
     assert "| grpo | 33.3% | 62.5% | +16.7 points" in text and "+16.7, +16.7 | 15 |" in text
-    assert "| dpo | 0 | margin, nats | 1.0 | 3.0 |" in text and "| 90.0% [85.0%, 95.0%] |" in text
+    assert "| dpo | 66.7% before, 100.0% after | 100.0% [43.9%, 100.0%] | margin 1.0 nats before, 3.0 after: +2.0," in text
+    assert "| reward | 90.0% | 90.0% [85.0%, 95.0%] | false step 50.0% |" in text
     assert "never run" not in text
 
 

@@ -61,17 +61,18 @@ def margin(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 
 
 def preferred(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Of the test split's pairs: the reward of the right answer less that of the wrong one (P,)."""
+    """Of the test split's pairs: the share in which the right answer has the higher reward, all kinds of mistakes mixed and by kind."""
     found = reward_margins(checkpoint, OPTIONS, split="test", count=PROMPTS)
-    right = sum(m > 0 for m in found)
-    return {"accuracy": [right / len(found), *wilson(right, len(found))], "pairs": len(found)}
+    right = {kind: (sum(m > 0 for m in some), len(some)) for kind, some in found.items()}
+    shares = {kind: [n / of, *wilson(n, of)] for kind, (n, of) in right.items()}
+    return {"accuracy": shares.pop("mixed"), "kinds": shares}
 
 
 def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
     """Accuracy on the pairs of held-out problems, as the run's last evaluation has it; the interval is over problems."""
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "eval/accuracy" in line][-1]
-    return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")], "pairs": "held-out problems"}
+    return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")]}
 
 
 # --- what is run ------------------------------------------------------------------------------------

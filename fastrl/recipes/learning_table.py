@@ -44,7 +44,7 @@ def _row(runs: Sequence[dict[str, Any]], start: Mapping[int, dict[str, Any]]) ->
     pairs = [(start[r["seed"]], r) for r in runs]
     out: dict[str, Any] = {"seconds": [r["seconds"] for r in runs]}
     if "accuracy" in runs[0]:
-        out |= {"pairs": [{"seed": r["seed"], "accuracy": r["accuracy"], "of": r["pairs"]} for r in runs]}
+        out |= {"pairs": [{"seed": r["seed"], "accuracy": r["accuracy"], "kinds": r.get("kinds", {})} for r in runs]}
     if "sampled" in runs[0]:
         gains = [[b - a for a, b in zip(s["sampled"], r["sampled"], strict=True)] for s, r in pairs]
         out |= {"seeds": [_answers(r, s) for s, r in pairs], "gain": _both(gains)}
@@ -111,13 +111,17 @@ def _policies(found: Mapping[str, Any]) -> str:
 def _pairs(found: Mapping[str, Any]) -> str:
     rows = []
     for name, row in found["methods"].items():
-        for s in row.get("pairs", ()):
-            rows.append((name, s["seed"], "accuracy on pairs", "", _share(s["accuracy"])))
-        for s in row.get("margins", ()):
-            before, after = s["before"], s["after"]
-            rows.append((name, s["seed"], "margin, nats", f"{before['mean'][0]:.1f}", f"{after['mean'][0]:.1f}"))
-            rows.append((name, s["seed"], "pairs ranked right", _share(before["ranked_right"]), _share(after["ranked_right"])))
-    return _table(("method", "seed", "what", "before", "after"), rows) if rows else ""
+        if some := row.get("pairs"):
+            kinds = [f"{kind.replace('_', ' ')} {_mean([s['kinds'] for s in some], kind)}" for kind in some[0]["kinds"]]
+            rows.append((name, _mean(some, "accuracy"), ", ".join(_share(s["accuracy"]) for s in some), ", ".join(kinds)))
+        if some := row.get("margins"):
+            before, after = ([s[when] for s in some] for when in ("before", "after"))
+            ranked = f"{_mean(before, 'ranked_right')} before, {_mean(after, 'ranked_right')} after"
+            was, now = (sum(s["mean"][0] for s in sides) / len(sides) for sides in (before, after))
+            lo, hi = row["margin_gain"]["over_prompts"][1:]
+            margin = f"margin {was:.1f} nats before, {now:.1f} after: {now - was:+.1f}, {lo:+.1f} to {hi:+.1f}"
+            rows.append((name, ranked, ", ".join(_share(s["ranked_right"]) for s in after), margin))
+    return _table(("method", "pairs ranked right", "single seeds", "by kind of mistake; margin"), rows) if rows else ""
 
 
 def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

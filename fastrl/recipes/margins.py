@@ -15,6 +15,7 @@ from fastrl.intake import load_run_task
 from fastrl.pairs import encode_units
 from fastrl.preferences import pack_units
 from fastrl.reward_model import RewardModel
+from fastrl.tasks.cards_mistakes import of_each_kind
 from fastrl.tokenizer import load_tokenizer
 
 CHUNK = 64  # pairs of one forward pass
@@ -30,13 +31,22 @@ def card_pairs(task_options: Sequence[str], split: str, count: int) -> tuple[Any
     ]
 
 
-def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
-    """A reward model's score of the demonstration less that of the mistake, on CPU."""
+def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> dict[str, list[float]]:
+    """A reward model's score of the demonstration less that of a mistake, on CPU: "mixed", the pairs of `card_pairs`, and by kind."""
     task, rows = card_pairs(task_options, split, count)
     model = RewardModel.load(checkpoint)
     model.tokenizer = load_tokenizer(None, str(checkpoint), task)
-    sides = [model.score([(r.fields["prompt"], r.fields[side]) for r in rows]) for side in ("chosen", "rejected")]
-    return [right - wrong for right, wrong in zip(*sides, strict=True)]
+    right = model.score([(r.fields["prompt"], r.fields["chosen"]) for r in rows])
+    pairs = [("mixed", r.fields["prompt"], r.fields["rejected"], better) for r, better in zip(rows, right, strict=True)]
+    for i, better in enumerate(right):
+        example = task.example(split, i)
+        kinds = of_each_kind(example, lambda text, e=example: not task.verify(e, text).correct, split, i)
+        pairs += [(kind, example.prompt, text, better) for kind, text in kinds.items()]
+    worse = model.score([(prompt, text) for _, prompt, text, _ in pairs])
+    out: dict[str, list[float]] = {}
+    for (kind, _, _, better), score in zip(pairs, worse, strict=True):
+        out.setdefault(kind, []).append(better - score)
+    return out
 
 
 @torch.no_grad()
