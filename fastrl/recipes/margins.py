@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastrl.intake import load_run_task
 from fastrl.pairs import encode_units
 from fastrl.preferences import pack_units
 from fastrl.reward_model import RewardModel
+from fastrl.tasks import Example
 from fastrl.tasks.cards_mistakes import of_each_kind
 from fastrl.tokenizer import load_tokenizer
 
@@ -31,6 +33,10 @@ def card_pairs(task_options: Sequence[str], split: str, count: int) -> tuple[Any
     ]
 
 
+def _wrong(task: Any, example: Example, text: str) -> bool:
+    return not task.verify(example, text).correct
+
+
 def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> dict[str, list[float]]:
     """A reward model's score of the demonstration less that of a mistake, on CPU: "mixed", the pairs of `card_pairs`, and by kind."""
     task, rows = card_pairs(task_options, split, count)
@@ -40,7 +46,7 @@ def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str,
     pairs = [("mixed", r.fields["prompt"], r.fields["rejected"], better) for r, better in zip(rows, right, strict=True)]
     for i, better in enumerate(right):
         example = task.example(split, i)
-        kinds = of_each_kind(example, lambda text, e=example: not task.verify(e, text).correct, split, i)
+        kinds = of_each_kind(example, partial(_wrong, task, example), split, i)
         pairs += [(kind, example.prompt, text, better) for kind, text in kinds.items()]
     worse = model.score([(prompt, text) for _, prompt, text, _ in pairs])
     out: dict[str, list[float]] = {}
