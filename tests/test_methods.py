@@ -40,7 +40,9 @@ MENU = {
     "sft": Menu(("sft",), "sft", "cards_sft"),
     "grpo": Menu(tuple(name for name in ALGORITHMS if name != "sft"), "methods", "cards_grpo"),
     "ppo": Menu(tuple(PPO), "ppo", "cards_ppo"),
-    "hybrid": Menu(tuple(HYBRIDS), "hybrid", "cards_hybrid"),
+    "hybrid": Menu(
+        tuple(HYBRIDS), "hybrid", "cards_hybrid", dict.fromkeys(("luffy", "chord", "chord_phi"), "cards_chord")
+    ),
     "dpo": Menu(tuple(PREFERENCES), "preference", "cards_dpo", dict.fromkeys(("kto", "apo_zero_unpaired"), "cards_kto")),
     "reward": Menu(
         tuple(REWARD_LOSSES), "reward", "cards_reward",
