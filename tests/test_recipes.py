@@ -22,8 +22,8 @@ from fastrl.tasks import Example, Score
 
 COMMANDS = {
     "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_kto": Dpo, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward, "cards_process": Reward,
-    "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
+    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward,
+    "cards_process": Reward, "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
 }  # fmt: skip
 
 
