@@ -94,7 +94,7 @@ def _family(name: str) -> Method:
 FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo", "gmpo", "sapo")
 QUIET = ("--eval.prompts", "0")
 SHORT = ("--steps", str(STEPS), *QUIET)
-REWARDS = {"bradley_terry": "reward", "plackett_luce": "ranking", "outcome": "outcome", "process": "process"}
+REWARDS = {"bradley_terry": "reward", "process": "process"}
 METHODS: dict[str, Method] = {
     "sft continued": Method("sft", "cards_sft_continued", ("--steps", str(UPDATES))),
     **{name: _family(name) for name in FAMILY},
