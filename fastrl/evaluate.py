@@ -139,7 +139,7 @@ def run(config: Evaluate) -> None:
     table = worth(found, config.search) if config.search else []
     for line in table:
         e, o = line["accuracy"], line["oracle"]
-        print(f"{config.search} of {line['n']:<4} {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%}), oracle {o.mean:.1%}")
+        print(f"{config.search} {line['n']:<4} {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%}), oracle {o.mean:.1%}")
     if config.output:
         chosen = [SEARCHES[config.search].choose(c) for c in found] if config.search else []
         save(done, Path(config.output), {"search": table} if table else {}, chosen)

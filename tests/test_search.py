@@ -147,7 +147,7 @@ def test_the_command_searches(tmp_path, capsys):
     args = f"eval --model {tmp_path}/model --task cards --task-options k=2 --prompts 3 --samples 4 --max-new-tokens 6 --threads 1"
     out = f"--output {tmp_path}/e.json"
     assert cli.main([*args.split(), *out.split(), "--search", "best_of", "--reward", f"{tmp_path}/r.py:long"]) == 0
-    assert "best_of of 4" in capsys.readouterr().out
+    assert "best_of 4" in capsys.readouterr().out
     kept = json.loads((tmp_path / "e.json").read_text())
     assert [line["n"] for line in kept["search"]] == [1, 2, 4]
     for answer in kept["answers"]:
