@@ -1,13 +1,16 @@
-"""linear: x W^T of a layer, K inputs and N outputs.  What exact mode runs, cpu or triton, beside the library's own product."""
+"""linear: x W^T of a layer, K inputs and N outputs, and its two gradients, beside the library's own products.
+
+On CPU it is what float32 runs by default; on CUDA what exact mode runs, and the default is the library's.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, cases, plain
+from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Draw, cases, plain
 
-CASES = cases(
+DECODE = cases(
     "T N K",
     tiny=(5, 7, 12),
     quick=(64, 1024, 128),
@@ -20,16 +23,28 @@ CASES = cases(
     modes=(FORWARD,),
 )
 
+LEARN = cases(
+    "T N K",
+    tiny=(300, 70, 64),
+    quick=(512, 1024, 128),
+    cpu=[(2048, 4096, 512), (2048, 1536, 512), (2048, 512, 2048), (4096, 1024, 128), (4096, 128, 512)],
+    cuda=[(8192, 9728, 896), (8192, 896, 4864)],
+    slice={"T": 64},
+    modes=(BOTH,),
+)
+CASES = (*DECODE, *LEARN)
+
 
 def data(case: Case) -> Data:
     (T, N, K), draw = case.sizes("T N K"), Draw(case)
-    return Data({"x": draw.normal(T, K), "weight": draw.normal(N, K, std=K**-0.5)})
+    return Data({"x": draw.normal(T, K), "weight": draw.normal(N, K, std=K**-0.5)}, wrt=("x", "weight"), upstream=(draw.normal(T, N),))
 
 
 def cost(case: Case) -> Cost:
-    """One product; x, W and y once each."""
+    """One product, or three; x, W and y once each, or twice and with their gradients."""
     T, N, K = case.sizes("T N K")
-    return Cost((T * K + N * K + T * N) * case.itemsize, 2 * T * N * K)
+    products = 3 if case.mode == BOTH else 1
+    return Cost(products * (T * K + N * K + T * N) * case.itemsize, products * 2 * T * N * K)
 
 
 def eager(x: Tensor, weight: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu_backward_cpu", &swiglu_backward_cpu, NoGil());
 
   m.def("linear_forward_cpu", &linear_forward_cpu, NoGil());
+  m.def("linear_input_grad_cpu", &linear_input_grad_cpu, NoGil());
+  m.def("linear_weight_grad_cpu", &linear_weight_grad_cpu, NoGil());
 
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 

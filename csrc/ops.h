@@ -111,6 +111,12 @@ void swiglu_backward_cpu(Address dx, Address dy, int64_t dy_stride, Address x, i
 // x (M, K), w (N, K) code; bias (N,) fp32 or 0  ->  y (M, N) `out`: fp32 or code
 void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t x_stride, Address w, int64_t w_stride, int code,
                         Address bias, int64_t M, int64_t N, int64_t K, int threads);
+// dy (T, N), w (N, K) fp32  ->  dx = dy w (T, K) fp32
+void linear_input_grad_cpu(Address dx, int64_t dx_stride, Address dy, int64_t dy_stride, Address w, int64_t w_stride, int64_t T, int64_t N,
+                           int64_t K, int threads);
+// a (T, M), b (T, N) fp32  ->  y (M, N) fp32 = a^T b, or y + a^T b
+void linear_weight_grad_cpu(Address y, int64_t y_stride, Address a, int64_t a_stride, Address b, int64_t b_stride, int64_t T, int64_t M,
+                            int64_t N, bool add, int threads);
 
 // --- decode_attention: formula in kernels/decode_attention.py ---------------------------------------------
 // q (B, H, E) code; k_cache, v_cache (pages, page, K, E) code, contiguous; block_table (R, N) int32; lengths (B,) int32;

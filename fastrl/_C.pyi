@@ -298,6 +298,33 @@ def linear_forward_cpu(
     threads: int,
     /,
 ) -> None: ...
+def linear_input_grad_cpu(
+    dx: int,
+    dx_stride: int,
+    dy: int,
+    dy_stride: int,
+    w: int,
+    w_stride: int,
+    T: int,
+    N: int,
+    K: int,
+    threads: int,
+    /,
+) -> None: ...
+def linear_weight_grad_cpu(
+    y: int,
+    y_stride: int,
+    a: int,
+    a_stride: int,
+    b: int,
+    b_stride: int,
+    T: int,
+    M: int,
+    N: int,
+    add: bool,
+    threads: int,
+    /,
+) -> None: ...
 def advance_cpu(
     draw: list[int],
     rows: list[int],

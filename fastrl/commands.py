@@ -14,15 +14,20 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.adapter import load_model
 from fastrl.algorithms import Algorithm, choose_algorithm
+from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.hybrid import Mixed, choose_hybrid
+from fastrl.algorithms.fusion import Fused, choose_fusion, offline
+from fastrl.algorithms.hybrid import Mixed
 from fastrl.algorithms.ppo import ActorCritic, choose_ppo
 from fastrl.algorithms.preference import Preference, choose_preference
 from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Run, Sft
+from fastrl.errors import UserError
 from fastrl.experience import Demonstrations, OnPolicy, Source, check_rollouts
-from fastrl.intake import demonstrations, demonstrations_of_prompts, prompts_and_rewards
+from fastrl.fusion import Contrasted, FusedLearner, FusedSource
+from fastrl.intake import demonstrations, prompts_and_rewards
+from fastrl.known import demonstrations_of_prompts, pairs_of_prompts
 from fastrl.learner import Learner
-from fastrl.mixture import MixedLearner, Mixture
+from fastrl.mixture import Known, MixedLearner, Mixture
 from fastrl.ppo_learner import VALUE_METRICS, PpoLearner
 from fastrl.ppo_source import PpoSource
 from fastrl.preferences import PreferenceLearner
@@ -57,7 +62,8 @@ NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's t
     | {name: name for name in REWARD_METRICS},
 }  # fmt: skip
 NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
-NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share")}
+NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share", "group_kl")}
+NAMES[Hybrid] |= {name: name for name in ("grad_norm/rl", "grad_norm/pairs", *(f"pairs/{x}" for x in NAMES[Dpo]))}
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
     "num_tokens": sum, "ratio_max": max,
     **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
@@ -119,12 +125,59 @@ def _actor_critic(
     return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner))
 
 
+def _demonstrated(*given: Any) -> Known:
+    known = demonstrations_of_prompts(*given)
+    return lambda numbers: [(sample,) for sample in known(numbers)]
+
+
+KNOWN: dict[str, Callable[..., Known]] = {  # what a hybrid's row knows of prompts -> (config, task, tokenizer, context, vocabulary) -> it
+    "demonstrations": _demonstrated,
+    "pairs": pairs_of_prompts,
+    "nothing": lambda *given: lambda numbers: [()] * len(numbers),
+}
+
+
 def _mixture(
     config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
 ) -> tuple[Source, int]:
     shape = learner.model.config
-    known = demonstrations_of_prompts(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, demonstrations=known))
+    known = KNOWN[algorithm.known](config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, known=known))
+
+
+def _fused(
+    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Fused, device: torch.device
+) -> tuple[Source, int]:
+    rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
+    if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
+        raise UserError(f"--pair-dataset: expected a file of pairs, because task {config.task} has no wrong answers; got none")
+    pairs, _ = preference_source(offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic)
+    assert isinstance(rollouts, Mixture)
+    return FusedSource(rollouts, pairs), longest
+
+
+def _contrasted(
+    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Contrast, device: torch.device
+) -> tuple[Source, int]:
+    row: Any = algorithm  # it has what is asked of an Algorithm there
+    return _on_policy(config, task, tokenizer, sampler, learner, row, device, make=Contrasted)
+
+
+HYBRID: dict[type, tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]] = {  # kind of row -> its source and its learner
+    Mixed: (_mixture, MixedLearner), Fused: (_fused, FusedLearner),
+    OnlinePairs: (_contrasted, PreferenceLearner), Listwise: (_contrasted, PreferenceLearner),
+}  # fmt: skip
+
+
+def _hybrid(
+    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Any, device: torch.device
+) -> tuple[Source, int]:
+    return HYBRID[type(algorithm)][0](config, task, tokenizer, sampler, learner, algorithm, device)
+
+
+def _hybrid_learner(model: Any, algorithm: Any, *others: Any, **named: Any) -> Learner:
+    learner: Learner = HYBRID[type(algorithm)][1](model, algorithm, *others, **named)
+    return learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +193,7 @@ PARTS: dict[type, Parts] = {
     Sft: Parts(choose=choose_supervised, learner=SupervisedLearner),
     Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
     Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
-    Hybrid: Parts(choose=choose_hybrid, learner=MixedLearner),
+    Hybrid: Parts(choose=choose_fusion, learner=_hybrid_learner),
     Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
 }
 SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
@@ -148,6 +201,6 @@ SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
     Dpo: _preferences,
     Grpo: _on_policy,
     Ppo: _actor_critic,
-    Hybrid: _mixture,
+    Hybrid: _hybrid,
     Reward: comparisons,
 }

@@ -238,7 +238,7 @@ class OnPolicy:
         Minibatch k holds every M-th of the step's prompts, of which this process has those at `places`: the same ones for any
         number of processes, and about as many in each.  (The prompts come shuffled.)
         """
-        config, G, M = self.config, self.members, self.config.minibatches
+        config, M, G = self.config, self.config.minibatches, len(batch) // max(len(places), 1)
         for _ in range(config.epochs):
             for k in range(M):
                 groups = [i for i, place in enumerate(places) if place % M == k]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fastrl.config import Dpo, Grpo, Hybrid, Sft
+from fastrl.config import Dpo, Grpo, Sft
 from fastrl.data import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.device import place
 from fastrl.errors import UserError
@@ -21,6 +21,7 @@ from fastrl.tasks import Task, load_task, task_reward
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 TRAIN = "train"
+VERIFIER = "task"  # the task's verifier among the reward functions
 
 
 def load_run_task(name: str | None, options: Sequence[str]) -> Task | None:
@@ -48,8 +49,8 @@ def demonstrations(
     def usable(rows: Sequence[Row]) -> list[Sample]:
         samples = encode_all(rows, tokenizer, max_tokens=limit, turns=config.turns)
         for row, sample in zip(rows, samples, strict=True):
-            _check_tokens(sample.tokens, row.where, vocab_size)
-            _check_budget(len(sample.tokens), row.where, config.micro_tokens)
+            check_tokens(sample.tokens, row.where, vocab_size)
+            check_budget(len(sample.tokens), row.where, config.micro_tokens)
         return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)] if config.sample_weights else samples
 
     if config.dataset is not None:
@@ -84,8 +85,8 @@ def preferences(
         for i, unit in enumerate(units):
             where = rows[i // each].where
             for one in unit:
-                _check_tokens(one.sample.tokens, where, vocab_size)
-            _check_budget(sum(len(one.sample.tokens) for one in unit), where, config.micro_tokens, "pair" if paired else "sequence")
+                check_tokens(one.sample.tokens, where, vocab_size)
+            check_budget(sum(len(one.sample.tokens) for one in unit), where, config.micro_tokens, "pair" if paired else "sequence")
         return units
 
     if config.dataset is not None:
@@ -120,7 +121,12 @@ def prompts_and_rewards(
     Every line of a dataset is checked before training.
     """
     device, dtype = place(config.device, config.dtype)
-    functions = [load_reward(spec, dtype=dtype, device=device) for spec in config.reward]
+    if VERIFIER in config.reward and task is None:
+        raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
+    named_verifier = VERIFIER in config.reward
+    functions = [
+        task_reward(task) if spec == VERIFIER and task else load_reward(spec, dtype=dtype, device=device) for spec in config.reward
+    ]
     weights = config.reward_weights or None
     if weights is not None and len(weights) != max(len(functions), 1):
         raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")
@@ -143,42 +149,7 @@ def prompts_and_rewards(
         example = named.example(TRAIN, i)
         return example.prompt, {"example": example, **example.fields}
 
-    return from_task, named.size(TRAIN), Scorer(named, functions, weights)
-
-
-def demonstrations_of_prompts(
-    config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
-) -> Callable[[Sequence[int]], list[Sample | None]]:
-    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has none or a completion is empty.
-
-    Every line of a dataset is checked before training.
-    """
-    limit = min(config.max_tokens or context, context)
-
-    def usable(rows: Sequence[Row]) -> list[Sample | None]:
-        known = [row for row in rows if row.fields["completion"]]
-        for row, sample in zip(known, samples := encode_all(known, tokenizer, max_tokens=limit), strict=True):
-            _check_tokens(sample.tokens, row.where, vocab_size)
-            _check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        there = iter(samples)
-        return [next(there) if row.fields["completion"] else None for row in rows]
-
-    if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
-        if rows[0].kind != "prompt-completion":
-            raise UserError(f"{rows[0].where}: expected a completion column, the demonstrations, got {', '.join(rows[0].fields)}")
-        all_of_them = usable(rows)
-        return lambda indices: [all_of_them[i] for i in indices]
-    if task is None:
-        raise UserError("--task or --dataset: expected one of them, to have demonstrations to learn from; got neither")
-    named: Task = task
-
-    def items(indices: Sequence[int]) -> list[Sample | None]:
-        examples = [named.example(TRAIN, i) for i in indices]
-        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
-        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
-
-    return items
+    return from_task, named.size(TRAIN), Scorer(None if named_verifier else named, functions, weights)
 
 
 class Scorer:
@@ -211,8 +182,8 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_si
     tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)
     limit = min(config.max_tokens or context, context)
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
-    _check_tokens(tokens, row.where, vocab_size)
-    _check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
+    check_tokens(tokens, row.where, vocab_size)
+    check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
 
 
 def _weight(row: Row) -> float:
@@ -222,14 +193,16 @@ def _weight(row: Row) -> float:
     return float(value)
 
 
-def _check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
+def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
+    """Raises UserError, naming `where`, for a token that the model does not have."""
     if max(tokens) >= vocab_size:
         raise UserError(
             f"{where}: the tokenizer gives token {max(tokens)}, but the model's vocabulary has {vocab_size}; they do not belong together"
         )
 
 
-def _check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
+def check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
+    """Raises UserError, naming `where`, for what is longer than a micro-batch."""
     if length > micro_tokens:
         raise UserError(
             f"{where}: a {what} of up to {length} tokens exceeds a pass; raise --micro-tokens ({micro_tokens}) to at least {length}"

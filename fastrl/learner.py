@@ -164,7 +164,13 @@ class Learner:
 
     def _gradients(self, batch: Batch) -> dict[str, float]:
         """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
-        rows: list[Tensor] = []  # of each micro-batch: its loss and its metrics
+        rows = self._backward(batch)
+        self.world.sum_gradients(self.masters)
+        return self._merged(self.world.gather(rows))
+
+    def _backward(self, batch: Batch) -> list[list[float]]:
+        """Add this process's gradient to the masters; of each micro-batch its loss and its metrics."""
+        rows: list[Tensor] = []
         with memory_limited_by("--micro-tokens", self.micro_tokens):
             for micro in micro_batches(batch, self.micro_tokens):
                 loss, stats, tokens, live = self.forward(micro)
@@ -172,8 +178,7 @@ class Learner:
                 with torch.no_grad():
                     seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
                     rows.append(self._measure(loss.detach(), seen))
-        self.world.sum_gradients(self.masters)
-        return self._merged(self.world.gather(torch.stack(rows).tolist() if rows else []))
+        return torch.stack(rows).tolist() if rows else []
 
     def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
         """A micro-batch's row of numbers, float64, for `_merged`."""

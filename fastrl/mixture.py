@@ -1,7 +1,8 @@
 """Batches of completions and demonstrations together, and the learner that takes them: what `fastrl hybrid` trains on.
 
-A prompt's demonstration follows its completions: as one more member of the group, as a supervised sequence, or as both.  All that
-OnPolicy does (sampling, rewards, several updates, processes) is done by it, for groups that are so many sequences longer.
+What is known of a prompt follows its completions: its demonstration as one more member of the group, as a supervised sequence, or as
+both; or a chosen and a rejected completion as two more members.  All that OnPolicy does (sampling, rewards, several updates,
+processes) is done by it, for groups that are so many sequences longer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastrl.learner import Learner
 from fastrl.rewards import Scored
 from fastrl.types import Batch, Rollouts, Tokens
 
-Demonstrated = Callable[[Sequence[int]], list[Sample | None]]
+Known = Callable[[Sequence[int]], Sequence[Sequence[Sample | None]]]  # prompts' numbers -> the completions known of each, None for none
 
 
 # --- the source -------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class Completed(Draw):
 
 
 class Mixture(OnPolicy):
-    """Rollouts with demonstrations(numbers) -> those of the prompts of these numbers, None where there is none.
+    """Rollouts with known(numbers) -> the completions known of the prompts of these numbers: `sides` of each, None where there is none.
 
     Raises UserError for settings that have no meaning with demonstrations in the batch.
     """
@@ -62,32 +63,34 @@ class Mixture(OnPolicy):
         sampler: Any,
         algorithm: Mixed,
         *,
-        demonstrations: Callable[[Sequence[int]], list[Sample | None]],
+        known: Known,
         **others: Any,
     ) -> None:
         check_mixture(config, algorithm, turns=others.get("game") is not None)
         super().__init__(config, sampler, algorithm, **others)
-        self.demonstrations = demonstrations
-        self.members += len(algorithm.estimators)
+        self.known, self.rewards = known, (config.demo_reward, config.rejected_reward or 0.0)
+        self.members += len(algorithm.others)
 
     def _complete(self, draw: Draw, step: int, version: int) -> tuple[Draw, dict[str, float]]:
         G, P, device = self.config.group, len(draw.numbers), draw.rollouts.tokens.device
-        found = self.demonstrations(draw.numbers)
-        there = torch.tensor([sample is not None for sample in found], dtype=torch.bool, device=device)
+        found = self.known(draw.numbers)
+        there = torch.tensor([any(samples) for samples in found], dtype=torch.bool, device=device)
         reward = draw.reward.view(P, G)
         solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(1)  # NaN where nothing is known
         count = self.algorithm.rule(solved, there, step, self.config.steps)
-        kinds = [OWN] * G + sorted(self.algorithm.estimators)
+        kinds = [OWN] * G + self.algorithm.others
         rewarded = draw
-        if self.algorithm.member is not None:
-            told = torch.where(there & (count[:, MEMBER] > 0), self.config.demo_reward, math.nan)
-            rewarded = _longer(draw, found, told.tolist(), version)
-        whole = rewarded if self.algorithm.supervised is None else _longer(rewarded, found, [math.nan] * P, version)
+        for side in range(self.algorithm.others.count(MEMBER)):
+            samples, counted = [known[side] for known in found], (count[:, MEMBER] > 0).tolist()
+            told = [self.rewards[side] if sample and on else math.nan for sample, on in zip(samples, counted, strict=True)]
+            rewarded = _longer(rewarded, samples, told, version)
+        supervised = self.algorithm.supervised is not None
+        whole = _longer(rewarded, [known[0] for known in found], [math.nan] * P, version) if supervised else rewarded
         kind = torch.tensor(kinds, device=device).repeat(P)
         completed = Completed(
             whole.items, whole.rollouts, whole.scored, whole.places, whole.prompts, whole.numbers, kind, count[:, kinds].flatten(), rewarded
         )
-        return completed, _told(solved, there, count, self.world)
+        return completed, _told(solved, there, count, self.world) if self.algorithm.others else {}
 
     def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """Those of the completions, and of the demonstrations among them; 1 for what is supervised."""
@@ -213,14 +216,19 @@ def only(tokens: Tokens, kind: int) -> Tokens:
 
 
 def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
-    """Refuse settings that have no meaning with demonstrations in the batch."""
-    apart = "multi_objective_aggregation"
+    """Refuse settings that have no meaning with demonstrations in the batch, or with pairs beside it."""
+    apart, alone = "multi_objective_aggregation", not row.others
     together = config.multi_objective_aggregation == "sum_then_normalize" or row.member is None
     for name, value, fine, expected in (
-        ("sampling.temperature", config.sampling.temperature, config.sampling.temperature == 1, "1, at which demonstrations are scored"),
-        ("refill", config.refill, config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
-        ("tail", config.tail, config.tail != "carry", "finish or cut"),
-        ("task", config.task, not turns, "a task of one turn, as demonstrations are"),
+        (
+            "sampling.temperature",
+            config.sampling.temperature,
+            config.sampling.temperature == 1,
+            "1, at which demonstrations and pairs are scored",
+        ),
+        ("refill", config.refill, alone or config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
+        ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
+        ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),
         (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:

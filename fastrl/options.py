@@ -140,7 +140,7 @@ def _with_invocation(cls: Any) -> Any:
 
 
 def _about(cls: Any, known: Mapping[str, Any]) -> str:
-    taken = [f"--{a} = --{p}" for a, p in ALIASES.items() if p in known]
+    taken = [f"--{a} = --{p}" for a, p in ALIASES.items() if p in known and a not in known]
     return (cls.__doc__ or "") + ("\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else "")
 
 

@@ -8,18 +8,16 @@ from fastrl.errors import UserError
 from fastrl.types import Batch
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[list[int]]:
     """Indices of the sequences in each micro-batch: first-fit decreasing, no micro-batch above `budget` tokens.
 
-    Raises UserError for a sequence longer than the budget: attention needs it whole.
+    Raises UserError for a sequence (`what` it is) longer than the budget: attention needs it whole.
     """
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > budget:
-            raise UserError(
-                f"--micro-tokens: a sequence of {lengths[i]} tokens does not fit into {budget}; raise it to at least {lengths[i]}"
-            )
+            raise UserError(f"--micro-tokens: {what} of {lengths[i]} tokens does not fit into {budget}; raise it to at least {lengths[i]}")
         spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
         if spot is None:
             bins.append([])
@@ -35,8 +33,8 @@ def micro_batches(batch: Batch, budget: int, unit: int = 1) -> Iterator[Batch]:
 
     `unit` sequences that lie next to each other (the two of a pair) stay together.
     """
-    lengths = batch.cu_seqlens.diff().tolist()
-    units = plan([sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)], budget)
+    lengths, what = batch.cu_seqlens.diff().tolist(), "a sequence" if unit == 1 else f"{unit} sequences that belong together,"
+    units = plan([sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)], budget, what)
     groups = [[unit * u + i for u in group for i in range(unit)] for group in units]
     if len(groups) == 1:
         yield batch

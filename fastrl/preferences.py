@@ -125,17 +125,27 @@ class PreferenceLearner(Learner):
 
     def _gradients(self, batch: Batch) -> dict[str, float]:
         """Leave the whole step's gradient, all processes included, in the masters; the step's metrics."""
-        row, rows = at_baseline(self.algorithm, batch), []
-        with memory_limited_by("--micro-tokens", self.micro_tokens):
-            for micro in micro_batches(batch, self.micro_tokens, row.unit):
-                loss, stats, tokens, live = self.forward(micro, row)  # type: ignore[arg-type]
-                loss.backward()
-                with torch.no_grad():
-                    seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
-                    rows.append(torch.cat([loss.detach().double().view(1), row.measure(seen)]))
+        row = at_baseline(self.algorithm, batch)
+        rows = backward_of_units(self, batch, row)
         self.world.sum_gradients(self.masters)
-        table = self.world.gather(torch.stack(rows).tolist() if rows else [])
+        table = self.world.gather(rows)
         return {"loss": sum(r[0] for r in table)} | row.merge([r[1:] for r in table])
+
+
+def backward_of_units(learner: Learner, batch: Batch, row: Any) -> list[list[float]]:
+    """Add this process's gradient of the units in `batch` to the masters; of each micro-batch its loss and what the row measures.
+
+    row  one of PREFERENCES, or whatever else has its `unit`, `loss` and `measure`
+    """
+    rows = []
+    with memory_limited_by("--micro-tokens", learner.micro_tokens):
+        for micro in micro_batches(batch, learner.micro_tokens, row.unit):
+            loss, stats, tokens, live = learner.forward(micro, row)
+            loss.backward()
+            with torch.no_grad():
+                seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
+                rows.append(torch.cat([loss.detach().double().view(1), row.measure(seen)]))
+    return torch.stack(rows).tolist() if rows else []
 
 
 def at_baseline(row: Preference, batch: Batch) -> Preference:

@@ -8,6 +8,7 @@ to the saved samples, log_metric(name, value) a number to the metrics.  A functi
 Nothing a function does wrong becomes a reward: it is a UserError that names the function and shows the sample.
 
     model:FOLDER                       a reward model (`fastrl reward`) scores the completions, on the run's device
+    implicit:POLICY,REFERENCE          what a policy trained on preferences prefers, see implicit_reward.py
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, shorten
+from fastrl.implicit_reward import implicit_reward
 from fastrl.model_config import architecture
 from fastrl.reward_model import SCORING, RewardModel
 from fastrl.tokenizer import load_tokenizer
@@ -32,7 +34,6 @@ from fastrl.weights import read_config
 
 Reward = Callable[..., Sequence[float | None]]
 Given = dict[str, Sequence[Any]]  # argument name -> one value per sample
-MODEL = "model:"  # what a reward model's folder is named by
 _SEARCHED = 64  # samples tried one by one to find the one a function fails on
 
 
@@ -85,12 +86,13 @@ def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float
 
 
 def load_reward(spec: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Reward:
-    """The reward function at `my_rewards.py:fn`, or the reward model at `model:FOLDER`, kept on `device` in `dtype`.
+    """The reward function at `my_rewards.py:fn`, or the models that a prefix of MODELS names, kept on `device` in `dtype`.
 
     Raises UserError for a missing file or name, something that cannot be called, a class, an async function, and no reward model.
     """
-    if spec.startswith(MODEL):
-        return model_reward(spec.removeprefix(MODEL), dtype=dtype, device=device)
+    kind, colon, names = spec.partition(":")
+    if colon and kind in MODELS:
+        return MODELS[kind](names, dtype=dtype, device=device)
     function = load_object(spec, "--reward")
     if not callable(function) or inspect.isclass(function):
         raise UserError(f"--reward: expected a function at {spec}, got {shorten(function)}")
@@ -105,7 +107,7 @@ def model_reward(folder: str, *, dtype: torch.dtype = torch.float32, device: tor
     Raises UserError for a folder that holds no trained reward model, or no tokenizer.
     """
     if not Path(folder).is_dir() or not architecture(read_config(Path(folder))).endswith(SCORING):
-        raise UserError(f"--reward: expected the folder of a reward model (`fastrl reward` writes one), got {MODEL}{folder}")
+        raise UserError(f"--reward: expected the folder of a reward model (`fastrl reward` writes one), got model:{folder}")
     model = RewardModel.load(folder, dtype=dtype, device=device).requires_grad_(False)
     model.tokenizer = load_tokenizer(None, folder, None)
 
@@ -113,6 +115,9 @@ def model_reward(folder: str, *, dtype: torch.dtype = torch.float32, device: tor
         return model.score(list(zip(prompts, completions, strict=True)))
 
     return reward_model
+
+
+MODELS: dict[str, Callable[..., Reward]] = {"model": model_reward, "implicit": implicit_reward}  # before the colon of a name
 
 
 def score(

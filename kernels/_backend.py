@@ -46,6 +46,7 @@ class Implementation:
     devices: tuple[str, ...]
     obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes; empty when it can
     exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
+    default: tuple[torch.dtype, ...] | None = None  # the dtypes for which it may be chosen by default; None: all that it takes
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -64,6 +65,7 @@ def register(
     devices: tuple[str, ...] | None = None,
     obstacle: Callable[[Tensor], str] | None = None,
     exact: tuple[str, ...] = (),
+    default: tuple[torch.dtype, ...] | None = None,
     **parts: Callable[..., Any],
 ) -> None:
     """Add an implementation of `op`; called once, by the op's own file, when it is imported.
@@ -71,7 +73,7 @@ def register(
     `devices` is needed for a name that is not in BACKENDS.
     """
     where = DEVICES[backend] if devices is None else devices
-    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle, exact)
+    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle, exact, default)
 
 
 def ladder(op: str, *names: str) -> None:
@@ -125,7 +127,9 @@ def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     table = _table[op]
     for name in order(op):
         impl = table.get(name)
-        if impl is not None and impl.note not in NOT_BY_DEFAULT and not _obstacle(impl, name, x, part):
+        if impl is None or impl.note in NOT_BY_DEFAULT or (impl.default is not None and x.dtype not in impl.default):
+            continue
+        if not _obstacle(impl, name, x, part):
             return impl.parts[part]
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
 
@@ -138,8 +142,8 @@ def route(registered: Callable[..., Any], op: str, part: str, x: Tensor, *others
     return pick(op, x, part) if direct(x, *others) else registered
 
 
-def direct(*tensors: Tensor | None) -> bool:
-    """Whether an op on these needs nothing of torch.library.
+def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
+    """Whether an op on these needs nothing of torch.library; a `differentiable` one may have a gradient taken.
 
     It does while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch transform or a profiler, which
     shows ops by name, and for a tensor subclass, a gradient to be taken, or a view that the dispatcher would have to negate.
@@ -151,7 +155,7 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd._profiler_enabled() or c._get_tracing_state() is not None:
         return False
-    grad = torch.is_grad_enabled()
+    grad = not differentiable and torch.is_grad_enabled()
     for x in tensors:  # noqa: SIM110 - a generator expression takes longer than the checks
         if x is not None and (type(x) not in PLAIN or (grad and x.requires_grad) or x.is_neg()):
             return False

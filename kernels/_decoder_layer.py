@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import direct, extension, is_exact, overruled, unbuilt
-from fastrl.kernels._linear import FEW_ROWS
+from fastrl.kernels._linear import LEAST_ROWS
 
 _BUILT = not unbuilt("decoder_layer_cpu")
 
@@ -48,7 +48,7 @@ def serves(x: Tensor) -> bool:
     """Whether each op of a layer over x (B, D) would pick the kernel that is called here: nobody asks for another, or for a gradient."""
     if not _BUILT or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled() or overruled():
         return False
-    return (is_exact() or x.shape[0] in FEW_ROWS) and direct(x)
+    return (is_exact() or x.shape[0] >= LEAST_ROWS) and direct(x)
 
 
 def decoder_layer(

@@ -1,8 +1,11 @@
-"""The three vocabulary products, chunked by a byte budget: logits = x W^T, dx = dlogits W, dW += dlogits^T x.
+"""The three products of a linear layer and of the vocabulary, which is chunked by a byte budget: y = x W^T, dx = dy W, dW += dy^T x.
 
 They accumulate in float32 whatever the operands are.  CUDA multiplies bfloat16 operands into float32 outputs directly; CPU
 matrix products have no such output type, so there the operands are widened, a tile of the vocabulary at a time, never all of W.
 Chunks share one buffer of logits: fresh pages for every chunk cost the CPU as much as a fifth of a product.
+
+On CPU the products of float32 are csrc/cpu/linear.cpp's.  torch's are MKL's, which stays below the width of processors that are not
+Intel's: bench/bench_linear.py has both.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import batch_invariant, direct, is_exact, overruled, pick, unbuilt
+from fastrl.kernels._backend import batch_invariant, direct, extension, is_exact, pick, requested, unbuilt
+from fastrl.kernels._launch import unit_rows
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
 ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}  # rows of a chunk from which products run at full speed: half the bytes do then
-FEW_ROWS = range(8, 129)  # of x, for which csrc/cpu/linear.cpp is faster than torch's product: the weight streams through once
+ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
+LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
 _TILE = 4096  # vocabulary rows widened at a time on CPU
 _MOVED = 16  # rows of logits copied at a time
 _BUILT = not unbuilt("linear_forward_cpu")
@@ -39,20 +44,20 @@ def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -
     return torch.empty(rows, V + (-V % 16 if device.type == "cuda" else 0), dtype=dtype, device=device)[:, :V]
 
 
-def streams(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled product is the default for x (T, K) and weight (N, K)."""
-    fits = x.shape[0] in FEW_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-    return fits and _BUILT and not torch.is_grad_enabled() and not overruled() and direct(x, weight)
+def compiled(x: Tensor, weight: Tensor, *, differentiable: bool = False) -> bool:
+    """Whether products of x (T, .) and weight are the compiled ones by default; a `differentiable` caller sees to the gradient."""
+    fits = x.shape[0] >= LEAST_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+    return fits and _BUILT and requested("linear") in ASKED_FOR and direct(x, weight, differentiable=differentiable)
 
 
 # --- products ---------------------------------------------------------------------------------------
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given.
 
-    In exact mode, and for a few rows on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin alike with and
+    In exact mode, and in float32 on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin alike with and
     without an `out`.
     """
-    if is_exact() or (dtype == torch.float32 and streams(x, weight)):
+    if is_exact() or (dtype == torch.float32 and compiled(x, weight)):
         out = logits_buffer(x.shape[0], weight.shape[0], dtype, x.device) if out is None else out
         run = pick if is_exact() else batch_invariant
         return run("linear", x, "into")(out, x, weight, weight.new_empty(0) if bias is None else bias)
@@ -68,8 +73,16 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, 
     return logits if bias is None else logits.add_(bias)
 
 
-def input_grad(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """dx (N, D) in the weight's dtype."""
+def input_grad(dlogits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """dx (N, D) in the weight's dtype; written to `out` if given, whose dtype must be that of all three."""
+    if compiled(dlogits, weight):
+        dlogits, weight = unit_rows(dlogits), unit_rows(weight)
+        out = torch.empty(dlogits.shape[0], weight.shape[1]) if out is None else out
+        places = (out.data_ptr(), out.stride(0), dlogits.data_ptr(), dlogits.stride(0), weight.data_ptr(), weight.stride(0))
+        extension().linear_input_grad_cpu(*places, *dlogits.shape, weight.shape[1], torch.get_num_threads())
+        return out
+    if out is not None:
+        return torch.mm(dlogits, weight, out=out)
     if dlogits.dtype == weight.dtype or dlogits.is_cuda:
         return dlogits.to(weight.dtype) @ weight
     return _tiled_input_grad(dlogits, weight).to(weight.dtype)
@@ -83,9 +96,28 @@ def _tiled_input_grad(dlogits: Tensor, weight: Tensor) -> Tensor:
     return dx
 
 
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x (N, K), in their dtype."""
+    if not compiled(dy, x):
+        return dy.T @ x
+    out = torch.empty(dy.shape[1], x.shape[1])
+    _outer(out, dy, x, add=False)
+    return out
+
+
+def _outer(out: Tensor, dy: Tensor, x: Tensor, *, add: bool) -> None:
+    dy, x = unit_rows(dy), unit_rows(x)
+    (T, N), K, threads = dy.shape, x.shape[1], torch.get_num_threads()
+    extension().linear_weight_grad_cpu(
+        out.data_ptr(), out.stride(0), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), T, N, K, add, threads
+    )
+
+
 def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
     """out (V, D) += dlogits^T x, in place, in the dtype of `out` (float32, or float64 for float64 inputs)."""
-    if dlogits.dtype == x.dtype == out.dtype:
+    if out.dtype == torch.float32 and out.stride(1) == 1 and compiled(dlogits, x):
+        _outer(out, dlogits, x, add=True)
+    elif dlogits.dtype == x.dtype == out.dtype:
         torch.addmm(out, dlogits.T, x, out=out)
     elif dlogits.is_cuda:
         torch.addmm(out, dlogits.to(x.dtype).T, x, out_dtype=out.dtype, out=out)
@@ -147,9 +179,9 @@ class HeadGrads:
     def _add_hidden(self, out: Tensor, rows: slice | Tensor, dlogits: Tensor) -> None:
         if out.dtype == dlogits.dtype == self.head.dtype:
             if isinstance(rows, slice):
-                torch.mm(dlogits, self.head, out=out[rows])
+                input_grad(dlogits, self.head, out[rows])
                 return
-            dx = dlogits @ self.head
+            dx = input_grad(dlogits, self.head)
         elif out.dtype == self.head.dtype:
             dx = input_grad(dlogits, self.head)
         else:  # the share of a shard

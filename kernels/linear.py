@@ -2,10 +2,10 @@
 
     dx = dy W      dW = dy^T x      db = sum_t dy_t
 
-By default it is torch's own, but for a few rows on CPU (`FEW_ROWS`) where no gradient is taken, as in decoding: there ours is faster.
-A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a row then depend on its company.
-The other implementations are batch-invariant: an element is a sum over k in one fixed order, in float32, whatever the number of
-rows, the place among them, and the threads.  `exact` mode picks them.  Gradients are plain products of torch's in every mode.
+By default it is torch's own, but for float32 on CPU, where ours is faster: without a gradient from `LEAST_ROWS` rows on, with one from
+`ENOUGH` multiplications.  A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a row then
+depend on its company.  The other implementations are batch-invariant: an element is a sum over k in one fixed order, in float32,
+whatever the number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients need not have that property.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrl.kernels._backend import EXACT_ONLY, extension, is_exact, pick, register, register_triton, requested, unbuilt
+from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
-from fastrl.kernels._linear import streams
+from fastrl.kernels._linear import compiled, input_grad, weight_grad
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -29,6 +29,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 register("linear", "reference", forward=reference)
+
+
+ENOUGH = 1 << 20  # multiplications, from which a product is worth a Function of autograd
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -56,9 +59,9 @@ register(
     "linear",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
-    note=EXACT_ONLY,
     missing=unbuilt("linear_forward_cpu"),
     exact=("cpu",),
+    default=(torch.float32,),
     forward=_compiled,
     into=_compiled_into,
 )
@@ -90,18 +93,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = dy @ weight if wanted[0] else None
-    dweight = dy.T @ x if wanted[1] else None
+    dx = input_grad(dy, weight) if wanted[0] else None
+    dweight = weight_grad(dy, x) if wanted[1] else None
     return dx, dweight, dy.sum(0) if ctx.bias and wanted[2] else None
 
 
 torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setup)
 
 
+class _Compiled(torch.autograd.Function):
+    """The compiled product with the same gradient, for a call that needs nothing of torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        _setup(ctx, (x, weight, bias), bias)
+        return _compiled(x, weight, bias)
+
+    backward = staticmethod(_autograd)
+
+
 # --- public -----------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another, or a few rows
-    on CPU need no gradient.
+    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another, or float32
+    lies on CPU.
 
     Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same dtype, rounded once.
     Memory:  the result; x and weight are kept for the backward.  On CPU the batch-invariant kernel packs 128 rows of x a thread.
@@ -120,7 +134,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
     if not is_exact() and requested("linear") is None:
-        if not streams(x, weight):
+        if not compiled(x, weight, differentiable=True):
             return functional.linear(x, weight, bias)
-        return _compiled(x, weight, _NO_BIAS if bias is None else bias)
+        b = _NO_BIAS if bias is None else bias
+        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad or b.requires_grad):
+            return _compiled(x, weight, b)
+        enough = x.shape[0] * weight.numel() >= ENOUGH
+        return _Compiled.apply(x, weight, b) if enough else functional.linear(x, weight, bias)
     return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)

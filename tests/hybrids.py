@@ -50,7 +50,7 @@ def mixture(
     return Mixture(
         Hybrid(**options | changes), Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
         reference=reference if row.kl_coef else None, stop=(), world=World(), trainer=reference,
-        demonstrations=lambda some: [demonstration(i) if i in known else None for i in some],
+        known=lambda some: [(demonstration(i) if i in known else None,) for i in some],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import actor_critic
 import pytest
 import torch
+from fusion_runs import fusion
 from runs import (
     GROUP,
     METHODS,
@@ -35,7 +36,7 @@ from runs import (
 
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
-from fastrl.config import Eval, Optim
+from fastrl.config import Eval, Optim, Run
 from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
 from fastrl.experience import order
@@ -46,6 +47,9 @@ from fastrl.tasks import Cards
 ROOT = Path(__file__).parents[1]
 FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]  # the one group of unequal rewards is the first process's
 PREFERENCES = ("dpo", "kto")
+FUSED = {  # one step's offline pairs, minibatch of groups with members, on-policy pairs and lists
+    "grpo_dpo": {"norms_every": 1, "pairs": 5}, "grpo_pairs": {}, "online_dpo": {"pairing": "all"}, "group_softmax": {"anchor": "old"},
+}  # fmt: skip
 ALIKE = ("bnpo", "two_sided", "luspo", "sapo", "pass_at_k", "max_rl", "reinforce++")  # others share what processes could get wrong
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
 RUN = {"steps": 3, "minibatches": 2, "epochs": 2, "kl_coef": 0.1, "eval": Eval(prompts=3)}
@@ -80,12 +84,15 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     fastrl.trainer.train(grpo(folder, **RUN))
-    return found | {f"first step of {name}": preference_step(folder, name) for name in PREFERENCES}
+    optim = Optim(lr=1e-2, eps=1e-2)
+    runs = {name: dpo(folder, name, algorithm=name, prompts=5, optim=optim) for name in PREFERENCES}
+    runs |= {name: fusion(folder, name, algorithm=name, prompts=5, optim=optim, **options) for name, options in FUSED.items()}
+    return found | {f"first step of {name}": first_step(config) for name, config in runs.items()}
 
 
-def preference_step(folder: Path, name: str) -> tuple[dict[str, float], torch.Tensor]:
+def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
     """The metrics of a run's first step, and the weights after it."""
-    run = set_up(dpo(folder, name, algorithm=name, prompts=5, optim=Optim(lr=1e-2, eps=1e-2)))
+    run = set_up(config)
     with run.log:
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
@@ -182,10 +189,10 @@ def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, 
         assert found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", [*PREFERENCES, *FUSED])
 def test_a_step_of_preferences_is_that_of_one_process(name, one, two):
     """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file while the other computes;
-    a baseline of mismatches within a share; a mean over a share's pairs."""
+    a baseline of mismatches within a share; a mean over a share's pairs; norms of one process's part of a gradient."""
     metrics, weights = one[1][f"first step of {name}"]
     for found in two[1]:
         assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-3, abs=1e-5)

@@ -315,7 +315,10 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
         ({"refill": 1}, "--refill: expected 0: prompts that nobody solves"),
         ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
-        ({"sampling": Sampling(temperature=0.5)}, "--sampling.temperature: expected 1, at which demonstrations are scored, got 0.5"),
+        (
+            {"sampling": Sampling(temperature=0.5)},
+            "--sampling.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5",
+        ),
     ],
 )
 def test_settings_without_meaning_are_refused(changes, message):

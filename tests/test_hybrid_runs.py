@@ -14,7 +14,7 @@ import fastrl.trainer
 from fastrl import cli
 from fastrl.config import Eval, Grpo, Hybrid, Optim, Sft
 from fastrl.errors import UserError
-from fastrl.intake import demonstrations_of_prompts
+from fastrl.known import demonstrations_of_prompts
 from fastrl.tasks import Cards, Example
 from fastrl.trainer import train
 

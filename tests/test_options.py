@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.config import Evaluate, Grpo, Optim, Ppo, Sampling, Save, Sft
+from fastrl.config import Evaluate, Grpo, Hybrid, Optim, Ppo, Sampling, Save, Sft
 from fastrl.options import ALIASES, UsageError, dump, load, parse, resolve
 
 
@@ -95,6 +95,16 @@ def test_trl_spellings(where, tmp_path):
     else:
         args = [f"--{k}={v}" for k, v in TRL.items()] + ["--reward_funcs=r.py:f"]
     assert resolve(Grpo, args) == expected
+
+
+def test_an_option_goes_before_trls_spelling_of_another(capsys):
+    """Wrong implementations: --beta of `fastrl hybrid`, a preference loss's own, taken for TRL's name of --kl-coef; a help that says so."""
+    config = resolve(Hybrid, ["--model=m", "--beta=0.5"])
+    assert (config.beta, config.kl_coef) == (0.5, None)
+    with pytest.raises(SystemExit):
+        parse(Hybrid, ["--help"])
+    told = capsys.readouterr().out
+    assert "--num_generations = --group" in told and "--beta = --kl_coef" not in told
 
 
 def test_trl_spellings_of_ppo():

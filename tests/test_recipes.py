@@ -9,6 +9,7 @@ import pytest
 from support import data_file
 from transformers import AutoTokenizer
 
+from fastrl import pipeline
 from fastrl.compare import as_text, build_comparison
 from fastrl.config import Dpo, Grpo, Hybrid, Ppo, Reward, Sft
 from fastrl.evaluate import Evaluation
@@ -22,9 +23,11 @@ from fastrl.tasks import Example, Score
 
 COMMANDS = {
     "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_kto": Dpo, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward,
-    "cards_process": Reward, "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
+    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_fusion": Hybrid, "cards_contrast": Hybrid,
+    "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward, "cards_process": Reward,
+    "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
 }  # fmt: skip
+PIPELINES = {"cards_sft_dpo_grpo": ["sft", "dpo", "grpo"]}
 
 
 def evaluation(right: list[list[bool]]) -> Evaluation:
@@ -40,10 +43,16 @@ def outcome(seed: int, start: list[list[bool]], grpo: list[list[bool]]) -> demo.
 
 def test_every_recipe_is_a_configuration_of_its_command():
     found = {p.stem for p in demo.RECIPES.glob("*.yaml")}
-    assert found == set(COMMANDS)
+    assert found == set(COMMANDS) | set(PIPELINES)
     for name, command in COMMANDS.items():
         config = load(command, demo.RECIPES / f"{name}.yaml")
         assert isinstance(config, command) and config.model
+
+
+def test_every_pipeline_is_made_of_stages_that_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it writes its stages' resolved options
+    for name, stages in PIPELINES.items():
+        assert [stage.name for stage in pipeline.plan(demo.RECIPES / f"{name}.yaml")] == stages
 
 
 def test_the_three_arms_share_task_and_model():

@@ -132,9 +132,12 @@ INLINE void write4(BF16* p, Q v) {
   for (int i = 0; i < 4; i++) write(p + i, v[i]);
 }
 
-// Rows of `columns` outputs from the panels' sums, bias added, rounded once.  Four by four, a few rows over all the columns: rows of y
+// Rows of `columns` outputs from the panels' sums, bias added, rounded once; or added to what is there (ADD, of floats).  Four by four, a few rows over all the columns: rows of y
 // often lie a power of two apart, so that all those of one column would want the same few cache sets.
-template <class T>
+INLINE Q there(const float* y) { return load4(y); }
+INLINE Q there(const BF16*) { return Q{}; }
+
+template <class T, bool ADD = false>
 void put(void* y_rows, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
   T* y = static_cast<T*>(y_rows);
   const int64_t whole = columns - columns % 4;
@@ -146,17 +149,70 @@ void put(void* y_rows, int64_t stride, const float* sums, const float* bias, int
       for (int i = 0; i < 4; i++) c[i] = load4(from + (n + i) * kPanel) + bias[n + i];
       turn(c, r);
       if (rows == 4) {
-        for (int i = 0; i < 4; i++) write4(y + i * stride + n, r[i]);
+        for (int i = 0; i < 4; i++) write4(y + i * stride + n, ADD ? there(y + i * stride + n) + r[i] : r[i]);
       } else {
-        for (int i = 0; i < rows; i++) write4(y + i * stride + n, r[i]);
+        for (int i = 0; i < rows; i++) write4(y + i * stride + n, ADD ? there(y + i * stride + n) + r[i] : r[i]);
       }
     }
     for (int64_t n = whole; n < columns; n++) {
-      for (int64_t i = 0; i < rows; i++) write(y + i * stride + n, from[n * kPanel + i] + bias[n]);
+      for (int64_t i = 0; i < rows; i++) {
+        const float sum = from[n * kPanel + i] + bias[n];
+        write(y + i * stride + n, ADD ? to_float(y[i * stride + n]) + sum : sum);
+      }
     }
   }
 }
 
+INLINE void write_lanes(float* p, F v) { store(p, v); }
+INLINE void write_lanes(BF16* p, F v) {
+  for (long i = 0; i < LANES; i++) write(p + i, v[i]);
+}
+
+// The same as rows of M outputs, one for each column of the sums: `y` and `bias` begin at the first lane.
+template <class T>
+void put_turned(void* y_rows, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
+  T* y = static_cast<T*>(y_rows);
+  for (int64_t n = 0; n < columns; n++, y += stride, sums += kPanel) {
+    const float* from = sums;
+    for (int64_t m = 0; m < M; m += kPanel, from += kPanel * kLinearColumns) {
+      int64_t i = 0, lanes = M - m < kPanel ? M - m : kPanel;
+      for (; i + LANES <= lanes; i += LANES) write_lanes(y + m + i, load(from + i) + load(bias + m + i));
+      for (; i < lanes; i++) write(y + m + i, from[i] + bias[m + i]);
+    }
+  }
+}
+
+// Panels of kPanel columns of a (depth, M), each depth by kPanel; the columns of the last panel that a lacks are 0.
+void columns(float* out, const float* a, int64_t stride, int64_t depth, int64_t M) {
+  for (int64_t m = 0; m < M; m += kPanel, a += kPanel) {
+    for (int64_t t = 0; t < depth; t++, out += kPanel) {
+      if (M - m >= kPanel) {
+        for (long i = 0; i < kPanel; i += LANES) store(out + i, load(a + t * stride + i));
+      } else {
+        for (long i = 0; i < kPanel; i++) out[i] = i < M - m ? a[t * stride + i] : 0.0f;
+      }
+    }
+  }
+}
+
+// `count` columns of b (depth, count), turned into kLinearRows rows kLinearPitch apart; those missing are 0.
+void flip(float* out, const float* b, int64_t stride, int64_t depth, int64_t count) {
+  int64_t t = 0;
+  for (; count == kLinearRows && t + 4 <= depth; t += 4) {
+    Q rows[4], columns[4];
+    for (int j = 0; j < 4; j++) rows[j] = load4(b + (t + j) * stride);
+    turn(rows, columns);
+    for (int j = 0; j < 4; j++) store4(out + j * kLinearPitch + t, columns[j]);
+    for (int r = 4; r < kLinearRows; r++) {
+      for (int j = 0; j < 4; j++) out[r * kLinearPitch + t + j] = b[(t + j) * stride + r];
+    }
+  }
+  for (; t < depth; t++) {
+    for (int r = 0; r < kLinearRows; r++) out[r * kLinearPitch + t] = r < count ? b[t * stride + r] : 0.0f;
+  }
+}
+
 constexpr LinearRows kLinear = {
-    {pack<float>, pack<BF16>}, {widen<float>, widen<BF16>}, {tile<1>, tile<2>}, {put<float>, put<BF16>}, LANES,
+    {pack<float>, pack<BF16>}, {widen<float>, widen<BF16>}, {tile<1>, tile<2>}, {put<float>, put<BF16>}, put<float, true>,
+    {put_turned<float>, put_turned<BF16>}, columns, flip, LANES,
 };

@@ -149,13 +149,16 @@ def _mu(solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float) -> P
     return 1 - mu, 0.0, mu
 
 
+def rise_and_fall(step: int, steps: int, *, peak: float, end: float, warmup: float, decay: float) -> float:
+    """From 0 to the peak over `warmup` steps, then by half a cosine to `end` over `decay` (0: the rest of `steps`)."""
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (decay or max(steps - warmup, 1)))))
+    return peak * step / warmup if step < warmup else end + (peak - end) * fall
+
+
 def _schedule(
     solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float, mu_end: float, mu_warmup: float, mu_decay: float
 ) -> Parts:
-    """mu rises from 0 to its peak over `mu_warmup` steps, and falls by half a cosine to `mu_end` over `mu_decay` (0: the rest)."""
-    decay = mu_decay or max(steps - mu_warmup, 1)
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - mu_warmup) / decay)))
-    now = mu * step / mu_warmup if step < mu_warmup else mu_end + (mu - mu_end) * fall
+    now = rise_and_fall(step, steps, peak=mu, end=mu_end, warmup=mu_warmup, decay=mu_decay)
     return 1 - now, 0.0, now
 
 
@@ -168,6 +171,8 @@ class Mixed(Algorithm):
     member         demonstrations that join their prompt's group, aggregated like completions; None for none
     supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for none
     own_advantage  advantage of the completions, where it is not the group's
+    known          what is known of a prompt, a row of commands.KNOWN: a demonstration, or a chosen and a rejected completion
+    sides          how many of these join its group as members
     The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's own tokens.
     """
 
@@ -175,6 +180,13 @@ class Mixed(Algorithm):
     member: Estimator | None = None
     supervised: Estimator | None = None
     own_advantage: Advantage | None = None
+    known: str = "demonstrations"
+    sides: int = 1
+
+    @property
+    def others(self) -> list[int]:
+        """The kinds of a prompt's sequences after its completions, in order."""
+        return [MEMBER] * (self.sides if self.member else 0) + [SUPERVISED] * (self.supervised is not None)
 
     @property
     def estimators(self) -> dict[int, Estimator]:
@@ -196,26 +208,26 @@ class Mixed(Algorithm):
         return loss, metrics
 
 
-def _mix(base: Algorithm, rule: Rule, **columns: Any) -> Mixed:
-    """A row whose own completions are trained by `base`, with some columns changed."""
-    return Mixed(**{f.name: getattr(base, f.name) for f in fields(Algorithm)} | columns, rule=rule)
+def mix(base: Algorithm, rule: Rule, kind: type[Mixed] | None = None, **columns: Any) -> Mixed:
+    """A row, of a kind of Mixed, whose own completions are trained by `base`, with some columns changed."""
+    return (kind or Mixed)(**{f.name: getattr(base, f.name) for f in fields(Algorithm)} | columns, rule=rule)
 
 
 _NLL = Estimator(SURROGATES["pg"], "policy")  # -A logp with an advantage of 1
-_UNCLIPPED = {"surrogate": SURROGATES["ratio"]}
+_UNCLIPPED: dict[str, Any] = {"surrogate": SURROGATES["ratio"]}
 HYBRIDS: dict[str, Mixed] = {
-    "hpt": _mix(ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
-    "hpt_soft": _mix(ALGORITHMS["dr_grpo"], Rule(_soft, {"sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
-    "luffy": _mix(ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")),
-    "srft": _mix(
+    "hpt": mix(ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
+    "hpt_soft": mix(ALGORITHMS["dr_grpo"], Rule(_soft, {"sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
+    "luffy": mix(ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")),
+    "srft": mix(
         ALGORITHMS["grpo"], Rule(_all, {"sft_coef": 1.0}), prepare=(uncertain,), own_advantage=Advantage(_sign, least=1),
         member=Estimator(SURROGATES["ratio"], "one"), supervised=Estimator(SURROGATES["pg"], "policy", certain, whole=True),
     ),
-    "chord": _mix(
+    "chord": mix(
         ALGORITHMS["grpo"], Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}), supervised=_NLL
     ),
-    "chord_phi": _mix(ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)),
-    "mixed": _mix(ALGORITHMS["grpo"], Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL),
+    "chord_phi": mix(ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)),
+    "mixed": mix(ALGORITHMS["grpo"], Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL),
 }  # fmt: skip
 
 
@@ -232,18 +244,18 @@ RANGES = {  # option -> what it may be, and in words
 }
 
 
-def choose_hybrid(config: Hybrid) -> Mixed:
-    """The table's row, with the run's own settings where it has them.  Raises UserError for options that do not go together."""
-    if config.algorithm not in HYBRIDS:
-        raise UserError(f"--algorithm: expected one of {', '.join(HYBRIDS)}; got {config.algorithm!r}")
-    row = _base(HYBRIDS[config.algorithm], config)
+def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
+    """The row of `rows`, with the run's own settings where it has them.  Raises UserError for options that do not go together."""
+    if config.algorithm not in rows:
+        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
+    row = _base(rows[config.algorithm], config)
     for name, (low, high, expected) in RANGES.items():
         value = getattr(config, name)
         if value is None:
             continue
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
-        row = _with(row, name, float(value), config.algorithm)
+        row = _with(row, name, float(value), config.algorithm, rows)
     changed = with_options(row, config)
     assert isinstance(changed, Mixed)
     return changed
@@ -263,10 +275,10 @@ def _base(row: Mixed, config: Hybrid) -> Mixed:
     return replace(row, **columns | {"prepare": (*base.prepare, *row.prepare)})
 
 
-def _with(row: Mixed, name: str, value: float, algorithm: str) -> Mixed:
+def _with(row: Mixed, name: str, value: float, algorithm: str, rows: Mapping[str, Mixed]) -> Mixed:
     if name in row.rule.params:
         return replace(row, rule=replace(row.rule, params={**row.rule.params, name: value}))
     if row.member is not None and name in row.member.surrogate.params:
         return replace(row, member=replace(row.member, surrogate=row.member.surrogate.with_params(**{name: value})))
-    fine = [k for k, o in HYBRIDS.items() if name in o.rule.params or (o.member and name in o.member.surrogate.params)]
+    fine = [k for k, o in rows.items() if name in o.rule.params or (o.member and name in o.member.surrogate.params)]
     raise UserError(f"--{name.replace('_', '-')}: {algorithm} has no such setting; take an --algorithm that has: {', '.join(fine)}")

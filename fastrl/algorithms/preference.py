@@ -133,9 +133,10 @@ class Preference:
         each = tokens.logp - tokens.ref_logp if self.reference and tokens.ref_logp is not None else tokens.logp
         if self.tail != 1.0:
             each = each * self._tail_weight(ends, each.numel()).to(each.dtype)
+        first = ends[:-1].clamp(max=max(each.numel() - 1, 0))  # of a sequence without tokens, some token
         return Scores(
             score=_sum(each, ends), logp=_sum(tokens.logp, ends), length=ends.diff().to(each.dtype),
-            good=tokens.advantage[ends[:-1]] > 0, weight=tokens.weight[ends[:-1]],
+            good=tokens.advantage[first] > 0, weight=tokens.weight[first],
         )  # fmt: skip
 
     def _tail_weight(self, ends: Tensor, tokens: int) -> Tensor:
@@ -146,10 +147,13 @@ class Preference:
     # --- what is reported ---
     def measure(self, tokens: Tokens) -> Tensor:
         """Sums over these sequences, float64, in the order of SUMS: what `merge` makes a step's metrics of."""
-        s = self.scores(tokens)
+        return self.sums(self.scores(tokens), tokens.entropy)
+
+    def sums(self, s: Scores, token_entropy: Tensor | None) -> Tensor:
+        """`measure` of sequences whose scores are known, and of the entropies of all their tokens."""
         reward = self.params["beta"] * (s.score / s.length if self.average else s.score)
         sides = reward.view(-1, 2).unbind(1) if self.paired else (reward.new_zeros(0), reward.new_zeros(0))
-        entropy = tokens.logp.new_zeros(()) if tokens.entropy is None else tokens.entropy.sum()
+        entropy = s.logp.new_zeros(()) if token_entropy is None else token_entropy.sum()
         nll = torch.where(s.good, -s.logp / s.length, 0).sum()
         units = s.length.new_tensor(s.length.numel() // self.unit)
         out = [units, s.length.sum(), entropy, nll, (sides[0] > sides[1]).sum()]
@@ -223,25 +227,28 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the parameters 
 }
 
 
-def choose_preference(config: Dpo) -> Preference:
-    """The table's row with the run's own parameters.  Raises UserError for options that the row has no use for, and values out of range."""
+def choose_preference(config: Dpo, named: str = "--algorithm") -> Preference:
+    """The table's row with the run's own parameters; `named` is the option that it was asked for by.
+
+    Raises UserError for options that the row has no use for, and values out of range.
+    """
     name = TRL_NAMES.get(config.algorithm, config.algorithm)
     if name not in PREFERENCES:
-        raise UserError(f"--algorithm: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, PREFERENCES)}")
+        raise UserError(f"{named}: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, PREFERENCES)}")
     row = PREFERENCES[name]
     for key, (fine, expected) in RANGES.items():
         value = getattr(config, key)
         if value is None:
             continue
-        option = f"--{key.replace('_', '-')}"
+        option, article = f"--{key.replace('_', '-')}", "an" if named == "--algorithm" else "a"
         if key not in row.params:
             have = ", ".join(n for n, r in PREFERENCES.items() if key in r.params)
-            raise UserError(f"{option}: {name} has no such parameter; leave it out, or take an --algorithm that has: {have}")
+            raise UserError(f"{option}: {name} has no such parameter; leave it out, or take {article} {named} that has: {have}")
         if not fine(value):
             raise UserError(f"{option}: expected {expected}, got {value:g}")
         row = row.with_params(**{key: value})
     row = _with_nll(row, name, config.nll_coef)
-    _check_reference(row, name, config.reference)
+    _check_reference(row, name, config.reference, named)
     return row
 
 
@@ -255,10 +262,10 @@ def _with_nll(row: Preference, name: str, coef: float | None) -> Preference:
     return replace(row, nll=coef)
 
 
-def _check_reference(row: Preference, name: str, asked: str | None) -> None:
+def _check_reference(row: Preference, name: str, asked: str | None, named: str) -> None:
     if row.reference and asked == "none":
         free = ", ".join(n for n, r in PREFERENCES.items() if not r.reference)
-        raise UserError(f"--reference: {name} compares with a reference model; take precomputed or live, or an --algorithm without: {free}")
+        raise UserError(f"--reference: {name} compares with a reference model; take precomputed or live, or another {named}: {free}")
     if not row.reference and asked in ("precomputed", "live"):
         raise UserError(f"--reference: {name} has no reference model; leave it out, or take none")
     if row.mismatched and asked == "precomputed":

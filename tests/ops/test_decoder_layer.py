@@ -82,7 +82,7 @@ def test_it_steps_aside_where_the_layer_is_not_its_own(monkeypatch):
         step(model, True)
     step(model_of().double(), True)
     step(model_of().bfloat16(), True)
-    monkeypatch.setattr(_decoder_layer, "FEW_ROWS", range(B + 1, 99))
+    monkeypatch.setattr(_decoder_layer, "LEAST_ROWS", B + 1)
     step(model, True)
     assert len(calls) == 2
 

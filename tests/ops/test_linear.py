@@ -1,4 +1,4 @@
-"""linear: torch's own by default, and in exact mode a product whose bits are each row's own."""
+"""linear: torch's own or, in float32 on CPU, the compiled one, whose bits are each row's own, as all of exact mode's are."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch.nn.functional import linear as torch_linear
 
 from fastrl import ops
 from fastrl.kernels._backend import extension
-from fastrl.kernels._linear import project, streams
+from fastrl.kernels._linear import add_weight_grad, compiled, input_grad, project, weight_grad
 from fastrl.kernels.linear import forward_op, linear_layer
 
 needs_c = pytest.mark.skipif(
     extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
 )
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [(1, 1, 1), (3, 7, 5), (16, 6, 128), (17, 13, 129), (33, 97, 300), (200, 31, 64), (5, 12, 1000)]
-SUBSETS = ([0], [199], [0, 1, 2], [7, 3, 150], list(range(64)), list(range(61, 200)), torch.arange(199, -1, -1).tolist())
+SHAPES = [(1, 1, 1), (3, 7, 5), (16, 6, 128), (17, 13, 129), (33, 97, 300), (200, 31, 64), (5, 12, 1000), (301, 45, 130)]
+ROWS = 400  # of which the weight is packed, from 256 on; of fewer, x
+SUBSETS = ([0], [399], [0, 1, 2], [7, 3, 150], list(range(64)), list(range(61, 400)), torch.arange(399, -1, -1).tolist())
 
 
 def inputs(T, N, K, dtype=torch.float32):
@@ -37,28 +38,73 @@ def test_golden_values():
 
 def test_by_default_it_is_torchs_own():
     """Wrong: a kernel of ours that nobody asked for; an op in between, which costs time."""
+    for T, dtype in ((7, torch.float32), (17, torch.bfloat16), (17, torch.float64)):
+        x, weight, bias = inputs(T, 13, 29, dtype)
+        assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
     x, weight, bias = inputs(17, 13, 29)
-    assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
-    assert type(linear_layer(x, weight.requires_grad_(), bias).grad_fn).__name__ == "AddmmBackward0"
+    assert type(linear_layer(x, weight.requires_grad_(), bias).grad_fn).__name__ == "AddmmBackward0", "a small one with a gradient"
 
 
 @needs_c
-def test_a_few_rows_without_a_gradient_are_the_compiled_products():
-    """Wrong: a gradient lost; other dtypes, sizes or an asked-for backend passed by; a head whose bits depend on who asks."""
+def test_float32_on_cpu_is_the_compiled_product():
+    """Wrong: other dtypes, sizes or an asked-for backend passed by; a head whose bits depend on who asks."""
     with torch.no_grad():
-        for T in (8, 64, 128):
+        for T in (8, 64, 300):
             x, weight, bias = inputs(T, 13, 29)
-            few, head = ops.linear(x, weight, bias), project(x, weight, bias, torch.float32)
+            ours, head = ops.linear(x, weight, bias), project(x, weight, bias, torch.float32)
             with ops.exact():
-                assert torch.equal(few, ops.linear(x, weight, bias)) and torch.equal(few, head)
-            within_budget(few, torch_linear(x, weight, bias), torch_linear(x.double(), weight.double(), bias.double()))
-        for T, dtype in ((7, torch.float32), (129, torch.float32), (64, torch.bfloat16), (64, torch.float64)):
-            x, weight, bias = inputs(T, 13, 29, dtype)
-            assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias)) and not streams(x, weight)
+                assert torch.equal(ours, ops.linear(x, weight, bias)) and torch.equal(ours, head)
+            within_budget(ours, torch_linear(x, weight, bias), torch_linear(x.double(), weight.double(), bias.double()))
+        for T, dtype in ((7, torch.float32), (64, torch.bfloat16), (64, torch.float64)):
+            assert not compiled(*inputs(T, 13, 29, dtype)[:2])
         x, weight, bias = inputs(64, 13, 29)
         with ops.use_backend("reference"):
             assert torch.equal(ops.linear(x, weight, bias), torch_linear(x, weight, bias))
-    assert not streams(x, weight)
+    assert compiled(x, weight) and not compiled(x, weight.requires_grad_())
+
+
+@needs_c
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_layer_that_learns_is_compiled_too(isa, threads, monkeypatch, bias):
+    """Wrong: a gradient lost, or of what does not ask for one; a second derivative that the compiled products cut off."""
+    monkeypatch.setattr("fastrl.kernels.linear.ENOUGH", 0)
+    threads(2)
+    x, weight, b = (t.requires_grad_() for t in inputs(300, 37, 29))
+    wrt, up = (x, weight, *((b,) if bias else ())), torch.randn(300, 37)
+    double = [t.detach().double().requires_grad_() for t in wrt]
+    ours = ops.linear(*wrt)
+    assert type(ours.grad_fn).__name__ == "_CompiledBackward"
+    truth = torch.autograd.grad(torch_linear(*double), double, up.double())
+    theirs = torch.autograd.grad(torch_linear(*wrt), wrt, up)
+    for mine, its, right in zip(torch.autograd.grad(ours, wrt, up), theirs, truth, strict=True):
+        within_budget(mine, its, right)
+    (only,) = torch.autograd.grad(ops.linear(x.detach(), weight), weight, up)
+    within_budget(only, theirs[1], truth[1])
+
+    def second(linear, args, up):
+        dx = torch.autograd.grad(linear(*args), args[0], up, create_graph=True)[0]
+        return torch.autograd.grad(dx.square().sum(), args[1])[0]
+
+    within_budget(second(ops.linear, wrt, up), second(torch_linear, wrt, up), second(torch_linear, double, up.double()))
+
+
+@needs_c
+@pytest.mark.parametrize("T, N, K", [(8, 1, 1), (9, 7, 5), (130, 33, 97), (257, 128, 64), (300, 600, 31), (129, 100, 520)])
+def test_gradients_of_every_size(isa, threads, T, N, K):
+    """Wrong: tails of rows (6), lanes (2 vectors), blocks (128) or chunks (512) left out or added twice; sums begun anew in a block."""
+    x, weight, _ = inputs(T, N, K)
+    dy = torch.randn(T, N + 3)[:, :N]
+    for count in (1, 3):
+        threads(count)
+        within_budget(input_grad(dy, weight), dy @ weight, dy.double() @ weight.double())
+        buffer = torch.full((T, K + 2), torch.nan)
+        assert torch.equal(input_grad(dy, weight, buffer[:, :K]), input_grad(dy, weight)) and buffer[:, K:].isnan().all()
+        within_budget(weight_grad(dy, x), dy.T @ x, dy.double().T @ x.double())
+        total = torch.randn(N, K + 2)
+        want = total[:, :K].double() + dy.double().T @ x.double()
+        theirs = torch.addmm(total[:, :K], dy.T, x)
+        add_weight_grad(total[:, :K], dy, x)
+        within_budget(total[:, :K], theirs, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,9 +147,9 @@ def test_gradcheck_of_the_registered_op():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, K", [(130, 70), (61, 513)])
 def test_a_row_has_the_same_bits_in_every_company(isa, threads, N, K, dtype):
-    """Wrong: tiles or splits that depend on the number of rows, a narrow panel that sums in another order, threads that split K."""
-    x, weight, bias = inputs(200, N, K, dtype)
-    strided = torch.zeros(200, K + 3, dtype=dtype)
+    """Wrong: tiles, splits or a turned product that sum by the number of rows; a narrow panel's other order; threads that split K."""
+    x, weight, bias = inputs(ROWS, N, K, dtype)
+    strided = torch.zeros(ROWS, K + 3, dtype=dtype)
     strided[:, 3:] = x
     with ops.exact():
         want = ops.linear(x, weight, bias)
@@ -119,7 +165,7 @@ def test_a_row_has_the_same_bits_in_every_company(isa, threads, N, K, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_are_exact_too_whatever_the_chunk(isa, dtype):
     """Wrong: the head's product left to the library, or rounded to bf16 on its way to float32 logits."""
-    x, weight, bias = inputs(200, 61, 96, dtype)
+    x, weight, bias = inputs(ROWS, 61, 96, dtype)
     with ops.exact():
         want = project(x, weight, bias, torch.float32)
         for rows in SUBSETS:
@@ -193,3 +239,16 @@ def test_the_kernel_checks_its_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             C.linear_forward_cpu(*change)
+    for change, message in (
+        ((0, 1, 8, 1, 8, 1, 1, 1, 1, 1), "y, x, w: expected addresses"),
+        ((8, 1, 8, 1, 8, 1, -1, 1, 1, 1), "M, N, K: expected at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            C.linear_input_grad_cpu(*change)
+    for change, message in (
+        ((0, 1, 8, 1, 8, 1, 1, 1, 1, False, 1), "y, a, b: expected addresses"),
+        ((8, 1, 8, 1, 8, 1, 1, -1, 1, True, 1), "T, M, N: expected at least 0"),
+        ((8, 1, 8, 1, 8, 1, 1, 1, 1, True, 0), "threads: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            C.linear_weight_grad_cpu(*change)
