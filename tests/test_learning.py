@@ -91,25 +91,24 @@ def test_the_readme_is_written_from_the_file(folder, tmp_path):
 
 
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
-    """Wrong implementations: a result of a run that failed; a whole checkpoint that the command line does not resume
-    from; the time of a run's last part as that of the run."""
+    """Wrong implementations: a result of a run that was stopped; a whole checkpoint that the command line does not resume from; the time
+    of a run's last part as that of the run."""
     called: list[tuple[str, ...]] = []
+    reached = iter([2, 3])
 
     def call(*arguments: str) -> float:
         called.append(arguments)
-        (tmp_path / "grpo/seed1/checkpoints/step_3").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"grpo/seed1/checkpoints/step_{next(reached)}").mkdir(parents=True)
         return 1.5
-
-    def fails(*arguments):
-        raise UserError("no")
 
     monkeypatch.setattr(learning, "call", call)
     method = learning.Method("grpo", "cards_grpo", ("--steps", "3"), measure=lambda checkpoint, run, seed: {"at": checkpoint.name})
-    with pytest.raises(UserError, match="no"):
-        learning.train("grpo", learning.Method("grpo", "cards_grpo", measure=fails), 1, ["--model", "m"], tmp_path)
+    with pytest.raises(UserError, match="seed1: stopped before step 3; the same command goes on"):
+        learning.train("grpo", method, 1, ["--model", "m"], tmp_path)
+    assert not list(tmp_path.rglob(RESULT))
     for _ in range(2):
         learning.train("grpo", method, 1, ["--model", "m"], tmp_path)
-    assert len(called) == 2 and "--resume" not in called[0] and "--resume" in called[1], "the first was stopped before its result"
+    assert len(called) == 2 and "--resume" not in called[0] and "--resume" in called[1]
     kept = json.loads((tmp_path / "grpo/seed1" / RESULT).read_text())
     assert (kept["method"], kept["seed"], kept["seconds"], kept["at"]) == ("grpo", 1, None, "step_3")
 

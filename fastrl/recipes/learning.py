@@ -22,11 +22,11 @@ import torch
 
 from fastrl.bench.ledger import identity
 from fastrl.checkpoint import whole
-from fastrl.config import Grpo
+from fastrl.config import TRAINING, Grpo
 from fastrl.errors import UserError
 from fastrl.log import METRICS
-from fastrl.options import load
-from fastrl.recipes.demo import PROMPTS, RECIPES, SAMPLES, command, newest
+from fastrl.options import load, resolve
+from fastrl.recipes.demo import PROMPTS, RECIPES, SAMPLES, command
 from fastrl.recipes.gsm8k_reward import prepare
 from fastrl.recipes.learning_table import RESULT, START, as_text, gather, publish
 from fastrl.recipes.margins import margins, reward_margins
@@ -142,10 +142,7 @@ def possible() -> list[str]:
 
 def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
     """What every method on the card game starts from: seed 0 of the recipe, measured with every seed's noise."""
-    if not whole(folder):
-        sft = ("--model", str(RECIPES / "cards.config.json"), "--threads", "1", "--output-dir", str(folder))
-        call(*command("sft", "cards_sft", *sft)[2:])
-    start = newest(folder)
+    start, _ = fit("sft", "cards_sft", folder, "--model", str(RECIPES / "cards.config.json"))
     for seed in seeds:
         record(folder / f"seed{seed}", partial(margin, start), START, seed)
     return ["--model", str(start)]
@@ -154,14 +151,14 @@ def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
 def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
     """What reward models of word problems start from: a decoder that has read the training set's solutions."""
     data = folder.parent / "gsm8k_data"
-    paths = ["--tokenizer", str(data / "tokenizer"), "--threads", "1"]
-    if not whole(folder):
+    if not (data / "groups.jsonl").is_file():
         if GSM8K not in os.environ:
             raise UserError(f"--only: {GSM8K} must name the folder of train.jsonl and model_solutions.jsonl")
         prepare(Path(os.environ[GSM8K]), data)
-        own = ("--model", str(RECIPES / "gsm8k_small.config.json"), "--dataset", str(data / "solutions.jsonl"))
-        call(*command("sft", "gsm8k_read", *own, *paths, "--output-dir", str(folder))[2:])
-    return ["--model", str(newest(folder)), "--dataset", str(data / "groups.jsonl"), *paths[:2]]
+    words = ("--tokenizer", str(data / "tokenizer"))
+    own = ("--model", str(RECIPES / "gsm8k_small.config.json"), "--dataset", str(data / "solutions.jsonl"))
+    start, _ = fit("sft", "gsm8k_read", folder, *own, *words)
+    return ["--model", str(start), "--dataset", str(data / "groups.jsonl"), *words]
 
 
 STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {"cards": begin, "gsm8k": begin_reading}
@@ -171,14 +168,28 @@ FOLDERS = {"cards": START, "gsm8k": "gsm8k_read"}
 def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Path) -> None:
     """One seed of one method, from the start to its result."""
     run = folder / "".join(c if c.isalnum() or c in "+_" else "_" for c in name) / f"seed{seed}"
-    own = (*start, "--threads", "1", "--seed", str(seed), "--output-dir", str(run), *method.options)
 
     def work(run: Path, seed: int) -> dict[str, Any]:
-        resume = ("--resume",) if whole(run) else ()
-        seconds = call(*command(method.command, method.recipe, *own, *resume)[2:])
-        return {"seconds": None if resume else seconds} | method.measure(newest(run), run, seed)
+        last, seconds = fit(method.command, method.recipe, run, *start, "--seed", str(seed), *method.options)
+        return {"seconds": seconds} | method.measure(last, run, seed)
 
     record(run, work, name, seed)
+
+
+def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float | None]:
+    """Train to the recipe's last step, going on from where the run was stopped: its checkpoint, and the CPU time, s.
+
+    The time is None where the run, or its first part, was done before.  Raises UserError when it was stopped once more.
+    """
+    words = command(name, recipe, "--threads", "1", "--output-dir", str(run), *options)[2:]
+    steps = resolve(TRAINING[name], words[1:]).steps
+    last, before = run / "checkpoints" / f"step_{steps}", whole(run)
+    if last in before:
+        return last, None
+    seconds = call(*words, *["--resume"][: len(before)])
+    if last not in whole(run):
+        raise UserError(f"{run}: stopped before step {steps}; the same command goes on from there")
+    return last, None if before else seconds
 
 
 def record(run: Path, work: Callable[[Path, int], dict[str, Any]], name: str, seed: int) -> None:
