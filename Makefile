@@ -43,10 +43,11 @@ bench: $(STAMP)
 
 check: lint type test
 
-# With the Python, torch and nvcc of the GPU machine itself: no virtual environment, no network.
+# With the Python, torch and nvcc of the GPU machine itself: no virtual environment, no network.  Only files with tests for a GPU are
+# read: the others may import what is not installed there.
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(TESTS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(or $(TESTS),$(shell grep -rl --include=test_*.py 'mark\.gpu' tests))
 	PYTHONPATH=. $(PYTHON) -m fastrl.bench.run --gpu-check --out bench/results
 
 clean:

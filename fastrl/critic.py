@@ -60,8 +60,10 @@ class Critic(nn.Module):
     def load(cls, folder: str, policy: Any) -> Self:
         """One that starts from a folder: a causal language model, or a reward model of one label, whose head is taken over.
 
-        Raises:  UserError for another architecture, more than one label, or a vocabulary or context smaller than the policy's.
+        Raises:  UserError for no folder, another architecture, more than one label, or a vocabulary or context smaller than the policy's.
         """
+        if not Path(folder).is_dir():
+            raise UserError(f"--critic-model: expected a model's folder, got {folder}")
         config = weights.read_config(Path(folder))
         scoring = architecture(config).endswith(SCORING)
         critic = cls._scoring(folder, config, policy) if scoring else cls._around(load_model(folder, policy.dtype, policy.device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,14 @@ class Source(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
+
+
+@runtime_checkable
+class Evaluable(Source, Protocol):
+    """A source that keeps some of its data back to evaluate on."""
+
+    def evaluate(self, learner: Any) -> tuple[dict[str, float], dict[str, Any], list[dict[str, Any]]]:
+        """Metrics of what was held out, under eval/; a table for the report; a few samples."""
 
 
 class Demonstrations:

@@ -130,6 +130,8 @@ def prompts_and_rewards(
     weights = config.reward_weights or None
     if weights is not None and len(weights) != max(len(functions), 1):
         raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise UserError(f"--reward-weights: expected finite numbers, got {' '.join(f'{w:g}' for w in weights)}")
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:

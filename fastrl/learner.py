@@ -223,9 +223,10 @@ def token_columns(batch: Batch, rows: Tensor) -> Tokens:
 
 
 def _merge(rows: list[list[float]]) -> dict[str, float]:
-    """The step's metrics from the loss and the metrics of every micro-batch of every process."""
-    if not rows:
-        return {"loss": 0.0, "num_tokens": 0.0}
+    """The step's metrics from the loss and the metrics of every micro-batch of every process; of no token, the loss alone."""
+    tokens = 1 + METRICS.index("tokens")
+    if not any(row[tokens] for row in rows):  # a ratio of 0 would look like a result
+        return {"loss": math.fsum(row[0] for row in rows), "num_tokens": 0.0}
     table = torch.tensor(rows, dtype=torch.float64)
     each = [dict(zip(METRICS, row.unbind(), strict=True)) for row in table[:, 1 : 1 + len(METRICS)]]
     merged = {k: float(v) for k, v in merge_metrics(each).items()} | merge_mismatch(table[:, 1 + len(METRICS) :])

@@ -25,7 +25,6 @@ from fastrl.dist import World
 from fastrl.draw import Draw
 from fastrl.errors import UserError
 from fastrl.experience import OnPolicy
-from fastrl.kernels.policy_loss import METRICS
 from fastrl.learner import Learner
 from fastrl.rewards import Scored
 from fastrl.types import Batch, Rollouts, Tokens
@@ -197,8 +196,6 @@ class MixedLearner(Learner):
         """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent where it has none."""
         merged = super()._merged([row[:-4] for row in rows])
         members, member_nll, taught, nll = (math.fsum(row[i] for row in rows) for i in range(-4, 0))
-        if not merged["num_tokens"]:
-            merged = {name: x for name, x in merged.items() if name not in METRICS and name != "clip_region"}
         merged["num_tokens"] += members + taught
         merged |= {"off_policy_share": (members + taught) / merged["num_tokens"]} if merged["num_tokens"] else {}
         return merged | ({"sft_loss": nll / taught} if taught else {}) | ({"member_nll": member_nll / members} if members else {})
@@ -229,6 +226,8 @@ def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
         ("refill", config.refill, alone or config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
         ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
         ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),
+        ("demo_reward", config.demo_reward, math.isfinite(config.demo_reward), "a finite number"),
+        ("solved", config.solved, not math.isnan(config.solved), "a reward"),
         (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:

@@ -39,6 +39,7 @@ def choose_reward_loss(config: Reward) -> RewardLoss:
         ("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them"),
         ("--holdout", config.holdout, 0 <= config.holdout < 1, "a share of at least 0 and below 1"),
         ("--step-separator", config.step_separator, config.step_separator != "", "a text of at least one character"),
+        ("--exact", config.exact, not config.exact, "none: no log-probs are sampled here, whose equals they could be"),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value!r}")

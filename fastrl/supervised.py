@@ -33,6 +33,10 @@ class Supervised(Algorithm):
 
 def choose_supervised(config: Sft) -> Supervised:
     """The row of a run's options.  Raises UserError for one that is out of range."""
+    if config.exact and (config.label_smoothing or config.z_loss):
+        raise UserError(
+            "--exact: --label-smoothing and --z-loss sum a vocabulary in an order that depends on the rows beside it; leave one out"
+        )
     for option, value, fine, expected in (
         ("--label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "a share in [0, 1)"),
         ("--z-loss", config.z_loss, 0 <= config.z_loss < math.inf, "a number of 0 or more"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastrl import report
 from fastrl.commands import arithmetic
-from fastrl.config import Reward, Run
+from fastrl.config import Run
 from fastrl.evaluate import evaluate
+from fastrl.experience import Evaluable
 from fastrl.interrupt import Interrupt
 from fastrl.learner import NotFinite
 from fastrl.log import REWARDS, replace_text
@@ -74,12 +74,12 @@ def _evaluate(config: Run, run: Session, step: int) -> None:
     if config.eval.prompts == 0 or not (step in (0, config.steps) or _due(step, config.eval.every)):
         return
     began = time.perf_counter()
-    metrics = EVALUATIONS.get(type(config), _answers)(config, run, step)
+    metrics = _held_out(config, run, run.source, step) if isinstance(run.source, Evaluable) else _answers(config, run)
     if metrics:
         run.log.eval(step, metrics | {"eval/time": time.perf_counter() - began})
 
 
-def _answers(config: Run, run: Session, step: int) -> dict[str, float]:
+def _answers(config: Run, run: Session) -> dict[str, float]:
     """Accuracy of the answers to a task's held-out prompts."""
     e = config.eval
     if run.task is None:
@@ -92,16 +92,13 @@ def _answers(config: Run, run: Session, step: int) -> dict[str, float]:
     return done.metrics()
 
 
-def _held_out(config: Run, run: Session, step: int) -> dict[str, float]:
+def _held_out(config: Run, run: Session, source: Evaluable, step: int) -> dict[str, float]:
     """Accuracy and calibration of a reward model; rewards.json keeps what the report draws."""
-    metrics, table, samples = run.source.evaluate(run.learner)  # type: ignore[attr-defined]
+    metrics, table, samples = source.evaluate(run.learner)
     if run.world.is_main:
         replace_text(Path(config.output_dir) / REWARDS, json.dumps({"step": step, **table}))
     run.log.samples(step, samples)
     return metrics
-
-
-EVALUATIONS: dict[type, Callable[[Run, Session, int], dict[str, float]]] = {Reward: _held_out}
 
 
 def _pace(metrics: dict[str, float], began: float, sampled: float) -> dict[str, float]:

@@ -205,6 +205,11 @@ def requested(op: str) -> str | None:
     return _known(name, ASKED_BY) if name else None
 
 
+def asked() -> tuple[object, ...]:
+    """All that is asked for: as long as this is equal, the same tensors are given the same implementations."""
+    return is_exact(), tuple(_asked), os.environ.get(ASKED_BY)
+
+
 def overruled() -> bool:
     """Whether a backend is asked for by name, whatever the op."""
     return bool(_asked) or bool(os.environ.get(ASKED_BY))

@@ -54,7 +54,8 @@ def serves(x: Tensor) -> bool:
 def decoder_layer(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, angles: tuple[Tensor, Tensor, Tensor], paged: Paged, eps: float
 ) -> tuple[Tensor, Tensor] | None:
-    """What the layer adds to the stream, and the stream, both (B, D); None for weights that are not contiguous and fp32.
+    """What the layer adds to the stream, and the stream, both (B, D); None for weights that are not contiguous and fp32, and for
+    pages that are not what `Paged` says: the ops name what is wrong with them.
 
     `angles` are positions (B,) int64 and the tables cos and sin.
     Raises:  ValueError for a position, slot, page or length out of range.
@@ -62,6 +63,8 @@ def decoder_layer(
     for w in weights:
         if w is not None and (w.dtype != torch.float32 or not w.is_contiguous()):
             return None
+    if not _readable(paged, x.shape[0]) or angles[0].shape != x.shape[:1]:
+        return None
     (B, D), x, (pages, page, K, E), table = x.shape, x.contiguous(), paged.k_cache.shape, paged.table
     (y, stream), H, F = torch.empty(2, B, D).unbind(), weights.out.shape[1] // E, weights.down.shape[1]
     place = (*angles, paged.slots, paged.k_cache, paged.v_cache, table, paged.lengths)
@@ -71,3 +74,20 @@ def decoder_layer(
         (len(angles[1]), pages, page, table.stride(0), table.shape[1]), E**-0.5, eps, B, D, F, H, K, E, torch.get_num_threads(),
     )  # fmt: skip
     return y, stream
+
+
+def _readable(paged: Paged, B: int) -> bool:
+    """Whether compiled code, which is given addresses, reads in these pages what B rows mean by them."""
+    k, v, slots, table, lengths = paged
+    return (
+        k.dtype == v.dtype == torch.float32
+        and table.dtype == lengths.dtype == torch.int32
+        and slots.dtype == torch.int64
+        and k.shape == v.shape
+        and len(table) == len(lengths) == len(slots) == B
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and slots.is_contiguous()
+        and lengths.is_contiguous()
+        and table.stride(1) == 1
+    )

@@ -151,4 +151,13 @@ def _k3_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
     return tl.where(far, 10.0, k3), tl.where(far, 0.0, -x)
 
 
-KL_TWINS = {"k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus, "k1_is": _k1_is, "k3_is": _k3_is, "abs": _absolute, "k3_cut": _k3_cut}
+@triton.jit
+def _k3_plus_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
+    far = k3 > 10.0
+    return tl.where(far, 10.0, k3), tl.where(far, 0.0, e)
+
+
+KL_TWINS = {
+    "k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus, "k1_is": _k1_is, "k3_is": _k3_is, "abs": _absolute, "k3_cut": _k3_cut,
+    "k3+_cut": _k3_plus_cut,
+}  # fmt: skip

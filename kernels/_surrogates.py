@@ -159,6 +159,11 @@ def _k3_cut(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return value.clamp(max=10.0), torch.where(value.detach() > 10.0, 0, slope)
 
 
+def _k3_plus_cut(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _k3_plus(e, d)
+    return value.clamp(max=10.0), torch.where(value.detach() > 10.0, 0, slope)
+
+
 def _k3_plus(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     k2 = 0.5 * e.square()
     return k2 + (_k3(e, d)[0] - k2).detach(), e
@@ -186,5 +191,6 @@ KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # (e, tok
     "k1_is": _k1_is,  # r k1 and
     "k3_is": _k3_is,  # r k3: both unbiased when the tokens came from the old policy
     "abs": _absolute,  # |e|
-    "k3_cut": _k3_cut,  # min(k3, 10), as in verl and NeMo-RL: no gradient where the policy is furthest
+    "k3_cut": _k3_cut,  # min(k3, 10), as in verl: no gradient where the policy is furthest
+    "k3+_cut": _k3_plus_cut,  # the same with the gradient of k2 where it is not cut off, as in NeMo-RL
 }

@@ -11,7 +11,8 @@ Rows that are not alive change nothing.  The host looks at none of this: a captu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ from fastrl.kernels._check import INTS, dims, same_device
 from fastrl.kernels.sample import Sample
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # values of Records.finish
+_DTYPES = {  # of each field
+    "rows": (*(torch.int64,) * 6, torch.bool, torch.int32),
+    "records": (torch.int64, *(torch.float32,) * 3, torch.bool, torch.int32, torch.int64, torch.int8),
+    "pages": (torch.int32, torch.int64, torch.int32),
+}
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 class Rows(NamedTuple):
@@ -143,11 +150,18 @@ def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: 
     Memory:  the Triton kernel allocates nothing and is one launch of one program.  There must be a free page for every row.
     Raises:  ValueError or TypeError naming the argument.  No values are read.  Not traced by torch.compile, not differentiable.
     """
-    B, _ = dims("rows.table", rows.table, "B N", (torch.int32,))
-    for name, x, kinds in (("rows.length", rows.length, (torch.int64,)), ("draw.token", draw.token, INTS), ("rows.seq", rows.seq, INTS)):
-        dims(name, x, "B", kinds, B=B)
-    dims("records.tokens", records.tokens, "S C", (torch.int64,))
+    B, N = dims("rows.table", rows.table, "B N", (torch.int32,))
+    S, C = dims("records.tokens", records.tokens, "S C", (torch.int64,))
+    (P,) = dims("pages.refs", pages.refs, "P", (torch.int32,))
+    _check("rows", rows, (*((B,),) * 7, (B, N)))
+    _check("records", records, (*((S, C),) * 6, (S,), (S,)))
+    _check("pages", pages, ((P,), (1,), (P,)))
+    dims("draw.token", draw.token, "B", INTS, B=B)
+    for name, x in zip(draw._fields[1:], draw[1:], strict=True):
+        dims(f"draw.{name}", x, "B", (draw.logp.dtype,), B=B)
     dims("stops", stops, "n", (torch.int64,))
+    for name, x in (("version", version), ("total", total)):
+        dims(name, x, "one", (torch.int64,), one=1)
     same_device(token=draw.token, length=rows.length, tokens=records.tokens, free=pages.free, stops=stops)
     if page < 1:
         raise ValueError(f"page: expected a positive number of tokens, got {page}")
@@ -155,6 +169,27 @@ def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: 
         pick("advance", draw.logp, "forward")(draw, rows, records, pages, stops, version, total, page)
 
 
+def _check(name: str, group: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Raise ValueError or TypeError naming the field that is not of its dtype or shape; at once for all, because a step is short."""
+    dtypes = _DTYPES[name]
+    if tuple(map(_dtype, group)) == dtypes and tuple(map(_shape, group)) == shapes:
+        return
+    for field, x, dtype, shape in zip(group._fields, group, dtypes, shapes, strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name}.{field}: expected shape {shape}, got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}.{field}: expected dtype {dtype}, got {x.dtype}")
+
+
 def need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """How many rows (B,) are alive, and how many pages they have not taken yet but may come to need, both () int64."""
+    """How many rows are alive, and how many pages they have not taken yet but may come to need, both () int64.
+
+    Shapes:  alive (B,) bool;  length, until (B,) int64, as in `Rows`.
+    Raises:  ValueError or TypeError naming the argument.
+    """
+    (B,) = dims("alive", alive, "B", (torch.bool,))
+    for name, x in (("length", length), ("until", until)):
+        dims(name, x, "B", (torch.int64,), B=B)
+    if page < 1:
+        raise ValueError(f"page: expected a positive number of tokens, got {page}")
     return pick("need", alive, "forward")(alive, length, until, page)

@@ -199,6 +199,8 @@ def attention(
     else:
         T_k, K, _ = dims("k", k, "T_k K E", (q.dtype,), E=E)
         dims("v", v, "T_k K E", (q.dtype,), T_k=T_k, K=K, E=E)
+    if E == 0:
+        raise ValueError(f"q: expected heads of some width, got shape {tuple(q.shape)}")
     if K == 0 or H % K:
         raise ValueError(f"k: expected key/value heads K that divide H={H} query heads, got K={K}")
     same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)

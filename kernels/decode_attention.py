@@ -140,6 +140,8 @@ def decode_attention(
     else:
         dims("block_table", block_table, "R N", INTS)
         dims("rows", rows, "B", INTS, B=B)
+    if E == 0 or page == 0:
+        raise ValueError(f"k_cache: expected pages of tokens and heads of some width, got page={page}, E={E}")
     if K == 0 or H % K:
         raise ValueError(f"k_cache: expected key/value heads K that divide H={H} query heads, got K={K}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):

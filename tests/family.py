@@ -105,19 +105,6 @@ OBJECTIVES: dict[str, Callable[[Rect], Tensor]] = {  # what each row maximises
 }
 
 
-OTHERS: dict[tuple[str, str], Callable[[Rect], Tensor]] = {  # what other trainers maximise under these names
-    ("trl", "dapo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
-    ("verl", "grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2, 3.0)),
-    ("verl", "dapo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.28, 10.0)),
-    ("verl", "rloo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2, 3.0)),
-    ("verl", "gmpo"): lambda b: gmpo(b, 0.2),
-    ("verl", "cispo"): lambda b: b.by_token(b.r.clamp(0.8, 1.2).detach() * b.A * b.logp),
-    ("nemo", "grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
-    ("nemo", "dr_grpo"): lambda b: b.by_token(clipped(b, b.r, 0.2, 0.2)),
-    ("nemo", "cispo"): lambda b: b.by_token(b.r.clamp(0.8, 1.2).detach() * b.A * b.logp),
-}
-
-
 # --- advantages of (P, G) rewards without NaN, and (P, G) lengths -------------------------------------
 def _zscore(R: Tensor, L: Tensor) -> Tensor:
     return (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)
@@ -129,7 +116,7 @@ def _center(R: Tensor, L: Tensor) -> Tensor:
 
 def _whiten(x: Tensor, L: Tensor) -> Tensor:
     every = torch.cat([v.repeat(int(n)) for v, n in zip(x.flatten(), L.flatten(), strict=True)])  # token by token
-    return (x - every.mean()) / (every.std() + 1e-8)
+    return (x - every.mean()) / (every.var() + 1e-8).sqrt()
 
 
 def _max_at_k(R: Tensor, L: Tensor, k: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from runs import BUDGET, GROUP, PROMPTS, SEED, reference
 from torch import Tensor
 
+from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.hybrid import HYBRIDS, Mixed
 from fastrl.config import Hybrid, Optim
 from fastrl.data import Sample
@@ -49,13 +50,18 @@ def mixture(
 
     return Mixture(
         Hybrid(**options | changes), Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=reference if row.kl_coef else None, stop=(), world=World(), trainer=reference,
+        reference=reference if row.kl_coef else None, stop=(), world=world or World(), trainer=reference,
         known=lambda some: [(demonstration(i) if i in known else None,) for i in some],
     )  # fmt: skip
 
 
-def learner(model: Decoder, row: Mixed, micro_tokens: int = 10**6) -> MixedLearner:
-    return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+def learner(model: Decoder, row: Mixed, micro_tokens: int = 10**6, world: World | None = None) -> MixedLearner:
+    return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens, world=world)
+
+
+def corrected(name: str, correction: str | None) -> Mixed:
+    """The row, with a correction by its name."""
+    return replace(HYBRIDS[name], correction=None if correction is None else CORRECTIONS[correction])
 
 
 # --- the equations ----------------------------------------------------------------------------------
@@ -97,6 +103,14 @@ class Group:
         R = torch.tensor([s.reward for s in self.own] + [1.0] * (union and self.demo is not None), dtype=torch.float64)
         A = R - R.mean()
         return (A / (R.std() + 1e-4 if scale else 1)).tolist()
+
+    def measured_by_own(self, scale: bool = False) -> list[float]:
+        """(R - mean) / std of the completions, then of the demonstration by their mean and std."""
+        R = [float(s.reward) for s in self.own]  # type: ignore[arg-type]
+        mean = sum(R) / len(R)
+        std = math.sqrt(sum((r - mean) ** 2 for r in R) / (len(R) - 1))
+        divisor = std + 1e-4 if scale and std > 0 else 1
+        return [(r - mean) / divisor for r in (*R, *([1.0] if self.demo is not None else []))]
 
 
 def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: float | None = None) -> Row:
@@ -162,10 +176,10 @@ def hpt_soft(data: list[Group]) -> Tensor:
     return len(rl) / (len(data) * GROUP) * by_budget(rl) + len(sft) / len(data) * per_token(sft)
 
 
-def luffy(data: list[Group], gamma: float = 0.1) -> Tensor:
+def luffy(data: list[Group], gamma: float = 0.1, split: bool = False) -> Tensor:
     rows = []
     for g in data:
-        A = g.centred(union=True)
+        A = g.measured_by_own() if split else g.centred(union=True)
         rows += [s.r * a for s, a in zip(g.own, A, strict=False)]
         rows += [A[-1] * g.demo.p / (g.demo.p + gamma)] if g.demo is not None else []
     return by_budget(rows)

@@ -112,7 +112,7 @@ def far_drift(backend: str) -> None:
     given = case(300) | {"token_weight": torch.ones(300)}
     given["old_logp"] = given["logp"] + torch.tensor([50.0, -50.0, 21.0, -21.0]).repeat(75)
     given["ref_logp"] = given["old_logp"].flip(0)
-    for name, kl in (("ratio", "k3"), ("clip", "k3_is"), ("sapo", "k3+"), ("cispo", "k1_is"), ("pg", "k3_cut")):
+    for name, kl in (("ratio", "k3"), ("clip", "k3_is"), ("sapo", "k3+"), ("cispo", "k1_is"), ("pg", "k3_cut"), ("nll", "k3+_cut")):
         ours, exact = fused(backend, variant(given, name, "token", kl, ())), run(reference, wide(variant(given, name, "token", kl, ())))
         most = exact[2][0].abs().max()
         torch.testing.assert_close(ours[2][0].double(), exact[2][0], rtol=1e-6, atol=1e-6 * float(most))  # two such terms may cancel

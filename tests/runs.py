@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoders import decoder as decoder
 from safetensors.torch import load_file
 from support import tiny_config
 from torch import Tensor
@@ -39,11 +40,6 @@ def digits(completions, **columns):
 
 def tokenizer() -> Any:
     return Cards(k=2).tokenizer()
-
-
-def decoder(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Decoder:
-    """A decoder of random weights that are large enough for its distributions to be far from uniform."""
-    return Decoder.from_config(tiny_config(family, **{"vocab_size": 31, "initializer_range": 0.4} | changes), dtype=dtype, seed=seed)
 
 
 def write_model(folder: Path, **changes: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import actor_critic
+import hybrids
 import pytest
 import torch
 from fusion_runs import fusion
@@ -32,14 +33,16 @@ from runs import (
     relative,
     state,
     tokenizer,
+    write_model,
 )
 
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
-from fastrl.config import Eval, Optim, Run
+from fastrl.algorithms.reward import REWARD_LOSSES
+from fastrl.config import Eval, HeldOut, Optim, Reward, Run
 from fastrl.dist import World, join
 from fastrl.evaluate import evaluate
-from fastrl.experience import order
+from fastrl.experience import Evaluable, order
 from fastrl.sampler import Sampler
 from fastrl.setup import set_up
 from fastrl.tasks import Cards
@@ -52,6 +55,13 @@ FUSED = {  # one step's offline pairs, minibatch of groups with members, on-poli
 }  # fmt: skip
 ALIKE = ("bnpo", "two_sided", "luspo", "sapo", "pass_at_k", "max_rl", "reinforce++")  # others share what processes could get wrong
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
+MIXTURES: dict[str, dict[str, Any]] = {  # of hybrids: options of the source
+    "hpt": {}, "hpt_soft": {}, "luffy": {}, "srft": {"minibatches": 2}, "mixed": {"correction": "token_truncate", "epochs": 2},
+    "chord": {"prompts": 1}, "chord_phi": {"known": (0,)},
+}  # fmt: skip
+REWARDED: dict[str, dict[str, Any]] = {  # of reward models: options of the run
+    "bradley_terry": {"group": 3, "center": 0.1}, "plackett_luce": {"group": 4}, "outcome": {}, "one group": {"prompts": 1},
+}  # fmt: skip
 RUN = {"steps": 3, "minibatches": 2, "epochs": 2, "kl_coef": 0.1, "eval": Eval(prompts=3)}
 
 
@@ -81,22 +91,39 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         step = actor_critic.source(made, kl_target=1.0, missing_eos_penalty=0.5).collect(0, 0)
         metrics, *grads = actor_critic.gradients(made, step.batches[0])
         found[f"ppo {critic}"] = (metrics, torch.cat(grads), step.metrics)
+    for name, options in MIXTURES.items():
+        model = decoder()
+        row = hybrids.corrected(name, options.get("correction"))
+        step = hybrids.mixture(model, row, world=world, **options).collect(0, 0)
+        drift(model, 0.03)
+        found[f"hybrid {name}"] = (*gradient(hybrids.learner(model, row, 30, world), step.batches[0]), step.metrics)
     done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     fastrl.trainer.train(grpo(folder, **RUN))
-    optim = Optim(lr=1e-2, eps=1e-2)
-    runs = {name: dpo(folder, name, algorithm=name, prompts=5, optim=optim) for name in PREFERENCES}
-    runs |= {name: fusion(folder, name, algorithm=name, prompts=5, optim=optim, **options) for name, options in FUSED.items()}
+    slow: dict[str, Any] = {"optim": Optim(lr=1e-2, eps=1e-2)}
+    runs: dict[str, Run] = {name: dpo(folder, name, algorithm=name, prompts=5, **slow) for name in PREFERENCES}
+    runs |= {name: fusion(folder, name, algorithm=name, prompts=5, **slow, **options) for name, options in FUSED.items()}
+    runs |= {name: reward(folder, name, **slow | {"prompts": 5} | options) for name, options in REWARDED.items()}
     return found | {f"first step of {name}": first_step(config) for name, config in runs.items()}
 
 
+def reward(folder: Path, name: str, **changes: Any) -> Reward:
+    """A run of reward models on the card game's pairs."""
+    algorithm = name if name in REWARD_LOSSES else "bradley_terry"
+    return Reward(
+        model=write_model(folder), task="cards", task_options=("k=2",), output_dir=str(folder / name), steps=3, algorithm=algorithm,
+        micro_tokens=128, eval=HeldOut(prompts=5), **changes,
+    )  # fmt: skip
+
+
 def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
-    """The metrics of a run's first step, and the weights after it."""
+    """The metrics of a run's first step, with those of a reward model's evaluation after it, and the weights after it."""
     run = set_up(config)
     with run.log:
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
-    return metrics | step.metrics, torch.cat([p.detach().flatten() for p in run.model.parameters()])
+        held_out = run.source.evaluate(run.learner)[0] if isinstance(run.source, Evaluable) else {}
+    return metrics | step.metrics | held_out, torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
 def child(folder: Path) -> None:
@@ -165,10 +192,11 @@ def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None
     assert found == pytest.approx({k: v for k, v in want.items() if k not in rounding}, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*SHARED, "ppo separate", "ppo shared"])
+@pytest.mark.parametrize("name", [*SHARED, "ppo separate", "ppo shared", *(f"hybrid {name}" for name in MIXTURES)])
 def test_two_processes_have_the_loss_and_gradient_of_one(name, one, two):
     """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples;
-    advantages whitened, or a KL observed, over a process's own tokens."""
+    advantages whitened, or a KL observed, over a process's own tokens; demonstrations of a share's prompts in the place of others', or
+    prompts counted by a share."""
     metrics, gradients, rollout = one[1][name]
     for found in two[1]:
         assert relative(found[name][1], gradients) < 1e-5
@@ -189,13 +217,14 @@ def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, 
         assert found[name][2] == pytest.approx(rollout, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*PREFERENCES, *FUSED])
-def test_a_step_of_preferences_is_that_of_one_process(name, one, two):
+@pytest.mark.parametrize("name", [*PREFERENCES, *FUSED, *REWARDED])
+def test_a_step_of_comparisons_is_that_of_one_process(name, one, two):
     """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file while the other computes;
-    a baseline of mismatches within a share; a mean over a share's pairs; norms of one process's part of a gradient."""
+    a baseline of mismatches within a share; a mean over a share's pairs, groups or verdicts; accuracy of a share; a process
+    without a group that waits in another sum; norms of one process's part of a gradient."""
     metrics, weights = one[1][f"first step of {name}"]
     for found in two[1]:
-        assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+        assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
         assert torch.allclose(found[f"first step of {name}"][1], weights, atol=1e-6)
 
 

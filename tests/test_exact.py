@@ -6,20 +6,18 @@ import contextlib
 
 import pytest
 import torch
+from decoders import model_of, rollouts_of, scores
 from runs import grpo, write_model
 from support import tiny_config, within_budget
 
 from fastrl import ops, report
-from fastrl.algorithms import ALGORITHMS
-from fastrl.config import Eval, Optim
+from fastrl.config import Eval
 from fastrl.errors import UserError
 from fastrl.kernels import attention, rms_norm, rope, swiglu, token_logp
 from fastrl.kernels._backend import extension, is_exact
 from fastrl.learner import Learner
 from fastrl.model import Decoder
-from fastrl.sampler import Sampler, SamplingParams
 from fastrl.trainer import train
-from fastrl.types import Batch
 
 needs_c = pytest.mark.skipif(
     extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
@@ -27,39 +25,9 @@ needs_c = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.bfloat16]
 T = 100
 SUBSETS = ([0], [T - 1], [0, 1, 2], [7, 3, 50], list(range(64)), list(range(31, T)), torch.arange(T - 1, -1, -1).tolist())
-PROMPTS = (1, 5, 17, 70, 3, 9)  # tokens
 
 
 # --- the claim --------------------------------------------------------------------------------------
-def model_of(family, dtype=torch.float32, device="cpu"):
-    """Large random weights, and random biases, which from_config leaves at 0."""
-    config = tiny_config(family, initializer_range=0.3, max_position_embeddings=256)
-    model = Decoder.from_config(config, seed=1, dtype=dtype, device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()))
-    return model
-
-
-def rollouts_of(model, temperature=0.7, **options):
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 61, (n,), generator=generator).tolist() for n in PROMPTS]
-    params = SamplingParams(**{"n": 4, "max_new_tokens": 70, "temperature": temperature, "seed": 3} | options)
-    return Sampler(model).generate(prompts, params)
-
-
-def scores(model, rollouts, micro_tokens, temperature=0.7):
-    """logp (T,) of `Learner.logp`, and logp and entropy (T,) of `Learner.forward`, in micro-batches of at most so many tokens."""
-    learner = Learner(model, ALGORITHMS["grpo"], Optim(), steps=1, micro_tokens=micro_tokens, temperature=temperature)
-    zeros = torch.zeros_like(rollouts.logp)
-    columns = {"old_logp": rollouts.logp, "advantage": zeros, "weight": zeros}
-    batch = Batch(tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=rollouts.completion_mask, **columns)
-    _, stats, _, _ = learner.forward(batch)
-    shifted = [torch.cat([zeros[:1], x]) for x in (stats.logp, stats.entropy)]
-    return learner.logp(model, batch), *shifted
-
-
 @needs_c
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -242,6 +242,7 @@ def test_pairs_beside_rollouts_leave_these_free():
         ({"algorithm": "grpo_dpo", "gap": 0.5}, "--gap: grpo_dpo has no such setting; take an --algorithm that has: online_dpo"),
         ({"algorithm": "grpo_dpo", "mu": 0.5}, "--mu: grpo_dpo has no such setting"),
         ({"algorithm": "grpo_pairs", "gamma": 0.5}, "--gamma: grpo_pairs has no such .*: luffy, luffy_pairs"),
+        ({"algorithm": "luffy_pairs", "group_statistics": "own"}, "--group-statistics: luffy_pairs has no demonstration in a group"),
         ({"algorithm": "grpo_pairs", "members": "chosen", "rejected_reward": 0.0}, "--rejected-reward: expected --members both"),
         ({"algorithm": "grpo_pairs", "rejected_reward": math.inf}, "--rejected-reward: expected a finite number, got inf"),
         ({"algorithm": "luffy", "members": "both"}, "--members: luffy has no such setting; take .*: grpo_pairs, luffy_pairs"),

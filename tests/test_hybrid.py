@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybrids import ANSWERS, OBJECTIVES, SCORES, demonstration, groups, half_cosine, learner, mixture, with_rule
+from hybrids import ANSWERS, OBJECTIVES, SCORES, demonstration, groups, half_cosine, learner, luffy, mixture, with_rule
 from runs import BUDGET, GROUP, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 from torch import Tensor
@@ -43,6 +43,28 @@ def test_loss_and_gradient_are_those_of_the_equations(name, known):
     metrics, got = gradient(learner(model, HYBRIDS[name], 20), batch)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8)
     assert relative(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_statistics_of_the_completions_alone(scale):
+    """LUFFY's grpo_split, through the loss; with a deviation, by the advantages of every group; and of groups without spread.
+
+    Wrong implementations: the demonstration in the mean, or in the deviation; a demonstration of a flat group divided by epsilon; its
+    place in a group's deviation where it is not there."""
+    row = choose_hybrid(Hybrid(model="m", algorithm="luffy", group_statistics="own", scale_rewards=scale))
+    model = decoder(dtype=F64)
+    source = mixture(model, row, known=(0, 1))
+    now, batch = groups(model, source, SCORES, (0, 1)), source.collect(0, 0).batches[0]
+    want = torch.tensor([a for g in now() for a in g.measured_by_own(scale == "group") if a])  # samples that move nothing leave the batch
+    torch.testing.assert_close(batch.advantage[batch.cu_seqlens[:-1].long()], want, rtol=1e-6, atol=1e-7)
+    flat = row.advantage(torch.tensor([0.5, 0.5, 0.5, 1, 0, 0, 0, nan, nan, nan, nan, 1]), 4)
+    assert flat.tolist() == [0, 0, 0, 0.5, *[0] * 8]
+    if scale == "none":
+        drift(model, 0.03)
+        loss = -luffy(now(), split=True)
+        slopes = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        metrics, got = gradient(learner(model, row, 20), batch)
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8) and relative(got, slopes) < 1e-6
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -302,6 +324,9 @@ def test_options_change_a_row():
         ({"algorithm": "chord", "mu_warmup": -1}, "--mu-warmup: expected steps, 0 or more, got -1"),
         ({"semantics": "trl"}, "--semantics: trl is of a row of --rl; give --rl"),
         ({"epsilon": 0.1}, "--epsilon: hpt has no such bound"),
+        ({"group_statistics": "own"}, "--group-statistics: hpt has no demonstration in a group; take an --algorithm that has: luffy, srft"),
+        ({"algorithm": "luffy", "group_statistics": "own", "advantage": "rank"}, "--group-statistics: own goes with .* zscore and center"),
+        ({"rl": "luspo", "semantics": "verl"}, "--semantics: verl has no luspo"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
@@ -314,6 +339,8 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
     [
         ({"refill": 1}, "--refill: expected 0: prompts that nobody solves"),
         ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
+        ({"demo_reward": nan}, "--demo-reward: expected a finite number, got nan"),
+        ({"solved": nan}, "--solved: expected a reward, got nan"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
         (
             {"sampling": Sampling(temperature=0.5)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def test_groups_without_advantage_are_left_out_exactly(name, monkeypatch):
 
 def test_with_a_kl_or_entropy_term_every_sample_counts():
     assert [len(make_batch(name, decoder())) for name in ("grpo+kl+entropy", "gspo+kl")] == [12, 12]
+
+
+def test_a_batch_without_tokens_measures_nothing():
+    """Its sequences stay in the batch, as PPO's do and those of a run with a KL: every completion was filtered out.
+
+    Wrong implementations: ratios and a KL of 0 in the log; a step on momentum."""
+    row = replace(ALGORITHMS["grpo"], kl="k3", kl_coef=0.1)
+    model = decoder()
+    batch = on_policy(model, row).collect(0, 0).batches[0]
+    blank = replace(batch, mask=torch.zeros_like(batch.mask))
+    before = [p.detach().clone() for p in model.parameters()]
+    metrics = learner(model, row, 30).update(blank, 0)
+    assert metrics == {"loss": 0.0, "num_tokens": 0.0, "grad_norm": 0.0, "learning_rate": Optim().lr}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_batch_of_equal_rewards_moves_nothing():

@@ -40,7 +40,7 @@ def test_first_update_measures_the_sampler():
         w = s.exp()
         assert [m[k] for k in ("sampler_diff_mean", "sampler_diff_max", "sampler_kl", "sampler_ess")] == pytest.approx(
             [s.abs().mean().item(), s.abs().max().item(), (w - 1 - s).mean().item(), (w.sum() ** 2 / w.square().sum() / len(s)).item()],
-            rel=1e-3, abs=1e-5,
+            rel=1e-4, abs=1e-6,
         )  # fmt: skip
     assert m["correction_mean"] == pytest.approx(w.clamp(max=2).mean().item(), rel=1e-4) and m["correction_max"] <= 2
 
@@ -228,6 +228,8 @@ def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
     config = Grpo(model="m", task="cards", reward_weights=(1.0, 2.0))
     with pytest.raises(UserError, match=r"--reward-weights: expected one per --reward \(1\), got 2"):
         prompts_and_rewards(config, None, None, 64, 31)
+    with pytest.raises(UserError, match="--reward-weights: expected finite numbers, got nan"):
+        prompts_and_rewards(replace(config, reward_weights=(math.nan,)), None, None, 64, 31)
 
 
 def _z(x: torch.Tensor) -> torch.Tensor:
@@ -276,6 +278,6 @@ def test_a_run_with_everything(tmp_path, monkeypatch):
     rows = lines(tmp_path / "a")
     assert rows == lines(tmp_path / "b")
     last = rows[-2]
-    assert last["sampling/sampling_logp_difference/max"] < 1e-3 and last["sampler/kl"] < 1e-6 and last["sampler/ess"] > 0.99
-    assert last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-2) and last["refill/groups"] >= 4
+    assert last["sampling/sampling_logp_difference/max"] < 1e-5 and last["sampler/kl"] < 1e-10 and last["sampler/ess"] > 1 - 1e-9
+    assert last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4) and last["refill/groups"] >= 4
     assert last["rewards/overlong/mean"] <= 0 and last["sampler/staleness_max"] == 0

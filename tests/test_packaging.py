@@ -50,6 +50,30 @@ def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
     assert python(f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.MARK)") == "the real one"
 
 
+# --- a machine with a GPU ---------------------------------------------------------------------------
+FOREIGN = ("tyro", "trl", "liger_kernel", "cut_cross_entropy", "ruff", "mypy")  # not needed by an op, a sampler or a benchmark
+
+
+def test_gpu_check_needs_no_command_line_package():
+    """Wrong: a file of GPU tests or a benchmark that imports the command line: not one test runs where tyro is not installed."""
+    files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu", p.read_text(encoding="utf-8")))
+    assert len(files) > 9
+    code = f"""
+import importlib.util, sys
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name.partition('.')[0] in {FOREIGN!r}: raise ModuleNotFoundError('No module named ' + repr(name), name=name)
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, 'tests')
+for i, file in enumerate({[str(f) for f in files]!r}):
+    spec = importlib.util.spec_from_file_location('gpu' + str(i), file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+from fastrl.bench import run
+print(len([run.load(name) for name in run.names()]))
+"""
+    assert int(python(code)) > 15
+
+
 # --- links ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("link, target", LINKS.items())
 def test_links_are_committed_as_links(link, target):

@@ -25,7 +25,8 @@ from fastrl.config import Grpo
 from fastrl.types import Tokens
 
 try:
-    from trl import GRPOTrainer
+    from trl import GRPOTrainer, RLOOTrainer
+    from trl.experimental.gmpo import GMPOTrainer
     from trl.trainer import utils
 
     no_trl = ""
@@ -85,9 +86,9 @@ def differentiated(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor
 
 # --- TRL's GRPO loss --------------------------------------------------------------------------------
 def trl_loss(
-    batch: Batch, logp: Tensor, entropy: Tensor, sampling_per_token_logps: Tensor | None = None, **settings: Any
+    batch: Batch, logp: Tensor, entropy: Tensor, sampling_per_token_logps: Tensor | None = None, of: Any = None, **settings: Any
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """GRPOTrainer._compute_loss itself, on a trainer that is only its settings."""
+    """GRPOTrainer._compute_loss itself (or that of another class), on a trainer that is only its settings."""
     given = {
         "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", "use_vllm": False,
         "delta": None, "use_bias_correction_kl": False, "entropy_coef": 0.0, "loss_type": "grpo",
@@ -117,7 +118,7 @@ def trl_loss(
     }  # fmt: skip
     inputs |= {"importance_sampling_ratio": batch.correction * batch.mask + ~batch.mask} if given["use_vllm"] else {}
     inputs |= {} if sampling_per_token_logps is None else {"sampling_per_token_logps": sampling_per_token_logps}
-    return GRPOTrainer._compute_loss(trainer, None, inputs), metrics
+    return (of or GRPOTrainer)._compute_loss(trainer, None, inputs), metrics
 
 
 CASES: dict[str, tuple[dict[str, Any], Aggregate, dict[str, Any]]] = {  # TRL's settings, our aggregate, our options
@@ -184,6 +185,8 @@ def test_policy_loss_is_trls(case):
 # a row's name and TRL's settings for its loss; TRL's own defaults where it has no such name
 TRL_ROWS: dict[str, dict[str, Any]] = {
     "grpo": {}, "bnpo": {"loss_type": "bnpo"}, "dapo": {"loss_type": "dapo"}, "dr_grpo": {"loss_type": "dr_grpo"},
+    "two_sided": {"loss_type": "dapo", "delta": 4.0}, "lite_ppo": {"loss_type": "bnpo"},
+    "gmpo": {"epsilon_low": 0.4, "epsilon_high": 0.4},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0}, "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.05},
     "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon_low": 2e-3, "epsilon_high": 2.5e-3},
@@ -192,6 +195,7 @@ TRL_ROWS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our options and TRL's
     "plain": ({}, {}),
     "beta": ({"kl_coef": 0.1}, {"beta": 0.1}),
+    "corrected kl": ({"kl_coef": 0.1, "kl": "k3_is"}, {"beta": 0.1, "use_bias_correction_kl": True}),
     "entropy": ({"entropy_coef": 0.3}, {"entropy_coef": 0.3}),
     "delta": ({"delta": 1.5}, {"delta": 1.5}),
     "off-policy mask": ({"off_policy_mask_threshold": 0.05}, {"off_policy_mask_threshold": 0.05}),
@@ -202,6 +206,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our options an
 
 def trl_takes(name: str, variant: str) -> bool:
     """What TRL refuses or defines otherwise (presets.py says how) is left out."""
+    if name == "gmpo":
+        return variant in ("plain", "beta")
+    if variant == "corrected kl":
+        return name not in ("gspo", "luspo")
     if variant == "delta":
         return name in ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo")
     if variant == "entropy":
@@ -243,9 +251,36 @@ def test_rows_with_trl_semantics_are_trls(name, variant):
         return row.loss(tokens.with_(packed(logp), packed(entropy)))
 
     def theirs(logp: Tensor, entropy: Tensor) -> Tensor:
-        return trl_loss(batch, logp, entropy, sampling_per_token_logps=sampler, **settings)[0]
+        of = GMPOTrainer if name == "gmpo" else GRPOTrainer
+        return trl_loss(batch, logp, entropy, sampling_per_token_logps=sampler, of=of, **settings)[0]
 
     torch.testing.assert_close(differentiated(ours, batch.logp, batch.entropy), differentiated(theirs, batch.logp, batch.entropy), **DOUBLE)
+
+
+@needs_trl
+def test_rloo_is_trls_on_its_first_update():
+    """Before the weights have moved TRL's ratio of whole sequences is 1, and its gradient the policy gradient.  Values differ: A log p, A.
+
+    Wrong implementation: a mean over tokens, or over a sequence's."""
+    batch = Batch(torch.float64)
+    row = choose_algorithm(Grpo(model="m", algorithm="rloo", semantics="trl"))
+    trainer = SimpleNamespace(
+        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)}, accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+    )  # fmt: skip
+    nothing = torch.zeros(B, 0, dtype=torch.int64)
+
+    def theirs(logp: Tensor) -> Tensor:
+        trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logp, batch.entropy, None)
+        return RLOOTrainer._compute_loss(trainer, None, {
+            "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": batch.target, "completion_mask": batch.mask.long(),
+            "advantages": batch.advantage, "old_logps": (logp.detach() * batch.mask).sum(1),
+        })  # fmt: skip
+
+    def ours(logp: Tensor) -> Tensor:
+        return batch.loss(logp, None, row.aggregate, surrogate=row.surrogate)[0]
+
+    torch.testing.assert_close(differentiated(ours, batch.logp)[1], differentiated(theirs, batch.logp)[1], **DOUBLE)
 
 
 # --- Liger's fused linear losses --------------------------------------------------------------------

@@ -213,6 +213,8 @@ def test_options_change_the_row():
         ({"vf_coef": 0.1}, "--vf-coef: expected none with --critic separate, .*, got 0.1"),
         ({"value_clip": -1.0}, "--value-clip: expected a positive number, or 0 for none, got -1.0"),
         ({"delta": 1.1}, "--delta: cap: expected more than"),
+        ({"missing_eos_penalty": math.nan}, "--missing-eos-penalty: expected a finite number, got nan"),
+        ({"semantics": "nemo"}, "--semantics: expected one of paper, trl, verl; got 'nemo'"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
 )

@@ -120,6 +120,31 @@ def test_the_coefficient_moves_after_the_batch_it_was_seen_on():
         assert one.collect(1, 1).metrics["objective/kl_coef"] == made.algorithm.kl_coef == pytest.approx(0.2 * (1 + error * 12 / 120))
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatches):
+    """Some steps end no group: nothing moves, the coefficient too.  The others have the equations' advantages under the critic as it is.
+
+    Wrong implementations: a mean of nothing; a critic that steps on its momentum; a group's values from when it was begun."""
+    made = learner(decoder(eos_token_id=[3, 4, 5, 6]), row(reward_kl_coef=0.1), lr=1e-3)
+    it = source(made, tail="carry", tail_share=0.8, max_new_tokens=30, minibatches=minibatches, kl_target=0.5)
+    sizes = []
+    for step in range(5):
+        before, coefficient = [p.clone() for p in (*made.masters, *made.critic.masters)], it.coefficient.value
+        data = it.collect(step, step)
+        sizes.append(sum(map(len, data.batches)))
+        for batch in data.batches if minibatches == 1 and sizes[-1] else ():
+            cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()
+            value = values(made, batch)[0].detach()
+            torch.testing.assert_close(pad(batch.value, cu), torch.where(mask, value, 0), rtol=1e-4, atol=1e-5)
+            A = restated.gae(pad(batch.returns - batch.value, cu), torch.zeros_like(value), mask, 0.0, 0.0)[0]  # A = return - value
+            torch.testing.assert_close(pad(batch.advantage, cu), restated.whitened(A, mask), rtol=1e-4, atol=1e-5)
+        done = [made.update(batch, step) for batch in data.batches]
+        assert all(math.isfinite(x) for m in done for x in m.values())
+        same = all(torch.equal(a, b) for a, b in zip(before, (*made.masters, *made.critic.masters), strict=True))
+        assert same == (sizes[-1] == 0) and (sizes[-1] > 0 or it.coefficient.value == coefficient)
+    assert 0 in sizes and max(sizes) > 0
+
+
 # --- gradients --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("critic", KINDS)
 def test_gradients_are_those_of_the_equations(critic):

@@ -202,6 +202,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
         ({"center": -1.0}, "--center: expected a number of 0 or more, got -1.0"),
         ({"group": 1}, "--group: expected at least 2 completions"),
         ({"holdout": 1.0}, "--holdout: expected a share"),
+        ({"exact": True}, "--exact: expected none: no log-probs are sampled here"),
     ):
         with pytest.raises(UserError, match=message):
             choose_reward_loss(run(tmp_path, **changes))

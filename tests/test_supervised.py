@@ -171,6 +171,10 @@ def test_weights_come_from_a_column(tmp_path):
         ({"z_loss": -1.0}, "--z-loss: expected a number of 0 or more"),
         ({"neftune_alpha": math.nan}, "--neftune-alpha: expected a number of 0 or more"),
         ({"sample_weights": True}, "--sample-weights: expected a --dataset with weights, got True"),
+        (
+            {"exact": True, "z_loss": 1e-3},
+            "--exact: --label-smoothing and --z-loss sum a vocabulary in an order .*; leave one out",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(changes, message):

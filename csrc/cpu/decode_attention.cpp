@@ -48,7 +48,6 @@ int64_t scratch_floats(int64_t heads, int64_t width) {
 // Everything that is read through, before any thread reads through it.
 void check_tables(const int32_t* table, int64_t stride, int64_t R, int64_t N, const int32_t* lengths, const int64_t* rows, int64_t B,
                   int64_t pages, int64_t page) {
-  FASTRL_CHECK(rows || B == R, "lengths", "one of each row of block_table", B);
   for (int64_t b = 0; b < B; b++) {
     const int64_t n = lengths[b], row = rows ? rows[b] : b;
     FASTRL_CHECK(n >= 0, "lengths", "at least 0 tokens", n);
@@ -71,11 +70,15 @@ void decode_attention_cpu(Address y, Address q, int64_t q_token, int64_t q_head,
                           Address block_table, int64_t table_stride, Address lengths, Address rows, double scale, int64_t B, int64_t R,
                           int64_t N, int64_t H, int64_t K, int64_t E, int64_t pages, int64_t page, int threads) {
   FASTRL_CHECK(code == kFloat32 || code == kBFloat16, "code", "0 (fp32) or 1 (bf16)", code);
-  FASTRL_CHECK(B >= 0 && R >= 0 && N >= 0, "B, R, N", "at least 0", std::min({B, R, N}));
+  FASTRL_CHECK(B >= 0 && R >= 0 && N >= 0 && H >= 0 && pages >= 0, "B, R, N, H, pages", "at least 0", std::min({B, R, N, H, pages}));
   FASTRL_CHECK(K >= 1 && H % K == 0, "H", "a multiple of K=" + std::to_string(K), H);
   FASTRL_CHECK(E >= 1 && page >= 1, "E, page", "at least 1", std::min(E, page));
   FASTRL_CHECK(threads >= 1, "threads", "at least 1", threads);
-  FASTRL_CHECK(B == 0 || (y && q && k_cache && v_cache && lengths), "y, q, k_cache, v_cache, lengths", "addresses", "0");
+  if (B == 0 || H == 0) return;  // an empty array may have no address
+  FASTRL_CHECK(y && q && lengths, "y, q, lengths", "addresses", "0");
+  FASTRL_CHECK(pages == 0 || (k_cache && v_cache), "k_cache, v_cache", "addresses", "0");
+  FASTRL_CHECK(R == 0 || N == 0 || block_table, "block_table", "an address", "0");
+  FASTRL_CHECK(rows || B == R, "lengths", "one of each row of block_table", B);
   const int32_t *table = reinterpret_cast<const int32_t*>(block_table), *length = reinterpret_cast<const int32_t*>(lengths);
   const int64_t* row_of = reinterpret_cast<const int64_t*>(rows);
   check_tables(table, table_stride, R, N, length, row_of, B, pages, page);

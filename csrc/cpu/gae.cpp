@@ -24,6 +24,7 @@ void gae_cpu(Address reward, Address value, bool is_double, Address cu_seqlens, 
   FASTRL_CHECK(threads >= 1, "threads", "at least 1", threads);
   FASTRL_CHECK(cu_seqlens, "cu_seqlens", "an address", "0");
   FASTRL_CHECK(T == 0 || (reward && value && advantage && returns), "reward, value, advantage, returns", "addresses", "0");
+  check_ends("cu_seqlens", reinterpret_cast<const int64_t*>(cu_seqlens), S, T);
   const Gae sequence = FASTRL_CHOOSE(kGae)[is_double];
   const int64_t bytes = is_double ? sizeof(double) : sizeof(float);
   const int64_t* ends = reinterpret_cast<const int64_t*>(cu_seqlens);

@@ -54,8 +54,9 @@ ByGroup by_group(const int64_t* ids, int64_t S) {
   found.order.resize(S);
   std::iota(found.order.begin(), found.order.end(), 0);
   const auto [low, high] = std::minmax_element(ids, ids + S);
-  if (*high - *low < 4 * S) {  // count, then place
-    std::vector<int64_t> place(*high - *low + 2);
+  const uint64_t span = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);  // of ids that are hashes, beyond int64
+  if (span < static_cast<uint64_t>(4 * S)) {  // count, then place
+    std::vector<int64_t> place(span + 2);
     for (int64_t i = 0; i < S; i++) place[ids[i] - *low + 1]++;
     std::partial_sum(place.begin(), place.end(), place.begin());
     for (int64_t i = 0; i < S; i++) found.order[place[ids[i] - *low]++] = i;

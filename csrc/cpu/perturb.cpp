@@ -180,10 +180,7 @@ void check(Address delta, Address ends, int64_t S, int64_t T, int64_t D, int nor
   FASTRL_CHECK(D >= 1, "D", "at least 1", D);
   FASTRL_CHECK(threads >= 1, "threads", "at least 1", threads);
   FASTRL_CHECK(T == 0 || delta, "delta", "an address", "0");
-  const int64_t* e = reinterpret_cast<const int64_t*>(ends);
-  for (int64_t u = 0; ends && u < S; u++) {
-    FASTRL_CHECK(e[u] >= 0 && e[u] <= e[u + 1] && e[u + 1] <= T, "ends", "non-decreasing, 0 to T", e[u + 1]);
-  }
+  if (ends) check_ends("ends", reinterpret_cast<const int64_t*>(ends), S, T);
 }
 
 }  // namespace

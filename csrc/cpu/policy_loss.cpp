@@ -12,7 +12,7 @@
 
 namespace fastrl {
 
-constexpr int kPolicySurrogates = 8, kPolicyKls = 8;
+constexpr int kPolicySurrogates = 8, kPolicyKls = 9;
 
 // The metrics in the order of METRICS (kernels/_policy_metrics.py).  The last is made of two others: its place holds the loss.
 enum PolicySum {
@@ -80,6 +80,7 @@ void policy_loss_cpu(Address logp, Address entropy, Address old_logp, Address ad
   FASTRL_CHECK(kl < 0 || ref_logp || T == 0, "ref_logp", "an address, because kl is given", "0");
   FASTRL_CHECK(!entropy || dentropy || T == 0, "dentropy", "an address, because entropy has one", "0");
   FASTRL_CHECK(loss && metrics, "loss, metrics", "addresses", "0");
+  if (ends) check_ends("cu_seqlens", array<const int64_t>(ends), S, T);
   PolicyColumns c = {array<float>(logp), array<float>(entropy), array<float>(old_logp), array<float>(advantage), array<float>(weight),
                      array<float>(ref_logp), array<float>(correction), nullptr, array<unsigned char>(mask), array<float>(dlogp),
                      array<float>(dentropy)};

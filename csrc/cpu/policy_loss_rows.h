@@ -114,6 +114,11 @@ INLINE Kl k3_cut(const Drift& t) {
   return {far ? splat(10) : t.k3, far ? F{} : -t.x};
 }
 
+INLINE Kl k3_plus_cut(const Drift& t) {
+  const I far = t.k3 > 10.0f;
+  return {far ? splat(10) : t.k3, far ? F{} : t.e};
+}
+
 template <Kl (*RULE)(const Drift&)>
 void kl(Block& b) {
   for (int i = 0; i < kBlock; i += LANES) {
@@ -121,7 +126,9 @@ void kl(Block& b) {
     store(b.kl + i, x.value), store(b.kl_slope + i, x.slope);
   }
 }
-constexpr void (*kKls[])(Block&) = {kl<k1>, kl<k2>, kl<k3>, kl<k3_plus>, kl<k1_is>, kl<k3_is>, kl<size_of>, kl<k3_cut>};  // as KLS
+constexpr void (*kKls[])(Block&) = {  // as KLS
+    kl<k1>, kl<k2>, kl<k3>, kl<k3_plus>, kl<k1_is>, kl<k3_is>, kl<size_of>, kl<k3_cut>, kl<k3_plus_cut>,
+};
 static_assert(sizeof kKls == kPolicyKls * sizeof *kKls, "kPolicyKls counts them");
 
 // --- stages -------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ INLINE Reduced reduce_exp(F x) {
   q = q * r + 0x1.5558f2p-5f;
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
-  return {n, r, q * (r * r), (F)(((I)shifted << 23) + 0x3f800000)};
+  return {n, r, q * (r * r), (F)(((U)shifted << 23) + 0x3f800000u)};
 }
 INLINE F exp_of(const Reduced& e) { return (e.tail + e.r) * e.scale + e.scale; }
 INLINE F exp_in_range(F x) { return exp_of(reduce_exp(x)); }

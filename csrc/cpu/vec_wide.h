@@ -4,6 +4,7 @@
 constexpr long WIDE = LANES / 2;
 typedef double W __attribute__((vector_size(4 * LANES)));
 typedef long L __attribute__((vector_size(4 * LANES)));  // what comparing two W gives
+typedef unsigned long UL __attribute__((vector_size(4 * LANES)));
 typedef float N __attribute__((vector_size(2 * LANES)));
 
 INLINE W splat_wide(double x) { return x - W{}; }
@@ -103,6 +104,6 @@ INLINE W exp_wide(W x) {
   q = q * r + 1.0 / 24.0;
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
-  const W scale = (W)(((L)shifted << 52) + 0x3ff0000000000000);
+  const W scale = (W)(((UL)shifted << 52) + 0x3ff0000000000000ul);
   return (q * (r * r) + r) * scale + scale;
 }

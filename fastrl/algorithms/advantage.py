@@ -47,16 +47,19 @@ def _relative(reward: Tensor, group: int, length: Tensor, **columns: Any) -> Ten
     return ops.group_advantage(reward, group, **columns)
 
 
-def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, eps: float) -> Tensor:
-    """(R - mean) / std over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1)."""
+def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, ddof: int) -> Tensor:
+    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1).
+
+    The variance divides by N - ddof.
+    """
     x = _relative(reward, group, length, scale="none") if centred else reward
     known, x = ~reward.isnan(), x.nan_to_num(0).double()
     weight = torch.where(known, length.double(), 0)
     n = weight.sum()
     mean = (weight * x).sum() / n
-    deviation = ((weight * (x - mean).square()).sum() / (n - 1)).sqrt()
+    deviation = ((weight * (x - mean).square()).sum() / (n - ddof) + 1e-8).sqrt()
     flat = x[known].numel() == 0 or bool((x[known] == x[known][0]).all())
-    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / (deviation + eps), 0).to(reward.dtype)
+    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
 
 
 def _gpg(reward: Tensor, group: int, length: Tensor, *, zero: str) -> Tensor:
@@ -126,12 +129,37 @@ ADVANTAGES: dict[str, Advantage] = {
     "rank": Advantage(_relative, {"shape": "rank"}),
     "softmax": Advantage(_relative, {"shape": "softmax", "tau": 0.5}),
     "leave_one_out_zscore": Advantage(_others, {"eps": 1e-6}),
-    "whiten": Advantage(_whitened, {"centred": False, "eps": 1e-8}, least=1, whole_batch=True),
-    "center_whiten": Advantage(_whitened, {"centred": True, "eps": 1e-8}, whole_batch=True),
+    "whiten": Advantage(_whitened, {"centred": False, "ddof": 1}, least=1, whole_batch=True),
+    "center_whiten": Advantage(_whitened, {"centred": True, "ddof": 1}, whole_batch=True),
     "gpg": Advantage(_gpg, {"zero": "advantage"}, whole_batch=True),
     "max_rl": Advantage(_max_rl),
     "max_at_k": Advantage(_max_at_k, {"k": 0}),  # 0: the whole group
 }
+
+
+def of_completions(advantage: Advantage) -> Advantage:
+    """The estimator for groups whose last sample is a demonstration, with statistics of the completions before it alone.
+
+    The demonstration is measured by them; where they are all equal, only their mean is taken off.
+    Raises:  UserError for an estimator that is not a distance from the group's mean.
+    """
+    p = advantage.params
+    if p.get("baseline") != "mean" or p.get("scale") not in ("std", "none"):
+        raise UserError("--group-statistics: own goes with the advantages zscore and center alone; leave it out, or take one of them")
+    return Advantage(_of_completions, {"scale": p["scale"], "eps": p["eps"]})
+
+
+def _of_completions(reward: Tensor, group: int, length: Tensor, *, scale: str, eps: float) -> Tensor:
+    table = reward.view(-1, group)
+    own = table[:, :-1].double()
+    known = ~own.isnan()
+    n = known.sum(1, keepdim=True)
+    centred = torch.where(known, own - own.nanmean(1, keepdim=True), 0)
+    deviation = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    a = _relative(table[:, :-1].reshape(-1), group - 1, length, scale=scale, eps=eps).view(-1, group - 1)
+    divisor = deviation + eps if scale == "std" else torch.ones_like(deviation)
+    shown = (table[:, -1:] - own.nanmean(1, keepdim=True)) / torch.where(a.any(1, keepdim=True), divisor, 1)
+    return torch.cat([a, shown.nan_to_num(0).to(a.dtype)], 1).flatten()
 
 
 # --- several rewards ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ than its user believes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,11 @@ from typing import Any
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
-from fastrl.algorithms.prepare import drop_stale, gamma_weight
-from fastrl.algorithms.presets import KL, SEMANTICS
+from fastrl.algorithms.prepare import drop_stale, gamma_weight, geometric_mean
+from fastrl.algorithms.presets import columns, estimator
 from fastrl.config import Grpo, Run
 from fastrl.errors import UserError
+from fastrl.files import nearest
 from fastrl.kernels._surrogates import name_of
 
 SCALES = {"group": "std", "batch": "batch_std", "range": "range", "none": "none"}  # TRL's names -> ops.group_advantage's
@@ -32,10 +34,9 @@ def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -
         return ALGORITHMS["sft"]
     rows = rows or {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
     if config.algorithm not in rows:
-        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
-    if config.semantics not in SEMANTICS:
-        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
-    return with_options(replace(rows[config.algorithm], **SEMANTICS[config.semantics].get(config.algorithm, {})), config)
+        near = nearest(config.algorithm, rows)
+        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}{near}")
+    return with_options(replace(rows[config.algorithm], **columns(config.semantics, config.algorithm)), config)
 
 
 def with_options(row: Algorithm, config: Grpo) -> Algorithm:
@@ -47,17 +48,24 @@ def with_options(row: Algorithm, config: Grpo) -> Algorithm:
 
 def _kl(row: Algorithm, config: Grpo) -> Algorithm:
     given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
+    for option, value, low, expected in (
+        ("--kl-coef", config.kl_coef, 0.0, "a number of 0 or more; below 0 the policy would be driven away from the reference"),
+        ("--entropy-coef", config.entropy_coef, -math.inf, "a finite number"),
+    ):
+        if value is not None and not (math.isfinite(value) and value >= low):
+            raise UserError(f"{option}: expected {expected}; got {value:g}")
     row = replace(row, **given)
     if config.kl is not None and not row.kl_coef:
         raise UserError(f"--kl: {config.kl} has no effect at --kl-coef 0; give --kl-coef, or leave --kl out")
     row = replace(row, kl="k3") if row.kl_coef and row.kl is None else row
-    return replace(row, kl=KL.get(config.semantics, {}).get(row.kl or "", row.kl))
+    return replace(row, kl=estimator(config.semantics, row.kl)) if row.kl_coef and row.kl else row
 
 
 def _advantage(row: Algorithm, config: Grpo) -> Algorithm:
     if config.advantage is not None:
         if config.advantage not in ADVANTAGES:
-            raise UserError(f"--advantage: expected one of {', '.join(ADVANTAGES)}; got {config.advantage!r}")
+            near = nearest(config.advantage, ADVANTAGES)
+            raise UserError(f"--advantage: expected one of {', '.join(ADVANTAGES)}; got {config.advantage!r}{near}")
         row = replace(row, advantage=ADVANTAGES[config.advantage])
     if config.scale_rewards is not None:
         row = _with(row, "--scale-rewards", config, scale=SCALES[config.scale_rewards])
@@ -69,17 +77,24 @@ def _advantage(row: Algorithm, config: Grpo) -> Algorithm:
 
 
 def _bounds(row: Algorithm, config: Grpo) -> Algorithm:
-    """--epsilon alone sets both bounds, as in TRL; for CISPO --epsilon-high is the absolute upper one, and there is no other."""
+    """--epsilon alone sets both bounds, as in TRL; for CISPO --epsilon-high is the absolute upper one, and there is no other.
+
+    GMPO's are sizes of log-ratios, as its paper, TRL and verl have them.
+    """
     high = config.epsilon if config.epsilon_high is None and "cap" in row.surrogate.params else config.epsilon_high
     given = {"low": (config.epsilon, "--epsilon"), "high": (high, "--epsilon-high"), "cap": (config.delta, "--delta")}
     if config.epsilon is not None and name_of(row.surrogate) == "cispo":
         raise UserError(f"--epsilon: {config.algorithm} bounds its weight from above only; give --epsilon-high")
     changes = {name: value for name, (value, _) in given.items() if value is not None}
+    logarithmic = geometric_mean in row.prepare  # which knows two bounds
+    known = row.surrogate.params.keys() - ({"cap"} if logarithmic else set())
     for name in changes:
-        if name not in row.surrogate.params:
+        if name not in known:
             raise UserError(f"{given[name][1]}: {config.algorithm} has no such bound; take an algorithm that clips (grpo, dapo, gspo, ...)")
         if not changes[name] > 0:
             raise UserError(f"{given[name][1]}: expected a positive number, got {changes[name]:g}")
+    if logarithmic:
+        changes = {name: abs(math.expm1(-x if name == "low" else x)) for name, x in changes.items()}
     try:
         return replace(row, surrogate=row.surrogate.with_params(**changes)) if changes else row
     except ValueError as error:

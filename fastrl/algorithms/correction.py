@@ -70,7 +70,7 @@ CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
     "token_mask": Correction("token", _mask, 0.5, 2.0),  # IcePop, MIS: 0 outside
     "sequence_truncate": Correction("sequence", _truncate, 0.0, 2.0),  # the product over the sequence
     "sequence_mask": Correction("sequence", _mask, 0.0, 3.0),
-    "geometric_mask": Correction("geometric", _reject, 0.99, 1.01),  # min(w, 2), 0 where the sequence's geometric mean is outside
+    "geometric_mask": Correction("geometric", _reject, 0.999, 1.001),  # min(w, 2), 0 where the sequence's geometric mean is outside
 }
 
 

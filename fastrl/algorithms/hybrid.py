@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms.advantage import Advantage
+from fastrl.algorithms.advantage import Advantage, of_completions
 from fastrl.algorithms.choose import with_options
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import Prepare
-from fastrl.algorithms.presets import SEMANTICS
+from fastrl.algorithms.presets import columns as preset
 from fastrl.algorithms.sequence import mean
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
@@ -257,8 +257,13 @@ def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
         row = _with(row, name, float(value), config.algorithm, rows)
     changed = with_options(row, config)
-    assert isinstance(changed, Mixed)
-    return changed
+    assert isinstance(changed, Mixed) and changed.advantage is not None
+    if config.group_statistics == "union":
+        return changed
+    if row.member is None or row.sides != 1:
+        fine = ", ".join(name for name, other in HYBRIDS.items() if other.member)
+        raise UserError(f"--group-statistics: {config.algorithm} has no demonstration in a group; take an --algorithm that has: {fine}")
+    return replace(changed, advantage=of_completions(changed.advantage))
 
 
 def _base(row: Mixed, config: Hybrid) -> Mixed:
@@ -270,7 +275,7 @@ def _base(row: Mixed, config: Hybrid) -> Mixed:
     rows = {name: other for name, other in ALGORITHMS.items() if other.advantage is not None}
     if config.rl not in rows:
         raise UserError(f"--rl: expected one of {', '.join(rows)}; got {config.rl!r}")
-    base = replace(rows[config.rl], **SEMANTICS[config.semantics].get(config.rl, {}))
+    base = replace(rows[config.rl], **preset(config.semantics, config.rl))
     columns = {f.name: getattr(base, f.name) for f in fields(Algorithm)}
     return replace(row, **columns | {"prepare": (*base.prepare, *row.prepare)})
 

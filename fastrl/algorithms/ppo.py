@@ -17,11 +17,10 @@ from fastrl import ops
 from fastrl.algorithms.aggregate import token_mean
 from fastrl.algorithms.choose import choose_algorithm
 from fastrl.algorithms.objective import Algorithm
-from fastrl.algorithms.presets import KL
+from fastrl.algorithms.presets import KL, clip
 from fastrl.config import Ppo
 from fastrl.errors import UserError
 from fastrl.kernels._surrogates import KLS
-from fastrl.ops import SURROGATES
 
 Sum = Callable[..., list[float]]
 """Numbers -> each summed over all processes: `World.sum`."""
@@ -59,16 +58,14 @@ class ActorCritic(Algorithm):
         return bool(self.kl_coef or self.reward_kl_coef)
 
 
-def _clip(low: float, high: float, cap: float = math.inf) -> dict[str, Any]:
-    return {"surrogate": SURROGATES["clip"].with_params(low=low, high=high, cap=cap)}
-
-
 PPO: dict[str, ActorCritic] = {
-    "ppo": ActorCritic(**_clip(0.2, 0.2), aggregate=token_mean, kl="k2"),
-    "dual_clip": ActorCritic(**_clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
+    "ppo": ActorCritic(**clip(0.2, 0.2), aggregate=token_mean, kl="k2"),
+    "dual_clip": ActorCritic(**clip(0.2, 0.2, 3.0), aggregate=token_mean, kl="k2"),
 }
 SEMANTICS: Mapping[str, Mapping[str, Any]] = {  # what other trainers do under the name, as columns it changes
-    "verl": _clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
+    "paper": {},
+    "trl": {},
+    "verl": clip(0.2, 0.2, 3.0) | {"value_clip": 0.5, "lam": 1.0},
 }
 
 
@@ -77,7 +74,9 @@ def choose_ppo(config: Ppo) -> ActorCritic:
     _check(config)
     if config.algorithm not in PPO:
         raise UserError(f"--algorithm: expected one of {', '.join(PPO)}; got {config.algorithm!r}")
-    preset = SEMANTICS.get(config.semantics, {})
+    if config.semantics not in SEMANTICS:
+        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
+    preset = SEMANTICS[config.semantics]
     coef = KL_COEF if config.kl_coef is None else config.kl_coef
     inside = config.kl_in == "reward"
     table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
@@ -115,6 +114,7 @@ def _check(config: Ppo) -> None:
         ("--critic-lr", config.critic_lr, config.critic_lr is None or 0 <= config.critic_lr < math.inf, "0 or more"),
         ("--vf-coef", config.vf_coef, alone or not own, "none with --critic separate, whose optimizer is its own; see --critic-lr"),
         ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
+        ("--missing-eos-penalty", config.missing_eos_penalty, math.isfinite(config.missing_eos_penalty), "a finite number"),
         ("--value-clip", config.value_clip, (config.value_clip or 0) >= 0, "a positive number, or 0 for none"),
     ):
         if not fine:

@@ -234,7 +234,7 @@ def choose_preference(config: Dpo, named: str = "--algorithm") -> Preference:
     """
     name = TRL_NAMES.get(config.algorithm, config.algorithm)
     if name not in PREFERENCES:
-        raise UserError(f"{named}: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, PREFERENCES)}")
+        raise UserError(f"{named}: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, [*PREFERENCES, *TRL_NAMES])}")
     row = PREFERENCES[name]
     for key, (fine, expected) in RANGES.items():
         value = getattr(config, key)

@@ -82,7 +82,7 @@ class Grpo(Run):
     scale_rewards: Literal["group", "batch", "range", "none"] | None = None
     """What the advantage is divided by: the deviation of the group or of the batch, the group's range, or 1."""
     epsilon: float | None = None
-    """The ratio is clipped to [1 - epsilon, 1 + epsilon_high]; alone it sets both."""
+    """The ratio is clipped to [1 - epsilon, 1 + epsilon_high], of gmpo its logarithm to [-epsilon, epsilon_high]; alone it sets both."""
     epsilon_high: float | None = None
     """See epsilon.  Of cispo: the largest weight."""
     delta: float | None = None
@@ -190,6 +190,8 @@ class Hybrid(Grpo):
     """hpt: prompts of which no more than this share of completions is solved learn from their demonstration; None is 0."""
     demo_reward: float = 1.0
     """luffy, srft: the reward of a demonstration among its prompt's completions; grpo_pairs, luffy_pairs: of the chosen one."""
+    group_statistics: Literal["union", "own"] = "union"
+    """luffy, srft: mean and deviation of a group are of its completions and the demonstration, or of its own completions alone."""
     gamma: float | None = None
     """luffy, luffy_pairs: a member's tokens are shaped by p / (p + gamma); None is 0.1."""
     sft_coef: float | None = None

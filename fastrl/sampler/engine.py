@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastrl.errors import UserError
+from fastrl.kernels._launch import on_device
 from fastrl.sampler.cache import PagedCache
 from fastrl.sampler.enter import enter
 from fastrl.sampler.prefill import PREFILL_TOKENS
@@ -40,6 +41,10 @@ class Engine:
     tokens   cache budget, in pages of `page`; `max_rows` sequences are decoded at a time, `prefill_tokens` tokens prefilled
     """
 
+    weights: tuple[int, ...]  # where captured graphs read them; empty while there are none
+    looks: deque[tuple[torch.Tensor, torch.cuda.Event]]  # on their way to the host
+    between: Callable[[], None] | None
+
     def __init__(
         self, model: Any, *, tokens: int, page: int = PAGE, max_rows: int | None = None, prefill_tokens: int | None = None,
         window: int | None = None,
@@ -50,8 +55,6 @@ class Engine:
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(kind, 4096)
         self.steps, self.compact_below = window or WINDOW.get(kind, 1), COMPACT_BELOW.get(kind, 0.95)
         self.peak_pages, self.timing = 0, dict[str, float]()
-        self.weights: tuple[int, ...] = ()
-        self.looks: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.release()
 
     # --- a call ---
@@ -182,7 +185,8 @@ class Engine:
         if self.late:
             numbers = self.state.look(self.n).to("cpu", non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            with on_device(self.state.total):
+                event.record()
             self.looks.append((numbers, event))
 
     def _time_steps(self, seconds: float) -> None:
@@ -196,10 +200,17 @@ class Engine:
 
     # --- buffers ---
     def release(self) -> None:
-        """Give the cache's memory, and the graphs that read it, back; the next call makes them anew."""
-        self.cache = PagedCache(self.model, 0, self.page)
-        self.state = State(self.cache, 0, 0, 0, self.model.device)
-        self.weights = ()
+        """Give the memory of cache and records, and the graphs that read it, back; the next call makes them anew."""
+        self.weights, self.looks, self.between = (), deque(), None
+        self.queue = Queue(self.page)  # who waits has a view of the records
+        self._build(0, 0, 0, 0, 0)
+
+    def _build(self, pages: int, B: int, S: int, C: int, stops: int) -> None:
+        """Cache, buffers, and the step over them: whatever held those before holds these, so that nothing keeps the old."""
+        self.cache = PagedCache(self.model, pages, self.page)
+        self.state = State(self.cache, B, S, C, self.model.device, stops)
+        self.step = Step(self.model, self.state)
+        self.run = runner(self.step, self.model.device)
 
     def _make_room(self, S: int, C: int, pages: int, stops: int) -> None:
         """Buffers, cache and step that are large enough: those there are, or new ones."""
@@ -210,10 +221,7 @@ class Engine:
         S, C, stops = max(S, self.state.S), max(C, self.state.C), max(stops, self.state.stops.numel())
         pages = min(max(pages, self.cache.capacity), self.tokens // self.page)
         self.release()  # the old cache's memory goes first
-        self.cache = PagedCache(self.model, pages, self.page)
-        self.state = State(self.cache, self.max_rows, S, C, self.model.device, stops)
-        self.step = Step(self.model, self.state)
-        self.run = runner(self.step, self.model.device)
+        self._build(pages, self.max_rows, S, C, stops)
 
     def _check_weights(self) -> tuple[int, ...]:
         """Where the weights are: where captured graphs read them, which the optimizer must have written."""

@@ -106,7 +106,8 @@ class Sampler:
         on_tokens(n)      is told of every n tokens drawn
         environment       answers each turn that the policy ends with a stop; its tokens are no part of completion_mask
         tail              what becomes of the last few sequences; None finishes them
-        carried           unfinished sequences of earlier calls, which go on under their own numbers; they come first in what is returned
+        carried           unfinished sequences of earlier calls, which go on under their own numbers; they come first in what is returned;
+                          one with nothing left to draw under these params ends as "length"
         lengths           the longest completion of each prompt, instead of params.max_new_tokens
 
         Raises UserError for a prompt that is empty, foreign to the vocabulary or too long for the context, and for a budget that does
@@ -118,29 +119,27 @@ class Sampler:
         if not jobs:
             return self._collect(State(PagedCache(self.model, 0, PAGE), 0, 0, 0, self.model.device), jobs)
         limit = self._limit(params)
-        until = [limit if environment else min(limit, len(job.prompt) + job.budget) for job in jobs]
+        until = [max(job.length, limit if environment else min(limit, len(job.prompt) + job.budget)) for job in jobs]
         engine = self._engine
         if engine is None or engine.model is not self.model:
             engine = self._engine = Engine(
                 self.model, tokens=self.max_tokens_in_flight, max_rows=self.max_rows, prefill_tokens=self.prefill_tokens
             )
         engine.tokens = self.max_tokens_in_flight
-        engine.begin(
-            len(jobs), max(until), sum(pages_of(u, PAGE) + 1 for u in until), seed=params.seed, temperature=params.temperature,
-            filters=(params.top_k, params.top_p, params.min_p), version=weight_version,
-            stops=stop_tokens(params.stop, self.tokenizer, self.model.config.eos_token_id),
-            between=Conversation(engine, environment, [len(job.prompt) for job in jobs]) if environment else None,
-        )  # fmt: skip
-        _write(engine.state, jobs, carried)
-        for _, same in groupby(enumerate(jobs), key=lambda pair: (pair[1].origin, pair[1].prompt)):
-            members = list(same)
-            group = Group(engine.state.records.tokens[members[0][0], : len(members[0][1].prompt)])
-            engine.add([Waiting(i, group, job.length, job.drawn, job.budget, until[i]) for i, job in members])
-        self._run(engine, len(jobs), on_tokens, tail)
-        done = self._collect(engine.state, jobs)
-        if not self.keep_cache:
-            engine.release()
-        return done
+        try:
+            engine.begin(
+                len(jobs), max(until), sum(pages_of(u, PAGE) + 1 for u in until), seed=params.seed, temperature=params.temperature,
+                filters=(params.top_k, params.top_p, params.min_p), version=weight_version,
+                stops=stop_tokens(params.stop, self.tokenizer, self.model.config.eos_token_id),
+                between=Conversation(engine, environment, [len(job.prompt) for job in jobs]) if environment else None,
+            )  # fmt: skip
+            _write(engine.state, jobs, carried)
+            _queue(engine, jobs, until)
+            self._run(engine, len(jobs), on_tokens, tail)
+            return self._collect(engine.state, jobs)
+        finally:
+            if not self.keep_cache:
+                engine.release()
 
     def _limit(self, params: SamplingParams) -> int:
         context = self.model.config.max_position_embeddings
@@ -206,6 +205,19 @@ def _carried(carried: Rollouts | None, params: SamplingParams) -> list[Job]:
         Job(tokens[a : a + p], index, b - a, prefix[b] - prefix[a], params.max_new_tokens, number, ("carried", index))
         for a, b, p, index, number in zip(ends[:-1], ends[1:], *columns, strict=True)
     ]
+
+
+def _queue(engine: Engine, jobs: Sequence[Job], until: Sequence[int]) -> None:
+    """Queue the jobs, those of one prompt as a group.  One that was carried here with all it may draw or hold has ended already."""
+    records = engine.state.records
+    over = [i for i, job in enumerate(jobs) if job.drawn >= job.budget or job.length >= until[i]]
+    if over:
+        records.finish[over] = LENGTH
+    waiting = [(i, jobs[i]) for i in sorted(set(range(len(jobs))).difference(over))]
+    for _, same in groupby(waiting, key=lambda pair: (pair[1].origin, pair[1].prompt)):
+        members = list(same)
+        group = Group(records.tokens[members[0][0], : len(members[0][1].prompt)])
+        engine.add([Waiting(i, group, job.length, job.drawn, job.budget, until[i]) for i, job in members])
 
 
 def _write(state: State, jobs: Sequence[Job], carried: Rollouts | None) -> None:

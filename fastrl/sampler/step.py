@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.kernels._backend import asked
+from fastrl.kernels._launch import on_device
 from fastrl.kernels._linear import project
 from fastrl.kernels.advance import Rows, advance
 from fastrl.sampler.state import State
@@ -32,14 +34,13 @@ class Step:
 
     def __init__(self, model: Any, state: State) -> None:
         self.model, self.state = model, state
-        self.hidden = self._cached if model.supports_cache else self._whole
         self.seconds = {"decode": 0.0, "sample": 0.0}  # only of steps that the host waits for
 
     def __call__(self, b: int, filters: Filters) -> None:
         """Draw one token for each of the first b rows that is alive."""
         state, began = self.state, time.perf_counter()
         rows = Rows(*(x[:b] for x in state.rows))
-        hidden = self.hidden(rows)
+        hidden = self._cached(rows) if self.model.supports_cache else self._whole(rows)
         logits = project(hidden, self.model.head_weight, self.model.head_bias, torch.promote_types(hidden.dtype, torch.float32))
         drawn_at = time.perf_counter()
         draw = ops.sample(
@@ -66,32 +67,37 @@ class Step:
 
 
 class Graphs:
-    """The step as CUDA graphs that share one memory pool; captured when first needed, the whole step in each."""
+    """The step as CUDA graphs that share one memory pool; captured when first needed, the whole step in each.
+
+    A graph holds the kernels that were chosen when it was captured: exact mode, or another backend, has graphs of its own.
+    """
 
     def __init__(self, step: Step) -> None:
         self.step, self.pool = step, torch.cuda.graph_pool_handle()
-        self.captured: dict[tuple[int, Filters], torch.cuda.CUDAGraph] = {}
+        self.captured: dict[tuple[int, Filters, tuple[object, ...]], torch.cuda.CUDAGraph] = {}
 
     def __call__(self, b: int, filters: Filters) -> None:
         """Replay the step of the first b rows."""
-        if (b, filters) not in self.captured:
-            self.captured[b, filters] = self._capture(b, filters)
-        self.captured[b, filters].replay()
+        key = b, filters, asked()
+        if key not in self.captured:
+            self.captured[key] = self._capture(b, filters)
+        self.captured[key].replay()
 
     def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
         """Warm up and capture with every row asleep: nothing is drawn, and what is written is written again, or to page 0."""
         alive = self.step.state.rows.alive
         awake = alive.clone()
         alive.fill_(False)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # Triton compiles, cuBLAS chooses
+        with on_device(alive):  # streams are of the current device, which need not be the model's
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # Triton compiles, cuBLAS chooses
+                    self.step(b, filters)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
                 self.step(b, filters)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.step(b, filters)
         alive.copy_(awake)
         return graph
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoders import model_of, rollouts_of, scores
 from support import within_budget
-from test_exact import model_of, rollouts_of, scores
 from torch.nn.functional import linear as torch_linear
 
 from fastrl import ops

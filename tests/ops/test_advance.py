@@ -130,3 +130,53 @@ def test_what_does_not_fit_is_named():
         advance(draw, rows, records, pages, page=0, **rest)
     with pytest.raises(TypeError, match=r"rows\.table: expected dtype int32, got int64"):
         advance(draw, rows._replace(table=rows.table.long()), records, pages, page=PAGE, **rest)
+
+
+FIELDS = [(g, f) for g, of in (("rows", Rows), ("records", Records), ("pages", Pages), ("draw", Sample)) for f in of._fields]
+
+
+@pytest.mark.parametrize("group, field", FIELDS)
+def test_every_field_is_checked_before_an_address_is_taken(group, field):
+    """Wrong: an int32 or a short array that compiled code reads as if it were an int64 or a whole one."""
+    rows, records, pages, draw = state(4)
+    given = {"rows": rows, "records": records, "pages": pages, "draw": draw}
+    rest = {"stops": STOPS, "version": torch.tensor([1]), "total": torch.tensor([0]), "page": PAGE}
+    x = getattr(given[group], field)
+    for bad, error in ((x.to(torch.int16), TypeError), (x[..., None], ValueError), (x[:0], ValueError)):
+        if field in ("table", "tokens", "refs") and len(bad) == 0:
+            continue  # B, S and P are its own
+        with pytest.raises(error, match="expected"):
+            advance(**(given | {group: given[group]._replace(**{field: bad})}), **rest)
+    for name in ("version", "total"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \(one=1\)"):
+            advance(**given, **(rest | {name: torch.zeros(2, dtype=torch.int64)}))
+
+
+def test_what_does_not_fit_changes_nothing():
+    """Wrong: rows moved on before it is found that there is no page for the last of them, or that a page is none."""
+    rest = {"stops": STOPS, "version": torch.tensor([1]), "total": torch.tensor([0]), "page": PAGE}
+    for wrong, message in (
+        ({"top": torch.tensor([1])}, "pages.top: expected a free page for each of [0-9]+ rows, got 1"),
+        ({"top": torch.tensor([10**9])}, "pages.top: expected a free page"),
+        ({"free": torch.full((200,), 10**6, dtype=torch.int32)}, r"pages.free: expected in \[0, "),
+        ({"seq": torch.full((33,), 41)}, r"rows.seq: expected in \[0, 41\), a row of the records, got 41"),
+        ({"length": torch.full((33,), 32)}, r"rows.length: expected in \[0, 32\), a column of the records, got 32"),
+        ({"table": torch.zeros(33, 1, dtype=torch.int32)}, "rows.table: expected [0-9]+ columns, got 1"),
+    ):
+        rows, records, pages, draw = state(33)
+        rows = rows._replace(**{k: v for k, v in wrong.items() if k in Rows._fields})
+        pages = pages._replace(**{k: v[: len(pages.free)] for k, v in wrong.items() if k in Pages._fields})
+        before = copy.deepcopy((rows, records, pages))
+        with use_backend("cpu", "advance"), pytest.raises(ValueError, match=message):
+            advance(draw, rows, records, pages, **rest)
+        for now, then in zip((rows, records, pages), before, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(now, then, strict=True))
+
+
+def test_need_names_what_does_not_fit():
+    """Wrong: a division by a page of no tokens, which ends the process."""
+    rows, *_ = state(4)
+    with pytest.raises(ValueError, match="page: expected a positive number of tokens, got 0"):
+        need(rows.alive, rows.length, rows.until, 0)
+    with pytest.raises(TypeError, match="until: expected dtype int64, got int32"):
+        need(rows.alive, rows.length, rows.until.int(), PAGE)

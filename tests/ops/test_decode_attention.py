@@ -95,11 +95,18 @@ def test_a_free_slot_gets_zeros_and_disturbs_nobody():
 
 
 def test_empty_batches_and_empty_sequences():
+    """Wrong: an empty array, which may have no address, taken for one that was left out (rows) or that is missing (a cache, a table)."""
     cache = torch.zeros(2, PAGE, K, E)
     none = torch.zeros(0, 1, dtype=torch.int32)
     assert ops.decode_attention(torch.empty(0, H, E), cache, cache, none, none[:, 0]).shape == (0, H, E)
-    y = ops.decode_attention(torch.randn(3, H, E), cache, cache, torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
-    assert torch.equal(y, torch.zeros(3, H, E))
+    three, q = torch.zeros(3, dtype=torch.int32), torch.randn(3, H, E)
+    for backend in BACKENDS:
+        with use(backend, "decode_attention"):
+            assert torch.equal(ops.decode_attention(q, cache, cache, three[:, None], three), torch.zeros(3, H, E))
+            assert torch.equal(ops.decode_attention(q, cache[:0], cache[:0], three[:, None], three), torch.zeros(3, H, E))
+            assert torch.equal(ops.decode_attention(q, cache, cache, torch.zeros(3, 0, dtype=torch.int32), three), torch.zeros(3, H, E))
+            assert ops.decode_attention(q[:0], cache, cache, three[:, None], three[:0], rows=three[:0]).shape == (0, H, E)
+            assert ops.decode_attention(q[:, :0], cache, cache, three[:, None], three).shape == (3, 0, E)
 
 
 def test_large_scores_stay_finite():
@@ -152,5 +159,9 @@ def test_errors_name_the_argument():
         ops.decode_attention(q[:, :3], cache_k, cache_v, table, lengths)
     with pytest.raises(ValueError, match=r"block_table: expected shape \(B=2, N\)"):
         ops.decode_attention(q, cache_k, cache_v, table[:1], lengths)
+    with pytest.raises(ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=4, E=0"):
+        ops.decode_attention(q[..., :0], cache_k[..., :0], cache_v[..., :0], table, lengths)
+    with pytest.raises(ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=0, E=8"):
+        ops.decode_attention(q, cache_k[:, :0], cache_v[:, :0], table, lengths)
     with pytest.raises(TypeError, match="v_cache: expected dtype float32"):
         ops.decode_attention(q, cache_k, cache_v.double(), table, lengths)

@@ -142,7 +142,11 @@ def test_a_page_or_a_row_that_is_not_there_is_an_error_not_a_read():
         ({"H": 3}, "H: expected a multiple of K=2, got 3"),
         ({"page": 0}, "E, page: expected at least 1, got 0"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
-        ({"q": 0}, "y, q, k_cache, v_cache, lengths: expected addresses, got 0"),
+        ({"q": 0}, "y, q, lengths: expected addresses, got 0"),
+        ({"k_cache": 0}, "k_cache, v_cache: expected addresses, got 0"),
+        ({"table": 0}, "block_table: expected an address, got 0"),
+        ({"pages": -1}, "B, R, N, H, pages: expected at least 0, got -1"),
+        ({"H": -2}, "B, R, N, H, pages: expected at least 0, got -2"),
         ({"R": 2}, "lengths: expected one of each row of block_table, got 1"),
     ],
 )

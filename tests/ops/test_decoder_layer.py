@@ -18,9 +18,9 @@ needs_c = pytest.mark.skipif(
 B, PAGE = 11, 4
 
 
-def model_of(family="qwen3"):
+def model_of(family="qwen3", **changes):
     """Weights, norms and biases that are all different."""
-    model = Decoder.from_config(tiny_config(family, initializer_range=0.3), seed=1)
+    model = Decoder.from_config(tiny_config(family, initializer_range=0.3, **changes), seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,6 +64,49 @@ def test_it_is_the_ops_one_by_one(isa, family, exact, monkeypatch):
         (ours, cache), (want, other) = step(model, True), step(model, False)
     assert len(calls) == len(model.layers)
     assert torch.equal(ours, want) and torch.equal(cache.k, other.k) and torch.equal(cache.v, other.v)
+
+
+SCALED = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@needs_c
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "H, K, E, more",
+    [(4, 1, 64, {}), (2, 2, 80, {"rope_scaling": SCALED}), (6, 2, 96, {"tie_word_embeddings": False}), (5, 1, 128, {"hidden_size": 24})],
+)
+def test_any_heads_widths_and_angles(family, H, K, E, more, monkeypatch):
+    """Wrong: an offset of queries, keys or values that holds for H E = D or for K = H alone; angles that are not the model's."""
+    model, calls = model_of(family, num_attention_heads=H, num_key_value_heads=K, head_dim=E, **more), counted(monkeypatch)
+    (ours, cache), (want, other) = step(model, True), step(model, False)
+    assert len(calls) == len(model.layers)
+    assert torch.equal(ours, want) and torch.equal(cache.k, other.k) and torch.equal(cache.v, other.v)
+
+
+@needs_c
+def test_pages_of_another_kind_are_the_ops_to_name(monkeypatch):
+    """Wrong: a table of int64, a cache of bf16 or too short a table read as if they were what the compiled code wants."""
+    model, calls = model_of(), counted(monkeypatch)
+    cache = PagedCache(model, 3 * B, PAGE)
+    table, lengths = torch.ones(B, 3, dtype=torch.int32), torch.full((B,), 5, dtype=torch.int32)
+    slots, tokens, narrow = (
+        cache.slots(table, torch.arange(B), lengths.long() - 1),
+        torch.arange(B),
+        PagedCache(model_of().bfloat16(), 3 * B, PAGE),
+    )
+    positions, name = lengths.long() - 1, r"k_cache|lengths|block_table|slots"
+    with torch.no_grad():
+        model(tokens, None, positions=positions, attend=cache.decode(slots, table.long(), lengths))
+        model(tokens, None, positions=positions, attend=cache.decode(slots, table.T.contiguous().T, lengths.long()))
+        for attend in (
+            narrow.decode(slots, table, lengths), cache.decode(slots, table[:4], lengths), cache.decode(slots, table, lengths[:4]),
+            cache.decode(slots[:4], table, lengths),
+        ):  # fmt: skip
+            with pytest.raises((ValueError, TypeError), match=name):
+                model(tokens, None, positions=positions, attend=attend)
+        assert not calls
+        model(tokens, None, positions=positions, attend=cache.decode(slots, table, lengths))
+    assert len(calls) == len(model.layers)
 
 
 @needs_c

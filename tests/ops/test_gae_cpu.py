@@ -101,3 +101,12 @@ def test_bad_arguments_are_value_errors(changes, message):
     given = {"reward": 8, "value": 8, "is_double": False, "cu_seqlens": 8, "mask": 0, "gamma": 1.0, "lam": 1.0}
     with pytest.raises(ValueError, match=message):
         C.gae_cpu(*(given | {"advantage": 8, "returns": 8, "T": 3, "S": 1, "threads": 1} | changes).values())
+
+
+@pytest.mark.parametrize("ends", [[0, 2, 4], [0, -1, 3], [0, 3, 1], [-1, 2, 3], [0, 2**62, 3]])
+def test_ends_that_lead_outside_are_not_followed(ends):
+    """Wrong: memory before or after the rewards, read and written, by a caller of the module itself."""
+    cu, x = torch.tensor(ends), torch.zeros(3)
+    at = x.data_ptr()
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected non-decreasing ends, 0 to 3, got"):
+        C.gae_cpu(at, at, False, cu.data_ptr(), 0, 1.0, 1.0, at, at, 3, 2, 1)

@@ -66,6 +66,16 @@ def test_ragged_groups_by_ids(isa, baseline, scale, shape):
         )
 
 
+def test_ids_further_apart_than_int64_holds(isa):
+    """Wrong: a distance of ids that overflows, so that memory beyond the counts is written, by a caller of the module itself."""
+    reward, out = torch.tensor([1.0, 2.0, 5.0, 4.0]), torch.empty(4)
+    for low, high in ((-(2**63), 2**63 - 1), (-(2**62) - 5, 2**62 + 5), (-(2**63), 2**63 - 2)):
+        ids = torch.tensor([low, high, low, high])
+        mean, plain, linear = 0, 3, 0
+        C.group_advantage_cpu(reward.data_ptr(), False, ids.data_ptr(), 0, mean, plain, linear, 0.0, True, 1.0, out.data_ptr(), 4, 1)
+        assert out.tolist() == [-2.0, -1.0, 2.0, 1.0]
+
+
 def test_large_groups_are_ranked_by_sorting(isa):
     """Wrong: ties that are not averaged, or NaN ranked, where comparing each with each would take too long."""
     reward = rewards(3 * 2000)

@@ -127,7 +127,7 @@ def test_a_row_without_a_twin_runs_its_pytorch_columns(monkeypatch):
 def test_every_row_of_the_tables_has_its_twins():
     assert [row.cpu_id for row in SURROGATES.values()] == list(range(len(SURROGATES)))
     assert [row.triton for row in SURROGATES.values()] == list(SURROGATES)
-    assert list(KLS) == ["k1", "k2", "k3", "k3+", "k1_is", "k3_is", "abs", "k3_cut"]  # the order of csrc/cpu/policy_loss_rows.h
+    assert list(KLS) == ["k1", "k2", "k3", "k3+", "k1_is", "k3_is", "abs", "k3_cut", "k3+_cut"]  # in csrc/cpu/policy_loss_rows.h's order
 
 
 # --- messages ---------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_every_row_of_the_tables_has_its_twins():
         ({"T": -1}, "T: expected at least 0, got -1"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"surrogate": 8}, "surrogate: expected the cpu_id of a row of SURROGATES, got 8"),
-        ({"kl": 8}, "kl: expected the place of a row of KLS, or -1, got 8"),
+        ({"kl": 9}, "kl: expected the place of a row of KLS, or -1, got 9"),
         ({"kl": 1}, "ref_logp: expected an address, because kl is given, got 0"),
         ({"params": (0.2, 0.2)}, "params: expected 3, filled up with 0, got 2"),
         ({"logp": 0}, "logp, old_logp, advantage, weight, dlogp: expected addresses, got 0"),
@@ -155,3 +155,13 @@ def test_bad_arguments_are_value_errors(changes, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         C.policy_loss_cpu(*(given | changes).values())
+
+
+@needs_c
+@pytest.mark.parametrize("ends", [[0, 2, 4], [0, -1, 3], [0, 3, 1]])
+def test_ends_that_lead_outside_are_not_followed(ends):
+    """Wrong: memory before or after the log-probs, read and written, by a caller of the module itself."""
+    cu, x = torch.tensor(ends), torch.zeros(32)
+    at = x.data_ptr()
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing ends, 0 to 3, got"):
+        C.policy_loss_cpu(at, 0, at, at, at, 0, 0, 0, cu.data_ptr(), 2, at, at, at, 0, 3, (0.2, 0.2, math.inf), -1, 0.0, 0.0, 3, 1)

@@ -109,6 +109,18 @@ def test_vectors_worked_by_hand_in_nemo(surrogate: Surrogate, advantage: Any, ra
     assert loss.item() == pytest.approx(mean, abs=5e-5)
 
 
+def test_cispo_vector_worked_by_hand(loss_of: Any) -> None:
+    """NeMo-RL's ratios and advantages with its bounds of 0.8 and 1.2: every token keeps a gradient, of its held weight times A.
+
+    Catches a weight that is differentiated, and tokens dropped where they are held."""
+    d = vector(0.5, 1, 1.5).log().requires_grad_()
+    cispo = SURROGATES["cispo"].with_params(low=0.8, high=1.2)
+    loss, _ = loss_of(d, 0 * d.detach(), vector(1, -1, 2), surrogate=cispo, token_weight=vector(*[1 / 3] * 3))
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.139533, abs=1e-6)
+    assert d.grad is not None and d.grad.tolist() == pytest.approx([-0.8 / 3, 1 / 3, -0.8], abs=1e-6)
+
+
 def test_luffy_s_weight_of_a_demonstration(loss_of: Any) -> None:
     """At p = 1/e, f = p / (p + 0.1) is 0.78627 and its weight 0.16805: catches p taken for logp, and a forgotten square."""
     logp = vector(-1.0).requires_grad_()
