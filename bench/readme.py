@@ -15,14 +15,22 @@ from fastrl.bench.ledger import QUICK, Results, Row
 from fastrl.bench.table import group, named, ratio
 from fastrl.errors import UserError
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LEARNING = "learning-"  # begins the names of results of another kind (see fastrl.recipes.learning)
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines between which a generated part of the README stands."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+BEGIN, END = marks("bench")
 RATIOS = ("vs eager", "vs torch.compile", "vs best peer")
 
 
 def newest(folder: Path) -> list[Path]:
     """The newest results of each device in a folder, quick ones aside; the date ends the name."""
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.glob("*.json") if QUICK not in p.stem):
+    for path in sorted(p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(LEARNING)):
         found[path.stem[: -len("-0000-00-00")]] = path
     return list(found.values())
 
@@ -32,12 +40,13 @@ def block(results: Sequence[Results]) -> str:
     return "\n\n".join([BEGIN, *(section(r) for r in results), END])
 
 
-def replace_block(text: str, new: str) -> str:
-    """`text` with its block replaced.  Raises UserError when it has not exactly one."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise UserError(f"README: expected one {BEGIN} followed by one {END}")
-    before, _, rest = text.partition(BEGIN)
-    return before + new + rest.partition(END)[2]
+def replace_block(text: str, new: str, name: str = "bench") -> str:
+    """`text` with the block of that name replaced, marks included.  Raises UserError when it has not exactly one."""
+    begin, end = marks(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise UserError(f"README: expected one {begin} followed by one {end}")
+    before, _, rest = text.partition(begin)
+    return before + new + rest.partition(end)[2]
 
 
 def section(results: Results) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastrl.adapter import load_model
 from fastrl.config import Evaluate
@@ -16,10 +19,13 @@ from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.files import call_user
 from fastrl.intake import load_run_task
+from fastrl.rewards import Reward, load_reward, score
 from fastrl.sampler import Sampler, SamplingParams
+from fastrl.search import SEARCHES, Candidates, pass_at_k
 from fastrl.stats import Estimate, mean_interval, wilson
 from fastrl.tasks import Example, Score, Task
 from fastrl.tokenizer import load_tokenizer
+from fastrl.types import Rollouts
 
 EVAL_SEED = 20_000_003  # the noise of evaluations, never the training's
 
@@ -29,11 +35,13 @@ class Evaluation:
     """Scores of `prompts` held-out prompts: one greedy answer each, and `samples` drawn at temperature 1.
 
     greedy (P,), sampled (P, n) answers with their scores, in the order of the prompts
+    logp   (P, n) mean log-probability of each sampled answer's tokens, nats
     """
 
     examples: list[Example]
     greedy: list[tuple[str, Score]]
     sampled: list[list[tuple[str, Score]]]
+    logp: list[list[float]] = field(default_factory=list)
 
     def per_prompt(self) -> list[float]:
         """Share of each prompt's sampled answers that are right."""
@@ -74,9 +82,10 @@ def evaluate(
     texts = [e.prompt for e in examples]
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
 
-    def answers(params: SamplingParams, first: int = 0) -> list[str]:
+    def answers(params: SamplingParams, first: int = 0) -> list[tuple[str, float]]:
         talk = dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(params.n)])
-        return sampler.generate(texts, params, sequence_offset=first, weight_version=weight_version, environment=talk).text or []
+        done = sampler.generate(texts, params, sequence_offset=first, weight_version=weight_version, environment=talk)
+        return list(zip(done.text or [], mean_logp(done), strict=True))
 
     greedy = answers(SamplingParams(temperature=0.0, **shared))
     drawn = answers(SamplingParams(n=samples, **shared), mine.start * samples) if samples else []
@@ -84,13 +93,23 @@ def evaluate(
     def scored(example: Example, text: str) -> tuple[str, Score]:
         return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)
 
+    own = [drawn[i * samples : (i + 1) * samples] for i in range(len(examples))]
     rows = world.gather(
         [
-            (e, scored(e, g), [scored(e, t) for t in drawn[i * samples : (i + 1) * samples]])
-            for i, (e, g) in enumerate(zip(examples, greedy, strict=True))
+            (e, scored(e, g), [scored(e, t) for t, _ in some], [logp for _, logp in some])
+            for e, (g, _), some in zip(examples, greedy, own, strict=True)
         ]
     )
-    return Evaluation([e for e, _, _ in rows], [g for _, g, _ in rows], [s for _, _, s in rows] if samples else [])
+    sampled, logp = ([r[2] for r in rows], [r[3] for r in rows]) if samples else ([], [])
+    return Evaluation([r[0] for r in rows], [r[1] for r in rows], sampled, logp)
+
+
+def mean_logp(rollouts: Rollouts) -> list[float]:
+    """(S,) mean log-probability of the tokens that the policy chose, nats; 0 for a sequence of none."""
+    sequence = torch.repeat_interleave(torch.arange(len(rollouts)), rollouts.cu_seqlens.diff().long().cpu())
+    zeros = torch.zeros(len(rollouts), dtype=torch.float64)
+    total, count = (zeros.index_add(0, sequence, x.double().cpu()) for x in (rollouts.logp, rollouts.completion_mask))
+    return (total / count.clamp_min(1)).tolist()
 
 
 def run(config: Evaluate) -> None:
@@ -100,6 +119,8 @@ def run(config: Evaluate) -> None:
     task = load_run_task(config.task, config.task_options)
     if task is None:
         raise UserError("--task: expected a task to evaluate on, got none")
+    _check_search(config, task)
+    reward = None if config.reward is None else load_reward(config.reward, dtype=dtype, device=device)
     model = load_model(config.model, dtype=dtype, device=device)
     sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task))
     wanted: dict[str, Any] = {
@@ -114,13 +135,19 @@ def run(config: Evaluate) -> None:
             print(f"{name:8} accuracy  {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%})")
     asked = f"{len(done.greedy)} prompts of {task.name}/{config.split}, {config.samples} samples each"
     print(f"well-formed answers {done.well_formed():.1%}; {asked}")
+    found = [] if config.search is None else candidates(done, task, reward)
+    table = worth(found, config.search) if config.search else []
+    for line in table:
+        e, o = line["accuracy"], line["oracle"]
+        print(f"{config.search} {line['n']:<4} {e.mean:6.1%}  (95% interval {e.lo:.1%} to {e.hi:.1%}), oracle {o.mean:.1%}")
     if config.output:
-        save(done, Path(config.output))
+        chosen = [SEARCHES[config.search].choose(c) for c in found] if config.search else []
+        save(done, Path(config.output), {"search": table} if table else {}, chosen)
 
 
-def save(done: Evaluation, path: Path) -> None:
-    """Write the metrics and every answer as JSON."""
-    answers = [
+def save(done: Evaluation, path: Path, more: Mapping[str, Any] | None = None, chosen: Sequence[int] = ()) -> None:
+    """Write the metrics, whatever `more` there is, and every answer as JSON; `chosen` has which sample a search gave."""
+    answers: list[dict[str, Any]] = [
         {
             "prompt": e.prompt,
             "greedy": {"completion": g, "correct": s.correct, "message": s.message},
@@ -128,5 +155,50 @@ def save(done: Evaluation, path: Path) -> None:
         }
         for e, (g, s), drawn in zip(done.examples, done.greedy, done.sampled or [[] for _ in done.greedy], strict=True)
     ]
+    for answer, index in zip(answers, chosen, strict=False):
+        answer["chosen"] = index
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**done.metrics(), "answers": answers}, indent=1))
+    path.write_text(json.dumps({**done.metrics(), **(more or {}), "answers": answers}, indent=1))
+
+
+# --- search -----------------------------------------------------------------------------------------
+def candidates(done: Evaluation, task: Any, reward: Reward | None) -> list[Candidates]:
+    """Each prompt's samples with what a search sees of them: rewards where there is a reward, answers where the task has them."""
+    every = [(e, text) for e, drawn in zip(done.examples, done.sampled, strict=True) for text, _ in drawn]
+    rewards: list[float] = []
+    if reward is not None:
+        columns = [{"example": e, **e.fields} for e, _ in every]
+        rewards = score([reward], [e.prompt for e, _ in every], [text for _, text in every], columns=columns).reward
+    read = getattr(task, "answer", None)
+    answers = [] if read is None else [call_user(f"--task: {task.name}'s answer", read, text) for _, text in every]
+    out, first = [], 0
+    for drawn, logp in zip(done.sampled, done.logp, strict=True):
+        part = slice(first, first := first + len(drawn))
+        out.append(Candidates(right=[s.correct for _, s in drawn], logp=logp, reward=rewards[part], answer=answers[part]))
+    return out
+
+
+def worth(found: Sequence[Candidates], search: str) -> list[dict[str, Any]]:
+    """Accuracy of the search by the number of samples n, 1, 2, 4, ... and all, beside an oracle's, who knows which is right."""
+    total, row = len(found[0].right), SEARCHES[search]
+    sizes = sorted({2**i for i in range(total.bit_length()) if 2**i <= total} | {total})
+    return [
+        {
+            "n": n,
+            "accuracy": mean_interval([row.at_k(c, n) for c in found]),
+            "oracle": mean_interval([pass_at_k(total, sum(c.right), n) for c in found]),
+        }
+        for n in sizes
+    ]
+
+
+def _check_search(config: Evaluate, task: Any) -> None:
+    row = SEARCHES.get(config.search or "")
+    for option, value, fine, expected in (
+        ("--reward", config.reward, row is not None or config.reward is None, "none without a --search that judges samples by it"),
+        ("--reward", config.reward, not (row and row.reward and config.reward is None), f"model:FOLDER or file.py:fn for {config.search}"),
+        ("--samples", config.samples, row is None or config.samples >= 1, "at least 1 to search in"),
+        ("--search", config.search, not (row and row.answer) or hasattr(task, "answer"), f"another: {task.name} has no answer(completion)"),
+    ):
+        if not fine:
+            raise UserError(f"{option}: expected {expected}, got {value}")

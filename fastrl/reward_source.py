@@ -16,7 +16,7 @@ from fastrl.config import Reward
 from fastrl.dist import World
 from fastrl.errors import UserError
 from fastrl.experience import Step, order
-from fastrl.files import nearest
+from fastrl.files import nearest, shorten
 from fastrl.intake import TRAIN, pairs
 from fastrl.reward_learner import RewardBatch, RewardLearner
 from fastrl.stats import Estimate, calibration, mean_interval, wilson
@@ -176,10 +176,9 @@ def _from_dataset(
 def _from_task(
     config: Reward, row: RewardLoss, task: Task, usable: Callable[[Sequence[Statement]], list[Group]], world: World
 ) -> Comparisons:
-    if not hasattr(task, "mistakes") or row.data == "steps":
-        raise UserError(
-            f"--task: {task.name} gives no {'steps' if row.data == 'steps' else 'wrong answers'} to learn from; give a --dataset"
-        )
+    for method, what in {"mistakes": "wrong answers", "steps": "steps"}.items():
+        if not hasattr(task, method) and (method == "mistakes" or row.data == "steps"):
+            raise UserError(f"--task: {task.name} gives no {what} to learn from; give a --dataset")
 
     def statements(split: str, indices: Sequence[int]) -> list[Statement]:
         return [_statement(config, row, task, split, i) for i in indices]
@@ -193,14 +192,19 @@ def _from_task(
 
 
 def _statement(config: Reward, row: RewardLoss, task: Any, split: str, index: int) -> Statement:
-    """The right answer and wrong ones, by the verifier's reward; for a verdict, one of them by a throw of the dice."""
-    example = task.example(split, index)
+    """The right answer and wrong ones, by the verifier's reward; for verdicts, one of them by a throw of the dice."""
+    example, where = task.example(split, index), f"{task.name} {split}[{index}]"
     texts = [example.demo, *task.mistakes(example, config.group - 1, index)]
     if not row.compares:
         texts = [texts[draw("verdict", config.seed, split, index) % 2]]
+    if row.data == "steps":
+        parts, right = task.steps(example, texts[0])
+        if config.step_separator.join(parts) != texts[0]:
+            raise UserError(f"--step-separator: {config.step_separator!r} does not join the steps of {task.name} to {shorten(texts[0])}")
+        return Statement(where, row.data, example.prompt, parts, [float(r) for r in right])
     score = [task.verify(example, text) for text in texts]
     target = [s.reward for s in score] if row.compares else [float(s.correct) for s in score]
-    return Statement(f"{task.name} {split}[{index}]", row.data, example.prompt, texts, target)
+    return Statement(where, row.data, example.prompt, texts, target)
 
 
 def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:

@@ -139,6 +139,31 @@ def test_well_formed_answers(answer, target, level, wrong_verifier):
         assert score.well_formed and score.correct == (level == 3) and score.reward == rewards[level], wrong_verifier
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("7,13,3;13-7=6;6*3=18", [True, True, True]),
+        ("7,13,3;13-7=6;6*3=19", [True, True, False]),
+        ("7,13,3;13-7=6;6+3=9", [True, True, False]),  # exact, and not the target
+        ("7,13,3;13-7=5;6*3=18", [True, False, False]),  # what follows a wrong step is wrong
+        ("7,13,2;13-7=6;6*3=18", [False, False, False]),
+        ("7,13,3;13-7=6", [True, False]),  # right so far, and no more follows
+        ("7,13,3;13-7=6;6*", [True, True, False]),
+        ("7,13,3;13-7=6;13*3=39", [True, True, False]),  # 13 is spent
+        ("7,13,3;13-7=6;6*3=18;", [True, True, True, False]),
+        ("", [False]),
+        ("7,13,3;" + "9" * 10**6, [False, False]),
+    ],
+)
+def test_steps_are_right_as_far_as_all_before_them(answer, right):
+    """Wrong implementations: the last step judged as the others, by which an answer that stops short or misses the target is right;
+    steps judged each for itself."""
+    task = Cards(k=3, rules="b")
+    example = Example(prompt="b:7K3>18|", fields={"numbers": [7, 13, 3], "target": 18})
+    assert task.steps(example, answer) == (answer.split(";"), right)
+    assert right[-1] == task.verify(example, answer).correct
+
+
 def test_division_by_zero_and_bounded_time():
     example = problem("7335", "a", 18)
     assert not Cards(k=4).verify(example, "7,3,3,5;3-3=0;7/0=7;7+5=12").correct

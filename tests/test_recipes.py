@@ -16,14 +16,16 @@ from fastrl.evaluate import Evaluation
 from fastrl.intake import load_run_task
 from fastrl.model import Decoder
 from fastrl.options import load
-from fastrl.recipes import demo
+from fastrl.recipes import demo, gsm8k_reward
 from fastrl.recipes import tokenizer as tokenizer_recipe
 from fastrl.stats import mean_interval
 from fastrl.tasks import Example, Score
 
 COMMANDS = {
-    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_reward": Reward, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "cards_fusion": Hybrid, "cards_joint": Joint, "gsm8k_sft": Sft,
+    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_kto": Dpo, "cards_ppo": Ppo,
+    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_fusion": Hybrid, "cards_contrast": Hybrid, "cards_joint": Joint,
+    "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward, "cards_process": Reward,
+    "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
 }  # fmt: skip
 PIPELINES = {"cards_sft_dpo_grpo": ["sft", "dpo", "grpo"]}
 
@@ -104,6 +106,27 @@ def test_the_tokenizer_recipe_makes_a_hugging_face_tokenizer(tmp_path, capsys):
     assert made.decode(made.encode(text)) == text and len(made) == 300
     assert tokenizer_recipe.main([str(few), "--columns", "prompt", "--output", str(out)]) == 1
     assert "few.jsonl:1: expected text in column 'prompt', got NoneType" in capsys.readouterr().err
+
+
+def test_graded_solutions_are_grouped_by_problem(tmp_path, capsys):
+    """Wrong implementations: verdicts of other solutions; problems in which there is nothing to compare; a missing file as a traceback."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "so 2\n#### 2"}) + "\n")
+    assert gsm8k_reward.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert "no file" in capsys.readouterr().err
+
+    def line(*right):
+        return {"question": "1+2?"} | {
+            n: {"solution": f"{n} {r}", "is_correct": r} for n, r in zip(gsm8k_reward.GRADED, right, strict=True)
+        }
+
+    rows = [line(True, False, False, True), line(True, True, True, True)]
+    (tmp_path / "model_solutions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert gsm8k_reward.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    (group,) = [json.loads(x) for x in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
+    assert [c.endswith("True") for c in group["completions"]] == [True, False, False, True] == [s == 1.0 for s in group["scores"]]
+    assert json.loads((tmp_path / "out/solutions.jsonl").read_text()) == {
+        "prompt": "Question: 1+1?\nAnswer:\n", "completion": "so 2\nA: 2"
+    }  # fmt: skip
 
 
 def test_several_seeds_share_one_folder(tmp_path, monkeypatch, capsys):

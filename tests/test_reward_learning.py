@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import lines
-from support import data_file, tiny_config
+from support import data_file
 
 import fastrl.trainer
-from fastrl.config import HeldOut, Optim, Reward, Run, Sft
+from fastrl.config import Eval, HeldOut, Optim, Reward, Run, Sft
+from fastrl.options import load
+from fastrl.recipes import gsm8k_reward
+from fastrl.recipes.demo import RECIPES
+from fastrl.recipes.margins import reward_margins
 from fastrl.reward_model import RewardModel
 from fastrl.stats import wilson
 from fastrl.tasks import Cards
-from fastrl.tasks.tokens import train_bpe
-
-SOURCES = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-LONGEST = 800  # characters of a problem with a solution: at most 512 tokens
 
 
 def trained(config: Run) -> Path:
@@ -81,6 +82,24 @@ def test_the_tasks_own_mistakes_are_told_from_right_answers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_process_rewards_tell_the_tasks_own_mistakes(tmp_path):
+    """The recipes of the SFT start and of the process reward model, on the test split's problems, all kinds of mistakes mixed: 0.915
+    [0.894, 0.932] was measured on the validation split (cut short 1.00, another card 0.89, another target 0.86, a false step 0.83).
+
+    Wrong implementations: a score that leaves the weakest step out; steps read one token early, where nothing is known yet."""
+    quiet = {"threads": 1, "eval": Eval(prompts=0)}
+    sft = load(Sft, RECIPES / "cards_sft.yaml")
+    start = trained(replace(sft, model=str(RECIPES / "cards.config.json"), output_dir=str(tmp_path / "sft"), **quiet))
+    recipe = load(Reward, RECIPES / "cards_process.yaml")
+    end = trained(replace(recipe, model=str(start), output_dir=str(tmp_path / "run"), threads=1, eval=HeldOut(prompts=0)))
+    found = reward_margins(end, recipe.task_options, split="test", count=800)
+    print({kind: sum(m > 0 for m in some) / len(some) for kind, some in found.items()})
+    right = sum(m > 0 for m in found["mixed"])
+    assert wilson(right, len(found["mixed"]))[0] > 0.85, right
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_right_solutions_of_unseen_word_problems_are_above_chance(tmp_path):
     """Four models' solutions of GSM8K problems, compared within a problem, held out by problem; the 95% interval (over problems) of the
@@ -88,30 +107,16 @@ def test_right_solutions_of_unseen_word_problems_are_above_chance(tmp_path):
 
     Wrong implementations: comparisons across problems, which learn how hard a problem is; a split by solution.
     """
-    written = [json.loads(line) for line in data_file("gsm8k", "train.jsonl").read_text().splitlines()]
-    solved = [json.loads(line) for line in data_file("gsm8k", "model_solutions.jsonl").read_text().splitlines()]
-    texts = [{"prompt": f"Question: {r['question']}\nAnswer:\n", "completion": r["answer"].replace("\n#### ", "\nA: ")} for r in written]
-    groups = [
-        {
-            "prompt": f"Question: {r['question']}\nAnswer:\n",
-            "completions": [r[s]["solution"] for s in SOURCES],
-            "scores": [float(r[s]["is_correct"]) for s in SOURCES],
-        }
-        for r in solved
-    ]
-    mixed = [g for g in groups if len(set(g["scores"])) > 1 and max(len(g["prompt"] + c) for c in g["completions"]) < 2 * LONGEST]
-    train_bpe([t["prompt"] + t["completion"] for t in texts], 1024).save_pretrained(tmp_path / "tokenizer")
-    small = {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 256, "head_dim": 24, "max_position_embeddings": 1024}
-    (tmp_path / "model.json").write_text(json.dumps(tiny_config("qwen2", **small)))
-    common = {"tokenizer": str(tmp_path / "tokenizer"), "threads": 1}
-    start = Sft(
-        model=str(tmp_path / "model.json"), steps=250, prompts=32, output_dir=str(tmp_path / "sft"), **common,
-        dataset=write(tmp_path / "sft.jsonl", (t for t in texts if len(t["prompt"] + t["completion"]) < LONGEST)),
-        optim=Optim(lr=4e-3, warmup=20, schedule="linear", floor=0.1),
-    )  # fmt: skip
-    config = Reward(
-        model=str(trained(start)), dataset=write(tmp_path / "groups.jsonl", mixed), steps=40, prompts=16, center=0.01, holdout=0.4,
-        output_dir=str(tmp_path / "run"), optim=Optim(lr=1e-3, warmup=5, schedule="linear", weight_decay=0.1), **common,
+    folder = data_file("gsm8k", "model_solutions.jsonl").parent
+    data_file("gsm8k", "train.jsonl")
+    gsm8k_reward.prepare(folder, tmp_path / "data")
+    paths = {"tokenizer": str(tmp_path / "data/tokenizer"), "threads": 1}
+    start = replace(
+        load(Sft, RECIPES / "gsm8k_read.yaml"), dataset=str(tmp_path / "data/solutions.jsonl"), output_dir=str(tmp_path / "read"), **paths
+    )
+    config = replace(
+        load(Reward, RECIPES / "gsm8k_reward.yaml"), model=str(trained(start)), dataset=str(tmp_path / "data/groups.jsonl"),
+        output_dir=str(tmp_path / "run"), **paths,
     )  # fmt: skip
     trained(config)
     last = held_out(config)

@@ -24,7 +24,7 @@ from fastrl.reward_model import RewardModel
 from fastrl.reward_source import choose_reward_loss, comparisons, judge_held_out
 from fastrl.rewards import load_reward
 from fastrl.tasks import Cards
-from fastrl.tasks.cards_mistakes import KINDS
+from fastrl.tasks.cards_mistakes import KINDS, of_each_kind
 
 
 def run(folder: Path, name: str = "run", **changes) -> Reward:
@@ -162,6 +162,8 @@ def test_the_task_gives_a_right_answer_against_different_wrong_ones():
         levels = [task.verify(example, text) for text in wrong]
         assert not any(s.correct for s in levels) and task.verify(example, example.demo).correct
         kinds |= {s.message.split()[0] for s in levels}
+        each = of_each_kind(example, lambda text, e=example: not task.verify(e, text).correct, i)
+        assert list(each) == [k.__name__ for k in KINDS] and not any(task.verify(example, text).correct for text in each.values())
     assert len(kinds) > 4 and len(KINDS) == 4
 
 
@@ -204,7 +206,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             choose_reward_loss(run(tmp_path, **changes))
-    with pytest.raises(UserError, match="--task: cards gives no steps to learn from; give a --dataset"):
+    with pytest.raises(UserError, match=r"--step-separator: '\\n' does not join the steps of cards to '"):
         fastrl.trainer.train(run(tmp_path, algorithm="process"))
     with pytest.raises(UserError, match="--task: gsm8k gives no wrong answers to learn from; give a --dataset"):
         fastrl.trainer.train(run(tmp_path, "other", task="gsm8k", task_options=(), tokenizer=str(_saved_tokenizer(tmp_path))))

@@ -44,6 +44,10 @@ class Evaluate:
     prompts: int = 512
     samples: int = 4
     max_new_tokens: int = 256
+    search: Literal["best_of", "vote"] | None = None
+    """One answer out of the samples: of the highest --reward, or what most samples come down to (each weighed by --reward, if given)."""
+    reward: str | None = None
+    """What judges the samples: a reward model, model:FOLDER, or a function, my_rewards.py:fn."""
     output: str | None = None
     """A .json file for the numbers and every answer."""
     tokenizer: str | None = None

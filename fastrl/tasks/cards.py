@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from fastrl.errors import UserError
 from fastrl.tasks.cards_mistakes import mistakes
 from fastrl.tasks.cards_rules import RANKS, RULES, hands, number_sets, reachable, solutions, translate, write
-from fastrl.tasks.cards_verifier import Level, check
+from fastrl.tasks.cards_verifier import Level, check, judge_steps
 from fastrl.tasks.task import Example, Score, bucket, draw
 from fastrl.tasks.tokens import char_tokenizer
 
@@ -132,6 +132,11 @@ class Cards:
     def mistakes(self, example: Example, count: int, index: int) -> list[str]:
         """Up to `count` different wrong answers to `example`, number `index` of its split: a pure function of the three."""
         return mistakes(example, count, lambda text: not self.verify(example, text).correct, self.seed, index)
+
+    def steps(self, example: Example, completion: str) -> tuple[list[str], list[bool]]:
+        """The parts of `completion` between semicolons, and whether all is right up to the end of each."""
+        fields = example.fields
+        return completion.split(";"), judge_steps(completion, fields["numbers"], fields["target"], fractions=self.fractions)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per character of the game: 31 with <pad>, <eos> and <unk>."""

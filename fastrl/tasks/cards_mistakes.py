@@ -53,3 +53,14 @@ def mistakes(example: Example, count: int, wrong: Callable[[str], bool], *key: o
         if answer and wrong(answer):
             found.setdefault(answer)
     return list(found)
+
+
+def of_each_kind(example: Example, wrong: Callable[[str], bool], *key: object) -> dict[str, str]:
+    """An answer that is `wrong` of every kind, by the kind's name; kinds that the example has none of are left out."""
+    found = {}
+    for kind in KINDS:
+        answers = (kind(example, draw("mistakes", *key, kind.__name__, turn)) for turn in range(TRIES))
+        answer = next((a for a in answers if a and wrong(a)), None)
+        if answer is not None:
+            found[kind.__name__] = answer
+    return found

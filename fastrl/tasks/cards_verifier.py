@@ -64,6 +64,26 @@ def _play(
     return Level.CORRECT, "correct"
 
 
+def judge_steps(answer: str, numbers: list[int], target: int, *, fractions: bool) -> list[bool]:
+    """Of each part of `answer` between semicolons, whether all is right up to its end; of the last, whether the answer is correct.
+
+    A part behind a wrong one is wrong: nothing right can come of it.  Total, and bounded in time.
+    """
+    head, *tail = answer.split(";")
+    if len(answer) > CHARACTERS_PER_CARD * len(numbers):
+        return [False] * (1 + len(tail))
+    right = [read_number(n, fractions=False) for n in head.split(",")] == list(numbers)
+    found, pool = [right], list[Number](numbers)
+    for text in tail:
+        readings, result = _read_step(text, fractions)
+        exact = [r for r in readings if _take(pool, r) is not None and apply(*r, fractions=fractions) == result]
+        right = right and bool(exact) and result is not None
+        pool = [*(_take(pool, exact[0]) or []), result] if right and result is not None else pool
+        found.append(right)
+    found[-1] = check(answer, numbers, target, fractions=fractions)[0] is Level.CORRECT
+    return found
+
+
 def _read_step(text: str, fractions: bool) -> tuple[list[Reading], Number | None]:
     """Every way to read `left op right` before the equals sign, and the result stated after it."""
     body, _, stated = text.partition("=")

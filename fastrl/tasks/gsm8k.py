@@ -85,15 +85,17 @@ class Gsm8k:
 
     def verify(self, example: Example, completion: str) -> Score:
         """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.  Total."""
-        answer = extract(completion)
-        marked = answer is not None
-        if answer is None and self.last_number:
-            answer = last_number(completion)
+        answer, marked = self.answer(completion), extract(completion) is not None
         if answer is None:
             return Score(reward=0.0, correct=False, well_formed=False, message="no number marked as the answer")
         correct = answer == Fraction(example.fields["answer"])
         message = "correct" if correct else f"expected {example.fields['answer']}, got {answer}"
         return Score(reward=float(correct), correct=correct, well_formed=marked, message=message)
+
+    def answer(self, completion: str) -> Fraction | None:
+        """The number that `completion` comes down to, for a vote; None for none."""
+        marked = extract(completion)
+        return last_number(completion) if marked is None and self.last_number else marked
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` makes a small one)."""

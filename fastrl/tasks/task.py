@@ -43,7 +43,9 @@ class Task(Protocol):
     """One task; a class with these members in a user's own file is as good as the built-in ones.
 
     One that also has `mistakes(example, count, index) -> list[str]`, up to `count` wrong completions of example `index` of a split,
-    gives preference pairs: the demonstration is the chosen one.
+    gives preference pairs: the demonstration is the chosen one.  One that has `steps(example, completion) -> (texts, right)` as well, the
+    parts of a completion and whether all is right up to the end of each, gives process rewards.  With `answer(completion)`, what a
+    completion comes down to (None for nothing), samples can vote.
     """
 
     @property
