@@ -41,6 +41,7 @@ class Menu:
 MENUS = (
     Menu("sft", ("sft",), "sft", "cards_sft"),
     Menu("grpo", tuple(name for name in ALGORITHMS if name != "sft"), "methods", "cards_grpo"),
+    Menu("joint", tuple(name for name, row in ALGORITHMS.items() if row.advantage and row.advantage.signed), "methods", "cards_joint"),
     Menu("ppo", tuple(PPO), "ppo", "cards_ppo"),
     Menu("hybrid", tuple(HYBRIDS), "hybrid", "cards_hybrid", dict.fromkeys(("luffy", "chord", "chord_phi"), "cards_chord")),
     Menu(
@@ -104,8 +105,9 @@ DRAWN = ["--group", "4", "--max-new-tokens", "6", "--minibatches", "2"]
 def test_a_row_runs_from_its_recipe(menu, name, tmp_path, monkeypatch):
     """Two steps on the card game of a decoder of random weights.  Wrong implementations: a column that the command does not fill."""
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
-    drawn = DRAWN if menu.command in ("grpo", "ppo", "hybrid") else []
+    drawn = DRAWN if menu.command in ("grpo", "ppo", "hybrid", "joint") else []
     paths = ["--model", write_model(tmp_path), "--output-dir", str(tmp_path / "run")]
+    paths += ["--reward-model", write_model(tmp_path)] if menu.command == "joint" else []
     assert cli.main([*words(menu, name), *SMALL, *drawn, *paths]) == 0
     steps = [row for row in lines(tmp_path / "run") if "loss" in row]
     assert len(steps) == 2 and all(row["loss"] == row["loss"] for row in steps)
