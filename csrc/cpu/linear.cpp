@@ -1,8 +1,10 @@
 // y = x W^T + b with bits that are each element's own: the same however many rows x has, wherever a row is among them, and
-// whatever the threads; formulas in kernels/linear.py.
+// whatever the threads; and the gradients dx = dy W and dW = dy^T x.  Formulas in kernels/linear.py.
 //
-// The rows of x are packed side by side, a row to a lane.  A tile takes kLinearRows rows of the weight, where they lie or widened, each
-// element broadcast, and two vectors of x; its sums run over blocks of kLinearDepth columns, whose bounds depend on K alone.
+// One operand is packed, its rows side by side, a row to a lane: x while it has few rows, so that the weight is read once and where it
+// lies; W when x has many, so that x is.  A tile takes kLinearRows rows of the other operand, where they lie or widened, each element
+// broadcast, and two vectors of the packed one; its sums run over blocks of kLinearDepth columns, whose bounds depend on K alone, so
+// that which operand is packed does not show in the bits.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
