@@ -119,10 +119,11 @@ def test_on_policy_methods_have_one_budget():
     for name, method in METHODS.items():
         words = command(method.command, method.recipe, "--model", "m", *method.options)
         config = resolve(TRAINING[method.command], words[words.index(method.command) + 1 :])
-        if method.start == "cards":
+        if method.start in ("cards", "judged"):
             tasks.add((config.task, config.task_options))
         if isinstance(config, Grpo):
             budgets.add((config.steps, config.prompts, config.group, config.max_new_tokens, config.optim))
             assert method.measure is answers, name
     assert len(budgets) == 1 and len(tasks) == 1
-    assert sum(m.command == "grpo" for m in METHODS.values()) >= 6 and {"ppo", "hpt", "dpo", "sft continued"} <= METHODS.keys()
+    assert sum(m.command == "grpo" for m in METHODS.values()) >= 6
+    assert {"ppo", "hpt", "joint", "grpo_dpo", "dpo", "sft continued"} <= METHODS.keys()

@@ -170,7 +170,7 @@ def test_building_without_cuda_leaves_its_functions_out(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'fastrl')!r}); import _C; print([n for n in dir(_C) if 'token_logp' in n])"
     )
-    assert python(code, cwd=tmp_path) == "['token_logp_backward_cpu', 'token_logp_forward_cpu']"
+    assert python(code, cwd=tmp_path) == "['token_logp_backward_cpu', 'token_logp_forward_cpu', 'token_logp_fused_cpu']"
 
 
 # --- the wheel --------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ METHODS: dict[str, Method] = {
     **{name: _family(name) for name in FAMILY},
     "ppo": Method("ppo", "cards_ppo", SHORT),
     "hpt": Method("hybrid", "cards_hybrid", SHORT),
+    "grpo_dpo": Method("hybrid", "cards_fusion", SHORT),
+    "joint": Method("joint", "cards_joint", SHORT, start="judged"),
     "dpo": Method("dpo", "cards_dpo", QUIET, margin),
     **{f"reward, {row}": Method("reward", f"cards_{recipe}", QUIET, preferred) for row, recipe in REWARDS.items()},
     "reward, gsm8k": Method("reward", "gsm8k_reward", measure=held_out, start="gsm8k"),
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         asked = {METHODS[name].start for name in options.only}
-        starts = {k: make(options.output_dir / FOLDERS[k], range(options.seeds)) for k, make in STARTS.items() if k in asked}
+        starts = {k: make(options.output_dir, range(options.seeds)) for k, make in STARTS.items() if k in asked}
         for seed in range(options.seeds):  # seed by seed, so that a run that is stopped has whole seeds
             for name in options.only:
                 train(name, METHODS[name], seed, starts[METHODS[name].start], options.output_dir)
@@ -142,27 +144,32 @@ def possible() -> list[str]:
 
 def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
     """What every method on the card game starts from: seed 0 of the recipe, measured with every seed's noise."""
-    start, _ = fit("sft", "cards_sft", folder, "--model", str(RECIPES / "cards.config.json"))
+    start, _ = fit("sft", "cards_sft", folder / START, "--model", str(RECIPES / "cards.config.json"))
     for seed in seeds:
-        record(folder / f"seed{seed}", partial(margin, start), START, seed)
+        record(folder / START / f"seed{seed}", partial(margin, start), START, seed)
     return ["--model", str(start)]
+
+
+def begin_judged(folder: Path, seeds: Sequence[int]) -> list[str]:
+    """The same start, and the reward model that joint training begins with: seed 0 of the recipe, from that start."""
+    start = begin(folder, seeds)
+    return [*start, "--reward-model", str(fit("reward", "cards_reward", folder / "judge", *start, *QUIET)[0])]
 
 
 def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
     """What reward models of word problems start from: a decoder that has read the training set's solutions."""
-    data = folder.parent / "gsm8k_data"
+    data = folder / "gsm8k_data"
     if not (data / "groups.jsonl").is_file():
         if GSM8K not in os.environ:
             raise UserError(f"--only: {GSM8K} must name the folder of train.jsonl and model_solutions.jsonl")
         prepare(Path(os.environ[GSM8K]), data)
     words = ("--tokenizer", str(data / "tokenizer"))
     own = ("--model", str(RECIPES / "gsm8k_small.config.json"), "--dataset", str(data / "solutions.jsonl"))
-    start, _ = fit("sft", "gsm8k_read", folder, *own, *words)
+    start, _ = fit("sft", "gsm8k_read", folder / "gsm8k_read", *own, *words)
     return ["--model", str(start), "--dataset", str(data / "groups.jsonl"), *words]
 
 
-STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {"cards": begin, "gsm8k": begin_reading}
-FOLDERS = {"cards": START, "gsm8k": "gsm8k_read"}
+STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {"cards": begin, "judged": begin_judged, "gsm8k": begin_reading}
 
 
 def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Path) -> None:
