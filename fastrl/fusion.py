@@ -22,7 +22,7 @@ from fastrl.types import Batch
 
 # --- a policy loss, and offline pairs beside it -------------------------------------------------------
 @dataclass(frozen=True, slots=True)
-class Joint:
+class FusedBatch:
     """One optimizer step's data of a fused row.
 
     own       rollouts
@@ -48,11 +48,11 @@ class FusedSource:
         coef = self.row.coef(step, config.steps)
         every = config.norms_every or 0
         measured = every > 0 and step % every == 0
-        joint = []
+        batches = []
         for k, own in enumerate(drawn.batches):
             pairs = self._weighed(step * len(drawn.batches) + k, version, coef) if coef else None
-            joint.append(Joint(own, pairs, coef, measured))
-        return Step(joint, drawn.metrics | {"hybrid/pair_coef": coef}, drawn.samples)  # type: ignore[arg-type]
+            batches.append(FusedBatch(own, pairs, coef, measured))
+        return Step(batches, drawn.metrics | {"hybrid/pair_coef": coef}, drawn.samples)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, Tensor]:
         return self.rollouts.state()
@@ -71,7 +71,7 @@ class FusedLearner(MixedLearner):
 
     algorithm: Fused
 
-    def _gradients(self, batch: Joint) -> dict[str, float]:  # type: ignore[override]
+    def _gradients(self, batch: FusedBatch) -> dict[str, float]:  # type: ignore[override]
         row = self.algorithm.preference
         own = self._backward(batch.own)
         first = [None if p.grad is None else p.grad.clone() for p in self.masters] if batch.measured else []
