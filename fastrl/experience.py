@@ -224,6 +224,7 @@ class OnPolicy:
         return everybody[[row[0] in places for row in rows]] if len(rows) != len(own) else everybody
 
     def _batch(self, draw: Draw, own: list[int], advantage: Tensor) -> Batch:
+        """The samples `own`, in that order, with their advantages (len(own),)."""
         rollouts = draw.rollouts
         mask = rollouts.completion_mask
         if self.config.overlong_filter:
@@ -233,7 +234,7 @@ class OnPolicy:
         batch = Batch(
             tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=mask, advantage=zeros, old_logp=rollouts.logp, weight=zeros,
         )  # fmt: skip
-        batch = batch if len(own) == len(rollouts) else batch.select(own)
+        batch = batch if own == list(range(len(rollouts))) else batch.select(own)  # as many of them may be others, or in another order
         batch = replace(batch, advantage=torch.repeat_interleave(advantage, batch.cu_seqlens.diff().long()))
         if self.algorithm.correction is not None and self.config.minibatches * self.config.epochs > 1:
             assert self.trainer is not None

@@ -92,11 +92,14 @@ def test_cutting_changes_nothing(row):
         gradient(trainer(model, row, longest - 1), batch)
 
 
-def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two():
+@pytest.mark.parametrize("scores", [[1.0, 0.0] * 3, [0.0, 1.0] * 3, [0.0, 1.0, 1.0, 0.0, 0.5, 0.5]], ids=["first", "second", "mixed"])
+def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two(scores):
     """The direction is that of a policy gradient over sums of tokens with advantages of +-1/sqrt 2, and beta sqrt 2 its length.
 
-    Wrong implementations: a mean over tokens; a factor that depends on the pair."""
-    model, scores = decoder(dtype=F64), [1.0, 0.0] * 6
+    Wrong implementations: a mean over tokens; a factor that depends on the pair; pairs of as many sequences as were drawn taken for these
+    in their order, so that the better one is pushed down wherever it came second."""
+    model = decoder(dtype=F64)
+    share = 3 / sum(a != b for a, b in zip(scores[::2], scores[1::2], strict=True))  # pairs are a mean over pairs, GRPO's groups over all
     two = replace(ALGORITHMS["grpo"], aggregate=sequence_sum, surrogate=ALGORITHMS["rloo"].surrogate)
     for beta in (1e-6, 1e-3):
         row = OnlinePairs(preference=DPO.with_params(beta=beta), group=2)
@@ -105,7 +108,7 @@ def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two():
         g, h = gradient(trainer(model, row), mine)[1], gradient(plain_learner(model, two, temperature=1.0), theirs)[1]
         assert 1 - float(torch.nn.functional.cosine_similarity(g, h, dim=0)) < beta**2 + 1e-12
         # of a prompt: beta sigma(0) (s_w - s_l) against A (s_w - s_l) / 2, where A = 1 / sqrt 2 up to the eps of its deviation
-        assert float(g.norm() / h.norm()) == pytest.approx(beta * math.sqrt(2), rel=2e-4 + beta)
+        assert float(g.norm() / h.norm()) == pytest.approx(beta * math.sqrt(2) * share, rel=2e-4 + beta)
 
 
 def test_one_pair_at_any_beta_is_grpo_of_two_times_a_number():
