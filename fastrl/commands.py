@@ -188,8 +188,9 @@ def _hybrid_learner(model: Any, algorithm: Any, *others: Any, **named: Any) -> L
 def _joint(
     config: Joint, task: Task | None, tokenizer: Any, sampler: Sampler, learner: JointLearner, algorithm: CoTrained, device: torch.device
 ) -> tuple[Source, int]:
-    """The reward model reads text with its own tokenizer, or with the policy's where it brings none."""
-    reads = load_tokenizer(None, algorithm.reward_model, task) if has_tokenizer(algorithm.reward_model) else tokenizer
+    """The reward model reads text with its own tokenizer, or with the policy's where it brings none or is the policy's start."""
+    brought = config.reward_model
+    reads = load_tokenizer(None, brought, task) if brought is not None and has_tokenizer(brought) else tokenizer
     learner.reward.model.tokenizer = reads
     offline = offline_comparisons(config, task, reads, learner, device)
     return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(JointSource, learner, offline=offline))

@@ -36,12 +36,14 @@ class Evaluation:
 
     greedy (P,), sampled (P, n) answers with their scores, in the order of the prompts
     logp   (P, n) mean log-probability of each sampled answer's tokens, nats
+    tokens (P, n) each sampled answer's tokens, its end-of-sequence token included
     """
 
     examples: list[Example]
     greedy: list[tuple[str, Score]]
     sampled: list[list[tuple[str, Score]]]
     logp: list[list[float]] = field(default_factory=list)
+    tokens: list[list[list[int]]] = field(default_factory=list)
 
     def per_prompt(self) -> list[float]:
         """Share of each prompt's sampled answers that are right."""
@@ -82,10 +84,10 @@ def evaluate(
     texts = [e.prompt for e in examples]
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": EVAL_SEED + seed, "stop": tuple(task.stop)}
 
-    def answers(params: SamplingParams, first: int = 0) -> list[tuple[str, float]]:
+    def answers(params: SamplingParams, first: int = 0) -> list[tuple[str, float, list[int]]]:
         talk = dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(params.n)])
         done = sampler.generate(texts, params, sequence_offset=first, weight_version=weight_version, environment=talk)
-        return list(zip(done.text or [], mean_logp(done), strict=True))
+        return list(zip(done.text or [], mean_logp(done), done.completions(), strict=True))
 
     greedy = answers(SamplingParams(temperature=0.0, **shared))
     drawn = answers(SamplingParams(n=samples, **shared), mine.start * samples) if samples else []
@@ -96,12 +98,12 @@ def evaluate(
     own = [drawn[i * samples : (i + 1) * samples] for i in range(len(examples))]
     rows = world.gather(
         [
-            (e, scored(e, g), [scored(e, t) for t, _ in some], [logp for _, logp in some])
-            for e, (g, _), some in zip(examples, greedy, own, strict=True)
+            (e, scored(e, g), [scored(e, t) for t, _, _ in some], [logp for _, logp, _ in some], [ids for _, _, ids in some])
+            for e, (g, _, _), some in zip(examples, greedy, own, strict=True)
         ]
     )
-    sampled, logp = ([r[2] for r in rows], [r[3] for r in rows]) if samples else ([], [])
-    return Evaluation([r[0] for r in rows], [r[1] for r in rows], sampled, logp)
+    sampled, logp, tokens = ([r[i] for r in rows] if samples else [] for i in (2, 3, 4))
+    return Evaluation([r[0] for r in rows], [r[1] for r in rows], sampled, logp, tokens)
 
 
 def mean_logp(rollouts: Rollouts) -> list[float]:
@@ -168,7 +170,8 @@ def candidates(done: Evaluation, task: Any, reward: Reward | None) -> list[Candi
     rewards: list[float] = []
     if reward is not None:
         columns = [{"example": e, **e.fields} for e, _ in every]
-        rewards = score([reward], [e.prompt for e, _ in every], [text for _, text in every], columns=columns).reward
+        tokens = [ids for drawn in done.tokens for ids in drawn]
+        rewards = score([reward], [e.prompt for e, _ in every], [text for _, text in every], tokens, columns).reward
     read = getattr(task, "answer", None)
     answers = [] if read is None else [call_user(f"--task: {task.name}'s answer", read, text) for _, text in every]
     out, first = [], 0

@@ -49,7 +49,10 @@ class JointLearner(Learner):
     ) -> None:  # fmt: skip
         options: dict[str, Any] = {"steps": steps, "micro_tokens": micro_tokens, "world": world}
         super().__init__(model, algorithm, optim, temperature=temperature, **options)
-        judge = RewardModel.load(algorithm.reward_model, dtype=model.dtype, device=model.device, seed=algorithm.seed)
+        try:
+            judge = RewardModel.load(algorithm.reward_model, dtype=model.dtype, device=model.device, seed=algorithm.seed)
+        except UserError as error:
+            raise UserError(f"--reward-model: {str(error).removeprefix('--model: ')}") from error
         if judge.steps is not None:
             raise UserError(f"--reward-model: expected one that judges whole completions, {algorithm.reward_model} judges their steps")
         judge.gradient_checkpointing = model.gradient_checkpointing

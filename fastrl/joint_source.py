@@ -117,7 +117,8 @@ class JointSource(OnPolicy):
         items = draw.items[:: self.config.group]
         known = [(p, columns, columns["example"].demo) for p, columns in items if columns["example"].demo is not None]
         prompts, rows, texts = [p for p, _, _ in known], [c for _, c, _ in known], [text for _, _, text in known]
-        tokens = [self.sampler.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        reads = self.sampler.tokenizer
+        tokens = [[*reads(text, add_special_tokens=False)["input_ids"], reads.eos_token_id] for text in texts]  # ended, as completions are
         verdicts = self.oracle(prompts, texts, tokens, rows).reward
         read = self.learner.reward.model.groups([(p, said_to(p, text)) for p, text in zip(prompts, texts, strict=True)])
         each = iter([([g], [y]) for g, y in zip(read, verdicts, strict=True)])

@@ -186,6 +186,8 @@ def _told(solved: Tensor, there: Tensor, count: Tensor, world: World) -> dict[st
 class MixedLearner(Learner):
     """The learner whose metrics tell the policy's own tokens from those of demonstrations."""
 
+    algorithm: Mixed
+
     def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
         assert seen.kind is not None
         nll, one = -seen.logp.double(), torch.ones_like(seen.logp, dtype=torch.float64)
@@ -197,7 +199,8 @@ class MixedLearner(Learner):
         merged = super()._merged([row[:-4] for row in rows])
         members, member_nll, taught, nll = (math.fsum(row[i] for row in rows) for i in range(-4, 0))
         merged["num_tokens"] += members + taught
-        merged |= {"off_policy_share": (members + taught) / merged["num_tokens"]} if merged["num_tokens"] else {}
+        told = bool(self.algorithm.others) and merged["num_tokens"] > 0
+        merged |= {"off_policy_share": (members + taught) / merged["num_tokens"]} if told else {}
         return merged | ({"sft_loss": nll / taught} if taught else {}) | ({"member_nll": member_nll / members} if members else {})
 
 
@@ -227,7 +230,9 @@ def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
         ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
         ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),
         ("demo_reward", config.demo_reward, math.isfinite(config.demo_reward), "a finite number"),
+        ("demo_reward", config.demo_reward, row.member is not None or config.demo_reward == 1, "1: no demonstration has a reward here"),
         ("solved", config.solved, not math.isnan(config.solved), "a reward"),
+        ("solved", config.solved, not alone or config.solved == 1, "1: this row does not ask which prompts are solved"),
         (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:

@@ -84,7 +84,10 @@ class RewardModel(nn.Module):
         return out
 
     def groups(self, sequences: Sequence[Any], tokenizer: Any = None) -> list[Group]:
-        """The tokens of every sequence to score, a group each.  Raises UserError as `score` does."""
+        """The tokens of every sequence to score, a group each.  Raises UserError as `score` does.
+
+        Text that fills the context, as a completion cut off there does, has no room for its end-of-sequence token: it is read without.
+        """
         tokenizer = tokenizer or self.tokenizer
         if isinstance(sequences, str):
             raise UserError(f"sequences: expected a list of sequences, got the text {shorten(sequences, 60)} alone; put it into a list")
@@ -93,8 +96,8 @@ class RewardModel(nn.Module):
         if texts and tokenizer is None:
             raise UserError(f"{texts[0].where}: expected a list of token ids, because the reward model has no tokenizer; got text")
         encoded = iter(encode_statements(texts, tokenizer, separator=self.steps or SEPARATOR))
-        groups = [m if isinstance(m, Group) else next(encoded) for m in made]
         context, V = self.config.max_position_embeddings, self.config.vocab_size
+        groups = [m if isinstance(m, Group) else _endless(next(encoded), context) for m in made]
         for g in groups:
             if g.length > context:
                 raise UserError(f"{g.where}: {g.length} tokens, but the reward model's context has {context}")
@@ -200,6 +203,12 @@ def _headless(body: Decoder) -> Decoder:
         del body.head
         body.config = replace(body.config, tie_word_embeddings=True)
     return body
+
+
+def _endless(group: Group, context: int) -> Group:
+    """The encoded sequence, without its last token where that alone exceeds the context."""
+    (tokens,), (at,) = group.tokens, group.at
+    return group if len(tokens) != context + 1 else replace(group, tokens=[tokens[:-1]], at=[[*at[:-1], context - 1]])
 
 
 def _read(i: int, sequence: Any, steps: str | None) -> Group | Statement:

@@ -81,7 +81,7 @@ def test_without_pairs_it_is_grpo_exactly():
     theirs = drawn_by(OnPolicy, model, ALGORITHMS["grpo"], SCORES).collect(0, 0).batches[0]
     drift(model, 0.03)
     got, want = gradient(trainer(model, row, 20), ours), gradient(plain_learner(model, ALGORITHMS["grpo"], 20, temperature=1.0), theirs)
-    assert torch.equal(got[1], want[1]) and got[0] == want[0] | {"off_policy_share": 0.0}
+    assert torch.equal(got[1], want[1]) and got[0] == want[0]
     assert ours.pairs is None and not any(name.startswith("pairs/") for name in got[0])
 
 
@@ -217,7 +217,8 @@ def test_options_change_a_row():
 
 
 def test_pairs_beside_rollouts_leave_these_free():
-    """Wrong implementation: refill, carried tails and conversations refused for demonstrations that are not there."""
+    """Wrong implementations: refill, carried tails and conversations refused for demonstrations that are not there; what is asked of
+    these taken, and ignored."""
     check_mixture(Hybrid(model="m", refill=1, tail="carry", multi_objective_aggregation="normalize_then_sum"), ROW, turns=True)
     source = fused(decoder(), ROW, refill=2)
     assert len(source.collect(0, 0).batches[0].own) > 0
@@ -225,12 +226,17 @@ def test_pairs_beside_rollouts_leave_these_free():
         check_mixture(Hybrid(model="m", refill=1), FUSIONS["grpo_pairs"])
     with pytest.raises(UserError, match=r"--sampling\.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5"):
         check_mixture(Hybrid(model="m", sampling=Sampling(temperature=0.5)), ROW)
+    for changes in ({"demo_reward": 2.0}, {"solved": 0.5}):
+        with pytest.raises(UserError, match=r"--(demo-reward|solved): expected 1: "):
+            check_mixture(Hybrid(model="m", **changes), ROW)
+        check_mixture(Hybrid(model="m", **changes), FUSIONS["grpo_pairs"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"algorithm": "dpo"}, "--algorithm: expected one of hpt, .*, grpo_dpo, .*; got 'dpo'"),
+        ({"algorithm": "grpo_dp"}, "got 'grpo_dp'; did you mean 'grpo_dpo'"),
         ({"pair_coef": 0.5}, "--pair-coef: hpt has no such setting; take an --algorithm that has: grpo_dpo"),
         ({"algorithm": "grpo_dpo", "pair_coef": -1.0}, "--pair-coef: expected a number of 0 or more, got -1"),
         ({"algorithm": "grpo_dpo", "pair_coef": math.nan}, "--pair-coef: expected a number of 0 or more, got nan"),

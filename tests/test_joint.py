@@ -161,9 +161,11 @@ def test_offline_comparisons_are_a_share_of_the_update(tmp_path):
 
 def test_demonstrations_are_in_the_reward_models_groups_alone(tmp_path):
     """Every answer of the policy is wrong, and compared with the prompt's own demonstration.  Wrong implementations: another prompt's; a
-    verdict that is taken for granted; a member of the policy's group, or of what is said of it."""
+    verdict that is taken for granted, or on tokens without the end that completions have; a member of the policy's group, or of what is
+    said of it."""
     (tmp_path / "right.py").write_text(
-        "def right(completions, example, **columns):\n    return [2.0 * (c == e.demo) for c, e in zip(completions, example)]\n"
+        "def right(completions, completion_ids, example, **columns):\n"
+        "    return [2.0 * (c == e.demo and ids[-1] == 1) for c, ids, e in zip(completions, completion_ids, example)]\n"
     )
     run = set_up(joint(tmp_path, demonstrations=True, reward=(f"{tmp_path}/right.py:right",)))
     with run.log:
@@ -278,7 +280,8 @@ def test_over_optimisation_of_a_frozen_reward_model_and_none_of_a_trained_one():
         ({"offline_share": 1.0}, "--offline-share: expected a share of at least 0 and below 1; got 1.0"),
         ({"offline": "x.jsonl"}, "--offline: expected none at --offline-share 0; give a share; got x.jsonl"),
         ({"refill": 2}, "--refill: expected 0: a reward model hardly ever"),
-        ({"algorithm": "max_rl"}, "--advantage: expected one for rewards of either sign"),
+        ({"algorithm": "max_rl"}, r"--algorithm: expected one that takes rewards below 0, .*; got max_rl"),
+        ({"advantage": "max_rl"}, r"--advantage: expected one that takes rewards below 0, .*; got max_rl"),
         (
             {"micro_tokens": 31},
             r"--micro-tokens: expected --group x --max-new-tokens \(32\) or more, .*; got 31",
@@ -299,7 +302,8 @@ def test_what_is_refused_when_the_run_is_built(tmp_path):
         ({"offline_share": 0.01}, "--offline-share: expected a share that is a group or more of 4 of the policy's, got 0.01"),
         ({"task": "guess", "task_options": (), "reward": ()} | own, "--task: expected a task of one turn, whose completions a reward"),
         ({"reward_model": str(_steps_model(tmp_path))}, "--reward-model: expected one that judges whole completions"),
-        ({"reward_model": str(tmp_path / "tokenizer")}, "tokenizer"),
+        ({"reward_model": str(tmp_path / "tokenizer")}, "--reward-model: .*tokenizer: expected a Hugging Face model folder"),
+        ({"reward_model": str(tmp_path / "none")}, "--reward-model: model: expected a Hugging Face folder"),
     ):
         with pytest.raises(UserError, match=message):
             set_up(joint(tmp_path, **changes))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cotraining import joint
 from judging import reward_model
-from runs import assert_same_run, grpo, lines, state, straight_and_resumed, tokenizer
+from runs import assert_same_run, decoder, grpo, lines, state, straight_and_resumed, tokenizer, write_model
 
 import fastrl.trainer
 from fastrl.config import Eval, HeldOut, Joint, Optim, Reward, Sft
@@ -18,6 +18,7 @@ from fastrl.errors import UserError
 from fastrl.recipes import demo
 from fastrl.report import build
 from fastrl.reward_model import RewardModel
+from fastrl.setup import set_up
 from fastrl.tasks import Cards
 
 SPLIT = {"minibatches": 2, "epochs": 2}
@@ -104,6 +105,27 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(tmp_path):
     told = lines(tmp_path / "run")[-1]
     assert [r["proxy"] for r in rows] == pytest.approx([(s - told["joint/shift"]) / told["joint/scale"] for s in raw], rel=1e-4, abs=1e-5)
     assert [r["reward"] for r in rows] == [r["proxy"] for r in rows] and all(0 <= r["oracle"] <= 1 for r in rows)
+
+
+def test_the_policys_start_reads_as_the_policy_does(tmp_path):
+    """Wrong implementation: --tokenizer for the policy alone, beside a reward model that reads with the one in their common folder."""
+    model, words = tmp_path / "start", tmp_path / "words"
+    decoder().save_pretrained(model)
+    shuffled = tokenizer()
+    shuffled.add_tokens(["7>"])
+    shuffled.save_pretrained(model)
+    tokenizer().save_pretrained(words)
+    run = set_up(joint(tmp_path, model=str(model), tokenizer=str(words)))
+    with run.log:
+        assert run.learner.reward.model.tokenizer is run.tokenizer
+
+
+def test_completions_that_fill_the_context(tmp_path):
+    """Wrong implementation: an end-of-sequence token that the reward model's context has no place for."""
+    short = write_model(tmp_path, max_position_embeddings=18)
+    fastrl.trainer.train(joint(tmp_path, model=short, steps=2, max_new_tokens=18))
+    assert max(row["completions/max_length"] for row in lines(tmp_path / "run")) > 8
+    assert all(row["completions/clipped_ratio"] > 0 for row in lines(tmp_path / "run"))
 
 
 def test_a_run_tells_proxy_from_oracle(tmp_path):

@@ -150,6 +150,23 @@ def test_steps_are_scored_at_their_ends():
         assert model.score([("ab>", "cd;e;fg")], trajectory=name) == pytest.approx([float(want)])
 
 
+def test_text_that_fills_the_context_is_scored_without_its_end():
+    """A completion cut off where the context ends.  Wrong implementations: a run that dies of the token that no longer fits; text that is
+    cut as far as it takes; a token list, which was given as it is, that loses one."""
+    model, tok = reward_model(max_position_embeddings=6), char_tokenizer("abcdefgh;>")
+    model.tokenizer = tok
+    ids = tok.encode("ab>cde", add_special_tokens=False)
+    assert model.score([("ab>", "cde")]) == pytest.approx(model.score([ids])) and model.score([("ab>", "cd")]) != model.score([ids[:5]])
+    for given in (("ab>", "cdef"), [*ids, tok.eos_token_id]):
+        with pytest.raises(UserError, match="the reward model's context has 6"):
+            model.score([given])
+    model.steps = ";"
+    (steps,) = model.step_scores([("ab>", "c;d")])
+    model.steps = None
+    ids = tok.encode("ab>c;d", add_special_tokens=False)
+    assert steps.tolist() == pytest.approx(model.score([ids[:5], ids]))
+
+
 def test_what_cannot_be_scored(tmp_path):
     model = reward_model()
     for given, message in (

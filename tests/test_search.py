@@ -107,22 +107,22 @@ def test_what_a_solution_comes_down_to():
 # --- the command ------------------------------------------------------------------------------------
 def evaluation(right: list[list[bool]]) -> Evaluation:
     texts = [[(f"t{i}{j}", Score(reward=float(r), correct=r, well_formed=True)) for j, r in enumerate(row)] for i, row in enumerate(right)]
-    return Evaluation(
-        [Example(prompt=f"p{i}") for i in range(len(right))], [row[0] for row in texts], texts, [[0.0] * len(r) for r in right]
-    )
+    tokens = [[[i, j] for j in range(len(row))] for i, row in enumerate(right)]
+    examples = [Example(prompt=f"p{i}") for i in range(len(right))]
+    return Evaluation(examples, [row[0] for row in texts], texts, [[0.0] * len(r) for r in right], tokens)
 
 
 def test_every_sample_has_its_own_reward():
-    """Wrong implementations: rewards of another prompt's samples; an oracle that is the search's own accuracy."""
+    """Wrong implementations: rewards of another prompt's samples, or of its tokens; an oracle that is the search's own accuracy."""
     done = evaluation([[True, False, False], [False, False, True]])
     seen = []
 
-    def judge(prompts, completions):
-        seen.extend(zip(prompts, completions, strict=True))
+    def judge(prompts, completions, completion_ids):
+        seen.extend(zip(prompts, completions, completion_ids, strict=True))
         return [float(c.endswith("2")) for c in completions]
 
     found = candidates(done, CARDS, judge)
-    assert seen == [(f"p{i}", f"t{i}{j}") for i in range(2) for j in range(3)]
+    assert seen == [(f"p{i}", f"t{i}{j}", [i, j]) for i in range(2) for j in range(3)]
     assert [c.reward for c in found] == [[0.0, 0.0, 1.0]] * 2 and [SEARCHES["best_of"].choose(c) for c in found] == [2, 2]
     table = worth(found, "best_of")
     assert [line["n"] for line in table] == [1, 2, 3]
@@ -135,6 +135,8 @@ def test_the_log_prob_of_an_answer_is_the_mean_over_its_tokens():
     done = evaluate(Sampler(decoder(), tokenizer()), CARDS, split="val", prompts=3, samples=2, max_new_tokens=6)
     flat = [x for row in done.logp for x in row]
     assert [len(row) for row in done.logp] == [2] * 3 and all(-6 < x < 0 for x in flat) and len(set(flat)) == 6
+    read = [[tokenizer().decode(ids, skip_special_tokens=True).replace(" ", "") for ids in row] for row in done.tokens]
+    assert read == [[text for text, _ in row] for row in done.sampled]
 
 
 REWARD = "def long(completions, **columns):\n    return [float(len(c)) for c in completions]\n"

@@ -21,6 +21,7 @@ from fastrl.algorithms.objective import ALGORITHMS
 from fastrl.algorithms.preference import PREFERENCES, Preference, choose_preference
 from fastrl.config import Dpo, Hybrid, Run
 from fastrl.errors import UserError
+from fastrl.files import nearest
 from fastrl.ops import SURROGATES
 
 
@@ -65,9 +66,14 @@ FUSIONS: dict[str, Mixed | Contrast] = {
 }  # fmt: skip
 _MIXED: dict[str, Mixed] = HYBRIDS | {name: row for name, row in FUSIONS.items() if isinstance(row, Mixed)}
 
+
 # --- from a run's options to a row ------------------------------------------------------------------
-_PAIRS, _ONLINE = ("grpo_dpo",), ("online_dpo",)
-_MEMBERS, _LISTS = ("grpo_pairs", "luffy_pairs"), ("group_softmax", "group_softmax_norm")
+def _rows(kind: type, fits: Callable[[Any], bool] = lambda row: True) -> tuple[str, ...]:
+    return tuple(name for name, row in FUSIONS.items() if isinstance(row, kind) and fits(row))
+
+
+_PAIRS, _ONLINE, _LISTS = _rows(Fused), _rows(OnlinePairs), _rows(Listwise)
+_MEMBERS = _rows(Mixed, lambda row: row.sides == 2)
 Check = tuple[tuple[str, ...], Callable[[Any], bool], str]
 _ANY: tuple[Callable[[Any], bool], str] = (lambda x: True, "")  # values are checked where they are used
 _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < math.inf, "a number of 0 or more")
@@ -82,10 +88,11 @@ OPTIONS: dict[str, Check] = {  # option -> the rows that have it, what it may be
     "members": (_MEMBERS, *_ANY), "rejected_reward": (_MEMBERS, math.isfinite, "a finite number"),
     "pairing": (_ONLINE, *_ANY), "gap": (_ONLINE, *_NOT_NEGATIVE), "anchor": ((*_ONLINE, *_LISTS), *_ANY), "tau": (_LISTS, *_POSITIVE),
 }  # fmt: skip
-FOREIGN = (  # options of a policy's surrogate and advantage, which a contrast has not
-    "rl", "kl", "kl_coef", "entropy_coef", "advantage", "scale_rewards", "epsilon", "epsilon_high", "delta", "pass_k", "correction",
-    "correction_min", "correction_max", "off_policy_mask_threshold", *HYBRID_RANGES,
+FOREIGN = (  # options of a policy's surrogate and advantage, or of demonstrations, which a contrast has not
+    "rl", "demo_reward", "group_statistics", "solved", "kl", "kl_coef", "entropy_coef", "advantage", "scale_rewards", "epsilon",
+    "epsilon_high", "delta", "pass_k", "correction", "correction_min", "correction_max", "off_policy_mask_threshold", *HYBRID_RANGES,
 )  # fmt: skip
+_DEFAULTS = {f.name: f.default for f in fields(Hybrid)}
 
 
 def choose_fusion(config: Hybrid) -> Mixed | Contrast:
@@ -95,7 +102,8 @@ def choose_fusion(config: Hybrid) -> Mixed | Contrast:
     """
     rows: Mapping[str, Mixed | Contrast] = HYBRIDS | FUSIONS
     if config.algorithm not in rows:
-        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
+        near = nearest(config.algorithm, rows)
+        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}{near}")
     for name, (takers, fine, expected) in OPTIONS.items():
         value, option = getattr(config, name), f"--{name.replace('_', '-')}"
         if value is None:
@@ -112,7 +120,8 @@ def _fused(row: Fused, config: Hybrid) -> Mixed:
     chosen = choose_hybrid(config, _MIXED)
     names = {"peak": "pair_coef", "end": "pair_coef_end", "warmup": "pair_warmup", "decay": "pair_decay"}
     given = {key: value for key, name in names.items() if (value := getattr(config, name)) is not None}
-    return replace(chosen, preference=_pair_loss(config), coef=replace(row.coef, **given))  # type: ignore[call-arg]
+    assert isinstance(chosen, Fused)
+    return replace(chosen, preference=_pair_loss(config), coef=replace(row.coef, **given))
 
 
 def _mixed(row: Mixed, config: Hybrid) -> Mixed:
@@ -123,10 +132,9 @@ def _mixed(row: Mixed, config: Hybrid) -> Mixed:
 
 def _contrast(row: Contrast, config: Hybrid) -> Contrast:
     for name in FOREIGN:
-        if getattr(config, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')}: {config.algorithm} compares completions with each other, and has none; leave it out"
-            )
+        if getattr(config, name) != _DEFAULTS[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: {config.algorithm} compares completions with each other, and has no use for it; leave it out")
     if config.semantics != "paper":
         raise UserError(f"--semantics: {config.algorithm} is of no other trainer; leave it out, got {config.semantics}")
     given = {name: value for name in ("pairing", "gap", "tau", "anchor") if (value := getattr(config, name)) is not None}

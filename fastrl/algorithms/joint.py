@@ -63,6 +63,7 @@ def choose_joint(config: Joint) -> CoTrained:
     base = choose_algorithm(config)
     assert base.advantage is not None
     share, compared = config.offline_share, config.group * config.max_new_tokens
+    by = "algorithm" if config.advantage is None else "advantage"
     for name, fine, expected in (
         ("group", config.group >= 2, "at least 2 completions of a prompt, to compare them"),
         ("center", 0 <= config.center < math.inf, "a number of 0 or more"),
@@ -73,11 +74,7 @@ def choose_joint(config: Joint) -> CoTrained:
         ("offline_share", 0 <= share < 1, "a share of at least 0 and below 1"),
         ("offline", config.offline is None or share > 0, "none at --offline-share 0; give a share"),
         ("refill", config.refill == 0, "0: a reward model hardly ever gives a group equal rewards"),
-        (
-            "advantage",
-            base.advantage.signed,
-            "one for rewards of either sign, as standardised ones are (zscore, rloo, ...), by --algorithm too",
-        ),
+        (by, base.advantage.signed, "one that takes rewards below 0, as standardised ones are (not max_rl)"),
         (
             "micro_tokens",
             config.micro_tokens >= compared,

@@ -267,7 +267,7 @@ class Joint(Grpo):
     offline: str | None = None
     """File of offline comparisons, with the columns that `fastrl reward --dataset` takes."""
     calibration: int = 256
-    """Completions of the run's start on which the reward model's output is kept at mean 0 and deviation 1."""
+    """Completions of the first step, at most so many, on which the reward model's output is kept at mean 0 and deviation 1."""
 
 
 TRAINING: dict[str, type[Run]] = {

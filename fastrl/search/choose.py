@@ -1,7 +1,7 @@
 """One of n answers to a prompt, by a reward or by their vote.  A way to search is a row of SEARCHES; plain Python, no torch.
 
-What n answers are worth is estimated for every k <= n from the same n: the share of the subsets of k in which the right thing is
-chosen, not of the first k.
+What n answers are worth is estimated for every k <= n from the same n: of the best by the share of all subsets of k in which the right
+one is chosen, of votes by the share of those subsets that lie next to each other.  The first k alone would waste the others.
 """
 
 from __future__ import annotations
