@@ -188,11 +188,17 @@ def worth(found: Sequence[Candidates], search: str) -> list[dict[str, Any]]:
     return [
         {
             "n": n,
-            "accuracy": mean_interval([row.at_k(c, n) for c in found]),
-            "oracle": mean_interval([pass_at_k(total, sum(c.right), n) for c in found]),
+            "accuracy": _over_prompts([row.at_k(c, n) for c in found]),
+            "oracle": _over_prompts([pass_at_k(total, sum(c.right), n) for c in found]),
         }
         for n in sizes
     ]
+
+
+def _over_prompts(values: Sequence[float]) -> Estimate:
+    """The mean of one probability per prompt; of nothing but 0 and 1, which may all agree by chance, with Wilson's interval."""
+    right, n = sum(values), len(values)
+    return Estimate(right / n, *wilson(int(right), n)) if all(v in (0, 1) for v in values) else mean_interval(values)
 
 
 def _check_search(config: Evaluate, task: Any) -> None:

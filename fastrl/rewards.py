@@ -92,7 +92,10 @@ def load_reward(spec: str, *, dtype: torch.dtype = torch.float32, device: torch.
     """
     kind, colon, names = spec.partition(":")
     if colon and kind in MODELS:
-        return MODELS[kind](names, dtype=dtype, device=device)
+        try:
+            return MODELS[kind](names, dtype=dtype, device=device)
+        except UserError as error:
+            raise UserError(f"--reward: {str(error).removeprefix('--reward: ')}") from error
     function = load_object(spec, "--reward")
     if not callable(function) or inspect.isclass(function):
         raise UserError(f"--reward: expected a function at {spec}, got {shorten(function)}")

@@ -242,3 +242,7 @@ def test_a_reward_model_rewards_a_grpo_run(tmp_path):
     for folder in (tmp_path / "nowhere", Path(config.output_dir, "checkpoints", "step_3")):
         with pytest.raises(UserError, match=r"--reward: expected the folder of a reward model .* got model:"):
             load_reward(f"model:{folder}")
+    (tmp_path / "empty").mkdir()
+    for spec in (f"model:{tmp_path / 'empty'}", f"implicit:{tmp_path / 'empty'},{tmp_path / 'empty'}"):
+        with pytest.raises(UserError, match=r"--reward: .*empty: expected a Hugging Face model folder"):
+            load_reward(spec)

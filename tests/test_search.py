@@ -15,6 +15,7 @@ from fastrl.evaluate import Evaluation, candidates, evaluate, worth
 from fastrl.sampler import Sampler
 from fastrl.search import SEARCHES, Candidates, best_at_k, best_of, pass_at_k, vote
 from fastrl.search.choose import vote_at_k
+from fastrl.stats import wilson
 from fastrl.tasks import Cards, Example, Score
 from fastrl.tasks.gsm8k import Gsm8k
 
@@ -128,6 +129,7 @@ def test_every_sample_has_its_own_reward():
     assert [line["n"] for line in table] == [1, 2, 3]
     assert [line["accuracy"].mean for line in table] == pytest.approx([1 / 3, (1 / 6 + 2 / 3) / 2, 0.5])
     assert [line["oracle"].mean for line in table] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert table[-1]["accuracy"][1:] == wilson(1, 2) and table[-1]["oracle"].lo < 0.5, "two prompts that agree are no certainty"
 
 
 def test_the_log_prob_of_an_answer_is_the_mean_over_its_tokens():
