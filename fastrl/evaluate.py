@@ -22,7 +22,7 @@ from fastrl.intake import load_run_task
 from fastrl.rewards import Reward, load_reward, score
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.stats import Estimate, mean_interval, wilson
+from fastrl.stats import Estimate, share_interval, wilson
 from fastrl.tasks import Example, Score, Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Rollouts
@@ -51,7 +51,7 @@ class Evaluation:
         """Greedy and sampled accuracy with 95% intervals; sampled answers of one prompt are not independent trials."""
         right = sum(s.correct for _, s in self.greedy)
         n = len(self.greedy)
-        sampled = mean_interval(self.per_prompt()) if self.sampled else Estimate(float("nan"), float("nan"), float("nan"))
+        sampled = share_interval(self.per_prompt()) if self.sampled else Estimate(float("nan"), float("nan"), float("nan"))
         return Estimate(right / n, *wilson(right, n)), sampled
 
     def well_formed(self) -> float:
@@ -185,8 +185,8 @@ def worth(found: Sequence[Candidates], search: str) -> list[dict[str, Any]]:
     return [
         {
             "n": n,
-            "accuracy": mean_interval([row.at_k(c, n) for c in found]),
-            "oracle": mean_interval([pass_at_k(total, sum(c.right), n) for c in found]),
+            "accuracy": share_interval([row.at_k(c, n) for c in found]),
+            "oracle": share_interval([pass_at_k(total, sum(c.right), n) for c in found]),
         }
         for n in sizes
     ]
