@@ -75,12 +75,7 @@ PANELS = (
     Panel(
         "Weights of the terms",
         "weight in the loss",
-        {
-            "completions": "hybrid/own_coef",
-            "members": "hybrid/member_coef",
-            "demonstrations": "hybrid/sft_coef",
-            "pairs": "hybrid/pair_coef",
-        },
+        {"completions": "hybrid/own_coef", "members": "hybrid/member_coef", "supervised": "hybrid/sft_coef"},
     ),
     Panel("Demonstrations", "nats per token", {"supervised": "sft_loss", "in the group": "member_nll"}),
     Panel("Loss of pairs", "nats per pair", {"loss": "pairs/loss"}),
