@@ -22,7 +22,7 @@ from fastrl.intake import load_run_task
 from fastrl.rewards import Reward, load_reward, score
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.stats import Estimate, mean_interval, wilson
+from fastrl.stats import Estimate, share_interval, wilson
 from fastrl.tasks import Example, Score, Task
 from fastrl.tokenizer import load_tokenizer
 from fastrl.types import Rollouts
@@ -53,7 +53,7 @@ class Evaluation:
         """Greedy and sampled accuracy with 95% intervals; sampled answers of one prompt are not independent trials."""
         right = sum(s.correct for _, s in self.greedy)
         n = len(self.greedy)
-        sampled = mean_interval(self.per_prompt()) if self.sampled else Estimate(float("nan"), float("nan"), float("nan"))
+        sampled = share_interval(self.per_prompt()) if self.sampled else Estimate(float("nan"), float("nan"), float("nan"))
         return Estimate(right / n, *wilson(right, n)), sampled
 
     def well_formed(self) -> float:
@@ -198,7 +198,7 @@ def worth(found: Sequence[Candidates], search: str) -> list[dict[str, Any]]:
 def _over_prompts(values: Sequence[float]) -> Estimate:
     """The mean of one probability per prompt; of nothing but 0 and 1, which may all agree by chance, with Wilson's interval."""
     right, n = sum(values), len(values)
-    return Estimate(right / n, *wilson(int(right), n)) if all(v in (0, 1) for v in values) else mean_interval(values)
+    return Estimate(right / n, *wilson(int(right), n)) if all(v in (0, 1) for v in values) else share_interval(values)
 
 
 def _check_search(config: Evaluate, task: Any) -> None:

@@ -28,7 +28,9 @@ TOKENS_PER_SECOND = "perf/tokens_per_second"
 SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
     "reward": ("reward", ".3f"),
     "loss": ("loss", ".4g"),
-    "accuracy": ("mean_token_accuracy", ".3f"),
+    "accuracy": ("accuracy", ".3f"),
+    "pairs right": ("rewards/accuracies", ".3f"),
+    "oracle": ("joint/oracle", ".3f"),
     "tok/s": (TOKENS_PER_SECOND, ",.0f"),
 }
 PLAIN_LINES, PLAIN_SECONDS = 20, 30.0  # off a terminal: about so many lines a run, and one at least so often

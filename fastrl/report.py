@@ -10,84 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fastrl.errors import UserError
-from fastrl.page import Html, figures, folded, page, section, table, verdict
+from fastrl.page import Html, figures, folded, page, section, table, text, verdict
+from fastrl.panels import GISTS, KINDS, PANELS, Panel
 from fastrl.plots import Picture, Series, lines
 from fastrl.reward_report import held_out_rewards
 
 SHOWN_SAMPLES = 5
-KINDS = {  # what a run learned -> a metric that only such runs have
-    "policy": "reward",
-    "preferences": "logps/chosen",
-    "scores": "mean_reward",
-}
-GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
-    "policy": (("Reward", "reward", ".3g"), ("Oracle's reward", "joint/oracle", ".3g")),
-    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
-    "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
-    "text": (("Cross-entropy", "loss", ".3g"), ("Token accuracy", "mean_token_accuracy", ".1%")),
-}
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any of them.
-
-    of  None for every run; else the runs it is of, by what they learn (`Run.kind`): their losses are not the same quantity
-    """
-
-    title: str
-    unit: str
-    keys: Mapping[str, str]
-    percent: bool = False
-    of: Literal["text", "policy", "preferences", "scores"] | None = None
-
-
-PANELS = (
-    Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
-    Panel("Held-out accuracy", "answers correct", {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"}, percent=True),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
-    Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
-    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
-    Panel("Implicit rewards", "beta times the score", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}),
-    Panel("Pairs ranked right", "pairs", {"accuracy": "rewards/accuracies"}, percent=True),
-    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
-    Panel("Reward loss", "loss of a group", {"loss": "loss"}, of="scores"),
-    Panel("Comparisons won", "comparisons or verdicts", {"training": "accuracy", "held out": "eval/accuracy"}, percent=True, of="scores"),
-    Panel("Reward margin", "log-odds of the truth", {"training": "margin", "held out": "eval/margin"}, of="scores"),
-    Panel("Rewards of a step", "reward", {"mean": "mean_reward", "lowest": "min_reward", "highest": "max_reward"}, of="scores"),
-    Panel("Calibration error", "probability (ECE), held out", {"ECE": "eval/ece"}, of="scores"),
-    Panel("Proxy and oracle", "mean reward of a completion", {"reward model": "joint/proxy", "verifier": "joint/oracle"}),
-    Panel("Proxy against oracle", "correlation within a step", {"correlation": "joint/correlation"}),
-    Panel("Fresh comparisons won", "pairs, before they are learned", {"accuracy": "joint/accuracy"}, percent=True),
-    Panel("Loss of the reward model", "loss of a group", {"loss": "joint/loss"}),
-    Panel("Entropy", "nats per token", {"entropy": "entropy"}),
-    Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
-    Panel(
-        "Clip fraction",
-        "tokens clipped",
-        {"all": "clip_ratio/region_mean", "below": "clip_ratio/low_mean", "above": "clip_ratio/high_mean"},
-        percent=True,
-    ),
-    Panel("KL to the reference", "nats per token", {"KL": "kl"}),
-    Panel("Value loss", "squared error, half", {"loss": "loss/value_avg"}),
-    Panel("Explained variance", "share of the returns' variance", {"critic": "critic/vf_explained_var"}),
-    Panel("Returns and values", "reward's unit, mean of a token", {"returns": "critic/returns/mean", "values": "critic/values/mean"}),
-    Panel("Sampler against trainer", "nats, mean size of the difference", {"log-prob": "sampling/sampling_logp_difference/mean"}),
-    Panel("Gradient norm", "L2 norm before clipping", {"norm": "grad_norm", "rewards": "grad_norm/rl", "pairs": "grad_norm/pairs"}),
-    Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
-    Panel("Token accuracy", "next tokens predicted", {"accuracy": "mean_token_accuracy"}, percent=True),
-    Panel("Groups without signal", "groups of equal rewards", {"groups": "frac_reward_zero_std"}, percent=True),
-    Panel("What teaches a prompt", "prompts", {"demonstration": "hybrid/sft_prompts", "rewards": "hybrid/rl_prompts"}, percent=True),
-    Panel("Demonstrations", "nats per token", {"supervised": "sft_loss", "in the group": "member_nll"}),
-    Panel("Loss of pairs", "nats per pair", {"loss": "pairs/loss", "weight": "hybrid/pair_coef"}),
-    Panel("Pairs beside rewards", "pairs ranked right", {"accuracy": "pairs/rewards/accuracies"}, percent=True),
-    Panel("Cut-off completions", "completions at the limit", {"cut off": "completions/clipped_ratio"}, percent=True),
-    Panel("Learning rate", "learning rate", {"learning rate": "learning_rate"}),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +112,7 @@ def panels(runs: Mapping[str, Run], folder: Path) -> list[tuple[str, Picture]]:
     """Every panel some run has values for, drawn with one curve per run and metric and saved as `folder`/<title>.png."""
     drawn = []
     for panel in PANELS:
-        found = [s for place, (name, it) in enumerate(runs.items()) for s in _curves(panel, it, name, place) if s.y]
+        found = _curves(panel, runs)
         if found:
             path = folder / (panel.title.lower().replace(" ", "-") + ".png")
             drawn.append((panel.title, lines(found, title=panel.title, unit=panel.unit, path=path, percent=panel.percent)))
@@ -210,15 +142,19 @@ def prompt_text(prompt: object) -> str:
 
 
 # --- the parts --------------------------------------------------------------------------------------
-def _curves(panel: Panel, it: Run, run_name: str, place: int) -> list[Series]:
-    """A panel's curves of one run, the `place`-th of those compared: a colour per run, a dash per metric; alone, a colour per metric."""
-    if panel.of not in (None, it.kind):
-        return []
+def _curves(panel: Panel, runs: Mapping[str, Run]) -> list[Series]:
+    """A panel's curves of runs by name: a colour per run, a dash per metric; of one run without a name, a colour per metric.
+
+    Metrics are named where runs have more than one of them.
+    """
+    of = {name: (place, it) for place, (name, it) in enumerate(runs.items()) if panel.of in (None, it.kind)}
+    there = [label for label, key in panel.keys.items() if any(it.series(key).y for _, it in of.values())]
     curves = []
-    for i, (label, key) in enumerate(panel.keys.items()):
-        name = ", ".join(n for n in (run_name, label if len(panel.keys) > 1 else "") if n)
-        curves.append(it.series(key, name, colour=place if run_name else i, dash=i))
-    return curves
+    for run_name, (place, it) in of.items():
+        for i, label in enumerate(there):
+            name = ", ".join(n for n in (run_name, label if len(there) > 1 else "") if n)
+            curves.append(it.series(panel.keys[label], name, colour=place if run_name else i, dash=i))
+    return [s for s in curves if s.y]
 
 
 def lead(it: Run) -> str:
@@ -229,8 +165,10 @@ def lead(it: Run) -> str:
     for label, key, form in gist:
         y = it.series(key).y
         if y:
-            head, tail = (sum(part) / len(part) for part in (y[:EDGE], y[-EDGE:]))
-            parts.append(f"{label} {head:{form}} → {tail:{form}} (means of the first and last {min(EDGE, len(y))} steps).")
+            edge = max(1, min(EDGE, len(y) // 2))
+            head, tail = (sum(part) / edge for part in (y[:edge], y[-edge:]))
+            ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
+            parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
     for label, key in ((", greedy", "eval/accuracy_greedy"), (", sampled", "eval/accuracy_sampled"), ("", "eval/accuracy")):
         s = it.series(key)
         if s.y:
@@ -245,15 +183,23 @@ def _samples(it: Run) -> list[Html]:
     parts = []
     for step in dict.fromkeys((*steps[:1], *steps[-1:])):
         rows = [r for r in it.samples if r["step"] == step][:SHOWN_SAMPLES]
-        cells = [(prompt_text(r.get("prompt", "")), r.get("completion", ""), _reward(r)) for r in rows]
-        parts.append(table(("Prompt", "Answer", "Reward"), cells, caption=f"Step {step}", sample=True))
+        cells = [(prompt_text(r.get("prompt", "")), r.get("completion", ""), _value(r.get("reward")), _verdict(r)) for r in rows]
+        header = ("Prompt", "Answer", "Reward", "Verdict")
+        width = 4 if any(cell[3] for cell in cells) else 3
+        parts.append(table(header[:width], [cell[:width] for cell in cells], caption=f"Step {step}", sample=True))
     return parts
 
 
-def _reward(row: Mapping[str, Any]) -> Html:
-    reward = row.get("reward")
-    number = f"{reward:.3g} " if isinstance(reward, int | float) else ""
-    return Html(number + (verdict(bool(row["correct"])) if "correct" in row else ""))
+def _verdict(row: Mapping[str, Any]) -> Html:
+    """What the verifier said, in its words where it has some; a joint run's oracle, and the label that a reward model was to find."""
+    right = row.get("correct")
+    said = [f"{name} {_value(row[name])}" for name in ("oracle", "target") if _value(row.get(name))]
+    parts = [verdict(None if right is None else bool(right)), text("; ".join([str(row.get("message") or ""), *said]).strip("; "))]
+    return Html(" ".join(part for part in parts if part))
+
+
+def _value(reward: object) -> str:
+    return f"{reward:.3g}" if isinstance(reward, int | float) else ""
 
 
 def _metrics(it: Run) -> Html:

@@ -19,7 +19,7 @@ from fastrl.experience import Step, order
 from fastrl.files import nearest, shorten
 from fastrl.intake import TRAIN, pairs
 from fastrl.reward_learner import RewardBatch, RewardLearner
-from fastrl.stats import Estimate, calibration, mean_interval, wilson
+from fastrl.stats import Estimate, calibration, share_interval, wilson
 from fastrl.tasks import Task
 from fastrl.tasks.task import bucket, draw
 
@@ -94,7 +94,7 @@ def judge_held_out(row: RewardLoss, groups: Sequence[Group], scores: Sequence[Se
     per_group = [sum(h) / len(h) for h in hits]
     won = sum(map(sum, hits))
     several = any(len(h) > 1 for h in hits)
-    accuracy = mean_interval(per_group) if several else Estimate(won / len(pooled), *wilson(won, len(pooled)))
+    accuracy = share_interval(per_group) if several else Estimate(won / len(pooled), *wilson(won, len(pooled)))
     said = [(_sigmoid(z), y) for own in logits for z, y in own]
     if row.compares:  # each pair both ways round: else every outcome is 1
         said += [(_sigmoid(-z), 0.0) for z in pooled]

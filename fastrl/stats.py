@@ -51,6 +51,15 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+def share_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """`mean_interval` of shares, values from 0 to 1, whose mean can be nothing else: the ends are cut off there.
+
+    Raises:  ValueError for no values.
+    """
+    mean, lo, hi = mean_interval(shares, level=level)
+    return Estimate(mean, max(lo, 0.0), min(hi, 1.0))
+
+
 def paired_interval(before: Sequence[float], after: Sequence[float], *, level: float = 0.95) -> Estimate:
     """Mean of after - before, pair by pair, with Student's interval: the pairs share a prompt (or a seed).
 

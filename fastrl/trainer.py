@@ -37,7 +37,8 @@ def train(config: Run) -> RunResult:
     with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
         result = _loop(config, session, stop)
     if session.world.is_main and result.steps > 0:
-        report.build(config.output_dir)
+        page = report.build(config.output_dir)
+        session.log.message("  ".join(f"{what} {path}" for what, path in (("checkpoint", result.checkpoint), ("report", page)) if path))
     return result
 
 

@@ -12,7 +12,7 @@ from fastrl import cli
 from fastrl.errors import UserError
 from fastrl.evaluate import Evaluation, evaluate
 from fastrl.sampler import Sampler
-from fastrl.stats import mean_interval, wilson
+from fastrl.stats import share_interval, wilson
 from fastrl.tasks import Cards, Example, Score
 
 TASK = Cards(k=2)
@@ -39,7 +39,7 @@ def test_accuracies_and_their_intervals():
     assert done.per_prompt() == [1.0, 0.5] and done.well_formed() == 5 / 6
     m = done.metrics()
     assert (m["eval/accuracy_greedy"], m["eval/accuracy_greedy_lo"], m["eval/accuracy_greedy_hi"]) == (0.5, *wilson(1, 2))
-    each = mean_interval([1.0, 0.5])
+    each = share_interval([1.0, 0.5])
     assert (m["eval/accuracy_sampled"], m["eval/accuracy_sampled_lo"], m["eval/accuracy_sampled_hi"]) == (0.75, each.lo, each.hi)
     without = Evaluation([example(0), example(1)], greedy, []).metrics()
     assert sorted(k for k in without if "accuracy" in k) == [f"eval/accuracy_greedy{x}" for x in ("", "_hi", "_lo")], "none is NaN"

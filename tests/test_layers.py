@@ -33,6 +33,7 @@ LADDER = (  # a module imports only from rungs above its own line in this list
         "fastrl.stats",
         "fastrl.plots",
         "fastrl.page",
+        "fastrl.panels",
     ),
     (
         "fastrl.algorithms",

@@ -138,7 +138,7 @@ def test_plain_lines_are_few_but_always_the_first_and_the_last(tmp_path):
     console = screen()
     with RunLog(tmp_path, 1003, name="sft", console=console) as log:
         for step in range(1, 1004):
-            log.step(step, {"loss": 2.0, "mean_token_accuracy": 0.5, "perf/tokens_per_second": 12345.6})
+            log.step(step, {"loss": 2.0, "accuracy": 0.5, "perf/tokens_per_second": 12345.6})
         log.message("done [bold]")
     told = console.file.getvalue().splitlines()
     assert told[0].startswith("sft step 1/1003  loss 2  accuracy 0.500  tok/s 12,346")

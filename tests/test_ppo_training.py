@@ -20,9 +20,9 @@ from fastrl.config import Eval, Optim, Ppo, Sft
 from fastrl.critic import Critic
 from fastrl.errors import UserError
 from fastrl.model import Decoder
+from fastrl.panels import PANELS
 from fastrl.ppo_learner import CRITICS
 from fastrl.recipes import demo
-from fastrl.report import PANELS
 
 KINDS = tuple(CRITICS)
 SPLIT = {"minibatches": 2, "epochs": 2}

@@ -15,8 +15,9 @@ from matplotlib.image import imread
 
 from fastrl.errors import UserError
 from fastrl.page import table, text
+from fastrl.panels import PANELS
 from fastrl.plots import COLOURS, Series, lines, smooth
-from fastrl.report import build, compare, read, run
+from fastrl.report import _curves, build, compare, read, run
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -117,18 +118,34 @@ def test_what_a_model_writes_is_text_and_not_markup(tmp_path):
     assert "\x07" not in source
     page = Page(source)
     assert "user: q1" in page.words
-    assert "<script>alert(1)</script>\ufffd1 wrong" in page.words
-    assert "<script>alert(6)</script>\ufffd1 correct" in page.words
+    assert "<script>alert(1)</script>\ufffd1wrong" in page.words
+    assert "<script>alert(6)</script>\ufffd1correct" in page.words
     assert "alert(3)" not in page.words, "only the first and the last step's samples"
 
 
 def test_a_supervised_run_has_no_reward_and_its_loss_is_a_cross_entropy(tmp_path):
-    it = folder(tmp_path / "sft", [{"step": s, "loss": 2.0 / s, "mean_token_accuracy": 0.5} for s in range(1, 5)])
+    it = folder(tmp_path / "sft", [{"step": s, "loss": 2.0 / s} for s in range(1, 5)])
     page = Page(build(it).read_text(encoding="utf-8"))
     assert "Cross-entropy" in page.words
     assert "Policy loss" not in page.words
     assert "Sample answers" not in page.words
-    assert sorted(p.name for p in (it / "plots").iterdir()) == ["cross-entropy.png", "token-accuracy.png"]
+    assert sorted(p.name for p in (it / "plots").iterdir()) == ["cross-entropy.png"]
+    assert "Cross-entropy 1.5 → 0.583 (means of the first and last 2 steps)." in page.words, "ends of a short run that overlap"
+
+
+def test_a_verdict_is_what_the_run_has_of_one(tmp_path):
+    """Wrong implementations: a mark for `correct` alone, which no training run writes; markup of a verifier's; an empty column."""
+    rows = [{"step": 1, "prompt": "p", "completion": "c", "reward": 0.25}]
+    said = [
+        {"message": "'2<3' is not so"},
+        {"message": "right", "oracle": 1.0, "proxy": 0.25},
+        {"message": "", "target": 0.0},
+        {"oracle": None},
+    ]
+    for i, (row, shown) in enumerate(zip(said, ("'2<3' is not so", "right; oracle 1", "target 0", ""), strict=True)):
+        it = folder(tmp_path / str(i), [{"step": 1, "reward": 0.25}], [rows[0] | row])
+        words = Page(build(it).read_text(encoding="utf-8")).words
+        assert f"pc0.25{shown}" in words and ("Verdict" in words) == bool(shown)
 
 
 def test_metrics_that_were_not_finite_are_counted(tmp_path):
@@ -166,6 +183,22 @@ def test_a_run_keeps_its_colour_in_every_figure(tmp_path):
     assert COLOURS[1].lower() in drawn["Learning rate"].lower()
     assert COLOURS[0].lower() not in drawn["Learning rate"].lower()
     assert COLOURS[0].lower() in drawn["Reward"].lower()
+
+
+def test_metrics_are_named_where_there_are_several(tmp_path):
+    """Wrong implementations: a legend of one curve, because other runs have more metrics than this one; two curves without names."""
+    one = {"": read(folder(tmp_path / "one", [{"step": s, "grad_norm": 1.0} for s in range(3)]))}
+    two = {"": read(folder(tmp_path / "two", [{"step": s, "grad_norm": 1.0, "grad_norm/pairs": 0.5} for s in range(3)]))}
+    norms = next(p for p in PANELS if p.title == "Gradient norm")
+    assert [s.name for s in _curves(norms, one)] == [""]
+    assert [(s.name, s.colour, s.dash) for s in _curves(norms, two)] == [("all", 0, 0), ("pairs", 1, 1)]
+    both = {"a": one[""], "b": two[""]}
+    assert [(s.name, s.colour, s.dash) for s in _curves(norms, both)] == [("a, all", 0, 0), ("b, all", 1, 0), ("b, pairs", 1, 1)]
+
+
+def test_no_two_panels_write_one_file():
+    """Wrong implementation: a panel that overwrites another's picture of the same title."""
+    assert len({p.title.lower() for p in PANELS}) == len(PANELS)
 
 
 def test_the_command(tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fastrl.stats import correlation, mean_interval, paired_interval, t_quantile, wilson
+from fastrl.stats import correlation, mean_interval, paired_interval, share_interval, t_quantile, wilson
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,14 @@ def test_one_value_has_no_interval_and_none_is_an_error():
         mean_interval([])
     with pytest.raises(ValueError, match="2 and 1"):
         paired_interval([1.0, 2.0], [1.0])
+
+
+def test_the_interval_of_shares_ends_where_shares_do():
+    """Wrong implementations: an accuracy of -17% to 42%; ends cut off that lie within; the mean cut off with them."""
+    assert mean_interval([0.0, 0.0, 1.0, 0.0]).lo < 0 and share_interval([0.0, 0.0, 1.0, 0.0]).lo == 0
+    assert share_interval([1.0, 1.0, 0.0, 1.0])[:1] + share_interval([1.0, 1.0, 0.0, 1.0])[2:] == (0.75, 1.0)
+    assert share_interval([0.4, 0.5, 0.6]) == mean_interval([0.4, 0.5, 0.6])
+    assert share_interval([0.4]) == (0.4, 0.0, 1.0), "one prompt says nothing, and no share is infinite"
 
 
 def test_correlation():

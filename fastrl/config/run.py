@@ -85,7 +85,7 @@ class Run:
     task_options: tuple[str, ...] = ()
     """Options of the task, key=value with values in YAML: k=3 targets=[1,40]."""
     dataset: str | None = None
-    """JSON lines or parquet file, TRL's columns: prompt, completion, messages, text, ..."""
+    """JSON lines, JSON or parquet file, TRL's columns: prompt, completion, messages, text, ..."""
     columns: tuple[str, ...] = ()
     """Columns of the dataset under other names, theirs=ours: question=prompt answer=completion."""
     output_dir: str = "runs/latest"
