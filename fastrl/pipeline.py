@@ -13,7 +13,6 @@ was stopped goes on where it was: stages that are done are left alone, one that 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -26,9 +25,10 @@ from fastrl import checkpoint
 from fastrl.config import TRAINING, Run
 from fastrl.errors import UserError
 from fastrl.files import nearest
-from fastrl.options import dump, load
+from fastrl.options import load
 from fastrl.page import Html, figures, folded, section, table, text
 from fastrl.report import lead, panels, read, write
+from fastrl.setup import changed
 from fastrl.trainer import train
 
 KEYS = ("output_dir", "shared", "stages")
@@ -136,16 +136,11 @@ def _filled(value: Any, checkpoints: Mapping[str, str], where: str) -> Any:
 
 def _check_unchanged(stage: Stage) -> None:
     """Refuse to go on from a stage that was begun with other options."""
-    saved = Path(stage.config.output_dir) / "config.yaml"
-    if not saved.is_file():
-        return
-    was, now = (yaml.safe_load(written) for written in (saved.read_text(encoding="utf-8"), dump(stage.config)))
-    for key in now:
-        if key != "resume" and was.get(key) != now[key]:
-            raise UserError(
-                f"stage {stage.name!r}: {stage.config.output_dir} was begun with {key} = {json.dumps(was.get(key))}, now it is "
-                f"{json.dumps(now[key])}; name another output_dir, or remove that folder"
-            )
+    for key, (was, now) in changed(stage.config).items():
+        raise UserError(
+            f"stage {stage.name!r}: {stage.config.output_dir} was begun with {key} = {was}, now it is {now}; name another output_dir, "
+            "or remove that folder"
+        )
 
 
 def report(stages: list[Stage], folder: Path) -> Path:

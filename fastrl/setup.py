@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from fastrl import checkpoint, environment
 from fastrl.commands import NAMES, OVER_BATCHES, PARTS, SOURCES, Parts
@@ -121,11 +123,13 @@ def set_up(config: Run) -> Session:
         learner.load_state(state)
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
     source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})
-    start = meta["step"]
+    start, other = meta["step"], changed(config) if resumed else {}
     texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
     log = RunLog(
         config.output_dir, config.steps, name=_command(config), resume_step=start if resumed else None, texts=texts, enabled=world.is_main
     )
+    if other:
+        log.message("resumed with other options: " + ", ".join(f"{k} {now}, which was {was}" for k, (was, now) in other.items()))
     evaluated = world.max(float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)))[0] > 0
     return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, evaluated, meta["version"], length)
 
@@ -156,6 +160,16 @@ def _resume_from(config: Run) -> Path | None:
     if not found:
         raise UserError(f"--resume: {config.output_dir} holds no whole checkpoint; start without --resume")
     return found[-1]
+
+
+def changed(config: Run) -> dict[str, tuple[str, str]]:
+    """What the run in the configuration's output folder was begun with, and what it is now, of each option that differs, as JSON."""
+    saved = Path(config.output_dir) / "config.yaml"
+    if not saved.is_file():
+        return {}
+    was, now = (yaml.safe_load(text) for text in (saved.read_text(encoding="utf-8"), dump(config)))
+    differ = [key for key in now if key != "resume" and was.get(key) != now[key]]
+    return {key: (json.dumps(was.get(key)), json.dumps(now[key])) for key in differ}
 
 
 def _evaluated(folder: Path, step: int) -> bool:

@@ -188,6 +188,17 @@ def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkey
 
 
 # --- resuming ---------------------------------------------------------------------------------------
+def test_a_run_that_goes_on_otherwise_says_so(tmp_path, capsys):
+    """Wrong implementations: other options taken without a word, or dropped; words about a run that goes on as it was."""
+    config = sft(tmp_path, steps=2)
+    train(config)
+    capsys.readouterr()
+    train(replace(config, resume=True))
+    assert "other options" not in capsys.readouterr().out
+    train(replace(config, resume=True, steps=3, micro_tokens=512))
+    assert f"resumed with other options: steps 3, which was 2, micro_tokens 512, which was {config.micro_tokens}" in capsys.readouterr().out
+
+
 def test_a_finished_run_can_be_resumed_and_made_longer(tmp_path):
     """Wrong implementations: a finished run does a step more; another checkpoint of the same step is written."""
     config = sft(tmp_path, steps=4, eval=Eval())
