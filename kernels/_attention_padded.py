@@ -14,6 +14,7 @@ from fastrl.kernels._attention_prefix import dense
 from fastrl.kernels._check import compute_dtype
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
+ALONE = 128  # tokens of a sequence from which on CPU it is a batch of its own: a call then costs less than padding
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 Dense = Callable[..., tuple[Tensor, ...]]
 
@@ -27,17 +28,24 @@ class Padded:
     padding: Tensor  # (n, L)
     places: Tensor  # the places that are not padding
     tokens: Tensor  # the packed token of each of `places`
-    whole: bool  # all sequences, and of one length: packed is padded, and nothing is copied
+    span: slice | None  # where the sequences lie if they are neighbours of one length: packed is padded there, and nothing is copied
+
+    @classmethod
+    def alone(cls, start: int, length: int, device: torch.device) -> Padded:
+        """One sequence."""
+        tokens = torch.arange(start, start + length, device=device)
+        here = tokens - start
+        return cls(tokens[None], torch.zeros_like(tokens, dtype=torch.bool)[None], here, tokens, slice(start, start + length))
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Packed (T, H, ...) as (n, H, L, ...)."""
-        rows = x if self.whole else x.index_select(0, self.index.flatten())
-        return rows.to(dtype).view(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+        rows = x.index_select(0, self.index.flatten()) if self.span is None else x[self.span]
+        return rows.to(dtype).unflatten(0, self.index.shape).transpose(1, 2)
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """Write (n, H, L, ...) back to packed `out` (T, H, ...)."""
-        if self.whole:
-            out.view(*self.index.shape, *out.shape[1:]).copy_(x.transpose(1, 2))
+        if self.span is not None:
+            out[self.span].unflatten(0, self.index.shape).copy_(x.transpose(1, 2))
             return
         rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
         out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
@@ -48,7 +56,7 @@ class Padded:
 
 
 def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded]:
-    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two).
+    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two), 0 for one alone.
 
     At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another sequence, not
     even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
@@ -58,12 +66,16 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
     for p in power[lengths > 0].unique().tolist():
         inside = (power == p).nonzero().squeeze(1)
         at = torch.arange(int(lengths[inside].max()), device=starts.device)
-        for some in inside.split(max(1, at_once(at.numel()))):
+        count = at_once(at.numel())
+        if count == 0:
+            yield from (Padded.alone(int(starts[i]), int(lengths[i]), starts.device) for i in inside)
+            continue
+        for some in inside.split(count):
             last = lengths[some, None] - 1
             index = starts[some, None] + torch.minimum(at, last)
             places = (at <= last).flatten().nonzero().squeeze(1)
             whole = some.numel() == lengths.numel() and index.numel() == total
-            yield Padded(index, at > last, places, index.flatten()[places], whole)
+            yield Padded(index, at > last, places, index.flatten()[places], slice(0, total) if whole else None)
 
 
 # --- dense attention --------------------------------------------------------------------------------
@@ -105,11 +117,16 @@ def cuda_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: T
     return dq, *(x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) if G > 1 else x for x in (dk, dv))
 
 
+def _at_once(x: Tensor) -> Callable[[int], int]:
+    """Sequences of a padded batch, by their length."""
+    return lambda L: 0 if x.is_cpu and L >= ALONE else max(1, PADDED_TOKENS // L)
+
+
 # --- packed attention from it -----------------------------------------------------------------------
 def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[..., Any]]:
     def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
         y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
-        for batch in padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+        for batch in padded(cu_seqlens, _at_once(q)):
             for out, x in zip((y, lse), dense_forward(*(batch.take(x, x.dtype) for x in (q, k, v)), scale), strict=True):
                 batch.put(out, x)
         return y, lse
@@ -118,7 +135,7 @@ def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[.
         dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        for batch in padded(cu_seqlens, lambda L: PADDED_TOKENS // L):
+        for batch in padded(cu_seqlens, _at_once(q)):
             parts = (*(batch.take(x, x.dtype) for x in (dy, q, k, v, y)), batch.take_lse(lse))
             for out, x in zip(grads, dense_backward(*parts, scale), strict=True):
                 batch.put(out, x)

@@ -153,8 +153,8 @@ def _k3_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _k3_plus_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
-    far = k3 > 10.0
-    return tl.where(far, 10.0, k3), tl.where(far, 0.0, e)
+    near = tl.minimum(k3, 10.0, propagate_nan=tl.PropagateNan.ALL)
+    return near, tl.where(near < k3, 0.0, e)
 
 
 KL_TWINS = {

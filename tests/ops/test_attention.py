@@ -67,9 +67,12 @@ def sdpa(q, k, v, cu):
     return torch.cat([scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for p in parts])
 
 
+@pytest.mark.parametrize("alone", [1, 40, 1000])
 @pytest.mark.parametrize("budget", [1, 600, 4000, 1 << 20])
-def test_any_block_size_gives_the_same(budget, monkeypatch):
-    """Wrong implementations: a block of rows masked as if it began at 0; dk and dv overwritten instead of summed over blocks."""
+def test_any_block_size_gives_the_same(budget, alone, monkeypatch):
+    """Wrong implementations: a block of rows masked as if it began at 0; dk and dv overwritten instead of summed over blocks; a sequence
+    that is a batch of its own read from its neighbour's place, or left out."""
+    monkeypatch.setattr(_attention_padded, "ALONE", alone)
     monkeypatch.setattr(module, "SCORES_BYTES", budget)
     monkeypatch.setattr(_attention_padded, "PADDED_TOKENS", max(1, budget // 100))
     for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
