@@ -5,10 +5,11 @@ On CPU it is what float32 runs by default; on CUDA what exact mode runs, and the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Draw, cases, plain
+from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Draw, Function, cases, only, plain
 
 DECODE = cases(
     "T N K",
@@ -51,5 +52,12 @@ def eager(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
-PROVIDERS = {"fastrl": plain(ops.linear), "eager": plain(eager)}
+def onednn(case: Case) -> Function:
+    """What torch.compile puts in place of a linear layer that is not trained."""
+    only(case.device == "cpu" and case.mode == FORWARD, "oneDNN's product, as torch has it, is for CPU and has no gradient")
+    only(hasattr(torch.ops.mkldnn, "_linear_pointwise"), "this torch was built without oneDNN")
+    return lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+PROVIDERS = {"fastrl": plain(ops.linear), "eager": plain(eager), "onednn": onednn}
 BENCH = Bench(op="linear", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="linear")

@@ -5,7 +5,8 @@ matrix products have no such output type, so there the operands are widened, a t
 Chunks share one buffer of logits: fresh pages for every chunk cost the CPU as much as a fifth of a product.
 
 On CPU the products of float32 are csrc/cpu/linear.cpp's.  torch's are MKL's, which stays below the width of processors that are not
-Intel's: bench/bench_linear.py has both.
+Intel's; oneDNN's, which torch carries for its compiler, are as fast as ours, but sum all of K in one chain, twice as far from float64 as
+MKL's, and are thousands of times slower where the weight is a slice.  bench/bench_linear.py has all three.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, 
 
 def input_grad(dlogits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """dx (N, D) in the weight's dtype; written to `out` if given, whose dtype must be that of all three."""
-    if compiled(dlogits, weight):
+    if compiled(dlogits, weight) and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1)):
         dlogits, weight = unit_rows(dlogits), unit_rows(weight)
         out = torch.empty(dlogits.shape[0], weight.shape[1]) if out is None else out
         places = (out.data_ptr(), out.stride(0), dlogits.data_ptr(), dlogits.stride(0), weight.data_ptr(), weight.stride(0))

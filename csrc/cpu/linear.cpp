@@ -94,7 +94,8 @@ void columns(const Product& p, Buffers& b, int64_t m, int64_t M, int64_t begin, 
       LinearAhead ahead = after(p, n, k, end, panels);
       for (int64_t i = 0; i < panels; i++) {
         const auto tile = p.rows.tile[M - i * panel > p.rows.lanes];
-        tile(b.sums.data() + (i * kLinearColumns + done) * panel, w, in_place ? p.w_stride : kLinearPitch, b.x.data() + (i * p.K + k) * panel, depth, k == 0, ahead);
+        float* sums = b.sums.data() + (i * kLinearColumns + done) * panel;
+        tile(sums, w, in_place ? p.w_stride : kLinearPitch, b.x.data() + (i * p.K + k) * panel, depth, k == 0, ahead);
       }
     }
     if (done + count < kLinearColumns && n + count < end) continue;
@@ -194,7 +195,8 @@ void linear_forward_cpu(Address y, int64_t y_stride, int out, Address x, int64_t
   }
 }
 
-void linear_input_grad_cpu(Address dx, int64_t dx_stride, Address dy, int64_t dy_stride, Address w, int64_t w_stride, int64_t T, int64_t N, int64_t K, int threads) {
+void linear_input_grad_cpu(Address dx, int64_t dx_stride, Address dy, int64_t dy_stride, Address w, int64_t w_stride, int64_t T, int64_t N,
+                           int64_t K, int threads) {
   multiply({FASTRL_CHOOSE(kLinear), reinterpret_cast<char*>(dx), dx_stride, kFloat32, reinterpret_cast<const char*>(w), w_stride,
             reinterpret_cast<const char*>(dy), dy_stride, kFloat32, nullptr, K, T, N, true, true}, threads);
 }
