@@ -14,13 +14,13 @@ endif
 .PHONY: demo demo-seeds learning test test-slow lint type compile-table bench gpu-check check clean
 
 demo: $(STAMP)
-	$(PY) -m fastrl.recipes.demo --output-dir demo
+	$(PY) -m fastrl.bench.studies.demo --output-dir demo
 
 demo-seeds: $(STAMP)
-	$(PY) -m fastrl.recipes.demo --output-dir demo --seeds 3
+	$(PY) -m fastrl.bench.studies.demo --output-dir demo --seeds 3
 
 learning: $(STAMP)
-	$(PY) -m fastrl.recipes.learning --output-dir runs/learning --seeds 3 --results bench/results --readme README.md
+	$(PY) -m fastrl.bench.studies.learning --output-dir runs/learning --seeds 3 --results bench/results --readme README.md
 
 test: $(STAMP)
 	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu" $(TESTS)

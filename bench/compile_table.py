@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fastrl.kernels
+import fastrl.kernels._triton
 from fastrl.errors import UserError
 from fastrl.kernels._launch import Spec
 
@@ -61,9 +61,9 @@ def specs() -> Iterator[tuple[str, Spec]]:
     """(module, variant) of every kernel file.  Raises UserError where Triton's interpreter would take the kernels."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("TRITON_INTERPRET: expected it unset, the interpreter compiles nothing")
-    for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels.__path__) if m.name.endswith("_triton")):
-        table = importlib.import_module(f"fastrl.kernels.{module}").COMPILE
-        yield from ((module.strip("_").removesuffix("_triton"), spec) for spec in table)
+    for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels._triton.__path__)):
+        table = getattr(importlib.import_module(f"fastrl.kernels._triton.{module}"), "COMPILE", ())
+        yield from ((module, spec) for spec in table)
 
 
 def compile_for(spec: Spec, arch: int) -> Any:

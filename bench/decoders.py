@@ -18,7 +18,7 @@ from torch import nn
 from fastrl import ops
 from fastrl.bench.common import Case, Sizes, peer
 from fastrl.bench.timing import Call, Ceilings, Effort, ceilings, measure, percentile, timer_for
-from fastrl.model import Decoder
+from fastrl.model.decoder import Decoder
 
 LETTERS = "L D F H K E V"
 QWEN25_05B = (24, 896, 4864, 14, 2, 64, 151936)

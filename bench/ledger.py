@@ -21,8 +21,8 @@ import torch
 
 from fastrl.bench.common import OURS
 from fastrl.bench.timing import Ceilings
-from fastrl.environment import processor
 from fastrl.errors import UserError
+from fastrl.run.environment import processor
 
 SCHEMA = 1
 QUICK = "-quick-"  # in the name of a file whose sizes are not the ones to publish

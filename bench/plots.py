@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from fastrl.bench.common import EAGER, PRODUCTS
 from fastrl.bench.ledger import Results, Row
 from fastrl.bench.table import group, named, ratio
-from fastrl.plots import COLOURS, INK, STYLE
+from fastrl.report.plots import COLOURS, INK, STYLE
 
 DEFAULT, OURS, PEERS, BOUND = COLOURS[0], COLOURS[5], "#b8b8b8", "#e6e6e6"
 COLUMNS, INCHES, BAR, FRAME = 2, 5.2, 0.2, 0.85  # panels beside each other; inches of a panel's width, a bar, and all around the bars

@@ -15,7 +15,7 @@ from fastrl.bench.ledger import QUICK, Results, Row
 from fastrl.bench.table import group, named, ratio
 from fastrl.errors import UserError
 
-LEARNING = "learning-"  # begins the names of results of another kind (see fastrl.recipes.learning)
+LEARNING = "learning-"  # begins the names of results of another kind (see fastrl.bench.studies.learning)
 
 
 def marks(name: str) -> tuple[str, str]:

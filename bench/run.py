@@ -23,9 +23,9 @@ from fastrl.bench.ledger import Results, Row, identity
 from fastrl.bench.readme import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
-from fastrl.device import place, set_threads
 from fastrl.errors import UserError
 from fastrl.files import nearest
+from fastrl.parallel.device import place, set_threads
 
 HERE = Path(__file__).parent
 FIRST = (  # what matters most, should time run out
@@ -50,7 +50,7 @@ class Options:
 
 def names() -> tuple[str, ...]:
     """Every benchmark there is, the most important first."""
-    found = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
+    found = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("*/bench_*.py"))
     return (*(n for n in FIRST if n in found), *(n for n in found if n not in FIRST))
 
 
@@ -58,7 +58,8 @@ def load(name: str) -> Bench:
     """The benchmark of an op.  Raises UserError for an unknown name."""
     if name not in names():
         raise UserError(f"ops: no benchmark {name!r}{nearest(name, names())}; there are: {', '.join(names())}")
-    bench = importlib.import_module(f"fastrl.bench.bench_{name}").BENCH
+    folder = next(HERE.glob(f"*/bench_{name}.py")).parent.name
+    bench = importlib.import_module(f"fastrl.bench.{folder}.bench_{name}").BENCH
     assert isinstance(bench, Bench), name
     return bench
 

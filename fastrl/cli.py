@@ -19,9 +19,9 @@ from tyro.conf import Positional
 
 from fastrl import __version__
 from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Joint, Ppo, Reward, Sft
+from fastrl.config.parse import UsageError, dump, parse
 from fastrl.errors import UserError
 from fastrl.files import nearest
-from fastrl.options import UsageError, dump, parse
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130
@@ -81,11 +81,11 @@ COMMANDS = {
     "hybrid": Command(Hybrid, "fastrl.trainer:train"),
     "joint": Command(Joint, "fastrl.trainer:train"),
     "run": Command(Pipeline, "fastrl.pipeline:run"),
-    "eval": Command(Evaluate, "fastrl.evaluate:run"),
-    "generate": Command(Generate, "fastrl.generate:run"),
-    "report": Command(Report, "fastrl.report:run"),
+    "eval": Command(Evaluate, "fastrl.run.evaluate:run"),
+    "generate": Command(Generate, "fastrl.run.generate:run"),
+    "report": Command(Report, "fastrl.report.report:run"),
     "bench": Command(Bench, "fastrl.bench.run:main"),
-    "env": Command(Env, "fastrl.environment:run"),
+    "env": Command(Env, "fastrl.run.environment:run"),
 }
 
 

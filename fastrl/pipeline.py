@@ -21,14 +21,14 @@ from typing import Any, Protocol
 
 import yaml
 
-from fastrl import checkpoint
 from fastrl.config import TRAINING, Run
+from fastrl.config.parse import load
 from fastrl.errors import UserError
 from fastrl.files import nearest
-from fastrl.options import load
-from fastrl.page import Html, figures, folded, section, table, text
-from fastrl.report import lead, panels, read, write
-from fastrl.setup import changed
+from fastrl.report.page import Html, figures, folded, section, table, text
+from fastrl.report.report import lead, panels, read, write
+from fastrl.run import checkpoint
+from fastrl.run.session import changed
 from fastrl.trainer import train
 
 KEYS = ("output_dir", "shared", "stages")

@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastrl import report
-from fastrl.commands import arithmetic
 from fastrl.config import Run
-from fastrl.evaluate import evaluate
-from fastrl.experience import Evaluable
-from fastrl.interrupt import Interrupt
-from fastrl.learner import NotFinite
-from fastrl.log import REWARDS, replace_text
-from fastrl.setup import Session, set_up
+from fastrl.methods.grpo.rollouts import Evaluable
+from fastrl.methods.method import arithmetic
+from fastrl.report import report
+from fastrl.run.evaluate import evaluate
+from fastrl.run.interrupt import Interrupt
+from fastrl.run.log import REWARDS, replace_text
+from fastrl.run.session import Session, set_up
+from fastrl.train.learner import NotFinite
 
 
 @dataclass(frozen=True, slots=True)

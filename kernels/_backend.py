@@ -87,13 +87,13 @@ def order(op: str) -> tuple[str, ...]:
 
 
 def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> None:
-    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels.`module`, for the dtypes it lists.
+    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`, for the dtypes it lists.
 
     `exact` says that it is batch-invariant.  Where triton is not installed (it has no wheels outside Linux) the implementation is
     listed as missing.
     """
     try:
-        twin = importlib.import_module(f"fastrl.kernels.{module}")
+        twin = importlib.import_module(f"fastrl.kernels._triton.{module}")
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("triton"):
             raise

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._surrogates import KLS, Gate
+from fastrl.kernels.surrogates import KLS, Gate
 
 METRICS = (  # means over live tokens, unless it says otherwise; r is the ratio the surrogate sees, d and e are per token
     "tokens",  # live tokens, a count

@@ -139,7 +139,7 @@ def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> t
 
 register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
 register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
-register_triton("advance", "_advance_triton", "forward")
+register_triton("advance", "advance", "forward")
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels import _attention_exact, _attention_prefix
-from fastrl.kernels._attention_flash import FLASH
-from fastrl.kernels._attention_padded import PADDED, padded
+from fastrl.kernels._attention import exact as _attention_exact
+from fastrl.kernels._attention import prefix as _attention_prefix
+from fastrl.kernels._attention.flash import FLASH
+from fastrl.kernels._attention.padded import PADDED, padded
 from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 

@@ -87,7 +87,7 @@ def _compiled(
 
 
 register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), exact=("cpu",), forward=_compiled)
-register_triton("decode_attention", "_decode_attention_triton", "forward", exact=True)
+register_triton("decode_attention", "decode_attention", "forward", exact=True)
 
 
 # --- registration -----------------------------------------------------------------------------------

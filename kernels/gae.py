@@ -84,7 +84,7 @@ def _compiled(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, g
 
 
 register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=_compiled)
-register_triton("gae", "_gae_triton", "forward")
+register_triton("gae", "gae", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------

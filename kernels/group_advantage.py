@@ -184,7 +184,7 @@ register(
     missing=unbuilt("group_advantage_cpu"),
     forward=_compiled,
 )
-register_triton("group_advantage", "_group_advantage_triton", "forward")
+register_triton("group_advantage", "group_advantage", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------

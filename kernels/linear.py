@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
+from fastrl.kernels._head import compiled, input_grad, weight_grad
 from fastrl.kernels._launch import FLOAT_CODES, unit_rows
-from fastrl.kernels._linear import compiled, input_grad, weight_grad
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ register(
     forward=_compiled,
     into=_compiled_into,
 )
-register_triton("linear", "_linear_triton", "forward", "into", exact=True)
+register_triton("linear", "linear", "forward", "into", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

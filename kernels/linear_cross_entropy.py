@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, requested, use_backend
 from fastrl.kernels._check import compute_dtype, one_of
-from fastrl.kernels._linear import HeadGrads, chunk_rows, gradient_dtype, logits_buffer, project
+from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, logits_buffer, project
 from fastrl.kernels.linear_logp import check_linear, check_mask
 from fastrl.kernels.token_logp import forward_op as forward_token_op
 from fastrl.kernels.token_logp import front
@@ -91,7 +91,7 @@ def rows_fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, 
 
 
 register("linear_cross_entropy", "reference", forward=rows_forward, fused_into=rows_fused_into)
-register_triton("linear_cross_entropy", "_cross_entropy_triton", "forward", "fused_into")
+register_triton("linear_cross_entropy", "linear_cross_entropy", "forward", "fused_into")
 
 
 # --- the chunks -------------------------------------------------------------------------------------

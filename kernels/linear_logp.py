@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._linear import HeadGrads, chunk_rows, gradient_dtype, live_rows, logits_buffer, project
+from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, live_rows, logits_buffer, project
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, front, row_temperature
 
@@ -89,7 +89,7 @@ def backward_chunks(
 
 
 register("linear_logp", "reference", exact=("cpu", "cuda"), forward_chunks=forward_chunks)
-register_triton("linear_logp", "_linear_tiles_triton", "forward_chunks")
+register_triton("linear_logp", "linear_logp_wide", "forward_chunks")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

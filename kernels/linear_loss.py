@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._check import compute_dtype, dims, one_of, same_device
-from fastrl.kernels._linear import (
+from fastrl.kernels._head import (
     HeadGrads,
     accumulator,
     chunk_rows,

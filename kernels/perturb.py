@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels import _perturb_cpu
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
+from fastrl.kernels._native import perturb as _perturb_cpu
 from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
@@ -153,8 +153,8 @@ register("perturb_step", "reference", forward=reference_step)
 _MISSING = unbuilt("perturb_step_cpu")
 register("perturb_init", "cpu", dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_MISSING, forward=_perturb_cpu.init)
 register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
-register_triton("perturb_init", "_perturb_init_triton", "forward")
-register_triton("perturb_step", "_perturb_triton", "forward")
+register_triton("perturb_init", "perturb_init", "forward")
+register_triton("perturb_step", "perturb_step", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------

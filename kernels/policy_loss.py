@@ -2,7 +2,7 @@
 
     loss = sum_t weight_t ( -correction_t S_t + kl_coef KL_t - entropy_coef H_t )
 
-S is the surrogate and KL the estimator (kernels/_surrogates.py), H the entropy; `weight` holds the aggregate with its global
+S is the surrogate and KL the estimator (kernels/surrogates.py), H the entropy; `weight` holds the aggregate with its global
 denominators, so the loss of a batch is the sum of the losses of its parts.
 
     d loss / d logp_t    = weight_t ( -correction_t dS_t + kl_coef dKL_t )
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import ends
-from fastrl.kernels._policy_columns import RATIOS, Columns, Options, gather
+from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, gather
 from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
-from fastrl.kernels._surrogates import KLS, SURROGATES, Surrogate, bounded
+from fastrl.kernels.surrogates import KLS, SURROGATES, Surrogate, bounded
 
 __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics", "policy_loss", "reference"]
 
@@ -119,7 +119,7 @@ register(
     missing=unbuilt("policy_loss_cpu"),
     forward=_compiled,
 )
-register_triton("policy_loss", "_policy_loss_triton", "forward")
+register_triton("policy_loss", "policy_loss", "forward")
 
 
 # --- registration and autograd ----------------------------------------------------------------------

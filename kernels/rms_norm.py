@@ -106,7 +106,7 @@ register(
     add_backward=_compiled_add_backward,
 )
 
-register_triton("rms_norm", "_rms_norm_triton", "forward", "add", "backward", "add_backward", exact=True)
+register_triton("rms_norm", "rms_norm", "forward", "add", "backward", "add_backward", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

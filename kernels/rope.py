@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels import _rope_cpu
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import rope as _rope_cpu
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
@@ -105,7 +105,7 @@ register(
     backward=_rope_cpu.backward,
     store=_rope_cpu.store,
 )
-register_triton("rope", "_rope_triton", "forward", "backward", "store", exact=True)
+register_triton("rope", "rope", "forward", "backward", "store", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -125,7 +125,7 @@ register(
     forward=_compiled,
 )
 
-register_triton("sample", "_sample_triton", "forward")
+register_triton("sample", "sample", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------

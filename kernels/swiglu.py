@@ -76,7 +76,7 @@ register(
     backward=_compiled_backward,
 )
 
-register_triton("swiglu", "_swiglu_triton", "forward", "backward", exact=True)
+register_triton("swiglu", "swiglu", "forward", "backward", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._token_logp_compiled import register_compiled
+from fastrl.kernels._native.token_logp import register_compiled
 
 
 class TokenStats(NamedTuple):
@@ -72,7 +72,7 @@ def _fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor
 
 register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_backward_into, fused_into=_fused_into)
 register_compiled()
-register_triton("token_logp", "_token_logp_triton", "forward", "backward", "backward_into", "fused_into", exact=True)
+register_triton("token_logp", "token_logp", "forward", "backward", "backward_into", "fused_into", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -29,9 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Each test starts from seed 0, whatever ran before."""
+def fresh() -> Iterator[None]:
+    """Each test starts from seed 0 and torch's own settings, whatever ran before: a training run asks for deterministic algorithms."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -12,8 +12,8 @@ import pytest
 
 from fastrl import cli
 from fastrl.config import Sft
+from fastrl.config.parse import load
 from fastrl.errors import UserError
-from fastrl.options import load
 
 ROOT = Path(__file__).parents[1]
 

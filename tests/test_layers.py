@@ -15,114 +15,48 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-LADDER = (  # a module imports only from rungs above its own line in this list
+FLOORS = (  # a module imports from lower floors, and from its own room; a room is a folder, or a file that is flat in fastrl/
     ("fastrl", "fastrl._C"),
+    ("fastrl.kernels.surrogates",),
     ("fastrl.kernels._*",),
     ("fastrl.kernels.*",),
-    ("fastrl.ops",),
-    ("fastrl.errors",),
-    (
-        "fastrl.config",
-        "fastrl.config.*",
-        "fastrl.types",
-        "fastrl.files",
-        "fastrl.options",
-        "fastrl.device",
-        "fastrl.model_config",
-        "fastrl.weights",
-        "fastrl.stats",
-        "fastrl.plots",
-        "fastrl.page",
-        "fastrl.panels",
-    ),
-    (
-        "fastrl.algorithms",
-        "fastrl.algorithms.*",
-        "fastrl.tasks",
-        "fastrl.tasks.*",
-        "fastrl.data",
-        "fastrl.comparisons",
-        "fastrl.reward_model",
-        "fastrl.pairs",
-        "fastrl.pack",
-        "fastrl.prefix",
-        "fastrl.model",
-        "fastrl.adapter",
-        "fastrl.checkpoint",
-        "fastrl.dist",
-        "fastrl.log",
-        "fastrl.environment",
-    ),
-    (
-        "fastrl.sampler",
-        "fastrl.sampler.*",
-        "fastrl.learner",
-        "fastrl.reward_learner",
-        "fastrl.critic",
-        "fastrl.search",
-        "fastrl.search.*",
-        "fastrl.rewards",
-        "fastrl.implicit_reward",
-        "fastrl.refill",
-        "fastrl.tokenizer",
-        "fastrl.interrupt",
-    ),
-    ("fastrl.draw", "fastrl.batches", "fastrl.carry", "fastrl.dialogue", "fastrl.ppo_learner", "fastrl.joint_learner"),
-    ("fastrl.experience", "fastrl.intake", "fastrl.known", "fastrl.reward_source"),
-    ("fastrl.ppo_source", "fastrl.joint_source", "fastrl.preferences", "fastrl.mixture", "fastrl.supervised"),
-    ("fastrl.reference", "fastrl.fusion"),
-    ("fastrl.commands",),
-    ("fastrl.setup", "fastrl.evaluate", "fastrl.generate", "fastrl.report", "fastrl.reward_report", "fastrl.compare"),
-    ("fastrl.trainer", "fastrl.bench.*", "fastrl.integrations", "fastrl.integrations.*"),
-    ("fastrl.recipes", "fastrl.recipes.*", "fastrl.pipeline"),
-    ("fastrl.cli", "fastrl.__main__"),
+    ("fastrl.ops", "fastrl.errors"),
+    ("fastrl.files", "fastrl.config", "fastrl.batch", "fastrl.parallel", "fastrl.report"),
+    ("fastrl.algorithms", "fastrl.data", "fastrl.tasks"),
+    ("fastrl.model", "fastrl.train"),
+    ("fastrl.sampler", "fastrl.rewards"),
+    ("fastrl.methods", "fastrl.search"),
+    ("fastrl.run",),
+    ("fastrl.trainer", "fastrl.recipes", "fastrl.integrations"),
+    ("fastrl.pipeline", "fastrl.bench"),
+    ("fastrl.cli",),
+    ("fastrl.__main__",),
 )
-SAME_RUNG = (  # (importer, imported) pairs that may share a rung; cycles are refused all the same
-    ("fastrl.kernels._*", "fastrl.kernels._*"),
+BESIDE = (  # ops that call another op: (importer, imported); cycles are refused all the same
     ("fastrl.kernels.linear_*", "fastrl.kernels.token_logp"),
     ("fastrl.kernels.linear_*", "fastrl.kernels.linear_logp"),
     ("fastrl.kernels.rope", "fastrl.kernels.rms_norm"),
     ("fastrl.kernels.advance", "fastrl.kernels.sample"),
     ("fastrl.kernels.sample", "fastrl.kernels.token_logp"),
-    ("fastrl.algorithms*", "fastrl.algorithms.*"),
-    ("fastrl.config*", "fastrl.config.*"),
-    ("fastrl.tasks*", "fastrl.tasks.*"),
-    ("fastrl.sampler*", "fastrl.sampler.*"),
-    ("fastrl.search*", "fastrl.search.*"),
-    ("fastrl.integrations*", "fastrl.integrations.*"),
-    ("fastrl.bench.*", "fastrl.bench.*"),
-    ("fastrl.recipes*", "fastrl.recipes.*"),
-    ("fastrl.page", "fastrl.plots"),
-    ("fastrl.plots", "fastrl.stats"),
-    ("fastrl.weights", "fastrl.files"),
-    ("fastrl.adapter", "fastrl.model"),
-    ("fastrl.pairs", "fastrl.data"),
-    ("fastrl.compare", "fastrl.report"),
-    ("fastrl.comparisons", "fastrl.data"),
-    ("fastrl.comparisons", "fastrl.pairs"),
-    ("fastrl.comparisons", "fastrl.algorithms.*"),
-    ("fastrl.reward_model", "fastrl.adapter"),
-    ("fastrl.reward_model", "fastrl.comparisons"),
-    ("fastrl.reward_model", "fastrl.model"),
-    ("fastrl.reward_model", "fastrl.pack"),
-    ("fastrl.reward_learner", "fastrl.learner"),
-    ("fastrl.reward_source", "fastrl.experience"),
-    ("fastrl.reward_source", "fastrl.intake"),
-    ("fastrl.known", "fastrl.intake"),
-    ("fastrl.rewards", "fastrl.tokenizer"),
-    ("fastrl.rewards", "fastrl.implicit_reward"),
-    ("fastrl.implicit_reward", "fastrl.tokenizer"),
-    ("fastrl.report", "fastrl.reward_report"),
-    ("fastrl.__main__", "fastrl.cli"),
 )
+NOT_OPS = {"surrogates"}  # public names of kernels/ that are no ops of their own
 LAZY = {("fastrl.kernels._backend", "extension")}  # fastrl._C may be absent, and must be loaded after torch
 
 Sources = dict[str, str]  # module name -> its text
 
 
 # --- the rules --------------------------------------------------------------------------------------
-def rung(module: str) -> int | None:
-    return next((i for i, names in enumerate(LADDER) if any(fnmatch(module, n) for n in names)), None)
+def room(module: str) -> str:
+    """The folder of a module, or the module itself where it is flat; each op of kernels/ is a room of its own."""
+    parts = module.split(".")
+    if parts[:2] == ["fastrl", "kernels"]:
+        return "fastrl.kernels._" if len(parts) > 2 and parts[2].startswith("_") else module
+    return ".".join(parts[:2])
+
+
+def floor(module: str) -> int | None:
+    names = (module, room(module))
+    return next((i for i, own in enumerate(FLOORS) if any(fnmatch(n, o) for n in names for o in own)), None)
 
 
 def imports(node: ast.AST, modules: Sources) -> Iterator[str]:
@@ -139,15 +73,15 @@ def imports(node: ast.AST, modules: Sources) -> Iterator[str]:
 
 
 def climbs(modules: Sources) -> list[str]:
-    """Imports that go up the ladder, or along a rung without being listed; modules that have no rung."""
-    bad = [f"{m}: no rung in LADDER" for m in modules if rung(m) is None]
+    """Imports of a higher floor, or of another room on the same one; modules that have no floor."""
+    bad = [f"{m}: no floor in FLOORS" for m in modules if floor(m) is None]
     for module, text in modules.items():
-        mine = rung(module)
+        here = floor(module)
         for name in imports(ast.parse(text), modules):
-            theirs = rung(name) if name.split(".")[0] == "fastrl" else None
-            if mine is None or theirs is None or theirs < mine or name == module:
+            there = floor(name) if name.split(".")[0] == "fastrl" else None
+            if here is None or there is None or there < here or room(name) == room(module):
                 continue
-            if theirs > mine or not any(fnmatch(module, a) and fnmatch(name, b) for a, b in SAME_RUNG):
+            if there > here or not any(fnmatch(module, a) and fnmatch(name, b) for a, b in BESIDE):
                 bad.append(f"{module} imports {name}")
     return bad
 
@@ -179,9 +113,14 @@ def foreign(modules: Sources) -> list[str]:
 
 
 def orphans(root: Path) -> list[str]:
-    """Ops without tests/ops/test_<op>.py or bench/bench_<op>.py."""
+    """Ops without tests/kernels/test_<op>.py or bench/kernels/bench_<op>.py."""
     ops = [p.stem for p in sorted((root / "kernels").glob("*.py")) if not p.stem.startswith("_")]
-    wanted = [path for op in ops for path in (f"tests/ops/test_{op}.py", f"bench/bench_{op}.py")]
+    wanted = [
+        path
+        for op in ops
+        if op not in NOT_OPS
+        for path in (f"tests/kernels/test_{op}.py", f"bench/kernels/bench_{op}.py")
+    ]
     return [path for path in wanted if not (root / path).exists()]
 
 
@@ -216,12 +155,12 @@ def test_the_sources_are_all_seen():
 @pytest.mark.parametrize(
     "rule, module, text",
     [
-        (climbs, "fastrl.types", "from fastrl import trainer"),
-        (climbs, "fastrl.types", "from fastrl.trainer import train"),
+        (climbs, "fastrl.batch.types", "from fastrl import trainer"),
+        (climbs, "fastrl.batch.types", "from fastrl.trainer import train"),
         (climbs, "fastrl.kernels.token_logp", "import fastrl.ops"),
         (climbs, "fastrl.kernels._check", "from fastrl.kernels.gae import gae"),
         (climbs, "fastrl.kernels.gae", "from fastrl.kernels.rope import rope"),
-        (climbs, "fastrl.pack", "if TYPE_CHECKING:\n    from fastrl.model import Decoder"),
+        (climbs, "fastrl.batch.pack", "if TYPE_CHECKING:\n    from fastrl.model import Decoder"),
         (climbs, "fastrl.brand_new", ""),
         (cycle, "fastrl.tasks.cards", "from fastrl.tasks import load_task\nfrom fastrl.tasks.gsm8k import x"),
         (lazy, "fastrl.cli", "def main():\n    from fastrl.trainer import train"),
@@ -235,13 +174,13 @@ def test_a_planted_violation_is_caught(rule, module, text):
     others["fastrl.tasks.gsm8k"] = "from fastrl.tasks.cards import y"
     assert rule(others | {module: text}) != []
     assert (
-        rule({"fastrl.learner": "import torch\nfrom fastrl import ops\nfrom fastrl.pack import plan", "fastrl.pack": "", "fastrl.ops": ""})
+        rule({"fastrl.train.learner": "import torch\nfrom fastrl import ops\nfrom fastrl.batch.pack import plan", "fastrl.batch.pack": "", "fastrl.ops": ""})
         == []
     )
 
 
 def test_an_op_without_test_or_benchmark_is_caught(tmp_path):
-    for path in ("kernels/_check.py", "kernels/new.py", "tests/ops/test_new.py"):
+    for path in ("kernels/_check.py", "kernels/new.py", "tests/kernels/test_new.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    assert orphans(tmp_path) == ["bench/bench_new.py"]
+    assert orphans(tmp_path) == ["bench/kernels/bench_new.py"]

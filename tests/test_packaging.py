@@ -64,7 +64,7 @@ class Absent:
     def find_spec(self, name, path, target=None):
         if name.partition('.')[0] in {FOREIGN!r}: raise ModuleNotFoundError('No module named ' + repr(name), name=name)
 sys.meta_path.insert(0, Absent())
-sys.path.insert(0, 'tests')
+sys.path.insert(0, 'tests/helpers')
 for i, file in enumerate({[str(f) for f in files]!r}):
     spec = importlib.util.spec_from_file_location('gpu' + str(i), file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

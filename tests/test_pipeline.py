@@ -14,8 +14,9 @@ import yaml
 from runs import REWARDS, state, stop_after, write_model
 
 import fastrl.trainer
-from fastrl import checkpoint, cli, pipeline
+from fastrl import cli, pipeline
 from fastrl.errors import UserError
+from fastrl.run import checkpoint
 
 SMALL = {"steps": 4, "prompts": 2, "micro_tokens": 64, "optim": {"lr": 0.01}}
 

@@ -10,15 +10,15 @@ from support import data_file
 from transformers import AutoTokenizer
 
 from fastrl import pipeline
-from fastrl.compare import as_text, build_comparison
+from fastrl.bench.studies import demo, gsm8k_reward
 from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Sft
-from fastrl.evaluate import Evaluation
-from fastrl.intake import load_run_task
-from fastrl.model import Decoder
-from fastrl.options import load
-from fastrl.recipes import demo, gsm8k_reward
+from fastrl.config.parse import load
+from fastrl.methods.grpo.prompts import load_run_task
+from fastrl.model.decoder import Decoder
 from fastrl.recipes import tokenizer as tokenizer_recipe
-from fastrl.stats import mean_interval
+from fastrl.report.compare import as_text, build_comparison
+from fastrl.report.stats import mean_interval
+from fastrl.run.evaluate import Evaluation
 from fastrl.tasks import Example, Score
 
 COMMANDS = {

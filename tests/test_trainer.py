@@ -14,14 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastrl.trainer
-from fastrl.checkpoint import whole
 from fastrl.config import Eval, Optim, Save
+from fastrl.config.parse import load
 from fastrl.errors import UserError
-from fastrl.learner import Learner
-from fastrl.model import Decoder
-from fastrl.options import load
+from fastrl.model.decoder import Decoder
+from fastrl.run.checkpoint import whole
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
+from fastrl.train.learner import Learner
 from fastrl.trainer import RunResult, train
 
 FILES = {"config.yaml", "environment.txt", "metrics.jsonl", "samples.jsonl", "checkpoints", "report.html", "plots"}

@@ -1,4 +1,4 @@
-// A decoder layer for one new token of every row: what Layer.forward of fastrl/model.py calls, one kernel after the other.
+// A decoder layer for one new token of every row: what Layer.forward of fastrl/model/decoder.py calls, one kernel after the other.
 //
 // Nothing is computed here: each call is the kernel that the op of that name runs, on buffers that stay hot.
 #include <cstdint>

@@ -87,7 +87,7 @@ void surrogate(Block& b, const double* params, D* sums) {
   }
   add(sums[kClipLow], low), add(sums[kClipHigh], high), add(sums[kClipCap], cap);
 }
-// by cpu_id, in the order of the table in kernels/_surrogates.py
+// by cpu_id, in the order of the table in kernels/surrogates.py
 constexpr void (*kSurrogates[])(Block&, const double*, D*) = {
     surrogate<nll>, surrogate<pg>, surrogate<ratio>, surrogate<clip>, surrogate<cispo>, surrogate<sapo>, surrogate<dro>, surrogate<luffy_off>,
 };

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.preference import Preference, Scores
-from fastrl.types import Tokens
+from fastrl.batch.types import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

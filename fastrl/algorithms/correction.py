@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.sequence import mean, totals
+from fastrl.batch.types import Tokens
 from fastrl.errors import UserError
-from fastrl.kernels._surrogates import bounded
-from fastrl.types import Tokens
+from fastrl.kernels.surrogates import bounded
 
 LEVELS: dict[str, Callable[[Tensor, Tokens], Tensor]] = {  # log weight of each token -> what the bounds look at, (N,)
     "token": lambda s, tokens: s,

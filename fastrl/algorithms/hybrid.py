@@ -22,15 +22,15 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms.advantage import Advantage, of_completions
-from fastrl.algorithms.choose import with_options
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import Prepare
 from fastrl.algorithms.presets import columns as preset
 from fastrl.algorithms.sequence import mean
+from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
+from fastrl.methods.grpo.options import with_options
 from fastrl.ops import SURROGATES, Surrogate
-from fastrl.types import Tokens
 
 KINDS = ("own", "member", "supervised")  # what the numbers in `Batch.kind` mean
 OWN, MEMBER, SUPERVISED = range(3)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields, replace
 from statistics import fmean, pstdev
 from typing import NamedTuple, Self
 
-from fastrl.algorithms.choose import choose_algorithm
 from fastrl.algorithms.objective import Algorithm
 from fastrl.algorithms.reward import REWARD_LOSSES, RewardLoss
 from fastrl.config import Joint
 from fastrl.errors import UserError
 from fastrl.files import nearest
+from fastrl.methods.grpo.options import choose_algorithm
 
 
 class Scale(NamedTuple):

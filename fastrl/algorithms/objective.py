@@ -18,8 +18,8 @@ from fastrl.algorithms.advantage import ADVANTAGES, Advantage
 from fastrl.algorithms.aggregate import Aggregate, fixed_length, sequence_mean, sequence_sum, token_mean
 from fastrl.algorithms.correction import Correction
 from fastrl.algorithms.prepare import Prepare, gamma_weight, geometric_mean
+from fastrl.batch.types import Tokens
 from fastrl.ops import SURROGATES, Surrogate
-from fastrl.types import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms.aggregate import token_mean
-from fastrl.algorithms.choose import choose_algorithm
 from fastrl.algorithms.objective import Algorithm
 from fastrl.algorithms.presets import KL, clip
 from fastrl.config import Ppo
 from fastrl.errors import UserError
-from fastrl.kernels._surrogates import KLS
+from fastrl.kernels.surrogates import KLS
+from fastrl.methods.grpo.options import choose_algorithm
 
 Sum = Callable[..., list[float]]
 """Numbers -> each summed over all processes: `World.sum`."""
@@ -38,7 +38,7 @@ class ActorCritic(Algorithm):
     reward_kl    estimator of the KL inside the reward, with its weight; no reference model is kept where both weights are 0
     value_clip   how far a value may move from the one at sampling, inf for any distance
     vf_coef      weight of the value loss where it shares the policy's optimizer
-    critic       a row of fastrl.ppo_learner.CRITICS, the folder it starts from, and its learning rate; None: the policy's
+    critic       a row of fastrl.methods.ppo.learner.CRITICS, the folder it starts from, and its learning rate; None: the policy's
     """
 
     gamma: float = 1.0

@@ -41,10 +41,10 @@ from fastrl.algorithms.preference_rules import (
     simpo,
     sppo,
 )  # fmt: skip
+from fastrl.batch.types import Tokens
 from fastrl.config import Dpo
 from fastrl.errors import UserError
 from fastrl.files import nearest
-from fastrl.types import Tokens
 
 Rule = Callable[..., Tensor]  # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
 SUMS = ("units", "tokens", "entropy", "nll", "accurate", *(f"{x}_{side}" for side in ("good", "bad") for x in ("n", "reward", "logp")))

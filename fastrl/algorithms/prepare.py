@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.sequence import mean, totals
-from fastrl.kernels._surrogates import Surrogate, bounded
-from fastrl.types import Tokens
+from fastrl.batch.types import Tokens
+from fastrl.kernels.surrogates import Surrogate, bounded
 
 Prepare = Callable[[Tokens, Surrogate], Tensor]
 

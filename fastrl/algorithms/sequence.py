@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.types import Tokens
+from fastrl.batch.types import Tokens
 
 
 def totals(x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:

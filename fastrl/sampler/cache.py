@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.kernels._decoder_layer import Paged
+from fastrl.kernels._native.decoder_layer import Paged
 from fastrl.kernels.advance import Pages
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
 from fastrl.errors import UserError
 from fastrl.kernels.advance import LENGTH
@@ -19,7 +20,6 @@ from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
 from fastrl.sampler.queue import Group, Waiting
 from fastrl.sampler.state import REASONS, UNFINISHED, State, pages_of
 from fastrl.sampler.turns import Conversation, Environment
-from fastrl.types import Rollouts
 
 ENDS = {"cut": LENGTH, "carry": UNFINISHED}  # what Tail.action makes of a sequence
 

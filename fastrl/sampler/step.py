@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.kernels._backend import asked
+from fastrl.kernels._head import project
 from fastrl.kernels._launch import on_device
-from fastrl.kernels._linear import project
 from fastrl.kernels.advance import Rows, advance
 from fastrl.sampler.state import State
 

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
 from fastrl.errors import UserError
-from fastrl.model import Decoder
+from fastrl.model.decoder import Decoder
+from fastrl.model.weights import write_config
 from fastrl.sampler.params import SamplingParams
 from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
-from fastrl.types import Rollouts
-from fastrl.weights import write_config
 
 CHECKED = "0.33.0"  # the version whose sources this was written against
 _TRANSFER = "vllm.distributed.weight_transfer"

@@ -31,7 +31,7 @@ from typing import Any
 
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, nearest
-from fastrl.tasks.cards import Cards
+from fastrl.tasks.cards.task import Cards
 from fastrl.tasks.gsm8k import Gsm8k
 from fastrl.tasks.guess import Guess
 from fastrl.tasks.task import Conversation, Example, Prompt, Score, Task, Transcript, task_reward

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from fastrl.types import Transcript
+from fastrl.batch.types import Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +96,7 @@ def bucket(shares: dict[str, float], *key: object) -> str:
 
 
 def task_reward(task: Task) -> Callable[..., list[float]]:
-    """The task's verifier as a reward function (see fastrl.rewards), named after the task; it reads the column `example`."""
+    """The task's verifier as a reward function (see fastrl.rewards.functions), named after the task; it reads the column `example`."""
 
     def verify(completions: Sequence[Any], example: Sequence[Example], log_extra: Any, log_metric: Any) -> list[float]:
         said = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

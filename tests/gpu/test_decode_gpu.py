@@ -8,7 +8,7 @@ from support import no_waiting, use, within_budget
 
 from fastrl import ops
 from fastrl.kernels._backend import order
-from fastrl.kernels._decode_attention_triton import SPLIT
+from fastrl.kernels._triton.decode_attention import SPLIT
 from fastrl.kernels.decode_attention import forward_op
 
 pytestmark = pytest.mark.gpu

@@ -11,10 +11,10 @@ from support import no_waiting
 from transformers import AutoModelForCausalLM
 
 from fastrl import ops
-from fastrl.model import Decoder
+from fastrl.batch.types import Rollouts
+from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.step import Graphs
-from fastrl.types import Rollouts
 
 pytestmark = pytest.mark.gpu
 KERNELS = ("decode_attention", "rope", "rms_norm", "swiglu", "sample", "advance")

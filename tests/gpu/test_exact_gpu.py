@@ -9,7 +9,7 @@ from support import within_budget
 from torch.nn.functional import linear as torch_linear
 
 from fastrl import ops
-from fastrl.kernels._linear import project
+from fastrl.kernels._head import project
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from fastrl import ops
 from fastrl.kernels import rms_norm, rope, swiglu
 from fastrl.kernels._backend import order
 from fastrl.kernels.rope import rope_tables
-from fastrl.model import Decoder
+from fastrl.model.decoder import Decoder
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]

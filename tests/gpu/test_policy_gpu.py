@@ -79,7 +79,7 @@ def test_nothing_waits_for_the_device(backend, ratio):
 
 def test_no_length_compiles_a_kernel_again():
     """Wrong: T specialized for 1 or for multiples of 16; coefficients or parameters as constants."""
-    kernels = pytest.importorskip("fastrl.kernels._policy_loss_triton", exc_type=ImportError)
+    kernels = pytest.importorskip("fastrl.kernels._triton.policy_loss", exc_type=ImportError)
     fused("triton", variant(case(1000, device="cuda"), "clip", "token", "k3"))
     before = sum(len(entry[0]) for entry in kernels.token_kernel.device_caches.values())
     for T in (1, 16, 999, 4096):

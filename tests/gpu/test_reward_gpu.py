@@ -10,8 +10,8 @@ from judging import grads, reward_model, token_groups
 
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Optim
-from fastrl.reward_learner import RewardBatch, RewardLearner
-from fastrl.reward_model import RewardModel
+from fastrl.methods.reward.learner import RewardBatch, RewardLearner
+from fastrl.model.reward import RewardModel
 
 pytestmark = pytest.mark.gpu
 

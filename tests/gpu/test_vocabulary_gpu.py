@@ -194,7 +194,7 @@ def linear_case(T, D, V, dtype=torch.bfloat16):
 @pytest.mark.parametrize("T, V", [(1, 50257), (300, 151936), (129, 1000), (1100, 32000)])
 def test_fused_linear_logp(T, V, D):
     """The persistent kernel: within 1e-3 (mean 1e-4) of float64, the same bits twice, and no wait."""
-    fused = pytest.importorskip("fastrl.kernels._linear_logp_triton", exc_type=ImportError)
+    fused = pytest.importorskip("fastrl.kernels._triton.linear_logp", exc_type=ImportError)
     hidden, weight, target, tau = linear_case(T, D, V)
     for bias in (None, torch.randn(V, device="cuda").bfloat16()):
         z = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())

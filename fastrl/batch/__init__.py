@@ -1,0 +1,1 @@
+"""What flows between the stages: columns of packed tokens with their axes, packing, shared prefixes."""

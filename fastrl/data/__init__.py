@@ -1,0 +1,1 @@
+"""Rows of datasets, and what they become: samples, pairs, comparisons."""

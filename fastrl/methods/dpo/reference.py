@@ -1,0 +1,160 @@
+"""Preferences with their reference model: live, or its log-probs of a dataset, computed once and kept in the run's folder.
+
+The file holds what they were computed from as a fingerprint: another model, dataset, tokenizer or number of steps computes them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastrl.algorithms.preference import Preference
+from fastrl.batch.types import Batch
+from fastrl.config import Dpo
+from fastrl.data.pairs import Unit
+from fastrl.methods.dpo.batches import Items, Preferences, pack_units
+from fastrl.methods.grpo.prompts import preferences
+from fastrl.methods.grpo.rollouts import order
+from fastrl.model.adapter import load_model
+from fastrl.parallel.world import World
+from fastrl.tasks import Task
+from fastrl.train.learner import Learner
+
+FILE = "reference.safetensors"
+CHUNK = 1024  # units tokenised and packed at a time
+
+
+def preference_source(
+    config: Dpo, task: Task | None, tokenizer: Any, learner: Learner, row: Preference, device: torch.device,
+    arithmetic: Callable[[Dpo], AbstractContextManager[None]],
+) -> tuple[Preferences, int]:  # fmt: skip
+    """The pairs of a run with their reference, as the row and `--reference` ask for it, and the longest sequence to expect.
+
+    arithmetic(config) -> what the learner will compute under, so that the reference's log-probs are computed alike
+    """
+    model, world = learner.model, learner.world
+    shape = model.config
+    items, size, longest = preferences(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size, paired=row.paired)
+    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
+    if not row.reference:
+        return Preferences(items, size, row, **options), longest
+    live = config.reference == "live" or row.mismatched
+
+    @cache
+    def frozen() -> Any:  # before the first step, the model itself is the reference
+        if not live and not config.resume:
+            return model
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+
+    def logp(batch: Batch) -> Tensor:
+        with arithmetic(config):
+            return learner.logp(frozen(), batch)
+
+    if live:
+        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+    known = precompute(
+        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
+        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}", device=device, world=world,
+    )  # fmt: skip
+    return Preferences(items, size, row, reference=known, **options), longest
+
+
+class Precomputed:
+    """Log-probs by item: those of item items[i] are logp[ends[i]:ends[i+1]], one per token that counts in the loss, fp32 nats."""
+
+    def __init__(self, logp: Tensor, items: Tensor, ends: Tensor) -> None:
+        self.logp, self.items, self.ends = logp, items, ends
+        self.place = {item: i for i, item in enumerate(items.tolist())}
+
+    def __call__(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        """(T,) of the batch made of the items `indices`, in this order; 0 where a token does not count."""
+        ends = self.ends.tolist()
+        parts = [self.logp[ends[p] : ends[p + 1]] for p in (self.place[i] for i in indices)]
+        out = torch.zeros_like(batch.weight)
+        out[batch.mask] = torch.cat([*parts, self.logp[:0]]).to(out.device)
+        return out
+
+
+def drawn(size: int, seed: int, count: int) -> list[int]:
+    """The items that a run of `count` draws out of `size` will see, sorted."""
+    return list(range(size)) if count >= size else sorted(set(order(size, seed, 0, count)))
+
+
+def precompute(
+    folder: Path, items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], *, model: str, device: torch.device, world: World
+) -> Precomputed:
+    """The reference log-probs of `indices`: from the file in `folder` if it fits, else by `logp(batch)` -> (T,), and written there.
+
+    model  what identifies the reference model (see `identity`)
+    """
+    wanted = _fingerprint(items, indices, model)
+    path = folder / FILE
+    found = _read(path, wanted)
+    if world.max(float(found is None))[0] == 0 and found is not None:
+        return found
+    values, counts = _compute(items, [indices[i] for i in world.share(len(indices))], logp, device)
+    values = torch.cat([*world.gather([values]), torch.empty(0)])
+    counts = torch.cat(world.gather([counts]))
+    made = Precomputed(values, torch.tensor(list(indices), dtype=torch.int64), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.new")
+        save_file({"logp": made.logp, "items": made.items, "ends": made.ends}, partial, metadata={"fingerprint": wanted})
+        os.replace(partial, path)
+    world.barrier()
+    return made
+
+
+def identity(model: str, seed: int, dtype: torch.dtype) -> str:
+    """What tells one reference model from another: its files' names, sizes and times, or a configuration's text and the seed."""
+    path = Path(model)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+        return f"{dtype} " + " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    return f"{dtype} {seed} " + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else model)
+
+
+def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list[Unit]]:
+    for a in range(0, len(indices), CHUNK):
+        yield items(indices[a : a + CHUNK])
+
+
+def _fingerprint(items: Items, indices: Sequence[int], model: str) -> str:
+    digest = hashlib.sha256(f"{model}\n{list(indices)}\n".encode())
+    for units in _chunks(items, indices):
+        digest.update(repr([[(one.sample.tokens, one.sample.mask) for one in unit] for unit in units]).encode())
+    return digest.hexdigest()
+
+
+def _compute(items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The log-probs of the tokens that count, end to end, and how many each item has."""
+    values, counts = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    for units in _chunks(items, indices):
+        batch = pack_units(units, 1, device)
+        values.append(logp(batch)[batch.mask].float().cpu())
+        counts.append(torch.tensor([sum(sum(one.sample.mask) for one in unit) for unit in units]))
+    return torch.cat(values), torch.cat(counts)
+
+
+def _read(path: Path, fingerprint: str) -> Precomputed | None:
+    """The file's log-probs; None where there is no whole file of this fingerprint."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return Precomputed(*(file.get_tensor(name) for name in ("logp", "items", "ends")))
+    except SafetensorError:
+        return None

@@ -1,0 +1,1 @@
+"""Reinforcement learning from verified rewards: the GRPO family."""

@@ -1,0 +1,1 @@
+"""Hybrids of supervised, preference and reinforcement learning."""

@@ -1,0 +1,1 @@
+"""A policy and its reward model, trained side by side."""

@@ -1,0 +1,1 @@
+"""PPO: reinforcement learning with a critic."""

@@ -1,0 +1,6 @@
+"""The decoder and everything around its weights: configuration, files, tokenizer, reward model, critic."""
+
+from fastrl.model.adapter import load_model
+from fastrl.model.decoder import Attend, Decoder, ModelConfig
+
+__all__ = ["Attend", "Decoder", "ModelConfig", "load_model"]

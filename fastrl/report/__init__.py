@@ -1,0 +1,1 @@
+"""Pages, panels, plots and statistics of finished runs."""

@@ -1,0 +1,1 @@
+"""The card game: reach a target with every card, judged by a verifier."""

@@ -1,0 +1,290 @@
+"""perturb_step for l1 in Triton: the steepest direction is the largest gradients, the projection a soft threshold x.
+
+    f(x) = sum max(|delta| - x, 0) - radius = 0      f is convex, falls, and is linear between neighbouring |delta|
+
+One token: Newton from 0 in registers, as in the reference.  A larger ball: 8 passes over delta that fix 4 bits of the threshold
+each, by f at 15 numbers at once (fp32 bits order as the numbers do), and one exact step from the largest fp32 number with f > 0,
+whose active set is that of the root.  Nobody waits for a count, and the number of launches is always the same.
+
+A threshold is fp64, taken off as two fp32 parts: |delta| - x keeps its digits where the two are close.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrl.kernels._launch import Spec
+from fastrl.kernels._perturb import TINY
+from fastrl.kernels._triton._tiles import INFINITY, PART, Tiles, find_ball, find_tile, finite, load_row, store_row, total, wide
+
+TILE, BLOCK = 2048, 1024
+NARROW = 512  # elements compared with 16 numbers at once
+BITS = 4
+AT_ONCE = 128  # tiles whose sums a program adds up at once
+PROBES = tl.constexpr(16)
+SHORT = tl.constexpr(1 - 1e-6)
+LEAST = tl.constexpr(TINY)
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+PROBING = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+# --- one token --------------------------------------------------------------------------------------
+@triton.jit
+def over(size, threshold):  # type: ignore[no-untyped-def]
+    """max(size - threshold, 0) for an fp64 threshold."""
+    high = threshold.to(tl.float32)
+    low = (threshold - high.to(tl.float64)).to(tl.float32)
+    return tl.maximum((size - high) - low, 0.0)
+
+
+@triton.jit
+def l1_token(x, g, step, radius):  # type: ignore[no-untyped-def]
+    size = tl.abs(g)
+    top = tl.where(finite(g), tl.max(size, 1), 0.0)
+    chosen = (size == top[:, None]) & (top > LEAST)[:, None]
+    share = (step.to(tl.float32) / tl.maximum(tl.sum(chosen.to(tl.int32), 1), 1).to(tl.float32))[:, None]
+    y = x + tl.where(chosen, tl.where(g > 0, share, -share), 0.0)
+    size = tl.abs(y)
+    f = tl.sum(size, 1).to(tl.float64) - radius
+    threshold = tl.zeros_like(f)
+    n = tl.sum((size > 0).to(tl.int32), 1)
+    i = 0
+    while (i < 48) & (tl.max(f, 0) > radius * 2e-7):
+        threshold += tl.where(f > 0, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(
+            tl.float64
+        )  # what is off, the next step sees
+        rest = over(size, threshold[:, None])
+        f = tl.sum(rest, 1).to(tl.float64) - radius
+        n = tl.sum((rest > 0).to(tl.int32), 1)
+        i += 1
+    f = tl.sum(over(size, threshold[:, None]).to(tl.float64), 1) - radius  # the last step, a whole one
+    last = (n > 0) & ((f > 0) | (threshold > 0))
+    threshold += tl.where(last, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(tl.float64)
+    rest = over(size, threshold[:, None])
+    return tl.where(radius == 0.0, 0.0, tl.where(y < 0, -rest, rest))
+
+
+# --- a ball of many tokens --------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["S", "L", "T", "R"])
+def largest_kernel(  # type: ignore[no-untyped-def]
+    grad, mask, cu, top, ties, usable, S, L, T, R, D, grad_stride,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per tile: the largest |g| of its finite rows, and how often it occurs."""
+    p = tl.program_id(0)
+    _, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
+    lane = tl.arange(0, BLOCK)
+    high = tl.zeros((ROWS,), tl.float32)
+    many = tl.zeros((ROWS,), tl.int64)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
+        inside = t < end
+        live = inside
+        if MASKED:
+            live = inside & (tl.load(mask + t, inside, 0) != 0)
+        m = tl.zeros((ROWS, BLOCK), tl.float32)
+        n = tl.zeros((ROWS, BLOCK), tl.int32)
+        ok = tl.full((ROWS, BLOCK), 1, tl.int32)
+        for i in range(0, D, BLOCK):
+            size = tl.abs(load_row(grad, t, grad_stride, i + lane, live, D))
+            n = tl.where(size > m, 1, n + (size == m).to(tl.int32))
+            m = tl.maximum(m, size)
+            ok &= (size < INFINITY).to(tl.int32)
+        fine = live & (tl.min(ok, 1) != 0)
+        tl.store(usable + t, fine.to(tl.uint8), inside)
+        row = tl.where(fine, tl.max(m, 1), 0.0)
+        n_row = tl.sum(tl.where(m == row[:, None], n, 0), 1).to(tl.int64)
+        many = tl.where(row > high, n_row, many + tl.where(row == high, n_row, 0))
+        high = tl.maximum(high, row)
+    best = tl.max(high, 0)
+    tl.store(top + p, best)
+    tl.store(ties + p, tl.sum(tl.where(high == best, many, 0), 0))
+
+
+@triton.jit
+def largest(top, ties, own, many):  # type: ignore[no-untyped-def]
+    """The largest |g| of a ball, and how often it occurs."""
+    lane = tl.arange(0, PART)
+    high = tl.zeros((PART,), tl.float32)
+    n = tl.zeros((PART,), tl.int64)
+    for i in range(0, many, PART):
+        at = own + i + lane
+        m = tl.load(top + at, i + lane < many, 0.0)
+        k = tl.load(ties + at, i + lane < many, 0)
+        n = tl.where(m > high, k, n + tl.where(m == high, k, 0))
+        high = tl.maximum(high, m)
+    best = tl.max(high, 0)
+    return best, tl.sum(tl.where(high == best, n, 0), 0)
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "R"])
+def move_kernel(  # type: ignore[no-untyped-def]
+    delta, grad, mask, cu, top, ties, usable, S, L, T, R, D, delta_stride, grad_stride, step: tl.float64,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta after the step, not yet projected."""
+    _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
+    best, n = largest(top, ties, own, many)
+    share = tl.where(best > LEAST, wide(step) / tl.maximum(n, 1).to(tl.float64), 0.0).to(tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
+        inside = t < end
+        use = tl.load(usable + t, inside, 0) != 0
+        live = inside
+        if MASKED:
+            live = inside & (tl.load(mask + t, inside, 0) != 0)
+        for i in range(0, D, BLOCK):
+            x = load_row(delta, t, delta_stride, i + lane, live, D)
+            g = load_row(grad, t, grad_stride, i + lane, use, D)
+            y = x + tl.where(tl.abs(g) == best, tl.where(g > 0, share, -share), 0.0)
+            store_row(delta, delta, delta, y, t, delta_stride, delta_stride, delta_stride, i + lane, inside, D, False)
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "R", "shift"])
+def probe_kernel(  # type: ignore[no-untyped-def]
+    delta, cu, low, partial, S, L, T, R, D, delta_stride, shift, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Per tile: sum max(|delta| - x, 0) at 16 numbers x, `shift` bits apart."""
+    p = tl.program_id(0)
+    u, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
+    j = tl.arange(0, PROBES)
+    bits = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0)) + (j << shift)
+    x = tl.where(bits >= 0, bits, 0x7F800000).to(tl.float32, bitcast=True)  # bit 31 is the sign: nothing is above infinity
+    x = tl.where(x < INFINITY, x, INFINITY)
+    lane = tl.arange(0, BLOCK)
+    sums = tl.zeros((PROBES,), tl.float64)
+    for t in range(begin, end):
+        row = tl.zeros((BLOCK, PROBES), tl.float32)
+        for i in range(0, D, BLOCK):
+            size = tl.abs(tl.load(delta + t * delta_stride + i + lane, i + lane < D, 0.0))
+            row += tl.maximum(size[:, None] - x[None, :], 0.0)
+        sums += tl.sum(row, 0).to(tl.float64)
+    tl.store(partial + p.to(tl.int64) * PROBES + j, sums)
+
+
+@triton.jit(do_not_specialize=["L", "R", "shift"])
+def combine_probes_kernel(cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Per ball: `shift`'s bits of the largest number with f > 0."""
+    u = tl.program_id(0)
+    own, many, _, _ = find_ball(u, cu, L, R, PACKED)
+    j = tl.arange(0, PROBES)
+    lane = tl.arange(0, AT_ONCE)
+    s = tl.zeros((AT_ONCE, PROBES), tl.float64)
+    for i in range(0, many, AT_ONCE):
+        at = (own + i + lane).to(tl.int64)
+        s += tl.load(partial + at[:, None] * PROBES + j[None, :], (i + lane < many)[:, None], 0.0)
+    above = (tl.sum(s, 0) > wide(radius)) & (j > 0)
+    known = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0))
+    tl.store(low + u, known + (tl.sum(above.to(tl.int32), 0) << shift))
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
+def excess_kernel(  # type: ignore[no-untyped-def]
+    delta, cu, low, partial, S, L, T, R, tiles, D, delta_stride, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Per tile: sum max(|delta| - x, 0), and the number of |delta| > x, at what the passes found."""
+    p = tl.program_id(0)
+    u, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
+    x = tl.load(low + u).to(tl.float32, bitcast=True)
+    lane = tl.arange(0, BLOCK)
+    s = tl.zeros((ROWS,), tl.float64)
+    n = tl.zeros((ROWS,), tl.int64)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
+        row = tl.zeros((ROWS, BLOCK), tl.float32)
+        count = tl.zeros((ROWS, BLOCK), tl.int32)
+        for i in range(0, D, BLOCK):
+            rest = tl.abs(load_row(delta, t, delta_stride, i + lane, t < end, D)) - x
+            row += tl.maximum(rest, 0.0)
+            count += (rest > 0).to(tl.int32)
+        s += tl.sum(row, 1).to(tl.float64)
+        n += tl.sum(count, 1).to(tl.int64)
+    tl.store(partial + p, tl.sum(s, 0))
+    tl.store(partial + tiles + p, tl.sum(n, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
+def shrink_kernel(  # type: ignore[no-untyped-def]
+    delta, cu, low, partial, embeds, out, S, L, T, R, tiles, D, delta_stride, embeds_stride, out_stride, radius: tl.float64,
+    PACKED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The exact step, and the soft threshold."""
+    u, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
+    radius = wide(radius)
+    x = tl.load(low + u).to(tl.float32, bitcast=True).to(tl.float64)
+    f, n = total(partial, own, many) - radius, total(partial + tiles, own, many)
+    x += tl.where((n > 0) & ((x > 0) | (f > 0)), f / tl.maximum(n, 1.0), 0.0)
+    lane = tl.arange(0, BLOCK)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
+        inside = t < end
+        for i in range(0, D, BLOCK):
+            y = load_row(delta, t, delta_stride, i + lane, inside, D)
+            rest = over(tl.abs(y), x)
+            y = tl.where(radius == 0.0, 0.0, tl.where(y < 0, -rest, rest))
+            store_row(delta, embeds, out, y, t, delta_stride, embeds_stride, out_stride, i + lane, inside, D, ADD)
+
+
+# --- launch -----------------------------------------------------------------------------------------
+def by_ball(call: Any, tiles: Tiles, norm: int) -> None:
+    """Move and project; `call` is _perturb_triton's."""
+    delta, grad, n = call.delta, call.grad, tiles.programs
+    T, D = delta.shape
+    new = {"device": delta.device}
+    top, ties = torch.empty(n, dtype=torch.float32, **new), torch.empty(n, dtype=torch.int64, **new)
+    usable, low = torch.empty(T, dtype=torch.uint8, **new), torch.empty(tiles.S, dtype=torch.int32, **new)
+    partial = torch.empty(16 * n, dtype=torch.float64, **new)
+    block = min(BLOCK, max(16, triton.next_power_of_2(D)))
+    packed: dict[str, Any] = {"PACKED": tiles.packed}
+    wide = packed | {"ROWS": TILE // block, "BLOCK": block} | OPTIONS
+    masked = wide | {"MASKED": call.flags["MASKED"]}
+    where, stride = tiles.numbers[:4], delta.stride(0)
+    found = (call.mask, tiles.cu, top, ties, usable, *where, D)
+    largest_kernel[(n,)](grad, *found, grad.stride(0), **masked)
+    move_kernel[(n,)](delta, grad, *found, stride, grad.stride(0), call.step, **masked)
+    narrow = packed | {"BLOCK": min(NARROW, block)} | PROBING
+    for shift in range(32 - BITS, -1, -BITS):
+        probe_kernel[(n,)](delta, tiles.cu, low, partial, *where, D, stride, shift, **narrow)
+        combine_probes_kernel[(tiles.S,)](
+            tiles.cu, low, partial, tiles.L, tiles.R, shift, call.radius, **packed, AT_ONCE=AT_ONCE, num_warps=4
+        )
+    excess_kernel[(n,)](delta, tiles.cu, low, partial, *tiles.numbers, D, stride, **wide)
+    shrink_kernel[(n,)](
+        delta, tiles.cu, low, partial, *call.plus, *tiles.numbers, D, stride, *(x.stride(0) for x in call.plus), call.radius,
+        ADD=call.flags["ADD"], **wide,
+    )  # fmt: skip
+
+
+# --- what it compiles to ----------------------------------------------------------------------------
+def _specs() -> Iterator[Spec]:
+    ints = dict.fromkeys(("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride", "shift"), "i32")
+    pointers = {"delta": "*fp32", "mask": "*u8", "usable": "*u8", "cu": "*i32", "partial": "*fp64", "top": "*fp32", "ties": "*i64"}
+    types = ints | pointers | {"low": "*i32", "step": "fp64", "radius": "fp64"}
+    wide = {"ROWS": TILE // BLOCK, "BLOCK": BLOCK}
+    for grad, packed in itertools.product(("*fp32", "*bf16"), (False, True)):
+        given = types | {"grad": grad, "embeds": grad, "out": grad}
+        masked = wide | {"MASKED": packed}
+        variants: tuple[tuple[Any, dict[str, Any], tuple[str, ...], dict[str, Any]], ...] = (
+            (largest_kernel, masked, ("load",), OPTIONS),
+            (move_kernel, masked, ("load", "store"), OPTIONS),
+            (probe_kernel, {"BLOCK": NARROW}, ("load",), PROBING),
+            (combine_probes_kernel, {"AT_ONCE": AT_ONCE}, (), {"num_warps": 4}),
+            (excess_kernel, wide, ("load",), OPTIONS),
+            (shrink_kernel, wide | {"ADD": packed}, ("load", "store"), OPTIONS),
+        )
+        for kernel, constants, moves, options in variants:
+            if grad == "*fp32" or "grad" in kernel.arg_names or "embeds" in kernel.arg_names:
+                yield Spec(
+                    kernel=kernel, case=f"{grad[1:]} D=4096{' packed mask add' * packed}", types=given,
+                    constants=constants | {"PACKED": packed}, divisible=True, wide=moves, options=options,
+                )  # fmt: skip
+
+
+COMPILE = tuple(_specs())

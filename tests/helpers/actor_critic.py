@@ -1,0 +1,115 @@
+"""PPO restated: padded (S, L) float64 matrices and loops over time, differentiated by autograd.  Nothing is shared with the code."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import GROUP, PROMPTS, SCORES, grpo, on_policy
+from torch import Tensor
+
+from fastrl.algorithms.ppo import PPO, ActorCritic
+from fastrl.batch.types import Batch
+from fastrl.config import Optim, Ppo
+from fastrl.methods.ppo.batches import PpoSource
+from fastrl.methods.ppo.learner import PpoLearner
+from fastrl.model.decoder import Decoder
+from fastrl.parallel.world import World
+
+
+def pad(x: Tensor, cu: Tensor) -> Tensor:
+    """Packed (T,) as (S, L), zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence([x[a:b].double() for a, b in itertools.pairwise(cu)], batch_first=True)
+
+
+def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Backwards, token by token; what is masked out is stepped over."""
+    advantage = torch.zeros_like(reward)
+    for s in range(reward.shape[0]):
+        following, carried = 0.0, 0.0
+        for t in reversed(range(reward.shape[1])):
+            if mask[s, t]:
+                carried = float(reward[s, t].detach()) + gamma * following - float(value[s, t].detach()) + gamma * lam * carried
+                following = float(value[s, t].detach())
+                advantage[s, t] = carried
+    return advantage, torch.where(mask, advantage + value, 0)
+
+
+def whitened(x: Tensor, mask: Tensor) -> Tensor:
+    live = x[mask]
+    return torch.where(mask, (x - live.mean()) / (live.var() + 1e-8).sqrt(), 0)
+
+
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+def policy(logp: Tensor, old: Tensor, A: Tensor, mask: Tensor, cap: float = math.inf) -> Tensor:
+    """Dual-clip PPO as published: max(min(r A, clip(r) A), c A) where A < 0."""
+    r = (logp - old).exp()
+    inner = torch.minimum(r * A, r.clamp(0.8, 1.2) * A)
+    inner = torch.where(A < 0, torch.maximum(inner, cap * A), inner) if math.isfinite(cap) else inner
+    return -mean(inner, mask)
+
+
+def critic(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    held = torch.maximum(torch.minimum(value, old + clip), old - clip)
+    return 0.5 * mean(torch.maximum((value - returns) ** 2, (held - returns) ** 2), mask)
+
+
+# --- what the tests of PPO share ----------------------------------------------------------------------
+def row(**changes: Any) -> ActorCritic:
+    return replace(PPO["ppo"], **changes)
+
+
+def learner(model: Decoder, of: ActorCritic, micro_tokens: int = 10**6, world: World | None = None, **optim: Any) -> PpoLearner:
+    """A learner whose critic's head is not at zero, where every value would be."""
+    made = PpoLearner(model, of, Optim(**optim), steps=10, micro_tokens=micro_tokens, temperature=0.8, world=world)
+    head = made.critic.model.head if made.critic is not None else made.head
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=noise) * 0.2)
+        head.bias.fill_(0.3)
+    return made
+
+
+def source(made: PpoLearner, scores: Any = SCORES, **changes: Any) -> PpoSource:
+    """Rollouts of the learner's policy for PROMPTS, scored by `scores` whatever they are, `GROUP` of each."""
+    of, world = made.algorithm, made.world
+    plain = on_policy(made.model, of, scores=scores, world=world)
+    options: dict[str, Any] = {"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": 9, "seed": 2} | changes
+    config = Ppo(**options, sampling=plain.config.sampling)
+    reference = (lambda batch: batch.old_logp * 0.9 - 0.1) if of.needs_reference else None
+    return PpoSource(
+        made, config, plain.sampler, of, prompt=plain.prompt, size=plain.size, score=plain.score, reference=reference, stop=(),
+        world=world, trainer=plain.trainer,
+    )  # fmt: skip
+
+
+def batch_of(made: PpoLearner, **changes: Any) -> Batch:
+    return source(made, **changes).collect(0, 0).batches[0]
+
+
+def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The step's metrics, the gradient of the policy's weights and that of the critic's own (or of the head)."""
+    metrics = made._gradients(batch)
+    own = [p for n, p in zip(made.names, made.masters, strict=True) if not n.startswith("beside")]
+    beside = [p for n, p in zip(made.names, made.masters, strict=True) if n.startswith("beside")]
+    if made.critic is not None:
+        metrics = metrics | made.critic._gradients(batch)
+        beside = made.critic.masters
+    flat = [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]) for some in (own, beside)]
+    for p in (*own, *beside):
+        p.grad = None
+    return metrics, *flat
+
+
+def ppo(folder: Path, name: str = "run", **changes: Any) -> Ppo:
+    """A run of 20 steps on a reward that random weights can climb."""
+    base = grpo(folder, name)
+    kept = {f: getattr(base, f) for f in base.__dataclass_fields__ if f not in ("algorithm", "group")}
+    return Ppo(**kept | {"optim": Optim(lr=3e-3, warmup=2), "critic_lr": None} | changes)

@@ -1,0 +1,33 @@
+"""`fastrl env`: complete, true about what is chosen, and alive where nothing was built."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrl import __version__, ops
+from fastrl.run import environment
+
+
+def row(text: str, op: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.startswith(op + " ")).split()
+
+
+def test_the_report_says_what_runs():
+    """Wrong: a table of defaults instead of what is chosen now."""
+    text = environment.report()
+    assert __version__ in text
+    assert torch.__version__ in text
+    for op, chosen in ops.backend().items():
+        assert row(text, op)[1] == chosen
+    with ops.use_backend("reference"):
+        assert row(environment.report(), "token_logp")[1] == "reference"
+
+
+def test_the_report_survives_an_unbuilt_module(monkeypatch):
+    monkeypatch.setattr(environment, "extension", lambda: None)
+    assert "not built: pip install" in environment.report()
+
+
+def test_the_command_prints_it(capsys):
+    environment.run(None)
+    assert capsys.readouterr().out.startswith("versions\n")
