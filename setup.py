@@ -1,4 +1,5 @@
-"""Builds fastrl._C: the CPU kernels everywhere, the CUDA kernels too where nvcc is found.  Needs pybind11, not torch.
+"""Builds fastrl._C: the CPU kernels everywhere, the CUDA kernels too where nvcc is found.  Needs pybind11,
+not torch.
 
 CUDA_HOME             the toolkit to use; otherwise nvcc on PATH
 FASTRL_CUDA=0         build without the CUDA kernels although nvcc is there
@@ -34,7 +35,10 @@ def static_runtime(compiler: str) -> list[str]:
     folders = [Path(f) for f in re.findall(r'-L\s*"?([^"\s]+)', line)]
     archive = next((f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None)
     if archive is None:
-        raise SystemExit(f"{compiler}: libcudart_static.a not found in {folders}; install it, or set FASTRL_CUDA=0 to build without CUDA")
+        raise SystemExit(
+            f"{compiler}: libcudart_static.a not found in {folders}; install it, "
+            "or set FASTRL_CUDA=0 to build without CUDA"
+        )
     return [str(archive), "-lrt", "-ldl", "-lpthread"]
 
 
@@ -43,10 +47,16 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiler = nvcc()
-        print(f"fastrl: CUDA kernels {'compiled by ' + compiler if compiler else 'left out (no nvcc, or FASTRL_CUDA=0)'}", flush=True)
+        print(
+            "fastrl: CUDA kernels "
+            f"{'compiled by ' + compiler if compiler else 'left out (no nvcc, or FASTRL_CUDA=0)'}",
+            flush=True,
+        )
         if compiler:
             ext.define_macros.append(("FASTRL_CUDA", "1"))
-            ext.extra_objects = [self.compile_cuda(compiler, source) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+            ext.extra_objects = [
+                self.compile_cuda(compiler, source) for source in sorted(Path("csrc/cuda").glob("*.cu"))
+            ]
             ext.extra_link_args += static_runtime(compiler)
         super().build_extension(ext)
 
@@ -63,16 +73,29 @@ class Build(build_ext):
         command += ["-DFASTRL_CUDA=1", "-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         if subprocess.run(command).returncode:
-            raise SystemExit(f"{source}: {compiler} failed (above); fix the toolkit, or set FASTRL_CUDA=0 to build without CUDA")
+            raise SystemExit(
+                f"{source}: {compiler} failed (above); fix the toolkit, "
+                "or set FASTRL_CUDA=0 to build without CUDA"
+            )
         return str(target)
 
 
 # No -fopenmp: threads come from the runtime torch has loaded (csrc/cpu/targets.cpp), never from a second one.
 # -fno-math-errno lets the compiler keep double exp and log inline; NaN and infinity keep their meaning.
-CFLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
+CFLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 
 setup(
-    packages=find_namespace_packages(include=["fastrl", "fastrl.*"], exclude=["*.__pycache__", "fastrl.bench.results*"]),
+    packages=find_namespace_packages(
+        include=["fastrl", "fastrl.*"], exclude=["*.__pycache__", "fastrl.bench.results*"]
+    ),
     ext_modules=[
         Extension(
             "fastrl._C",

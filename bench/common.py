@@ -1,11 +1,12 @@
-"""What a benchmark file declares: cases, the tensors of a case, what it must cost at least, and who computes it.
+"""What a benchmark file declares: cases, the tensors of a case, what it must cost at least, and who computes
+it.
 
 A file bench_<op>.py holds three tables and a few functions, gathered in one `Bench`:
 
     CASES      rows of sizes, from `cases`
-    PROVIDERS  name -> builder(case) -> function of the case's arguments; a builder raises Unavailable(reason) for what cannot
-               run here, and returns None for what does not apply to the case.  Names that start with "fastrl" run once per
-               implementation of the op; "eager" is what ratios refer to
+    PROVIDERS  name -> builder(case) -> function of the case's arguments; a builder raises Unavailable(reason)
+               for what cannot run here, and returns None for what does not apply to the case.  Names that
+               start with "fastrl" run once per implementation of the op; "eager" is what ratios refer to
     data(case), cost(case)
 """
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, EAGER, COMPILE = "fastrl", "eager", "torch.compile"
-ELSEWHERE = "works_elsewhere"  # an attribute of functions that work in another thread, whose memory the profiler does not see
+# an attribute of functions that work in another thread, whose memory the profiler does not see
+ELSEWHERE = "works_elsewhere"
 PRODUCTS = "products"  # no peer but a bound: the matrix products alone, whose results mean nothing
 
 Function = Callable[..., Any]  # of the case's arguments, by name -> a tensor or a tuple of them
@@ -36,7 +38,8 @@ class Unavailable(Exception):
 class Case:
     """One row of sizes.
 
-    mode      FORWARD runs under no_grad, BOTH differentiates too; another name is what a whole step does, under no_grad
+    mode      FORWARD runs under no_grad, BOTH differentiates too; another name is what a whole step does,
+              under no_grad
     level     "tiny" (tests), "quick" (--quick on CPU) or "full"
     headline  the first full case of its device: all that --gpu-check runs, and what the README shows
     shape     letter -> size
@@ -79,7 +82,9 @@ def cases(
     modes: Sequence[str] = (FORWARD, BOTH),
     cuda_dtype: str = "bfloat16",
 ) -> tuple[Case, ...]:
-    """The table of an op: float32 on CPU, `cuda_dtype` on CUDA, each size in each mode; the first of a list is its headline."""
+    """The table of an op: float32 on CPU, `cuda_dtype` on CUDA, each size in each mode; the first of a list
+    is its headline.
+    """
     rows: list[tuple[str, str, bool, Sizes]] = [("cpu", "tiny", False, tiny), ("cpu", "quick", True, quick)]
     rows += [("cpu", "full", i == 0, sizes) for i, sizes in enumerate(cpu)]
     rows += [("cuda", "full", i == 0, sizes) for i, sizes in enumerate(cuda)]
@@ -101,7 +106,9 @@ def cases(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least a case can cost: bytes read and written (each input and output once), FLOPs of matrix products, tokens it yields."""
+    """The least a case can cost: bytes read and written (each input and output once), FLOPs of matrix
+    products, tokens it yields.
+    """
 
     bytes: int
     flops: int = 0
@@ -110,7 +117,9 @@ class Cost:
 
 @dataclass(slots=True)
 class Data:
-    """The arguments of a case, those that are differentiated, and the upstream gradients of the outputs (none: a scalar loss)."""
+    """The arguments of a case, those that are differentiated, and the upstream gradients of the outputs
+    (none: a scalar loss).
+    """
 
     args: dict[str, Any]
     wrt: tuple[str, ...] = ()
@@ -120,7 +129,9 @@ class Data:
         """A copy with `change` applied to the named tensors (default: all, upstream gradients included)."""
         chosen = set(self.args if names is None else names)
         args = {n: change(x) if n in chosen and isinstance(x, Tensor) else x for n, x in self.args.items()}
-        return Data(args, self.wrt, self.upstream if names is not None else tuple(change(x) for x in self.upstream))
+        return Data(
+            args, self.wrt, self.upstream if names is not None else tuple(change(x) for x in self.upstream)
+        )
 
     def wide(self) -> Data:
         """The same numbers in float64."""
@@ -135,10 +146,12 @@ class Bench:
     """One op's benchmark.
 
     truth     builder of the definition, which is run in float64 on a slice; errors are measured against it
-    registry  the op whose implementations the fastrl rows run through; empty: one row, whatever is chosen automatically
+    registry  the op whose implementations the fastrl rows run through; empty: one row, whatever is chosen
+              automatically
     mutates   provider -> arguments it writes to, of which it gets its own copies
     wall      timed by the clock on the wall, not by device events: it waits for the device itself
-    details   (case, a provider's function, its milliseconds) -> further numbers of its row, by name and unit, once all is measured
+    details   (case, a provider's function, its milliseconds) -> further numbers of its row, by name and unit,
+              once all is measured
     """
 
     op: str
@@ -179,7 +192,9 @@ class _Products(torch.autograd.Function):
 
 
 def products(case: Case, *, per_token: bool = False) -> Function:
-    """The matrix products of a linear op over its live `rows`: one forward, three with a backward (of a scalar, or of (T,))."""
+    """The matrix products of a linear op over its live `rows`: one forward, three with a backward (of a
+    scalar, or of (T,)).
+    """
 
     def call(hidden: Tensor, weight: Tensor, rows: Tensor | None = None, **_: Any) -> Tensor:
         x = hidden if rows is None else hidden[rows]
@@ -224,7 +239,9 @@ class Draw:
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Gaussian numbers."""
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype).mul_(std)
+        return torch.randn(
+            shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype
+        ).mul_(std)
 
     def below(self, high: int, *shape: int) -> Tensor:
         """int64 in [0, high)."""

@@ -1,9 +1,11 @@
-"""What every Triton kernel compiles to, on a machine that needs no GPU: registers, shared memory, spills, width of loads and stores.
+"""What every Triton kernel compiles to, on a machine that needs no GPU: registers, shared memory, spills,
+width of loads and stores.
 
     python -m fastrl.bench.compile_table [--all] [--out FILE.json] [NAME ...]
 
-compiles each production variant (the `COMPILE` table beside the kernels) for sm_90, with --all for sm_80, sm_90 and sm_100, and
-ends with status 1 if one spills, or moves the vocabulary in pieces of less than 16 bytes where its size allows more.
+compiles each production variant (the `COMPILE` table beside the kernels) for sm_90, with --all for sm_80,
+sm_90 and sm_100, and ends with status 1 if one spills, or moves the vocabulary in pieces of less than 16
+bytes where its size allows more.
 """
 
 from __future__ import annotations
@@ -53,12 +55,16 @@ class Figures:
     @property
     def faults(self) -> list[str]:
         """What must not be."""
-        narrow = [f"{move} of {getattr(self, move)} bytes" for move in self.wide if getattr(self, move) < WIDE]
+        narrow = [
+            f"{move} of {getattr(self, move)} bytes" for move in self.wide if getattr(self, move) < WIDE
+        ]
         return [f"{self.spill} bytes spilled"] * (self.spill > 0) + narrow
 
 
 def specs() -> Iterator[tuple[str, Spec]]:
-    """(module, variant) of every kernel file.  Raises UserError where Triton's interpreter would take the kernels."""
+    """(module, variant) of every kernel file.  Raises UserError where Triton's interpreter would take the
+    kernels.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("TRITON_INTERPRET: expected it unset, the interpreter compiles nothing")
     for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels._triton.__path__)):
@@ -80,22 +86,33 @@ def compile_for(spec: Spec, arch: int) -> Any:
 
 
 def usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, shared memory and spilled bytes of a cubin.  Raises UserError where Triton's cuobjdump cannot read it."""
+    """Registers, shared memory and spilled bytes of a cubin.  Raises UserError where Triton's cuobjdump
+    cannot read it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        tool = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin" / "cuobjdump"
+        tool = (
+            Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
+            / "bin"
+            / "cuobjdump"
+        )
         done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
     found = USAGE.search(done.stdout)
     if found is None:
-        raise UserError(f"cuobjdump: expected the resource usage of a kernel, got {done.stdout + done.stderr!r}")
+        raise UserError(
+            f"cuobjdump: expected the resource usage of a kernel, got {done.stdout + done.stderr!r}"
+        )
     registers, stack, shared, local = map(int, found.groups())
     return registers, shared, stack + local
 
 
 def widest(ptx: str, move: str) -> int:
     """Bytes of the widest access to global memory; a tile moved by TMA counts as 16."""
-    sizes = [int(lanes or 1) * int(bits) // 8 for lanes, bits in MOVE[{"load": "ld", "store": "st"}[move]].findall(ptx)]
+    sizes = [
+        int(lanes or 1) * int(bits) // 8
+        for lanes, bits in MOVE[{"load": "ld", "store": "st"}[move]].findall(ptx)
+    ]
     if move == "load":
         sizes += [int(size, 0) for size in COPY.findall(ptx)]
         sizes += [WIDE] * (f"{BULK}.2d.shared" in ptx)
@@ -110,12 +127,22 @@ def measure(name: str, spec: Spec, arch: int) -> Figures:
     load, store = (widest(compiled.asm["ptx"], move) for move in ("load", "store"))
     shared = max(shared, compiled.metadata.shared)  # the cubin does not count what is asked for at the launch
     return Figures(
-        kernel=kernel, case=spec.case, arch=arch, registers=registers, shared=shared, spill=spill, load=load, store=store, wide=spec.wide
+        kernel=kernel,
+        case=spec.case,
+        arch=arch,
+        registers=registers,
+        shared=shared,
+        spill=spill,
+        load=load,
+        store=store,
+        wide=spec.wide,
     )
 
 
 def _side_by_side(jobs: Sequence[tuple[str, Spec, int]], processes: int) -> Iterator[Figures]:
-    """`measure` of every job, in order; forked processes, because a kernel is a function that no pickle carries."""
+    """`measure` of every job, in order; forked processes, because a kernel is a function that no pickle
+    carries.
+    """
     global _jobs
     _jobs = jobs
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -133,22 +160,38 @@ def _job(i: int) -> Figures:
 def line(f: Figures) -> str:
     """A row of the table."""
     return (
-        f"{f.kernel:30} {f.case:34} sm_{f.arch:<4} {f.registers:9} {f.shared:8} {f.spill:6} {f.load:5} {f.store:6}  {'; '.join(f.faults)}"
+        f"{f.kernel:30} {f.case:34} sm_{f.arch:<4} {f.registers:9} {f.shared:8} {f.spill:6} {f.load:5} "
+        f"{f.store:6}  {'; '.join(f.faults)}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a variant spills or is too narrow."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="kernel files, such as token_logp; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="kernel files, such as token_logp; default: all"
+    )
     parser.add_argument("--all", action="store_true", help="sm_80, sm_90 and sm_100 instead of sm_90 alone")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiles at a time; default: the processor's threads")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="compiles at a time; default: the processor's threads",
+    )
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated, by the import below
     print(f"{'kernel':30} {'case':34} {'arch':7} registers   shared  spill  load  store")
     archs = ALL if options.all else HOPPER
-    jobs = [(n, s, a) for n, s in specs() if not options.names or n in options.names for a in archs if a in s.archs]
+    jobs = [
+        (n, s, a)
+        for n, s in specs()
+        if not options.names or n in options.names
+        for a in archs
+        if a in s.archs
+    ]
     rows = []
     for figures in _side_by_side(jobs, options.jobs):
         rows.append(figures)
@@ -156,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = sum(bool(f.faults) for f in rows)
     print(f"{len(rows)} variants, {bad} with spills or narrow accesses")
     if options.out:
-        options.out.write_text(json.dumps({"rows": [asdict(f) | {"faults": f.faults} for f in rows]}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(
+            json.dumps({"rows": [asdict(f) | {"faults": f.faults} for f in rows]}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     return bool(bad)
 
 

@@ -1,7 +1,8 @@
-"""The decoder that the pipeline benchmarks run, the same weights in transformers, and the least time that its products allow.
+"""The decoder that the pipeline benchmarks run, the same weights in transformers, and the least time that its
+products allow.
 
-L layers of width D, F in the MLP, H query heads of width E, K key/value heads, V tokens, embedding and head tied.  E = D / H is a
-Qwen2 decoder, any other E a Qwen3 one, with norms on its queries and keys.
+L layers of width D, F in the MLP, H query heads of width E, K key/value heads, V tokens, embedding and head
+tied.  E = D / H is a Qwen2 decoder, any other E a Qwen3 one, with norms on its queries and keys.
 """
 
 from __future__ import annotations
@@ -31,10 +32,21 @@ def ours(case: Case, dtype: torch.dtype | None = None) -> Decoder:
     L, D, F, H, K, E, V = case.sizes(LETTERS)
     family, name = ("qwen2", "Qwen2ForCausalLM") if E == D // H else ("qwen3", "Qwen3ForCausalLM")
     config = {
-        "architectures": [name], "model_type": family, "vocab_size": V, "hidden_size": D, "intermediate_size": F,
-        "num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K, "head_dim": E, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "architectures": [name],
+        "model_type": family,
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+        "head_dim": E,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    }
     return Decoder.from_config(config, dtype=dtype or getattr(torch, case.dtype), device=case.device, seed=0)
 
 
@@ -65,7 +77,9 @@ def products(case: Case) -> list[Sizes]:
 # --- the least a rollout can take -------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Milliseconds of the matrix products of a prefill and of all decode steps, and of reading the cache: they add up."""
+    """Milliseconds of the matrix products of a prefill and of all decode steps, and of reading the cache:
+    they add up.
+    """
 
     prefill_ms: float
     decode_ms: float
@@ -76,12 +90,20 @@ class Bound:
         return self.prefill_ms + self.decode_ms + self.cache_ms
 
 
-def bound(case: Case, prompts: Sequence[int], outputs: Sequence[int], samples: int = 1, limit: Ceilings | None = None) -> Bound:
-    """The least time of a rollout of `samples` sequences a prompt with so many prompt and output tokens, all decoded together.
+def bound(
+    case: Case,
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    samples: int = 1,
+    limit: Ceilings | None = None,
+) -> Bound:
+    """The least time of a rollout of `samples` sequences a prompt with so many prompt and output tokens, all
+    decoded together.
 
-    A decode step reads each weight once and each live sequence's keys and values; kernels run one after the other, so the two add
-    up.  On CUDA a product takes the longer of its traffic and its arithmetic at the measured limits; on CPU the same products are
-    timed, torch's and ours, and the faster counts: at these sizes both are far from their best.
+    A decode step reads each weight once and each live sequence's keys and values; kernels run one after the
+    other, so the two add up.  On CUDA a product takes the longer of its traffic and its arithmetic at the
+    measured limits; on CPU the same products are timed, torch's and ours, and the faster counts: at these
+    sizes both are far from their best.
     """
     L, _, _, _, K, E, _ = case.sizes(LETTERS)
     *layer, head = products(case)
@@ -97,10 +119,16 @@ def bound(case: Case, prompts: Sequence[int], outputs: Sequence[int], samples: i
     for t in range(1, max(outputs)):
         rows = samples * sum(n > t for n in outputs)
         live[rows] = live.get(rows, 0) + 1
-    read = samples * sum((n - 1) * p + n * (n - 1) // 2 for p, n in zip(prompts, outputs, strict=True))  # step t: the prompt and t tokens
+    read = samples * sum(
+        (n - 1) * p + n * (n - 1) // 2 for p, n in zip(prompts, outputs, strict=True)
+    )  # step t: the prompt and t tokens
     cache = read * 2 * L * K * E * case.itemsize
     prefill = L * ms(sum(prompts), layer) + ms(len(prompts), [head])
-    return Bound(prefill, sum(steps * (L * ms(rows, layer) + ms(rows, [head])) for rows, steps in live.items()), limit.floor_ms(cache, 0))
+    return Bound(
+        prefill,
+        sum(steps * (L * ms(rows, layer) + ms(rows, [head])) for rows, steps in live.items()),
+        limit.floor_ms(cache, 0),
+    )
 
 
 @cache

@@ -1,9 +1,12 @@
-"""Each provider of a case in a process of its own: time and the memory the operating system saw, with nothing of the others in it.
+"""Each provider of a case in a process of its own: time and the memory the operating system saw, with nothing
+of the others in it.
 
-    python -m fastrl.bench.fresh linear_loss [--providers fastrl eager products] [--rounds 5] [--out FILE.json]
+    python -m fastrl.bench.fresh linear_loss [--providers fastrl eager products] [--rounds 5] [--out
+    FILE.json]
 
-The headline CPU cases, one thread.  `fastrl bench` interleaves its providers in one process, which is fairer to their times; resident
-memory is only honest in a fresh process, where no other provider has left pages behind.
+The headline CPU cases, one thread.  `fastrl bench` interleaves its providers in one process, which is fairer
+to their times; resident memory is only honest in a fresh process, where no other provider has left pages
+behind.
 """
 
 from __future__ import annotations
@@ -35,15 +38,21 @@ def headline(bench: Bench) -> list[Case]:
 
 
 def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a call (median, after one to warm up) and MiB of resident memory that calls add, in this process."""
+    """Milliseconds of a call (median, after one to warm up) and MiB of resident memory that calls add, in
+    this process.
+    """
     function = bench.providers[provider](case)
     if function is None:
         raise UserError(f"{provider}: not a provider of {case.label} {case.mode}")
     data = bench.data(case)
     data = data.map(lambda x: x.detach().requires_grad_(), data.wrt)
     small = bench.data(case.small())
-    evaluate(function, small.map(lambda x: x.detach().requires_grad_(), small.wrt), case.mode)  # loads what a first call loads
-    ctypes.CDLL(None).malloc_trim(0)  # pages that making the data has left in the heap would pass for nobody's
+    evaluate(
+        function, small.map(lambda x: x.detach().requires_grad_(), small.wrt), case.mode
+    )  # loads what a first call loads
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # pages that making the data has left in the heap would pass for nobody's
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     taken = []
@@ -56,13 +65,26 @@ def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any
 
 def _resident(field: str) -> float:
     """MiB of resident memory: VmRSS now, VmHWM at most since the start, or since 5 was written to clear_refs."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+    )
     return float(lines[field].split()[0]) / 1024
 
 
 def spawn(op: str, index: int, provider: str, rounds: int) -> dict[str, Any]:
     """`alone` in a new process."""
-    command = [sys.executable, "-m", "fastrl.bench.fresh", op, "--worker", str(index), "--providers", provider, "--rounds", str(rounds)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastrl.bench.fresh",
+        op,
+        "--worker",
+        str(index),
+        "--providers",
+        provider,
+        "--rounds",
+        str(rounds),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise UserError(f"{op}, {provider}: {done.stderr.strip().splitlines()[-1]}")
@@ -71,7 +93,9 @@ def spawn(op: str, index: int, provider: str, rounds: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("op")
     parser.add_argument("--providers", nargs="+", default=[OURS, EAGER, PRODUCTS])
     parser.add_argument("--rounds", type=int, default=5)
@@ -82,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bench = load(options.op)
         if options.worker is not None:
-            print(json.dumps(alone(bench, headline(bench)[options.worker], options.providers[0], options.rounds)))
+            print(
+                json.dumps(
+                    alone(bench, headline(bench)[options.worker], options.providers[0], options.rounds)
+                )
+            )
             return 0
         found = []
         for i, case in enumerate(headline(bench)):
@@ -90,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = {p: spawn(options.op, i, p, options.rounds) for p in options.providers}
             for provider, row in rows.items():
                 ratios = "  ".join(
-                    f"{row['ms'] / r['ms']:.2f}x the time, {row['mib'] / r['mib']:.3f}x the memory of {p}" for p, r in rows.items()
+                    f"{row['ms'] / r['ms']:.2f}x the time, {row['mib'] / r['mib']:.3f}x the memory of {p}"
+                    for p, r in rows.items()
                 )
                 print(f"  {provider:12} {row['ms']:9.1f} ms {row['mib']:9.1f} MiB   {ratios}")
             found.append({"op": options.op, "case": case.label, "mode": case.mode, "providers": rows})
@@ -98,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.out:
-        options.out.write_text(json.dumps({"identity": identity(torch.device("cpu")), "rows": found}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(
+            json.dumps({"identity": identity(torch.device("cpu")), "rows": found}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     return 0
 
 

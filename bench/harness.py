@@ -1,4 +1,6 @@
-"""Runs one `Bench`: builds its providers, checks them against float64, measures them side by side, and turns all into rows."""
+"""Runs one `Bench`: builds its providers, checks them against float64, measures them side by side, and turns
+all into rows.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, COMPILE, ELSEWHERE, OURS, PRODUCTS, Bench, Case, Data, Function, Unavailable
+from fastrl.bench.common import (
+    BOTH,
+    COMPILE,
+    ELSEWHERE,
+    OURS,
+    PRODUCTS,
+    Bench,
+    Case,
+    Data,
+    Function,
+    Unavailable,
+)
 from fastrl.bench.ledger import ALL, FAILED, LEFT_OUT, OK, UNAVAILABLE, Percentiles, Row
 from fastrl.bench.timing import Call, Effort, Samples, Timer, measure, peak_bytes, percentile, timer_for
 from fastrl.kernels._backend import COMPILED_ONLY, EXACT_ONLY, devices
@@ -22,10 +35,11 @@ REASON = 300  # characters of an error that a row keeps
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run does: the effort, whether torch.compile and kernels that are only known to compile take part, and until when.
+    """What a run does: the effort, whether torch.compile and kernels that are only known to compile take
+    part, and until when.
 
-    `deadline` is on time.monotonic's clock: past it no further case starts; past an op's own share of the time, torch.compile
-    (seconds of compilation for each case) is left out.
+    `deadline` is on time.monotonic's clock: past it no further case starts; past an op's own share of the
+    time, torch.compile (seconds of compilation for each case) is left out.
     """
 
     effort: Effort
@@ -61,7 +75,8 @@ class Runner:
 def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) -> list[Row]:
     """The rows of one case.  `share_over`: the op has used up its share of the time."""
     runners = list(_runners(bench, case, plan, share_over))
-    # a backward on CUDA runs in a thread of autograd's own, where the backend asked for here would not be seen
+    # a backward on CUDA runs in a thread of autograd's own, where the backend asked for here would not be
+    # seen
     with torch.autograd.set_multithreading_enabled(False):
         _check(bench, case, runners)
         data = bench.data(case)
@@ -78,7 +93,9 @@ def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) 
 def _measure(runners: list[Runner], timer: Timer, effort: Effort) -> None:
     by_name = {r.provider: r for r in runners}
     calls, contexts = {n: r.call for n, r in by_name.items()}, {n: r.context for n, r in by_name.items()}
-    for name, found in measure(calls, timer, effort, lambda n, error: by_name[n].fail(error), contexts).items():
+    for name, found in measure(
+        calls, timer, effort, lambda n, error: by_name[n].fail(error), contexts
+    ).items():
         by_name[name].samples = found
 
 
@@ -106,10 +123,18 @@ def _runners(bench: Bench, case: Case, plan: Plan, share_over: bool) -> Iterator
     """Every provider of the case, built; ours once per implementation, torch.compile last."""
     for name in sorted(bench.providers, key=lambda n: n.startswith(COMPILE)):
         if name.startswith(COMPILE) and (share_over or not plan.compile):
-            reason = "this op's share of the time is over" if share_over else "compilation takes longer than a quick run"
+            reason = (
+                "this op's share of the time is over"
+                if share_over
+                else "compilation takes longer than a quick run"
+            )
             yield Runner(name, name, status=LEFT_OUT, reason=reason)
             continue
-        variants = _implementations(name, bench, case, plan) if name.startswith(OURS) and bench.registry else [Runner(name, name)]
+        variants = (
+            _implementations(name, bench, case, plan)
+            if name.startswith(OURS) and bench.registry
+            else [Runner(name, name)]
+        )
         for runner in variants:
             if runner.status == OK:
                 _build(runner, bench, case)
@@ -207,10 +232,14 @@ def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
             attempt(runner, compare)
 
 
-def errors(found: tuple[list[Tensor], list[Tensor]], truth: tuple[list[Tensor], list[Tensor]]) -> tuple[float, float]:
-    """Absolute error of the first output; the worst error of any output or gradient over that tensor's largest true value.
+def errors(
+    found: tuple[list[Tensor], list[Tensor]], truth: tuple[list[Tensor], list[Tensor]]
+) -> tuple[float, float]:
+    """Absolute error of the first output; the worst error of any output or gradient over that tensor's
+    largest true value.
 
-    Outputs that the truth does not have, and rows that the provider does not compute, are not compared.  A NaN is an infinite error.
+    Outputs that the truth does not have, and rows that the provider does not compute, are not compared.  A
+    NaN is an infinite error.
     """
     absolute, relative = [], []
     for ours, exact in (pair for o, e in zip(found, truth, strict=True) for pair in zip(o, e, strict=False)):
@@ -226,12 +255,26 @@ def errors(found: tuple[list[Tensor], list[Tensor]], truth: tuple[list[Tensor], 
 def _row(bench: Bench, case: Case, r: Runner) -> Row:
     cost = bench.cost(case)
     return Row(
-        op=bench.op, case=case.label, shape=dict(case.shape), dtype=case.dtype, mode=case.mode, headline=case.headline,
-        provider=r.provider, status=r.status, reason=r.reason, default=r.default,
-        ms={cache: _percentiles(found) for cache, found in r.samples.items()}, samples=max(map(len, r.samples.values()), default=0),
-        bytes=cost.bytes, flops=cost.flops, tokens=cost.tokens, peak_bytes=r.peak,
-        error=_finite(r.error), relative_error=_finite(r.relative), details=r.details,
-    )  # fmt: skip
+        op=bench.op,
+        case=case.label,
+        shape=dict(case.shape),
+        dtype=case.dtype,
+        mode=case.mode,
+        headline=case.headline,
+        provider=r.provider,
+        status=r.status,
+        reason=r.reason,
+        default=r.default,
+        ms={cache: _percentiles(found) for cache, found in r.samples.items()},
+        samples=max(map(len, r.samples.values()), default=0),
+        bytes=cost.bytes,
+        flops=cost.flops,
+        tokens=cost.tokens,
+        peak_bytes=r.peak,
+        error=_finite(r.error),
+        relative_error=_finite(r.relative),
+        details=r.details,
+    )
 
 
 def _percentiles(found: list[float]) -> Percentiles:
@@ -251,7 +294,9 @@ def run_bench(bench: Bench, chosen: list[Case], plan: Plan, share: float) -> Ite
             continue
         try:
             yield from run_case(bench, case, plan, share_over=time.monotonic() > share)
-        except RuntimeError as error:  # no memory for the inputs, or a device that an earlier kernel has broken
+        except (
+            RuntimeError
+        ) as error:  # no memory for the inputs, or a device that an earlier kernel has broken
             whole = Runner(ALL, "")
             whole.fail(error)
             yield _row(bench, case, whole)

@@ -1,7 +1,8 @@
 """What a benchmark run leaves behind: rows, what they were measured on, and their JSON file.
 
-Times are milliseconds of one call; every rate and ratio is computed from them when it is shown, so none can disagree.
-Nothing here names a machine: the device's model, versions and the commit are enough to repeat a run.
+Times are milliseconds of one call; every rate and ratio is computed from them when it is shown, so none can
+disagree.  Nothing here names a machine: the device's model, versions and the commit are enough to repeat a
+run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from fastrl.run.environment import processor
 SCHEMA = 1
 QUICK = "-quick-"  # in the name of a file whose sizes are not the ones to publish
 MEASURED, SUFFIXES = ("kernels", "csrc", "bench"), (".py", ".h", ".cpp", ".cu", ".cuh")
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flash-attn",
+    "quack-kernels",
+)
 ALL = "all providers"  # the provider of a row that speaks for a whole case
 OK, UNAVAILABLE, FAILED, LEFT_OUT = "ok", "unavailable", "failed", "left out"
 Percentiles = tuple[float, float, float]  # 20, 50, 80
@@ -39,7 +49,8 @@ class Row:
 
     status, reason      "ok", or why there are no numbers
     default             it is the implementation of ours that runs when nobody asks for another
-    ms                  "cold" (L2 flushed before each call; CUDA) or "warm" -> milliseconds, percentiles 20, 50 and 80
+    ms                  "cold" (L2 flushed before each call; CUDA) or "warm" -> milliseconds, percentiles 20,
+                        50 and 80
     samples             how many of each
     bytes, flops        the least the case can cost; tokens: what it yields
     peak_bytes          most memory held beyond what was held before, as torch's allocator sees it
@@ -100,7 +111,12 @@ class Results:
     def save(self, path: Path) -> None:
         """Write the JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"schema": SCHEMA, "identity": self.identity, "ceilings": asdict(self.ceilings), "settings": self.settings}
+        content = {
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "ceilings": asdict(self.ceilings),
+            "settings": self.settings,
+        }
         rows = ",\n".join("  " + json.dumps(asdict(r), allow_nan=False) for r in self.rows)
         text = json.dumps(content, indent=1)
         path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
@@ -115,7 +131,9 @@ class Results:
             rows = [Row(**{**r, "ms": {k: tuple(v) for k, v in r["ms"].items()}}) for r in content["rows"]]
             return cls(content["identity"], Ceilings(**content["ceilings"]), content["settings"], rows)
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the results of a benchmark run ({type(error).__name__}: {error})") from None
+            raise UserError(
+                f"{path}: not the results of a benchmark run ({type(error).__name__}: {error})"
+            ) from None
 
     def file_name(self) -> str:
         """<device>-<date>.json, or <device>-quick-<date>.json."""
@@ -164,7 +182,9 @@ def _output(*command: str) -> str | None:
 
 
 def _driver(device: torch.device) -> str | None:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
+    return _output(
+        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)
+    )
 
 
 def _version(package: str) -> str | None:

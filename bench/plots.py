@@ -1,4 +1,5 @@
-"""The headline cases of a run as a picture: how many times faster than eager PyTorch each provider is, and where the limit lies.
+"""The headline cases of a run as a picture: how many times faster than eager PyTorch each provider is, and
+where the limit lies.
 
 One panel a case and mode, PNG and SVG.  Ratios only: on a shared CPU nothing else means much.
 """
@@ -19,11 +20,18 @@ from fastrl.bench.table import group, named, ratio
 from fastrl.report.plots import COLOURS, INK, STYLE
 
 DEFAULT, OURS, PEERS, BOUND = COLOURS[0], COLOURS[5], "#b8b8b8", "#e6e6e6"
-COLUMNS, INCHES, BAR, FRAME = 2, 5.2, 0.2, 0.85  # panels beside each other; inches of a panel's width, a bar, and all around the bars
+COLUMNS, INCHES, BAR, FRAME = (
+    2,
+    5.2,
+    0.2,
+    0.85,
+)  # panels beside each other; inches of a panel's width, a bar, and all around the bars
 
 
 def draw(results: Results, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg; the files, none when no headline case has both eager and another provider's numbers."""
+    """Write `stem`.png and `stem`.svg; the files, none when no headline case has both eager and another
+    provider's numbers.
+    """
     panels = [m for _, m in group([r for r in results.rows if r.headline]) if len(_bars(m)) > 0]
     if not panels:
         return []
@@ -54,7 +62,9 @@ def _panel(axes: Axes, results: Results, members: Sequence[Row]) -> None:
     for y, (row, x) in enumerate(bars):
         colour = DEFAULT if row.default else OURS if row.own else BOUND if row.provider == PRODUCTS else PEERS
         axes.barh(y, x - 1, left=1, height=0.7, color=colour)
-        axes.annotate(f"{x:.3g}x", (max(x, 1), y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+        axes.annotate(
+            f"{x:.3g}x", (max(x, 1), y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+        )
     axes.set_yticks(range(len(bars)), [r.provider for r, _ in bars])
     for label, (row, _) in zip(axes.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if row.default else "normal")
@@ -65,7 +75,14 @@ def _panel(axes: Axes, results: Results, members: Sequence[Row]) -> None:
     axes.margins(x=0.15)
     if share:
         axes.axvline(1 / share, color=COLOURS[1], linestyle="--", linewidth=1)
-        axes.annotate("limit", (1 / share, 0), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            "limit",
+            (1 / share, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 2),
+            textcoords="offset points",
+            fontsize=7,
+        )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", length=0)
@@ -75,5 +92,12 @@ def _panel(axes: Axes, results: Results, members: Sequence[Row]) -> None:
 
 def _title(results: Results) -> str:
     who = results.identity
-    where = who["device"] if who["kind"] == "cuda" else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
-    return f"Times faster than eager PyTorch ({where}, torch {who['packages']['torch']}, {who['date'][:10]}); dashed: the measured limit"
+    where = (
+        who["device"]
+        if who["kind"] == "cuda"
+        else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
+    )
+    return (
+        f"Times faster than eager PyTorch ({where}, torch {who['packages']['torch']}, "
+        f"{who['date'][:10]}); dashed: the measured limit"
+    )

@@ -1,6 +1,7 @@
 """The README's table of measurements, generated: `python -m fastrl.bench.readme [results.json ...]`.
 
-CPU figures are shown as ratios only: a CPU's name says little about what else its machine was doing.  GPU figures name the GPU.
+CPU figures are shown as ratios only: a CPU's name says little about what else its machine was doing.  GPU
+figures name the GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ RATIOS = ("vs eager", "vs torch.compile", "vs best peer")
 def newest(folder: Path) -> list[Path]:
     """The newest results of each device in a folder, quick ones aside; the date ends the name."""
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(LEARNING)):
+    for path in sorted(
+        p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(LEARNING)
+    ):
         found[path.stem[: -len("-0000-00-00")]] = path
     return list(found.values())
 
@@ -41,7 +44,9 @@ def block(results: Sequence[Results]) -> str:
 
 
 def replace_block(text: str, new: str, name: str = "bench") -> str:
-    """`text` with the block of that name replaced, marks included.  Raises UserError when it has not exactly one."""
+    """`text` with the block of that name replaced, marks included.  Raises UserError when it has not exactly
+    one.
+    """
     begin, end = marks(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise UserError(f"README: expected one {begin} followed by one {end}")
@@ -54,7 +59,10 @@ def section(results: Results) -> str:
     who, cuda = results.identity, results.identity["kind"] == "cuda"
     commit = f"commit {(who['commit'] or 'unknown')[:10]}{' with changes' if who['dirty'] else ''}"
     device = who["device"] if cuda else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
-    title = f"**{device}**, torch {who['packages']['torch']}, {who['date'][:10]}, {commit}. More than 1x: ours is faster."
+    title = (
+        f"**{device}**, torch {who['packages']['torch']}, {who['date'][:10]}, {commit}. More than 1x: "
+        "ours is faster."
+    )
     head = ["op", "case", "mode", *(["ms"] if cuda else []), *RATIOS, "of measured limit", "memory vs eager"]
     lines = [head, ["---"] * len(head)]
     for _, members in group([r for r in results.rows if r.headline]):
@@ -71,10 +79,16 @@ def _ours(rows: Sequence[Row]) -> Row | None:
 
 def _line(results: Results, ours: Row, rows: Sequence[Row], cuda: bool) -> list[str]:
     eager = named(rows, EAGER)
-    peers = [r for r in rows if not r.own and r.provider not in (EAGER, COMPILE, PRODUCTS) and r.best is not None]
+    peers = [
+        r for r in rows if not r.own and r.provider not in (EAGER, COMPILE, PRODUCTS) and r.best is not None
+    ]
     best = min(peers, key=lambda r: r.best or 0.0, default=None)
     limit = results.share_of_limit(ours)
-    memory = "" if eager is None or not eager.peak_bytes or ours.peak_bytes is None else f"{ours.peak_bytes / eager.peak_bytes:.2f}x"
+    memory = (
+        ""
+        if eager is None or not eager.peak_bytes or ours.peak_bytes is None
+        else f"{ours.peak_bytes / eager.peak_bytes:.2f}x"
+    )
     return [
         f"`{ours.op}`",
         f"{ours.case} {ours.dtype}",
@@ -94,8 +108,12 @@ def _times(x: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.readme", description="Rewrite the README's table of measurements.")
-    parser.add_argument("results", nargs="*", type=Path, help="default: the newest of each device in bench/results")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrl.bench.readme", description="Rewrite the README's table of measurements."
+    )
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="default: the newest of each device in bench/results"
+    )
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(argv)
     paths = options.results or newest(Path(__file__).parent / "results")
@@ -103,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not paths:
             raise UserError("bench/results holds no results yet: run fastrl bench first, or name a file")
         text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(replace_block(text, block([Results.load(p) for p in paths])), encoding="utf-8")
+        options.readme.write_text(
+            replace_block(text, block([Results.load(p) for p in paths])), encoding="utf-8"
+        )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

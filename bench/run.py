@@ -1,7 +1,8 @@
-"""Runs the benchmarks: `fastrl bench [op ...]`, or `python -m fastrl.bench.run`, which needs no command line package.
+"""Runs the benchmarks: `fastrl bench [op ...]`, or `python -m fastrl.bench.run`, which needs no command line
+package.
 
---gpu-check is the short run of a GPU machine: every headline case, kernels that are only known to compile included, in a bounded
-time and without anything from the network.
+--gpu-check is the short run of a GPU machine: every headline case, kernels that are only known to compile
+included, in a bounded time and without anything from the network.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Bench:
     """The benchmark of an op.  Raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"ops: no benchmark {name!r}{nearest(name, names())}; there are: {', '.join(names())}")
+        raise UserError(
+            f"ops: no benchmark {name!r}{nearest(name, names())}; there are: {', '.join(names())}"
+        )
     folder = next(HERE.glob(f"*/bench_{name}.py")).parent.name
     bench = importlib.import_module(f"fastrl.bench.{folder}.bench_{name}").BENCH
     assert isinstance(bench, Bench), name
@@ -65,7 +68,9 @@ def load(name: str) -> Bench:
 
 
 def choose(bench: Bench, device: str, options: Options) -> list[Case]:
-    """The cases of a run: quick ones on CPU with --quick, the headlines of CUDA with --quick or --gpu-check, else all full ones."""
+    """The cases of a run: quick ones on CPU with --quick, the headlines of CUDA with --quick or --gpu-check,
+    else all full ones.
+    """
     level = "quick" if options.quick and device == "cpu" else "full"
     few = options.quick or options.gpu_check
     return [c for c in bench.cases if c.device == device and c.level == level and (c.headline or not few)]
@@ -81,7 +86,9 @@ def plan_for(device: str, options: Options, started: float) -> Plan:
 
 
 def run(options: Options) -> Results:
-    """Measure, showing each op's rows as they come.  Raises UserError for an unknown op and for a device that is not there."""
+    """Measure, showing each op's rows as they come.  Raises UserError for an unknown op and for a device that
+    is not there.
+    """
     started = time.monotonic()
     device, _ = place("cuda" if options.gpu_check else options.device, "auto")
     if device.type == "cuda":
@@ -105,20 +112,31 @@ def run(options: Options) -> Results:
 def _announce(results: Results) -> None:
     who, limit = results.identity, results.ceilings
     print(
-        f"{who['device']}, {who['threads']} CPU threads, torch {who['packages']['torch']}, commit {who['commit']}, sources {who['sources']}"
+        f"{who['device']}, {who['threads']} CPU threads, torch {who['packages']['torch']}, "
+        f"commit {who['commit']}, sources {who['sources']}"
     )
-    print(f"measured limits: copy {limit.copy_gb_s:,.1f} GB/s, matrix product {limit.gemm_tflop_s:,.3g} TFLOP/s ({limit.gemm})")
-    print("ms: median of a call, cold L2 on CUDA; error: against float64; *: what runs by default\n", flush=True)
+    print(
+        f"measured limits: copy {limit.copy_gb_s:,.1f} GB/s, "
+        f"matrix product {limit.gemm_tflop_s:,.3g} TFLOP/s ({limit.gemm})"
+    )
+    print(
+        "ms: median of a call, cold L2 on CUDA; error: against float64; *: what runs by default\n", flush=True
+    )
 
 
 def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool:
-    """Free the op's memory; False, with a row for every op that is left, when a kernel has broken the CUDA context."""
+    """Free the op's memory; False, with a row for every op that is left, when a kernel has broken the CUDA
+    context.
+    """
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return True
     except RuntimeError as error:
-        reason = f"the CUDA context was lost in {last[0].op if last else 'the benchmark before'}: {' '.join(str(error).split())[:200]}"
+        reason = (
+            f"the CUDA context was lost in {last[0].op if last else 'the benchmark before'}: "
+            f"{' '.join(str(error).split())[:200]}"
+        )
         for bench in rest:
             results.rows.append(left_out(bench, bench.cases[-1], reason))
         print(reason, file=sys.stderr)
@@ -126,7 +144,9 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
 
 
 def save(results: Results, options: Options) -> Path:
-    """Write the JSON file to --output, else to --out, else to bench/results of a checkout; plots beside it, with --out a table too."""
+    """Write the JSON file to --output, else to --out, else to bench/results of a checkout; plots beside it,
+    with --out a table too.
+    """
     default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
     path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
     results.save(path)
@@ -149,8 +169,12 @@ def _plots(results: Results, path: Path) -> list[Path]:
 
 
 def main(config: Any) -> Results:
-    """`fastrl bench`: `config` holds ops, device, quick and output; the result's exit_code is 1 when one of our kernels failed."""
-    return _main(Options(ops=tuple(config.ops), device=config.device, quick=config.quick, output=config.output))
+    """`fastrl bench`: `config` holds ops, device, quick and output; the result's exit_code is 1 when one of
+    our kernels failed.
+    """
+    return _main(
+        Options(ops=tuple(config.ops), device=config.device, quick=config.quick, output=config.output)
+    )
 
 
 def _main(options: Options) -> Results:
@@ -162,12 +186,17 @@ def _main(options: Options) -> Results:
 def command(argv: Sequence[str] | None = None) -> int:
     """`python -m fastrl.bench.run`; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastrl.bench.run", description="Time the ops against their peers and the hardware's limit."
+        prog="python -m fastrl.bench.run",
+        description="Time the ops against their peers and the hardware's limit.",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(names())}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="few shapes and repetitions, no torch.compile")
-    parser.add_argument("--gpu-check", action="store_true", help=f"the headline cases on CUDA in about {CHECK_SECONDS:.0f} seconds")
+    parser.add_argument(
+        "--gpu-check",
+        action="store_true",
+        help=f"the headline cases on CUDA in about {CHECK_SECONDS:.0f} seconds",
+    )
     parser.add_argument("--output", help="a .json file for the measurements")
     parser.add_argument("--out", help="a folder for the .json file and the table")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")

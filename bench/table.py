@@ -10,7 +10,18 @@ from typing import Any
 from fastrl.bench.common import EAGER
 from fastrl.bench.ledger import OK, Results, Row
 
-COLUMNS = ("provider", "ms", "20%..80%", "warm ms", "vs eager", "of limit", "rate", "MiB", "error", "relative")
+COLUMNS = (
+    "provider",
+    "ms",
+    "20%..80%",
+    "warm ms",
+    "vs eager",
+    "of limit",
+    "rate",
+    "MiB",
+    "error",
+    "relative",
+)
 
 
 def group(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -71,7 +82,10 @@ def text(results: Results, rows: Sequence[Row]) -> str:
     for title, members in group(rows):
         lines = [list(COLUMNS)]
         for row in members:
-            lines += [cells(results, row, named(members, EAGER)), *([["", details(row)]] if row.details else [])]
+            lines += [
+                cells(results, row, named(members, EAGER)),
+                *([["", details(row)]] if row.details else []),
+            ]
         full = [x for x in lines if len(x) == len(COLUMNS)]
         widths = [max(len(x[i]) for x in full) for i in range(len(COLUMNS))]
         widths[0] = max(len(x[0]) for x in lines)
@@ -84,11 +98,15 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
     first, *rest = line
     if len(rest) == 1:
         return f"{first.ljust(widths[0])}  {rest[0]}"
-    return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]).rstrip()
+    return "  ".join(
+        [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+    ).rstrip()
 
 
 def show(results: Results, rows: Sequence[Row]) -> None:
-    """Print the rows: as a table where rich is installed and somebody looks at a terminal, else as aligned text."""
+    """Print the rows: as a table where rich is installed and somebody looks at a terminal, else as aligned
+    text.
+    """
     rich = _rich() if sys.stdout.isatty() else None
     if rich is None:
         print(text(results, rows) + "\n", flush=True)
@@ -99,7 +117,9 @@ def show(results: Results, rows: Sequence[Row]) -> None:
         for row in members:
             line = cells(results, row, named(members, EAGER))
             table.add_row(*line, style="dim" if row.status != OK else "bold" if row.default else None)
-        console.print(table, *(f"  {row.provider}: {details(row)}" for row in members if row.details), sep="\n")
+        console.print(
+            table, *(f"  {row.provider}: {details(row)}" for row in members if row.details), sep="\n"
+        )
 
 
 def _rich() -> tuple[Any, Any] | None:

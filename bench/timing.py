@@ -1,8 +1,9 @@
 """How long things take: fair samples of several providers in one process, and the hardware's measured limits.
 
-Providers take turns: every round runs each of them once, in an order that rotates and reverses, so that clocks, heat and
-neighbours hit all alike.  On CUDA a sample is timed by device events behind a kernel that keeps the device busy until the work is
-queued: the device never waits for Python.  "cold" samples flush the L2 cache before each call.
+Providers take turns: every round runs each of them once, in an order that rotates and reverses, so that
+clocks, heat and neighbours hit all alike.  On CUDA a sample is timed by device events behind a kernel that
+keeps the device busy until the work is queued: the device never waits for Python.  "cold" samples flush the
+L2 cache before each call.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def turn(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: rotated by one every second round and reversed in between, so no one has a place or a neighbour for long."""
+    """The order of a round: rotated by one every second round and reversed in between, so no one has a place
+    or a neighbour for long.
+    """
     if not names:
         return []
     k = (round_ // 2) % len(names)
@@ -210,7 +213,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # some builds of torch announce every profile on standard error
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # some builds of torch announce every profile on standard error
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
@@ -225,7 +230,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 # --- the hardware's limits --------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the hardware does at best, measured in this run: bytes read plus written per second by a copy, FLOP/s of a matrix product."""
+    """What the hardware does at best, measured in this run: bytes read plus written per second by a copy,
+    FLOP/s of a matrix product.
+    """
 
     copy_gb_s: float
     gemm_tflop_s: float
@@ -237,22 +244,32 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, quick: bool) -> Ceilings:
-    """Measure them: a copy far larger than any cache, and a square product on random numbers (on zeros it runs faster).
+    """Measure them: a copy far larger than any cache, and a square product on random numbers (on zeros it
+    runs faster).
 
     On CPU the faster product of torch's and ours: torch's is not always the processor's limit.
     """
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (1024 if quick else 2048, torch.float32)
     size = 1 << 30 if cuda else 1 << 26 if quick else 1 << 28
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))  # zeros may share one page
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)
+    )  # zeros may share one page
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b, out=out)}
     calls |= {} if cuda else {"linear": lambda: ops.linear(a, b)}
     problems: list[Exception] = []
-    taken = measure(calls, timer_for(device, wall=False), Effort(5 if quick else 15, 1.0, 3_000.0), lambda _, error: problems.append(error))
+    taken = measure(
+        calls,
+        timer_for(device, wall=False),
+        Effort(5 if quick else 15, 1.0, 3_000.0),
+        lambda _, error: problems.append(error),
+    )
     if problems:
         raise problems[0]
     copy_ms, *products = (percentile(taken[name]["warm"], 0.2) for name in calls)
     gemm_ms = min(products)
-    return Ceilings(2 * size / copy_ms * 1e-6, 2 * n**3 / gemm_ms * 1e-9, f"{n}^3 {str(dtype).removeprefix('torch.')}")
+    return Ceilings(
+        2 * size / copy_ms * 1e-6, 2 * n**3 / gemm_ms * 1e-9, f"{n}^3 {str(dtype).removeprefix('torch.')}"
+    )

@@ -39,7 +39,9 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Run the stages of a file one after the other, each from the last one's checkpoint; again, to go on where it stopped."""
+    """Run the stages of a file one after the other, each from the last one's checkpoint; again, to go on
+    where it stopped.
+    """
 
     file: Positional[str]
     """A YAML file; see docs/pipelines.md."""
@@ -90,7 +92,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command of the command line and return its exit code; whatever fails becomes one line on standard error."""
+    """Run one command of the command line and return its exit code; whatever fails becomes one line on
+    standard error.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
@@ -106,9 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(args, str(error))
     except OSError as error:
-        return _fail(args, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except Exception as error:  # the outermost frame: a bug of ours must still end in one line that says what to do
-        return _fail(args, f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)")
+        return _fail(
+            args, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        )
+    except (
+        Exception
+    ) as error:  # the outermost frame: a bug of ours must still end in one line that says what to do
+        return _fail(
+            args,
+            f"internal error: {type(error).__name__}: "
+            f"{_one_line(error)} (run again with --debug for the traceback)",
+        )
 
 
 def _dispatch(args: list[str]) -> int:
@@ -120,7 +132,10 @@ def _dispatch(args: list[str]) -> int:
         return 0
     name, *rest = args
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}" + (nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"))
+        raise UsageError(
+            f"unknown command {name!r}"
+            + (nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}")
+        )
     command = COMMANDS[name]
     asked = parse(command.config, rest, prog=f"fastrl {name}", quiet=_rank() != 0)
     if asked.dry_run:
@@ -143,7 +158,8 @@ def _overview() -> str:
             "commands:",
             *lines,
             "",
-            "`fastrl COMMAND --help` shows a command's options; every one of them can also stand in a file given by --config.",
+            "`fastrl COMMAND --help` shows a command's options; "
+            "every one of them can also stand in a file given by --config.",
         ]
     )
 
@@ -156,7 +172,8 @@ def _say(text: str) -> None:
 def _fail(args: Sequence[str], message: str, *, code: int = 1, usage: bool = False) -> int:
     """Report a failure on standard error.
 
-    Under torchrun every rank makes the same usage error, so rank 0 speaks for all; another failure may be one rank's alone.
+    Under torchrun every rank makes the same usage error, so rank 0 speaks for all; another failure may be one
+    rank's alone.
     """
     if usage and _rank() != 0:
         return code

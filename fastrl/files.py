@@ -18,14 +18,17 @@ from typing import Any
 from fastrl.errors import UserError
 
 _NOT_THE_USERS = tuple(
-    f"{Path(p).resolve()}{os.sep}" for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    f"{Path(p).resolve()}{os.sep}"
+    for p in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
 )
 
 
 def load_object(spec: str, option: str) -> Any:
-    """The object named by `file.py:name`; `option` is what the user typed it for (`--task`), for the messages.
+    """The object named by `file.py:name`; `option` is what the user typed it for (`--task`), for the
+    messages.
 
-    Raises UserError for another form, a missing file, a file that fails when run, and a name it does not define.
+    Raises UserError for another form, a missing file, a file that fails when run, and a name it does not
+    define.
     """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
@@ -35,8 +38,15 @@ def load_object(spec: str, option: str) -> Any:
         raise UserError(f"{option}: no file {path} (looked in {Path.cwd()})")
     module = _module(file.resolve(), option)
     if not hasattr(module, name):
-        own = [n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", None) == module.__name__]
-        raise UserError(f"{option}: {path} defines no {name!r}{nearest(name, own)}; it defines: {', '.join(own) or 'nothing'}")
+        own = [
+            n
+            for n, v in vars(module).items()
+            if not n.startswith("_") and getattr(v, "__module__", None) == module.__name__
+        ]
+        raise UserError(
+            f"{option}: {path} defines no {name!r}{nearest(name, own)}; it defines: "
+            f"{', '.join(own) or 'nothing'}"
+        )
     return getattr(module, name)
 
 
@@ -49,7 +59,8 @@ def nearest(name: str, choices: Collection[str]) -> str:
 def call_user(what: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, where the function is the user's: whatever it raises becomes a UserError.
 
-    The message holds the exception and the file:line of the user's own innermost frame; the cause is kept for --debug.
+    The message holds the exception and the file:line of the user's own innermost frame; the cause is kept for
+    --debug.
     """
     try:
         return function(*args, **kwargs)
@@ -78,7 +89,9 @@ def decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: expected UTF-8 text, got byte {raw[error.start]:#04x} at column {error.start + 1}") from error
+        raise UserError(
+            f"{where}: expected UTF-8 text, got byte {raw[error.start]:#04x} at column {error.start + 1}"
+        ) from error
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -86,7 +99,9 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: expected a JSON object, got {shorten(text)} ({error.msg} at column {error.colno})") from error
+        raise UserError(
+            f"{where}: expected a JSON object, got {shorten(text)} ({error.msg} at column {error.colno})"
+        ) from error
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
         raise UserError(f"{where}: expected a JSON object, got {shorten(text)} ({error})") from error
 
@@ -94,7 +109,9 @@ def parse_json(text: str, where: str) -> Any:
 def as_object(value: Any, where: str) -> dict[str, Any]:
     """`value` if it is a JSON object; UserError naming `where` otherwise."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object like {{'prompt': ..., 'completion': ...}}, got {shorten(value)}")
+        raise UserError(
+            f"{where}: expected a JSON object like {{'prompt': ..., 'completion': ...}}, got {shorten(value)}"
+        )
     return value
 
 

@@ -1,4 +1,6 @@
-"""The public ops.  Re-exports only: each op's formula, reference, kernels and registration live in fastrl/kernels/<op>.py."""
+"""The public ops.  Re-exports only: each op's formula, reference, kernels and registration live in
+fastrl/kernels/<op>.py.
+"""
 
 from fastrl.kernels._backend import backend, exact, implementations, use_backend
 from fastrl.kernels.attention import attention

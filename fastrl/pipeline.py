@@ -1,4 +1,5 @@
-"""`fastrl run pipeline.yaml`: stages one after the other, each from the checkpoint of the one before, and one report over all.
+"""`fastrl run pipeline.yaml`: stages one after the other, each from the checkpoint of the one before, and one
+report over all.
 
     output_dir: runs/cards
     shared: {task: cards, task_options: [k=3], seed: 0}        # options of every stage that has them
@@ -7,8 +8,9 @@
       - grpo: {steps: 100, group: 8}                           # model: {sft}, unless it says another
       - grpo: {name: longer, model: "{grpo}", max_new_tokens: 64}
 
-`{name}` in a text is the last checkpoint of the stage of that name, which is the command's unless `name` says another.  A pipeline that
-was stopped goes on where it was: stages that are done are left alone, one that is half done resumes.
+`{name}` in a text is the last checkpoint of the stage of that name, which is the command's unless `name` says
+another.  A pipeline that was stopped goes on where it was: stages that are done are left alone, one that is
+half done resumes.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class Stage:
 
 
 def run(options: Options) -> None:
-    """Run what is not done of a pipeline, and write its report.  Raises UserError for whatever is wrong in it, before any training."""
+    """Run what is not done of a pipeline, and write its report.  Raises UserError for whatever is wrong in
+    it, before any training.
+    """
     stages = plan(Path(options.file))
     folder = Path(stages[0].config.output_dir).parent
     for stage in stages:
@@ -83,7 +87,9 @@ def plan(path: Path) -> list[Stage]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:
-        raise UserError(f"{path}: expected the keys output_dir and stages, a list of commands with their options")
+        raise UserError(
+            f"{path}: expected the keys output_dir and stages, a list of commands with their options"
+        )
     for key in tree:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
@@ -94,28 +100,47 @@ def plan(path: Path) -> list[Stage]:
     return stages
 
 
-def _stage(where: str, entry: Any, shared: Mapping[str, Any], folder: Path, number: int, before: list[Stage]) -> Stage:
-    if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(next(iter(entry.values())), dict | None):
-        raise UserError(f"{where}: expected one command with its options, like `sft: {{steps: 100}}`, got {entry!r}")
+def _stage(
+    where: str, entry: Any, shared: Mapping[str, Any], folder: Path, number: int, before: list[Stage]
+) -> Stage:
+    if (
+        not isinstance(entry, dict)
+        or len(entry) != 1
+        or not isinstance(next(iter(entry.values())), dict | None)
+    ):
+        raise UserError(
+            f"{where}: expected one command with its options, like `sft: {{steps: 100}}`, got {entry!r}"
+        )
     command, own = next(iter(entry.items()))
     if command not in TRAINING:
-        raise UserError(f"{where}: unknown command {command!r}{nearest(str(command), TRAINING)}; expected one of {', '.join(TRAINING)}")
+        raise UserError(
+            f"{where}: unknown command {command!r}{nearest(str(command), TRAINING)}; "
+            f"expected one of {', '.join(TRAINING)}"
+        )
     kind, given = TRAINING[command], dict(own or {})
     name = str(given.pop("name", command))
     if name in {s.name for s in before}:
-        raise UserError(f"{where}: a second stage is called {name!r}; give it another name, like `name: {name}-2`")
+        raise UserError(
+            f"{where}: a second stage is called {name!r}; give it another name, like `name: {name}-2`"
+        )
     if "output_dir" in given or "resume" in given:
         raise UserError(
-            f"{where}: output_dir and resume are the pipeline's own: stages lie side by side in {folder}, and resume by themselves"
+            f"{where}: output_dir and resume are the pipeline's own: "
+            f"stages lie side by side in {folder}, and resume by themselves"
         )
     policies = [s for s in before if s.command != "reward"]
     known = {f.name for f in fields(kind)}
-    options = {k: v for k, v in shared.items() if k.split(".")[0] in known} | ({"model": f"{{{policies[-1].name}}}"} if policies else {})
+    options = {k: v for k, v in shared.items() if k.split(".")[0] in known} | (
+        {"model": f"{{{policies[-1].name}}}"} if policies else {}
+    )
     options |= given | {"output_dir": str(folder / f"{number}-{name}")}
     checkpoints = {s.name: str(s.last) for s in before}
     file = folder / "stages" / f"{number}-{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(_filled(options, checkpoints, where), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(_filled(options, checkpoints, where), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
     return Stage(name, command, load(kind, file))
 
 
@@ -130,7 +155,10 @@ def _filled(value: Any, checkpoints: Mapping[str, str], where: str) -> Any:
     for name in NAMED.findall(value):
         if name not in checkpoints:
             known = ", ".join(checkpoints) or "none"
-            raise UserError(f"{where}: {value!r} names stage {name!r}{nearest(name, checkpoints)}; stages before it: {known}")
+            raise UserError(
+                f"{where}: {value!r} names stage {name!r}{nearest(name, checkpoints)}; "
+                f"stages before it: {known}"
+            )
     return NAMED.sub(lambda m: checkpoints[m[1]], value)
 
 
@@ -138,7 +166,8 @@ def _check_unchanged(stage: Stage) -> None:
     """Refuse to go on from a stage that was begun with other options."""
     for key, (was, now) in changed(stage.config).items():
         raise UserError(
-            f"stage {stage.name!r}: {stage.config.output_dir} was begun with {key} = {was}, now it is {now}; name another output_dir, "
+            f"stage {stage.name!r}: {stage.config.output_dir} was begun with {key} = {was}, "
+            f"now it is {now}; name another output_dir, "
             "or remove that folder"
         )
 
@@ -148,7 +177,9 @@ def report(stages: list[Stage], folder: Path) -> Path:
     runs = [(s, read(Path(s.config.output_dir))) for s in stages]
     rows = [
         (
-            Html(f'<a href="{text(Path(s.config.output_dir).name)}/report.html">{text(f"{number}. {s.name}")}</a>'),
+            Html(
+                f'<a href="{text(Path(s.config.output_dir).name)}/report.html">{text(f"{number}. {s.name}")}</a>'
+            ),
             f"fastrl {s.command}",
             f"{r.rows[-1]['step']} of {s.config.steps}",
             lead(r),
@@ -156,6 +187,13 @@ def report(stages: list[Stage], folder: Path) -> Path:
         for number, (s, r) in enumerate(runs, 1)
     ]
     parts = [section("Stages", table(("Stage", "Command", "Steps", "Result"), rows))]
-    parts += [section(f"{s.name}", figures(panels({"": r}, folder / "plots" / s.name)), folded("Configuration", r.config)) for s, r in runs]
+    parts += [
+        section(
+            f"{s.name}",
+            figures(panels({"": r}, folder / "plots" / s.name)),
+            folded("Configuration", r.config),
+        )
+        for s, r in runs
+    ]
     names = ", ".join(s.name for s in stages)
     return write(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)

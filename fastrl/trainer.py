@@ -20,7 +20,9 @@ from fastrl.train.learner import NotFinite
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended: steps done, the newest checkpoint, the last step's metrics, and whether it was stopped before its last step."""
+    """How a run ended: steps done, the newest checkpoint, the last step's metrics, and whether it was stopped
+    before its last step.
+    """
 
     steps: int
     checkpoint: Path | None
@@ -38,7 +40,13 @@ def train(config: Run) -> RunResult:
         result = _loop(config, session, stop)
     if session.world.is_main and result.steps > 0:
         page = report.build(config.output_dir)
-        session.log.message("  ".join(f"{what} {path}" for what, path in (("checkpoint", result.checkpoint), ("report", page)) if path))
+        session.log.message(
+            "  ".join(
+                f"{what} {path}"
+                for what, path in (("checkpoint", result.checkpoint), ("report", page))
+                if path
+            )
+        )
     return result
 
 
@@ -71,11 +79,17 @@ def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
 
 
 def _evaluate(config: Run, run: Session, step: int) -> None:
-    """Evaluate after `step` if that is due; the checkpoint comes first, so that nothing that fails here costs a step."""
+    """Evaluate after `step` if that is due; the checkpoint comes first, so that nothing that fails here costs
+    a step.
+    """
     if config.eval.prompts == 0 or not (step in (0, config.steps) or _due(step, config.eval.every)):
         return
     began = time.perf_counter()
-    metrics = _held_out(config, run, run.source, step) if isinstance(run.source, Evaluable) else _answers(config, run)
+    metrics = (
+        _held_out(config, run, run.source, step)
+        if isinstance(run.source, Evaluable)
+        else _answers(config, run)
+    )
     if metrics:
         run.log.eval(step, metrics | {"eval/time": time.perf_counter() - began})
 
@@ -87,9 +101,15 @@ def _answers(config: Run, run: Session) -> dict[str, float]:
         return {}
     length = e.max_new_tokens or run.max_new_tokens
     done = evaluate(
-        run.sampler, run.task, split=e.split, prompts=e.prompts, samples=e.samples, max_new_tokens=length, weight_version=run.version,
+        run.sampler,
+        run.task,
+        split=e.split,
+        prompts=e.prompts,
+        samples=e.samples,
+        max_new_tokens=length,
+        weight_version=run.version,
         world=run.world,
-    )  # fmt: skip
+    )
     return done.metrics()
 
 

@@ -1,15 +1,18 @@
 """Which implementation of an op runs: the registry, the automatic choice, and how to overrule it.
 
-An op file registers its implementations under the op's public name, each as named parts ("forward", "backward"):
+An op file registers its implementations under the op's public name, each as named parts ("forward",
+"backward"):
 
     register("token_logp", "reference", forward=_forward, backward=_backward)
 
-and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  A public function calls what `route`
-gives it: that registered op, or the picked implementation itself where nobody would see the difference.  An op that several
-libraries can run (attention) names each of them, and the order in which they are tried, with `ladder`.
+and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  A public
+function calls what `route` gives it: that registered op, or the picked implementation itself where nobody
+would see the difference.  An op that several libraries can run (attention) names each of them, and the order
+in which they are tried, with `ladder`.
 
-In exact mode (`exact`) every op between tokens and log-probs runs an implementation that is registered as batch-invariant: the bits
-of a row follow from that row alone, not from how many rows there are, its place among them, padding, chunks or threads.
+In exact mode (`exact`) every op between tokens and log-probs runs an implementation that is registered as
+batch-invariant: the bits of a row follow from that row alone, not from how many rows there are, its place
+among them, padding, chunks or threads.
 """
 
 from __future__ import annotations
@@ -28,11 +31,18 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
-INTERPRETED = ("triton", "cpu")  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
-COMPILED_ONLY = "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+INTERPRETED = (
+    "triton",
+    "cpu",
+)  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
+COMPILED_ONLY = (
+    "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
+)
 ASKED_BY = "FASTRL_BACKEND"
 PLAIN = (Tensor, torch.nn.Parameter)  # what has no __torch_dispatch__ of its own
-EXACT_ONLY = "exact mode only"  # batch-invariant, and not what is fastest: chosen in exact mode, and when asked for
+EXACT_ONLY = (
+    "exact mode only"  # batch-invariant, and not what is fastest: chosen in exact mode, and when asked for
+)
 NOT_BY_DEFAULT = (COMPILED_ONLY, EXACT_ONLY)
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
@@ -44,9 +54,13 @@ class Implementation:
     note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
     missing: str  # why it cannot be used in this process; empty when it can
     devices: tuple[str, ...]
-    obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes; empty when it can
+    obstacle: (
+        Callable[[Tensor], str] | None
+    )  # why it cannot take a tensor of its devices and dtypes; empty when it can
     exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
-    default: tuple[torch.dtype, ...] | None = None  # the dtypes for which it may be chosen by default; None: all that it takes
+    default: tuple[torch.dtype, ...] | None = (
+        None  # the dtypes for which it may be chosen by default; None: all that it takes
+    )
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -73,7 +87,9 @@ def register(
     `devices` is needed for a name that is not in BACKENDS.
     """
     where = DEVICES[backend] if devices is None else devices
-    _table.setdefault(op, {})[backend] = Implementation(parts, dtypes, note, missing, where, obstacle, exact, default)
+    _table.setdefault(op, {})[backend] = Implementation(
+        parts, dtypes, note, missing, where, obstacle, exact, default
+    )
 
 
 def ladder(op: str, *names: str) -> None:
@@ -87,10 +103,11 @@ def order(op: str) -> tuple[str, ...]:
 
 
 def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> None:
-    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`, for the dtypes it lists.
+    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`, for
+    the dtypes it lists.
 
-    `exact` says that it is batch-invariant.  Where triton is not installed (it has no wheels outside Linux) the implementation is
-    listed as missing.
+    `exact` says that it is batch-invariant.  Where triton is not installed (it has no wheels outside Linux)
+    the implementation is listed as missing.
     """
     try:
         twin = importlib.import_module(f"fastrl.kernels._triton.{module}")
@@ -100,7 +117,14 @@ def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> N
         register(op, "triton", missing="triton is not installed")
         return
     where = ("cuda", "cpu") if exact else ()
-    register(op, "triton", dtypes=twin.DTYPES, note=COMPILED_ONLY, exact=where, **{part: getattr(twin, part) for part in parts})
+    register(
+        op,
+        "triton",
+        dtypes=twin.DTYPES,
+        note=COMPILED_ONLY,
+        exact=where,
+        **{part: getattr(twin, part) for part in parts},
+    )
 
 
 def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
@@ -117,7 +141,9 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
             reason = "it is not batch-invariant, which exact mode asks for"
         if reason:
             have = ", ".join(b for b in order(op) if b in table and not table[b].missing)
-            raise RuntimeError(f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}")
+            raise RuntimeError(
+                f"{op}: backend {wanted!r} was asked for, but {reason}; available here: {have}"
+            )
         return table[wanted].parts[part]
     return batch_invariant(op, x, part) if strict else inexact(op, x, part)
 
@@ -127,15 +153,22 @@ def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     table = _table[op]
     for name in order(op):
         impl = table.get(name)
-        if impl is None or impl.note in NOT_BY_DEFAULT or (impl.default is not None and x.dtype not in impl.default):
+        if (
+            impl is None
+            or impl.note in NOT_BY_DEFAULT
+            or (impl.default is not None and x.dtype not in impl.default)
+        ):
             continue
         if not _obstacle(impl, name, x, part):
             return impl.parts[part]
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
 
 
-def route(registered: Callable[..., Any], op: str, part: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any]:
-    """What runs `part` of `op` on `x` and `others`, all of its tensors: `registered`, its torch.library op, or the picked function.
+def route(
+    registered: Callable[..., Any], op: str, part: str, x: Tensor, *others: Tensor | None
+) -> Callable[..., Any]:
+    """What runs `part` of `op` on `x` and `others`, all of its tensors: `registered`, its torch.library op,
+    or the picked function.
 
     A call of a `custom_op` takes 20 us on the host, more than the arithmetic of a decode step's norm.
     """
@@ -143,17 +176,23 @@ def route(registered: Callable[..., Any], op: str, part: str, x: Tensor, *others
 
 
 def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
-    """Whether an op on these needs nothing of torch.library; a `differentiable` one may have a gradient taken.
+    """Whether an op on these needs nothing of torch.library; a `differentiable` one may have a gradient
+    taken.
 
-    It does while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch transform or a profiler, which
-    shows ops by name, and for a tensor subclass, a gradient to be taken, or a view that the dispatcher would have to negate.
+    It does while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch transform
+    or a profiler, which shows ops by name, and for a tensor subclass, a gradient to be taken, or a view that
+    the dispatcher would have to negate.
     """
     if torch.compiler.is_compiling():
         return False
     c = torch._C
     if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._are_functorch_transforms_active():
         return False
-    if forward_ad._current_level >= 0 or torch.autograd._profiler_enabled() or c._get_tracing_state() is not None:
+    if (
+        forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or c._get_tracing_state() is not None
+    ):
         return False
     grad = not differentiable and torch.is_grad_enabled()
     for x in tensors:  # noqa: SIM110 - a generator expression takes longer than the checks
@@ -171,16 +210,19 @@ def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
         if not reason:
             return table[name].parts[part]
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none is written"
-    raise RuntimeError(f"{op}: exact mode has no batch-invariant implementation for {x.dtype} on {where} ({why})")
+    raise RuntimeError(
+        f"{op}: exact mode has no batch-invariant implementation for {x.dtype} on {where} ({why})"
+    )
 
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Batch-invariant arithmetic inside the `with` block, in every thread of the process: slower, and the same bits for a token
-    whatever it is computed beside, so that log-probs recorded while sampling equal the trainer's own bit for bit.
+    """Batch-invariant arithmetic inside the `with` block, in every thread of the process: slower, and the
+    same bits for a token whatever it is computed beside, so that log-probs recorded while sampling equal the
+    trainer's own bit for bit.
 
-    Gradients are right, and need not have that property.  An op that has no such implementation for a dtype and device raises
-    RuntimeError when called: float64 has none, and float16 none on CPU.
+    Gradients are right, and need not have that property.  An op that has no such implementation for a dtype
+    and device raises RuntimeError when called: float64 has none, and float16 none on CPU.
     """
     _exact.append(None)
     try:
@@ -195,11 +237,15 @@ def is_exact() -> bool:
 
 
 def requested(op: str) -> str | None:
-    """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else None."""
+    """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else
+    None.
+    """
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
-    if ASKED_BY not in os.environ:  # asking for what is not there raises inside, which takes three times as long
+    if (
+        ASKED_BY not in os.environ
+    ):  # asking for what is not there raises inside, which takes three times as long
         return None
     name = os.environ[ASKED_BY]
     return _known(name, ASKED_BY) if name else None
@@ -217,10 +263,12 @@ def overruled() -> bool:
 
 @contextlib.contextmanager
 def use_backend(name: str, *ops: str) -> Iterator[None]:
-    """Run `ops` (all of them when none is named) on one backend inside the `with` block, in every thread of the process.
+    """Run `ops` (all of them when none is named) on one backend inside the `with` block, in every thread of
+    the process.
 
-    The name may also be one that the named ops have of their own, as in use_backend("varlen_attn", "attention").
-    Raises ValueError for an unknown backend or op.  An op the backend cannot run raises RuntimeError when called.
+    The name may also be one that the named ops have of their own, as in use_backend("varlen_attn",
+    "attention").  Raises ValueError for an unknown backend or op.  An op the backend cannot run raises
+    RuntimeError when called.
     """
     for op in ops:
         if op not in _table:
@@ -235,12 +283,19 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
 
 
 def backend(device: str | None = None) -> dict[str, str]:
-    """Which implementation each op uses on `device` ("cpu" or "cuda"; default: where the tensors of this machine live)."""
+    """Which implementation each op uses on `device` ("cpu" or "cuda"; default: where the tensors of this
+    machine live).
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = {}
     for op, table in sorted(_table.items()):
         name = requested(op) or next(
-            b for b in order(op) if b in table and kind in table[b].devices and not table[b].missing and table[b].note not in NOT_BY_DEFAULT
+            b
+            for b in order(op)
+            if b in table
+            and kind in table[b].devices
+            and not table[b].missing
+            and table[b].note not in NOT_BY_DEFAULT
         )
         chosen[op] = name
     return chosen
@@ -248,7 +303,10 @@ def backend(device: str | None = None) -> dict[str, str]:
 
 def implementations() -> dict[str, dict[str, str]]:
     """Every implementation of every op, with "ready", or why it is not chosen by default."""
-    return {op: {b: i.missing or i.note or "ready" for b, i in table.items()} for op, table in sorted(_table.items())}
+    return {
+        op: {b: i.missing or i.note or "ready" for b, i in table.items()}
+        for op, table in sorted(_table.items())
+    }
 
 
 def devices(op: str, name: str) -> tuple[str, ...]:
@@ -274,7 +332,9 @@ def unbuilt(function: str) -> str:
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
-    aside = (n for op in ops for n in _table[op] if n not in order(op))  # not on the ladder: only asked for, or of exact mode
+    aside = (
+        n for op in ops for n in _table[op] if n not in order(op)
+    )  # not on the ladder: only asked for, or of exact mode
     names = list(dict.fromkeys((*BACKENDS, *aside, *(n for op in ops for n in order(op)))))
     if name not in names:
         raise ValueError(f"{where}: expected one of {', '.join(names)}; got {name!r}")

@@ -14,14 +14,19 @@ INTS = (torch.int32, torch.int64)
 def dims(name: str, x: Tensor, spec: str, dtype: tuple[torch.dtype, ...], **known: int) -> tuple[int, ...]:
     """The sizes of `x` named by `spec`: `T, V = dims("logits", logits, "T V", FLOATS)`.
 
-    Sizes given in `known` must match.  Raises TypeError for a non-tensor or a wrong dtype, ValueError for a wrong shape.
+    Sizes given in `known` must match.  Raises TypeError for a non-tensor or a wrong dtype, ValueError for a
+    wrong shape.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape ({spec.replace(' ', ', ')}), got {type(x).__name__}")
+        raise TypeError(
+            f"{name}: expected a tensor of shape ({spec.replace(' ', ', ')}), got {type(x).__name__}"
+        )
     letters, shape = spec.split(), x.shape
     fits = len(shape) == len(letters)
     if fits and known:
-        for a, n in zip(letters, shape, strict=True):  # a generator expression would cost more than the rest of the check
+        for a, n in zip(
+            letters, shape, strict=True
+        ):  # a generator expression would cost more than the rest of the check
             fits = fits and known.get(a, n) == n
     if not fits:
         want = ", ".join(f"{a}={known[a]}" if a in known else a for a in letters)
@@ -47,17 +52,26 @@ def same_device(**tensors: Tensor | None) -> None:
             first = x.device
         elif x.device != first:
             where = {n: x.device for n, x in tensors.items() if x is not None}
-            raise ValueError("expected all tensors on one device, got " + ", ".join(f"{n} on {d}" for n, d in where.items()))
+            raise ValueError(
+                "expected all tensors on one device, got "
+                + ", ".join(f"{n} on {d}" for n, d in where.items())
+            )
 
 
 def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
-    """The number of sequences S of (S+1,) int32 ends.  The values are not read: that would wait for the device."""
+    """The number of sequences S of (S+1,) int32 ends.  The values are not read: that would wait for the
+    device.
+    """
     (n,) = dims(name, cu_seqlens, "S+1", INTS)
     if n < 1:
         raise ValueError(f"{name}: expected shape (S+1,) with at least one entry, got ({n},)")
     readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # free to read
-    if readable and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or bool((cu_seqlens.diff() < 0).any())):
-        raise ValueError(f"{name}: expected non-decreasing ends from 0 to T={T}, got {cu_seqlens.tolist()[:8]}")
+    if readable and (
+        int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or bool((cu_seqlens.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"{name}: expected non-decreasing ends from 0 to T={T}, got {cu_seqlens.tolist()[:8]}"
+        )
     return n - 1
 
 
@@ -66,7 +80,10 @@ def no_gradient(op: str, **tensors: Tensor) -> None:
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x.requires_grad:
-                raise ValueError(f"{name}: expected no gradient, {op} has none, got a tensor that requires grad; use torch.no_grad()")
+                raise ValueError(
+                    f"{name}: expected no gradient, {op} has none, got a tensor that requires grad; "
+                    "use torch.no_grad()"
+                )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

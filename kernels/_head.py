@@ -1,12 +1,15 @@
-"""The three products of a linear layer and of the vocabulary, which is chunked by a byte budget: y = x W^T, dx = dy W, dW += dy^T x.
+"""The three products of a linear layer and of the vocabulary, which is chunked by a byte budget: y = x W^T,
+dx = dy W, dW += dy^T x.
 
-They accumulate in float32 whatever the operands are.  CUDA multiplies bfloat16 operands into float32 outputs directly; CPU
-matrix products have no such output type, so there the operands are widened, a tile of the vocabulary at a time, never all of W.
-Chunks share one buffer of logits: fresh pages for every chunk cost the CPU as much as a fifth of a product.
+They accumulate in float32 whatever the operands are.  CUDA multiplies bfloat16 operands into float32 outputs
+directly; CPU matrix products have no such output type, so there the operands are widened, a tile of the
+vocabulary at a time, never all of W.  Chunks share one buffer of logits: fresh pages for every chunk cost the
+CPU as much as a fifth of a product.
 
-On CPU the products of float32 are csrc/cpu/linear.cpp's.  torch's are MKL's, which stays below the width of processors that are not
-Intel's; oneDNN's, which torch carries for its compiler, are as fast as ours, but sum all of K in one chain, twice as far from float64 as
-MKL's, and are thousands of times slower where the weight is a slice.  bench/kernels/bench_linear.py has all three.
+On CPU the products of float32 are csrc/cpu/linear.cpp's.  torch's are MKL's, which stays below the width of
+processors that are not Intel's; oneDNN's, which torch carries for its compiler, are as fast as ours, but sum
+all of K in one chain, twice as far from float64 as MKL's, and are thousands of times slower where the weight
+is a slice.  bench/kernels/bench_linear.py has all three.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from fastrl.kernels._backend import batch_invariant, direct, extension, is_exact
 from fastrl.kernels._launch import unit_rows
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
-ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}  # rows of a chunk from which products run at full speed: half the bytes do then
+ENOUGH_ROWS = {
+    "cpu": 128,
+    "cuda": 4096,
+}  # rows of a chunk from which products run at full speed: half the bytes do then
 ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
 LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
 _TILE = 4096  # vocabulary rows widened at a time on CPU
@@ -34,29 +40,44 @@ def logits_budget(device: torch.device, budget: int | None = None) -> int:
 
 
 def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None = None) -> int:
-    """Rows of logits of one chunk, at least one: what the caller's budget holds, or of the default no more than is useful."""
+    """Rows of logits of one chunk, at least one: what the caller's budget holds, or of the default no more
+    than is useful.
+    """
     most = logits_budget(device, budget) // (V * itemsize)
     useful = most if budget else max(most // 2, ENOUGH_ROWS.get(device.type, 128))
     return max(1, min(most, useful))
 
 
 def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised logits (rows, V); on CUDA every row begins at a multiple of 16 elements, which cuBLAS and wide loads want."""
+    """Uninitialised logits (rows, V); on CUDA every row begins at a multiple of 16 elements, which cuBLAS and
+    wide loads want.
+    """
     return torch.empty(rows, V + (-V % 16 if device.type == "cuda" else 0), dtype=dtype, device=device)[:, :V]
 
 
 def compiled(x: Tensor, weight: Tensor, *, differentiable: bool = False) -> bool:
-    """Whether products of x (T, .) and weight are the compiled ones by default; a `differentiable` caller sees to the gradient."""
-    fits = x.shape[0] >= LEAST_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-    return fits and _BUILT and requested("linear") in ASKED_FOR and direct(x, weight, differentiable=differentiable)
+    """Whether products of x (T, .) and weight are the compiled ones by default; a `differentiable` caller
+    sees to the gradient.
+    """
+    fits = (
+        x.shape[0] >= LEAST_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+    )
+    return (
+        fits
+        and _BUILT
+        and requested("linear") in ASKED_FOR
+        and direct(x, weight, differentiable=differentiable)
+    )
 
 
 # --- products ---------------------------------------------------------------------------------------
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given.
 
-    In exact mode, and in float32 on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin alike with and
-    without an `out`.
+    In exact mode, and in float32 on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin
+    alike with and without an `out`.
     """
     if is_exact() or (dtype == torch.float32 and compiled(x, weight)):
         out = logits_buffer(x.shape[0], weight.shape[0], dtype, x.device) if out is None else out
@@ -65,9 +86,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, 
     if x.dtype == dtype:
         logits = x @ weight.T if out is None else torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
-        logits = torch.mm(x, weight.T, out_dtype=dtype) if out is None else torch.mm(x, weight.T, out_dtype=dtype, out=out)
+        logits = (
+            torch.mm(x, weight.T, out_dtype=dtype)
+            if out is None
+            else torch.mm(x, weight.T, out_dtype=dtype, out=out)
+        )
     else:
-        logits = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device) if out is None else out
+        logits = (
+            torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device) if out is None else out
+        )
         wide = x.to(dtype)
         for v, w in _tiles(weight, dtype):
             torch.mm(wide, w.T, out=logits[:, v : v + w.shape[0]])
@@ -79,7 +106,14 @@ def input_grad(dlogits: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
     if compiled(dlogits, weight) and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1)):
         dlogits, weight = unit_rows(dlogits), unit_rows(weight)
         out = torch.empty(dlogits.shape[0], weight.shape[1]) if out is None else out
-        places = (out.data_ptr(), out.stride(0), dlogits.data_ptr(), dlogits.stride(0), weight.data_ptr(), weight.stride(0))
+        places = (
+            out.data_ptr(),
+            out.stride(0),
+            dlogits.data_ptr(),
+            dlogits.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+        )
         extension().linear_input_grad_cpu(*places, *dlogits.shape, weight.shape[1], torch.get_num_threads())
         return out
     if out is not None:
@@ -110,7 +144,17 @@ def _outer(out: Tensor, dy: Tensor, x: Tensor, *, add: bool) -> None:
     dy, x = unit_rows(dy), unit_rows(x)
     (T, N), K, threads = dy.shape, x.shape[1], torch.get_num_threads()
     extension().linear_weight_grad_cpu(
-        out.data_ptr(), out.stride(0), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), T, N, K, add, threads
+        out.data_ptr(),
+        out.stride(0),
+        dy.data_ptr(),
+        dy.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        T,
+        N,
+        K,
+        add,
+        threads,
     )
 
 
@@ -130,13 +174,17 @@ def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
 
 
 def gradient_dtype(logits: Tensor, head: Tensor) -> torch.dtype:
-    """What the gradient of `logits` is written as, over them: CUDA multiplies operands of one dtype, so it is rounded once for both."""
+    """What the gradient of `logits` is written as, over them: CUDA multiplies operands of one dtype, so it is
+    rounded once for both.
+    """
     return head.dtype if logits.is_cuda else logits.dtype
 
 
 def accumulator(weight: Tensor) -> Tensor:
     """Zeros to accumulate a gradient like `weight` in: float32, or float64 for float64."""
-    return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    return torch.zeros(
+        weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+    )
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -148,7 +196,8 @@ def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
 class HeadGrads:
     """The gradients of hidden, weight and bias, gathered over chunks of rows; None where one is not wanted.
 
-    hidden   in its own dtype, 0 at rows that no chunk brings; in float32 when `partial`: a share that is still to be summed
+    hidden   in its own dtype, 0 at rows that no chunk brings; in float32 when `partial`: a share that is
+             still to be summed
     weight   float32, or `weight_grad`, which is added to
     """
 
@@ -169,7 +218,9 @@ class HeadGrads:
         self.bias = accumulator(bias) if wanted[2] and bias is not None else None
 
     def add(self, rows: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
-        """Take in a chunk: its rows of hidden, their values, the gradient of their logits (of `gradient_dtype`)."""
+        """Take in a chunk: its rows of hidden, their values, the gradient of their logits (of
+        `gradient_dtype`).
+        """
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
@@ -186,7 +237,11 @@ class HeadGrads:
         elif out.dtype == self.head.dtype:
             dx = input_grad(dlogits, self.head)
         else:  # the share of a shard
-            dx = torch.mm(dlogits, self.head, out_dtype=out.dtype) if out.is_cuda else _tiled_input_grad(dlogits, self.head).to(out.dtype)
+            dx = (
+                torch.mm(dlogits, self.head, out_dtype=out.dtype)
+                if out.is_cuda
+                else _tiled_input_grad(dlogits, self.head).to(out.dtype)
+            )
         if isinstance(rows, slice):
             out[rows] = dx
         else:
@@ -197,8 +252,9 @@ class HeadGrads:
 def live_rows(*derivatives: Tensor) -> Tensor | None:
     """The rows (N',) whose derivatives are not all zero, or None to take all.
 
-    None unless they are at least an eighth fewer; and None on CUDA, where counting them would wait for the device.  A row of zero
-    derivative adds exact zeros to the gradients: leaving it out changes them by the order of the sums at most.
+    None unless they are at least an eighth fewer; and None on CUDA, where counting them would wait for the
+    device.  A row of zero derivative adds exact zeros to the gradients: leaving it out changes them by the
+    order of the sums at most.
     """
     if derivatives[0].device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -210,7 +266,9 @@ def live_rows(*derivatives: Tensor) -> Tensor | None:
 
 
 def compact(logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the live rows to the front, in place: the moves that are needed, and no more; those rows, and which each one was."""
+    """Move the live rows to the front, in place: the moves that are needed, and no more; those rows, and
+    which each one was.
+    """
     n = live.numel()
     order = torch.arange(logits.shape[0], device=live.device)
     kept = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, live, True)

@@ -1,6 +1,8 @@
-"""What every kernel's launcher needs: rows side by side, its tensors' device made current, the compiles it asks for as data.
+"""What every kernel's launcher needs: rows side by side, its tensors' device made current, the compiles it
+asks for as data.
 
-`bench/compile_table.py` compiles each `Spec` for GPUs that need not be there, and shows registers, spills and load widths.
+`bench/compile_table.py` compiles each `Spec` for GPUs that need not be there, and shows registers, spills and
+load widths.
 """
 
 from __future__ import annotations
@@ -36,10 +38,16 @@ class Spec:
 
     @property
     def hints(self) -> tuple[str, ...]:
-        """The arguments that are multiples of 16; a launch does not look at those it was told not to specialize."""
+        """The arguments that are multiples of 16; a launch does not look at those it was told not to
+        specialize.
+        """
         blind = getattr(self.kernel, "do_not_specialize", None) or ()
         looked_at = {n: kind for n, kind in self.signature.items() if n not in blind}
-        return tuple(n for n, kind in looked_at.items() if kind.startswith("*") or (self.divisible and kind in ("i32", "i64")))
+        return tuple(
+            n
+            for n, kind in looked_at.items()
+            if kind.startswith("*") or (self.divisible and kind in ("i32", "i64"))
+        )
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -53,7 +61,9 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def row_layout(x: Tensor) -> tuple[int, int, int]:
-    """(L, batch, row) of `x` (T, V) or (B, L, V): row t begins t // L times `batch` plus t % L times `row` elements after the first."""
+    """(L, batch, row) of `x` (T, V) or (B, L, V): row t begins t // L times `batch` plus t % L times `row`
+    elements after the first.
+    """
     if x.ndim == 2:
         return max(x.shape[0], 1), 0, x.stride(0)
     return max(x.shape[1], 1), x.stride(0), x.stride(1)

@@ -1,4 +1,6 @@
-"""What the implementations of perturb share: the (T, D) rows of a tensor, and the balls as ends of runs of tokens."""
+"""What the implementations of perturb share: the (T, D) rows of a tensor, and the balls as ends of runs of
+tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
 """Philox4x32-10 (Salmon et al. 2011), the counter-based generator behind every random number of the ops.
 
-A word depends on its counter and key alone, never on the batch it was drawn in, and integer arithmetic gives the same bits on
-every device.  A 32-bit word lives in an int64 tensor here.
+A word depends on its counter and key alone, never on the batch it was drawn in, and integer arithmetic gives
+the same bits on every device.  A 32-bit word lives in an int64 tensor here.
 
 Whoever draws owns a part of the counter space:
 
-    sample         counter (v // 4, position, sequence low, sequence high), word v % 4;  key (seed low, seed high)
-    perturb_init   counter (i // 4 low, i // 4 high, 0, 0x70657274), word i % 4, for flat element i;  key (seed low, seed high)
+    sample         counter (v // 4, position, sequence low, sequence high), word v % 4;  key (seed low, seed
+                   high)
+    perturb_init   counter (i // 4 low, i // 4 high, 0, 0x70657274), word i % 4, for flat element i;  key
+                   (seed low, seed high)
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ Counter = tuple[Word, Word, Word, Word]
 
 
 def philox(counter: Counter, key: tuple[Word, Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words of each counter under each key; counters and keys in [0, 2^32) broadcast, the first counter is a tensor."""
+    """The four 32-bit words of each counter under each key; counters and keys in [0, 2^32) broadcast, the
+    first counter is a tensor.
+    """
     a, b, c, d = counter
     k0, k1 = key
     for i in range(ROUNDS):
-        # int64 products wrap, which keeps all 64 bits; what an arithmetic shift or a key sum leaves above bit 31 is masked away
+        # int64 products wrap, which keeps all 64 bits; what an arithmetic shift or a key sum leaves above bit
+        # 31 is masked away
         p, q = a * _MULTIPLY[0], c * _MULTIPLY[1]
         a, b = ((q >> 32) ^ b ^ (k0 + i * _BUMP[0])) & MASK, q & MASK
         c, d = ((p >> 32) ^ d ^ (k1 + i * _BUMP[1])) & MASK, p & MASK

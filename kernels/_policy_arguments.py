@@ -1,4 +1,6 @@
-"""The arguments of policy_loss, checked and brought into one form: flat vectors of one dtype, empty where absent."""
+"""The arguments of policy_loss, checked and brought into one form: flat vectors of one dtype, empty where
+absent.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,17 @@ def gather(
     one_of("ratio", ratio, RATIOS)
     if kl is not None:
         one_of("kl", kl, KLS)
-    _check(logp, mask, cu_seqlens, entropy=entropy, old_logp=old_logp, advantage=advantage, token_weight=token_weight,
-           ref_logp=ref_logp, correction=correction)  # fmt: skip
+    _check(
+        logp,
+        mask,
+        cu_seqlens,
+        entropy=entropy,
+        old_logp=old_logp,
+        advantage=advantage,
+        token_weight=token_weight,
+        ref_logp=ref_logp,
+        correction=correction,
+    )
     _needs("kl_coef", kl_coef, kl=kl, ref_logp=ref_logp)
     _needs("entropy_coef", entropy_coef, entropy=entropy)
     dtype, none = compute_dtype(logp), logp.new_empty(0, dtype=compute_dtype(logp))
@@ -88,7 +99,11 @@ def gather(
     )
     name = (surrogate if isinstance(surrogate, str) else name_of(row)) or ""
     params = tuple(row.params[p] for p in SURROGATES[name].params) if name else ()
-    return row, c, Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef))
+    return (
+        row,
+        c,
+        Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef)),
+    )
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype, none: Tensor) -> Tensor:
@@ -122,7 +137,9 @@ def _sequence_ends(cu_seqlens: Tensor | None, logp: Tensor) -> Tensor:
     if logp.ndim == 2:
         return torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
     if cu_seqlens is None:
-        raise ValueError('cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them')
+        raise ValueError(
+            'cu_seqlens: expected (S+1,) ends of the sequences, got None; ratio="sequence" needs them'
+        )
     dims("cu_seqlens", cu_seqlens, "S+1", INTS)
     return cu_seqlens
 

@@ -1,11 +1,13 @@
-"""A vocabulary split over the processes of a group: each holds some rows of the head's weight, all hold the hidden states.
+"""A vocabulary split over the processes of a group: each holds some rows of the head's weight, all hold the
+hidden states.
 
     m = max_r m_r        w_r = exp(log s_r + m_r - m)        s = sum_r w_r
     z_target - m = sum_r [target in shard r] (logp_r + log s_r + m_r - m)
     entropy = log s + sum_r w_r (entropy_r - log w_r) / s
 
-where m_r, log s_r, logp_r, entropy_r are the statistics of rank r's shard alone, as the row op returns them.  A maximum and one sum
-over the group for each chunk of rows, and one sum of the gradient of hidden; the gradient of the weight stays where its rows are.
+where m_r, log s_r, logp_r, entropy_r are the statistics of rank r's shard alone, as the row op returns them.
+A maximum and one sum over the group for each chunk of rows, and one sum of the gradient of hidden; the
+gradient of the weight stays where its rows are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The vocabulary rows [first, first + here) of `total`; `most` is the size of the largest shard, which sets everybody's chunks."""
+    """The vocabulary rows [first, first + here) of `total`; `most` is the size of the largest shard, which
+    sets everybody's chunks.
+    """
 
     group: Any
     first: int
@@ -38,7 +42,9 @@ class Shard:
             raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ValueError("group: this process is not in it; call the op on the group's own processes only")
+            raise ValueError(
+                "group: this process is not in it; call the op on the group's own processes only"
+            )
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
         sizes[rank] = weight.shape[0]
         dist.all_reduce(sizes, group=group)
@@ -49,11 +55,17 @@ class Shard:
         """Targets as this shard counts them; those of other shards lie outside [0, here)."""
         return target.long() - self.first
 
-    def combine(self, target: Tensor, logp: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The statistics of the whole vocabulary, the same on every rank, from those of this shard; `target` holds global ids."""
+    def combine(
+        self, target: Tensor, logp: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The statistics of the whole vocabulary, the same on every rank, from those of this shard; `target`
+        holds global ids.
+        """
         m_all = m.clone()
         dist.all_reduce(m_all, dist.ReduceOp.MAX, group=self.group)
-        empty = m == -torch.inf  # a shard of nothing but -inf has no probability, and no distribution of its own
+        empty = (
+            m == -torch.inf
+        )  # a shard of nothing but -inf has no probability, and no distribution of its own
         log_w = torch.where(empty & (m_all > -torch.inf), -torch.inf, log_s + (m - m_all))
         w = log_w.exp()
         here = (target >= self.first) & (target < self.first + self.here)

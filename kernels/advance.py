@@ -1,12 +1,15 @@
-"""End a decode step on the device: what was drawn goes into the records, and every row learns whether and where it goes on.
+"""End a decode step on the device: what was drawn goes into the records, and every row learns whether and
+where it goes on.
 
 For each row b that is alive, of sequence s = seq[b] with c = length[b] tokens so far:
 
     records[s, c] = the draw;   length[b] += 1;  drawn[b] += 1;  last[b] = token
-    the row ends as `stop` if the token is one of `stops`, else as `length` if drawn[b] = budget[b] or length[b] = until[b]
-    a row that goes on, and whose newest token is the first of a page, gets the next free page for it
+    the row ends as `stop` if the token is one of `stops`, else as `length` if drawn[b] = budget[b] or
+    length[b] = until[b] a row that goes on, and whose newest token is the first of a page, gets the next free
+    page for it
 
-Rows that are not alive change nothing.  The host looks at none of this: a captured graph of the step runs it as it is.
+Rows that are not alive change nothing.  The host looks at none of this: a captured graph of the step runs it
+as it is.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class Rows(NamedTuple):
 
 
 class Records(NamedTuple):
-    """All tokens of S sequences, C columns wide: tokens int64, three fp32 of each draw, whether it was drawn, by which weights.
+    """All tokens of S sequences, C columns wide: tokens int64, three fp32 of each draw, whether it was drawn,
+    by which weights.
 
     length (S,) int64 and finish (S,) int8 are of whole sequences; the last one takes what nobody wants.
     """
@@ -70,7 +74,9 @@ class Records(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """The allocator: of the stack `free` (P,) int32 the lowest `top` (1,) int64 are free pages; `refs` (P,) int32 are a page's users."""
+    """The allocator: of the stack `free` (P,) int32 the lowest `top` (1,) int64 are free pages; `refs` (P,)
+    int32 are a page's users.
+    """
 
     free: Tensor
     top: Tensor
@@ -78,7 +84,16 @@ class Pages(NamedTuple):
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+def reference(
+    draw: Sample,
+    rows: Rows,
+    records: Records,
+    pages: Pages,
+    stops: Tensor,
+    version: Tensor,
+    total: Tensor,
+    page: int,
+) -> None:
     """The definition, in PyTorch, without a look at any value."""
     alive, S, C = rows.alive.clone(), *records.tokens.shape
     seq = torch.where(alive, rows.seq, S - 1)
@@ -93,7 +108,9 @@ def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     stopped = (draw.token[:, None] == stops).any(1)
     ended = alive & (stopped | (rows.drawn >= rows.budget) | (rows.length >= rows.until))
     records.length.index_copy_(0, seq, rows.length)
-    records.finish.index_copy_(0, seq, torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING).to(torch.int8))
+    records.finish.index_copy_(
+        0, seq, torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING).to(torch.int8)
+    )
     rows.alive.logical_and_(~ended)
     newest = rows.length - 1
     needy = rows.alive & (newest % page == 0)
@@ -101,7 +118,9 @@ def reference(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     given = pages.free[torch.where(needy, pages.top - rank, 0)]
     column = torch.where(needy, newest // page, 0)[:, None]
     rows.table.scatter_(1, column, torch.where(needy, given, rows.table.gather(1, column)[:, 0])[:, None])
-    pages.refs.index_copy_(0, torch.where(needy, given, 0).long(), torch.ones_like(given))  # page 0 belongs to nobody, for good
+    pages.refs.index_copy_(
+        0, torch.where(needy, given, 0).long(), torch.ones_like(given)
+    )  # page 0 belongs to nobody, for good
     pages.top.sub_(rank[-1:])
 
 
@@ -116,7 +135,16 @@ register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
+def _compiled(
+    draw: Sample,
+    rows: Rows,
+    records: Records,
+    pages: Pages,
+    stops: Tensor,
+    version: Tensor,
+    total: Tensor,
+    page: int,
+) -> None:
     """csrc/cpu/advance.cpp, which takes addresses and reads what it writes through before it starts."""
     for name, group in (("rows", rows), ("records", records), ("pages", pages)):
         for field, x in zip(group._fields, group, strict=True):
@@ -126,8 +154,18 @@ def _compiled(draw: Sample, rows: Rows, records: Records, pages: Pages, stops: T
     groups = [[x.data_ptr() for x in group] for group in (drawn, rows, records, pages)]
     (B, N), (S, C) = rows.table.shape, records.tokens.shape
     extension().advance_cpu(
-        *groups, stops.data_ptr(), stops.numel(), int(version), total.data_ptr(), B, N, S, C, pages.refs.numel(), page
-    )  # fmt: skip
+        *groups,
+        stops.data_ptr(),
+        stops.numel(),
+        int(version),
+        total.data_ptr(),
+        B,
+        N,
+        S,
+        C,
+        pages.refs.numel(),
+        page,
+    )
 
 
 def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -143,12 +181,26 @@ register_triton("advance", "advance", "forward")
 
 
 # --- public -----------------------------------------------------------------------------------------
-def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: Tensor, version: Tensor, total: Tensor, page: int) -> None:
-    """Record `draw` and move `rows`, `records` and `pages` on by one token, in place; add the number of tokens to `total` (1,) int64.
+def advance(
+    draw: Sample,
+    rows: Rows,
+    records: Records,
+    pages: Pages,
+    *,
+    stops: Tensor,
+    version: Tensor,
+    total: Tensor,
+    page: int,
+) -> None:
+    """Record `draw` and move `rows`, `records` and `pages` on by one token, in place; add the number of
+    tokens to `total` (1,) int64.
 
-    Shapes:  those of `Rows` (B rows), `Records`, `Pages` and `Sample`;  stops (n,) int64;  version (1,) int64, of the weights.
-    Memory:  the Triton kernel allocates nothing and is one launch of one program.  There must be a free page for every row.
-    Raises:  ValueError or TypeError naming the argument.  No values are read.  Not traced by torch.compile, not differentiable.
+    Shapes:  those of `Rows` (B rows), `Records`, `Pages` and `Sample`;  stops (n,) int64;  version (1,)
+             int64, of the weights.
+    Memory:  the Triton kernel allocates nothing and is one launch of one program.  There must be a free page
+             for every row.
+    Raises:  ValueError or TypeError naming the argument.  No values are read.  Not traced by torch.compile,
+             not differentiable.
     """
     B, N = dims("rows.table", rows.table, "B N", (torch.int32,))
     S, C = dims("records.tokens", records.tokens, "S C", (torch.int64,))
@@ -170,7 +222,9 @@ def advance(draw: Sample, rows: Rows, records: Records, pages: Pages, *, stops: 
 
 
 def _check(name: str, group: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Raise ValueError or TypeError naming the field that is not of its dtype or shape; at once for all, because a step is short."""
+    """Raise ValueError or TypeError naming the field that is not of its dtype or shape; at once for all,
+    because a step is short.
+    """
     dtypes = _DTYPES[name]
     if tuple(map(_dtype, group)) == dtypes and tuple(map(_shape, group)) == shapes:
         return
@@ -182,7 +236,8 @@ def _check(name: str, group: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
 
 
 def need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """How many rows are alive, and how many pages they have not taken yet but may come to need, both () int64.
+    """How many rows are alive, and how many pages they have not taken yet but may come to need, both ()
+    int64.
 
     Shapes:  alive (B,) bool;  length, until (B,) int64, as in `Rows`.
     Raises:  ValueError or TypeError naming the argument.

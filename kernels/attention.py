@@ -1,11 +1,14 @@
 """Causal attention of packed sequences: a token sees itself and the tokens before it in its own sequence.
 
-    s_ij = scale q_i . k_j  for j <= i,      lse_i = log sum_j exp s_ij,      p_ij = exp(s_ij - lse_i),      y_i = sum_j p_ij v_j
-    ds_ij = p_ij (dy_i . v_j - dy_i . y_i);  dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;  dv_j = sum_i p_ij dy_i
+    s_ij = scale q_i . k_j  for j <= i,      lse_i = log sum_j exp s_ij,      p_ij = exp(s_ij - lse_i),
+                            y_i = sum_j p_ij v_j
+    ds_ij = p_ij (dy_i . v_j - dy_i . y_i);  dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;
+    dv_j = sum_i p_ij dy_i
 
 H query heads share K key/value heads, H / K neighbours to one.  Kept for the backward: y and lse, never p.
 
-With a past (`cu_seqlens_k`) the queries are the last tokens of their sequence: token i of them sees j <= i + keys - queries.
+With a past (`cu_seqlens_k`) the queries are the last tokens of their sequence: token i of them sees j <= i +
+keys - queries.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from fastrl.kernels._attention.padded import PADDED, padded
 from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 
-SCORES_BYTES = 2 << 20  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
+SCORES_BYTES = (
+    2 << 20
+)  # one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -37,14 +42,18 @@ def _rows(H: int, L: int, dtype: torch.dtype) -> int:
 
 
 def _scores(q: Tensor, k: Tensor, first: int, scale: float) -> Tensor:
-    """Masked scores (n K, G rows, keys) of queries (n, K, G, rows, E), the first of which is token `first` of its sequence."""
+    """Masked scores (n K, G rows, keys) of queries (n, K, G, rows, E), the first of which is token `first` of
+    its sequence.
+    """
     n, K, G, rows, E = q.shape
     keys = first + rows
     mask = torch.full((rows, keys), -torch.inf, dtype=q.dtype, device=q.device).triu_(first + 1).repeat(G, 1)
     return torch.baddbmm(mask, q.reshape(n * K, G * rows, E), k[:, :keys].transpose(1, 2), alpha=scale)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
     """The definition, on padded batches, block by block of query rows: y (T, H, E) and lse (T, H)."""
     (T, H, E), K, dtype = q.shape, k.shape[1], compute_dtype(q)
     y, lse = q.new_empty(T, H, E), q.new_empty(T, H, dtype=dtype)
@@ -67,7 +76,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
 
 
 def reference_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from probabilities recomputed block by block."""
     (_, H, E), K, dtype = q.shape, k.shape[1], lse.dtype
@@ -84,9 +101,17 @@ def reference_backward(
         for a in range(0, L, rows):
             b = min(a + rows, L)
             query, dblock = (x[..., a:b, :].reshape(n * K, -1, E) for x in (queries, dout))
-            p = _scores(queries[..., a:b, :], keys, a, scale).sub_(norm[..., a:b].reshape(n * K, -1, 1)).exp_()
+            p = (
+                _scores(queries[..., a:b, :], keys, a, scale)
+                .sub_(norm[..., a:b].reshape(n * K, -1, 1))
+                .exp_()
+            )
             dv[:, :b] += _over_rows(p, dblock, H // K)
-            ds = torch.bmm(dblock, values[:, :b].transpose(1, 2)).sub_(minus[..., a:b].reshape(n * K, -1, 1)).mul_(p)
+            ds = (
+                torch.bmm(dblock, values[:, :b].transpose(1, 2))
+                .sub_(minus[..., a:b].reshape(n * K, -1, 1))
+                .mul_(p)
+            )
             dq[..., a:b, :] = torch.bmm(ds, keys[:, :b]).mul_(scale).view(*shape[:3], b - a, E)
             dk[:, :b] += _over_rows(ds, query, H // K).mul_(scale)
         for out, x in zip(grads, (dq, dk, dv), strict=True):
@@ -95,17 +120,27 @@ def reference_backward(
 
 
 def _over_rows(p: Tensor, x: Tensor, G: int) -> Tensor:
-    """p^T x, (n K, keys, E): each query head first, then their sum, which rounds half as much as one long reduction."""
-    heads = torch.bmm(p.view(p.shape[0] * G, -1, p.shape[2]).transpose(1, 2), x.reshape(p.shape[0] * G, -1, x.shape[2]))
+    """p^T x, (n K, keys, E): each query head first, then their sum, which rounds half as much as one long
+    reduction.
+    """
+    heads = torch.bmm(
+        p.view(p.shape[0] * G, -1, p.shape[2]).transpose(1, 2), x.reshape(p.shape[0] * G, -1, x.shape[2])
+    )
     return heads if G == 1 else heads.view(-1, G, *heads.shape[1:]).sum(1)
 
 
-register("attention", "reference", forward=reference, backward=reference_backward, prefix=_attention_prefix.reference)
+register(
+    "attention",
+    "reference",
+    forward=reference,
+    backward=reference_backward,
+    prefix=_attention_prefix.reference,
+)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# The ladder: whatever of it is installed, best first.  On CPU torch's own flash attention runs each padded batch: blocked in
-# cache, causal blocks skipped, shared heads allowed.
+# The ladder: whatever of it is installed, best first.  On CPU torch's own flash attention runs each padded
+# batch: blocked in cache, causal blocks skipped, shared heads allowed.
 for _name, _rung in (FLASH | PADDED).items():
     register("attention", _name, **_rung)
 register(
@@ -123,21 +158,33 @@ ladder("attention", *FLASH, *PADDED, "reference")
 
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::attention", mutates_args=())
-def forward_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
     """y (T, H, E) and lse (T, H); max_seqlen 0 means unknown."""
     return pick("attention", q, "forward")(q, k, v, cu_seqlens, scale, max_seqlen)
 
 
 @torch.library.custom_op("fastrl::attention_backward", mutates_args=())
 def backward_op(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     return pick("attention", q, "backward")(dy, q, k, v, y, lse, cu_seqlens, scale, max_seqlen)
 
 
 @torch.library.custom_op("fastrl::attention_prefix", mutates_args=())
-def prefix_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+def prefix_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int
+) -> Tensor:
     """y (T, H, E) of the last tokens of each sequence; no gradient."""
     return pick("attention", q, "prefix")(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen)
 
@@ -182,14 +229,16 @@ def attention(
     max_seqlen: int | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention within each packed sequence, differentiable in q, k and v where they have the same tokens.
+    """Causal attention within each packed sequence, differentiable in q, k and v where they have the same
+    tokens.
 
-    Shapes:  q (T, H, E), k and v (T, K, E) bf16|fp16|fp32|fp64, K divides H;  cu_seqlens (S+1,) int32, empty sequences
-             allowed;  scale defaults to E^-1/2;  max_seqlen, if known, spares some kernels a look at the lengths  ->  (T, H, E).
-             With cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each sequence's past before its T new tokens, which are its
+    Shapes:  q (T, H, E), k and v (T, K, E) bf16|fp16|fp32|fp64, K divides H;  cu_seqlens (S+1,) int32, empty
+             sequences allowed;  scale defaults to E^-1/2;  max_seqlen, if known, spares some kernels a look
+             at the lengths  ->  (T, H, E).  With cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each
+                             sequence's past before its T new tokens, which are its
              last; max_seqlen then counts keys.  Without a gradient: for the continuation of a prompt.
-    Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch of sequences at a
-             time and read cu_seqlens on the host, which waits for the device on CUDA.
+    Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch
+             of sequences at a time and read cu_seqlens on the host, which waits for the device on CUDA.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
     """
@@ -208,7 +257,9 @@ def attention(
     ends("cu_seqlens", cu_seqlens, T)
     scale = E**-0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
-        return route(forward_op, "attention", "forward", q, k, v, cu_seqlens)(q, k, v, cu_seqlens, scale, max_seqlen or 0)[0]
+        return route(forward_op, "attention", "forward", q, k, v, cu_seqlens)(
+            q, k, v, cu_seqlens, scale, max_seqlen or 0
+        )[0]
     _check_past(cu_seqlens, cu_seqlens_k, T_k)
     no_gradient("attention with cu_seqlens_k", q=q, k=k, v=v)
     return prefix_op(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen or 0)
@@ -223,4 +274,7 @@ def _check_past(cu_seqlens: Tensor, cu_seqlens_k: Tensor, T_k: int) -> None:
     if readable and bool((cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
         at = int((cu_seqlens_k.diff() < cu_seqlens.diff()).nonzero()[0])
         queries, keys = int(cu_seqlens.diff()[at]), int(cu_seqlens_k.diff()[at])
-        raise ValueError(f"cu_seqlens_k: expected at least the {queries} tokens of sequence {at}'s queries, got {keys} keys")
+        raise ValueError(
+            f"cu_seqlens_k: expected at least the {queries} tokens of sequence {at}'s queries, "
+            f"got {keys} keys"
+        )

@@ -1,14 +1,18 @@
 """Attention of single query tokens over paged key/value caches.
 
-    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b,   k_bj = k_cache[block_table[rows_b, j // page], j % page]
+    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b,   k_bj = k_cache[block_table[rows_b, j // page], j
+    % page]
 
-H query heads share K key/value heads.  A query of length 0 (a free slot of the batch) gets zeros.  No gradient.
+H query heads share K key/value heads.  A query of length 0 (a free slot of the batch) gets zeros.  No
+gradient.
 
-Decoding has one query per row of the table.  With `rows` several tokens of one sequence, each with its own length, attend over the
-same pages: a prompt that is continued, or a whole sequence scored by the kernel that sampled it.
+Decoding has one query per row of the table.  With `rows` several tokens of one sequence, each with its own
+length, attend over the same pages: a prompt that is continued, or a whole sequence scored by the kernel that
+sampled it.
 
-The compiled kernels take the keys in blocks that start at fixed positions, so that the bits of a query's output depend on that
-query, its keys and its values only: not on the rest of the batch, and not on where the pages lie.
+The compiled kernels take the keys in blocks that start at fixed positions, so that the bits of a query's
+output depend on that query, its keys and its values only: not on the rest of the batch, and not on where the
+pages lie.
 """
 
 from __future__ import annotations
@@ -25,9 +29,17 @@ COPIED_BYTES = 256 << 20  # of keys and values that the reference copies at a ti
 
 # --- reference --------------------------------------------------------------------------------------
 def reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """The definition, over a copy of the pages in use: up to the longest sequence on CPU, all of the table on CUDA."""
+    """The definition, over a copy of the pages in use: up to the longest sequence on CPU, all of the table on
+    CUDA.
+    """
     (B, H, E), (_, page, K, _), N = q.shape, k_cache.shape, block_table.shape[1]
     longest = N * page
     if lengths.device.type == "cpu":  # free to read here; on CUDA it would wait for the device
@@ -36,21 +48,30 @@ def reference(
             raise ValueError(_range(longest if least >= 0 else least, N, page))
     if longest == 0:
         return torch.zeros(B, H, E, dtype=q.dtype, device=q.device)
-    table = block_table[:, : -(-longest // page)].clamp(0, k_cache.shape[0] - 1)  # unused entries may hold anything
+    table = block_table[:, : -(-longest // page)].clamp(
+        0, k_cache.shape[0] - 1
+    )  # unused entries may hold anything
     table = table if rows is None else table.index_select(0, rows)
     each = max(1, COPIED_BYTES // (2 * longest * K * E * compute_dtype(q).itemsize))
     parts = zip(q.split(each), table.split(each), lengths.split(each), strict=True)
     return torch.cat([_dense(*part, k_cache, v_cache, longest, scale) for part in parts])
 
 
-def _dense(q: Tensor, table: Tensor, lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int, scale: float) -> Tensor:
+def _dense(
+    q: Tensor, table: Tensor, lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int, scale: float
+) -> Tensor:
     """A query for each row of `table`; what lies past a length is not read, or masked: it may be NaN."""
     (B, H, E), K, dtype = q.shape, k_cache.shape[2], compute_dtype(q)
-    k, v = (c.index_select(0, table.flatten()).view(B, -1, K, E)[:, :longest].to(dtype) for c in (k_cache, v_cache))
+    k, v = (
+        c.index_select(0, table.flatten()).view(B, -1, K, E)[:, :longest].to(dtype)
+        for c in (k_cache, v_cache)
+    )
     beyond = torch.arange(longest, device=q.device) >= lengths[:, None]
     v.masked_fill_(beyond[:, :, None, None], 0)  # weighted 0, but 0 * nan is nan
     y = torch.empty(B, K, H // K, E, dtype=dtype, device=q.device)
-    for h, query in enumerate(q.to(dtype).view(B, K, H // K, E).unbind(1)):  # a head at a time: strided GEMMs, no transposed copy
+    for h, query in enumerate(
+        q.to(dtype).view(B, K, H // K, E).unbind(1)
+    ):  # a head at a time: strided GEMMs, no transposed copy
         s = torch.bmm(query, k[:, :, h].transpose(1, 2)).mul_(scale).masked_fill_(beyond[:, None], -torch.inf)
         m = s.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # finite for an empty sequence
         s.sub_(m).exp_()
@@ -72,35 +93,82 @@ _C = extension()
 
 
 def _compiled(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """csrc/cpu/decode_attention.cpp, which takes addresses and reads the lengths, the rows and the pages in use before it starts."""
+    """csrc/cpu/decode_attention.cpp, which takes addresses and reads the lengths, the rows and the pages in
+    use before it starts.
+    """
     (B, H, E), (pages, page, K, _), (R, N), q = q.shape, k_cache.shape, block_table.shape, unit_rows(q)
-    y, table, lengths = torch.empty(B, H, E, dtype=q.dtype), unit_rows(block_table.int()), lengths.int().contiguous()
+    y, table, lengths = (
+        torch.empty(B, H, E, dtype=q.dtype),
+        unit_rows(block_table.int()),
+        lengths.int().contiguous(),
+    )
     rows = None if rows is None else rows.long().contiguous()
     _C.decode_attention_cpu(
-        y.data_ptr(), q.data_ptr(), q.stride(0), q.stride(1), FLOAT_CODES[q.dtype], k_cache.data_ptr(), v_cache.data_ptr(),
-        table.data_ptr(), table.stride(0), lengths.data_ptr(), 0 if rows is None else rows.data_ptr(), scale, B, R, N, H, K, E, pages, page,
+        y.data_ptr(),
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        FLOAT_CODES[q.dtype],
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        table.data_ptr(),
+        table.stride(0),
+        lengths.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        scale,
+        B,
+        R,
+        N,
+        H,
+        K,
+        E,
+        pages,
+        page,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return y
 
 
-register("decode_attention", "cpu", dtypes=tuple(FLOAT_CODES), missing=unbuilt("decode_attention_cpu"), exact=("cpu",), forward=_compiled)
+register(
+    "decode_attention",
+    "cpu",
+    dtypes=tuple(FLOAT_CODES),
+    missing=unbuilt("decode_attention_cpu"),
+    exact=("cpu",),
+    forward=_compiled,
+)
 register_triton("decode_attention", "decode_attention", "forward", exact=True)
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more on the host
+# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
+# on the host
 torch.library.define(
     "fastrl::decode_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, Tensor? rows, float scale) -> Tensor",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, Tensor? rows, "
+    "float scale) -> Tensor",
 )
 forward_op = torch.ops.fastrl.decode_attention.default
 
 
 @torch.library.impl("fastrl::decode_attention", "default")
-def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float) -> Tensor:
+def _run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+) -> Tensor:
     return pick("decode_attention", q, "forward")(q, k_cache, v_cache, block_table, lengths, rows, scale)
 
 
@@ -120,14 +188,16 @@ def decode_attention(
     rows: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of query tokens over their sequences' caches, in which their own keys and values are already stored.
+    """Attention of query tokens over their sequences' caches, in which their own keys and values are already
+    stored.
 
-    Shapes:  q (B, H, E) bf16|fp16|fp32|fp64;  k_cache, v_cache (pages, page, K, E) of q's dtype, contiguous, K divides H;
-             block_table (R, N) int32: the page of each `page` tokens;  lengths (B,) int32, at most N page: the keys a query sees,
-             itself included;  rows (B,) int: the row of block_table each query reads, None for row b, and R = B  ->  (B, H, E).
-             Entries of block_table and slots of a page past a length may hold anything.
-    Memory:  the kernels: on CUDA, (E + 2) fp32 numbers for each query head and split of its keys.  The reference copies the pages
-             in use.  Not differentiable.
+    Shapes:  q (B, H, E) bf16|fp16|fp32|fp64;  k_cache, v_cache (pages, page, K, E) of q's dtype, contiguous,
+             K divides H; block_table (R, N) int32: the page of each `page` tokens;  lengths (B,) int32, at
+             most N page: the keys a query sees, itself included;  rows (B,) int: the row of block_table each
+             query reads, None for row b, and R = B  ->  (B, H, E).  Entries of block_table and slots of a
+             page past a length may hold anything.
+    Memory:  the kernels: on CUDA, (E + 2) fp32 numbers for each query head and split of its keys.  The
+             reference copies the pages in use.  Not differentiable.
     Raises:  ValueError or TypeError naming the argument (lengths, rows and pages are read on CPU only).
     Source:  Kwon et al. 2023, "PagedAttention"; Dao et al. 2023, "Flash-Decoding".
     """

@@ -1,14 +1,17 @@
 """Generalised advantage estimation over packed sequences.
 
-Backwards over the tokens of a sequence that the policy chose, with next_value = next_advantage = 0 after the last one:
+Backwards over the tokens of a sequence that the policy chose, with next_value = next_advantage = 0 after the
+last one:
 
     delta[t]     = reward[t] + gamma next_value - value[t]
     advantage[t] = delta[t] + gamma lam next_advantage
     return[t]    = advantage[t] + value[t]
 
-A token that is masked out (an observation) is stepped over: the carries pass it unchanged, its own reward and value are not read.
+A token that is masked out (an observation) is stepped over: the carries pass it unchanged, its own reward and
+value are not read.
 
-The reference solves advantage[t] = b[t] + a[t] advantage[t+1] by doubling: log2 T steps over all tokens, no loop over time.
+The reference solves advantage[t] = b[t] + a[t] advantage[t+1] by doubling: log2 T steps over all tokens, no
+loop over time.
 """
 
 from __future__ import annotations
@@ -23,14 +26,18 @@ from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
 
 
 class Gae(NamedTuple):
-    """Advantages and returns (T,), in the reward's unit; 0 where masked out.  fp32, or float64 for float64 inputs."""
+    """Advantages and returns (T,), in the reward's unit; 0 where masked out.  fp32, or float64 for float64
+    inputs.
+    """
 
     advantage: Tensor
     returns: Tensor
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def reference(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """The definition: advantage and return, each (T,); an empty mask means every token."""
     T = reward.shape[0]
     reward, value = reward.to(compute_dtype(reward)), value.to(compute_dtype(reward))
@@ -38,7 +45,9 @@ def reference(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, g
     end = cu_seqlens[1:].long()[torch.searchsorted(cu_seqlens[1:].long(), t, right=True)]
     live = mask if mask.numel() else torch.ones_like(t, dtype=torch.bool)
     reward, value = torch.where(live, reward, 0), torch.where(live, value, 0)
-    following = torch.cat([_next_live(t, live)[1:], t.new_full((min(T, 1),), T)])  # the next live token, T if there is none
+    following = torch.cat(
+        [_next_live(t, live)[1:], t.new_full((min(T, 1),), T)]
+    )  # the next live token, T if there is none
     follows = following < end
     next_value = torch.where(follows, value[torch.where(follows, following, 0)], 0)
     b = torch.where(live, reward + gamma * next_value - value, 0)
@@ -56,7 +65,8 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     """x with x[t] = b[t] + a[t] x[t+1] and x[T] = 0."""
     step = 1
     while step < b.shape[0]:
-        # after this round (a, b)[t] spans 2 step tokens; where a is 0 a NaN of the next sequence must not come through
+        # after this round (a, b)[t] spans 2 step tokens; where a is 0 a NaN of the next sequence must not
+        # come through
         reach = a[:-step]
         b = torch.cat([torch.where(reach == 0, b[:-step], b[:-step] + reach * b[step:]), b[-step:]])
         a = torch.cat([reach * a[step:], torch.zeros_like(a[-step:])])
@@ -71,15 +81,27 @@ register("gae", "reference", forward=reference)
 _C = extension()
 
 
-def _compiled(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def _compiled(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """csrc/cpu/gae.cpp, which takes addresses."""
     reward, value = (x.to(compute_dtype(reward)).contiguous() for x in (reward, value))
     ends, mask = cu_seqlens.long().contiguous(), mask.contiguous()
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
     _C.gae_cpu(
-        reward.data_ptr(), value.data_ptr(), reward.dtype == torch.float64, ends.data_ptr(), mask.data_ptr() if mask.numel() else 0,
-        gamma, lam, advantage.data_ptr(), returns.data_ptr(), reward.shape[0], ends.shape[0] - 1, torch.get_num_threads(),
-    )  # fmt: skip
+        reward.data_ptr(),
+        value.data_ptr(),
+        reward.dtype == torch.float64,
+        ends.data_ptr(),
+        mask.data_ptr() if mask.numel() else 0,
+        gamma,
+        lam,
+        advantage.data_ptr(),
+        returns.data_ptr(),
+        reward.shape[0],
+        ends.shape[0] - 1,
+        torch.get_num_threads(),
+    )
     return advantage, returns
 
 
@@ -88,16 +110,23 @@ register_triton("gae", "gae", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more on the host
+# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
+# on the host
 torch.library.define(
-    "fastrl::gae", "(Tensor reward, Tensor value, Tensor cu_seqlens, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)"
+    "fastrl::gae",
+    "(Tensor reward, Tensor value, Tensor cu_seqlens, Tensor mask, float gamma, "
+    "float lam) -> (Tensor, Tensor)",
 )
 forward_op = torch.ops.fastrl.gae.default
 
 
 @torch.library.impl("fastrl::gae", "default")
-def _run(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    ends("cu_seqlens", cu_seqlens, reward.shape[0])  # here, because torch.compile cannot trace a look at values
+def _run(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    ends(
+        "cu_seqlens", cu_seqlens, reward.shape[0]
+    )  # here, because torch.compile cannot trace a look at values
     return pick("gae", reward, "forward")(reward, value, cu_seqlens, mask, gamma, lam)
 
 
@@ -107,17 +136,21 @@ def _(reward, value, cu_seqlens, mask, gamma, lam):  # type: ignore[no-untyped-d
 
 
 # --- public -----------------------------------------------------------------------------------------
-def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float, mask: Tensor | None = None) -> Gae:
+def gae(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float, mask: Tensor | None = None
+) -> Gae:
     """Advantage and return of every token, in the reward's unit, before any whitening; not differentiable.
 
-    `value[t]` is predicted from the tokens before t.  A sequence's end is terminal: to bootstrap a truncated one, add
-    gamma times the value of its last state to its last reward.
+    `value[t]` is predicted from the tokens before t.  A sequence's end is terminal: to bootstrap a truncated
+    one, add gamma times the value of its last state to its last reward.
 
-    Shapes:  reward, value (T,) bf16|fp16|fp32|fp64;  cu_seqlens (S+1,) int32;  mask (T,) bool, False for observation tokens
+    Shapes:  reward, value (T,) bf16|fp16|fp32|fp64;  cu_seqlens (S+1,) int32;  mask (T,) bool, False for
+             observation tokens
              ->  advantage, returns (T,) fp32 (fp64 for fp64 rewards), 0 where mask is False.
     Memory:  nothing beside the results; the reference: a dozen (T,) vectors.
     Raises:  ValueError or TypeError naming the argument.
-    Source:  Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation", eq. 16.
+    Source:  Schulman et al. 2016, "High-dimensional continuous control using generalized advantage
+             estimation", eq. 16.
     """
     (T,) = dims("reward", reward, "T", FLOATS)
     dims("value", value, "T", FLOATS, T=T)

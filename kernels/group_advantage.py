@@ -12,9 +12,10 @@
     shape "rank":    A = 2 rank / (K - 1) - 1, ranks 0 .. K-1 from worst to best, ties averaged
     shape "softmax": A = K softmax(R / tau) - 1
 
-rank and softmax are advantages by themselves: baseline, scale, eps and unbiased do not enter them.  K counts the group's
-scored samples.  A NaN reward is "not scored": it enters no statistic and gets 0.  Where a group's scored rewards are all equal
-(one scored sample included) every shape, baseline and scale gives exactly 0, so rounding never turns into a signal.
+rank and softmax are advantages by themselves: baseline, scale, eps and unbiased do not enter them.  K counts
+the group's scored samples.  A NaN reward is "not scored": it enters no statistic and gets 0.  Where a group's
+scored rewards are all equal (one scored sample included) every shape, baseline and scale gives exactly 0, so
+rounding never turns into a signal.
 
 Moments are taken in two passes and float64: rewards of 1000 +- 1e-3 keep all their digits.
 """
@@ -34,7 +35,8 @@ from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, sam
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Samples sorted by group, their rewards and what the statistics need; every field is (S,) float64 but the first three.
+    """Samples sorted by group, their rewards and what the statistics need; every field is (S,) float64 but
+    the first three.
 
     A statistic of a group is repeated for each of its samples, so the columns of the tables are elementwise.
     """
@@ -93,12 +95,16 @@ def _linear(g: _Groups, o: _Options) -> Tensor:
 
 def _rank(g: _Groups, o: _Options) -> Tensor:
     by_reward = torch.where(g.scored, g.reward, torch.nan).sort(stable=True)
-    order = by_reward.indices[g.of[by_reward.indices].sort(stable=True).indices]  # group, then reward, unscored last
+    order = by_reward.indices[
+        g.of[by_reward.indices].sort(stable=True).indices
+    ]  # group, then reward, unscored last
     of, scored, reward = g.of[order], g.scored[order], g.reward[order]
     tied = (of[1:] == of[:-1]) & (reward[1:] == reward[:-1]) & (scored[1:] == scored[:-1])
     run = _runs(~tied)
     ends = _offsets(run)
-    rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[of]  # mean place of the run, counted from the group's start
+    rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[
+        of
+    ]  # mean place of the run, counted from the group's start
     return 2 * torch.empty_like(rank).scatter_(0, order, rank) / (g.count - 1) - 1
 
 
@@ -107,12 +113,24 @@ def _softmax(g: _Groups, o: _Options) -> Tensor:
     return g.count * e / g.total(e) - 1
 
 
-SHAPES: dict[str, Callable[[_Groups, _Options], Tensor]] = {"linear": _linear, "rank": _rank, "softmax": _softmax}
+SHAPES: dict[str, Callable[[_Groups, _Options], Tensor]] = {
+    "linear": _linear,
+    "rank": _rank,
+    "softmax": _softmax,
+}
 
 
 # --- reference --------------------------------------------------------------------------------------
 def reference(
-    reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float
+    reward: Tensor,
+    group: Tensor,
+    size: int,
+    baseline: str,
+    scale: str,
+    shape: str,
+    eps: float,
+    unbiased: bool,
+    tau: float,
 ) -> Tensor:
     """The definition: (S,) advantages; `group` holds ids, or is empty for contiguous groups of `size`."""
     S = reward.shape[0]
@@ -133,9 +151,14 @@ def reference(
 def _statistics(reward: Tensor, of: Tensor) -> _Groups:
     offsets, scored = _offsets(of), ~reward.isnan()
     count = _segments(scored.double(), "sum", offsets)[of]
-    low, high = (_segments(torch.where(scored, reward, far), how, offsets)[of] for how, far in (("min", torch.inf), ("max", -torch.inf)))
+    low, high = (
+        _segments(torch.where(scored, reward, far), how, offsets)[of]
+        for how, far in (("min", torch.inf), ("max", -torch.inf))
+    )
     reward = torch.where(scored, reward, 0)
-    return _Groups(of, offsets, scored, reward, count, _segments(reward, "sum", offsets)[of] / count, low, high)
+    return _Groups(
+        of, offsets, scored, reward, count, _segments(reward, "sum", offsets)[of] / count, low, high
+    )
 
 
 def _runs(starts: Tensor) -> Tensor:
@@ -144,12 +167,16 @@ def _runs(starts: Tensor) -> Tensor:
 
 
 def _offsets(of: Tensor) -> Tensor:
-    """(S+1,) where each run of the sorted numbers `of` starts; searchsorted, because counting would wait for the device."""
+    """(S+1,) where each run of the sorted numbers `of` starts; searchsorted, because counting would wait for
+    the device.
+    """
     return torch.searchsorted(of, torch.arange(of.shape[0] + 1, device=of.device))
 
 
 def _segments(x: Tensor, how: str, offsets: Tensor) -> Tensor:
-    return torch.segment_reduce(x, how, offsets=offsets, unsafe=True)  # "unsafe" skips a check that would wait for the device
+    return torch.segment_reduce(
+        x, how, offsets=offsets, unsafe=True
+    )  # "unsafe" skips a check that would wait for the device
 
 
 register("group_advantage", "reference", forward=reference)
@@ -166,15 +193,32 @@ def codes(baseline: str, scale: str, shape: str) -> tuple[int, int, int]:
 
 
 def _compiled(
-    reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float
+    reward: Tensor,
+    group: Tensor,
+    size: int,
+    baseline: str,
+    scale: str,
+    shape: str,
+    eps: float,
+    unbiased: bool,
+    tau: float,
 ) -> Tensor:
     """csrc/cpu/group_advantage.cpp, which takes addresses."""
     reward, group = reward.to(compute_dtype(reward)).contiguous(), group.contiguous()
     out = torch.empty_like(reward)
     _C.group_advantage_cpu(
-        reward.data_ptr(), reward.dtype == torch.float64, 0 if size else group.data_ptr(), size, *codes(baseline, scale, shape),
-        eps, unbiased, tau, out.data_ptr(), reward.shape[0], torch.get_num_threads(),
-    )  # fmt: skip
+        reward.data_ptr(),
+        reward.dtype == torch.float64,
+        0 if size else group.data_ptr(),
+        size,
+        *codes(baseline, scale, shape),
+        eps,
+        unbiased,
+        tau,
+        out.data_ptr(),
+        reward.shape[0],
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -188,16 +232,28 @@ register_triton("group_advantage", "group_advantage", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more on the host
+# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
+# on the host
 torch.library.define(
     "fastrl::group_advantage",
-    "(Tensor reward, Tensor group, int size, str baseline, str scale, str shape, float eps, bool unbiased, float tau) -> Tensor",
+    "(Tensor reward, Tensor group, int size, str baseline, str scale, str shape, float eps, "
+    "bool unbiased, float tau) -> Tensor",
 )
 forward_op = torch.ops.fastrl.group_advantage.default
 
 
 @torch.library.impl("fastrl::group_advantage", "default")
-def _run(reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float) -> Tensor:
+def _run(
+    reward: Tensor,
+    group: Tensor,
+    size: int,
+    baseline: str,
+    scale: str,
+    shape: str,
+    eps: float,
+    unbiased: bool,
+    tau: float,
+) -> Tensor:
     if group.device.type == "cpu" and group.numel() and int(group.min()) < 0:
         raise ValueError(f"group: expected ids of 0 or more, got {int(group.min())}")
     forward = pick("group_advantage", reward, "forward")
@@ -221,17 +277,23 @@ def group_advantage(
     unbiased: bool = True,
     tau: float = 0.5,
 ) -> Tensor:
-    """Advantage of each sample within its group, unitless (in the reward's unit with scale="none"); not differentiable.
+    """Advantage of each sample within its group, unitless (in the reward's unit with scale="none"); not
+    differentiable.
 
-    `unbiased` divides the variance by K - 1 instead of K; `eps` is added to std and batch_std; `tau` is the softmax's temperature.
-    For advantages that are no group's business (plain REINFORCE) use the rewards themselves: here a group of one always gets 0.
+    `unbiased` divides the variance by K - 1 instead of K; `eps` is added to std and batch_std; `tau` is the
+    softmax's temperature.  For advantages that are no group's business (plain REINFORCE) use the rewards
+    themselves: here a group of one always gets 0.
 
-    Shapes:  reward (S,) bf16|fp16|fp32|fp64, NaN where not scored;  group (S,) int ids of 0 or more in any order, or the size of
+    Shapes:  reward (S,) bf16|fp16|fp32|fp64, NaN where not scored;  group (S,) int ids of 0 or more in any
+             order, or the size of
              contiguous groups  ->  (S,) fp32 (fp64 for fp64 rewards).
-             A size is one launch (two with batch_std); ids are sorted first, without a look at their values on the host.
-    Memory:  nothing beside the result; a few (S,) int64 vectors to sort ids with.  The reference: a dozen (S,) float64 vectors.
+             A size is one launch (two with batch_std); ids are sorted first, without a look at their values
+             on the host.
+    Memory:  nothing beside the result; a few (S,) int64 vectors to sort ids with.  The reference: a dozen
+             (S,) float64 vectors.
     Raises:  ValueError or TypeError naming the argument.
-    Source:  Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024 (RLOO); Peters and Schaal 2007 (softmax weights).
+    Source:  Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024 (RLOO); Peters and
+             Schaal 2007 (softmax weights).
     """
     (S,) = dims("reward", reward, "S", FLOATS)
     one_of("baseline", baseline, BASELINES)
@@ -247,6 +309,9 @@ def group_advantage(
         if not isinstance(group, int):
             raise TypeError(f"group: expected ids (S={S}) or an int, got {type(group).__name__}")
         if group < 1 or S % group:
-            raise ValueError(f"group: expected a size that divides the {S} rewards, got {group}; pass ids for unequal groups")
+            raise ValueError(
+                f"group: expected a size that divides the {S} rewards, got {group}; "
+                "pass ids for unequal groups"
+            )
         ids, size = torch.empty(0, dtype=torch.int64, device=reward.device), group
     return forward_op(reward.detach(), ids, size, baseline, scale, shape, float(eps), unbiased, float(tau))

@@ -2,10 +2,12 @@
 
     dx = dy W      dW = dy^T x      db = sum_t dy_t
 
-By default it is torch's own, but for float32 on CPU, where ours is faster: without a gradient from `LEAST_ROWS` rows on, with one from
-`ENOUGH` multiplications.  A library's product chooses its tiles, and how a sum is split, by the number of rows: the bits of a row then
-depend on its company.  The other implementations are batch-invariant: an element is a sum over k in one fixed order, in float32,
-whatever the number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients need not have that property.
+By default it is torch's own, but for float32 on CPU, where ours is faster: without a gradient from
+`LEAST_ROWS` rows on, with one from `ENOUGH` multiplications.  A library's product chooses its tiles, and how
+a sum is split, by the number of rows: the bits of a row then depend on its company.  The other
+implementations are batch-invariant: an element is a sum over k in one fixed order, in float32, whatever the
+number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients need not have that
+property.
 """
 
 from __future__ import annotations
@@ -45,9 +47,20 @@ def _compiled_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     codes = FLOAT_CODES[out.dtype], FLOAT_CODES[x.dtype]
     if M and N:
         extension().linear_forward_cpu(
-            out.data_ptr(), out.stride(0), codes[0], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), codes[1],
-            bias.data_ptr() if bias.numel() else 0, M, N, K, torch.get_num_threads(),
-        )  # fmt: skip
+            out.data_ptr(),
+            out.stride(0),
+            codes[0],
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+            codes[1],
+            bias.data_ptr() if bias.numel() else 0,
+            M,
+            N,
+            K,
+            torch.get_num_threads(),
+        )
     return out
 
 
@@ -114,14 +127,17 @@ class _Compiled(torch.autograd.Function):
 
 # --- public -----------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks for another, or float32
-    lies on CPU.
+    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks
+    for another, or float32 lies on CPU.
 
-    Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same dtype, rounded once.
-    Memory:  the result; x and weight are kept for the backward.  On CPU the batch-invariant kernel packs 128 rows of x a thread.
-    Raises:  ValueError or TypeError naming the argument, RuntimeError in exact mode for a dtype without such a kernel.
-    Source:  Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication" (the packed panels);
-             He et al. 2025, "Defeating nondeterminism in LLM inference" (why batch invariance).
+    Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same
+             dtype, rounded once.
+    Memory:  the result; x and weight are kept for the backward.  On CPU the batch-invariant kernel packs 128
+             rows of x a thread.
+    Raises:  ValueError or TypeError naming the argument, RuntimeError in exact mode for a dtype without such
+             a kernel.
+    Source:  Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication" (the packed
+             panels); He et al. 2025, "Defeating nondeterminism in LLM inference" (why batch invariance).
     """
     _, K = dims("x", x, "T K", FLOATS)
     N, _ = dims("weight", weight, "N K", (x.dtype,), K=K)

@@ -4,11 +4,12 @@
     loss = (1 - eps) (lse - z_target) + eps (lse - mean_v z_v) + z_loss lse^2                           (nats)
     dloss/dz_v = (1 + 2 z_loss lse) p_v - (1 - eps) 1[v = target] - eps / V
 
-With reduction "mean" and "sum" the gradient is formed in the forward: three products, nothing recomputed.  With "none" every
-token has its own upstream gradient, and the logits are computed again in the backward.
+With reduction "mean" and "sum" the gradient is formed in the forward: three products, nothing recomputed.
+With "none" every token has its own upstream gradient, and the logits are computed again in the backward.
 
-Without label smoothing, softcap and z-loss a row is token_logp's with dlogp = -dloss, and runs on that op's kernels: C++ on CPU,
-on CUDA one read for value and gradient.  The implementations registered here are the rows with those options.
+Without label smoothing, softcap and z-loss a row is token_logp's with dlogp = -dloss, and runs on that op's
+kernels: C++ on CPU, on CUDA one read for value and gradient.  The implementations registered here are the
+rows with those options.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ def reference(
     lse = z.logsumexp(-1)
     live = target != ignore_index
     at = z.gather(1, torch.where(live, target, 0)[:, None].long()).squeeze(1)
-    loss = (1 - smoothing) * (lse - at) + (smoothing * (lse - z.mean(-1)) if smoothing else 0) + z_loss * lse**2
+    loss = (
+        (1 - smoothing) * (lse - at) + (smoothing * (lse - z.mean(-1)) if smoothing else 0) + z_loss * lse**2
+    )
     loss = torch.where(live, loss, 0)
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / live.sum()}[reduction]
 
 
-def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def rows_forward(
+    logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, m and log s of each row of logits, (N,) each."""
     z = logits.to(compute_dtype(logits))
     z = softcap * torch.tanh(z / softcap) if softcap else z
@@ -69,8 +74,18 @@ def rows_forward(logits: Tensor, target: Tensor, smoothing: float, softcap: floa
     return torch.where(inside, loss + z_loss * (m + log_s) ** 2, torch.nan), m, log_s
 
 
-def rows_fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
-    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the logits, which end as scratch."""
+def rows_fused_into(
+    out: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    dloss: Tensor,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+) -> Tensor:
+    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the
+    logits, which end as scratch.
+    """
     loss, m, log_s = rows_forward(logits, target, smoothing, softcap, z_loss)
     z = logits.to(m.dtype)
     slope = None
@@ -83,7 +98,9 @@ def rows_fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, 
         g -= smoothing / z.shape[1]
     inside = (target >= 0) & (target < z.shape[1])
     at = torch.where(inside, target, 0)[:, None].long()
-    g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])  # one entry a row: deterministic
+    g.scatter_add_(
+        1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None]
+    )  # one entry a row: deterministic
     g = (g if slope is None else g.mul_(slope)).mul_(dloss[:, None])
     if g is not out:
         out.copy_(g.to(out.dtype))  # a copy first: `out` may be narrower, and lie over g
@@ -112,7 +129,9 @@ class _Options(NamedTuple):
 
 
 def _live(target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
-    """The rows that count, which alone reach a product; finding them, unless they are given, waits for the device once."""
+    """The rows that count, which alone reach a product; finding them, unless they are given, waits for the
+    device once.
+    """
     if mask is None:
         mask = target != ignore_index
     return mask.nonzero().squeeze(1) if mask.dtype == torch.bool else mask
@@ -121,30 +140,49 @@ def _live(target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
 def _rows_forward(logits: Tensor, target: Tensor, o: _Options) -> Tensor:
     """Loss (N,) of rows of logits."""
     if o.plain:
-        return forward_token_op(logits, target, torch.ones_like(target, dtype=compute_dtype(logits)), False, False)[0].neg_()
-    return pick("linear_cross_entropy", logits, "forward")(logits, target, o.smoothing, o.softcap, o.z_loss)[0]
+        return forward_token_op(
+            logits, target, torch.ones_like(target, dtype=compute_dtype(logits)), False, False
+        )[0].neg_()
+    return pick("linear_cross_entropy", logits, "forward")(logits, target, o.smoothing, o.softcap, o.z_loss)[
+        0
+    ]
 
 
 def _rows_fused(logits: Tensor, target: Tensor, dloss: Tensor, o: _Options, dtype: torch.dtype) -> Tensor:
     """Loss (N,); the gradient is left in `front(logits, dtype)`."""
     if o.plain:
-        return fused_token_op(logits, target, torch.ones_like(dloss), -dloss, dloss.new_empty(0), dtype)[0].neg_()
+        return fused_token_op(logits, target, torch.ones_like(dloss), -dloss, dloss.new_empty(0), dtype)[
+            0
+        ].neg_()
     into = pick("linear_cross_entropy", logits, "fused_into")
     return into(front(logits, dtype), logits, target, dloss, o.smoothing, o.softcap, o.z_loss)
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, live: Tensor, dloss: Tensor, wanted: Sequence[bool], o: _Options
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    live: Tensor,
+    dloss: Tensor,
+    wanted: Sequence[bool],
+    o: _Options,
 ) -> tuple[Tensor, HeadGrads]:
-    """Loss (T,), 0 at ignored rows, and what is `wanted` of the gradients for the upstream gradient `dloss` (T,)."""
+    """Loss (T,), 0 at ignored rows, and what is `wanted` of the gradients for the upstream gradient `dloss`
+    (T,).
+    """
     loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(o.logits_dtype, torch.float32))
     grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
     buffer = logits_buffer(min(o.rows, live.numel()), weight.shape[0], o.logits_dtype, hidden.device)
     asked = requested("linear_cross_entropy")
-    with use_backend(asked, "token_logp") if asked else contextlib.nullcontext():  # the rows without options are this op's too
+    with (
+        use_backend(asked, "token_logp") if asked else contextlib.nullcontext()
+    ):  # the rows without options are this op's too
         for part in live.split(o.rows) if live.numel() else ():
             x, y = hidden[part], target[part]
-            logits = project(x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()])
+            logits = project(
+                x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()]
+            )
             if not any(wanted):
                 loss.index_copy_(0, part, _rows_forward(logits, y, o))
                 continue
@@ -163,10 +201,23 @@ def _results(grads: HeadGrads, *like: Tensor) -> tuple[Tensor, ...]:
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::linear_cross_entropy", mutates_args=())
 def forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None, reduction: str, wanted: Sequence[bool],
-    ignore_index: int, smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss (scalar, or (T,) for "none") and, where `wanted`, the gradients of hidden, weight and bias for an upstream gradient of 1."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    wanted: Sequence[bool],
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+    logits_dtype: torch.dtype,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (scalar, or (T,) for "none") and, where `wanted`, the gradients of hidden, weight and bias for an
+    upstream gradient of 1.
+    """
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
     live = _live(target, mask, ignore_index)
     count = live.numel() if reduction == "mean" else 1
@@ -179,9 +230,20 @@ def forward_op(
 
 @torch.library.custom_op("fastrl::linear_cross_entropy_backward", mutates_args=())
 def backward_op(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None, wanted: Sequence[bool],
-    ignore_index: int, smoothing: float, softcap: float, z_loss: float, logits_dtype: torch.dtype, rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+    logits_dtype: torch.dtype,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, where `wanted`, for a per-token upstream gradient (T,); the logits are computed again."""
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
     grads = _walk(hidden, weight, bias, target, _live(target, mask, ignore_index), dloss, wanted, o)[1]
@@ -189,14 +251,35 @@ def backward_op(
 
 
 @forward_op.register_fake
-def _(hidden, weight, bias, target, mask, reduction, wanted, ignore_index, smoothing, softcap, z_loss, logits_dtype, rows):  # type: ignore[no-untyped-def]
-    out = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.promote_types(logits_dtype, torch.float32))
-    return out, *(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
+def _(
+    hidden,
+    weight,
+    bias,
+    target,
+    mask,
+    reduction,
+    wanted,
+    ignore_index,
+    smoothing,
+    softcap,
+    z_loss,
+    logits_dtype,
+    rows,
+):  # type: ignore[no-untyped-def]
+    out = hidden.new_empty(
+        hidden.shape[:1] if reduction == "none" else (),
+        dtype=torch.promote_types(logits_dtype, torch.float32),
+    )
+    return out, *(
+        x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    )
 
 
 @backward_op.register_fake
 def _(dloss, hidden, weight, bias, target, mask, wanted, *options):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
+    return tuple(
+        x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,13 +318,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy (nats), differentiable in hidden, weight and bias.
 
-    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does not count;  bias (V,);
-             mask, which then says instead of `ignore_index` what counts: (T,) bool, or (N,) int64 distinct rows
+    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does
+             not count;  bias (V,); mask, which then says instead of `ignore_index` what counts: (T,) bool, or
+             (N,) int64 distinct rows
              ->  a scalar, or (T,) with 0 at ignored tokens for reduction "none"; fp32 (fp64 for fp64 inputs).
              "mean" divides by the tokens that count (NaN when none does, as in PyTorch).
-    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients, in the forward.
-             Finding the rows that count waits for the device once; rows given as int64 `mask` do not.
-    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index` gives NaN.
+    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients,
+             in the forward.  Finding the rows that count waits for the device once; rows given as int64
+             `mask` do not.
+    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index`
+             gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     one_of("reduction", reduction, REDUCTIONS)
@@ -254,5 +340,7 @@ def linear_cross_entropy(
     b = weight.new_empty(0) if bias is None else bias
     fused = torch.is_grad_enabled() and reduction != "none"
     wanted = [fused and x.requires_grad for x in (hidden, weight, b)]
-    options = _Options(ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), dtype, rows)
+    options = _Options(
+        ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), dtype, rows
+    )
     return forward_op(hidden, weight, b, target, mask, reduction, wanted, *options)[0]

@@ -1,9 +1,10 @@
-"""Log-probability and entropy of each target token, from hidden states and the head's weight, without the (T, V) logits.
+"""Log-probability and entropy of each target token, from hidden states and the head's weight, without the (T,
+V) logits.
 
     logits = hidden weight^T + bias, a chunk of rows at a time; the rest is `token_logp`.
 
-Forward 2 T D V FLOPs; backward recomputes the logits, 6 T D V more.  A loss that is known when the log-probs are computed
-should use `linear_loss` instead, which never recomputes: 6 T D V in all.
+Forward 2 T D V FLOPs; backward recomputes the logits, 6 T D V more.  A loss that is known when the log-probs
+are computed should use `linear_loss` instead, which never recomputes: 6 T D V in all.
 """
 
 from __future__ import annotations
@@ -26,27 +27,46 @@ if TYPE_CHECKING:
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, through materialised float64 logits: logp and entropy, both (T,), differentiable by autograd."""
+def reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, through materialised float64 logits: logp and entropy, both (T,), differentiable by
+    autograd.
+    """
     z = hidden.double() @ weight.double().T
     z = (z if bias is None else z + bias.double()) / temperature.double()[:, None]
     log_p = z.log_softmax(-1)
-    return log_p.gather(1, target[:, None].long()).squeeze(1), -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)).sum(-1)
+    return log_p.gather(1, target[:, None].long()).squeeze(1), -(
+        log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)
+    ).sum(-1)
 
 
 # --- the chunks -------------------------------------------------------------------------------------
 def forward_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: bool,
+    logits_dtype: torch.dtype,
+    rows: int,
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp, entropy (empty unless asked for), m and log s, each (T,); an absent bias is empty; `rows` per chunk of logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy (empty unless asked for), m and log s, each (T,); an absent bias is empty; `rows` per
+    chunk of logits.
+    """
     T = hidden.shape[0]
     stat = torch.promote_types(logits_dtype, torch.float32)
-    logp, h, m, log_s = (torch.empty(n, dtype=stat, device=hidden.device) for n in (T, T if entropy else 0, T, T))
+    logp, h, m, log_s = (
+        torch.empty(n, dtype=stat, device=hidden.device) for n in (T, T if entropy else 0, T, T)
+    )
     buffer = logits_buffer(min(rows, T), weight.shape[0], logits_dtype, hidden.device)
     for a in range(0, T, rows):
         part = slice(a, min(a + rows, T))
-        logits = project(hidden[part], weight, bias if bias.numel() else None, logits_dtype, buffer[: part.stop - a])
+        logits = project(
+            hidden[part], weight, bias if bias.numel() else None, logits_dtype, buffer[: part.stop - a]
+        )
         found = row_stats(logits, target[part], temperature[part], entropy, shard)
         logp[part], m[part], log_s[part] = found[0], found[2], found[3]
         if entropy:
@@ -64,10 +84,24 @@ def row_stats(
 
 
 def backward_chunks(
-    dlogp: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor,
-    entropy: Tensor, m: Tensor, log_s: Tensor, logits_dtype: torch.dtype, rows: int, wanted: Sequence[bool], shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias (empty where not wanted); the logits are computed again, chunk by chunk."""
+    dlogp: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    logits_dtype: torch.dtype,
+    rows: int,
+    wanted: Sequence[bool],
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias (empty where not wanted); the logits are computed again, chunk by
+    chunk.
+    """
     live = live_rows(dlogp, dentropy) if dentropy.numel() else live_rows(dlogp)
     N = hidden.shape[0] if live is None else live.numel()
     target = target if shard is None else shard.local(target)
@@ -79,7 +113,9 @@ def backward_chunks(
         logits = project(x, weight, bias if bias.numel() else None, logits_dtype, buffer[: x.shape[0]])
         h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
         dtype = gradient_dtype(logits, weight)
-        backward_into_op(dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part], dtype)
+        backward_into_op(
+            dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part], dtype
+        )
         grads.add(part, x, front(logits, dtype))
     if shard is not None and grads.hidden is not None:
         shard.sum(grads.hidden)
@@ -95,7 +131,14 @@ register_triton("linear_logp", "linear_logp_wide", "forward_chunks")
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::linear_logp", mutates_args=())
 def forward_linear_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: bool,
+    logits_dtype: torch.dtype,
+    rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments are those of `forward_chunks`, without a shard."""
     forward = pick("linear_logp", hidden, "forward_chunks")
@@ -104,12 +147,25 @@ def forward_linear_op(
 
 @torch.library.custom_op("fastrl::linear_logp_backward", mutates_args=())
 def backward_linear_op(
-    dlogp: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor,
-    entropy: Tensor, m: Tensor, log_s: Tensor, logits_dtype: torch.dtype, rows: int, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dlogp: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    logits_dtype: torch.dtype,
+    rows: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments are those of `backward_chunks`, without a shard."""
     options = (logits_dtype, rows, wanted)
-    return backward_chunks(dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, *options)
+    return backward_chunks(
+        dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, *options
+    )
 
 
 @forward_linear_op.register_fake
@@ -119,8 +175,12 @@ def _(hidden, weight, bias, target, temperature, entropy, logits_dtype, rows):  
 
 
 @backward_linear_op.register_fake
-def _(dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, logits_dtype, rows, wanted):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True))
+def _(
+    dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, logits_dtype, rows, wanted
+):  # type: ignore[no-untyped-def]
+    return tuple(
+        x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,11 +190,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(hidden, weight, bias, target, temperature, h, m, log_s)
 
 
-def _autograd(ctx: Any, dlogp: Tensor, dentropy: Tensor, *_: Tensor, backward: Any = backward_linear_op) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, dlogp: Tensor, dentropy: Tensor, *_: Tensor, backward: Any = backward_linear_op
+) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, target, temperature, h, m, log_s = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     dh = dentropy if ctx.entropy else h
-    grads = backward(dlogp, dh, hidden, weight, bias, target, temperature, h, m, log_s, ctx.logits_dtype, ctx.rows, wanted)
+    grads = backward(
+        dlogp, dh, hidden, weight, bias, target, temperature, h, m, log_s, ctx.logits_dtype, ctx.rows, wanted
+    )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
@@ -171,29 +235,38 @@ def linear_logp(
     logits_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), differentiable in hidden, weight and bias.
+    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), differentiable in hidden,
+    weight and bias.
 
-    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or (T,)
+    Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or
+             (T,)
              ->  logp, entropy, lse (T,) fp32 (fp64 for fp64 inputs).
-             With a `group` of processes, weight and bias are this process's part of the vocabulary, in the order of the ranks and of
-             any size; hidden and target (ids of the whole vocabulary) are the same on all, and so are the results and the gradient
-             of hidden.  The processes wait for the device once, to learn each other's sizes.
-    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), in the forward and in the
-             backward.
+             With a `group` of processes, weight and bias are this process's part of the vocabulary, in the
+             order of the ranks and of any size; hidden and target (ids of the whole vocabulary) are the same
+             on all, and so are the results and the gradient of hidden.  The processes wait for the device
+             once, to learn each other's sizes.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), in the
+             forward and in the backward.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
     shard = None if group is None else Shard.of(weight, group)
-    rows = chunk_rows(weight.shape[0] if shard is None else shard.most, dtype.itemsize, hidden.device, logits_bytes)
+    rows = chunk_rows(
+        weight.shape[0] if shard is None else shard.most, dtype.itemsize, hidden.device, logits_bytes
+    )
     b = weight.new_empty(0) if bias is None else bias
     inputs = (hidden, weight, b, target, tau, entropy, dtype, rows)
     logp, h, m, log_s = forward_linear_op(*inputs) if shard is None else _Sharded.apply(*inputs, shard)
     return TokenStats(logp, h if entropy else None, m + log_s)
 
 
-def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> torch.dtype:
-    """Check the arguments every linear op shares; the dtype of the logits (float64 inputs always have float64 logits)."""
+def check_linear(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logits_dtype: torch.dtype
+) -> torch.dtype:
+    """Check the arguments every linear op shares; the dtype of the logits (float64 inputs always have float64
+    logits).
+    """
     T, D = dims("hidden", hidden, "T D", FLOATS)
     V, _ = dims("weight", weight, "V D", (hidden.dtype,), D=D)
     dims("target", target, "T", INTS, T=T)
@@ -208,7 +281,9 @@ def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | 
 
 
 def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
-    """Check which rows are live: all (None), those of a (T,) bool mask, or (N,) int64 distinct rows, whose values are not read."""
+    """Check which rows are live: all (None), those of a (T,) bool mask, or (N,) int64 distinct rows, whose
+    values are not read.
+    """
     if mask is None:
         return
     if isinstance(mask, Tensor) and mask.dtype == torch.int64:

@@ -3,17 +3,21 @@
     delta <- project(delta + step_size u)        u: the direction that raises the loss most per unit of norm
 
     norm   ball                 u                                                        project
-    l2     |delta|_2 <= radius  g / |g|_2                                                delta min(1, radius / |delta|_2)
+    l2     |delta|_2 <= radius  g / |g|_2                                                delta min(1, radius /
+           |delta|_2)
     linf   |delta_i| <= radius  sign g                                                   clamp to +- radius
-    l1     |delta|_1 <= radius  sign g where |g| is largest, shared by its ties, else 0  soft threshold (the Euclidean projection)
+    l1     |delta|_1 <= radius  sign g where |g| is largest, shared by its ties, else 0  soft threshold (the
+           Euclidean projection)
 
-A ball holds the live elements of one token, of one sequence, or of the whole batch: the scope.  Masked-out tokens are exactly 0.
-A token whose gradient is not finite moves as if its gradient were 0.  A targeted attack passes the negated gradient.
+A ball holds the live elements of one token, of one sequence, or of the whole batch: the scope.  Masked-out
+tokens are exactly 0.  A token whose gradient is not finite moves as if its gradient were 0.  A targeted
+attack passes the negated gradient.
 
 `out=` receives embeds + delta, formed in fp32, in the same launch: what the next forward pass takes.
 
-The start is (2 u - 1) radius / c with Philox uniforms u and c = sqrt(n), 1, n for l2, linf, l1 and n live elements in the ball:
-a cube that fits inside the ball (FreeLB's start), so no sum is needed and the bits are the same on every device.
+The start is (2 u - 1) radius / c with Philox uniforms u and c = sqrt(n), 1, n for l2, linf, l1 and n live
+elements in the ball: a cube that fits inside the ball (FreeLB's start), so no sum is needed and the bits are
+the same on every device.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ _NEWTON_STEPS = 48
 
 
 class _Balls(NamedTuple):
-    """Which tokens share a ball: sums and maxima over it, repeated for each token.  No offsets: each token has its own."""
+    """Which tokens share a ball: sums and maxima over it, repeated for each token.  No offsets: each token
+    has its own.
+    """
 
     offsets: Tensor | None
     of: Tensor | None
@@ -48,7 +54,11 @@ class _Balls(NamedTuple):
         return self._reduce(x, "max")
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
-        return x if self.offsets is None else torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True)[self.of]
+        return (
+            x
+            if self.offsets is None
+            else torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True)[self.of]
+        )
 
 
 # --- the norms --------------------------------------------------------------------------------------
@@ -74,10 +84,11 @@ def _l1_direction(g: Tensor, balls: _Balls) -> Tensor:
 
 
 def _l1_project(delta: Tensor, radius: float, balls: _Balls) -> Tensor:
-    """Soft threshold at the root of f(x) = sum max(|delta| - x, 0) - radius, which is convex and falls piecewise linearly.
+    """Soft threshold at the root of f(x) = sum max(|delta| - x, 0) - radius, which is convex and falls
+    piecewise linearly.
 
-    Newton from 0 never overshoots, and each step cuts f times the number of elements above x by 4 or more: 48 steps divide
-    it by 10^28.  No sort, hence the same bits in every run.
+    Newton from 0 never overshoots, and each step cuts f times the number of elements above x by 4 or more: 48
+    steps divide it by 10^28.  No sort, hence the same bits in every run.
     """
     size = delta.abs().double()
     total = balls.total(size.sum(1))
@@ -87,9 +98,13 @@ def _l1_project(delta: Tensor, radius: float, balls: _Balls) -> Tensor:
         f = balls.total(torch.where(above, size - threshold[:, None], 0).sum(1)) - radius
         step = torch.where(f > 0, f / balls.total(above.sum(1).double()), 0)
         threshold = threshold + step
-        if delta.device.type == "cpu" and not bool((step > threshold * 1e-15).any()):  # free to look here, and usually 5 steps do
+        if delta.device.type == "cpu" and not bool(
+            (step > threshold * 1e-15).any()
+        ):  # free to look here, and usually 5 steps do
             break
-    return torch.where((total > radius)[:, None], delta.sign() * (size - threshold[:, None]).clamp_(min=0), delta).to(delta.dtype)
+    return torch.where(
+        (total > radius)[:, None], delta.sign() * (size - threshold[:, None]).clamp_(min=0), delta
+    ).to(delta.dtype)
 
 
 class _Norm(NamedTuple):
@@ -100,13 +115,17 @@ class _Norm(NamedTuple):
 
 NORMS = {
     "l2": _Norm(_l2_direction, _l2_project, torch.sqrt),
-    "linf": _Norm(lambda g, balls: g.sign(), lambda delta, radius, balls: delta.clamp(-radius, radius), torch.ones_like),
+    "linf": _Norm(
+        lambda g, balls: g.sign(), lambda delta, radius, balls: delta.clamp(-radius, radius), torch.ones_like
+    ),
     "l1": _Norm(_l1_direction, _l1_project, lambda n: n),
 }
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference_init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int) -> Tensor:
+def reference_init(
+    embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int
+) -> Tensor:
     """The definition: a start shaped like `embeds`; `cu_seqlens` and `mask` are empty when absent."""
     shape, D = embeds.shape, embeds.shape[-1]
     live = _live(embeds, mask)
@@ -120,9 +139,17 @@ def reference_init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: flo
 
 
 def reference_step(
-    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
-    embeds: Tensor | None = None, out: Tensor | None = None,
-) -> None:  # fmt: skip
+    delta: Tensor,
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor,
+    step_size: float,
+    radius: float,
+    norm: str,
+    scope: str,
+    embeds: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
     """The definition: moves `delta` in place, then writes embeds + delta to `out` where they are given."""
     D = delta.shape[-1]
     live, balls = _live(delta, mask), _balls(delta, cu_seqlens, scope)
@@ -136,7 +163,11 @@ def reference_step(
 
 
 def _live(x: Tensor, mask: Tensor) -> Tensor:
-    return mask.reshape(-1) if mask.numel() else torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+    return (
+        mask.reshape(-1)
+        if mask.numel()
+        else torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+    )
 
 
 def _balls(x: Tensor, cu_seqlens: Tensor, scope: str) -> _Balls:
@@ -144,14 +175,22 @@ def _balls(x: Tensor, cu_seqlens: Tensor, scope: str) -> _Balls:
         return _Balls(None, None)
     T = x.shape[:-1].numel()
     length = T if scope == "batch" else x.shape[-2]  # the rows of (B, L, D)
-    offsets = cu_seqlens.long() if cu_seqlens.numel() else torch.arange(0, T + 1, max(length, 1), device=x.device)
+    offsets = (
+        cu_seqlens.long() if cu_seqlens.numel() else torch.arange(0, T + 1, max(length, 1), device=x.device)
+    )
     return _Balls(offsets, torch.searchsorted(offsets[1:], torch.arange(T, device=x.device), right=True))
 
 
 register("perturb_init", "reference", forward=reference_init)
 register("perturb_step", "reference", forward=reference_step)
 _MISSING = unbuilt("perturb_step_cpu")
-register("perturb_init", "cpu", dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_MISSING, forward=_perturb_cpu.init)
+register(
+    "perturb_init",
+    "cpu",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing=_MISSING,
+    forward=_perturb_cpu.init,
+)
 register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
 register_triton("perturb_init", "perturb_init", "forward")
 register_triton("perturb_step", "perturb_step", "forward")
@@ -159,7 +198,9 @@ register_triton("perturb_step", "perturb_step", "forward")
 
 # --- registration -----------------------------------------------------------------------------------
 @torch.library.custom_op("fastrl::perturb_init", mutates_args=())
-def init_op(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int) -> Tensor:
+def init_op(
+    embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int
+) -> Tensor:
     _check_ends(embeds, cu_seqlens)
     return pick("perturb_init", embeds, "forward")(embeds, cu_seqlens, mask, radius, norm, scope, seed)
 
@@ -171,11 +212,21 @@ def _(embeds, cu_seqlens, mask, radius, norm, scope, seed):  # type: ignore[no-u
 
 @torch.library.custom_op("fastrl::perturb_step", mutates_args=("delta", "out"))
 def step_op(
-    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
-    embeds: Tensor | None = None, out: Tensor | None = None,
-) -> None:  # fmt: skip
+    delta: Tensor,
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor,
+    step_size: float,
+    radius: float,
+    norm: str,
+    scope: str,
+    embeds: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
     _check_ends(delta, cu_seqlens)
-    pick("perturb_step", delta, "forward")(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds, out)
+    pick("perturb_step", delta, "forward")(
+        delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds, out
+    )
 
 
 @step_op.register_fake
@@ -199,10 +250,12 @@ def perturb_init(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A random start inside the ball, in embedding units, a function of `seed` and the shape; not differentiable.
+    """A random start inside the ball, in embedding units, a function of `seed` and the shape; not
+    differentiable.
 
-    Shapes:  embeds (T, D) or (B, L, D), read for its shape, dtype and device only;  cu_seqlens (S+1,) int32 with (T, D) and
-             scope="sequence" (the rows of (B, L, D) are sequences);  mask (T,) or (B, L) bool, the tokens that may move
+    Shapes:  embeds (T, D) or (B, L, D), read for its shape, dtype and device only;  cu_seqlens (S+1,) int32
+             with (T, D) and scope="sequence" (the rows of (B, L, D) are sequences);  mask (T,) or (B, L)
+             bool, the tokens that may move
              ->  delta shaped like embeds, fp32 (fp64 for fp64 embeds).
     Raises:  ValueError or TypeError naming the argument.
     Source:  Zhu et al. 2020, "FreeLB".
@@ -224,22 +277,32 @@ def perturb_step(
     embeds: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`delta` after one ascent step and projection, in embedding units; changed in place and returned, not differentiable.
+    """`delta` after one ascent step and projection, in embedding units; changed in place and returned, not
+    differentiable.
 
-    `delta` may be the leaf whose gradient `grad` is.  With `embeds` and `out`, embeds + delta is written to `out` as well; `out`
-    may be `embeds`.  Keep it in fp32: bf16 swallows what is below 2^-9 of an embedding.
+    `delta` may be the leaf whose gradient `grad` is.  With `embeds` and `out`, embeds + delta is written to
+    `out` as well; `out` may be `embeds`.  Keep it in fp32: bf16 swallows what is below 2^-9 of an embedding.
 
-    Shapes:  delta (T, D) or (B, L, D) fp32|fp64;  grad, embeds, out like delta, any float;  cu_seqlens, mask as in `perturb_init`.
+    Shapes:  delta (T, D) or (B, L, D) fp32|fp64;  grad, embeds, out like delta, any float;  cu_seqlens, mask
+             as in `perturb_init`.
     Memory:  T bytes and a few numbers per token; the reference (float64) a few (T, D) temporaries.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Madry et al. 2018 (PGD); Duchi et al. 2008 and Michelot 1986 (projection onto the l1 ball).
     """
-    ends_, live = _arguments("delta", delta, (torch.float32, torch.float64), cu_seqlens, mask, radius, norm, scope)
+    ends_, live = _arguments(
+        "delta", delta, (torch.float32, torch.float64), cu_seqlens, mask, radius, norm, scope
+    )
     if (embeds is None) != (out is None):
-        raise ValueError(f"{'out' if out is None else 'embeds'}: expected a tensor like delta, got None; embeds and out go together")
+        raise ValueError(
+            f"{'out' if out is None else 'embeds'}: expected a tensor like delta, got None; "
+            "embeds and out go together"
+        )
     for name, x in {"grad": grad, "embeds": embeds, "out": out}.items():
         if x is not None and (x.shape != delta.shape or x.dtype not in FLOATS):
-            raise ValueError(f"{name}: expected floats in the shape of delta {tuple(delta.shape)}, got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected floats in the shape of delta {tuple(delta.shape)}, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
     same_device(delta=delta, grad=grad, embeds=embeds, out=out)
     plus = (None, None) if embeds is None or out is None else (embeds.detach(), out.detach())
     step_op(delta.detach(), grad.detach(), ends_, live, float(step_size), float(radius), norm, scope, *plus)
@@ -266,7 +329,9 @@ def _arguments(
     if padded and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens: expected None with {name} (B, L, D), whose rows are the sequences")
     if scope == "sequence" and not padded and cu_seqlens is None:
-        raise ValueError(f'cu_seqlens: expected (S+1,) ends, got None; scope="sequence" needs them for {name} (T, D)')
+        raise ValueError(
+            f'cu_seqlens: expected (S+1,) ends, got None; scope="sequence" needs them for {name} (T, D)'
+        )
     if cu_seqlens is not None:
         dims("cu_seqlens", cu_seqlens, "S+1", INTS)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):

@@ -2,18 +2,20 @@
 
     loss = sum_t weight_t ( -correction_t S_t + kl_coef KL_t - entropy_coef H_t )
 
-S is the surrogate and KL the estimator (kernels/surrogates.py), H the entropy; `weight` holds the aggregate with its global
-denominators, so the loss of a batch is the sum of the losses of its parts.
+S is the surrogate and KL the estimator (kernels/surrogates.py), H the entropy; `weight` holds the aggregate
+with its global denominators, so the loss of a batch is the sum of the losses of its parts.
 
     d loss / d logp_t    = weight_t ( -correction_t dS_t + kl_coef dKL_t )
     d loss / d entropy_t = -weight_t entropy_coef
 
-With ratio="sequence" a token's d = logp - old_logp is replaced by its sequence's mean over live tokens, which moves one for one
-with the token's own logp (GSPO-token): advantages may differ within a sequence, and where they do not this is GSPO.
+With ratio="sequence" a token's d = logp - old_logp is replaced by its sequence's mean over live tokens, which
+moves one for one with the token's own logp (GSPO-token): advantages may differ within a sequence, and where
+they do not this is GSPO.
 
 Masked-out tokens are replaced before anything is computed: whatever they hold, they add exactly 0.
-The fused op computes loss, metrics and both derivatives at once: one pass on CPU (csrc/cpu/policy_loss.cpp), one kernel and its
-second stage in Triton.  A surrogate that is not in the table takes the same formula through autograd.
+The fused op computes loss, metrics and both derivatives at once: one pass on CPU (csrc/cpu/policy_loss.cpp),
+one kernel and its second stage in Triton.  A surrogate that is not in the table takes the same formula
+through autograd.
 """
 
 from __future__ import annotations
@@ -35,10 +37,14 @@ __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics
 
 # --- reference --------------------------------------------------------------------------------------
 def _formula(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and the metrics (M,)."""
+    """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and
+    the metrics (M,).
+    """
     mask = c.mask
     if mask.numel():
-        c = c._replace(**{n: torch.where(mask, x, 0) for n, x in zip(c._fields[:7], c, strict=False) if x.numel()})
+        c = c._replace(
+            **{n: torch.where(mask, x, 0) for n, x in zip(c._fields[:7], c, strict=False) if x.numel()}
+        )
     token_d = c.logp - c.old_logp
     d = bounded(_sequence_mean(token_d, c) if o.ratio == "sequence" else token_d)
     value, slope = row.torch(d, c.logp, c.advantage, **row.params)
@@ -70,8 +76,12 @@ def _sequence_mean(d: Tensor, c: Columns) -> Tensor:
     return mean + (d - fixed)
 
 
-def reference(logp: Tensor, old_logp: Tensor, advantage: Tensor, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the surrogate's value."""
+def reference(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, **arguments: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the
+    surrogate's value.
+    """
     return _by_autograd(*gather(logp, old_logp, advantage, **arguments))
 
 
@@ -88,15 +98,24 @@ def _fused(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = replace(named, params=dict(zip(named.params, o.params, strict=True)))
     loss, slope, metrics = _formula(row, c, o)
     weight = torch.where(c.mask, c.weight, 0) if c.mask.numel() else c.weight
-    return loss.sum(), metrics, slope, weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0)
+    return (
+        loss.sum(),
+        metrics,
+        slope,
+        weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0),
+    )
 
 
-register("policy_loss", "reference", forward=_fused, columns=_fused)  # "columns": of rows without a twin on the device
+register(
+    "policy_loss", "reference", forward=_fused, columns=_fused
+)  # "columns": of rows without a twin on the device
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 _C = extension()
-_KL_IDS = {name: i for i, name in enumerate(("", *KLS), -1)}  # by which csrc/cpu/policy_loss_rows.h knows them
+_KL_IDS = {
+    name: i for i, name in enumerate(("", *KLS), -1)
+}  # by which csrc/cpu/policy_loss_rows.h knows them
 
 
 def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,10 +124,21 @@ def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dlogp, dentropy = torch.empty_like(c.logp), torch.empty_like(c.entropy)
     sequence_ends = c.cu_seqlens.long() if o.ratio == "sequence" else c.cu_seqlens[:0]
     _C.policy_loss_cpu(
-        *(x.data_ptr() for x in c[:-1]), sequence_ends.data_ptr(), sequence_ends.shape[0] - 1,
-        loss.data_ptr(), metrics.data_ptr(), dlogp.data_ptr(), dentropy.data_ptr(),
-        SURROGATES[o.surrogate].cpu_id, o.three_params, _KL_IDS[o.kl], o.kl_coef, o.entropy_coef, c.logp.shape[0], torch.get_num_threads(),
-    )  # fmt: skip
+        *(x.data_ptr() for x in c[:-1]),
+        sequence_ends.data_ptr(),
+        sequence_ends.shape[0] - 1,
+        loss.data_ptr(),
+        metrics.data_ptr(),
+        dlogp.data_ptr(),
+        dentropy.data_ptr(),
+        SURROGATES[o.surrogate].cpu_id,
+        o.three_params,
+        _KL_IDS[o.kl],
+        o.kl_coef,
+        o.entropy_coef,
+        c.logp.shape[0],
+        torch.get_num_threads(),
+    )
     return loss, metrics, dlogp, dentropy
 
 
@@ -124,9 +154,22 @@ register_triton("policy_loss", "policy_loss", "forward")
 
 # --- registration and autograd ----------------------------------------------------------------------
 def _forward(
-    logp: Tensor, entropy: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, ref_logp: Tensor, correction: Tensor,
-    mask: Tensor, cu_seqlens: Tensor, surrogate: str, params: list[float], ratio: str, kl: str, kl_coef: float, entropy_coef: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logp: Tensor,
+    entropy: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    ref_logp: Tensor,
+    correction: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    surrogate: str,
+    params: list[float],
+    ratio: str,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = Columns(logp, entropy, old_logp, advantage, weight, ref_logp, correction, mask, cu_seqlens)
     if ratio == "sequence":  # here, because torch.compile cannot trace a look at values
         ends("cu_seqlens", cu_seqlens, logp.shape[0])
@@ -144,18 +187,29 @@ forward_op = torch.ops.fastrl.policy_loss.default
 
 @torch.library.register_fake("fastrl::policy_loss")
 def _(logp, entropy, *rest):  # type: ignore[no-untyped-def]
-    return logp.new_empty(()), logp.new_empty(len(METRICS)), logp.new_empty(logp.shape), logp.new_empty(entropy.shape)
+    return (
+        logp.new_empty(()),
+        logp.new_empty(len(METRICS)),
+        logp.new_empty(logp.shape),
+        logp.new_empty(entropy.shape),
+    )
 
 
-def _run(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(
+    logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return forward_op(logp, entropy, *rest, o.surrogate, o.params, o.ratio, o.kl, o.kl_coef, o.entropy_coef)
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a registered backward."""
+    """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a
+    registered backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options
+    ) -> tuple[Tensor, Tensor]:
         loss, metrics, dlogp, dentropy = _run(logp, entropy, rest, o)
         ctx.mark_non_differentiable(metrics)
         ctx.save_for_backward(dlogp, dentropy)
@@ -169,7 +223,9 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 class _Transformed(_PolicyLoss):
-    """The form that torch.func and torch.compile ask for.  It takes 25 us longer to start, which the other one saves."""
+    """The form that torch.func and torch.compile ask for.  It takes 25 us longer to start, which the other
+    one saves.
+    """
 
     @staticmethod
     def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -209,24 +265,41 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (a sum over tokens, in nats times advantage) and its metrics; differentiable in `logp` and `entropy`, in nothing else.
+    """The loss (a sum over tokens, in nats times advantage) and its metrics; differentiable in `logp` and
+    `entropy`, in nothing else.
 
-    `surrogate` is a row of SURROGATES or its name; `token_weight` holds the aggregate with its denominators, counted over the
-    whole optimizer step; `correction` (sampler against trainer) multiplies the surrogate only.  ratio="sequence" takes
-    `cu_seqlens`, the ends of whole sequences among these T tokens.  `kl` is a row of KLS.  Metrics are detached: see METRICS.
+    `surrogate` is a row of SURROGATES or its name; `token_weight` holds the aggregate with its denominators,
+    counted over the whole optimizer step; `correction` (sampler against trainer) multiplies the surrogate
+    only.  ratio="sequence" takes `cu_seqlens`, the ends of whole sequences among these T tokens.  `kl` is a
+    row of KLS.  Metrics are detached: see METRICS.
 
-    Shapes:  every vector (T,), or (B, L) with one sequence a row; bf16|fp16|fp32|fp64, mask bool (True counts; None counts all)
+    Shapes:  every vector (T,), or (B, L) with one sequence a row; bf16|fp16|fp32|fp64, mask bool (True
+             counts; None counts all)
              ->  loss () and metrics () in fp32 (fp64 for fp64 logp).
-    Memory:  the derivative, (T,), kept for the backward, and one more with an entropy; in Triton, a third where the ratio is per
-             sequence.  A surrogate without a twin on the device, and float64, take about forty (T,) vectors while they run.
+    Memory:  the derivative, (T,), kept for the backward, and one more with an entropy; in Triton, a third
+             where the ratio is per sequence.  A surrogate without a twin on the device, and float64, take
+             about forty (T,) vectors while they run.
     Raises:  ValueError or TypeError naming the argument.
-    Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025 (GSPO);
-             MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are not provided.
+    Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025
+             (GSPO); MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are
+             not provided.
     """
     row, c, o = gather(
-        logp, old_logp, advantage, surrogate=surrogate, token_weight=token_weight, ratio=ratio, cu_seqlens=cu_seqlens, mask=mask,
-        kl=kl, kl_coef=kl_coef, ref_logp=ref_logp, correction=correction, entropy=entropy, entropy_coef=entropy_coef,
-    )  # fmt: skip
+        logp,
+        old_logp,
+        advantage,
+        surrogate=surrogate,
+        token_weight=token_weight,
+        ratio=ratio,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        kl=kl,
+        kl_coef=kl_coef,
+        ref_logp=ref_logp,
+        correction=correction,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+    )
     if not o.surrogate:
         return _by_autograd(row, c, o)
     loss, metrics = _differentiable(c, o)[:2]

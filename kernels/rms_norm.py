@@ -2,7 +2,8 @@
 
 h = x + residual                                   (rounded to the input's dtype, as it is stored)
 r = 1 / sqrt(mean_d h_d^2 + eps)                   one number a row, fp32
-y = round(h r) w                                   normalised in fp32, rounded, then scaled: Hugging Face's order
+y = round(h r) w                                   normalised in fp32, rounded, then scaled: Hugging Face's
+                                                   order
 
 dh = r (g - n mean_d(g n)) + dresidual_out,  n = h r,  g = dy w;     dw = sum_t dy n
 """
@@ -48,13 +49,24 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor
     return g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r), dw
 
 
-def reference_add_backward(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded once."""
+def reference_add_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded
+    once.
+    """
     dx, dw = _gradients(dy, h, weight, r)
     return dx.add_(dh).to(h.dtype), dw.to(weight.dtype)
 
 
-register("rms_norm", "reference", forward=reference, add=reference_add, backward=reference_backward, add_backward=reference_add_backward)
+register(
+    "rms_norm",
+    "reference",
+    forward=reference,
+    add=reference_add,
+    backward=reference_backward,
+    add_backward=reference_add_backward,
+)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -64,7 +76,9 @@ def _compiled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
-def _compiled_add(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _compiled_add(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), x, weight = x.shape, unit_rows(x), weight.float().contiguous()
     other = x if residual is None else unit_rows(residual)
     y, r = torch.empty(T, D, dtype=x.dtype), torch.empty(T, 1)
@@ -72,9 +86,20 @@ def _compiled_add(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     absent = residual is None
     if D:
         extension().rms_norm_forward_cpu(
-            y.data_ptr(), 0 if absent else h.data_ptr(), r.data_ptr(), x.data_ptr(), x.stride(0), 0 if absent else other.data_ptr(),
-            other.stride(0), FLOAT_CODES[x.dtype], weight.data_ptr(), eps, T, D, torch.get_num_threads(),
-        )  # fmt: skip
+            y.data_ptr(),
+            0 if absent else h.data_ptr(),
+            r.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            0 if absent else other.data_ptr(),
+            other.stride(0),
+            FLOAT_CODES[x.dtype],
+            weight.data_ptr(),
+            eps,
+            T,
+            D,
+            torch.get_num_threads(),
+        )
     return y, h, r
 
 
@@ -82,15 +107,29 @@ def _compiled_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tupl
     return _compiled_add_backward(dy, None, x, weight, r)
 
 
-def _compiled_add_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def _compiled_add_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
     (T, D), dy, h, wide = h.shape, unit_rows(dy), unit_rows(h), weight.float().contiguous()
     other = dy if dh is None else unit_rows(dh)
     dx, dw = torch.empty(T, D, dtype=h.dtype), torch.empty(D)
     if D:
         extension().rms_norm_backward_cpu(
-            dx.data_ptr(), dw.data_ptr(), dy.data_ptr(), dy.stride(0), 0 if dh is None else other.data_ptr(), other.stride(0),
-            h.data_ptr(), h.stride(0), FLOAT_CODES[h.dtype], wide.data_ptr(), r.data_ptr(), T, D, torch.get_num_threads(),
-        )  # fmt: skip
+            dx.data_ptr(),
+            dw.data_ptr(),
+            dy.data_ptr(),
+            dy.stride(0),
+            0 if dh is None else other.data_ptr(),
+            other.stride(0),
+            h.data_ptr(),
+            h.stride(0),
+            FLOAT_CODES[h.dtype],
+            wide.data_ptr(),
+            r.data_ptr(),
+            T,
+            D,
+            torch.get_num_threads(),
+        )
     return dx, dw.to(weight.dtype)
 
 
@@ -185,10 +224,13 @@ add_op.register_autograd(_autograd_add, setup_context=_setup_add)
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: None = None) -> Tensor: ...
 @overload
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """`x` over its root mean square, times `weight`; with `residual`: (norm of x + residual, x + residual).
 
-    Shapes:  x (..., D) bf16|fp16|fp32|fp64;  weight (D,);  residual like x  ->  y like x, or (y, residual_out).
+    Shapes:  x (..., D) bf16|fp16|fp32|fp64;  weight (D,);  residual like x  ->  y like x, or (y,
+             residual_out).
     Memory:  one fp32 number a row is kept for the backward, beside the input (or residual_out).
     Raises:  ValueError or TypeError naming the argument.
     Source:  Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
@@ -196,7 +238,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
     (D,) = dims("weight", weight, "D", FLOATS)
     if not isinstance(x, Tensor) or x.ndim != 2:
         if not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != D:
-            raise ValueError(f"x: expected shape (..., D={D}), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+            raise ValueError(
+                f"x: expected shape (..., D={D}), got "
+                f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            )
         if residual is None:
             return rms_norm(x.reshape(-1, D), weight, eps=eps).view(x.shape)
         if residual.shape != x.shape:

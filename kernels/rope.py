@@ -1,10 +1,11 @@
 """Rotary position embedding of queries and keys, after their per-head norm when the model has one.
 
-    n   = round(x / sqrt(mean_e x_e^2 + eps)) w                     only with q_norm / k_norm (Qwen3), per head
+    n   = round(x / sqrt(mean_e x_e^2 + eps)) w                     only with q_norm / k_norm (Qwen3), per
+        head
     y_1 = n_1 cos - n_2 sin,   y_2 = n_2 cos + n_1 sin              n = (n_1, n_2), the two halves of a head
 
-cos and sin are rows `positions` of tables (N, E/2).  The rotation runs in fp32 and rounds once; its backward turns back by
-the same angle, so without a norm nothing but the angles is kept.
+cos and sin are rows `positions` of tables (N, E/2).  The rotation runs in fp32 and rounds once; its backward
+turns back by the same angle, so without a norm nothing but the angles is kept.
 
 While sampling, the turned keys and their values also go to their slots of a paged cache.
 """
@@ -27,7 +28,9 @@ from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
 
 class Store(NamedTuple):
-    """Where a token's key and value are kept: `slots` (T,) int64 rows of caches (N, K, E), no two alike; v (T, K, E)."""
+    """Where a token's key and value are kept: `slots` (T,) int64 rows of caches (N, K, E), no two alike; v
+    (T, K, E).
+    """
 
     v: Tensor
     k_cache: Tensor
@@ -55,7 +58,14 @@ def _norm_backward(dn: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 def reference(
-    q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The definition: q (T, H, E) and k (T, K, E), turned; an empty norm weight means none."""
     c, s = _angles(positions, cos, sin, compute_dtype(q))
@@ -65,25 +75,50 @@ def reference(
 
 
 def reference_backward(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and of the two norm weights (empty without one); q and k are read only with a norm."""
+    """The gradients of q, k and of the two norm weights (empty without one); q and k are read only with a
+    norm.
+    """
     c, s = _angles(positions, cos, sin, compute_dtype(dq))
     (gq, wq), (gk, wk) = (
-        _norm_backward(_rotate(d, c, s, c.dtype, -1.0), x, w, eps) if w.numel() else (_rotate(d, c, s, d.dtype, -1.0), w.new_empty(0))
+        _norm_backward(_rotate(d, c, s, c.dtype, -1.0), x, w, eps)
+        if w.numel()
+        else (_rotate(d, c, s, d.dtype, -1.0), w.new_empty(0))
         for d, x, w in ((dq, q, q_norm), (dk, k, k_norm))
     )
     return gq.to(dq.dtype), gk.to(dk.dtype), wq, wk
 
 
 def _angles(positions: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return cos.index_select(0, positions)[:, None].to(dtype), sin.index_select(0, positions)[:, None].to(dtype)
+    return cos.index_select(0, positions)[:, None].to(dtype), sin.index_select(0, positions)[:, None].to(
+        dtype
+    )
 
 
 def reference_store(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float,
-    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The same, with the turned keys and the values written to the caches."""
     q, k = reference(q, k, positions, cos, sin, q_norm, k_norm, eps)
     k_cache.index_copy_(0, slots, k)
@@ -111,7 +146,14 @@ register_triton("rope", "rope", "forward", "backward", "store", exact=True)
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::rope", mutates_args=())
 def forward_op(
-    q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """q and k, normalised where a norm weight is not empty, and turned."""
     return pick("rope", q, "forward")(q, k, positions, cos, sin, q_norm, k_norm, eps)
@@ -119,16 +161,37 @@ def forward_op(
 
 @torch.library.custom_op("fastrl::rope_store", mutates_args=("k_cache", "v_cache"))
 def store_op(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float,
-    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
     """q and k, turned; k and v are written to the caches.  No gradient."""
-    return pick("rope", q, "store")(q, k, v, positions, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, slots)
+    return pick("rope", q, "store")(
+        q, k, v, positions, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, slots
+    )
 
 
 @torch.library.custom_op("fastrl::rope_backward", mutates_args=())
 def backward_op(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, q_norm and k_norm."""
     return pick("rope", dq, "backward")(dq, dk, q, k, positions, cos, sin, q_norm, k_norm, eps)
@@ -146,7 +209,12 @@ def _(q, k, v, positions, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, slots
 
 @backward_op.register_fake
 def _(dq, dk, q, k, positions, cos, sin, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
-    return dq.new_empty(dq.shape), dk.new_empty(dk.shape), q_norm.new_empty(q_norm.shape), k_norm.new_empty(k_norm.shape)
+    return (
+        dq.new_empty(dq.shape),
+        dk.new_empty(dk.shape),
+        q_norm.new_empty(q_norm.shape),
+        k_norm.new_empty(k_norm.shape),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,11 +246,13 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their positions' angles, differentiable in q, k and the norm weights.
 
-    Shapes:  q (T, H, E), k (T, K, E) bf16|fp16|fp32|fp64;  positions (T,) int in [0, N);  cos, sin (N, E/2) from `rope_tables`;
-             q_norm, k_norm (E,): RMS norm of each head first;  store: write the turned keys, and their values, to a cache too
-             (under no_grad; slots are not checked)  ->  (q, k) like the inputs.
+    Shapes:  q (T, H, E), k (T, K, E) bf16|fp16|fp32|fp64;  positions (T,) int in [0, N);  cos, sin (N, E/2)
+             from `rope_tables`; q_norm, k_norm (E,): RMS norm of each head first;  store: write the turned
+             keys, and their values, to a cache too (under no_grad; slots are not checked)  ->  (q, k) like
+             the inputs.
     Memory:  angles are kept for the backward, and q and k where there is a norm.
-    Raises:  ValueError or TypeError naming the argument; a position past the tables (the values are read on CPU only).
+    Raises:  ValueError or TypeError naming the argument; a position past the tables (the values are read on
+             CPU only).
     Source:  Su et al. 2021, "RoFormer"; halves as in Llama's Hugging Face weights, not interleaved pairs.
     """
     T, _, E = dims("q", q, "T H E", FLOATS)
@@ -196,13 +266,22 @@ def rope(
         if weight is not None:
             dims(name, weight, "E", FLOATS, E=E)
     same_device(q=q, k=k, positions=positions, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    readable = T and positions.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere this would wait or break a graph
+    readable = (
+        T and positions.device.type == "cpu" and not torch.compiler.is_compiling()
+    )  # elsewhere this would wait or break a graph
     if readable:
         low, high = map(int, positions.aminmax())
         if not 0 <= low <= high < N:
             raise ValueError(f"positions: expected values in [0, {N}), got {low} to {high}")
     absent = q.new_empty(0)
-    turn = (positions, cos, sin, absent if q_norm is None else q_norm, absent if k_norm is None else k_norm, eps)
+    turn = (
+        positions,
+        cos,
+        sin,
+        absent if q_norm is None else q_norm,
+        absent if k_norm is None else k_norm,
+        eps,
+    )
     if store is None:
         return route(forward_op, "rope", "forward", q, k, *turn[:5])(q, k, *turn)
     tensors = (q, k, _checked(store, k).v, *turn, *store[1:])
@@ -234,19 +313,33 @@ def _linear(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 def _llama3(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
-    low, high, old = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    low, high, old = (
+        scaling["low_freq_factor"],
+        scaling["high_freq_factor"],
+        scaling["original_max_position_embeddings"],
+    )
     turns = old * frequency / (2 * math.pi)  # over the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
 
-SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {"default": _unscaled, "linear": _linear, "llama3": _llama3}
+SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {
+    "default": _unscaled,
+    "linear": _linear,
+    "llama3": _llama3,
+}
 
 
 def rope_tables(
-    head_dim: int, theta: float, scaling: Mapping[str, Any] | None, n: int, dtype: torch.dtype, device: torch.device | str
+    head_dim: int,
+    theta: float,
+    scaling: Mapping[str, Any] | None,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, head_dim/2) of every position below `n`: fp32 arithmetic like Hugging Face's, float64 for float64.
+    """cos and sin (n, head_dim/2) of every position below `n`: fp32 arithmetic like Hugging Face's, float64
+    for float64.
 
     `scaling` is a config's rope_scaling: None, or a mapping with rope_type (or type) and that type's numbers.
     Raises:  ValueError for a scaling type that is not in SCALINGS, or one that lacks a number.
@@ -259,6 +352,8 @@ def rope_tables(
     try:
         frequency = SCALINGS[kind](1.0 / (theta**exponent), scaling or {})
     except KeyError as missing:
-        raise ValueError(f"rope_scaling: rope_type {kind!r} needs {missing}, got {dict(scaling or {})}") from None
+        raise ValueError(
+            f"rope_scaling: rope_type {kind!r} needs {missing}, got {dict(scaling or {})}"
+        ) from None
     angle = torch.arange(n, device=device).to(wide)[:, None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)

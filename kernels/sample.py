@@ -5,17 +5,20 @@
     logp           = log softmax(d)[token]                        (nats: temperature only, full vocabulary)
     behaviour_logp = log softmax(d over the survivors)[token]     (nats: what the token was drawn from)
 
-x_v is a Philox word that depends on (seed, sequence, position, v) alone, so a token does not depend on the batch it was drawn in.
-The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: exp(d) is there already, for the sums.
+x_v is a Philox word that depends on (seed, sequence, position, v) alone, so a token does not depend on the
+batch it was drawn in.  The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: exp(d)
+is there already, for the sums.
 
-Filters apply in the order top_k, top_p, min_p, each to the distribution that the one before it left, renormalised:
+Filters apply in the order top_k, top_p, min_p, each to the distribution that the one before it left,
+renormalised:
 
     top_k   keep v unless at least top_k tokens are more probable
     top_p   keep v if the tokens more probable than v hold less than top_p of the mass
     min_p   keep v if p_v >= min_p max p
 
-Each is a floor under d, so equally probable tokens survive or fall together and the most probable one always survives.
-The mass of a token is an integer, floor(exp(d) 2^n): sums are the same in any order, and every implementation keeps the same tokens.
+Each is a floor under d, so equally probable tokens survive or fall together and the most probable one always
+survives.  The mass of a token is an integer, floor(exp(d) 2^n): sums are the same in any order, and every
+implementation keeps the same tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from fastrl.kernels.token_logp import forward_op as token_logp_op
 
 
 class Sample(NamedTuple):
-    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 (fp64 for fp64 logits)."""
+    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 (fp64 for fp64
+    logits).
+    """
 
     token: Tensor
     logp: Tensor
@@ -44,7 +49,14 @@ class Sample(NamedTuple):
 
 # --- reference --------------------------------------------------------------------------------------
 def reference(
-    logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+    logits: Tensor,
+    seed: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition: token, logp, behaviour_logp and entropy, each (B,)."""
     greedy = temperature == 0
@@ -101,7 +113,14 @@ register("sample", "reference", forward=reference)
 
 # --- kernels ----------------------------------------------------------------------------------------
 def _compiled(
-    logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+    logits: Tensor,
+    seed: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """csrc/cpu/sample.cpp: addresses, sizes and row strides, and the arithmetic above."""
     B, V = logits.shape
@@ -111,9 +130,17 @@ def _compiled(
     logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
     out = (token, logp, behaviour_logp, entropy)
     extension().sample_forward_cpu(
-        logits.data_ptr(), FLOAT_CODES[logits.dtype], logits.stride(0), *(x.data_ptr() for x in (*keys, *out)),
-        B, V, top_k, top_p, min_p, torch.get_num_threads(),
-    )  # fmt: skip
+        logits.data_ptr(),
+        FLOAT_CODES[logits.dtype],
+        logits.stride(0),
+        *(x.data_ptr() for x in (*keys, *out)),
+        B,
+        V,
+        top_k,
+        top_p,
+        min_p,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -131,15 +158,26 @@ register_triton("sample", "sample", "forward")
 # --- registration -----------------------------------------------------------------------------------
 @torch.library.custom_op("fastrl::sample", mutates_args=())
 def forward_op(
-    logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+    logits: Tensor,
+    seed: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pick("sample", logits, "forward")(logits, seed, sequence, position, temperature, top_k, top_p, min_p)
+    return pick("sample", logits, "forward")(
+        logits, seed, sequence, position, temperature, top_k, top_p, min_p
+    )
 
 
 @forward_op.register_fake
 def _(logits, seed, sequence, position, temperature, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
     B = logits.shape[0]
-    return logits.new_empty(B, dtype=torch.int64), *(logits.new_empty(B, dtype=compute_dtype(logits)) for _ in range(3))
+    return logits.new_empty(B, dtype=torch.int64), *(
+        logits.new_empty(B, dtype=compute_dtype(logits)) for _ in range(3)
+    )
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -156,17 +194,20 @@ def sample(
 ) -> Sample:
     """One token per row and its log-probability (nats) before and after the filters; not differentiable.
 
-    The draw is a function of (seed, sequence, position) and the row: `sequence` is the sample's identity (64 bits), `position`
-    the index of the token drawn (below 2^32).  Never use the same triple for two draws.  Temperature 0 is greedy: the first of
-    the largest logits, with logp and entropy at temperature 1 and behaviour_logp 0.
+    The draw is a function of (seed, sequence, position) and the row: `sequence` is the sample's identity (64
+    bits), `position` the index of the token drawn (below 2^32).  Never use the same triple for two draws.
+    Temperature 0 is greedy: the first of the largest logits, with logp and entropy at temperature 1 and
+    behaviour_logp 0.
 
-    In exact mode logp and entropy (and behaviour_logp, without filters) are those of `token_logp`, which reads the logits again: the
-    bits that a trainer finds for these logits.
+    In exact mode logp and entropy (and behaviour_logp, without filters) are those of `token_logp`, which
+    reads the logits again: the bits that a trainer finds for these logits.
 
-    Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;  temperature a float or (B,)
+    Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;
+             temperature a float or (B,)
              ->  token (B,) int64;  logp, behaviour_logp, entropy (B,) fp32 (fp64 for fp64 logits).
-    Memory:  the results; on CPU, filters need 8 bytes per token of the vocabulary and thread.  The PyTorch definition (fp16 on CPU,
-             fp64) takes about 50 bytes per logit while it runs, and sorts each row for top_p.
+    Memory:  the results; on CPU, filters need 8 bytes per token of the vocabulary and thread.  The PyTorch
+             definition (fp16 on CPU, fp64) takes about 50 bytes per logit while it runs, and sorts each row
+             for top_p.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Gumbel-max; filters in the order of transformers' logits warpers, ties kept together.
     """
@@ -175,7 +216,9 @@ def sample(
     dims("position", position, "B", INTS, B=B)
     same_device(logits=logits, sequence=sequence, position=position)
     if V == 0:
-        raise ValueError(f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}"
+        )
     if top_k < 0:
         raise ValueError(f"top_k: expected 0 (keep all) or a positive count, got {top_k}")
     if not 0 < top_p <= 1:
@@ -186,13 +229,22 @@ def sample(
     key = _per_row("seed", seed, B, torch.int64, logits.device)
     if not isinstance(temperature, Tensor) and not temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}")
-    tensors, options = (logits.detach(), key, sequence.long(), position.long(), tau), (top_k, float(top_p), float(min_p))
+    tensors, options = (
+        (logits.detach(), key, sequence.long(), position.long(), tau),
+        (top_k, float(top_p), float(min_p)),
+    )
     drawn = Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, *options))
-    return _as_scored(drawn, tensors[0], tau, filtered=0 < top_k < V or top_p < 1 or min_p > 0) if is_exact() else drawn
+    return (
+        _as_scored(drawn, tensors[0], tau, filtered=0 < top_k < V or top_p < 1 or min_p > 0)
+        if is_exact()
+        else drawn
+    )
 
 
 def _as_scored(drawn: Sample, logits: Tensor, temperature: Tensor, filtered: bool) -> Sample:
-    """The draw with the log-prob and the entropy that a trainer computes of these logits: `token_logp` adds up in another order."""
+    """The draw with the log-prob and the entropy that a trainer computes of these logits: `token_logp` adds
+    up in another order.
+    """
     greedy = temperature == 0
     logp, entropy, _, _ = token_logp_op(logits, drawn.token, torch.where(greedy, 1, temperature), True, False)
     behaviour = drawn.behaviour_logp if filtered else torch.where(greedy, 0, logp)

@@ -1,11 +1,13 @@
-"""The tables behind policy_loss: what a token is rewarded for (surrogates) and what it pays for moving (KL estimators).
+"""The tables behind policy_loss: what a token is rewarded for (surrogates) and what it pays for moving (KL
+estimators).
 
-d = logp - old_logp (the sequence's mean of it where the ratio is per sequence), r = exp d, e = logp - ref_logp, A the advantage.
-An entry gives a value and its derivative with respect to the token's logp, with d, e and logp all moving one for one.  The derivative
-is what the fused op uses; autograd through the value (and its detaches) gives the same, which a test checks for every row.
+d = logp - old_logp (the sequence's mean of it where the ratio is per sequence), r = exp d, e = logp -
+ref_logp, A the advantage.  An entry gives a value and its derivative with respect to the token's logp, with
+d, e and logp all moving one for one.  The derivative is what the fused op uses; autograd through the value
+(and its detaches) gives the same, which a test checks for every row.
 
-The sizes of d and e are bounded by 20 before any exponential, and their derivatives are not: where the policy has drifted far,
-the gradient is the one at the bound, not 0.
+The sizes of d and e are bounded by 20 before any exponential, and their derivatives are not: where the policy
+has drifted far, the gradient is the one at the bound, not 0.
 """
 
 from __future__ import annotations
@@ -30,16 +32,19 @@ def bounded(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """One way to weigh a token by its advantage: `torch(d, logp, advantage, **params) -> (value, derivative)`, all (T,).
+    """One way to weigh a token by its advantage: `torch(d, logp, advantage, **params) -> (value,
+    derivative)`, all (T,).
 
-    The loss contains -value.  In a surrogate of your own the derivative may be None: autograd then differentiates the value, and
-    detached parts of it count as constants.  `gate(r, advantage, **params)` says which tokens a bound holds, for the clip
-    fractions only; `check(**params)` raises ValueError for parameters that make no sense.
+    The loss contains -value.  In a surrogate of your own the derivative may be None: autograd then
+    differentiates the value, and detached parts of it count as constants.  `gate(r, advantage, **params)`
+    says which tokens a bound holds, for the clip fractions only; `check(**params)` raises ValueError for
+    parameters that make no sense.
 
-    `triton` and `cpu_id` are the same formula inside the fused kernels: the name of a function of _policy_twins.py, which is
-    looked up where triton is installed, or a @triton.jit function of your own with the signature of those; and its number in
-    csrc/cpu/policy_loss_rows.h.  The op uses them for rows of SURROGATES, with at most three parameters; a row without the twin of
-    the device, and a surrogate that is not in the table, run `torch`.
+    `triton` and `cpu_id` are the same formula inside the fused kernels: the name of a function of
+    _policy_twins.py, which is looked up where triton is installed, or a @triton.jit function of your own with
+    the signature of those; and its number in csrc/cpu/policy_loss_rows.h.  The op uses them for rows of
+    SURROGATES, with at most three parameters; a row without the twin of the device, and a surrogate that is
+    not in the table, run `torch`.
     """
 
     torch: Callable[..., Terms]
@@ -125,10 +130,19 @@ SURROGATES = {  # name: torch, triton, cpu_id, params
     "ratio": Surrogate(_ratio, "ratio", 2),  # r A: importance weighted, unclipped
     # min(min(r, cap) A, clip(r, 1 - low, 1 + high) A): PPO, GRPO, DAPO; with ratio="sequence" GSPO.
     # cap is the dual clip of negative advantages, which is INTELLECT-2's two-sided clip
-    "clip": Surrogate(_clip, "clip", 3, params={"low": 0.2, "high": 0.2, "cap": math.inf}, gate=_clip_gate, check=_clip_check),
+    "clip": Surrogate(
+        _clip,
+        "clip",
+        3,
+        params={"low": 0.2, "high": 0.2, "cap": math.inf},
+        gate=_clip_gate,
+        check=_clip_check,
+    ),
     # stop(clip(r, low, high)) A logp; absolute bounds
     "cispo": Surrogate(_cispo, "cispo", 4, params={"low": 0.0, "high": 5.0}, gate=_cispo_gate),
-    "sapo": Surrogate(_sapo, "sapo", 5, params={"pos": 1.0, "neg": 1.05}),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    "sapo": Surrogate(
+        _sapo, "sapo", 5, params={"pos": 1.0, "neg": 1.05}
+    ),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
     "dro": Surrogate(_dro, "dro", 6, params={"beta": 0.1}),  # A logp - beta/2 d^2
     # A p / (p + gamma): tokens of somebody else's demonstrations
     "luffy_off": Surrogate(_luffy_off, "luffy_off", 7, params={"gamma": 0.1}),
@@ -137,7 +151,10 @@ SURROGATES = {  # name: torch, triton, cpu_id, params
 
 def name_of(surrogate: Surrogate) -> str | None:
     """The table's name of a surrogate, whatever its parameters; None for one of the user's own."""
-    return next((n for n, row in SURROGATES.items() if row.torch is surrogate.torch and row.gate is surrogate.gate), None)
+    return next(
+        (n for n, row in SURROGATES.items() if row.torch is surrogate.torch and row.gate is surrogate.gate),
+        None,
+    )
 
 
 # --- KL to the reference ----------------------------------------------------------------------------
@@ -183,7 +200,9 @@ def _absolute(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return e.abs(), e.sign()
 
 
-KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # (e, token-level d) -> value, derivative
+KLS: dict[
+    str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+] = {  # (e, token-level d) -> value, derivative
     "k1": _k1,  # e; its expected gradient is 0, so it belongs into the reward, not into a loss
     "k2": _k2,  # e^2 / 2; its gradient is that of KL(policy || reference)
     "k3": _k3,  # exp(-e) - 1 + e, as in the GRPO paper; its gradient is that of KL(reference || policy)

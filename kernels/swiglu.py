@@ -34,7 +34,9 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
     dgate, dup = out.chunk(2, -1)
     s = gate.sigmoid()
-    torch.mul(gate, s, out=dup)  # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
+    torch.mul(
+        gate, s, out=dup
+    )  # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
     torch.add(s, dup - dup * s, out=dgate)  # s + g s (1 - s)
     dgate.mul_(up).mul_(dy)
     dup.mul_(dy)
@@ -51,7 +53,9 @@ def _compiled(gate_up: Tensor) -> Tensor:
     T, F = x.shape[0], x.shape[1] // 2
     y = torch.empty(T, F, dtype=x.dtype)
     if F:
-        extension().swiglu_forward_cpu(y.data_ptr(), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads())
+        extension().swiglu_forward_cpu(
+            y.data_ptr(), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
+        )
     return y
 
 
@@ -61,7 +65,15 @@ def _compiled_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dx = torch.empty(T, 2 * F, dtype=x.dtype)
     if F:
         extension().swiglu_backward_cpu(
-            dx.data_ptr(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
+            dx.data_ptr(),
+            dy.data_ptr(),
+            dy.stride(0),
+            x.data_ptr(),
+            x.stride(0),
+            FLOAT_CODES[x.dtype],
+            T,
+            F,
+            torch.get_num_threads(),
         )
     return dx
 

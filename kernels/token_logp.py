@@ -6,7 +6,8 @@
 
     d/dlogits_v = [ dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) ] / temperature
 
-Never z_target - logsumexp: that loses 1e-5 once logits sit at an offset of 1000, which is why m and log s are kept apart.
+Never z_target - logsumexp: that loses 1e-5 once logits sit at an offset of 1000, which is why m and log s are
+kept apart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from fastrl.kernels._native.token_logp import register_compiled
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics: logp (nats), entropy (nats, None unless asked for), lse; fp32, or float64 for float64 inputs."""
+    """Per-token statistics: logp (nats), entropy (nats, None unless asked for), lse; fp32, or float64 for
+    float64 inputs.
+    """
 
     logp: Tensor
     entropy: Tensor | None
@@ -30,8 +33,12 @@ class TokenStats(NamedTuple):
 
 
 # --- reference --------------------------------------------------------------------------------------
-def reference(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,); logits (T, V), or (B, L, V) with T = B L."""
+def reference(
+    logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,); logits (T, V), or (B,
+    L, V) with T = B L.
+    """
     z = logits.reshape(-1, logits.shape[-1]).to(compute_dtype(logits)) / temperature[:, None]
     m = z.amax(-1) if z.shape[0] else z.new_empty(0)
     d = z - m[:, None]
@@ -47,14 +54,27 @@ def reference(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool
 
 
 def reference_backward(
-    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+    dlogp: Tensor,
+    dentropy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    log_s: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, of their shape and dtype; `dentropy` is empty when the entropy is not differentiated."""
-    log_p = logits.reshape(-1, logits.shape[-1]).to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
+    """The gradient of the logits, of their shape and dtype; `dentropy` is empty when the entropy is not
+    differentiated.
+    """
+    log_p = (
+        logits.reshape(-1, logits.shape[-1]).to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
+    )
     p = log_p.exp()
     g = -dlogp[:, None] * p
     inside = (target >= 0) & (target < logits.shape[-1])
-    g.scatter_add_(1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None])  # one entry a row
+    g.scatter_add_(
+        1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None]
+    )  # one entry a row
     if dentropy.numel():
         g -= dentropy[:, None] * p * (torch.where(p > 0, log_p, 0) + entropy[:, None])
     return (g / temperature[:, None]).to(logits.dtype).view(logits.shape)
@@ -64,37 +84,64 @@ def _backward_into(out: Tensor, *parts: Tensor) -> Tensor:
     return out.copy_(reference_backward(*parts))
 
 
-def _fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, ...]:
+def _fused_into(
+    out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor, ...]:
     stats = reference(logits, target, temperature, dentropy.numel() > 0)
     _backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
     return stats
 
 
-register("token_logp", "reference", forward=reference, backward=reference_backward, backward_into=_backward_into, fused_into=_fused_into)
+register(
+    "token_logp",
+    "reference",
+    forward=reference,
+    backward=reference_backward,
+    backward_into=_backward_into,
+    fused_into=_fused_into,
+)
 register_compiled()
 register_triton("token_logp", "token_logp", "forward", "backward", "backward_into", "fused_into", exact=True)
 
 
 # --- registration and autograd ----------------------------------------------------------------------
 @torch.library.custom_op("fastrl::token_logp", mutates_args=())
-def forward_op(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_op(
+    logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s; `inplace` lets the backward overwrite the logits."""
     return pick("token_logp", logits, "forward")(logits, target, temperature, entropy)
 
 
 @torch.library.custom_op("fastrl::token_logp_backward", mutates_args=())
 def backward_op(
-    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
+    dlogp: Tensor,
+    dentropy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    log_s: Tensor,
 ) -> Tensor:
     """The gradient of the logits; the arguments are those of `reference_backward`."""
-    return pick("token_logp", logits, "backward")(dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+    return pick("token_logp", logits, "backward")(
+        dlogp, dentropy, logits, target, temperature, entropy, m, log_s
+    )
 
 
 @torch.library.custom_op("fastrl::token_logp_backward_", mutates_args=("logits",))
 def backward_into_op(
-    dlogp: Tensor, dentropy: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor,
+    dlogp: Tensor,
+    dentropy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    log_s: Tensor,
     dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Overwrite `logits` with their own gradient: it is `front(logits, dtype)`."""
     into = pick("token_logp", logits, "backward_into")
     into(front(logits, dtype), dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
@@ -102,10 +149,19 @@ def backward_into_op(
 
 @torch.library.custom_op("fastrl::token_logp_fused_", mutates_args=("logits",))
 def fused_op(
-    logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor, dtype: torch.dtype | None = None
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    dlogp: Tensor,
+    dentropy: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both at once, for derivatives that are known before the forward: logp, entropy (empty if dentropy is), m and log s."""
-    return pick("token_logp", logits, "fused_into")(front(logits, dtype), logits, target, temperature, dlogp, dentropy)
+    """Both at once, for derivatives that are known before the forward: logp, entropy (empty if dentropy is),
+    m and log s.
+    """
+    return pick("token_logp", logits, "fused_into")(
+        front(logits, dtype), logits, target, temperature, dlogp, dentropy
+    )
 
 
 def front(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -138,7 +194,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(logits, target, temperature, h, m, log_s)
 
 
-def _autograd(ctx: Any, dlogp: Tensor, dentropy: Tensor, dm: Tensor, dlog_s: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, dlogp: Tensor, dentropy: Tensor, dm: Tensor, dlog_s: Tensor
+) -> tuple[Tensor | None, ...]:
     logits, target, temperature, h, m, log_s = ctx.saved_tensors
     parts = (dlogp, dentropy if ctx.entropy else h, logits, target, temperature, h, m, log_s)
     if not ctx.inplace:
@@ -159,14 +217,17 @@ def token_logp(
     entropy: bool = False,
     inplace_backward: bool = False,
 ) -> TokenStats:
-    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), both differentiable in `logits`.
+    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), both differentiable in
+    `logits`.
 
-    Shapes:  logits (T, V) or (B, L, V), bf16|fp16|fp32|fp64;  target (T,) or (B, L) int;  temperature a float or (T,) or (B, L)
+    Shapes:  logits (T, V) or (B, L, V), bf16|fp16|fp32|fp64;  target (T,) or (B, L) int;  temperature a float
+             or (T,) or (B, L)
              ->  logp, entropy, lse shaped like target, fp32 (fp64 for fp64 logits).
-    Memory:  4 (T,) vectors, and one gradient like `logits` in the backward; a view such as logits[:, :-1] is not copied.
-             `inplace_backward` writes the gradient over the logits instead: they must then have no other consumer, and a second
-             backward is refused.
-    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN and reads no memory it should not.
+    Memory:  4 (T,) vectors, and one gradient like `logits` in the backward; a view such as logits[:, :-1] is
+             not copied.  `inplace_backward` writes the gradient over the logits instead: they must then have
+             no other consumer, and a second backward is refused.
+    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN and reads no
+             memory it should not.
     Source:  Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
     if isinstance(logits, Tensor) and logits.ndim == 3:
@@ -176,7 +237,9 @@ def token_logp(
         L, V = dims("logits", logits, "T V", FLOATS)
         dims("target", target, "T", INTS, T=L)
     if V == 0:
-        raise ValueError(f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits: expected a vocabulary of at least one token, got shape {tuple(logits.shape)}"
+        )
     same_device(logits=logits, target=target)
     tau = row_temperature(temperature, target, compute_dtype(logits))
     logp, h, m, log_s = forward_op(logits, target.reshape(-1), tau, entropy, inplace_backward)
@@ -185,10 +248,15 @@ def token_logp(
 
 
 def row_temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The temperature of every target as one (T,) vector; a Python float must be positive (a tensor's values are not read)."""
+    """The temperature of every target as one (T,) vector; a Python float must be positive (a tensor's values
+    are not read).
+    """
     if isinstance(temperature, Tensor):
         if temperature.shape != target.shape and temperature.ndim:
-            raise ValueError(f"temperature: expected a float or shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+            raise ValueError(
+                f"temperature: expected a float or shape {tuple(target.shape)}, "
+                f"got {tuple(temperature.shape)}"
+            )
         return temperature.to(dtype).expand(target.shape).reshape(-1).contiguous()
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -196,16 +264,27 @@ def row_temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dt
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """TRL's name for the log-probability (nats) of `index` under `logits / temperature`, in the dtype of the logits.
+    """TRL's name for the log-probability (nats) of `index` under `logits / temperature`, in the dtype of the
+    logits.
 
     Shapes:  logits (..., V);  index (...) int, or (..., K) for K tokens of each row  ->  shaped like index.
     Raises:  ValueError or TypeError naming the argument.
     """
     lead = logits.shape[:-1]
     if index.shape[: len(lead)] != lead or index.ndim > len(lead) + 1:
-        raise ValueError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
-    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])  # a view of 2 or 3 axes is never copied
-    tau = temperature.expand(lead).reshape(rows.shape[:-1]) if isinstance(temperature, Tensor) else temperature
+        raise ValueError(
+            f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}"
+        )
+    rows = (
+        logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
+    )  # a view of 2 or 3 axes is never copied
+    tau = (
+        temperature.expand(lead).reshape(rows.shape[:-1]) if isinstance(temperature, Tensor) else temperature
+    )
     columns = index.reshape(*rows.shape[:-1], -1).unbind(-1) if index.numel() else ()
-    logp = torch.stack([token_logp(rows, c, temperature=tau).logp for c in columns], -1) if columns else logits.new_empty(0)
+    logp = (
+        torch.stack([token_logp(rows, c, temperature=tau).logp for c in columns], -1)
+        if columns
+        else logits.new_empty(0)
+    )
     return logp.view(index.shape).to(logits.dtype)

@@ -1,4 +1,6 @@
-"""What every test runs under: no GPU test without a GPU, Triton's interpreter there, and the same seed whatever ran before."""
+"""What every test runs under: no GPU test without a GPU, Triton's interpreter there, and the same seed
+whatever ran before.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,21 @@ import os
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first cuBLAS handle
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: two threads each would wait for each other's cores
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a process per core: two threads each would wait for each other's cores
     os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else, on some processors, the bits of a product depend on its operands' alignment
+os.environ.setdefault(
+    "MKL_CBWR", "AUTO,STRICT"
+)  # else, on some processors, the bits of a product depend on its operands' alignment
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is when an op is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when a kernel is decorated, which is when an op is imported
 
 NEEDED = {"gpu": 1, "multigpu": 2}  # devices a marker asks for
 
@@ -25,12 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker, need in NEEDED.items():
             if need > have and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=f"needs {need} CUDA device{'s' * (need > 1)}, this machine has {have}"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason=f"needs {need} CUDA device{'s' * (need > 1)}, this machine has {have}"
+                    )
+                )
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Each test starts from seed 0 and torch's own settings, whatever ran before: a training run asks for deterministic algorithms."""
+    """Each test starts from seed 0 and torch's own settings, whatever ran before: a training run asks for
+    deterministic algorithms.
+    """
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
@@ -39,7 +53,9 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU kernels on each instruction set of this processor; "best", asked for by parametrization, is the fastest of them."""
+    """The CPU kernels on each instruction set of this processor; "best", asked for by parametrization, is the
+    fastest of them.
+    """
     from fastrl.kernels._backend import extension  # after the environment above is set
 
     built = extension()

@@ -1,7 +1,8 @@
-"""Bits of two trees compared: `python tests/guard.py BASE_TREE` runs every training command in both and compares what they leave.
+"""Bits of two trees compared: `python tests/guard.py BASE_TREE` runs every training command in both and
+compares what they leave.
 
-Five steps of a tiny model, one thread, one seed.  What must be equal: metrics.jsonl without clock times, samples.jsonl, and the bytes
-of the last checkpoint's tensors.
+Five steps of a tiny model, one thread, one seed.  What must be equal: metrics.jsonl without clock times,
+samples.jsonl, and the bytes of the last checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ COMMANDS = {
     "sft": ["sft"],
     "sft_neftune": ["sft", "--neftune-alpha", "5", "--label-smoothing", "0.1"],
     "grpo": ["grpo", "--minibatches", "2", "--refill", "1"],
-    "grpo_kl": ["grpo", "--algorithm", "gspo", "--kl-coef", "0.1", "--correction", "token_truncate", "--epochs", "2"],
+    "grpo_kl": [
+        "grpo",
+        "--algorithm",
+        "gspo",
+        "--kl-coef",
+        "0.1",
+        "--correction",
+        "token_truncate",
+        "--epochs",
+        "2",
+    ],
     "grpo_carry": ["grpo", "--tail", "carry", "--tail-share", "0.5"],
     "ppo": ["ppo", "--kl-target", "0.5", "--group", "4", "--minibatches", "2"],
     "ppo_shared": ["ppo", "--critic", "shared", "--kl-in", "loss", "--group", "2"],
@@ -30,10 +41,22 @@ COMMANDS = {
     "joint": ["joint", "--reward-every", "2", "--demonstrations"],
 }
 MODEL = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 48,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu", "initializer_range": 0.2,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "initializer_range": 0.2,
+}
 DIGITS = """
 def digits(completions, **columns):
     return [sum(c.isdigit() for c in text) / 8 for text in completions]
@@ -47,16 +70,40 @@ def run(tree: Path, folder: Path, name: str) -> subprocess.Popen[bytes]:
     (folder / "rewards.py").write_text(DIGITS)
     command, *options = COMMANDS[name]
     shared = [
-        "--model", "model.json", "--task", "cards", "--task-options", "k=2", "--output-dir", name, "--steps", "5", "--prompts", "4",
-        "--micro-tokens", "200", "--optim.lr", "1e-2", "--eval.prompts", "4", "--threads", "1", "--save.every", "5",
-    ]  # fmt: skip
+        "--model",
+        "model.json",
+        "--task",
+        "cards",
+        "--task-options",
+        "k=2",
+        "--output-dir",
+        name,
+        "--steps",
+        "5",
+        "--prompts",
+        "4",
+        "--micro-tokens",
+        "200",
+        "--optim.lr",
+        "1e-2",
+        "--eval.prompts",
+        "4",
+        "--threads",
+        "1",
+        "--save.every",
+        "5",
+    ]
     if command in ("grpo", "ppo", "hybrid", "joint"):
         shared += ["--max-new-tokens", "8", "--reward", "rewards.py:digits"]
         shared += [] if "--group" in options else ["--group", "4"]
     env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO,STRICT"}
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fastrl", command, *shared, *options], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "fastrl", command, *shared, *options],
+            cwd=folder,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 

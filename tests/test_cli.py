@@ -1,4 +1,6 @@
-"""The command line: what each kind of failure prints and returns, and that nobody waits for torch to be told of a typing mistake."""
+"""The command line: what each kind of failure prints and returns, and that nobody waits for torch to be told
+of a typing mistake.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +57,19 @@ def test_a_result_may_carry_the_exit_code(command):
     "error, code, line",
     [
         (UserError("--task: no such task"), 1, "fastrl: error: --task: no such task"),
-        (FileNotFoundError(2, "No such file or directory", "a.jsonl"), 1, "fastrl: error: a.jsonl: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.jsonl"),
+            1,
+            "fastrl: error: a.jsonl: No such file or directory",
+        ),
         (PermissionError(13, "Permission denied", "/runs"), 1, "fastrl: error: /runs: Permission denied"),
         (OSError(28, "No space left on device"), 1, "fastrl: error: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "fastrl: interrupted"),
         (
             ZeroDivisionError("division\nby zero"),
             1,
-            "fastrl: error: internal error: ZeroDivisionError: division by zero (run again with --debug for the traceback)",
+            "fastrl: error: internal error: ZeroDivisionError: "
+            "division by zero (run again with --debug for the traceback)",
         ),
     ],
 )
@@ -153,7 +160,9 @@ def test_help_of_every_command(name, capsys):
 
 
 def test_nothing_heavy_is_imported_until_a_command_runs():
-    """Wrong implementation: `import fastrl.trainer` at the top of cli.py, and every typing mistake costs seconds."""
+    """Wrong implementation: `import fastrl.trainer` at the top of cli.py, and every typing mistake costs
+    seconds.
+    """
     code = (
         "import sys; from fastrl.cli import main; codes = [main(a.split()) for a in "
         "('--help', 'grpo --help', 'grpo --model m --dry-run', 'grpo --stpes 3', 'gpro')]; "
@@ -161,16 +170,27 @@ def test_nothing_heavy_is_imported_until_a_command_runs():
         "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 0, 2, 2] else 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_leaves_early_is_not_an_error():
     """Wrong implementation: `fastrl --help | head -1` ends in a BrokenPipeError traceback."""
-    code = "import sys; from fastrl import cli; cli._overview = lambda: 'x' * 10**6; sys.exit(cli.main(['--help']))"
+    code = (
+        "import sys; from fastrl import cli; cli._overview = lambda: 'x' * 10**6; "
+        "sys.exit(cli.main(['--help']))"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert child.stdout is not None
     child.stdout.read(1)

@@ -1,4 +1,6 @@
-"""The pages a user reads: what they tell to type is taken by the command line, and what they point to is there."""
+"""The pages a user reads: what they tell to type is taken by the command line, and what they point to is
+there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import pytest
 from fastrl import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    ROOT.glob("docs/*.md")
+)
 OTHERS = {"--nproc-per-node", "--optim"}  # of torchrun; `--optim.*`, a group
 COMMAND = re.compile(rf"^fastrl (?:{'|'.join(cli.COMMANDS)})(?: .*)?$", re.MULTILINE)
 
@@ -35,9 +39,13 @@ def options() -> set[str]:
     return set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
 
 
-@pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands(page.read_text(encoding="utf-8"))))
+@pytest.mark.parametrize(
+    "line", dict.fromkeys(line for page in PAGES for line in commands(page.read_text(encoding="utf-8")))
+)
 def test_a_command_is_taken_as_it_is_written(line, capsys, monkeypatch):
-    """Wrong implementations: an option renamed in the code and not on the page; a recipe that is not there; a value no longer taken."""
+    """Wrong implementations: an option renamed in the code and not on the page; a recipe that is not there; a
+    value no longer taken.
+    """
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)[1:]
     words = words[: words.index(">")] if ">" in words else words

@@ -1,4 +1,6 @@
-"""What a user can get wrong, at the command line: one line that says where and what to do, an exit code, no traceback, nothing lost."""
+"""What a user can get wrong, at the command line: one line that says where and what to do, an exit code, no
+traceback, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +82,37 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
         1,
         r"good\.jsonl:1: expected a column 'question'",
     ),
-    "an unknown key": ("sft --config key.yaml", 2, r"key\.yaml: unknown key 'micro_token'; did you mean 'micro_tokens'\?"),
-    "a value of the wrong type": ("sft --config value.yaml", 2, r"value\.yaml: steps: expected int, got 'many' \(str\)"),
-    "an unknown option": ("sft --model tiny.json --stps 3", 2, r"unknown option --stps; did you mean --steps\?"),
-    "a missing dataset": (f"{SFT} --dataset none.jsonl", 1, r"dataset none\.jsonl: no such file \(looked in .*\)"),
+    "an unknown key": (
+        "sft --config key.yaml",
+        2,
+        r"key\.yaml: unknown key 'micro_token'; did you mean 'micro_tokens'\?",
+    ),
+    "a value of the wrong type": (
+        "sft --config value.yaml",
+        2,
+        r"value\.yaml: steps: expected int, got 'many' \(str\)",
+    ),
+    "an unknown option": (
+        "sft --model tiny.json --stps 3",
+        2,
+        r"unknown option --stps; did you mean --steps\?",
+    ),
+    "a missing dataset": (
+        f"{SFT} --dataset none.jsonl",
+        1,
+        r"dataset none\.jsonl: no such file \(looked in .*\)",
+    ),
     "a missing config": ("sft --config none.yaml", 1, r"none\.yaml: No such file or directory"),
-    "a missing model": ("sft --model none --task cards", 1, r"model: expected a Hugging Face folder, .* got 'none', which is not there"),
-    "a folder that is no model": ("sft --model empty --task cards", 1, r"empty: expected a Hugging Face model folder with a config\.json"),
+    "a missing model": (
+        "sft --model none --task cards",
+        1,
+        r"model: expected a Hugging Face folder, .* got 'none', which is not there",
+    ),
+    "a folder that is no model": (
+        "sft --model empty --task cards",
+        1,
+        r"empty: expected a Hugging Face model folder with a config\.json",
+    ),
     "a missing reward file": (f"{GRPO} --reward none.py:fn", 1, r"--reward: no file none\.py"),
     "a missing reward function": (
         f"{GRPO} --reward rewards.py:digit",
@@ -128,15 +154,31 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
         1,
         r"--task: expected one of cards, gsm8k, .* got 'crads'; did you mean 'cards'\?",
     ),
-    "an unknown option of a task": (f"{SFT} kk=3", 1, r"--task: cards has no option 'kk'; did you mean 'k'\?"),
+    "an unknown option of a task": (
+        f"{SFT} kk=3",
+        1,
+        r"--task: cards has no option 'kk'; did you mean 'k'\?",
+    ),
     "a task without demonstrations": (
         "sft --model tiny.json --task silent.py:Silent",
         1,
         r"--task: cards has no demonstrations; give a --dataset",
     ),
-    "nothing to train on": ("sft --model done/checkpoints/step_2", 1, r"--dataset or --task: expected one of them"),
-    "an unknown algorithm": (f"{GRPO} --algorithm gpro", 1, r"--algorithm: expected one of grpo, dr_grpo, .*; got 'gpro'"),
-    "greedy samples": (f"{GRPO} --sampling.temperature 0", 1, r"--sampling\.temperature: expected a positive number, got 0"),
+    "nothing to train on": (
+        "sft --model done/checkpoints/step_2",
+        1,
+        r"--dataset or --task: expected one of them",
+    ),
+    "an unknown algorithm": (
+        f"{GRPO} --algorithm gpro",
+        1,
+        r"--algorithm: expected one of grpo, dr_grpo, .*; got 'gpro'",
+    ),
+    "greedy samples": (
+        f"{GRPO} --sampling.temperature 0",
+        1,
+        r"--sampling\.temperature: expected a positive number, got 0",
+    ),
     "a group of one": (f"{GRPO} --group 1", 1, r"--group: expected at least 2"),
     "no tokenizer": (
         "sft --model tiny.json --dataset good.jsonl",
@@ -148,7 +190,11 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
         1,
         r"--tokenizer: bad_tokenizer holds no tokenizer that transformers can read",
     ),
-    "a missing tokenizer": (f"{SFT} --tokenizer none", 1, r"--tokenizer: expected a folder with tokenizer files, got none"),
+    "a missing tokenizer": (
+        f"{SFT} --tokenizer none",
+        1,
+        r"--tokenizer: expected a folder with tokenizer files, got none",
+    ),
     "a small budget": (
         f"{SFT} --micro-tokens 5",
         1,
@@ -164,20 +210,48 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
         1,
         r"max_tokens_in_flight: sequence 0 alone may need 64 tokens of cache",
     ),
-    "no GPU": (f"{SFT} --device cuda", 1, r"--device: 'cuda' was asked for, but this machine has no CUDA device; use --device cpu"),
-    "a run that is there": (f"{SFT} --output-dir done", 1, r"--output-dir: done already holds step_2; continue it with --resume"),
-    "no run to resume": (f"{SFT} --resume", 1, r"--resume: out holds no whole checkpoint; start without --resume"),
+    "no GPU": (
+        f"{SFT} --device cuda",
+        1,
+        r"--device: 'cuda' was asked for, but this machine has no CUDA device; use --device cpu",
+    ),
+    "a run that is there": (
+        f"{SFT} --output-dir done",
+        1,
+        r"--output-dir: done already holds step_2; continue it with --resume",
+    ),
+    "no run to resume": (
+        f"{SFT} --resume",
+        1,
+        r"--resume: out holds no whole checkpoint; start without --resume",
+    ),
     "prompts that are not there": (
         "generate --model done/checkpoints/step_2 --prompts none.txt",
         1,
         r"none\.txt: No such file or directory",
     ),
-    "a model without tokenizer": ("generate --model tiny.json --prompts good.jsonl", 1, r"--tokenizer: tiny\.json has no tokenizer files"),
-    "an unknown split": ("eval --model tiny.json --task cards --split tset", 1, r"cards: expected a split of train, val, test"),
-    "no prompts": ("eval --model tiny.json --task cards --prompts 0", 1, r"prompts: expected at least one of cards's split 'test', got 0"),
+    "a model without tokenizer": (
+        "generate --model tiny.json --prompts good.jsonl",
+        1,
+        r"--tokenizer: tiny\.json has no tokenizer files",
+    ),
+    "an unknown split": (
+        "eval --model tiny.json --task cards --split tset",
+        1,
+        r"cards: expected a split of train, val, test",
+    ),
+    "no prompts": (
+        "eval --model tiny.json --task cards --prompts 0",
+        1,
+        r"prompts: expected at least one of cards's split 'test', got 0",
+    ),
     "a filter out of range": (f"{GRPO} --sampling.top-p 0", 1, r"top_p: expected in \(0, 1\], got 0\.0"),
 }
-TOLD_AT_LENGTH = {"a reward that raises", "too few rewards", "rewards that are no numbers"}  # the offending sample is shown below the line
+TOLD_AT_LENGTH = {
+    "a reward that raises",
+    "too few rewards",
+    "rewards that are no numbers",
+}  # the offending sample is shown below the line
 NOT_ON_A_GPU = {"no GPU"}
 
 
@@ -192,7 +266,9 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize("about", MISTAKES)
 def test_a_mistake_is_one_line_and_an_exit_code(about, folder, monkeypatch, capsys):
-    """Wrong implementations: a traceback in the user's face; an error that does not say what to change; exit code 0."""
+    """Wrong implementations: a traceback in the user's face; an error that does not say what to change; exit
+    code 0.
+    """
     if about in NOT_ON_A_GPU and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     command, code, said = MISTAKES[about]
@@ -202,7 +278,9 @@ def test_a_mistake_is_one_line_and_an_exit_code(about, folder, monkeypatch, caps
     assert "Traceback" not in told and "internal error" not in told
     lines = told.rstrip("\n").split("\n")
     assert len(lines) == 1 or (about in TOLD_AT_LENGTH and "sample" in told)
-    assert not list(folder.glob("out/checkpoints/*")), "a run that could not begin leaves nothing to trip over"
+    assert not list(folder.glob("out/checkpoints/*")), (
+        "a run that could not begin leaves nothing to trip over"
+    )
 
 
 @pytest.mark.parametrize("about", ["a malformed dataset line", "an unknown key", "a reward that raises"])
@@ -212,7 +290,9 @@ def test_debug_shows_the_traceback(about, folder, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.startswith("Traceback (most recent call last)") and re.search(f"fastrl: error: {said}", told)
     if about == "a reward that raises":
-        assert "bad_rewards.py" in told and "ZeroDivisionError" in told.partition("fastrl: error")[0], "the user's own frame is in it"
+        assert "bad_rewards.py" in told and "ZeroDivisionError" in told.partition("fastrl: error")[0], (
+            "the user's own frame is in it"
+        )
 
 
 def damage_weights(checkpoint: Path) -> str:
@@ -227,7 +307,9 @@ def damage_state(checkpoint: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [damage_weights, damage_state])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(damage, folder, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
+    damage, folder, tmp_path, monkeypatch, capsys
+):
     """Wrong implementations: training goes on from what is left; the advice does not work."""
     shutil.copytree(folder / "done", tmp_path / "done")
     shutil.copy(folder / "tiny.json", tmp_path)
@@ -237,7 +319,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(damage, f
     assert run(command, tmp_path, monkeypatch) == 1
     told = capsys.readouterr().err
     assert re.fullmatch(
-        rf"fastrl: error: checkpoint done/checkpoints/step_2: {said}.*; remove the folder to use an older checkpoint\n", told
+        rf"fastrl: error: checkpoint done/checkpoints/step_2: {said}.*; "
+        r"remove the folder to use an older checkpoint\n",
+        told,
     )
     shutil.rmtree(newest)
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda it: None)
@@ -250,15 +334,19 @@ def test_damaged_weights_of_a_model_name_the_tensor(folder, tmp_path, monkeypatc
     damage_weights(tmp_path / "model")
     assert run("eval --model model --task cards", tmp_path, monkeypatch) == 1
     assert re.match(
-        r"fastrl: error: model/model\.safetensors: truncated: tensor model\.\S+ ends at byte \d+, the file at \d+", capsys.readouterr().err
+        r"fastrl: error: model/model\.safetensors: truncated: tensor model\.\S+ ends at byte \d+, "
+        r"the file at \d+",
+        capsys.readouterr().err,
     )
 
 
 def test_a_reward_that_fails_later_loses_nothing(folder, tmp_path, monkeypatch, capsys):
     """Wrong implementation: what was saved before the error is not what can be resumed."""
     shutil.copy(folder / "tiny.json", tmp_path)
-    (tmp_path / "later.py").write_text(REWARDS + "\nSTEPS = []\n\ndef later(completions, **columns):\n    STEPS.append(1)\n"
-                                       "    assert len(STEPS) < 4, 'no more'\n    return digits(completions)\n")  # fmt: skip
+    (tmp_path / "later.py").write_text(
+        REWARDS + "\nSTEPS = []\n\ndef later(completions, **columns):\n    STEPS.append(1)\n"
+        "    assert len(STEPS) < 4, 'no more'\n    return digits(completions)\n"
+    )
     options = f"{GRPO} --prompts 2 --group 2 --reward later.py:later --steps 5 --save.every 2"
     assert run(options, tmp_path, monkeypatch) == 1
     assert "reward later raised AssertionError: no more" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The import graph is a ladder, every op has its test and its benchmark, and nobody takes Hugging Face's name.
+"""The import graph is a ladder, every op has its test and its benchmark, and nobody takes Hugging Face's
+name.
 
 Each rule is a function of sources, so that each is also shown to catch a planted violation.
 """
@@ -15,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-FLOORS = (  # a module imports from lower floors, and from its own room; a room is a folder, or a file that is flat in fastrl/
+# a module imports from lower floors, and from its own room; a room is a folder, or a file that is flat in
+# fastrl/
+FLOORS = (
     ("fastrl", "fastrl._C"),
     ("fastrl.kernels.surrogates",),
     ("fastrl.kernels._*",),
@@ -47,7 +50,9 @@ Sources = dict[str, str]  # module name -> its text
 
 # --- the rules --------------------------------------------------------------------------------------
 def room(module: str) -> str:
-    """The folder of a module, or the module itself where it is flat; each op of kernels/ is a room of its own."""
+    """The folder of a module, or the module itself where it is flat; each op of kernels/ is a room of its
+    own.
+    """
     parts = module.split(".")
     if parts[:2] == ["fastrl", "kernels"]:
         return "fastrl.kernels._" if len(parts) > 2 and parts[2].startswith("_") else module
@@ -87,7 +92,10 @@ def climbs(modules: Sources) -> list[str]:
 
 
 def cycle(modules: Sources) -> list[str]:
-    graph = {m: {n for n in imports(ast.parse(text), modules) if n in modules and n != m} for m, text in modules.items()}
+    graph = {
+        m: {n for n in imports(ast.parse(text), modules) if n in modules and n != m}
+        for m, text in modules.items()
+    }
     for m in graph:  # a package that gathers its own parts is not a cycle with them
         graph[m] -= {n for n in graph[m] if m.startswith(n + ".")}
     try:
@@ -103,13 +111,22 @@ def lazy(modules: Sources) -> list[str]:
     for module, text in modules.items():
         for f in ast.walk(ast.parse(text)):
             if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) and (module, f.name) not in LAZY:
-                bad += [f"{module}.{f.name} imports {n}" for n in imports(f, modules) if n.split(".")[0] == "fastrl"]
+                bad += [
+                    f"{module}.{f.name} imports {n}"
+                    for n in imports(f, modules)
+                    if n.split(".")[0] == "fastrl"
+                ]
     return bad
 
 
 def foreign(modules: Sources) -> list[str]:
     """Imports of the top-level name `kernels`, which belongs to Hugging Face."""
-    return [f"{m} imports {n}" for m, text in modules.items() for n in imports(ast.parse(text), modules) if n.split(".")[0] == "kernels"]
+    return [
+        f"{m} imports {n}"
+        for m, text in modules.items()
+        for n in imports(ast.parse(text), modules)
+        if n.split(".")[0] == "kernels"
+    ]
 
 
 def orphans(root: Path) -> list[str]:
@@ -128,7 +145,9 @@ def orphans(root: Path) -> list[str]:
 def sources() -> Sources:
     found = {}
     for folder, prefix in (("fastrl", "fastrl"), ("kernels", "fastrl.kernels"), ("bench", "fastrl.bench")):
-        for path in sorted((ROOT / folder).rglob("*.py")):  # rglob does not follow the two links inside fastrl/
+        for path in sorted(
+            (ROOT / folder).rglob("*.py")
+        ):  # rglob does not follow the two links inside fastrl/
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "fastrl" and parts[0] in ("kernels", "bench"):
                 continue
@@ -148,7 +167,14 @@ def test_every_op_has_a_test_and_a_benchmark():
 
 def test_the_sources_are_all_seen():
     """Wrong implementation: a glob that misses a folder finds no violation."""
-    assert {"fastrl", "fastrl.ops", "fastrl.kernels._check", "fastrl.kernels.token_logp", "fastrl.tasks", "fastrl.cli"} <= sources().keys()
+    assert {
+        "fastrl",
+        "fastrl.ops",
+        "fastrl.kernels._check",
+        "fastrl.kernels.token_logp",
+        "fastrl.tasks",
+        "fastrl.cli",
+    } <= sources().keys()
 
 
 # --- planted violations -----------------------------------------------------------------------------
@@ -174,7 +200,14 @@ def test_a_planted_violation_is_caught(rule, module, text):
     others["fastrl.tasks.gsm8k"] = "from fastrl.tasks.cards import y"
     assert rule(others | {module: text}) != []
     assert (
-        rule({"fastrl.train.learner": "import torch\nfrom fastrl import ops\nfrom fastrl.batch.pack import plan", "fastrl.batch.pack": "", "fastrl.ops": ""})
+        rule(
+            {
+                "fastrl.train.learner": "import torch\nfrom fastrl import ops\nfrom fastrl.batch.pack "
+                "import plan",
+                "fastrl.batch.pack": "",
+                "fastrl.ops": "",
+            }
+        )
         == []
     )
 

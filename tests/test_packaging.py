@@ -1,4 +1,6 @@
-"""What an installed fastrl is: its name beside Hugging Face's `kernels`, its links, what importing it costs, its wheel."""
+"""What an installed fastrl is: its name beside Hugging Face's `kernels`, its links, what importing it costs,
+its wheel.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def python(code: str, *, cwd: Path = ROOT) -> str:
 
 # --- the name `kernels` -----------------------------------------------------------------------------
 def test_our_kernels_never_shadow_hugging_face():
-    """Wrong: an __init__.py in kernels/, with which some versions of transformers cannot even import a Llama config."""
+    """Wrong: an __init__.py in kernels/, with which some versions of transformers cannot even import a Llama
+    config.
+    """
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "bench" / "__init__.py").exists()
     spec = importlib.util.find_spec("kernels")
@@ -44,19 +48,37 @@ def test_transformers_imports_from_the_repository_root():
 
 
 def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
-    """Wrong: a folder that Python prefers to the package of that name which is installed further down sys.path."""
+    """Wrong: a folder that Python prefers to the package of that name which is installed further down
+    sys.path.
+    """
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("MARK = 'the real one'")
-    assert python(f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.MARK)") == "the real one"
+    assert (
+        python(f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.MARK)")
+        == "the real one"
+    )
 
 
 # --- a machine with a GPU ---------------------------------------------------------------------------
-FOREIGN = ("tyro", "trl", "liger_kernel", "cut_cross_entropy", "ruff", "mypy")  # not needed by an op, a sampler or a benchmark
+FOREIGN = (
+    "tyro",
+    "trl",
+    "liger_kernel",
+    "cut_cross_entropy",
+    "ruff",
+    "mypy",
+)  # not needed by an op, a sampler or a benchmark
 
 
 def test_gpu_check_needs_no_command_line_package():
-    """Wrong: a file of GPU tests or a benchmark that imports the command line: not one test runs where tyro is not installed."""
-    files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu", p.read_text(encoding="utf-8")))
+    """Wrong: a file of GPU tests or a benchmark that imports the command line: not one test runs where tyro
+    is not installed.
+    """
+    files = sorted(
+        p
+        for p in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu", p.read_text(encoding="utf-8"))
+    )
     assert len(files) > 9
     code = f"""
 import importlib.util, sys
@@ -89,7 +111,13 @@ def test_links_are_committed_as_links(link, target):
 
 # --- imports ----------------------------------------------------------------------------------------
 def test_importing_fastrl_does_not_import_torch():
-    assert python("import fastrl, sys; print(sorted({'torch', 'triton', 'transformers', 'numpy'} & set(sys.modules)))") == "[]"
+    assert (
+        python(
+            "import fastrl, sys; print(sorted({'torch', 'triton', 'transformers', "
+            "'numpy'} & set(sys.modules)))"
+        )
+        == "[]"
+    )
 
 
 def test_ops_survive_the_absence_of_triton():
@@ -127,7 +155,11 @@ def test_the_build_does_not_need_torch():
 def test_constraints_pin_every_direct_dependency():
     """Wrong: a dependency added to pyproject.toml alone, whose version then changes under us."""
     project = PROJECT["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"], *PROJECT["build-system"]["requires"]]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *PROJECT["build-system"]["requires"],
+    ]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {name(line) for line in lines if "==" in line or "<=" in line}
     assert {name(w) for w in wanted} <= pinned
@@ -140,7 +172,15 @@ def name(requirement: str) -> str:
 # --- the compiled module ----------------------------------------------------------------------------
 def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """setup.py build_ext, with nothing written outside `folder`."""
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        str(folder / "temp"),
+        "--build-lib",
+        str(folder / "lib"),
+    ]
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 
@@ -159,7 +199,9 @@ def test_a_cuda_toolkit_that_fails_is_an_error(tmp_path):
     nvcc.chmod(0o755)
     done = build(tmp_path, CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
-    assert re.search(r"csrc/cuda/\w+\.cu: .*nvcc failed .* set FASTRL_CUDA=0 to build without CUDA", done.stderr)
+    assert re.search(
+        r"csrc/cuda/\w+\.cu: .*nvcc failed .* set FASTRL_CUDA=0 to build without CUDA", done.stderr
+    )
 
 
 @needs_builder
@@ -168,9 +210,13 @@ def test_building_without_cuda_leaves_its_functions_out(tmp_path):
     done = build(tmp_path, FASTRL_CUDA="0")
     assert done.returncode == 0, done.stderr
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'fastrl')!r}); import _C; print([n for n in dir(_C) if 'token_logp' in n])"
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'fastrl')!r}); import _C; "
+        "print([n for n in dir(_C) if 'token_logp' in n])"
     )
-    assert python(code, cwd=tmp_path) == "['token_logp_backward_cpu', 'token_logp_forward_cpu', 'token_logp_fused_cpu']"
+    assert (
+        python(code, cwd=tmp_path)
+        == "['token_logp_backward_cpu', 'token_logp_forward_cpu', 'token_logp_fused_cpu']"
+    )
 
 
 # --- the wheel --------------------------------------------------------------------------------------
@@ -178,7 +224,9 @@ def test_building_without_cuda_leaves_its_functions_out(tmp_path):
 def test_the_wheel_holds_everything(tmp_path):
     """Builds in isolation (only setuptools and pybind11).  Wrong: find_packages, which misses fastrl.kernels."""
     copy = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", "demo")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", "demo"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-q", "-w", str(tmp_path)]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
@@ -186,8 +234,14 @@ def test_the_wheel_holds_everything(tmp_path):
     (wheel,) = tmp_path.glob("fastrl_kernels-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(p.relative_to(ROOT)) for p in ROOT.glob("fastrl/**/*.py")}
-    expected |= {f"fastrl/{folder}/{p.name}" for folder in ("kernels", "bench") for p in ROOT.glob(f"{folder}/*.py")}
-    expected |= {str(p.relative_to(ROOT)) for suffix in ("yaml", "json") for p in ROOT.glob(f"fastrl/recipes/*.{suffix}")}
+    expected |= {
+        f"fastrl/{folder}/{p.name}" for folder in ("kernels", "bench") for p in ROOT.glob(f"{folder}/*.py")
+    }
+    expected |= {
+        str(p.relative_to(ROOT))
+        for suffix in ("yaml", "json")
+        for p in ROOT.glob(f"fastrl/recipes/*.{suffix}")
+    }
     expected |= {"fastrl/py.typed", "fastrl/_C.pyi"}
     assert expected <= names, sorted(expected - names)
     assert any(re.fullmatch(r"fastrl/_C\..*\.(so|pyd)", n) for n in names)

@@ -26,14 +26,22 @@ def write(folder: Path, *stages: dict[str, Any], name: str = "pipe", **top: Any)
     (folder / "rewards.py").write_text(REWARDS)
     file = folder / f"{name}.yaml"
     shared = {"task": "cards", "task_options": ["k=2"], "seed": 3}
-    file.write_text(yaml.safe_dump({"output_dir": str(folder / name), "shared": shared, "stages": list(stages)} | top))
+    file.write_text(
+        yaml.safe_dump({"output_dir": str(folder / name), "shared": shared, "stages": list(stages)} | top)
+    )
     return file
 
 
 def chain(folder: Path, name: str = "pipe", **changes: Any) -> Path:
     first = {"sft": SMALL | {"model": write_model(folder)}}
     sampled = SMALL | {"group": 4, "max_new_tokens": 8, "reward": [f"{folder}/rewards.py:digits"]}
-    return write(folder, first, {"grpo": sampled | changes}, {"grpo": sampled | {"name": "more", "max_new_tokens": 6}}, name=name)
+    return write(
+        folder,
+        first,
+        {"grpo": sampled | changes},
+        {"grpo": sampled | {"name": "more", "max_new_tokens": 6}},
+        name=name,
+    )
 
 
 def run(file: Path) -> None:
@@ -41,7 +49,9 @@ def run(file: Path) -> None:
 
 
 def test_stages_feed_each_other(tmp_path, capsys):
-    """Wrong implementations: every stage from the first one's model; shared options that a stage overrides lost; a report of one stage."""
+    """Wrong implementations: every stage from the first one's model; shared options that a stage overrides
+    lost; a report of one stage.
+    """
     run(chain(tmp_path))
     folder = tmp_path / "pipe"
     names = ["1-sft", "2-grpo", "3-more"]
@@ -68,12 +78,18 @@ def no_report(monkeypatch):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_stopped_pipeline_goes_on(tmp_path, monkeypatch):
-    """Wrong implementations: stages that are done run again; a half-done stage begun again; other numbers than in one go."""
+    """Wrong implementations: stages that are done run again; a half-done stage begun again; other numbers
+    than in one go.
+    """
     straight, stopped = chain(tmp_path, "straight"), chain(tmp_path, "stopped")
     run(straight)
     with monkeypatch.context() as patch:
-        stop_after(patch, 4 + 1 + 2)  # the first stage looks once before its steps and after each; then two steps of the second
-        with pytest.raises(UserError, match=r"stopped in stage 'grpo'; continue with: fastrl run .*stopped.yaml"):
+        stop_after(
+            patch, 4 + 1 + 2
+        )  # the first stage looks once before its steps and after each; then two steps of the second
+        with pytest.raises(
+            UserError, match=r"stopped in stage 'grpo'; continue with: fastrl run .*stopped.yaml"
+        ):
             run(stopped)
     assert checkpoint.whole(tmp_path / "stopped/2-grpo")[-1].name in ("step_1", "step_2")
     run(stopped)
@@ -87,9 +103,15 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
     model = write_model(tmp_path)
     for stages, message in (
         ([{"sfd": {}}], r"stage 1: unknown command 'sfd'; did you mean 'sft'\?"),
-        ([{"sft": {"model": model}}, {"sft": {}}], "stage 2: a second stage is called 'sft'; give it another name, like `name: sft-2`"),
+        (
+            [{"sft": {"model": model}}, {"sft": {}}],
+            "stage 2: a second stage is called 'sft'; give it another name, like `name: sft-2`",
+        ),
         ([{"sft": {"model": "{grpo}"}}], r"stage 1: '\{grpo\}' names stage 'grpo'; stages before it: none"),
-        ([{"sft": {"model": model, "output_dir": "x"}}], "stage 1: output_dir and resume are the pipeline's own"),
+        (
+            [{"sft": {"model": model, "output_dir": "x"}}],
+            "stage 1: output_dir and resume are the pipeline's own",
+        ),
         ([{"sft": {"model": model, "stebs": 3}}], "unknown key 'stebs'; did you mean 'steps'"),
         ([{"sft": {"steps": 3}}], "required option 'model' is missing"),
         (["sft"], "stage 1: expected one command with its options"),
@@ -107,7 +129,9 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
 def test_a_stage_begun_with_other_options_is_refused(tmp_path):
     """Wrong implementation: a changed stage that is taken for done."""
     run(chain(tmp_path))
-    with pytest.raises(UserError, match=r"stage 'grpo': .* was begun with group = 4, now it is 3; name another output_dir"):
+    with pytest.raises(
+        UserError, match=r"stage 'grpo': .* was begun with group = 4, now it is 3; name another output_dir"
+    ):
         run(chain(tmp_path, group=3))
 
 

@@ -22,18 +22,34 @@ from fastrl.run.evaluate import Evaluation
 from fastrl.tasks import Example, Score
 
 COMMANDS = {
-    "cards_sft": Sft, "cards_sft_continued": Sft, "cards_grpo": Grpo, "cards_dpo": Dpo, "cards_kto": Dpo, "cards_ppo": Ppo,
-    "cards_hybrid": Hybrid, "cards_chord": Hybrid, "cards_fusion": Hybrid, "cards_contrast": Hybrid, "cards_joint": Joint,
-    "cards_reward": Reward, "cards_ranking": Reward, "cards_outcome": Reward, "cards_process": Reward,
-    "gsm8k_sft": Sft, "gsm8k_read": Sft, "gsm8k_reward": Reward,
-}  # fmt: skip
+    "cards_sft": Sft,
+    "cards_sft_continued": Sft,
+    "cards_grpo": Grpo,
+    "cards_dpo": Dpo,
+    "cards_kto": Dpo,
+    "cards_ppo": Ppo,
+    "cards_hybrid": Hybrid,
+    "cards_chord": Hybrid,
+    "cards_fusion": Hybrid,
+    "cards_contrast": Hybrid,
+    "cards_joint": Joint,
+    "cards_reward": Reward,
+    "cards_ranking": Reward,
+    "cards_outcome": Reward,
+    "cards_process": Reward,
+    "gsm8k_sft": Sft,
+    "gsm8k_read": Sft,
+    "gsm8k_reward": Reward,
+}
 PIPELINES = {"cards_sft_dpo_grpo": ["sft", "dpo", "grpo"]}
 
 
 def evaluation(right: list[list[bool]]) -> Evaluation:
     """An evaluation whose prompt i has sampled answers right[i]; the greedy answer is the first of them."""
     scored = [[("x", Score(reward=float(r), correct=r, well_formed=True)) for r in row] for row in right]
-    return Evaluation([Example(prompt=f"p{i}") for i in range(len(right))], [row[0] for row in scored], scored)
+    return Evaluation(
+        [Example(prompt=f"p{i}") for i in range(len(right))], [row[0] for row in scored], scored
+    )
 
 
 def outcome(seed: int, start: list[list[bool]], grpo: list[list[bool]]) -> demo.Outcome:
@@ -56,19 +72,31 @@ def test_every_pipeline_is_made_of_stages_that_can_be(tmp_path, monkeypatch):
 
 
 def test_the_three_arms_share_task_and_model():
-    """A control on another task, or a model with another vocabulary than the task's tokenizer, would compare nothing."""
-    configs = [load(COMMANDS[n], demo.RECIPES / f"{n}.yaml") for n in ("cards_sft", "cards_sft_continued", "cards_grpo", "cards_dpo")]
+    """A control on another task, or a model with another vocabulary than the task's tokenizer, would compare
+    nothing.
+    """
+    configs = [
+        load(COMMANDS[n], demo.RECIPES / f"{n}.yaml")
+        for n in ("cards_sft", "cards_sft_continued", "cards_grpo", "cards_dpo")
+    ]
     assert len({(c.task, c.task_options) for c in configs}) == 1
     task = load_run_task(configs[0].task, configs[0].task_options)
     assert task is not None
     model = Decoder.from_config(json.loads((demo.RECIPES / "cards.config.json").read_text()))
     assert model.config.vocab_size == len(task.tokenizer())
-    problems = {(tuple(sorted(e.fields["numbers"])), e.fields["target"]) for e in (task.example("test", i) for i in range(demo.PROMPTS))}
-    assert len(problems) == demo.PROMPTS >= 500, "each test prompt must be another problem, or the intervals are too narrow"
+    problems = {
+        (tuple(sorted(e.fields["numbers"])), e.fields["target"])
+        for e in (task.example("test", i) for i in range(demo.PROMPTS))
+    }
+    assert len(problems) == demo.PROMPTS >= 500, (
+        "each test prompt must be another problem, or the intervals are too narrow"
+    )
 
 
 def test_gains_are_paired_by_prompt_and_averaged_over_seeds_first():
-    """Taking the seeds' prompts for independent ones would make the interval of identical seeds sqrt(2) too narrow."""
+    """Taking the seeds' prompts for independent ones would make the interval of identical seeds sqrt(2) too
+    narrow.
+    """
     start = [[False, False], [True, False], [False, False], [True, True]]
     grpo = [[True, False], [True, True], [False, False], [True, True]]
     one, two = outcome(0, start, grpo), outcome(1, start, grpo)
@@ -100,7 +128,12 @@ def test_the_tokenizer_recipe_makes_a_hugging_face_tokenizer(tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(file.read_text().splitlines(keepends=True)[:50]))
     out = tmp_path / "tokenizer"
-    assert tokenizer_recipe.main([str(few), "--columns", "question", "answer", "--vocab-size", "300", "--output", str(out)]) == 0
+    assert (
+        tokenizer_recipe.main(
+            [str(few), "--columns", "question", "answer", "--vocab-size", "300", "--output", str(out)]
+        )
+        == 0
+    )
     text = "48/2 = <<48/2=24>>24 clips"
     made = AutoTokenizer.from_pretrained(out)
     assert made.decode(made.encode(text)) == text and len(made) == 300
@@ -109,28 +142,38 @@ def test_the_tokenizer_recipe_makes_a_hugging_face_tokenizer(tmp_path, capsys):
 
 
 def test_graded_solutions_are_grouped_by_problem(tmp_path, capsys):
-    """Wrong implementations: verdicts of other solutions; problems in which there is nothing to compare; a missing file as a traceback."""
+    """Wrong implementations: verdicts of other solutions; problems in which there is nothing to compare; a
+    missing file as a traceback.
+    """
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "so 2\n#### 2"}) + "\n")
     assert gsm8k_reward.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 1
     assert "no file" in capsys.readouterr().err
 
     def line(*right):
         return {"question": "1+2?"} | {
-            n: {"solution": f"{n} {r}", "is_correct": r} for n, r in zip(gsm8k_reward.GRADED, right, strict=True)
+            n: {"solution": f"{n} {r}", "is_correct": r}
+            for n, r in zip(gsm8k_reward.GRADED, right, strict=True)
         }
 
     rows = [line(True, False, False, True), line(True, True, True, True)]
     (tmp_path / "model_solutions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert gsm8k_reward.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     (group,) = [json.loads(x) for x in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
-    assert [c.endswith("True") for c in group["completions"]] == [True, False, False, True] == [s == 1.0 for s in group["scores"]]
+    assert (
+        [c.endswith("True") for c in group["completions"]]
+        == [True, False, False, True]
+        == [s == 1.0 for s in group["scores"]]
+    )
     assert json.loads((tmp_path / "out/solutions.jsonl").read_text()) == {
-        "prompt": "Question: 1+1?\nAnswer:\n", "completion": "so 2\nA: 2"
-    }  # fmt: skip
+        "prompt": "Question: 1+1?\nAnswer:\n",
+        "completion": "so 2\nA: 2",
+    }
 
 
 def test_several_seeds_share_one_folder(tmp_path, monkeypatch, capsys):
-    """Wrong implementation: the folder is cleared before every seed, and the report finds only the last one's runs."""
+    """Wrong implementation: the folder is cleared before every seed, and the report finds only the last one's
+    runs.
+    """
     folder = tmp_path / "demo"
 
     def run_seed(seed, place):

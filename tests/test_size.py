@@ -20,7 +20,9 @@ LONGER: dict[str, int] = {}  # file, or file:function -> lines it has
 
 def python_files(folder: str) -> list[Path]:
     return [
-        p for p in sorted((ROOT / folder).rglob("*.py")) if folder != "fastrl" or p.relative_to(ROOT).parts[1] not in ("kernels", "bench")
+        p
+        for p in sorted((ROOT / folder).rglob("*.py"))
+        if folder != "fastrl" or p.relative_to(ROOT).parts[1] not in ("kernels", "bench")
     ]
 
 
@@ -32,7 +34,9 @@ def functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def too_long(files: dict[str, tuple[str, int]]) -> dict[str, int]:
-    """What exceeds its bound: file -> lines, file:function -> lines.  `files` maps a path to its text and its bound."""
+    """What exceeds its bound: file -> lines, file:function -> lines.  `files` maps a path to its text and its
+    bound.
+    """
     found = {name: n for name, (text, bound) in files.items() if (n := len(text.splitlines())) > bound}
     for name, (text, _) in files.items():
         if name.endswith(".py"):

@@ -24,7 +24,15 @@ from fastrl.tasks.tokens import train_bpe
 from fastrl.train.learner import Learner
 from fastrl.trainer import RunResult, train
 
-FILES = {"config.yaml", "environment.txt", "metrics.jsonl", "samples.jsonl", "checkpoints", "report.html", "plots"}
+FILES = {
+    "config.yaml",
+    "environment.txt",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "checkpoints",
+    "report.html",
+    "plots",
+}
 
 
 @pytest.fixture
@@ -39,7 +47,9 @@ def trained(rows: list[dict]) -> list[dict]:
 
 # --- the folder -------------------------------------------------------------------------------------
 def test_sft_leaves_a_model_that_transformers_loads(tmp_path):
-    """Wrong implementations: a run that does not learn; a checkpoint without its tokenizer; a plot or a log missing."""
+    """Wrong implementations: a run that does not learn; a checkpoint without its tokenizer; a plot or a log
+    missing.
+    """
     config = sft(tmp_path)
     result = train(config)
     run = Path(config.output_dir)
@@ -48,14 +58,21 @@ def test_sft_leaves_a_model_that_transformers_loads(tmp_path):
     assert load(type(config), run / "config.yaml") == config
     rows = lines(run)
     losses = [r["loss"] for r in trained(rows)]
-    assert [r["step"] for r in trained(rows)] == list(range(1, 21)) and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert [r["step"] for r in trained(rows)] == list(range(1, 21)) and sum(losses[-3:]) < 0.8 * sum(
+        losses[:3]
+    )
     assert [r["step"] for r in rows if "eval/accuracy_greedy" in r] == [0, 5, 10, 15, 20]
     assert {"loss", "num_tokens", "grad_norm", "learning_rate", "entropy"} <= trained(rows)[0].keys()
     assert [whole(run)[-1]] == whole(run) == [result.checkpoint] and result.metrics["loss"] == losses[-1]
     (events,) = run.glob("events.out.tfevents.*")
     board = EventAccumulator(str(events)).Reload()
-    assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses) and len(board.Scalars("eval/accuracy_greedy")) == 5
-    model, words = AutoModelForCausalLM.from_pretrained(result.checkpoint), AutoTokenizer.from_pretrained(result.checkpoint)
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses) and len(
+        board.Scalars("eval/accuracy_greedy")
+    ) == 5
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(result.checkpoint),
+        AutoTokenizer.from_pretrained(result.checkpoint),
+    )
     example = Cards(k=2).example("train", 0)
     ids = words(example.prompt + example.demo, return_tensors="pt").input_ids
     ours = Decoder.from_pretrained(result.checkpoint)
@@ -64,7 +81,9 @@ def test_sft_leaves_a_model_that_transformers_loads(tmp_path):
 
 
 def test_grpo_climbs_its_reward(tmp_path, no_report):
-    """Wrong implementations: the sign of the advantage; rollouts from weights that are not those being trained; samples lost."""
+    """Wrong implementations: the sign of the advantage; rollouts from weights that are not those being
+    trained; samples lost.
+    """
     config = grpo(tmp_path, algorithm="dapo", optim=Optim(lr=2e-2), prompts=8, steps=25, eval=Eval())
     result = train(config)
     rows = lines(config.output_dir)
@@ -72,13 +91,31 @@ def test_grpo_climbs_its_reward(tmp_path, no_report):
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1.0, f"{rewards[:5]} to {rewards[-5:]}"
     assert len(rows) == 25 and not any(k.startswith("eval/") for r in rows for k in r)
     wanted = {
-        "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length", "completions/clipped_ratio",
-        "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "correct", "rewards/digits/mean", "rollout/tokens",
-    }  # fmt: skip
+        "loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "clip_ratio/region_mean",
+        "correct",
+        "rewards/digits/mean",
+        "rollout/tokens",
+    }
     assert wanted <= rows[0].keys()
-    assert rows[0]["clip_ratio/region_mean"] == 0 and abs(rows[0]["ratio/mean"] - 1) < 1e-4, "the first step is on policy"
+    assert rows[0]["clip_ratio/region_mean"] == 0 and abs(rows[0]["ratio/mean"] - 1) < 1e-4, (
+        "the first step is on policy"
+    )
     samples = [json.loads(line) for line in Path(config.output_dir, "samples.jsonl").read_text().splitlines()]
-    assert {s["step"] for s in samples} == set(range(1, 26)) and {"prompt", "completion", "reward", "message"} <= samples[0].keys()
+    assert {s["step"] for s in samples} == set(range(1, 26)) and {
+        "prompt",
+        "completion",
+        "reward",
+        "message",
+    } <= samples[0].keys()
     assert all(s["reward"] == sum(c.isdigit() for c in s["completion"]) / 8 for s in samples)
     assert AutoModelForCausalLM.from_pretrained(result.checkpoint)
 
@@ -88,16 +125,22 @@ def test_metrics_of_several_optimizer_steps_are_combined(tmp_path, no_report):
     config = grpo(tmp_path, steps=1, minibatches=2, epochs=2, kl_coef=0.1, eval=Eval())
     seen, real = [], Learner.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "update", lambda self, batch, step: seen.append(real(self, batch, step)) or seen[-1])
+        patch.setattr(
+            Learner, "update", lambda self, batch, step: seen.append(real(self, batch, step)) or seen[-1]
+        )
         train(config)
     (row,) = lines(config.output_dir)
     assert len(seen) == 4 and row["num_tokens"] == sum(m["num_tokens"] for m in seen)
-    assert row["loss"] == pytest.approx(sum(m["loss"] for m in seen) / 4) and row["ratio/max"] == max(m["ratio_max"] for m in seen)
+    assert row["loss"] == pytest.approx(sum(m["loss"] for m in seen) / 4) and row["ratio/max"] == max(
+        m["ratio_max"] for m in seen
+    )
     assert row["kl"] > 0
 
 
 def test_the_reference_stays_where_the_run_began(tmp_path, no_report):
-    """Wrong implementations: a reference that shares the policy's storage, or that moves; no KL in the gradient."""
+    """Wrong implementations: a reference that shares the policy's storage, or that moves; no KL in the
+    gradient.
+    """
     config = grpo(tmp_path, steps=6, kl_coef=0.5, eval=Eval())
     train(config)
     rows = lines(config.output_dir)
@@ -119,11 +162,16 @@ def test_bfloat16_trains_with_float32_masters(tmp_path, no_report):
     kept = state(Path(config.output_dir, "checkpoints/step_3"))
     assert kept["model.safetensors/model.norm.weight"].dtype == torch.bfloat16
     assert kept["trainer.safetensors/master.norm"].dtype == torch.float32
-    assert torch.equal(kept["trainer.safetensors/master.norm"].bfloat16(), kept["model.safetensors/model.norm.weight"])
+    assert torch.equal(
+        kept["trainer.safetensors/master.norm"].bfloat16(), kept["model.safetensors/model.norm.weight"]
+    )
 
 
 def test_gradient_checkpointing_is_the_same_run(tmp_path, no_report):
-    plain, saving = (sft(tmp_path, name, steps=3, gradient_checkpointing=name == "saving", eval=Eval()) for name in ("plain", "saving"))
+    plain, saving = (
+        sft(tmp_path, name, steps=3, gradient_checkpointing=name == "saving", eval=Eval())
+        for name in ("plain", "saving")
+    )
     train(plain)
     train(saving)
     assert lines(plain.output_dir) == lines(saving.output_dir)
@@ -131,7 +179,9 @@ def test_gradient_checkpointing_is_the_same_run(tmp_path, no_report):
 
 # --- stopping ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(tmp_path, monkeypatch, no_report, saved):
+def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(
+    tmp_path, monkeypatch, no_report, saved
+):
     """Wrong implementations: training on; a checkpoint of broken weights; a message without the way back."""
     config = grpo(tmp_path, save=Save(every=2 if saved else 0), eval=Eval())
     real, calls = Learner._gradients, []
@@ -142,8 +192,14 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(tmp_path,
 
     monkeypatch.setattr(Learner, "_gradients", gradients)
     run = Path(config.output_dir)
-    where = f"the last good checkpoint is {run}/checkpoints/step_4" if saved else "no checkpoint was written before"
-    with pytest.raises(UserError, match=f"^step 6: loss is nan; the weights are those of the step before; {where}$"):
+    where = (
+        f"the last good checkpoint is {run}/checkpoints/step_4"
+        if saved
+        else "no checkpoint was written before"
+    )
+    with pytest.raises(
+        UserError, match=f"^step 6: loss is nan; the weights are those of the step before; {where}$"
+    ):
         train(config)
     assert [p.name for p in whole(run)] == (["step_2", "step_4"] if saved else [])
     assert [r["step"] for r in lines(run)] == [1, 2, 3, 4, 5]
@@ -151,7 +207,9 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(tmp_path,
 
 
 def test_nothing_is_started_when_the_evaluation_cannot_be_done(tmp_path, no_report):
-    with pytest.raises(UserError, match=r"--eval\.prompts: expected 0 without a --task, whose verifier evaluates, got 4"):
+    with pytest.raises(
+        UserError, match=r"--eval\.prompts: expected 0 without a --task, whose verifier evaluates, got 4"
+    ):
         train(sft(tmp_path, task=None, dataset="x.jsonl"))
 
 
@@ -188,9 +246,17 @@ def test_sft_on_gsm8k(tmp_path, no_report):
     train_bpe(text, 400).save_pretrained(tmp_path / "tokenizer")
     model = write_model(tmp_path, vocab_size=400, hidden_size=32, max_position_embeddings=1024)
     config = sft(
-        tmp_path, model=model, task=None, task_options=(), dataset=str(tmp_path / "train.jsonl"), tokenizer=str(tmp_path / "tokenizer"),
-        columns=("question=prompt", "answer=completion"), steps=8, micro_tokens=2048, eval=Eval(),
-    )  # fmt: skip
+        tmp_path,
+        model=model,
+        task=None,
+        task_options=(),
+        dataset=str(tmp_path / "train.jsonl"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        columns=("question=prompt", "answer=completion"),
+        steps=8,
+        micro_tokens=2048,
+        eval=Eval(),
+    )
     result = train(config)
     losses = [r["loss"] for r in lines(config.output_dir)]
     assert len(losses) == 8 and losses[-1] < 0.9 * losses[0]

@@ -46,10 +46,16 @@ def _state(token: Tensor, C: int, page: int) -> tuple[Rows, Records, Pages, dict
     tokens = torch.zeros(B + 1, C + page, dtype=torch.int64, device=device)
     logp, behaviour, entropy = (torch.zeros(tokens.shape, device=device) for _ in range(3))
     lengths = torch.zeros(B + 1, dtype=torch.int64, device=device)
-    records = Records(tokens, logp, behaviour, entropy, tokens.bool(), tokens.int(), lengths, lengths.to(torch.int8))
+    records = Records(
+        tokens, logp, behaviour, entropy, tokens.bool(), tokens.int(), lengths, lengths.to(torch.int8)
+    )
     free = torch.arange(2 * B + 1, dtype=torch.int32, device=device).flip(0)
     pages = Pages(free, torch.full((1,), 2 * B, device=device), torch.full_like(free, -1))
-    numbers = {"stops": torch.full((4,), -1, device=device), "version": zeros[:1].clone(), "total": zeros[:1].clone()}
+    numbers = {
+        "stops": torch.full((4,), -1, device=device),
+        "version": zeros[:1].clone(),
+        "total": zeros[:1].clone(),
+    }
     return rows, records, pages, numbers
 
 
@@ -72,11 +78,15 @@ def _stepper(step: Step) -> Callable[..., Tensor]:
     return call
 
 
-def _ours(draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int) -> None:
+def _ours(
+    draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int
+) -> None:
     advance(draw, rows, records, pages, page=page, **numbers)
 
 
-def _eager(draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int) -> None:
+def _eager(
+    draw: Sample, rows: Rows, records: Records, pages: Pages, numbers: dict[str, Tensor], page: int
+) -> None:
     reference(draw, rows, records, pages, numbers["stops"], numbers["version"], numbers["total"], page)
 
 

@@ -1,7 +1,9 @@
-"""attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of width E.
+"""attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of
+width E.
 
-Our backward is deterministic on every rung of the ladder; the libraries' own rows are not, so that the difference between
-fastrl/flash_attn_2 and flash-attn, or fastrl/varlen_attn and torch varlen_attn, is what determinism costs.
+Our backward is deterministic on every rung of the ladder; the libraries' own rows are not, so that the
+difference between fastrl/flash_attn_2 and flash-attn, or fastrl/varlen_attn and torch varlen_attn, is what
+determinism costs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+from fastrl.bench.common import (
+    BOTH,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+)
 
 CASES = cases(
     "S L H K E",
@@ -35,7 +50,13 @@ def data(case: Case) -> Data:
     (H, K, E), draw, each = case.sizes("H K E"), Draw(case), lengths(case)
     T = sum(each)
     ends = torch.tensor((0, *each), device=draw.device).cumsum(0).to(torch.int32)
-    args = {"q": draw.normal(T, H, E), "k": draw.normal(T, K, E), "v": draw.normal(T, K, E), "cu_seqlens": ends, "lengths": each}
+    args = {
+        "q": draw.normal(T, H, E),
+        "k": draw.normal(T, K, E),
+        "v": draw.normal(T, K, E),
+        "cu_seqlens": ends,
+        "lengths": each,
+    }
     return Data(args, wrt=("q", "k", "v"), upstream=(draw.normal(T, H, E),))
 
 
@@ -44,7 +65,9 @@ def cost(case: Case) -> Cost:
     H, K, E = case.sizes("H K E")
     each = lengths(case)
     passes, products = (2, 7) if case.mode == BOTH else (1, 2)
-    return Cost(passes * 2 * sum(each) * (H + K) * E * case.itemsize, products * sum(n * n for n in each) * H * E)
+    return Cost(
+        passes * 2 * sum(each) * (H + K) * E * case.itemsize, products * sum(n * n for n in each) * H * E
+    )
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -54,7 +77,10 @@ def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """SDPA, a sequence at a time."""
     heads_first = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))
-    done = [scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0] for a, b, c in zip(*heads_first, strict=True)]
+    done = [
+        scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0]
+        for a, b, c in zip(*heads_first, strict=True)
+    ]
     return torch.cat(done, 1).transpose(0, 1)
 
 
@@ -63,7 +89,10 @@ def torch_varlen(case: Case) -> Function:
     fused = peer("torch.nn.attention.varlen", "varlen_attn")
     takes = inspect.signature(fused).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-    only("enable_gqa" in takes or case.shape["H"] == case.shape["K"], "this version of varlen_attn takes no shared heads")
+    only(
+        "enable_gqa" in takes or case.shape["H"] == case.shape["K"],
+        "this version of varlen_attn takes no shared heads",
+    )
     options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -101,4 +130,12 @@ PROVIDERS = {
     "flash-attn": flash_attn,
     "flash-attn 4": flash_attn_4,
 }
-BENCH = Bench(op="attention", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="attention")
+BENCH = Bench(
+    op="attention",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="attention",
+)

@@ -1,7 +1,8 @@
-"""decode_attention: one new token of B sequences over about N cached tokens, in pages, H query and K key/value heads of width E.
+"""decode_attention: one new token of B sequences over about N cached tokens, in pages, H query and K
+key/value heads of width E.
 
-The bound is memory: keys and values are read once, 2 N K E numbers a sequence.  Lengths lie between 3/4 N and 5/4 N, as in a batch that
-is being decoded; the table holds 5/4 N tokens.
+The bound is memory: keys and values are read once, 2 N K E numbers a sequence.  Lengths lie between 3/4 N and
+5/4 N, as in a batch that is being decoded; the table holds 5/4 N tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl import ops
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+from fastrl.bench.common import (
+    FORWARD,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+)
 
 QWEN2 = {"H": 14, "K": 2, "E": 64}  # 0.5B
 QWEN3 = {"H": 16, "K": 8, "E": 128}  # 0.6B
@@ -20,7 +34,11 @@ CASES = cases(
     tiny=(2, 9, 4, 2, 8, 4),
     quick=(64, 64, 4, 2, 32, 64),
     cpu=[(64, 64, 8, 2, 64, 64), (64, 64, 4, 2, 32, 64), (32, 512, *QWEN2.values(), 64)],
-    cuda=[(256, n, *model.values(), page) for model in (QWEN2, QWEN3) for n, page in ((1024, 64), (2048, 64), (2048, 256))],
+    cuda=[
+        (256, n, *model.values(), page)
+        for model in (QWEN2, QWEN3)
+        for n, page in ((1024, 64), (2048, 64), (2048, 256))
+    ],
     slice={"B": 2},
     modes=(FORWARD,),
 )
@@ -34,7 +52,9 @@ def lengths(B: int, N: int) -> Tensor:
 def data(case: Case) -> Data:
     (B, N, H, K, E, page), draw = case.sizes("B N H K E page"), Draw(case)
     each = -(-5 * N // (4 * page))
-    table = torch.randperm(B * each, generator=draw.generator, device=draw.device).view(B, each).to(torch.int32)
+    table = (
+        torch.randperm(B * each, generator=draw.generator, device=draw.device).view(B, each).to(torch.int32)
+    )
     cache = [draw.normal(B * each, page, K, E) for _ in range(2)]
     args = {"q": draw.normal(B, H, E), "k_cache": cache[0], "v_cache": cache[1], "block_table": table}
     return Data(args | {"lengths": lengths(B, N).to(draw.device)})
@@ -51,7 +71,9 @@ def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, leng
     """The pages gathered, then SDPA with a mask."""
     k, v = (c[block_table.long()].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))
     mask = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
-    return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=True)[:, :, 0]
+    return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=True)[
+        :, :, 0
+    ]
 
 
 def flash_attn(case: Case) -> Function:
@@ -64,7 +86,18 @@ def flash_attn(case: Case) -> Function:
     return call
 
 
-PROVIDERS = {"fastrl": plain(ops.decode_attention), "eager": plain(eager), "torch.compile": compiled(eager), "flash-attn": flash_attn}
+PROVIDERS = {
+    "fastrl": plain(ops.decode_attention),
+    "eager": plain(eager),
+    "torch.compile": compiled(eager),
+    "flash-attn": flash_attn,
+}
 BENCH = Bench(
-    op="decode_attention", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="decode_attention"
+    op="decode_attention",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="decode_attention",
 )

@@ -55,4 +55,6 @@ def unrolled(case: Case) -> Function:
 
 
 PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": unrolled}
-BENCH = Bench(op="gae", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="gae")
+BENCH = Bench(
+    op="gae", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="gae"
+)

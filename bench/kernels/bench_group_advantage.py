@@ -1,4 +1,6 @@
-"""group_advantage: rewards of P prompts with G samples each, less their group's mean, over its standard deviation."""
+"""group_advantage: rewards of P prompts with G samples each, less their group's mean, over its standard
+deviation.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def loop(case: Case) -> Function:
         found, members = reward.clone(), defaultdict(list)
         for i, key in enumerate(ids):
             members[key].append(found[i])
-        stats = {key: (x.mean(), x.std()) for key, x in ((key, torch.stack(of)) for key, of in members.items())}
+        stats = {
+            key: (x.mean(), x.std()) for key, x in ((key, torch.stack(of)) for key, of in members.items())
+        }
         for i, key in enumerate(ids):
             mean, std = stats[key]
             found[i] = (found[i] - mean) / (std + EPS)
@@ -76,4 +80,12 @@ PROVIDERS = {
     "Python loop": loop,
     "torch.compile": compiled(eager),
 }
-BENCH = Bench(op="group_advantage", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="group_advantage")
+BENCH = Bench(
+    op="group_advantage",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="group_advantage",
+)

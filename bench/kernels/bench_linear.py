@@ -15,7 +15,14 @@ DECODE = cases(
     "T N K",
     tiny=(5, 7, 12),
     quick=(64, 1024, 128),
-    cpu=[(64, 4096, 512), (64, 2048, 512), (64, 512, 2048), (64, 4096, 128), (64, 1024, 128), (64, 128, 512)],  # decoders of width 512, 128
+    cpu=[
+        (64, 4096, 512),
+        (64, 2048, 512),
+        (64, 512, 2048),
+        (64, 4096, 128),
+        (64, 1024, 128),
+        (64, 128, 512),
+    ],  # decoders of width 512, 128
     cuda=[  # gate_up, qkv, down of Qwen2.5-0.5B, and of 1.5B
         *((T, N, K) for T in (256, 64, 1024) for N, K in ((9728, 896), (1152, 896), (896, 4864))),
         *((T, N, K) for T in (64, 256, 1024) for N, K in ((17920, 1536), (2048, 1536), (1536, 8960))),
@@ -38,7 +45,11 @@ CASES = (*DECODE, *LEARN)
 
 def data(case: Case) -> Data:
     (T, N, K), draw = case.sizes("T N K"), Draw(case)
-    return Data({"x": draw.normal(T, K), "weight": draw.normal(N, K, std=K**-0.5)}, wrt=("x", "weight"), upstream=(draw.normal(T, N),))
+    return Data(
+        {"x": draw.normal(T, K), "weight": draw.normal(N, K, std=K**-0.5)},
+        wrt=("x", "weight"),
+        upstream=(draw.normal(T, N),),
+    )
 
 
 def cost(case: Case) -> Cost:
@@ -54,10 +65,15 @@ def eager(x: Tensor, weight: Tensor) -> Tensor:
 
 def onednn(case: Case) -> Function:
     """What torch.compile puts in place of a linear layer that is not trained."""
-    only(case.device == "cpu" and case.mode == FORWARD, "oneDNN's product, as torch has it, is for CPU and has no gradient")
+    only(
+        case.device == "cpu" and case.mode == FORWARD,
+        "oneDNN's product, as torch has it, is for CPU and has no gradient",
+    )
     only(hasattr(torch.ops.mkldnn, "_linear_pointwise"), "this torch was built without oneDNN")
     return lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 PROVIDERS = {"fastrl": plain(ops.linear), "eager": plain(eager), "onednn": onednn}
-BENCH = Bench(op="linear", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="linear")
+BENCH = Bench(
+    op="linear", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="linear"
+)

@@ -1,4 +1,6 @@
-"""linear_cross_entropy: the mean cross-entropy of T tokens, from hidden states (T, D) and the head's weight (V, D)."""
+"""linear_cross_entropy: the mean cross-entropy of T tokens, from hidden states (T, D) and the head's weight
+(V, D).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,23 @@ from torch.nn.functional import cross_entropy
 
 from fastrl import ops
 from fastrl.bench import peers
-from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, products, wide
+from fastrl.bench.common import (
+    BOTH,
+    PRODUCTS,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+    products,
+    wide,
+)
 
 CASES = cases(
     "T D V",
@@ -37,7 +55,10 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def torch_chunked(case: Case) -> Function:
-    fused, options = peer("torch.nn.functional", "linear_cross_entropy"), peer("torch.nn", "LinearCrossEntropyOptions")()
+    fused, options = (
+        peer("torch.nn.functional", "linear_cross_entropy"),
+        peer("torch.nn", "LinearCrossEntropyOptions")(),
+    )
     return lambda hidden, weight, target: fused(hidden, weight, target, options=options)
 
 

@@ -1,4 +1,6 @@
-"""linear_logp: log-probability and entropy of each target token, from hidden states (T, D) and the head's weight (V, D)."""
+"""linear_logp: log-probability and entropy of each target token, from hidden states (T, D) and the head's
+weight (V, D).
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,15 @@ CASES = cases(
 def data(case: Case) -> Data:
     (T, D, V), draw = case.sizes("T D V"), Draw(case)
     args = {"hidden": draw.normal(T, D), "weight": draw.normal(V, D, std=D**-0.5), "target": draw.below(V, T)}
-    return Data(args, wrt=("hidden", "weight"), upstream=tuple(draw.normal(T, dtype=torch.float32) for _ in range(2)))
+    return Data(
+        args, wrt=("hidden", "weight"), upstream=tuple(draw.normal(T, dtype=torch.float32) for _ in range(2))
+    )
 
 
 def cost(case: Case) -> Cost:
-    """One product for the logits and two for the gradients; ours computes the logits again in the backward, a fourth."""
+    """One product for the logits and two for the gradients; ours computes the logits again in the backward, a
+    fourth.
+    """
     T, D, V = case.sizes("T D V")
     passes = 2 if case.mode == BOTH else 1
     return Cost((V * D + T * D) * case.itemsize * passes, 2 * T * D * V * (3 if case.mode == BOTH else 1))
@@ -62,7 +68,9 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def liger(case: Case) -> Function:
-    fused = peer("liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction")
+    fused = peer(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction"
+    )
 
     def call(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         nll, entropy = fused.apply(hidden, weight, target, 1.0, -100, 1, True)
@@ -79,4 +87,12 @@ PROVIDERS: dict[str, Builder] = {
     "liger": liger,
     "trl chunked": peers.trl_chunked,
 }
-BENCH = Bench(op="linear_logp", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")
+BENCH = Bench(
+    op="linear_logp",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="token_logp",
+)

@@ -1,4 +1,6 @@
-"""linear_loss: the clipped policy loss of S sequences of L tokens, from hidden states and the head's weight; `live` percent count."""
+"""linear_loss: the clipped policy loss of S sequences of L tokens, from hidden states and the head's weight;
+`live` percent count.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,34 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.bench import peers
-from fastrl.bench.common import BOTH, PRODUCTS, Bench, Case, Cost, Data, Draw, Function, cases, compiled, peer, plain, products, wide
+from fastrl.bench.common import (
+    BOTH,
+    PRODUCTS,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    peer,
+    plain,
+    products,
+    wide,
+)
 
 CASES = cases(
     "S L D V live",
     tiny=(2, 5, 16, 37, 60),
     quick=(2, 32, 64, 8192, 100),
     cpu=[(8, 256, 256, 32000, 100), (8, 256, 256, 32000, 50)],
-    cuda=[(16, 512, 4096, 151936, 100), (16, 512, 2048, 151936, 100), (16, 512, 896, 151936, 100), (16, 512, 4096, 151936, 50)],
+    cuda=[
+        (16, 512, 4096, 151936, 100),
+        (16, 512, 2048, 151936, 100),
+        (16, 512, 896, 151936, 100),
+        (16, 512, 4096, 151936, 50),
+    ],
     slice={"L": 16},
     modes=(BOTH,),
 )
@@ -29,7 +51,14 @@ def data(case: Case) -> Data:
     advantage = draw.normal(S, dtype=torch.float32)
     with torch.no_grad():
         old_logp = ops.linear_logp(hidden, weight, target).logp + noise
-    args = {"hidden": hidden, "weight": weight, "target": target, "old_logp": old_logp, "advantage": advantage, "rows": rows}
+    args = {
+        "hidden": hidden,
+        "weight": weight,
+        "target": target,
+        "old_logp": old_logp,
+        "advantage": advantage,
+        "rows": rows,
+    }
     return Data(args, wrt=("hidden", "weight"))
 
 
@@ -40,17 +69,23 @@ def cost(case: Case) -> Cost:
     return Cost(2 * (V * D + T * D) * case.itemsize, 6 * T * D * V)
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+def ours(
+    hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor
+) -> Tensor:
     per_token = advantage.repeat_interleave(hidden.shape[0] // advantage.shape[0])
     share = torch.full_like(old_logp, 1 / rows.shape[0])
 
     def loss(logp: Tensor, entropy: Tensor | None, part: Tensor) -> Tensor:
-        return ops.policy_loss(logp, old_logp[part], per_token[part], surrogate="clip", token_weight=share[part])[0]
+        return ops.policy_loss(
+            logp, old_logp[part], per_token[part], surrogate="clip", token_weight=share[part]
+        )[0]
 
     return ops.linear_loss(hidden, weight, target, loss, mask=rows)[0]
 
 
-def eager(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+def eager(
+    hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor
+) -> Tensor:
     log_p = wide(hidden @ weight.T).log_softmax(-1)
     ratio = (log_p.gather(1, target[:, None]).squeeze(1) - old_logp).exp()
     per_token = advantage.repeat_interleave(hidden.shape[0] // advantage.shape[0])
@@ -59,12 +94,27 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, adva
 
 def liger(case: Case) -> Function:
     module = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-    fused = module(beta=0.0, compiled=case.level == "full", use_ref_model=False, epsilon_low=0.2, epsilon_high=0.2, loss_type="dapo")
+    fused = module(
+        beta=0.0,
+        compiled=case.level == "full",
+        use_ref_model=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        loss_type="dapo",
+    )
 
-    def call(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+    def call(
+        hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor
+    ) -> Tensor:
         shape = (advantage.shape[0], -1)
         mask = torch.zeros_like(old_logp).index_fill_(0, rows, 1.0)
-        padded = (hidden.view(*shape, hidden.shape[1]), weight, target.view(shape), mask.view(shape), advantage)
+        padded = (
+            hidden.view(*shape, hidden.shape[1]),
+            weight,
+            target.view(shape),
+            mask.view(shape),
+            advantage,
+        )
         return fused(*padded, old_per_token_logps=old_logp.view(shape))[0]
 
     return call
@@ -73,7 +123,9 @@ def liger(case: Case) -> Function:
 def trl(case: Case) -> Function:
     chunked = peers.trl_chunked(case)
 
-    def call(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+    def call(
+        hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantage: Tensor, rows: Tensor
+    ) -> Tensor:
         per_token = advantage.repeat_interleave(hidden.shape[0] // advantage.shape[0])[rows]
         ratio = (chunked(hidden[rows], weight, target[rows])[0] - old_logp[rows]).exp()
         return -torch.minimum(ratio * per_token, ratio.clamp(0.8, 1.2) * per_token).sum() / rows.shape[0]
@@ -89,4 +141,12 @@ PROVIDERS = {
     "liger": liger,
     "trl chunked": trl,
 }
-BENCH = Bench(op="linear_loss", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="token_logp")
+BENCH = Bench(
+    op="linear_loss",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="token_logp",
+)

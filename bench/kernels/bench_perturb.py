@@ -1,4 +1,5 @@
-"""perturb: FreeLB's step (l2, a ball per sequence) on a perturbation (B, L, D) in place, alone and with embeds + delta for the next pass.
+"""perturb: FreeLB's step (l2, a ball per sequence) on a perturbation (B, L, D) in place, alone and with
+embeds + delta for the next pass.
 
 delta is fp32 whatever the model runs in; the case's dtype is that of the gradient and of the embeddings.
 """
@@ -29,28 +30,46 @@ def data(case: Case) -> Data:
     """Padding is what a mask is for, but nothing is padded here: every token costs."""
     (B, L, D), draw = case.sizes("B L D"), Draw(case)
     delta = draw.normal(B, L, D, std=0.5 * RADIUS * (L * D) ** -0.5, dtype=torch.float32)
-    args = {"delta": delta, "grad": draw.normal(B, L, D), "mask": torch.ones(B, L, dtype=torch.bool, device=case.device)}
+    args = {
+        "delta": delta,
+        "grad": draw.normal(B, L, D),
+        "mask": torch.ones(B, L, dtype=torch.bool, device=case.device),
+    }
     if case.mode == ADD:
         args |= {"embeds": draw.normal(B, L, D), "out": torch.empty(B, L, D, device=case.device)}
     return Data(args)
 
 
 def cost(case: Case) -> Cost:
-    """delta and the gradient read and delta written; read twice where a sample fits no cache; embeds read and the sum written."""
+    """delta and the gradient read and delta written; read twice where a sample fits no cache; embeds read and
+    the sum written.
+    """
     B, L, D = case.sizes("B L D")
     read = 4 + case.itemsize
     twice = 1 if L * D * read <= CACHE else 2
     return Cost(B * L * D * (read * twice + 4 + (case.itemsize + 4) * (case.mode == ADD)))
 
 
-def ours(delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+def ours(
+    delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, ...]:
     moved = ops.perturb_step(
-        delta, grad, step_size=STEP, radius=RADIUS, norm="l2", scope="sequence", mask=mask, embeds=embeds, out=out
-    )  # fmt: skip
+        delta,
+        grad,
+        step_size=STEP,
+        radius=RADIUS,
+        norm="l2",
+        scope="sequence",
+        mask=mask,
+        embeds=embeds,
+        out=out,
+    )
     return (moved,) if out is None else (moved, out)
 
 
-def eager(delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+def eager(
+    delta: Tensor, grad: Tensor, mask: Tensor, embeds: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The step as FreeLB's training loop takes it."""
     g = grad.clone().to(delta.dtype) * mask[..., None].to(delta.dtype)
     length = g.flatten(1).norm(dim=1).view(-1, 1, 1).clamp(min=1e-8)

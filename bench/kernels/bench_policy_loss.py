@@ -1,4 +1,6 @@
-"""policy_loss: the clipped surrogate of T tokens with all its metrics and, with a backward, its gradient.  64k tokens; 512 x 8192."""
+"""policy_loss: the clipped surrogate of T tokens with all its metrics and, with a backward, its gradient.
+64k tokens; 512 x 8192.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,27 @@ from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, cases, comp
 
 LOW, HIGH = 0.2, 0.2
 REPORTED = (
-    "tokens", "clip_low", "clip_high", "ratio_mean", "approx_kl", "old_kl_k1", "old_kl_k3", "advantage_mean", "weight_sq_mean",
-    "ratio_max", "ess",
-)  # fmt: skip
-CASES = cases("T", tiny=(7,), quick=(4096,), cpu=[(65536,)], cuda=[(4194304,), (65536,)], slice={"T": 4096}, cuda_dtype="float32")
+    "tokens",
+    "clip_low",
+    "clip_high",
+    "ratio_mean",
+    "approx_kl",
+    "old_kl_k1",
+    "old_kl_k3",
+    "advantage_mean",
+    "weight_sq_mean",
+    "ratio_max",
+    "ess",
+)
+CASES = cases(
+    "T",
+    tiny=(7,),
+    quick=(4096,),
+    cpu=[(65536,)],
+    cuda=[(4194304,), (65536,)],
+    slice={"T": 4096},
+    cuda_dtype="float32",
+)
 
 
 def data(case: Case) -> Data:
@@ -35,13 +54,21 @@ def cost(case: Case) -> Cost:
     return Cost(T * (4 * case.itemsize + 1 + (case.itemsize if case.mode == BOTH else 0)))
 
 
-def ours(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    loss, metrics = ops.policy_loss(logp, old_logp, advantage, surrogate="clip", token_weight=weight, mask=mask)
+def ours(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    loss, metrics = ops.policy_loss(
+        logp, old_logp, advantage, surrogate="clip", token_weight=weight, mask=mask
+    )
     return loss, *(metrics[name] for name in REPORTED)
 
 
-def eager(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """As the public trainers write it, with the metrics of ours that are not 0 or another's double here, and no .item()."""
+def eager(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    """As the public trainers write it, with the metrics of ours that are not 0 or another's double here, and
+    no .item().
+    """
     live = mask.to(logp.dtype)
     drift = logp - old_logp
     ratio = drift.exp()
@@ -57,4 +84,12 @@ def eager(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mas
 
 
 PROVIDERS = {"fastrl": plain(ours), "eager": plain(eager), "torch.compile": compiled(eager)}
-BENCH = Bench(op="policy_loss", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="policy_loss")
+BENCH = Bench(
+    op="policy_loss",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="policy_loss",
+)

@@ -5,10 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain, wide
+from fastrl.bench.common import (
+    BOTH,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+    wide,
+)
 
 EPS = 1e-6
-CASES = cases("T D", tiny=(5, 16), quick=(256, 512), cpu=[(2048, 896)], cuda=[(16384, 4096), (8192, 1024), (32768, 4096)], slice={"T": 64})
+CASES = cases(
+    "T D",
+    tiny=(5, 16),
+    quick=(256, 512),
+    cpu=[(2048, 896)],
+    cuda=[(16384, 4096), (8192, 1024), (32768, 4096)],
+    slice={"T": 64},
+)
 
 
 def data(case: Case) -> Data:
@@ -56,4 +77,12 @@ PROVIDERS = {
     "torch rms_norm": torch_fused,
     "liger": liger,
 }
-BENCH = Bench(op="rms_norm", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="rms_norm")
+BENCH = Bench(
+    op="rms_norm",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers=PROVIDERS,
+    truth=plain(eager),
+    registry="rms_norm",
+)

@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+from fastrl.bench.common import (
+    BOTH,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+)
 from fastrl.kernels.rope import rope_tables
 
 CASES = cases(
@@ -22,7 +35,13 @@ CASES = cases(
 def data(case: Case) -> Data:
     (T, H, K, E), draw = case.sizes("T H K E"), Draw(case)
     cos, sin = rope_tables(E, 10000.0, None, T, torch.float32, draw.device)
-    args = {"q": draw.normal(T, H, E), "k": draw.normal(T, K, E), "positions": torch.arange(T, device=draw.device), "cos": cos, "sin": sin}
+    args = {
+        "q": draw.normal(T, H, E),
+        "k": draw.normal(T, K, E),
+        "positions": torch.arange(T, device=draw.device),
+        "cos": cos,
+        "sin": sin,
+    }
     return Data(args, wrt=("q", "k"), upstream=(draw.normal(T, H, E), draw.normal(T, K, E)))
 
 
@@ -45,12 +64,19 @@ def liger(case: Case) -> Function:
 
     def call(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         c, s = (torch.cat((a[positions], a[positions]), -1)[None] for a in (cos, sin))
-        return tuple(x[0].transpose(0, 1) for x in fused(q[None].transpose(1, 2), k[None].transpose(1, 2), c, s))
+        return tuple(
+            x[0].transpose(0, 1) for x in fused(q[None].transpose(1, 2), k[None].transpose(1, 2), c, s)
+        )
 
     return call
 
 
-PROVIDERS = {"fastrl": plain(ops.rope), "eager": plain(eager), "torch.compile": compiled(eager), "liger": liger}
+PROVIDERS = {
+    "fastrl": plain(ops.rope),
+    "eager": plain(eager),
+    "torch.compile": compiled(eager),
+    "liger": liger,
+}
 BENCH = Bench(
     op="rope",
     cases=CASES,

@@ -11,14 +11,33 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.bench.common import FORWARD, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+from fastrl.bench.common import (
+    FORWARD,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+)
 
 CASES = cases(
     "B V top_k top_p",
     tiny=(3, 37, 4, 90),
     quick=(16, 8192, 0, 100),
     cpu=[(256, 32000, 0, 100), (256, 32000, 50, 100), (256, 32000, 0, 90)],
-    cuda=[(256, 151936, 0, 100), (64, 151936, 0, 100), (256, 151936, 50, 100), (256, 151936, 0, 90), (64, 151936, 50, 90)],
+    cuda=[
+        (256, 151936, 0, 100),
+        (64, 151936, 0, 100),
+        (256, 151936, 50, 100),
+        (256, 151936, 0, 90),
+        (64, 151936, 50, 90),
+    ],
     slice={"B": 8},
     modes=(FORWARD,),
     cuda_dtype="float32",
@@ -32,7 +51,9 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """The logits are read once, and once more for filters.  No matrix products: about 60 operations a logit, most for its noise."""
+    """The logits are read once, and once more for filters.  No matrix products: about 60 operations a logit,
+    most for its noise.
+    """
     B, V, top_k, top_p = case.sizes("B V top_k top_p")
     return Cost(B * V * case.itemsize * (2 if top_k or top_p < 100 else 1))
 

@@ -6,10 +6,28 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from fastrl import ops
-from fastrl.bench.common import BOTH, Bench, Case, Cost, Data, Draw, Function, cases, compiled, only, peer, plain
+from fastrl.bench.common import (
+    BOTH,
+    Bench,
+    Case,
+    Cost,
+    Data,
+    Draw,
+    Function,
+    cases,
+    compiled,
+    only,
+    peer,
+    plain,
+)
 
 CASES = cases(
-    "T F", tiny=(5, 12), quick=(256, 512), cpu=[(2048, 4864)], cuda=[(16384, 14336), (8192, 3072), (32768, 3072)], slice={"T": 64}
+    "T F",
+    tiny=(5, 12),
+    quick=(256, 512),
+    cpu=[(2048, 4864)],
+    cuda=[(16384, 14336), (8192, 3072), (32768, 3072)],
+    slice={"T": 64},
 )
 
 
@@ -35,5 +53,12 @@ def liger(case: Case) -> Function:
     return lambda gate_up: fused(*gate_up.chunk(2, -1))
 
 
-PROVIDERS = {"fastrl": plain(ops.swiglu), "eager": plain(eager), "torch.compile": compiled(eager), "liger": liger}
-BENCH = Bench(op="swiglu", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="swiglu")
+PROVIDERS = {
+    "fastrl": plain(ops.swiglu),
+    "eager": plain(eager),
+    "torch.compile": compiled(eager),
+    "liger": liger,
+}
+BENCH = Bench(
+    op="swiglu", cases=CASES, data=data, cost=cost, providers=PROVIDERS, truth=plain(eager), registry="swiglu"
+)

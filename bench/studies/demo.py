@@ -6,7 +6,8 @@ Every training run is a command a user could type, printed as it is run:
     fastrl grpo  that start -> better, from the verifier's reward
     fastrl sft   that start -> the control: demonstrations for the same wall time, on the other core
 
-Then all three answer the same unseen prompts, greedily and sampled, and the report compares them prompt by prompt.
+Then all three answer the same unseen prompts, greedily and sampled, and the report compares them prompt by
+prompt.
 """
 
 from __future__ import annotations
@@ -59,15 +60,23 @@ class Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration for one or several seeds, print the comparison and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="where runs and report go (default: demo)")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrl.bench.studies.demo", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("demo"), help="where runs and report go (default: demo)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from 0 (default: 1)")
     options = parser.parse_args(argv)
     began = time.monotonic()
-    torch.set_num_threads(1)  # threads that wait for each other spin, and are slow on a machine that does anything else
+    torch.set_num_threads(
+        1
+    )  # threads that wait for each other spin, and are slow on a machine that does anything else
     folder = fresh(options.output_dir)
     try:
-        comparison = compare([run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)], folder)
+        comparison = compare(
+            [run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)], folder
+        )
         page = build_comparison(comparison, folder)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
@@ -89,7 +98,15 @@ def run_seed(seed: int, folder: Path) -> Outcome:
     began = time.monotonic()
     run = ["--seed", str(seed), "--output-dir"]
     one = ["--threads", "1", "--model"]
-    sft = command("sft", "cards_sft", *one, str(RECIPES / "cards.config.json"), *run, str(folder / FOLDERS[START]), processes=CORES)
+    sft = command(
+        "sft",
+        "cards_sft",
+        *one,
+        str(RECIPES / "cards.config.json"),
+        *run,
+        str(folder / FOLDERS[START]),
+        processes=CORES,
+    )
     finish(start(sft), sft)
     trained = time.monotonic()
     one.append(str(newest(folder / FOLDERS[START])))
@@ -109,7 +126,11 @@ def run_seed(seed: int, folder: Path) -> Outcome:
 
 def command(name: str, recipe: str, *options: str, processes: int = 1) -> list[str]:
     """The command line of a run; over several processes through torchrun, which is this module."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     return [*launcher, "-m", "fastrl", name, "--config", str(RECIPES / f"{recipe}.yaml"), *options]
 
 
@@ -117,7 +138,9 @@ def start(call: Sequence[str], *, quiet: bool = False) -> subprocess.Popen[bytes
     """Print the command as a user would type it, and start it."""
     print(f"\n$ {' '.join(['python', *call])}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *call], stdout=subprocess.DEVNULL if quiet else None, env=environment)
+    return subprocess.Popen(
+        [sys.executable, *call], stdout=subprocess.DEVNULL if quiet else None, env=environment
+    )
 
 
 def finish(process: subprocess.Popen[bytes], call: Sequence[str]) -> None:
@@ -139,7 +162,15 @@ def test(run: Path, seed: int) -> Evaluation:
     checkpoint = newest(run)
     model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     sampler = Sampler(model, load_tokenizer(None, str(checkpoint), task))
-    done = evaluate(sampler, task, split="test", prompts=PROMPTS, samples=SAMPLES, max_new_tokens=recipe.max_new_tokens, seed=seed)
+    done = evaluate(
+        sampler,
+        task,
+        split="test",
+        prompts=PROMPTS,
+        samples=SAMPLES,
+        max_new_tokens=recipe.max_new_tokens,
+        seed=seed,
+    )
     save(done, run / "test.json")
     return done
 
@@ -151,10 +182,19 @@ def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
         Seed(
             seed=o.seed,
             arms=[
-                Arm(name=arm, greedy=e.accuracy()[0], sampled=e.accuracy()[1], well_formed=e.well_formed(), seconds=o.seconds[arm])
+                Arm(
+                    name=arm,
+                    greedy=e.accuracy()[0],
+                    sampled=e.accuracy()[1],
+                    well_formed=e.well_formed(),
+                    seconds=o.seconds[arm],
+                )
                 for arm, e in o.evaluations.items()
             ],
-            gains={arm: paired_interval(o.evaluations[START].per_prompt(), o.evaluations[arm].per_prompt()) for arm in later},
+            gains={
+                arm: paired_interval(o.evaluations[START].per_prompt(), o.evaluations[arm].per_prompt())
+                for arm in later
+            },
         )
         for o in outcomes
     ]
@@ -166,18 +206,26 @@ def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
         for e, (b, bs), (a, as_) in list(rows)[:5]
     ]
     runs = {arm: folder / f"seed{first.seed}" / name for arm, name in FOLDERS.items()}
-    notes = [f"Each prompt was answered greedily and {SAMPLES} times at temperature 1; differences are paired by prompt."]
+    notes = [
+        f"Each prompt was answered greedily and {SAMPLES} times at temperature 1; "
+        "differences are paired by prompt."
+    ]
     notes += [f"Curves and answers are those of seed {first.seed}."] * (len(outcomes) > 1)
     return Comparison(
-        title="The card game: SFT, then GRPO", prompts=len(before.greedy), seeds=seeds, answers=answers, runs=runs,
+        title="The card game: SFT, then GRPO",
+        prompts=len(before.greedy),
+        seeds=seeds,
+        answers=answers,
+        runs=runs,
         gains={arm: pooled([o.gain(arm) for o in outcomes]) for arm in later},
         notes=notes,
-    )  # fmt: skip
+    )
 
 
 def pooled(gains: Sequence[Sequence[float]]) -> Estimate:
-    """The mean gain over all seeds with its interval over prompts: the seeds' models answer the same prompts, so a prompt's gains
-    are averaged over the seeds first."""
+    """The mean gain over all seeds with its interval over prompts: the seeds' models answer the same prompts,
+    so a prompt's gains are averaged over the seeds first.
+    """
     return mean_interval([sum(column) / len(column) for column in zip(*gains, strict=True)])
 
 

@@ -1,6 +1,8 @@
-"""What a reward model of GSM8K learns from: its training set's solutions, and the graded solutions that were released beside it.
+"""What a reward model of GSM8K learns from: its training set's solutions, and the graded solutions that were
+released beside it.
 
-python -m fastrl.bench.studies.gsm8k_reward FOLDER --output runs/gsm8k     # FOLDER holds train.jsonl and model_solutions.jsonl
+python -m fastrl.bench.studies.gsm8k_reward FOLDER --output runs/gsm8k     # FOLDER holds train.jsonl and
+model_solutions.jsonl
 
 Writes tokenizer/, solutions.jsonl and groups.jsonl, for gsm8k_read.yaml and gsm8k_reward.yaml.
 """
@@ -25,9 +27,13 @@ VOCABULARY = 1024
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the two files, and write what the recipes read."""
-    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.gsm8k_reward", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrl.bench.studies.gsm8k_reward", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("folder", type=Path, help="folder of train.jsonl and model_solutions.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("runs/gsm8k"), help="folder to write (default: runs/gsm8k)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/gsm8k"), help="folder to write (default: runs/gsm8k)"
+    )
     options = parser.parse_args(argv)
     try:
         prepare(options.folder, options.output)
@@ -39,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(folder: Path, output: Path) -> None:
-    """Write the tokenizer and both datasets.  Raises UserError for a missing file, and a line without the data set's columns."""
+    """Write the tokenizer and both datasets.  Raises UserError for a missing file, and a line without the
+    data set's columns.
+    """
     written = [_written(row, where) for where, row in read_json_lines(folder / "train.jsonl")]
     groups = [_group(row, where) for where, row in read_json_lines(folder / "model_solutions.jsonl")]
-    train_bpe([t["prompt"] + t["completion"] for t in written], VOCABULARY).save_pretrained(output / "tokenizer")
+    train_bpe([t["prompt"] + t["completion"] for t in written], VOCABULARY).save_pretrained(
+        output / "tokenizer"
+    )
     _write(output / "solutions.jsonl", (t for t in written if len(t["prompt"] + t["completion"]) < LONGEST))
     _write(output / "groups.jsonl", (g for g in groups if _usable(g)))
 
@@ -63,7 +73,10 @@ def _group(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _usable(group: Mapping[str, Any]) -> bool:
     """Whether there is something to compare, and room for it."""
-    return len(set(group["scores"])) > 1 and max(len(group["prompt"] + c) for c in group["completions"]) < 2 * LONGEST
+    return (
+        len(set(group["scores"])) > 1
+        and max(len(group["prompt"] + c) for c in group["completions"]) < 2 * LONGEST
+    )
 
 
 def _prompt(question: str) -> str:

@@ -1,8 +1,10 @@
-"""Does every method learn?  `python -m fastrl.bench.studies.learning` (`make learning`): one SFT start, every method from it, several seeds.
+"""Does every method learn?  `python -m fastrl.bench.studies.learning` (`make learning`): one SFT start, every
+method from it, several seeds.
 
-Each row of METHODS is a command with its recipe, so that what is measured is what a user would type; on-policy methods have one budget
-of completions.  What was done before is not done again: a run that has a result.json is left alone, one that was stopped resumes.
-The differences to the start are on the test split, paired by prompt; nothing was chosen on it.
+Each row of METHODS is a command with its recipe, so that what is measured is what a user would type;
+on-policy methods have one budget of completions.  What was done before is not done again: a run that has a
+result.json is left alone, one that was stopped resumes.  The differences to the start are on the test split,
+paired by prompt; nothing was chosen on it.
 """
 
 from __future__ import annotations
@@ -44,10 +46,26 @@ def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
     """Right answers to the test split's prompts: greedy (P,), and the share of right samples (P,)."""
     file = run / "test.json"
     call(
-        "eval", "--model", str(checkpoint), "--task", "cards", "--task-options", *OPTIONS, "--prompts", str(PROMPTS),
-        "--samples", str(SAMPLES), "--max-new-tokens", str(CARDS.max_new_tokens), "--seed", str(seed), "--threads", "1",
-        "--output", str(file),
-    )  # fmt: skip
+        "eval",
+        "--model",
+        str(checkpoint),
+        "--task",
+        "cards",
+        "--task-options",
+        *OPTIONS,
+        "--prompts",
+        str(PROMPTS),
+        "--samples",
+        str(SAMPLES),
+        "--max-new-tokens",
+        str(CARDS.max_new_tokens),
+        "--seed",
+        str(seed),
+        "--threads",
+        "1",
+        "--output",
+        str(file),
+    )
     rows = json.loads(file.read_text(encoding="utf-8"))["answers"]
     return {
         "greedy": [float(r["greedy"]["correct"]) for r in rows],
@@ -56,12 +74,18 @@ def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 
 
 def margin(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Of the test split's pairs: log-probability of the right answer less that of the wrong one, nats, by this model (P,)."""
-    return {"margin": margins(checkpoint, OPTIONS, split="test", count=PROMPTS)} | answers(checkpoint, run, seed)
+    """Of the test split's pairs: log-probability of the right answer less that of the wrong one, nats, by
+    this model (P,).
+    """
+    return {"margin": margins(checkpoint, OPTIONS, split="test", count=PROMPTS)} | answers(
+        checkpoint, run, seed
+    )
 
 
 def preferred(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Of the test split's pairs: the share in which the right answer has the higher reward, all kinds of mistakes mixed and by kind."""
+    """Of the test split's pairs: the share in which the right answer has the higher reward, all kinds of
+    mistakes mixed and by kind.
+    """
     found = reward_margins(checkpoint, OPTIONS, split="test", count=PROMPTS)
     right = {kind: (sum(m > 0 for m in some), len(some)) for kind, some in found.items()}
     shares = {kind: [n / of, *wilson(n, of)] for kind, (n, of) in right.items()}
@@ -69,7 +93,9 @@ def preferred(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 
 
 def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Accuracy on the pairs of held-out problems, as the run's last evaluation has it; the interval is over problems."""
+    """Accuracy on the pairs of held-out problems, as the run's last evaluation has it; the interval is over
+    problems.
+    """
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "eval/accuracy" in line][-1]
     return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")]}
@@ -78,7 +104,9 @@ def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 # --- what is run ------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row: a command, its recipe, what is set otherwise, what is measured of its last checkpoint, and what it starts from."""
+    """A row: a command, its recipe, what is set otherwise, what is measured of its last checkpoint, and what
+    it starts from.
+    """
 
     command: str
     recipe: str
@@ -103,7 +131,10 @@ METHODS: dict[str, Method] = {
     "grpo_dpo": Method("hybrid", "cards_fusion", SHORT),
     "joint": Method("joint", "cards_joint", SHORT, start="judged"),
     "dpo": Method("dpo", "cards_dpo", QUIET, margin),
-    **{f"reward, {row}": Method("reward", f"cards_{recipe}", QUIET, preferred) for row, recipe in REWARDS.items()},
+    **{
+        f"reward, {row}": Method("reward", f"cards_{recipe}", QUIET, preferred)
+        for row, recipe in REWARDS.items()
+    },
     "reward, gsm8k": Method("reward", "gsm8k_reward", measure=held_out, start="gsm8k"),
 }
 
@@ -111,21 +142,39 @@ METHODS: dict[str, Method] = {
 # --- running ----------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done, print the table, and write it where it is asked for."""
-    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.learning", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/learning"), help="where the runs go (default: runs/learning)")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrl.bench.studies.learning", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs/learning"),
+        help="where the runs go (default: runs/learning)",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted from 0 (default: 3)")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=possible(), metavar="NAME", help=f"some of: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=METHODS,
+        default=possible(),
+        metavar="NAME",
+        help=f"some of: {', '.join(METHODS)}",
+    )
     parser.add_argument("--results", type=Path, help="folder for learning-<date>.json, such as bench/results")
     parser.add_argument("--readme", type=Path, help="file whose table is written anew from the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
         asked = {METHODS[name].start for name in options.only}
-        starts = {k: make(options.output_dir, range(options.seeds)) for k, make in STARTS.items() if k in asked}
+        starts = {
+            k: make(options.output_dir, range(options.seeds)) for k, make in STARTS.items() if k in asked
+        }
         for seed in range(options.seeds):  # seed by seed, so that a run that is stopped has whole seeds
             for name in options.only:
                 train(name, METHODS[name], seed, starts[METHODS[name].start], options.output_dir)
-        found = gather(options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()})
+        found = gather(
+            options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()}
+        )
         print(as_text(found))
         publish(found, options.output_dir, options.results, options.readme)
     except (UserError, subprocess.CalledProcessError) as error:
@@ -138,7 +187,11 @@ def possible() -> list[str]:
     """Every method whose data is there."""
     left_out = [] if GSM8K in os.environ else [name for name, m in METHODS.items() if m.start == "gsm8k"]
     if left_out:
-        print(f"without {', '.join(left_out)}: {GSM8K} does not name the folder of train.jsonl and model_solutions.jsonl", file=sys.stderr)
+        print(
+            f"without {', '.join(left_out)}: {GSM8K} does not name the folder of train.jsonl and "
+            "model_solutions.jsonl",
+            file=sys.stderr,
+        )
     return [name for name in METHODS if name not in left_out]
 
 
@@ -151,7 +204,9 @@ def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
 
 
 def begin_judged(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """The same start, and the reward model that joint training begins with: seed 0 of the recipe, from that start."""
+    """The same start, and the reward model that joint training begins with: seed 0 of the recipe, from that
+    start.
+    """
     start = begin(folder, seeds)
     return [*start, "--reward-model", str(fit("reward", "cards_reward", folder / "judge", *start, *QUIET)[0])]
 
@@ -169,7 +224,11 @@ def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
     return ["--model", str(start), "--dataset", str(data / "groups.jsonl"), *words]
 
 
-STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {"cards": begin, "judged": begin_judged, "gsm8k": begin_reading}
+STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {
+    "cards": begin,
+    "judged": begin_judged,
+    "gsm8k": begin_reading,
+}
 
 
 def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Path) -> None:
@@ -184,9 +243,11 @@ def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Pa
 
 
 def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float | None]:
-    """Train to the recipe's last step, going on from where the run was stopped: its checkpoint, and the CPU time, s.
+    """Train to the recipe's last step, going on from where the run was stopped: its checkpoint, and the CPU
+    time, s.
 
-    The time is None where the run, or its first part, was done before.  Raises UserError when it was stopped once more.
+    The time is None where the run, or its first part, was done before.  Raises UserError when it was stopped
+    once more.
     """
     words = command(name, recipe, "--threads", "1", "--output-dir", str(run), *options)[2:]
     steps = resolve(TRAINING[name], words[1:]).steps
@@ -215,7 +276,9 @@ def call(*arguments: str) -> float:
     """
     print(f"$ fastrl {' '.join(arguments)}", flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastrl", *arguments], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "fastrl", *arguments],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

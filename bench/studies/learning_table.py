@@ -22,7 +22,9 @@ INTERVALS = (
 
 # --- from the runs to one file ----------------------------------------------------------------------
 def gather(folder: Path, commands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Every result in `folder`, with its differences to the start; `commands` has each method's command line, in the table's order."""
+    """Every result in `folder`, with its differences to the start; `commands` has each method's command line,
+    in the table's order.
+    """
     files = sorted(folder.glob(f"*/seed*/{RESULT}"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     start = {r["seed"]: r for r in runs if r["method"] == START}
@@ -35,7 +37,11 @@ def gather(folder: Path, commands: Mapping[str, Sequence[str]]) -> dict[str, Any
         "threads": sorted({w["threads"] for w in who}),
         "intervals": INTERVALS,
         "start": [_answers(r, None) for r in start.values()],
-        "methods": {name: {"command": list(commands[name]), **_row(some, start)} for name, some in rows.items() if some},
+        "methods": {
+            name: {"command": list(commands[name]), **_row(some, start)}
+            for name, some in rows.items()
+            if some
+        },
     }
 
 
@@ -44,13 +50,20 @@ def _row(runs: Sequence[dict[str, Any]], start: Mapping[int, dict[str, Any]]) ->
     pairs = [(start[r["seed"]], r) for r in runs]
     out: dict[str, Any] = {"seconds": [r["seconds"] for r in runs]}
     if "accuracy" in runs[0]:
-        out |= {"pairs": [{"seed": r["seed"], "accuracy": r["accuracy"], "kinds": r.get("kinds", {})} for r in runs]}
+        out |= {
+            "pairs": [
+                {"seed": r["seed"], "accuracy": r["accuracy"], "kinds": r.get("kinds", {})} for r in runs
+            ]
+        }
     if "sampled" in runs[0]:
         gains = [[b - a for a, b in zip(s["sampled"], r["sampled"], strict=True)] for s, r in pairs]
         out |= {"seeds": [_answers(r, s) for s, r in pairs], "gain": _both(gains)}
     if "margin" in runs[0]:
         gains = [[b - a for a, b in zip(s["margin"], r["margin"], strict=True)] for s, r in pairs]
-        out |= {"margins": [{"seed": r["seed"], "before": _margin(s), "after": _margin(r)} for s, r in pairs], "margin_gain": _both(gains)}
+        out |= {
+            "margins": [{"seed": r["seed"], "before": _margin(s), "after": _margin(r)} for s, r in pairs],
+            "margin_gain": _both(gains),
+        }
     return out
 
 
@@ -62,7 +75,12 @@ def _both(gains: Sequence[Sequence[float]]) -> dict[str, Any]:
 def _answers(run: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, Any]:
     """One seed's accuracies with their intervals, and the difference of the sampled one."""
     right, n = sum(run["greedy"]), len(run["greedy"])
-    out = {"seed": run["seed"], "prompts": n, "greedy": [right / n, *wilson(int(right), n)], "sampled": mean_interval(run["sampled"])}
+    out = {
+        "seed": run["seed"],
+        "prompts": n,
+        "greedy": [right / n, *wilson(int(right), n)],
+        "sampled": mean_interval(run["sampled"]),
+    }
     return out if start is None else out | {"gain": paired_interval(start["sampled"], run["sampled"])}
 
 
@@ -75,7 +93,9 @@ def _margin(run: Mapping[str, Any]) -> dict[str, Any]:
 def publish(found: Mapping[str, Any], folder: Path, results: Path | None, readme: Path | None) -> None:
     """Write learning.json into the runs' folder, learning-<date>.json into `results`, and the README's table."""
     text = json.dumps(found, indent=1) + "\n"
-    for path in [folder / f"{NAME}.json"] + ([results / f"{LEARNING}{found['date'][:10]}.json"] if results else []):
+    for path in [folder / f"{NAME}.json"] + (
+        [results / f"{LEARNING}{found['date'][:10]}.json"] if results else []
+    ):
         path.write_text(text, encoding="utf-8")
     if readme is not None:
         new = "\n".join([marks(NAME)[0], as_text(found), marks(NAME)[1]])
@@ -94,16 +114,34 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def _policies(found: Mapping[str, Any]) -> str:
     seeds = found["start"]
-    head = ("method", "greedy", "sampled", "difference to the start, over prompts", "over seeds", "single seeds", "CPU s")
+    head = (
+        "method",
+        "greedy",
+        "sampled",
+        "difference to the start, over prompts",
+        "over seeds",
+        "single seeds",
+        "CPU s",
+    )
     rows = [("SFT start", _mean(seeds, "greedy"), _mean(seeds, "sampled"), "", "", "", "")]
     for name, row in found["methods"].items():
         if "gain" in row:
             gain, single = row["gain"], ", ".join(f"{100 * s['gain'][0]:+.1f}" for s in row["seeds"])
             over = "" if gain["over_seeds"] is None else _ends(gain["over_seeds"])
-            known = [s for s in row["seconds"] if s is not None]  # a resumed run knows the time of its last part only
+            known = [
+                s for s in row["seconds"] if s is not None
+            ]  # a resumed run knows the time of its last part only
             seconds = f"{sum(known) / len(known):.0f}" if known else ""
             rows.append(
-                (name, _mean(row["seeds"], "greedy"), _mean(row["seeds"], "sampled"), _points(gain["over_prompts"]), over, single, seconds)
+                (
+                    name,
+                    _mean(row["seeds"], "greedy"),
+                    _mean(row["seeds"], "sampled"),
+                    _points(gain["over_prompts"]),
+                    over,
+                    single,
+                    seconds,
+                )
             )
     return _table(head, rows)
 
@@ -112,16 +150,32 @@ def _pairs(found: Mapping[str, Any]) -> str:
     rows = []
     for name, row in found["methods"].items():
         if some := row.get("pairs"):
-            kinds = [f"{kind.replace('_', ' ')} {_mean([s['kinds'] for s in some], kind)}" for kind in some[0]["kinds"]]
-            rows.append((name, _mean(some, "accuracy"), ", ".join(_share(s["accuracy"]) for s in some), ", ".join(kinds)))
+            kinds = [
+                f"{kind.replace('_', ' ')} {_mean([s['kinds'] for s in some], kind)}"
+                for kind in some[0]["kinds"]
+            ]
+            rows.append(
+                (
+                    name,
+                    _mean(some, "accuracy"),
+                    ", ".join(_share(s["accuracy"]) for s in some),
+                    ", ".join(kinds),
+                )
+            )
         if some := row.get("margins"):
             before, after = ([s[when] for s in some] for when in ("before", "after"))
             ranked = f"{_mean(before, 'ranked_right')} before, {_mean(after, 'ranked_right')} after"
             was, now = (sum(s["mean"][0] for s in sides) / len(sides) for sides in (before, after))
             lo, hi = row["margin_gain"]["over_prompts"][1:]
-            margin = f"margin {was:.1f} nats before, {now:.1f} after: {now - was:+.1f}, {lo:+.1f} to {hi:+.1f}"
+            margin = (
+                f"margin {was:.1f} nats before, {now:.1f} after: {now - was:+.1f}, {lo:+.1f} to {hi:+.1f}"
+            )
             rows.append((name, ranked, ", ".join(_share(s["ranked_right"]) for s in after), margin))
-    return _table(("method", "pairs ranked right", "single seeds", "by kind of mistake; margin"), rows) if rows else ""
+    return (
+        _table(("method", "pairs ranked right", "single seeds", "by kind of mistake; margin"), rows)
+        if rows
+        else ""
+    )
 
 
 def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

@@ -1,4 +1,6 @@
-"""What a model makes of pairs of a right and a wrong answer to the card game: which of them it prefers, and by how much."""
+"""What a model makes of pairs of a right and a wrong answer to the card game: which of them it prefers, and
+by how much.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,17 @@ CHUNK = 64  # pairs of one forward pass
 
 
 def card_pairs(task_options: Sequence[str], split: str, count: int) -> tuple[Any, list[Row]]:
-    """The task, and the first `count` hands of a split: the demonstration against one of the task's own mistakes, its four kinds mixed."""
+    """The task, and the first `count` hands of a split: the demonstration against one of the task's own
+    mistakes, its four kinds mixed.
+    """
     task: Any = load_run_task("cards", task_options)
     examples = [task.example(split, i) for i in range(min(count, task.size(split)))]
     return task, [
-        Row(f"{split}[{i}]", "pair", {"prompt": e.prompt, "chosen": e.demo, "rejected": task.mistakes(e, 1, i)[0]})
+        Row(
+            f"{split}[{i}]",
+            "pair",
+            {"prompt": e.prompt, "chosen": e.demo, "rejected": task.mistakes(e, 1, i)[0]},
+        )
         for i, e in enumerate(examples)
     ]
 
@@ -37,13 +45,20 @@ def _wrong(task: Any, example: Example, text: str) -> bool:
     return not task.verify(example, text).correct
 
 
-def reward_margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> dict[str, list[float]]:
-    """A reward model's score of the demonstration less that of a mistake, on CPU: "mixed", the pairs of `card_pairs`, and by kind."""
+def reward_margins(
+    checkpoint: Path, task_options: Sequence[str], *, split: str, count: int
+) -> dict[str, list[float]]:
+    """A reward model's score of the demonstration less that of a mistake, on CPU: "mixed", the pairs of
+    `card_pairs`, and by kind.
+    """
     task, rows = card_pairs(task_options, split, count)
     model = RewardModel.load(checkpoint)
     model.tokenizer = load_tokenizer(None, str(checkpoint), task)
     right = model.score([(r.fields["prompt"], r.fields["chosen"]) for r in rows])
-    pairs = [("mixed", r.fields["prompt"], r.fields["rejected"], better) for r, better in zip(rows, right, strict=True)]
+    pairs = [
+        ("mixed", r.fields["prompt"], r.fields["rejected"], better)
+        for r, better in zip(rows, right, strict=True)
+    ]
     for i, better in enumerate(right):
         example = task.example(split, i)
         kinds = of_each_kind(example, partial(_wrong, task, example), split, i)
@@ -66,8 +81,12 @@ def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count:
         units = every[first : first + CHUNK]
         batch = pack_units(units, 1, torch.device("cpu"))
         at = batch.mask[1:].nonzero().squeeze(1)
-        logp = ops.linear_logp(model(batch.tokens, batch.cu_seqlens)[at], model.head_weight, batch.tokens[at + 1]).logp
-        sequence = torch.repeat_interleave(torch.arange(2 * len(units)), batch.cu_seqlens.diff().long())[at + 1]
+        logp = ops.linear_logp(
+            model(batch.tokens, batch.cu_seqlens)[at], model.head_weight, batch.tokens[at + 1]
+        ).logp
+        sequence = torch.repeat_interleave(torch.arange(2 * len(units)), batch.cu_seqlens.diff().long())[
+            at + 1
+        ]
         chosen, rejected = torch.zeros(2 * len(units)).index_add(0, sequence, logp).view(-1, 2).unbind(1)
         out += (chosen - rejected).tolist()
     return out

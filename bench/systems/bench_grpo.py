@@ -1,8 +1,9 @@
-"""One GRPO step, rollout and update: G completions of exactly M tokens for each of P prompts of N, one optimizer step on all of them.
+"""One GRPO step, rollout and update: G completions of exactly M tokens for each of P prompts of N, one
+optimizer step on all of them.
 
-The peer is TRL's GRPOTrainer in the same process: the same weights, loss (clipped, averaged per sequence), advantages, AdamW,
-clipping and dtype, generation by transformers, a reward that costs nothing.  Its steps are those of its own `train`, which runs in
-a thread and waits before each of them; memory is not measured there.
+The peer is TRL's GRPOTrainer in the same process: the same weights, loss (clipped, averaged per sequence),
+advantages, AdamW, clipping and dtype, generation by transformers, a reward that costs nothing.  Its steps are
+those of its own `train`, which runs in a thread and waits before each of them; memory is not measured there.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """The weights of M decode steps and of an update; the products of every token drawn, and three times those of every token learned."""
+    """The weights of M decode steps and of an update; the products of every token drawn, and three times
+    those of every token learned.
+    """
     P, G, N, M = case.sizes("P G N M")
     layers, head = decoders.parameters(case)
     drawn, learned = P * G * M, P * G * (N + M)
@@ -62,12 +65,16 @@ def cost(case: Case) -> Cost:
 
 def prompts(case: Case) -> list[str]:
     """Prompts of N characters."""
-    drawn = torch.randint(case.shape["V"] - SPECIAL, (PROMPTS, case.shape["N"]), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(
+        case.shape["V"] - SPECIAL, (PROMPTS, case.shape["N"]), generator=torch.Generator().manual_seed(0)
+    )
     return ["".join(ALPHABET[i] for i in row) for row in drawn.tolist()]
 
 
 def score(tokens: list[int]) -> float:
-    """The reward: large tokens late.  Hardly ever a group's mean: a sample without advantage would be left out of ours."""
+    """The reward: large tokens late.  Hardly ever a group's mean: a sample without advantage would be left
+    out of ours.
+    """
     return sum(i * t for i, t in enumerate(tokens)) / len(tokens) ** 2
 
 
@@ -88,9 +95,16 @@ class Ours:
         texts, codec = prompts(case), tokenizer(case)
         codec.eos_token = None  # every completion has M tokens
         self.source = OnPolicy(
-            config, Sampler(model, codec), algorithm, prompt=lambda i: (texts[i], {}), size=PROMPTS,
-            score=lambda prompts, text, tokens, columns: Scored([score(t) for t in tokens]), reference=None, stop=(), world=World(),
-        )  # fmt: skip
+            config,
+            Sampler(model, codec),
+            algorithm,
+            prompt=lambda i: (texts[i], {}),
+            size=PROMPTS,
+            score=lambda prompts, text, tokens, columns: Scored([score(t) for t in tokens]),
+            reference=None,
+            stop=(),
+            world=World(),
+        )
         self.step = 0
         self.seconds = {"rollout": 0.0, "update": 0.0}
 
@@ -99,7 +113,9 @@ class Ours:
         (batch,) = self.source.collect(self.step, self.step).batches
         drawn = time.perf_counter()
         with torch.enable_grad():
-            loss = torch.tensor(self.learner.update(batch, self.step)["loss"])  # read: the device has finished
+            loss = torch.tensor(
+                self.learner.update(batch, self.step)["loss"]
+            )  # read: the device has finished
         self.seconds = {"rollout": drawn - began, "update": time.perf_counter() - drawn}
         self.step += 1
         return loss
@@ -107,7 +123,8 @@ class Ours:
 
 # --- TRL --------------------------------------------------------------------------------------------
 class Stepwise:
-    """A Trainer whose `train` runs in a thread of its own; a call lets it make one step and waits for the end of that.
+    """A Trainer whose `train` runs in a thread of its own; a call lets it make one step and waits for the end
+    of that.
 
     Its first step, which sets things up, is made here.
     """
@@ -165,32 +182,71 @@ def _callback(steps: Stepwise) -> Any:
 
 def trl(case: Case) -> Function:
     P, G, M = case.sizes("P G M")
-    config, trainer, dataset = peer("trl", "GRPOConfig"), peer("trl", "GRPOTrainer"), peer("datasets", "Dataset")
+    config, trainer, dataset = (
+        peer("trl", "GRPOConfig"),
+        peer("trl", "GRPOTrainer"),
+        peer("datasets", "Dataset"),
+    )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     args = config(
-        output_dir=str(Path(folder.name) / "out"), max_steps=1 << 20, per_device_train_batch_size=P * G, num_generations=G,
-        max_completion_length=M, generation_kwargs={"min_new_tokens": M}, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2,
-        loss_type="grpo", scale_rewards="group", num_iterations=1, learning_rate=OPTIM.lr, adam_beta2=OPTIM.beta2,
-        max_grad_norm=OPTIM.clip, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=case.device == "cpu",
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=0,
-    )  # fmt: skip
+        output_dir=str(Path(folder.name) / "out"),
+        max_steps=1 << 20,
+        per_device_train_batch_size=P * G,
+        num_generations=G,
+        max_completion_length=M,
+        generation_kwargs={"min_new_tokens": M},
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        epsilon=0.2,
+        loss_type="grpo",
+        scale_rewards="group",
+        num_iterations=1,
+        learning_rate=OPTIM.lr,
+        adam_beta2=OPTIM.beta2,
+        max_grad_norm=OPTIM.clip,
+        lr_scheduler_type="constant",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=case.device == "cpu",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+    )
     return Stepwise(
         trainer(
-            decoders.theirs(case), args=args, train_dataset=dataset.from_list([{"prompt": p} for p in prompts(case)]),
-            reward_funcs=lambda completion_ids, **columns: [score(t) for t in completion_ids], processing_class=tokenizer(case),
+            decoders.theirs(case),
+            args=args,
+            train_dataset=dataset.from_list([{"prompt": p} for p in prompts(case)]),
+            reward_funcs=lambda completion_ids, **columns: [score(t) for t in completion_ids],
+            processing_class=tokenizer(case),
         )
-    )  # fmt: skip
+    )
 
 
 def details(case: Case, function: Function, ms: float) -> dict[str, float]:
     """Where the last step's time went."""
-    return {f"{name} ms": seconds * 1e3 for name, seconds in function.seconds.items()} if isinstance(function, Ours) else {}
+    return (
+        {f"{name} ms": seconds * 1e3 for name, seconds in function.seconds.items()}
+        if isinstance(function, Ours)
+        else {}
+    )
 
 
 BENCH = Bench(
-    op="grpo", cases=CASES, data=data, cost=cost, providers={"fastrl": Ours, "trl": trl}, wall=True, details=details
-)  # fmt: skip
+    op="grpo",
+    cases=CASES,
+    data=data,
+    cost=cost,
+    providers={"fastrl": Ours, "trl": trl},
+    wall=True,
+    details=details,
+)
 PROVIDERS = BENCH.providers

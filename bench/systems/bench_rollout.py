@@ -1,7 +1,9 @@
-"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second, log-probs included in ours.
+"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second,
+log-probs included in ours.
 
-Under "random lengths" prompt and completion lengths are uniform in [100, N] and [100, M], drawn as in nano-vllm's bench.py, whose
-256 sequences have 142,827 prompt and 133,966 output tokens.  Memory is what torch's allocator held at most, weights aside.
+Under "random lengths" prompt and completion lengths are uniform in [100, N] and [100, M], drawn as in
+nano-vllm's bench.py, whose 256 sequences have 142,827 prompt and 133,966 output tokens.  Memory is what
+torch's allocator held at most, weights aside.
 """
 
 from __future__ import annotations
@@ -72,7 +74,11 @@ def cost(case: Case) -> Cost:
     layers, head = decoders.parameters(case)
     tokens, steps = G * sum(outputs), max(outputs)
     cache = 2 * L * K * E * G * sum(n * p + n * n // 2 for p, n in zip(prompts, outputs, strict=True))
-    return Cost((steps * (layers + head) + cache) * case.itemsize, 2 * (layers * (sum(prompts) + tokens) + head * tokens), tokens=tokens)
+    return Cost(
+        (steps * (layers + head) + cache) * case.itemsize,
+        2 * (layers * (sum(prompts) + tokens) + head * tokens),
+        tokens=tokens,
+    )
 
 
 # --- providers --------------------------------------------------------------------------------------
@@ -81,7 +87,9 @@ class Ours:
 
     def __init__(self, case: Case) -> None:
         G, M = case.sizes("G M")
-        budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))  # whole pages, and one to spare
+        budget = G * sum(
+            p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True)
+        )  # whole pages, and one to spare
         self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
         self.params = SamplingParams(n=G, max_new_tokens=M)
         self.lengths = lengths(case)[1] if case.mode == RANDOM else None
@@ -109,7 +117,14 @@ def transformers(case: Case) -> Function:
 
     def generate(prompts: list[list[int]]) -> Tensor:
         ids = torch.tensor(prompts, device=case.device)
-        options = {"max_new_tokens": M, "min_new_tokens": M, "num_return_sequences": G, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": M,
+            "min_new_tokens": M,
+            "num_return_sequences": G,
+            "do_sample": True,
+            "top_k": 0,
+            "pad_token_id": 0,
+        }
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
     return generate

@@ -1,9 +1,12 @@
-"""Training: one optimizer step of supervised fine-tuning on S packed sequences of N tokens, in tokens per second.
+"""Training: one optimizer step of supervised fine-tuning on S packed sequences of N tokens, in tokens per
+second.
 
-The peer is transformers with its own loss, torch's fused AdamW and the same clipping; on CUDA it keeps no float32 masters, ours does.
+The peer is transformers with its own loss, torch's fused AdamW and the same clipping; on CUDA it keeps no
+float32 masters, ours does.
 
-MFU is (6 N T + 6 L H E sum s^2) / time / peak: N parameters of matrix products, T tokens, s tokens of each sequence; causal
-attention counts half of its square.  The peak is the data sheet's for bf16 where the device is known, else the measured product's.
+MFU is (6 N T + 6 L H E sum s^2) / time / peak: N parameters of matrix products, T tokens, s tokens of each
+sequence; causal attention counts half of its square.  The peak is the data sheet's for bf16 where the device
+is known, else the measured product's.
 """
 
 from __future__ import annotations
@@ -20,7 +23,12 @@ from fastrl.bench.decoders import LETTERS, QWEN3_06B, QWEN25_05B
 from fastrl.config import Optim
 from fastrl.train.learner import Learner
 
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s; the first that the name holds
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}  # dense bf16 FLOP/s; the first that the name holds
 
 CASES = cases(
     f"S N {LETTERS}",
@@ -43,7 +51,9 @@ def cost(case: Case) -> Cost:
     """The FLOPs of MFU; AdamW's traffic is left out."""
     S, N, L, H, E = case.sizes("S N L H E")
     parameters = sum(decoders.parameters(case))
-    return Cost(3 * parameters * case.itemsize, 6 * parameters * S * N + 6 * L * H * E * S * N * N, tokens=S * N)
+    return Cost(
+        3 * parameters * case.itemsize, 6 * parameters * S * N + 6 * L * H * E * S * N * N, tokens=S * N
+    )
 
 
 def ours(case: Case) -> Function:
@@ -53,7 +63,9 @@ def ours(case: Case) -> Function:
         mask = torch.ones_like(tokens, dtype=torch.bool).index_fill_(0, cu_seqlens[:-1].long(), False)
         zeros = torch.zeros(tokens.shape, device=tokens.device)
         share = torch.full_like(zeros, 1 / (tokens.shape[0] - cu_seqlens.shape[0] + 1))
-        batch = Batch(tokens=tokens, cu_seqlens=cu_seqlens, mask=mask, advantage=zeros + 1, old_logp=zeros, weight=share)
+        batch = Batch(
+            tokens=tokens, cu_seqlens=cu_seqlens, mask=mask, advantage=zeros + 1, old_logp=zeros, weight=share
+        )
         with torch.enable_grad():
             return torch.tensor(learner.update(batch, 0)["loss"])
 
@@ -63,7 +75,12 @@ def ours(case: Case) -> Function:
 def transformers(case: Case) -> Function:
     model = decoders.theirs(case).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=0.0, fused=True
+        model.parameters(),
+        lr=OPTIM.lr,
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+        weight_decay=0.0,
+        fused=True,
     )
 
     def step(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -95,7 +112,10 @@ def details(case: Case, function: Function, ms: float) -> dict[str, float]:
     """Model FLOPs utilisation."""
     reached = cost(case).flops / ms * 1e3
     name = torch.cuda.get_device_name() if case.device == "cuda" else ""
-    peak = next((value for known, value in PEAKS.items() if known in name), decoders.limits(case.device).gemm_tflop_s * 1e12)
+    peak = next(
+        (value for known, value in PEAKS.items() if known in name),
+        decoders.limits(case.device).gemm_tflop_s * 1e12,
+    )
     return {"MFU": reached / peak, "TFLOP/s": reached * 1e-12, "peak TFLOP/s": peak * 1e-12}
 
 

@@ -1,7 +1,8 @@
 """Advantage estimators: rewards of groups of samples in, one number per sample out.  A variant is a row.
 
-Most rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.  A NaN reward is "not
-scored": it enters no statistic and gets 0.  Rows that look at the whole batch get every process's samples.
+Most rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.  A
+NaN reward is "not scored": it enters no statistic and gets 0.  Rows that look at the whole batch get every
+process's samples.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from fastrl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Advantage:
-    """One estimator: `compute(reward (S,), group, length (S,), **params) -> (S,)`, for contiguous groups of `group` samples.
+    """One estimator: `compute(reward (S,), group, length (S,), **params) -> (S,)`, for contiguous groups of
+    `group` samples.
 
     least        completions of a prompt it needs
-    whole_batch  whether a sample's advantage depends on other groups: it then gets the rewards of all processes
+    whole_batch  whether a sample's advantage depends on other groups: it then gets the rewards of all
+                 processes
     signed       whether rewards may be below 0
     """
 
@@ -34,13 +37,18 @@ class Advantage:
 
     def __call__(self, reward: Tensor, group: int, length: Tensor | None = None) -> Tensor:
         """`length` counts each sample's loss tokens; None takes all as equal."""
-        return self.compute(reward, group, torch.ones_like(reward) if length is None else length, **self.params)
+        return self.compute(
+            reward, group, torch.ones_like(reward) if length is None else length, **self.params
+        )
 
     def with_params(self, **changes: Any) -> Advantage:
         """The same estimator with some parameters changed; an unknown name is a ValueError."""
         for name in changes:
             if name not in self.params:
-                raise ValueError(f"{name}: not a parameter of this advantage, which has: {', '.join(self.params) or 'none'}")
+                raise ValueError(
+                    f"{name}: not a parameter of this advantage, which has: "
+                    f"{', '.join(self.params) or 'none'}"
+                )
         whole = self.whole_batch or changes.get("scale") == "batch_std"
         return replace(self, params={**self.params, **changes}, whole_batch=whole)
 
@@ -50,7 +58,8 @@ def _relative(reward: Tensor, group: int, length: Tensor, **columns: Any) -> Ten
 
 
 def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, ddof: int) -> Tensor:
-    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each of which carries its sample's reward (return-to-go at gamma 1).
+    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each of which carries its sample's
+    reward (return-to-go at gamma 1).
 
     The variance divides by N - ddof.
     """
@@ -61,23 +70,33 @@ def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, ddof
     mean = (weight * x).sum() / n
     deviation = ((weight * (x - mean).square()).sum() / (n - ddof) + 1e-8).sqrt()
     flat = x[known].numel() == 0 or bool((x[known] == x[known][0]).all())
-    return torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
+    return (
+        torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
+    )
 
 
 def _gpg(reward: Tensor, group: int, length: Tensor, *, zero: str) -> Tensor:
     """alpha (R - mean): alpha makes up for the samples that give no gradient."""
     centred = _relative(reward, group, length, scale="none")
-    counted = reward.nan_to_num(0) if zero == "reward" else centred.view(-1, group).abs().amax(1).repeat_interleave(group)
+    counted = (
+        reward.nan_to_num(0)
+        if zero == "reward"
+        else centred.view(-1, group).abs().amax(1).repeat_interleave(group)
+    )
     return centred * reward.numel() / counted.count_nonzero().clamp(min=1)
 
 
 def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor:
-    """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal only the mean is taken off."""
+    """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal only the
+    mean is taken off.
+    """
     table = reward.view(-1, group).double()
     known, x = ~table.isnan(), table.nan_to_num(0)
     count = known.sum(1, keepdim=True).clamp(min=1)
     n = (count - 1).clamp(min=1)
-    centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)  # about the group's mean, for the digits of the sums below
+    centred = torch.where(
+        known, x - x.sum(1, keepdim=True) / count, 0
+    )  # about the group's mean, for the digits of the sums below
     mean = (centred.sum(1, keepdim=True) - centred) / n
     square = centred.square().sum(1, keepdim=True) - centred.square()
     deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
@@ -90,7 +109,9 @@ def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor
 def _max_rl(reward: Tensor, group: int, length: Tensor) -> Tensor:
     """(R - mean) / mean of rewards of 0 or more."""
     if bool((reward < 0).any()):
-        raise UserError(f"--advantage max_rl: expected rewards of 0 or more, got {float(reward.nan_to_num(0).min()):g}")
+        raise UserError(
+            f"--advantage max_rl: expected rewards of 0 or more, got {float(reward.nan_to_num(0).min()):g}"
+        )
     mean = reward.view(-1, group).nanmean(1).repeat_interleave(group)
     centred = _relative(reward, group, length, scale="none")
     return torch.where(centred != 0, centred / mean, 0)
@@ -106,8 +127,14 @@ def _max_at_k(reward: Tensor, group: int, length: Tensor, *, k: int) -> Tensor:
     k_of = torch.minimum(n, torch.full_like(n, k or group))
     low = table.nan_to_num(torch.inf).sort(dim=1).values  # not scored: last, and below nobody
     place = torch.arange(group, dtype=torch.float64, device=reward.device)
-    best = torch.where(place >= k_of - 2, (_log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)).exp(), 0)
-    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(min=0)  # (P, G, G); its own place counts 0
+    best = torch.where(
+        place >= k_of - 2,
+        (_log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)).exp(),
+        0,
+    )
+    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(
+        min=0
+    )  # (P, G, G); its own place counts 0
     return ((gain * best[:, None, :]).sum(2) * k_of / n).flatten().to(reward.dtype)
 
 
@@ -140,14 +167,18 @@ ADVANTAGES: dict[str, Advantage] = {
 
 
 def of_completions(advantage: Advantage) -> Advantage:
-    """The estimator for groups whose last sample is a demonstration, with statistics of the completions before it alone.
+    """The estimator for groups whose last sample is a demonstration, with statistics of the completions
+    before it alone.
 
     The demonstration is measured by them; where they are all equal, only their mean is taken off.
     Raises:  UserError for an estimator that is not a distance from the group's mean.
     """
     p = advantage.params
     if p.get("baseline") != "mean" or p.get("scale") not in ("std", "none"):
-        raise UserError("--group-statistics: own goes with the advantages zscore and center alone; leave it out, or take one of them")
+        raise UserError(
+            "--group-statistics: own goes with the advantages zscore and center alone; leave it out, "
+            "or take one of them"
+        )
     return Advantage(_of_completions, {"scale": p["scale"], "eps": p["eps"]})
 
 
@@ -165,19 +196,25 @@ def _of_completions(reward: Tensor, group: int, length: Tensor, *, scale: str, e
 
 
 # --- several rewards ---------------------------------------------------------------------------------
-def _sum_then_normalize(parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor) -> Tensor:
+def _sum_then_normalize(
+    parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor
+) -> Tensor:
     total = (weight[:, None] * parts).nansum(0)
     return advantage(torch.where(parts.isnan().all(0), torch.nan, total), group, length)
 
 
-def _normalize_then_sum(parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor) -> Tensor:
+def _normalize_then_sum(
+    parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor
+) -> Tensor:
     """Each reward becomes an advantage; their weighted sum is whitened over the samples of the batch (GDPO)."""
     known = ~parts.isnan().all(0)
     x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
     n = known.sum()
     mean = torch.where(known, x, 0).sum() / n.clamp(min=1)
     deviation = (torch.where(known, x - mean, 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
-    moved = x.view(-1, group).ne(0).any(1).repeat_interleave(group)  # a group that is all equal in every reward stays at 0
+    moved = (
+        x.view(-1, group).ne(0).any(1).repeat_interleave(group)
+    )  # a group that is all equal in every reward stays at 0
     return torch.where(known & moved, (x - mean) / (deviation + 1e-4), 0)
 
 

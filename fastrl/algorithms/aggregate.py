@@ -1,4 +1,6 @@
-"""How per-token losses become one number: the weight of each sample's tokens, with denominators of the whole optimizer step."""
+"""How per-token losses become one number: the weight of each sample's tokens, with denominators of the whole
+optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ class Totals:
     max_length: int
 
 
-Aggregate = Callable[[Tensor, Totals], Tensor]  # loss tokens of each sample (S,), totals -> weight of its tokens (S,)
+Aggregate = Callable[
+    [Tensor, Totals], Tensor
+]  # loss tokens of each sample (S,), totals -> weight of its tokens (S,)
 
 
 def token_mean(length: Tensor, totals: Totals) -> Tensor:
     """Every token counts the same: long samples weigh more."""
-    return torch.full_like(length, 1 / max(totals.tokens, 1), dtype=torch.promote_types(length.dtype, torch.float32))
+    return torch.full_like(
+        length, 1 / max(totals.tokens, 1), dtype=torch.promote_types(length.dtype, torch.float32)
+    )
 
 
 def sequence_mean(length: Tensor, totals: Totals) -> Tensor:
@@ -38,9 +44,15 @@ def sequence_mean(length: Tensor, totals: Totals) -> Tensor:
 
 def sequence_sum(length: Tensor, totals: Totals) -> Tensor:
     """Samples are averaged, the tokens of each summed."""
-    return torch.full_like(length, 1 / max(totals.samples, 1), dtype=torch.promote_types(length.dtype, torch.float32))
+    return torch.full_like(
+        length, 1 / max(totals.samples, 1), dtype=torch.promote_types(length.dtype, torch.float32)
+    )
 
 
 def fixed_length(length: Tensor, totals: Totals) -> Tensor:
     """Tokens are divided by a constant, the generation budget: no length bias (Dr. GRPO)."""
-    return torch.full_like(length, 1 / (max(totals.samples, 1) * totals.max_length), dtype=torch.promote_types(length.dtype, torch.float32))
+    return torch.full_like(
+        length,
+        1 / (max(totals.samples, 1) * totals.max_length),
+        dtype=torch.promote_types(length.dtype, torch.float32),
+    )

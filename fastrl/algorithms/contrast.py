@@ -1,10 +1,13 @@
-"""Losses of a group's completions against each other, whose rewards say which are better: on-policy pairs, and whole lists.
+"""Losses of a group's completions against each other, whose rewards say which are better: on-policy pairs,
+and whole lists.
 
-A completion's score is what it is in preference.py: its log-prob's excess over the reference, summed over its tokens or averaged.  The
-loss is differentiated by the scores alone; rewards are numbers of the batch, and no gradient reaches what made them.
+A completion's score is what it is in preference.py: its log-prob's excess over the reference, summed over its
+tokens or averaged.  The loss is differentiated by the scores alone; rewards are numbers of the batch, and no
+gradient reaches what made them.
 
-Batches are as types.Batch says, with these columns: `advantage` is the completion's reward, NaN where it has none, `weight` is 1 / units
-of the whole optimizer step, and `unit` sequences of one prompt lie next to each other.  The equations are in docs/fusion.md.
+Batches are as types.Batch says, with these columns: `advantage` is the completion's reward, NaN where it has
+none, `weight` is 1 / units of the whole optimizer step, and `unit` sequences of one prompt lie next to each
+other.  The equations are in docs/fusion.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ class Contrast:
     """What both kinds of rows have.
 
     preference  what a score is, and for pairs what two of them cost
-    anchor      what log-probs are compared with: those of the model that the run began with, or of the "old" policy that sampled
+    anchor      what log-probs are compared with: those of the model that the run began with, or of the "old"
+                policy that sampled
     group       completions of a prompt
     """
 
@@ -61,7 +65,9 @@ class Contrast:
         raise NotImplementedError
 
     def scores(self, tokens: Tokens) -> tuple[Scores, Tensor]:
-        """The completions' scores, and their rewards (P, unit): NaN where there is none, or no token that counts."""
+        """The completions' scores, and their rewards (P, unit): NaN where there is none, or no token that
+        counts.
+        """
         s = self.preference.scores(tokens)
         assert tokens.cu_seqlens is not None
         first = tokens.cu_seqlens[:-1].long().clamp(max=max(tokens.advantage.numel() - 1, 0))
@@ -76,7 +82,10 @@ def _extremes(reward: Tensor) -> Tensor:
     return torch.stack([best, worst], 1)
 
 
-PAIRINGS: dict[str, Callable[[Tensor], Tensor] | None] = {"extremes": _extremes, "all": None}  # rewards (P, G) -> kept (P, 2)
+PAIRINGS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "extremes": _extremes,
+    "all": None,
+}  # rewards (P, G) -> kept (P, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +122,9 @@ class OnlinePairs(Contrast):
 
     def merge(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """A step's metrics, from `measure` of every micro-batch of every process."""
-        return under_pairs(self.preference.merge([row[:-1] for row in rows])) | {"num_tokens": math.fsum(row[-1] for row in rows)}
+        return under_pairs(self.preference.merge([row[:-1] for row in rows])) | {
+            "num_tokens": math.fsum(row[-1] for row in rows)
+        }
 
     def _better(self, reward: Tensor) -> Tensor:
         """(P, U, U) bool: whether the first of two completions beats the second."""
@@ -130,14 +141,20 @@ class OnlinePairs(Contrast):
 
 
 def under_pairs(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics of pairs under names that leave those of rewards alone; without counts of tokens and what is averaged over them."""
-    return {f"pairs/{name}": value for name, value in metrics.items() if name not in ("num_tokens", "entropy")}
+    """The metrics of pairs under names that leave those of rewards alone; without counts of tokens and what
+    is averaged over them.
+    """
+    return {
+        f"pairs/{name}": value for name, value in metrics.items() if name not in ("num_tokens", "entropy")
+    }
 
 
 # --- lists ------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listwise(Contrast):
-    """Cross-entropy of the policy's choice among a group's completions, softmax(beta score), against softmax(reward / tau)."""
+    """Cross-entropy of the policy's choice among a group's completions, softmax(beta score), against
+    softmax(reward / tau).
+    """
 
     tau: float = 0.5
 
@@ -161,7 +178,9 @@ class Listwise(Contrast):
         return {"num_tokens": tokens} | ({"group_kl": kl / groups} if groups else {})
 
     def _choices(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """(P, G) targets w, (P, G) log p, both 0 where a completion has no reward, and (P,) the groups' weights."""
+        """(P, G) targets w, (P, G) log p, both 0 where a completion has no reward, and (P,) the groups'
+        weights.
+        """
         s, reward = self.scores(tokens)
         known, beta = ~reward.isnan(), self.preference.params["beta"]
         score = (s.score / s.length if self.preference.average else s.score).view_as(reward)

@@ -1,12 +1,14 @@
 """Sampler against trainer: how far their log-probs are apart, and the importance weights that make up for it.
 
-The log-prob recorded while sampling is the old log-prob, so the ratio of a row already contains the whole way from the sampler to the
-policy, carried-over tokens included.  A correction splits that way in two: the old log-prob becomes the trainer's own, under the
-weights before the first update on the batch, and the rest, w = exp(trainer - recorded), becomes a constant weight of the policy term
-(never of the KL), bounded by a row of CORRECTIONS.
+The log-prob recorded while sampling is the old log-prob, so the ratio of a row already contains the whole way
+from the sampler to the policy, carried-over tokens included.  A correction splits that way in two: the old
+log-prob becomes the trainer's own, under the weights before the first update on the batch, and the rest, w =
+exp(trainer - recorded), becomes a constant weight of the policy term (never of the KL), bounded by a row of
+CORRECTIONS.
 
-Where a batch is used for one update the pass's own log-probs are the trainer's, and nothing is computed twice.  Several minibatches
-or epochs take one forward of the whole batch before the first update (`OnPolicy.collect`), because later passes see moved weights.
+Where a batch is used for one update the pass's own log-probs are the trainer's, and nothing is computed
+twice.  Several minibatches or epochs take one forward of the whole batch before the first update
+(`OnPolicy.collect`), because later passes see moved weights.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from fastrl.batch.types import Tokens
 from fastrl.errors import UserError
 from fastrl.kernels.surrogates import bounded
 
-LEVELS: dict[str, Callable[[Tensor, Tokens], Tensor]] = {  # log weight of each token -> what the bounds look at, (N,)
+LEVELS: dict[
+    str, Callable[[Tensor, Tokens], Tensor]
+] = {  # log weight of each token -> what the bounds look at, (N,)
     "token": lambda s, tokens: s,
     "sequence": lambda s, tokens: totals(s, tokens)[0],
     "geometric": mean,
@@ -54,15 +58,23 @@ class Correction:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
             raise UserError(
-                f"--correction-min, --correction-max: expected 0 <= min < max, got {self.low:g} and {self.high:g}; both bound the ratio"
+                "--correction-min, --correction-max: expected 0 <= min < max, "
+                f"got {self.low:g} and {self.high:g}; both bound the ratio"
             )
 
     def __call__(self, tokens: Tokens) -> Tokens:
-        """Tokens whose logp is the trainer's before any update, with that as old_logp, the recorded one kept, and their weights."""
+        """Tokens whose logp is the trainer's before any update, with that as old_logp, the recorded one kept,
+        and their weights.
+        """
         trainer = tokens.logp.detach()
         s = bounded(trainer - tokens.old_logp)
         w = bounded(LEVELS[self.level](s, tokens)).exp()
-        return replace(tokens, old_logp=trainer, sampler_logp=tokens.old_logp, correction=self.rule(w, s.exp(), self.low, self.high))
+        return replace(
+            tokens,
+            old_logp=trainer,
+            sampler_logp=tokens.old_logp,
+            correction=self.rule(w, s.exp(), self.low, self.high),
+        )
 
 
 CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
@@ -70,21 +82,35 @@ CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
     "token_mask": Correction("token", _mask, 0.5, 2.0),  # IcePop, MIS: 0 outside
     "sequence_truncate": Correction("sequence", _truncate, 0.0, 2.0),  # the product over the sequence
     "sequence_mask": Correction("sequence", _mask, 0.0, 3.0),
-    "geometric_mask": Correction("geometric", _reject, 0.999, 1.001),  # min(w, 2), 0 where the sequence's geometric mean is outside
+    "geometric_mask": Correction(
+        "geometric", _reject, 0.999, 1.001
+    ),  # min(w, 2), 0 where the sequence's geometric mean is outside
 }
 
 
 # --- metrics ----------------------------------------------------------------------------------------
-MISMATCH = ("sampler_diff_mean", "sampler_diff_max", "sampler_kl", "sampler_ess", "correction_min", "correction_mean", "correction_max")
+MISMATCH = (
+    "sampler_diff_mean",
+    "sampler_diff_max",
+    "sampler_kl",
+    "sampler_ess",
+    "correction_min",
+    "correction_mean",
+    "correction_max",
+)
 
 
 def mismatch(tokens: Tokens) -> Tensor:
-    """(9,) float64: tokens, and sums and extremes of s = logp - recorded and of the correction, for `merge_mismatch`."""
+    """(9,) float64: tokens, and sums and extremes of s = logp - recorded and of the correction, for
+    `merge_mismatch`.
+    """
     recorded = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
     s = (tokens.logp - recorded).double()
     w, k = bounded(s).exp(), torch.ones_like(s) if tokens.correction is None else tokens.correction.double()
     if not s.numel():
-        return torch.tensor([0, 0, -torch.inf, 0, 0, 0, torch.inf, 0, -torch.inf], dtype=torch.float64, device=s.device)
+        return torch.tensor(
+            [0, 0, -torch.inf, 0, 0, 0, torch.inf, 0, -torch.inf], dtype=torch.float64, device=s.device
+        )
     sums = torch.stack([s.abs(), torch.expm1(bounded(s)) - s, w, w.square(), k]).sum(1)
     ends = torch.stack([s.abs().amax(), k.amin(), k.amax()])
     n = s.new_full((1,), s.numel())
@@ -97,5 +123,13 @@ def merge_mismatch(rows: Tensor) -> dict[str, float]:
     n, diff, _, k3, w, w2, _, k, _ = rows.sum(0).tolist()
     if not n:
         return {}
-    values = (diff / n, float(rows[:, 2].max()), k3 / n, w * w / (n * w2), float(rows[:, 6].min()), k / n, float(rows[:, 8].max()))
+    values = (
+        diff / n,
+        float(rows[:, 2].max()),
+        k3 / n,
+        w * w / (n * w2),
+        float(rows[:, 6].min()),
+        k / n,
+        float(rows[:, 8].max()),
+    )
     return dict(zip(MISMATCH, values, strict=True))

@@ -1,8 +1,9 @@
-"""Preferences and reinforcement learning in one step: the table of fusions, beside that of hybrids with demonstrations.
+"""Preferences and reinforcement learning in one step: the table of fusions, beside that of hybrids with
+demonstrations.
 
-A row is one of three kinds.  `Fused`: a policy loss, and a loss of offline pairs beside it, each with its own denominators.  `Mixed`
-with two sides: the completions of a prompt's pair are members of its group.  `Contrast`: the group's own completions are the pairs, or a
-list.  The equations are in docs/fusion.md.
+A row is one of three kinds.  `Fused`: a policy loss, and a loss of offline pairs beside it, each with its own
+denominators.  `Mixed` with two sides: the completions of a prompt's pair are members of its group.
+`Contrast`: the group's own completions are the pairs, or a list.  The equations are in docs/fusion.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from fastrl.ops import SURROGATES
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The weight of a term over a run: from 0 to `peak` over `warmup` steps, then by half a cosine to `end` over `decay` (0: the rest)."""
+    """The weight of a term over a run: from 0 to `peak` over `warmup` steps, then by half a cosine to `end`
+    over `decay` (0: the rest).
+    """
 
     peak: float = 1.0
     end: float = 0.0
@@ -40,7 +43,9 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused(Mixed):
-    """A row whose loss is its own, and `coef` times `preference`'s on offline pairs, a mean over the pairs of the optimizer step."""
+    """A row whose loss is its own, and `coef` times `preference`'s on offline pairs, a mean over the pairs of
+    the optimizer step.
+    """
 
     preference: Preference
     coef: Schedule = Schedule()
@@ -54,16 +59,24 @@ _DPO = PREFERENCES["dpo"]
 _AVERAGED = replace(_DPO.with_params(beta=1.0), average=True)
 _UNION = Rule(HYBRIDS["luffy"].rule.compute)
 FUSIONS: dict[str, Mixed | Contrast] = {
-    "grpo_dpo": mix(ALGORITHMS["grpo"], Rule(_own, {"rl_coef": 1.0}), kind=Fused, known="nothing", preference=_DPO),
-    "grpo_pairs": mix(ALGORITHMS["grpo"], _UNION, member=Estimator(SURROGATES["ratio"], "one"), known="pairs", sides=2),
+    "grpo_dpo": mix(
+        ALGORITHMS["grpo"], Rule(_own, {"rl_coef": 1.0}), kind=Fused, known="nothing", preference=_DPO
+    ),
+    "grpo_pairs": mix(
+        ALGORITHMS["grpo"], _UNION, member=Estimator(SURROGATES["ratio"], "one"), known="pairs", sides=2
+    ),
     "luffy_pairs": mix(
-        ALGORITHMS["dr_grpo"], _UNION, surrogate=SURROGATES["ratio"], member=Estimator(SURROGATES["luffy_off"], "one"), known="pairs",
+        ALGORITHMS["dr_grpo"],
+        _UNION,
+        surrogate=SURROGATES["ratio"],
+        member=Estimator(SURROGATES["luffy_off"], "one"),
+        known="pairs",
         sides=2,
     ),
     "online_dpo": OnlinePairs(preference=_DPO),
     "group_softmax": Listwise(preference=_DPO),
     "group_softmax_norm": Listwise(preference=_AVERAGED),
-}  # fmt: skip
+}
 _MIXED: dict[str, Mixed] = HYBRIDS | {name: row for name, row in FUSIONS.items() if isinstance(row, Mixed)}
 
 
@@ -81,17 +94,44 @@ _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x < math.inf, "a p
 _COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "at least 1")
 _STEPS: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "steps, 0 or more")
 OPTIONS: dict[str, Check] = {  # option -> the rows that have it, what it may be, and in words
-    "preference": ((*_PAIRS, *_ONLINE), *_ANY), "beta": ((*_PAIRS, *_ONLINE, *_LISTS), *_POSITIVE),
-    "nll_coef": ((*_PAIRS, *_ONLINE), *_NOT_NEGATIVE), "reference": (_PAIRS, *_ANY), "pair_dataset": (_PAIRS, *_ANY),
-    "pairs": (_PAIRS, *_COUNT), "pair_coef": (_PAIRS, *_NOT_NEGATIVE), "pair_coef_end": (_PAIRS, *_NOT_NEGATIVE),
-    "pair_warmup": (_PAIRS, *_STEPS), "pair_decay": (_PAIRS, *_STEPS), "norms_every": (_PAIRS, *_STEPS),
-    "members": (_MEMBERS, *_ANY), "rejected_reward": (_MEMBERS, math.isfinite, "a finite number"),
-    "pairing": (_ONLINE, *_ANY), "gap": (_ONLINE, *_NOT_NEGATIVE), "anchor": ((*_ONLINE, *_LISTS), *_ANY), "tau": (_LISTS, *_POSITIVE),
-}  # fmt: skip
+    "preference": ((*_PAIRS, *_ONLINE), *_ANY),
+    "beta": ((*_PAIRS, *_ONLINE, *_LISTS), *_POSITIVE),
+    "nll_coef": ((*_PAIRS, *_ONLINE), *_NOT_NEGATIVE),
+    "reference": (_PAIRS, *_ANY),
+    "pair_dataset": (_PAIRS, *_ANY),
+    "pairs": (_PAIRS, *_COUNT),
+    "pair_coef": (_PAIRS, *_NOT_NEGATIVE),
+    "pair_coef_end": (_PAIRS, *_NOT_NEGATIVE),
+    "pair_warmup": (_PAIRS, *_STEPS),
+    "pair_decay": (_PAIRS, *_STEPS),
+    "norms_every": (_PAIRS, *_STEPS),
+    "members": (_MEMBERS, *_ANY),
+    "rejected_reward": (_MEMBERS, math.isfinite, "a finite number"),
+    "pairing": (_ONLINE, *_ANY),
+    "gap": (_ONLINE, *_NOT_NEGATIVE),
+    "anchor": ((*_ONLINE, *_LISTS), *_ANY),
+    "tau": (_LISTS, *_POSITIVE),
+}
 FOREIGN = (  # options of a policy's surrogate and advantage, or of demonstrations, which a contrast has not
-    "rl", "demo_reward", "group_statistics", "solved", "kl", "kl_coef", "entropy_coef", "advantage", "scale_rewards", "epsilon",
-    "epsilon_high", "delta", "pass_k", "correction", "correction_min", "correction_max", "off_policy_mask_threshold", *HYBRID_RANGES,
-)  # fmt: skip
+    "rl",
+    "demo_reward",
+    "group_statistics",
+    "solved",
+    "kl",
+    "kl_coef",
+    "entropy_coef",
+    "advantage",
+    "scale_rewards",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "pass_k",
+    "correction",
+    "correction_min",
+    "correction_max",
+    "off_policy_mask_threshold",
+    *HYBRID_RANGES,
+)
 _DEFAULTS = {f.name: f.default for f in fields(Hybrid)}
 
 
@@ -109,7 +149,10 @@ def choose_fusion(config: Hybrid) -> Mixed | Contrast:
         if value is None:
             continue
         if config.algorithm not in takers:
-            raise UserError(f"{option}: {config.algorithm} has no such setting; take an --algorithm that has: {', '.join(takers)}")
+            raise UserError(
+                f"{option}: {config.algorithm} has no such setting; take an --algorithm that has: "
+                f"{', '.join(takers)}"
+            )
         if not fine(value):
             raise UserError(f"{option}: expected {expected}, got {value}")
     row = rows[config.algorithm]
@@ -126,7 +169,10 @@ def _fused(row: Fused, config: Hybrid) -> Mixed:
 
 def _mixed(row: Mixed, config: Hybrid) -> Mixed:
     if config.members == "chosen" and config.rejected_reward is not None:
-        raise UserError("--rejected-reward: expected --members both, which has rejected completions in the group; got chosen")
+        raise UserError(
+            "--rejected-reward: expected --members both, "
+            "which has rejected completions in the group; got chosen"
+        )
     return replace(choose_hybrid(config, _MIXED), sides=1 if config.members == "chosen" else row.sides)
 
 
@@ -134,17 +180,29 @@ def _contrast(row: Contrast, config: Hybrid) -> Contrast:
     for name in FOREIGN:
         if getattr(config, name) != _DEFAULTS[name]:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option}: {config.algorithm} compares completions with each other, and has no use for it; leave it out")
+            raise UserError(
+                f"{option}: {config.algorithm} compares completions with each other, "
+                "and has no use for it; leave it out"
+            )
     if config.semantics != "paper":
-        raise UserError(f"--semantics: {config.algorithm} is of no other trainer; leave it out, got {config.semantics}")
-    given = {name: value for name in ("pairing", "gap", "tau", "anchor") if (value := getattr(config, name)) is not None}
+        raise UserError(
+            f"--semantics: {config.algorithm} is of no other trainer; leave it out, got {config.semantics}"
+        )
+    given = {
+        name: value
+        for name in ("pairing", "gap", "tau", "anchor")
+        if (value := getattr(config, name)) is not None
+    }
     return replace(row, group=config.group, **given)
 
 
 def _online(row: OnlinePairs, config: Hybrid) -> Contrast:
     preference = _pair_loss(config)
     if preference.tail != 1.0:
-        raise UserError(f"--preference: {config.preference} weighs a token by the other side of its pair; take another loss of pairs")
+        raise UserError(
+            f"--preference: {config.preference} weighs a token by the other side of its pair; "
+            "take another loss of pairs"
+        )
     if config.anchor is not None and not preference.reference:
         raise UserError(f"--anchor: {config.preference} compares with no reference; leave it out")
     return _contrast(replace(row, preference=preference), config)
@@ -156,8 +214,11 @@ def _listwise(row: Listwise, config: Hybrid) -> Contrast:
 
 
 _CHOOSE: dict[type, Callable[[Any, Hybrid], Mixed | Contrast]] = {
-    Fused: _fused, Mixed: _mixed, OnlinePairs: _online, Listwise: _listwise,
-}  # fmt: skip
+    Fused: _fused,
+    Mixed: _mixed,
+    OnlinePairs: _online,
+    Listwise: _listwise,
+}
 
 
 def _pair_loss(config: Hybrid) -> Preference:
@@ -169,12 +230,18 @@ def _pair_loss(config: Hybrid) -> Preference:
 
 
 def offline(config: Hybrid) -> Dpo:
-    """The run of `fastrl dpo` whose pairs a fusion trains on beside its rollouts; it has the fusion's optimizer steps for steps."""
+    """The run of `fastrl dpo` whose pairs a fusion trains on beside its rollouts; it has the fusion's
+    optimizer steps for steps.
+    """
     shared = {f.name: getattr(config, f.name) for f in fields(Run)}
     if config.pair_dataset is not None:  # its columns have their own names
         shared |= {"dataset": config.pair_dataset, "columns": ()}
     shared["prompts"] = config.pairs or config.prompts
     shared["steps"] = config.steps * config.minibatches * config.epochs
     return Dpo(
-        **shared, algorithm=config.preference or "dpo", beta=config.beta, nll_coef=config.nll_coef, reference=config.reference
-    )  # fmt: skip
+        **shared,
+        algorithm=config.preference or "dpo",
+        beta=config.beta,
+        nll_coef=config.nll_coef,
+        reference=config.reference,
+    )

@@ -4,10 +4,12 @@ Every gradient of post-training has four parts (UPGE, Lv et al. 2025):
 
     1_stable (1 / pi_den) A grad pi  =  W grad logp,        W = 1_stable A exp(logp - log pi_den)
 
-A batch holds sequences of three KINDS: the policy's own completions; demonstrations that are one more member of a prompt's group, with
-an advantage of their own; and demonstrations that are supervised.  The parts are columns of the batch: the denominator is `old_logp`,
-the advantage `advantage`, what stabilises is the surrogate's gate times `correction`, and `weight` holds the aggregate.  An `Estimator`
-says what a demonstration has in them; the policy's own tokens are a row of ALGORITHMS.  The equations are in docs/hybrid.md.
+A batch holds sequences of three KINDS: the policy's own completions; demonstrations that are one more member
+of a prompt's group, with an advantage of their own; and demonstrations that are supervised.  The parts are
+columns of the batch: the denominator is `old_logp`, the advantage `advantage`, what stabilises is the
+surrogate's gate times `correction`, and `weight` holds the aggregate.  An `Estimator` says what a
+demonstration has in them; the policy's own tokens are a row of ALGORITHMS.  The equations are in
+docs/hybrid.md.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ OWN, MEMBER, SUPERVISED = range(3)
 DENOMINATORS: dict[str, Callable[[Tokens], Tensor]] = {
     "policy": lambda tokens: tokens.logp.detach(),  # SFT, REINFORCE
     "old": lambda tokens: tokens.old_logp,  # PPO and its kin
-    "one": lambda tokens: torch.zeros_like(tokens.logp),  # LUFFY, SRFT: nobody knows what wrote the demonstration
+    "one": lambda tokens: torch.zeros_like(
+        tokens.logp
+    ),  # LUFFY, SRFT: nobody knows what wrote the demonstration
 }
 
 
@@ -63,9 +67,14 @@ class Estimator:
         """The masked-in tokens' share of the step's loss."""
         factor = None if self.factor is None else self.factor(tokens, self.surrogate)
         return ops.policy_loss(
-            tokens.logp, DENOMINATORS[self.denominator](tokens), tokens.advantage, surrogate=self.surrogate, token_weight=tokens.weight,
-            correction=factor, mask=mask,
-        )[0]  # fmt: skip
+            tokens.logp,
+            DENOMINATORS[self.denominator](tokens),
+            tokens.advantage,
+            surrogate=self.surrogate,
+            token_weight=tokens.weight,
+            correction=factor,
+            mask=mask,
+        )[0]
 
 
 def phi(tokens: Tokens, surrogate: Surrogate) -> Tensor:
@@ -80,7 +89,9 @@ def certain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
 
 
 def uncertain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
-    """SRFT, the policy's own tokens: exp(H) / 10 where the advantage is positive, else 1; times what they are corrected by."""
+    """SRFT, the policy's own tokens: exp(H) / 10 where the advantage is positive, else 1; times what they are
+    corrected by.
+    """
     weight = torch.where(tokens.advantage > 0, 0.1 * mean(_entropy(tokens), tokens).exp(), 1.0)
     return weight if tokens.correction is None else weight * tokens.correction
 
@@ -102,9 +113,11 @@ Parts = tuple[Tensor | float, Tensor | float, Tensor | float]  # by KINDS
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps, **params)`, of each kind.
+    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps,
+    **params)`, of each kind.
 
-    solved  share of the prompt's completions that are right, NaN where none was scored;  there  whether it has a demonstration
+    solved  share of the prompt's completions that are right, NaN where none was scored;  there  whether it
+            has a demonstration
     A kind that counts 0 leaves the batch, and its denominators.
     """
 
@@ -122,11 +135,23 @@ def _gate(solved: Tensor, there: Tensor, step: int, steps: int, *, gate: float, 
     return (~shut).to(solved.dtype), 0.0, sft_coef * shut
 
 
-SOFT = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0))
+SOFT = (
+    (0.0, 1.0),
+    (0.0, 1.0),
+    (0.125, 0.5),
+    (0.25, 0.25),
+    (0.5, 0.125),
+    (1.0, 0.0),
+    (1.0, 0.0),
+    (1.0, 0.0),
+    (1.0, 0.0),
+)
 
 
 def _soft(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
-    """By eighths of completions solved; a prompt that nothing is known of, or without a demonstration, is left to its rewards."""
+    """By eighths of completions solved; a prompt that nothing is known of, or without a demonstration, is
+    left to its rewards.
+    """
     alone = ~there | solved.isnan()
     eighth = torch.where(alone, 1, solved).mul(8).floor().long()
     own, supervised = solved.new_tensor(SOFT)[eighth].unbind(1)
@@ -150,13 +175,23 @@ def _mu(solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float) -> P
 
 
 def rise_and_fall(step: int, steps: int, *, peak: float, end: float, warmup: float, decay: float) -> float:
-    """From 0 to the peak over `warmup` steps, then by half a cosine to `end` over `decay` (0: the rest of `steps`)."""
+    """From 0 to the peak over `warmup` steps, then by half a cosine to `end` over `decay` (0: the rest of
+    `steps`).
+    """
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (decay or max(steps - warmup, 1)))))
     return peak * step / warmup if step < warmup else end + (peak - end) * fall
 
 
 def _schedule(
-    solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float, mu_end: float, mu_warmup: float, mu_decay: float
+    solved: Tensor,
+    there: Tensor,
+    step: int,
+    steps: int,
+    *,
+    mu: float,
+    mu_end: float,
+    mu_warmup: float,
+    mu_decay: float,
 ) -> Parts:
     now = rise_and_fall(step, steps, peak=mu, end=mu_end, warmup=mu_warmup, decay=mu_decay)
     return 1 - now, 0.0, now
@@ -169,11 +204,14 @@ class Mixed(Algorithm):
 
     rule           how much each kind of a prompt's sequences counts
     member         demonstrations that join their prompt's group, aggregated like completions; None for none
-    supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for none
+    supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for
+                   none
     own_advantage  advantage of the completions, where it is not the group's
-    known          what is known of a prompt, a row of commands.KNOWN: a demonstration, or a chosen and a rejected completion
+    known          what is known of a prompt, a row of commands.KNOWN: a demonstration, or a chosen and a
+                   rejected completion
     sides          how many of these join its group as members
-    The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's own tokens.
+    The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's
+    own tokens.
     """
 
     rule: Rule
@@ -191,7 +229,11 @@ class Mixed(Algorithm):
     @property
     def estimators(self) -> dict[int, Estimator]:
         """The demonstrations' parts of the loss, by kind."""
-        return {kind: part for kind, part in ((MEMBER, self.member), (SUPERVISED, self.supervised)) if part is not None}
+        return {
+            kind: part
+            for kind, part in ((MEMBER, self.member), (SUPERVISED, self.supervised))
+            if part is not None
+        }
 
     @property
     def level(self) -> Literal["token", "sequence"]:
@@ -216,19 +258,31 @@ def mix(base: Algorithm, rule: Rule, kind: type[Mixed] | None = None, **columns:
 _NLL = Estimator(SURROGATES["pg"], "policy")  # -A logp with an advantage of 1
 _UNCLIPPED: dict[str, Any] = {"surrogate": SURROGATES["ratio"]}
 HYBRIDS: dict[str, Mixed] = {
-    "hpt": mix(ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
+    "hpt": mix(
+        ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL
+    ),
     "hpt_soft": mix(ALGORITHMS["dr_grpo"], Rule(_soft, {"sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
-    "luffy": mix(ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")),
+    "luffy": mix(
+        ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")
+    ),
     "srft": mix(
-        ALGORITHMS["grpo"], Rule(_all, {"sft_coef": 1.0}), prepare=(uncertain,), own_advantage=Advantage(_sign, least=1),
-        member=Estimator(SURROGATES["ratio"], "one"), supervised=Estimator(SURROGATES["pg"], "policy", certain, whole=True),
+        ALGORITHMS["grpo"],
+        Rule(_all, {"sft_coef": 1.0}),
+        prepare=(uncertain,),
+        own_advantage=Advantage(_sign, least=1),
+        member=Estimator(SURROGATES["ratio"], "one"),
+        supervised=Estimator(SURROGATES["pg"], "policy", certain, whole=True),
     ),
     "chord": mix(
-        ALGORITHMS["grpo"], Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}), supervised=_NLL
+        ALGORITHMS["grpo"],
+        Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}),
+        supervised=_NLL,
     ),
-    "chord_phi": mix(ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)),
+    "chord_phi": mix(
+        ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)
+    ),
     "mixed": mix(ALGORITHMS["grpo"], Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL),
-}  # fmt: skip
+}
 
 
 # --- from a run's options to a row ------------------------------------------------------------------
@@ -245,7 +299,9 @@ RANGES = {  # option -> what it may be, and in words
 
 
 def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
-    """The row of `rows`, with the run's own settings where it has them.  Raises UserError for options that do not go together."""
+    """The row of `rows`, with the run's own settings where it has them.  Raises UserError for options that do
+    not go together.
+    """
     if config.algorithm not in rows:
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}")
     row = _base(rows[config.algorithm], config)
@@ -262,7 +318,10 @@ def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
         return changed
     if row.member is None or row.sides != 1:
         fine = ", ".join(name for name, other in HYBRIDS.items() if other.member)
-        raise UserError(f"--group-statistics: {config.algorithm} has no demonstration in a group; take an --algorithm that has: {fine}")
+        raise UserError(
+            f"--group-statistics: {config.algorithm} has no demonstration in a group; "
+            f"take an --algorithm that has: {fine}"
+        )
     return replace(changed, advantage=of_completions(changed.advantage))
 
 
@@ -270,7 +329,9 @@ def _base(row: Mixed, config: Hybrid) -> Mixed:
     """The row with the algorithm of `--rl` for the policy's own completions."""
     if config.rl is None:
         if config.semantics != "paper":
-            raise UserError(f"--semantics: {config.semantics} is of a row of --rl; give --rl, or leave --semantics out")
+            raise UserError(
+                f"--semantics: {config.semantics} is of a row of --rl; give --rl, or leave --semantics out"
+            )
         return row
     rows = {name: other for name, other in ALGORITHMS.items() if other.advantage is not None}
     if config.rl not in rows:
@@ -284,6 +345,15 @@ def _with(row: Mixed, name: str, value: float, algorithm: str, rows: Mapping[str
     if name in row.rule.params:
         return replace(row, rule=replace(row.rule, params={**row.rule.params, name: value}))
     if row.member is not None and name in row.member.surrogate.params:
-        return replace(row, member=replace(row.member, surrogate=row.member.surrogate.with_params(**{name: value})))
-    fine = [k for k, o in rows.items() if name in o.rule.params or (o.member and name in o.member.surrogate.params)]
-    raise UserError(f"--{name.replace('_', '-')}: {algorithm} has no such setting; take an --algorithm that has: {', '.join(fine)}")
+        return replace(
+            row, member=replace(row.member, surrogate=row.member.surrogate.with_params(**{name: value}))
+        )
+    fine = [
+        k
+        for k, o in rows.items()
+        if name in o.rule.params or (o.member and name in o.member.surrogate.params)
+    ]
+    raise UserError(
+        f"--{name.replace('_', '-')}: {algorithm} has no such setting; take an --algorithm that has: "
+        f"{', '.join(fine)}"
+    )

@@ -1,7 +1,9 @@
-"""A policy and its reward model trained in turns: a row of the family, with what the reward model learns by.  See docs/joint.md.
+"""A policy and its reward model trained in turns: a row of the family, with what the reward model learns by.
+See docs/joint.md.
 
-Sampling has no derivative, and the reward must have none either: a policy's loss that reaches the reward model teaches it to like what
-the policy says already.  So rewards are plain numbers here, on a scale that is measured anew whenever the reward model has moved.
+Sampling has no derivative, and the reward must have none either: a policy's loss that reaches the reward
+model teaches it to like what the policy says already.  So rewards are plain numbers here, on a scale that is
+measured anew whenever the reward model has moved.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> Self:
-        """The scale of these scores, all the set there is; where they are all equal only their mean is taken off."""
+        """The scale of these scores, all the set there is; where they are all equal only their mean is taken
+        off.
+        """
         deviation = pstdev(scores)
         return cls(fmean(scores), deviation if deviation > 0 else 1.0)
 
@@ -59,7 +63,9 @@ def choose_joint(config: Joint) -> CoTrained:
     rows = [name for name, row in REWARD_LOSSES.items() if row.compares]
     if config.reward_loss not in rows:
         got = f"{config.reward_loss!r}{nearest(config.reward_loss, rows)}"
-        raise UserError(f"--reward-loss: expected one that compares completions, {' or '.join(rows)}; got {got}")
+        raise UserError(
+            f"--reward-loss: expected one that compares completions, {' or '.join(rows)}; got {got}"
+        )
     base = choose_algorithm(config)
     assert base.advantage is not None
     share, compared = config.offline_share, config.group * config.max_new_tokens
@@ -84,7 +90,10 @@ def choose_joint(config: Joint) -> CoTrained:
         if not fine:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}; got {getattr(config, name)}")
     return CoTrained(
-        **{f.name: getattr(base, f.name) for f in fields(Algorithm)}, reward_model=config.reward_model or config.model, seed=config.seed,
-        reward_loss=replace(REWARD_LOSSES[config.reward_loss], center=config.center), reward_lr=config.reward_lr,
+        **{f.name: getattr(base, f.name) for f in fields(Algorithm)},
+        reward_model=config.reward_model or config.model,
+        seed=config.seed,
+        reward_loss=replace(REWARD_LOSSES[config.reward_loss], center=config.center),
+        reward_lr=config.reward_lr,
         reward_epochs=config.reward_epochs,
-    )  # fmt: skip
+    )

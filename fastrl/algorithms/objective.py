@@ -1,6 +1,6 @@
-"""The table of methods.  A method is a row: advantage | ratio | prepare | surrogate | aggregate | KL | correction; nothing branches on
-its name.  The equations of the rows and their sources are in docs/methods.md; what other trainers do under the same names is in
-presets.py.
+"""The table of methods.  A method is a row: advantage | ratio | prepare | surrogate | aggregate | KL |
+correction; nothing branches on its name.  The equations of the rows and their sources are in docs/methods.md;
+what other trainers do under the same names is in presets.py.
 
 Everything here is plain PyTorch on (N,) vectors of loss tokens; the vocabulary lives in `ops.linear_loss`.
 """
@@ -26,14 +26,17 @@ from fastrl.ops import SURROGATES, Surrogate
 class Algorithm:
     """One method.
 
-    advantage     rewards of a group -> advantage of each sample; None for supervised tokens, whose advantage is 1
+    advantage     rewards of a group -> advantage of each sample; None for supervised tokens, whose advantage
+                  is 1
     surrogate     (log-ratio, logp, advantage) -> what is maximised, per token
     aggregate     how tokens are averaged, with denominators of the whole optimizer step
     ratio         importance ratio of each "token", or the length-normalised ratio of its "sequence"
     kl, kl_coef   estimator and weight of the KL to the reference model; no reference model is kept at 0
     entropy_coef  weight of the entropy bonus
-    correction    importance weight of the sampler against the trainer (a row of CORRECTIONS); None trusts the recorded log-probs
-    prepare       what whole sequences say about their tokens before the surrogate, in this order: see prepare.py
+    correction    importance weight of the sampler against the trainer (a row of CORRECTIONS); None trusts the
+                  recorded log-probs
+    prepare       what whole sequences say about their tokens before the surrogate, in this order: see
+                  prepare.py
     """
 
     surrogate: Surrogate
@@ -54,11 +57,17 @@ class Algorithm:
     @property
     def level(self) -> Literal["token", "sequence"]:
         """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
-        whole = self.ratio == "sequence" or self.prepare or (self.correction is not None and self.correction.level != "token")
+        whole = (
+            self.ratio == "sequence"
+            or self.prepare
+            or (self.correction is not None and self.correction.level != "token")
+        )
         return "sequence" if whole else "token"
 
     def corrected(self, tokens: Tokens) -> Tokens:
-        """The tokens with their correction; where the batch brings none, `tokens.logp` is the trainer's before any update on it."""
+        """The tokens with their correction; where the batch brings none, `tokens.logp` is the trainer's
+        before any update on it.
+        """
         return tokens if self.correction is None or tokens.correction is not None else self.correction(tokens)
 
     def loss(self, tokens: Tokens) -> Tensor:
@@ -109,15 +118,25 @@ ALGORITHMS: dict[str, Algorithm] = {
     "bnpo": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
     "lite_ppo": Algorithm(advantage=_A["batch_std"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
     "two_sided": Algorithm(advantage=_A["zscore"], surrogate=_clip(0.2, 0.2, cap=4.0), aggregate=token_mean),
-    "gspo": Algorithm(advantage=_A["zscore"], ratio="sequence", surrogate=_clip(3e-4, 4e-4), aggregate=sequence_mean),
-    "luspo": Algorithm(advantage=_A["zscore"], ratio="sequence", surrogate=_clip(2e-3, 2.5e-3), aggregate=sequence_sum),
-    "gmpo": Algorithm(advantage=_A["zscore"], prepare=(geometric_mean,), surrogate=_log_clip(0.4), aggregate=sequence_mean),
+    "gspo": Algorithm(
+        advantage=_A["zscore"], ratio="sequence", surrogate=_clip(3e-4, 4e-4), aggregate=sequence_mean
+    ),
+    "luspo": Algorithm(
+        advantage=_A["zscore"], ratio="sequence", surrogate=_clip(2e-3, 2.5e-3), aggregate=sequence_sum
+    ),
+    "gmpo": Algorithm(
+        advantage=_A["zscore"], prepare=(geometric_mean,), surrogate=_log_clip(0.4), aggregate=sequence_mean
+    ),
     "cispo": Algorithm(advantage=_A["zscore"], surrogate=_S["cispo"], aggregate=token_mean),
     "sapo": Algorithm(advantage=_A["zscore"], surrogate=_S["sapo"], aggregate=sequence_mean),
-    "vespo": Algorithm(advantage=_A["zscore"], prepare=(gamma_weight,), surrogate=_S["pg"], aggregate=token_mean),
+    "vespo": Algorithm(
+        advantage=_A["zscore"], prepare=(gamma_weight,), surrogate=_S["pg"], aggregate=token_mean
+    ),
     "rloo": Algorithm(advantage=_A["rloo"], surrogate=_S["pg"], aggregate=sequence_sum),
     "reinforce++": Algorithm(advantage=_A["whiten"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
-    "reinforce++_baseline": Algorithm(advantage=_A["center_whiten"], surrogate=_clip(0.2, 0.2), aggregate=token_mean),
+    "reinforce++_baseline": Algorithm(
+        advantage=_A["center_whiten"], surrogate=_clip(0.2, 0.2), aggregate=token_mean
+    ),
     "gpg": Algorithm(advantage=_A["gpg"], surrogate=_S["pg"], aggregate=token_mean),
     "pass_at_k": Algorithm(advantage=_A["max_at_k"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),
     "max_rl": Algorithm(advantage=_A["max_rl"], surrogate=_clip(0.2, 0.2), aggregate=fixed_length),

@@ -1,6 +1,8 @@
-"""PPO: rewards per token, advantages per token from a critic, and the critic's own loss.  The equations are in docs/ppo.md.
+"""PPO: rewards per token, advantages per token from a critic, and the critic's own loss.  The equations are
+in docs/ppo.md.
 
-A row is the family's (objective.py), its advantage left to GAE, with what the critic needs beside it; nothing branches on its name.
+A row is the family's (objective.py), its advantage left to GAE, with what the critic needs beside it; nothing
+branches on its name.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ class ActorCritic(Algorithm):
 
     gamma, lam   discount per token, and lambda of GAE
     whiten       advantages to mean 0 and deviation 1 over the tokens of the step
-    reward_kl    estimator of the KL inside the reward, with its weight; no reference model is kept where both weights are 0
+    reward_kl    estimator of the KL inside the reward, with its weight; no reference model is kept where both
+                 weights are 0
     value_clip   how far a value may move from the one at sampling, inf for any distance
     vf_coef      weight of the value loss where it shares the policy's optimizer
-    critic       a row of fastrl.methods.ppo.learner.CRITICS, the folder it starts from, and its learning rate; None: the policy's
+    critic       a row of fastrl.methods.ppo.learner.CRITICS, the folder it starts from, and its learning
+                 rate; None: the policy's
     """
 
     gamma: float = 1.0
@@ -80,12 +84,19 @@ def choose_ppo(config: Ppo) -> ActorCritic:
     coef = KL_COEF if config.kl_coef is None else config.kl_coef
     inside = config.kl_in == "reward"
     table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
-    family = replace(config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef)
+    family = replace(
+        config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef
+    )
     row = cast(ActorCritic, choose_algorithm(family, table))
     estimator = (config.kl or "k1") if inside else row.kl
     estimator = KL.get(config.semantics, {}).get(estimator or "", estimator)
     given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {"kl": estimator}
-    given |= {"gamma": config.gamma, "whiten": config.whiten, "critic": config.critic, "critic_model": config.critic_model}
+    given |= {
+        "gamma": config.gamma,
+        "whiten": config.whiten,
+        "critic": config.critic,
+        "critic_model": config.critic_model,
+    }
     given |= {"critic_lr": config.critic_lr}
     given |= {} if config.lam is None else {"lam": config.lam}
     given |= {} if config.vf_coef is None else {"vf_coef": config.vf_coef}
@@ -97,25 +108,72 @@ def _check(config: Ppo) -> None:
     for option in ("advantage", "scale_rewards", "pass_k"):
         if getattr(config, option) is not None:
             spelt = option.replace("_", "-")
-            raise UserError(f"--{spelt}: PPO's advantages come from its critic; leave it out, or run fastrl grpo")
+            raise UserError(
+                f"--{spelt}: PPO's advantages come from its critic; leave it out, or run fastrl grpo"
+            )
     several, own, coef = config.multi_objective_aggregation, config.critic == "separate", config.kl_coef
     tied, alone = config.critic_lr is None and config.critic_model is None, config.vf_coef is None
     samples = config.prompts * config.group
     for name, value, fine, expected in (
-        ("--multi-objective-aggregation", several, several == "sum_then_normalize", "sum_then_normalize, as there are no groups"),
+        (
+            "--multi-objective-aggregation",
+            several,
+            several == "sum_then_normalize",
+            "sum_then_normalize, as there are no groups",
+        ),
         ("--gamma", config.gamma, 0 <= config.gamma <= 1, "a discount in [0, 1]"),
         ("--lam", config.lam, config.lam is None or 0 <= config.lam <= 1, "a number in [0, 1]"),
         ("--kl-coef", coef, coef is None or coef >= 0, "0 or more"),
         ("--kl", config.kl, config.kl is None or coef != 0, "no estimator at --kl-coef 0"),
-        ("--kl-target", config.kl_target, config.kl_target is None or config.kl_target > 0, "a positive number of nats"),
-        ("--kl-target", config.kl_target, config.kl_target is None or coef != 0, "none at --kl-coef 0, which no factor moves"),
-        ("--kl-horizon", config.kl_horizon, config.kl_target is None or config.kl_horizon >= samples, f"at least a step's {samples}"),
-        ("--critic-lr, --critic-model", config.critic, own or tied, "--critic separate, which has an optimizer and weights of its own"),
-        ("--critic-lr", config.critic_lr, config.critic_lr is None or 0 <= config.critic_lr < math.inf, "0 or more"),
-        ("--vf-coef", config.vf_coef, alone or not own, "none with --critic separate, whose optimizer is its own; see --critic-lr"),
+        (
+            "--kl-target",
+            config.kl_target,
+            config.kl_target is None or config.kl_target > 0,
+            "a positive number of nats",
+        ),
+        (
+            "--kl-target",
+            config.kl_target,
+            config.kl_target is None or coef != 0,
+            "none at --kl-coef 0, which no factor moves",
+        ),
+        (
+            "--kl-horizon",
+            config.kl_horizon,
+            config.kl_target is None or config.kl_horizon >= samples,
+            f"at least a step's {samples}",
+        ),
+        (
+            "--critic-lr, --critic-model",
+            config.critic,
+            own or tied,
+            "--critic separate, which has an optimizer and weights of its own",
+        ),
+        (
+            "--critic-lr",
+            config.critic_lr,
+            config.critic_lr is None or 0 <= config.critic_lr < math.inf,
+            "0 or more",
+        ),
+        (
+            "--vf-coef",
+            config.vf_coef,
+            alone or not own,
+            "none with --critic separate, whose optimizer is its own; see --critic-lr",
+        ),
         ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
-        ("--missing-eos-penalty", config.missing_eos_penalty, math.isfinite(config.missing_eos_penalty), "a finite number"),
-        ("--value-clip", config.value_clip, (config.value_clip or 0) >= 0, "a positive number, or 0 for none"),
+        (
+            "--missing-eos-penalty",
+            config.missing_eos_penalty,
+            math.isfinite(config.missing_eos_penalty),
+            "a finite number",
+        ),
+        (
+            "--value-clip",
+            config.value_clip,
+            (config.value_clip or 0) >= 0,
+            "a positive number, or 0 for none",
+        ),
     ):
         if not fine:
             raise UserError(f"{name}: expected {expected}, got {value}")
@@ -127,10 +185,13 @@ def kl_of_tokens(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
     return KLS[estimator](logp - ref_logp, torch.zeros_like(logp))[0]
 
 
-def token_rewards(score: Tensor, kl: Tensor | None, kl_coef: float, live_ends: Tensor, mask: Tensor) -> Tensor:
+def token_rewards(
+    score: Tensor, kl: Tensor | None, kl_coef: float, live_ends: Tensor, mask: Tensor
+) -> Tensor:
     """Rewards of packed tokens: -kl_coef kl at each that counts, and the completion's score at its last one.
 
-    Shapes:  score (S,), kl (T,) or None, live_ends (S+1,) (see `Batch.live_ends`), mask (T,) bool  ->  (T,), 0 where masked out.
+    Shapes:  score (S,), kl (T,) or None, live_ends (S+1,) (see `Batch.live_ends`), mask (T,) bool  ->  (T,),
+             0 where masked out.
     """
     reward = torch.zeros(mask.shape, dtype=score.dtype, device=score.device)
     if kl is not None:
@@ -141,7 +202,8 @@ def token_rewards(score: Tensor, kl: Tensor | None, kl_coef: float, live_ends: T
 
 
 def whiten(x: Tensor, mask: Tensor, total: Sum) -> Tensor:
-    """(x - mean) / sqrt(variance + 1e-8) over the tokens that count, of all processes; 0 elsewhere, and of a single token.
+    """(x - mean) / sqrt(variance + 1e-8) over the tokens that count, of all processes; 0 elsewhere, and of a
+    single token.
 
     The variance divides by N - 1.  Sums are float64, in two passes.
     """
@@ -153,8 +215,12 @@ def whiten(x: Tensor, mask: Tensor, total: Sum) -> Tensor:
     return torch.where(mask, (x.double() - mean) * scale, 0).to(x.dtype)
 
 
-def advantages(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, row: ActorCritic, total: Sum) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened if the row says so, and returns (T,), which are computed before that; 0 where masked out."""
+def advantages(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, row: ActorCritic, total: Sum
+) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened if the row says so, and returns (T,), which are computed before that; 0 where
+    masked out.
+    """
     found = ops.gae(reward, value, cu_seqlens, gamma=row.gamma, lam=row.lam, mask=mask)
     return whiten(found.advantage, mask, total) if row.whiten else found.advantage, found.returns
 
@@ -163,7 +229,8 @@ def advantages(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, 
 class Coefficient:
     """The weight of the KL, from batch to batch: kept, or adapted to a KL of `target` nats per completion.
 
-    Source:  Ziegler et al. 2019, "Fine-tuning language models from human preferences" (arXiv 1909.08593), section 2.2.
+    Source:  Ziegler et al. 2019, "Fine-tuning language models from human preferences" (arXiv 1909.08593),
+             section 2.2.
     """
 
     value: float
@@ -178,13 +245,22 @@ class Coefficient:
 
 
 # --- the critic's loss ------------------------------------------------------------------------------
-VALUE_SUMS = ("loss", "tokens", "clipped", "value")  # of `value_loss`: the loss, weighted, and three plain sums over tokens
+VALUE_SUMS = (
+    "loss",
+    "tokens",
+    "clipped",
+    "value",
+)  # of `value_loss`: the loss, weighted, and three plain sums over tokens
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """sum weight 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), and VALUE_SUMS (4,) float64, detached.
+def value_loss(
+    value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """sum weight 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), and VALUE_SUMS (4,)
+    float64, detached.
 
-    Where the second is the larger the gradient is 0: the value has moved far enough away from what it was, towards R.
+    Where the second is the larger the gradient is 0: the value has moved far enough away from what it was,
+    towards R.
     Shapes:  all (N,); differentiable in `value`.
     Source:  the PPO authors' implementation (openai/baselines, ppo2), of which TRL and verl have the form.
     """

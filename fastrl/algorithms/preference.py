@@ -1,12 +1,14 @@
-"""The table of preference losses.  A loss is a row: a rule over what a pair (or a labelled example) scored | what a score is | NLL;
-nothing branches on its name.  Equations and sources are in docs/preference.md.
+"""The table of preference losses.  A loss is a row: a rule over what a pair (or a labelled example) scored |
+what a score is | NLL; nothing branches on its name.  Equations and sources are in docs/preference.md.
 
-A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or without a reference its
-log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,) vectors of sequences, differentiated through
-`ops.linear_loss(level="sequence")`: the gradient of a token's log-prob is its sequence's scalar, and the vocabulary is never seen.
+A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or
+without a reference its log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,)
+vectors of sequences, differentiated through `ops.linear_loss(level="sequence")`: the gradient of a token's
+log-prob is its sequence's scalar, and the vocabulary is never seen.
 
-Batches are as types.Batch says, with these columns: `advantage` is +1 for tokens of chosen and desirable completions and -1 for the
-others, `weight` is 1 / units of the whole optimizer step; a pair's two sequences lie next to each other, the chosen one first.
+Batches are as types.Batch says, with these columns: `advantage` is +1 for tokens of chosen and desirable
+completions and -1 for the others, `weight` is 1 / units of the whole optimizer step; a pair's two sequences
+lie next to each other, the chosen one first.
 """
 
 from __future__ import annotations
@@ -40,14 +42,23 @@ from fastrl.algorithms.preference_rules import (
     robust,
     simpo,
     sppo,
-)  # fmt: skip
+)
 from fastrl.batch.types import Tokens
 from fastrl.config import Dpo
 from fastrl.errors import UserError
 from fastrl.files import nearest
 
-Rule = Callable[..., Tensor]  # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
-SUMS = ("units", "tokens", "entropy", "nll", "accurate", *(f"{x}_{side}" for side in ("good", "bad") for x in ("n", "reward", "logp")))
+Rule = Callable[
+    ..., Tensor
+]  # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
+SUMS = (
+    "units",
+    "tokens",
+    "entropy",
+    "nll",
+    "accurate",
+    *(f"{x}_{side}" for side in ("good", "bad") for x in ("n", "reward", "logp")),
+)
 
 
 class Scores(NamedTuple):
@@ -72,14 +83,15 @@ class Preference:
     """One loss.
 
     rule       what two scores cost, or with `paired` False what one score and its label cost
-    params     the rule's parameters; `beta` also scales the rewards that are reported.  A `baseline` among them is KTO's z0, which the
-               learner fills in at every step
+    params     the rule's parameters; `beta` also scales the rewards that are reported.  A `baseline` among
+               them is KTO's z0, which the learner fills in at every step
     paired     pairs of a chosen and a rejected completion, or single completions labelled good or bad
     reference  whether a score is measured against a reference model
     average    scores are divided by the completion's tokens
     transform  of the scores before that: f' of an f-divergence (f-DPO); None is the reverse KL
     tail       weight of tokens beyond the length of the pair's shorter completion (LD-DPO)
-    nll        weight of the chosen completion's cross-entropy, nats per token of it, added to each pair's loss
+    nll        weight of the chosen completion's cross-entropy, nats per token of it, added to each pair's
+               loss
     """
 
     rule: Rule
@@ -126,23 +138,39 @@ class Preference:
     def scores(self, tokens: Tokens) -> Scores:
         """The sequences' sums, in float64 before they are rounded: a difference of long sums loses nothing."""
         if tokens.cu_seqlens is None:
-            raise ValueError('cu_seqlens: expected the ends of whole sequences, got None; evaluate the loss with level="sequence"')
+            raise ValueError(
+                "cu_seqlens: expected the ends of whole sequences, got None; "
+                'evaluate the loss with level="sequence"'
+            )
         if self.reference and tokens.ref_logp is None:
-            raise ValueError("ref_logp: expected the reference model's log-probs, got None; this row compares with them")
+            raise ValueError(
+                "ref_logp: expected the reference model's log-probs, got None; this row compares with them"
+            )
         ends = tokens.cu_seqlens.long()
-        each = tokens.logp - tokens.ref_logp if self.reference and tokens.ref_logp is not None else tokens.logp
+        each = (
+            tokens.logp - tokens.ref_logp if self.reference and tokens.ref_logp is not None else tokens.logp
+        )
         if self.tail != 1.0:
             each = each * self._tail_weight(ends, each.numel()).to(each.dtype)
         first = ends[:-1].clamp(max=max(each.numel() - 1, 0))  # of a sequence without tokens, some token
         return Scores(
-            score=_sum(each, ends), logp=_sum(tokens.logp, ends), length=ends.diff().to(each.dtype),
-            good=tokens.advantage[first] > 0, weight=tokens.weight[first],
-        )  # fmt: skip
+            score=_sum(each, ends),
+            logp=_sum(tokens.logp, ends),
+            length=ends.diff().to(each.dtype),
+            good=tokens.advantage[first] > 0,
+            weight=tokens.weight[first],
+        )
 
     def _tail_weight(self, ends: Tensor, tokens: int) -> Tensor:
         length = ends.diff()
-        shorter = ends[:-1] + length.view(-1, 2).amin(1).repeat_interleave(2)  # where each sequence's tail begins
-        return torch.where(torch.arange(tokens, device=ends.device) < shorter.repeat_interleave(length, output_size=tokens), 1.0, self.tail)
+        shorter = ends[:-1] + length.view(-1, 2).amin(1).repeat_interleave(
+            2
+        )  # where each sequence's tail begins
+        return torch.where(
+            torch.arange(tokens, device=ends.device) < shorter.repeat_interleave(length, output_size=tokens),
+            1.0,
+            self.tail,
+        )
 
     # --- what is reported ---
     def measure(self, tokens: Tokens) -> Tensor:
@@ -163,11 +191,18 @@ class Preference:
 
     def merge(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """A step's metrics under TRL's names, from `measure` of every micro-batch of every process."""
-        total = dict(zip(SUMS, map(math.fsum, zip(*rows, strict=True)), strict=True)) if rows else dict.fromkeys(SUMS, 0.0)
+        total = (
+            dict(zip(SUMS, map(math.fsum, zip(*rows, strict=True)), strict=True))
+            if rows
+            else dict.fromkeys(SUMS, 0.0)
+        )
         out = {"num_tokens": total["tokens"]}
         for side, name in (("good", "chosen"), ("bad", "rejected")):
             if n := total[f"n_{side}"]:  # a step may have no example of one label
-                out |= {f"rewards/{name}": total[f"reward_{side}"] / n, f"logps/{name}": total[f"logp_{side}"] / n}
+                out |= {
+                    f"rewards/{name}": total[f"reward_{side}"] / n,
+                    f"logps/{name}": total[f"logp_{side}"] / n,
+                }
         if total["n_good"] and total["n_bad"]:
             out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         if total["units"]:
@@ -206,15 +241,24 @@ PREFERENCES: dict[str, Preference] = {
     "cpo": Preference(rule=dpo, reference=False, nll=1.0),
     "orpo": Preference(rule=orpo, reference=False, average=True, nll=1.0),
     "kto": Preference(
-        rule=kto, params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "baseline": 0.0}, paired=False
+        rule=kto,
+        params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "baseline": 0.0},
+        paired=False,
     ),
     "apo_zero_unpaired": Preference(
-        rule=apo_zero_unpaired, params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, paired=False
+        rule=apo_zero_unpaired,
+        params={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        paired=False,
     ),
-}  # fmt: skip
+}
 TRL_NAMES = {  # its loss_type -> our row
-    "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco", "sppo_hard": "sppo",
-}  # fmt: skip
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+}
 _POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "a positive number")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the parameters a user may set
     "beta": _POSITIVE,
@@ -234,7 +278,10 @@ def choose_preference(config: Dpo, named: str = "--algorithm") -> Preference:
     """
     name = TRL_NAMES.get(config.algorithm, config.algorithm)
     if name not in PREFERENCES:
-        raise UserError(f"{named}: expected one of {', '.join(PREFERENCES)}; got {name!r}{nearest(name, [*PREFERENCES, *TRL_NAMES])}")
+        raise UserError(
+            f"{named}: expected one of {', '.join(PREFERENCES)}; "
+            f"got {name!r}{nearest(name, [*PREFERENCES, *TRL_NAMES])}"
+        )
     row = PREFERENCES[name]
     for key, (fine, expected) in RANGES.items():
         value = getattr(config, key)
@@ -243,7 +290,10 @@ def choose_preference(config: Dpo, named: str = "--algorithm") -> Preference:
         option, article = f"--{key.replace('_', '-')}", "an" if named == "--algorithm" else "a"
         if key not in row.params:
             have = ", ".join(n for n, r in PREFERENCES.items() if key in r.params)
-            raise UserError(f"{option}: {name} has no such parameter; leave it out, or take {article} {named} that has: {have}")
+            raise UserError(
+                f"{option}: {name} has no such parameter; leave it out, "
+                f"or take {article} {named} that has: {have}"
+            )
         if not fine(value):
             raise UserError(f"{option}: expected {expected}, got {value:g}")
         row = row.with_params(**{key: value})
@@ -256,7 +306,9 @@ def _with_nll(row: Preference, name: str, coef: float | None) -> Preference:
     if coef is None:
         return row
     if not row.paired:
-        raise UserError(f"--nll-coef: {name} has no pairs, whose chosen completion it is the weight of; leave it out")
+        raise UserError(
+            f"--nll-coef: {name} has no pairs, whose chosen completion it is the weight of; leave it out"
+        )
     if not 0 <= coef < math.inf:
         raise UserError(f"--nll-coef: expected a number of at least 0, got {coef:g}")
     return replace(row, nll=coef)
@@ -265,8 +317,13 @@ def _with_nll(row: Preference, name: str, coef: float | None) -> Preference:
 def _check_reference(row: Preference, name: str, asked: str | None, named: str) -> None:
     if row.reference and asked == "none":
         free = ", ".join(n for n, r in PREFERENCES.items() if not r.reference)
-        raise UserError(f"--reference: {name} compares with a reference model; take precomputed or live, or another {named}: {free}")
+        raise UserError(
+            f"--reference: {name} compares with a reference model; take precomputed or live, "
+            f"or another {named}: {free}"
+        )
     if not row.reference and asked in ("precomputed", "live"):
         raise UserError(f"--reference: {name} has no reference model; leave it out, or take none")
     if row.mismatched and asked == "precomputed":
-        raise UserError(f"--reference: {name} pairs each prompt with another's completion, anew at every step; take live")
+        raise UserError(
+            f"--reference: {name} pairs each prompt with another's completion, anew at every step; take live"
+        )

@@ -1,8 +1,8 @@
 """What pairs and labelled examples cost: the rules of the rows in preference.py.
 
-A rule of pairs takes the scores of N chosen and N rejected completions (c, r); one of examples takes N scores and which of them are
-good.  It returns N losses.  Scores are log-ratios to the reference, or log-probs, summed or averaged, as the row says.
-Source: the papers named, by their arXiv numbers.
+A rule of pairs takes the scores of N chosen and N rejected completions (c, r); one of examples takes N scores
+and which of them are good.  It returns N losses.  Scores are log-ratios to the reference, or log-probs,
+summed or averaged, as the row says.  Source: the papers named, by their arXiv numbers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ LARGEST = 80.0  # exp() of more than this is no float32
 
 # --- functions of the margin c - r ------------------------------------------------------------------
 def dpo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """-log sigmoid(beta (c - r)): the pair's negative log-likelihood under Bradley and Terry.  Source: 2305.18290."""
+    """-log sigmoid(beta (c - r)): the pair's negative log-likelihood under Bradley and Terry.  Source:
+    2305.18290.
+    """
     return -F.logsigmoid(beta * (c - r))
 
 
 def cdpo(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """The same under labels of which a share is wrong: cross-entropy against (1 - e, e).  Source: E. Mitchell's note on cDPO."""
+    """The same under labels of which a share is wrong: cross-entropy against (1 - e, e).  Source: E.
+    Mitchell's note on cDPO.
+    """
     x = beta * (c - r)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
 def robust(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """An unbiased estimate of DPO's loss when a share e of the labels is flipped; may be negative.  Source: 2403.00409."""
+    """An unbiased estimate of DPO's loss when a share e of the labels is flipped; may be negative.  Source:
+    2403.00409.
+    """
     x, e = beta * (c - r), label_smoothing
     return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
 
@@ -40,7 +46,9 @@ def hinge(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def ipo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """(c - r - 1/(2 beta))^2 of length-averaged scores.  Source: 2310.12036 (its tau is beta); the average is its authors'."""
+    """(c - r - 1/(2 beta))^2 of length-averaged scores.  Source: 2310.12036 (its tau is beta); the average is
+    its authors'.
+    """
     return (c - r - 1 / (2 * beta)).square()
 
 
@@ -48,7 +56,9 @@ def exo(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """Reverse KL of the policy's choice (q, 1 - q) to the labels (1 - e, e).  Source: 2402.00856."""
     x = beta * (c - r)
     log_q, log_not = F.logsigmoid(x), F.logsigmoid(-x)
-    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_not.exp() * (log_not - math.log(label_smoothing))
+    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_not.exp() * (
+        log_not - math.log(label_smoothing)
+    )
 
 
 def discopop(c: Tensor, r: Tensor, *, beta: float, tau: float) -> Tensor:
@@ -59,13 +69,17 @@ def discopop(c: Tensor, r: Tensor, *, beta: float, tau: float) -> Tensor:
 
 
 def simpo(c: Tensor, r: Tensor, *, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta (c - r) - gamma) of averaged log-probs: a target margin, and no reference.  Source: 2405.14734."""
+    """-log sigmoid(beta (c - r) - gamma) of averaged log-probs: a target margin, and no reference.  Source:
+    2405.14734.
+    """
     return -F.logsigmoid(beta * (c - r) - gamma)
 
 
 # --- functions of both scores -----------------------------------------------------------------------
 def dpop(c: Tensor, r: Tensor, *, beta: float, penalty: float) -> Tensor:
-    """DPO with a penalty where the chosen completion has become less likely than the reference has it.  Source: 2402.13228."""
+    """DPO with a penalty where the chosen completion has become less likely than the reference has it.
+    Source: 2402.13228.
+    """
     return -F.logsigmoid(beta * (c - r - penalty * F.relu(-c)))
 
 
@@ -80,12 +94,16 @@ def bco(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def sppo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """Self-play preference optimisation with certain wins: the scores regress to +-1/(2 beta).  Source: 2405.00675."""
+    """Self-play preference optimisation with certain wins: the scores regress to +-1/(2 beta).  Source:
+    2405.00675.
+    """
     return (c - 0.5 / beta).square() + (r + 0.5 / beta).square()
 
 
 def apo_zero(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """Raises the chosen and lowers the rejected: for chosen ones better than the model's own.  Source: 2408.06266."""
+    """Raises the chosen and lowers the rejected: for chosen ones better than the model's own.  Source:
+    2408.06266.
+    """
     return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
 
 
@@ -95,7 +113,9 @@ def apo_down(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def orpo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """-beta log sigmoid(log odds(c) - log odds(r)), odds p/(1-p) of the geometric mean probability p = exp(score).  Source: 2403.07691."""
+    """-beta log sigmoid(log odds(c) - log odds(r)), odds p/(1-p) of the geometric mean probability p =
+    exp(score).  Source: 2403.07691.
+    """
     return -beta * F.logsigmoid(_log_odds(c) - _log_odds(r))
 
 
@@ -106,15 +126,34 @@ def _log_odds(x: Tensor) -> Tensor:
 
 
 # --- labelled examples ------------------------------------------------------------------------------
-def kto(score: Tensor, good: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float, baseline: float) -> Tensor:
-    """1 - sigmoid(beta (score - z0)) of good examples, 1 - sigmoid(beta (z0 - score)) of bad ones.  Source: 2402.01306."""
+def kto(
+    score: Tensor,
+    good: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    baseline: float,
+) -> Tensor:
+    """1 - sigmoid(beta (score - z0)) of good examples, 1 - sigmoid(beta (z0 - score)) of bad ones.  Source:
+    2402.01306.
+    """
     x = beta * (score - baseline)
     return torch.where(good, desirable_weight * torch.sigmoid(-x), undesirable_weight * torch.sigmoid(x))
 
 
-def apo_zero_unpaired(score: Tensor, good: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
+def apo_zero_unpaired(
+    score: Tensor, good: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
     """APO-zero of single examples: KTO with a baseline of 0.  Source: 2408.06266, as TRL has it."""
-    return kto(score, good, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight, baseline=0.0)
+    return kto(
+        score,
+        good,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        baseline=0.0,
+    )
 
 
 # --- f-DPO: f'(u) of the ratio u = exp(score) to the reference, up to a constant ----------------------

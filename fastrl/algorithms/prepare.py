@@ -1,7 +1,9 @@
-"""What a row does with whole sequences before its surrogate: the `prepare` column, functions that replace the correction.
+"""What a row does with whole sequences before its surrogate: the `prepare` column, functions that replace the
+correction.
 
-prepare(tokens, surrogate) -> (N,) constant weight of the policy term.  It sees every token of each sequence, so the loss is evaluated
-once per micro-batch (level="sequence" of `ops.linear_loss`); surrogate, KL and entropy stay per token.
+prepare(tokens, surrogate) -> (N,) constant weight of the policy term.  It sees every token of each sequence,
+so the loss is evaluated once per micro-batch (level="sequence" of `ops.linear_loss`); surrogate, KL and
+entropy stay per token.
 """
 
 from __future__ import annotations
@@ -20,21 +22,32 @@ Prepare = Callable[[Tokens, Surrogate], Tensor]
 
 
 def geometric_mean(tokens: Tokens, surrogate: Surrogate) -> Tensor:
-    """GMPO: the sequence's geometric mean of the clipped ratios, over the token's own clipped ratio, which the surrogate multiplies in.
+    """GMPO: the sequence's geometric mean of the clipped ratios, over the token's own clipped ratio, which
+    the surrogate multiplies in.
 
-    The clip is one-sided, by the sign of the advantage, with the bounds of the surrogate: clipped tokens count in the mean and
-    have no gradient.
+    The clip is one-sided, by the sign of the advantage, with the bounds of the surrogate: clipped tokens
+    count in the mean and have no gradient.
     """
     low, high = math.log1p(-surrogate.params["low"]), math.log1p(surrogate.params["high"])
     d = bounded((tokens.logp - tokens.old_logp).detach())
-    d = torch.where(tokens.advantage > 0, d.clamp(max=high), torch.where(tokens.advantage < 0, d.clamp(min=low), d))
+    d = torch.where(
+        tokens.advantage > 0, d.clamp(max=high), torch.where(tokens.advantage < 0, d.clamp(min=low), d)
+    )
     return _times(tokens, (mean(d, tokens) - d).exp())
 
 
 def gamma_weight(
-    tokens: Tokens, surrogate: Surrogate, *, k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0
+    tokens: Tokens,
+    surrogate: Surrogate,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
 ) -> Tensor:
-    """VESPO: phi(W) = W^k exp(lambda (1 - W)) of the sequence's whole ratio W, its correction included; the sign of A chooses k, lambda."""
+    """VESPO: phi(W) = W^k exp(lambda (1 - W)) of the sequence's whole ratio W, its correction included; the
+    sign of A chooses k, lambda.
+    """
     d = bounded((tokens.logp - tokens.old_logp).detach())
     if tokens.correction is not None:
         d = d + tokens.correction.log().clamp(-20.0, 20.0)
@@ -45,7 +58,9 @@ def gamma_weight(
 
 
 def drop_stale(tokens: Tokens, surrogate: Surrogate, *, threshold: float) -> Tensor:
-    """Off-policy sequence mask: 0 for a sequence of negative advantage whose mean of recorded - current log-prob exceeds `threshold`."""
+    """Off-policy sequence mask: 0 for a sequence of negative advantage whose mean of recorded - current
+    log-prob exceeds `threshold`.
+    """
     recorded = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
     drift = mean((recorded - tokens.logp).detach(), tokens)
     return _times(tokens, torch.where((tokens.advantage < 0) & (drift > threshold), 0.0, 1.0).to(drift.dtype))

@@ -1,4 +1,6 @@
-"""What whole sequences say about their tokens: packed vectors of N tokens, whose sequences end at `cu_seqlens` (S+1,)."""
+"""What whole sequences say about their tokens: packed vectors of N tokens, whose sequences end at
+`cu_seqlens` (S+1,).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,14 @@ from fastrl.batch.types import Tokens
 
 
 def totals(x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The sum of x over each token's sequence and its number of tokens, both (N,) and constant, summed in float64."""
+    """The sum of x over each token's sequence and its number of tokens, both (N,) and constant, summed in
+    float64.
+    """
     if tokens.cu_seqlens is None:
-        raise ValueError('cu_seqlens: expected the ends of whole sequences, got None; evaluate the loss with level="sequence"')
+        raise ValueError(
+            "cu_seqlens: expected the ends of whole sequences, got None; "
+            'evaluate the loss with level="sequence"'
+        )
     ends = tokens.cu_seqlens.long()
     of = torch.searchsorted(ends[1:], torch.arange(x.numel(), device=x.device), right=True)
     total = torch.segment_reduce(x.detach().double(), "sum", offsets=ends, unsafe=True)

@@ -9,7 +9,8 @@ from fastrl.errors import UserError
 
 
 def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[list[int]]:
-    """Indices of the sequences in each micro-batch: first-fit decreasing, no micro-batch above `budget` tokens.
+    """Indices of the sequences in each micro-batch: first-fit decreasing, no micro-batch above `budget`
+    tokens.
 
     Raises UserError for a sequence (`what` it is) longer than the budget: attention needs it whole.
     """
@@ -17,7 +18,10 @@ def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > budget:
-            raise UserError(f"--micro-tokens: {what} of {lengths[i]} tokens does not fit into {budget}; raise it to at least {lengths[i]}")
+            raise UserError(
+                f"--micro-tokens: {what} of {lengths[i]} tokens does not fit into {budget}; "
+                f"raise it to at least {lengths[i]}"
+            )
         spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
         if spot is None:
             bins.append([])
@@ -29,11 +33,15 @@ def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[
 
 
 def micro_batches(batch: Batch, budget: int, unit: int = 1) -> Iterator[Batch]:
-    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole batch.
+    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole
+    batch.
 
     `unit` sequences that lie next to each other (the two of a pair) stay together.
     """
-    lengths, what = batch.cu_seqlens.diff().tolist(), "a sequence" if unit == 1 else f"{unit} sequences that belong together,"
+    lengths, what = (
+        batch.cu_seqlens.diff().tolist(),
+        "a sequence" if unit == 1 else f"{unit} sequences that belong together,",
+    )
     units = plan([sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)], budget, what)
     groups = [[unit * u + i for u in group for i in range(unit)] for group in units]
     if len(groups) == 1:

@@ -1,8 +1,9 @@
-"""Sequences that begin alike, as the G completions of one prompt do: their common beginning is forwarded once.
+"""Sequences that begin alike, as the G completions of one prompt do: their common beginning is forwarded
+once.
 
-Norms, projections and MLP run on the U tokens that are different; attention alone sees every sequence whole, its queries, keys
-and values copied from them, and its outputs are kept once.  With prompts of N tokens and completions of M that saves
-(G - 1) N of the G (N + M) tokens in every matrix product, forward and backward.
+Norms, projections and MLP run on the U tokens that are different; attention alone sees every sequence whole,
+its queries, keys and values copied from them, and its outputs are kept once.  With prompts of N tokens and
+completions of M that saves (G - 1) N of the G (N + M) tokens in every matrix product, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LEAST = 16  # copying queries, keys and values pays for itself once one token in
 class Copies:
     """Rows of an array (U, ...) by index (N,), some of them several times.
 
-    parts   places 0..N-1, cut so that none takes a row twice: the gradients of copies are added part by part, always in that order
+    parts   places 0..N-1, cut so that none takes a row twice: the gradients of copies are added part by part,
+            always in that order
     """
 
     index: Tensor
@@ -63,7 +65,8 @@ class Shared:
     """A batch with its common beginnings taken once.
 
     tokens, positions   (U,)   what is forwarded
-    row                 (T,)   where each token of the batch is among them; a sequence's last loss token, which predicts nothing, is not
+    row                 (T,)   where each token of the batch is among them; a sequence's last loss token,
+                        which predicts nothing, is not
     rank                (T,)   how many sequences before it share the token
     whole               the tokens of all sequences, from the U
     first               (U,)   the place of each of the U in `whole`
@@ -91,7 +94,8 @@ class Shared:
 
 
 def shared(batch: Batch) -> Shared | None:
-    """What neighbouring sequences have in common before their first loss token, taken once; None when that is next to nothing.
+    """What neighbouring sequences have in common before their first loss token, taken once; None when that is
+    next to nothing.
 
     Only whole beginnings of the same length are compared: those of one prompt.  Waits for the device.
     """
@@ -104,7 +108,9 @@ def shared(batch: Batch) -> Shared | None:
     begins = seen[1:] == seen[starts][seq]
     prompt = torch.zeros_like(starts).index_add_(0, seq, begins.long())
     before = starts - torch.roll(starts, 1)  # from a sequence to its neighbour on the left
-    there = (torch.arange(T, device=device) - before[seq]).clamp(0, T - 1)  # the same place there, where it has one
+    there = (torch.arange(T, device=device) - before[seq]).clamp(
+        0, T - 1
+    )  # the same place there, where it has one
     other = (batch.tokens != batch.tokens[there]) & begins
     differs = torch.zeros_like(starts).index_add_(0, seq, other.long())
     alike = (differs == 0) & (prompt == torch.roll(prompt, 1)) & (torch.arange(S, device=device) > 0)
@@ -117,8 +123,16 @@ def shared(batch: Batch) -> Shared | None:
     number = kept.cumsum(0) - 1
     row = torch.where(begins, number[starts[leader[seq]] + position], number)
     stays = (~last).nonzero().squeeze(1)
-    ends = torch.cat([cu.new_zeros(1), (lengths - torch.zeros_like(lengths).index_add_(0, seq, last.long())).cumsum(0)])
+    ends = torch.cat(
+        [cu.new_zeros(1), (lengths - torch.zeros_like(lengths).index_add_(0, seq, last.long())).cumsum(0)]
+    )
     return Shared(
-        tokens=batch.tokens[kept], positions=position[kept], row=row, rank=rank, whole=Copies.of(row[stays], rank[stays]),
-        first=kept[stays].nonzero().squeeze(1), cu_seqlens=ends.to(torch.int32), max_seqlen=int(ends.diff().max()),
-    )  # fmt: skip
+        tokens=batch.tokens[kept],
+        positions=position[kept],
+        row=row,
+        rank=rank,
+        whole=Copies.of(row[stays], rank[stays]),
+        first=kept[stays].nonzero().squeeze(1),
+        cu_seqlens=ends.to(torch.int32),
+        max_seqlen=int(ends.diff().max()),
+    )

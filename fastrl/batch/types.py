@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PER_TOKEN = ("tokens", "completion_mask", "logp", "behaviour_logp", "entropy", "weight_version")  # of Rollouts
+_PER_TOKEN = (
+    "tokens",
+    "completion_mask",
+    "logp",
+    "behaviour_logp",
+    "entropy",
+    "weight_version",
+)  # of Rollouts
 _PER_SEQUENCE = ("prompt_index", "prompt_lengths", "sequence")
 
 
@@ -27,13 +34,16 @@ class Rollouts:
     completion_mask  (T,)   bool    True where the policy chose the token (its end-of-sequence token included)
     prompt_index     (S,)   int64   which prompt of the call each sequence answers
     prompt_lengths   (S,)   int64   prompt tokens of each sequence
-    logp             (T,)   fp32    nats, at the sampling temperature over the full vocabulary: the old log-prob
+    logp             (T,)   fp32    nats, at the sampling temperature over the full vocabulary: the old
+                     log-prob
     behaviour_logp   (T,)   fp32    nats, after top-k, top-p and min-p: what the sampler drew from
-    entropy          (T,)   fp32    nats, of the distribution `logp` refers to; NaN where the sampler does not know it
+    entropy          (T,)   fp32    nats, of the distribution `logp` refers to; NaN where the sampler does not
+                     know it
     weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
     finish_reason           "stop" or "length", one per sequence; "unfinished" where a later call is to go on
     text                    decoded completions, None without a tokenizer
-    sequence         (S,)   int64   each sequence's number, the key of its randomness; None where the sampler has none
+    sequence         (S,)   int64   each sequence's number, the key of its randomness; None where the sampler
+                     has none
 
     logp, behaviour_logp and entropy are 0, and weight_version is -1, where completion_mask is False.
     """
@@ -67,7 +77,9 @@ class Rollouts:
         rows = torch.tensor(list(samples), dtype=torch.int64, device=self.tokens.device)
         cu = torch.cat([rows.new_zeros(1), self.cu_seqlens.diff().long()[rows].cumsum(0)]).to(torch.int32)
         taken: dict[str, Any] = {name: getattr(self, name)[take] for name in _PER_TOKEN}
-        taken |= {name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE}
+        taken |= {
+            name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE
+        }
         reasons, text = self.finish_reason, self.text
         said = None if text is None else [text[i] for i in samples]
         return replace(self, cu_seqlens=cu, finish_reason=[reasons[i] for i in samples], text=said, **taken)
@@ -77,8 +89,13 @@ class Rollouts:
         """The sequences of several calls as those of one, in order."""
         if len(parts) == 1:
             return parts[0]
-        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Rollouts)}
-        for name, base in (("cu_seqlens", [int(p.cu_seqlens[-1]) for p in parts]), ("prompt_index", [_prompts(p) for p in parts])):
+        columns: dict[str, Any] = {
+            f.name: [getattr(part, f.name) for part in parts] for f in fields(Rollouts)
+        }
+        for name, base in (
+            ("cu_seqlens", [int(p.cu_seqlens[-1]) for p in parts]),
+            ("prompt_index", [_prompts(p) for p in parts]),
+        ):
             starts = [sum(base[:i]) for i in range(len(parts))]
             columns[name] = [x + start for x, start in zip(columns[name], starts, strict=True)]
         columns["cu_seqlens"] = [x if i == 0 else x[1:] for i, x in enumerate(columns["cu_seqlens"])]
@@ -113,10 +130,13 @@ class Batch:
     correction (T,)   fp32    importance weight of sampler against trainer, or None for 1
     ref_logp   (T,)   fp32    under the reference model, or None
     sampler_logp (T,) fp32    what the sampler recorded, where old_logp is not that; else None
-    value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's unit; else None
+    value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's
+               unit; else None
     returns    (T,)   fp32    what it should have expected; else None
-    kind       (T,)   int64   whose token it is (fastrl.algorithms.hybrid.KINDS), or None where all are of one kind
-    number     (T,)   int64   the sequence's place among those of the step, all processes included, or None where nobody asks
+    kind       (T,)   int64   whose token it is (fastrl.algorithms.hybrid.KINDS), or None where all are of one
+               kind
+    number     (T,)   int64   the sequence's place among those of the step, all processes included, or None
+               where nobody asks
     """
 
     tokens: Tensor
@@ -166,7 +186,8 @@ class Tokens:
     old_logp               (N,)   nats
     advantage, weight      (N,)   see `Batch`
     correction, ref_logp, sampler_logp, kind   (N,)   or None
-    cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level chunk,
+    cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level
+                           chunk,
                                   which may cut a sequence in two
     live                   how many of the tokens count in the loss
     """
@@ -184,10 +205,14 @@ class Tokens:
     entropy: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Tokens:
-        """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked for."""
+        """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked
+        for.
+        """
         whole = rows.numel() == self.live
         names = ("old_logp", "advantage", "weight", "correction", "ref_logp", "sampler_logp", "kind")
-        taken: dict[str, Any] = {n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names}
+        taken: dict[str, Any] = {
+            n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names
+        }
         return Tokens(**taken, cu_seqlens=self.cu_seqlens if whole else None, live=rows.numel())
 
     def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:

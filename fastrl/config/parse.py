@@ -1,7 +1,9 @@
-"""From a file and a command line to a configuration, and back: the dataclasses say what exists, nothing is listed twice.
+"""From a file and a command line to a configuration, and back: the dataclasses say what exists, nothing is
+listed twice.
 
-A file (--config) sets the fields by the names of the dataclass, nested or dotted (`optim: {lr: 1e-4}` or `optim.lr: 1e-4`);
-the command line overrides it; what neither sets keeps its default.  An unknown name is an error that suggests the nearest.
+A file (--config) sets the fields by the names of the dataclass, nested or dotted (`optim: {lr: 1e-4}` or
+`optim.lr: 1e-4`); the command line overrides it; what neither sets keeps its default.  An unknown name is an
+error that suggests the nearest.
 """
 
 from __future__ import annotations
@@ -26,16 +28,37 @@ from fastrl.errors import UserError
 
 C = TypeVar("C")  # a configuration dataclass
 ALIASES = {  # TRL's name -> ours, on the command line and in files
-    "model_name_or_path": "model", "dataset_name": "dataset", "reward_funcs": "reward", "num_generations": "group",
-    "learning_rate": "optim.lr", "max_completion_length": "max_new_tokens", "max_steps": "steps", "loss_type": "algorithm",
-    "beta": "kl_coef", "neftune_noise_alpha": "neftune_alpha", "label_smoothing_factor": "label_smoothing",
-    "num_iterations": "epochs", "mask_truncated_completions": "overlong_filter",
-    "vllm_importance_sampling_mode": "correction", "vllm_importance_sampling_clip_min": "correction_min",
-    "vllm_importance_sampling_clip_max": "correction_max", "center_rewards_coefficient": "center", "num_ppo_epochs": "epochs",
-    "num_mini_batches": "minibatches", "cliprange": "epsilon", "cliprange_value": "value_clip", "kl_estimator": "kl",
-}  # fmt: skip
-INVOCATION = {  # how a command is run, as against what it runs: offered by every command, never part of a dumped configuration
-    "config": (str | None, None, "YAML, TOML or JSON file that sets the same options; the command line overrides it."),
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "reward_funcs": "reward",
+    "num_generations": "group",
+    "learning_rate": "optim.lr",
+    "max_completion_length": "max_new_tokens",
+    "max_steps": "steps",
+    "loss_type": "algorithm",
+    "beta": "kl_coef",
+    "neftune_noise_alpha": "neftune_alpha",
+    "label_smoothing_factor": "label_smoothing",
+    "num_iterations": "epochs",
+    "mask_truncated_completions": "overlong_filter",
+    "vllm_importance_sampling_mode": "correction",
+    "vllm_importance_sampling_clip_min": "correction_min",
+    "vllm_importance_sampling_clip_max": "correction_max",
+    "center_rewards_coefficient": "center",
+    "num_ppo_epochs": "epochs",
+    "num_mini_batches": "minibatches",
+    "cliprange": "epsilon",
+    "cliprange_value": "value_clip",
+    "kl_estimator": "kl",
+}
+# how a command is run, as against what it runs: offered by every command, never part of a dumped
+# configuration
+INVOCATION = {
+    "config": (
+        str | None,
+        None,
+        "YAML, TOML or JSON file that sets the same options; the command line overrides it.",
+    ),
     "dry_run": (bool, False, "Print the resolved configuration as YAML and stop."),
     "debug": (bool, False, "Show tracebacks."),
 }
@@ -57,8 +80,8 @@ class Invocation(Generic[C]):
 def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: bool = False) -> Invocation[C]:
     """The configuration of class `cls` that `args` (and the files they name by --config) describe.
 
-    Raises:  UsageError for an unknown option or key, or a value of the wrong type in a file; SystemExit(2) after tyro's own
-             message for a bad value on the command line, SystemExit(0) after --help.
+    Raises:  UsageError for an unknown option or key, or a value of the wrong type in a file; SystemExit(2)
+             after tyro's own message for a bad value on the command line, SystemExit(0) after --help.
     """
     known = _leaves(cls)
     files, rest = _take_files(args)
@@ -78,12 +101,15 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: boo
 
 
 def resolve(cls: type[C], args: Sequence[str] = ()) -> C:
-    """The configuration that command-line `args` describe; what `parse` returns, without how it was asked for."""
+    """The configuration that command-line `args` describe; what `parse` returns, without how it was asked
+    for.
+    """
     return parse(cls, args).config
 
 
 def load(cls: type[C], path: str | Path) -> C:
-    """The configuration of class `cls` that a YAML, TOML or JSON file describes; `load(cls, file of dump(c)) == c`.
+    """The configuration of class `cls` that a YAML, TOML or JSON file describes; `load(cls, file of dump(c))
+    == c`.
 
     Raises:  UsageError for an unknown key, a wrong type, or a required option that is not there.
     """
@@ -96,7 +122,9 @@ def load(cls: type[C], path: str | Path) -> C:
 
 def dump(config: Any) -> str:
     """A configuration as YAML, every option in it."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 # --- the dataclass, flattened -----------------------------------------------------------------------
@@ -109,7 +137,9 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str = "", **missing: Any) -> Any:
-    """An instance with `values` (by dotted path) in place of its defaults, and `missing` for the required ones not among them."""
+    """An instance with `values` (by dotted path) in place of its defaults, and `missing` for the required
+    ones not among them.
+    """
     hints, given = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
         path = prefix + f.name
@@ -141,7 +171,9 @@ def _with_invocation(cls: Any) -> Any:
 
 def _about(cls: Any, known: Mapping[str, Any]) -> str:
     taken = [f"--{a} = --{p}" for a, p in ALIASES.items() if p in known and a not in known]
-    return (cls.__doc__ or "") + ("\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else "")
+    return (cls.__doc__ or "") + (
+        "\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else ""
+    )
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -199,7 +231,9 @@ def _read(path: Path, cls: Any) -> dict[str, Any]:
         name = key.replace("-", "_")
         name = ALIASES.get(name, name) if name not in known else name
         if name in INVOCATION:
-            raise UsageError(f"{path}: {key!r} says how to run, not what: give it on the command line, --{key}")
+            raise UsageError(
+                f"{path}: {key!r} says how to run, not what: give it on the command line, --{key}"
+            )
         if name not in known:
             raise UsageError(f"{path}: {_unknown(key, name, value, known)}")
         if name in values:
@@ -207,7 +241,9 @@ def _read(path: Path, cls: Any) -> dict[str, Any]:
         try:
             values[name] = _coerce(value, known[name])
         except ValueError:
-            raise UsageError(f"{path}: {key}: expected {_describe(known[name])}, got {value!r} ({type(value).__name__})") from None
+            raise UsageError(
+                f"{path}: {key}: expected {_describe(known[name])}, got {value!r} ({type(value).__name__})"
+            ) from None
     return values
 
 
@@ -216,7 +252,9 @@ def _unknown(key: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
     if group:
         return f"{key}: expected a group of options ({', '.join(group)}), got {value!r}"
     near = _nearest(name, known)
-    return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else f"; known are {', '.join(known)}")
+    return f"unknown key {key!r}" + (
+        f"; did you mean {near!r}?" if near else f"; known are {', '.join(known)}"
+    )
 
 
 def _tree(path: Path) -> dict[str, Any]:
@@ -231,7 +269,9 @@ def _tree(path: Path) -> dict[str, Any]:
             case _:
                 raise UsageError(f"{path}: expected a .yaml, .yml, .toml or .json file")
     except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -247,7 +287,9 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is set twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -271,7 +313,9 @@ def _coerce(value: Any, kind: Any) -> Any:
     """`value` as the type `kind` of a field; raises ValueError when it is of another type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (value == "None" and type(None) in inner):  # "None" is what the command line takes
+        if value is None or (
+            value == "None" and type(None) in inner
+        ):  # "None" is what the command line takes
             return None
         return _coerce(value, next(k for k in inner if k is not type(None)))
     if origin is Literal and value in inner and not isinstance(value, bool):

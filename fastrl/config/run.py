@@ -42,7 +42,9 @@ class Sampling:
     cache_bytes: int = 0
     """The same in bytes, instead; 0 leaves it to max_tokens_in_flight."""
     keep_cache: bool = True
-    """Keep the cache while training; without it its memory is free for training, and CUDA graphs are captured anew each step."""
+    """Keep the cache while training; without it its memory is free for training, and CUDA graphs are captured
+    anew each step.
+    """
     max_rows: int | None = None
     """Sequences decoded together; None is 256 on CPU, 1024 on CUDA."""
 
@@ -91,11 +93,15 @@ class Run:
     output_dir: str = "runs/latest"
     """Folder for everything the run leaves behind."""
     steps: int = 100
-    """Training steps: one batch of prompts each (and one optimizer step, unless minibatches or epochs ask for more)."""
+    """Training steps: one batch of prompts each (and one optimizer step, unless minibatches or epochs ask for
+    more).
+    """
     prompts: int = 32
     """Prompts per step (SFT: demonstrations per step)."""
     max_tokens: int | None = None
-    """Longest sequence, tokens; longer ones are an error that names the line.  Defaults to the model's context."""
+    """Longest sequence, tokens; longer ones are an error that names the line.  Defaults to the model's
+    context.
+    """
     micro_tokens: int = 16384
     """Tokens per forward and backward pass: lower it when memory runs out."""
     seed: int = 0

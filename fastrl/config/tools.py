@@ -45,7 +45,9 @@ class Evaluate:
     samples: int = 4
     max_new_tokens: int = 256
     search: Literal["best_of", "vote"] | None = None
-    """One answer out of the samples: of the highest --reward, or what most samples come down to (each weighed by --reward, if given)."""
+    """One answer out of the samples: of the highest --reward, or what most samples come down to (each weighed
+    by --reward, if given).
+    """
     reward: str | None = None
     """What judges the samples: a reward model, model:FOLDER, or a function, my_rewards.py:fn."""
     output: str | None = None

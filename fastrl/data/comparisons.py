@@ -1,12 +1,15 @@
 """What reward models learn from: lines of a dataset to groups of scored sequences, with TRL's columns.
 
-    {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}   a pair; "margin" beside them is how far apart their rewards should be
-    {"prompt", "completions", "scores"} or "ranks" for "scores"  a ranked group; the best rank is the lowest, equal ones are ties
-    {"prompt", "completion", "label"}                            a completion that is right or wrong (or right with a probability)
+    {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}   a pair; "margin" beside them is how far apart
+    their rewards should be {"prompt", "completions", "scores"} or "ranks" for "scores"  a ranked group; the
+    best rank is the lowest, equal ones are ties
+    {"prompt", "completion", "label"}                            a completion that is right or wrong (or right
+                                                                 with a probability)
     {"prompt", "completions", "labels"}                          a completion's steps, each right or wrong
 
-Prompts and completions are text, or lists of chat messages through the tokenizer's chat template; a reward is read at a sequence's
-last token, its end-of-sequence token, or at the last token of every step.  A line that cannot be used is an error that names it.
+Prompts and completions are text, or lists of chat messages through the tokenizer's chat template; a reward is
+read at a sequence's last token, its end-of-sequence token, or at the last token of every step.  A line that
+cannot be used is an error that names it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ SEPARATOR = "\n"  # what ends a step; the last step ends in the end-of-sequence 
 
 
 class Form(NamedTuple):
-    """A way to write a group down: its columns, and what a loss must learn from to take it (see `RewardLoss.data`)."""
+    """A way to write a group down: its columns, and what a loss must learn from to take it (see
+    `RewardLoss.data`).
+    """
 
     columns: tuple[str, ...]
     data: str
@@ -85,7 +90,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Groups on a device: tokens (T,), cu_seqlens (S+1,) int32, and the rows (N,) of T at which scores are read."""
+    """Groups on a device: tokens (T,), cu_seqlens (S+1,) int32, and the rows (N,) of T at which scores are
+    read.
+    """
 
     groups: Sequence[Group]
     tokens: Tensor
@@ -94,9 +101,13 @@ class Packed:
 
     def judged(self, score: Tensor, total: float) -> Judged:
         """The groups with their (N,) scores."""
-        target = torch.tensor([t for g in self.groups for t in g.target], dtype=score.dtype, device=score.device)
+        target = torch.tensor(
+            [t for g in self.groups for t in g.target], dtype=score.dtype, device=score.device
+        )
         margin = torch.tensor([g.margin for g in self.groups], dtype=score.dtype, device=score.device)
-        return Judged(score=score, target=target, sizes=[len(g.target) for g in self.groups], margin=margin, total=total)
+        return Judged(
+            score=score, target=target, sizes=[len(g.target) for g in self.groups], margin=margin, total=total
+        )
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
@@ -105,17 +116,22 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
     ends = [0]
     for sequence in sequences:
         ends.append(ends[-1] + len(sequence))
-    places = [start + p for start, at in zip(ends, (a for g in groups for a in g.at), strict=False) for p in at]
+    places = [
+        start + p for start, at in zip(ends, (a for g in groups for a in g.at), strict=False) for p in at
+    ]
     tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
     cu = torch.tensor(ends, dtype=torch.int32, device=device)
     return Packed(groups, tokens, cu, torch.tensor(places, dtype=torch.int64, device=device))
 
 
 # --- reading ----------------------------------------------------------------------------------------
-def read_statements(path: str | Path, data: str, columns: Mapping[str, str] | None = None, *, margins: bool = True) -> list[Statement]:
+def read_statements(
+    path: str | Path, data: str, columns: Mapping[str, str] | None = None, *, margins: bool = True
+) -> list[Statement]:
     """Every line of a .jsonl, .json or .parquet file, all in one of the FORMS for `data`.
 
-    Raises UserError naming the line: other columns, values of another type, a margin where `margins` says that none is taken.
+    Raises UserError naming the line: other columns, values of another type, a margin where `margins` says
+    that none is taken.
     """
     return [_statement(fields, where, data, margins) for where, fields in read_table(path, columns)]
 
@@ -126,18 +142,26 @@ def _statement(fields: dict[str, Any], where: str, data: str, margins: bool) -> 
     if name is None:
         wanted = " or ".join(" + ".join(columns) for columns in fitting.values())
         got = ", ".join(map(repr, fields)) or "none"
-        raise UserError(f"{where}: expected the columns {wanted}; got {got} (other columns need another --algorithm, or --columns)")
+        raise UserError(
+            f"{where}: expected the columns {wanted}; "
+            f"got {got} (other columns need another --algorithm, or --columns)"
+        )
     completions, target = _judged(name, fields, where)
     for text in completions:
         _said(text, "completions", where, steps=data == "steps")
     if fields.get("prompt") is not None:
         _said(fields["prompt"], "prompt", where)
     prompt = fields.get("prompt")
-    if name == "pair" and (prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]):  # else there is no prompt to find
+    if name == "pair" and (
+        prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]
+    ):  # else there is no prompt to find
         prompt, *completions = prompt_of(Row(where, name, fields))
     margin = fields.get("margin")
     if margin is not None and not margins:
-        raise UserError(f"{where}: margin: expected none, which this --algorithm takes no notice of; use bradley_terry, or drop the column")
+        raise UserError(
+            f"{where}: margin: expected none, which this --algorithm takes no notice of; "
+            "use bradley_terry, or drop the column"
+        )
     if margin is not None:
         _number(margin, "margin", where)
     return Statement(where, data, prompt, completions, target, margin, fields)
@@ -153,7 +177,10 @@ def _judged(name: str, fields: dict[str, Any], where: str) -> tuple[list[Any], l
     completions, values = fields["completions"], fields[column]
     fine = isinstance(completions, list) and isinstance(values, list)
     if not fine or not completions or len(completions) != len(values):
-        raise UserError(f"{where}: completions, {column}: expected two lists of one length, at least 1; got {shorten(values, 80)}")
+        raise UserError(
+            f"{where}: completions, {column}: expected two lists of one length, at least 1; "
+            f"got {shorten(values, 80)}"
+        )
     bounds = {"lo": 0.0, "hi": 1.0} if name == "steps" else {}
     numbers = [_number(v, column, where, **bounds) for v in values]
     return completions, [-v for v in numbers] if name == "ranks" else numbers
@@ -167,17 +194,27 @@ def _number(value: Any, column: str, where: str, lo: float = -math.inf, hi: floa
 
 
 def _said(value: Any, column: str, where: str, *, steps: bool = False) -> None:
-    messages = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    messages = (
+        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    )
     if not isinstance(value, str) and (steps or not messages):
         expected = "the text of a step" if steps else "text or a list of messages"
-        raise UserError(f"{where}: {column}: expected {expected}, got {type(value).__name__} {shorten(value, 80)}")
+        raise UserError(
+            f"{where}: {column}: expected {expected}, got {type(value).__name__} {shorten(value, 80)}"
+        )
 
 
 # --- tokens -----------------------------------------------------------------------------------------
 def encode_statements(
-    statements: Sequence[Statement], tokenizer: Any, *, max_tokens: int | None = None, separator: str = SEPARATOR
+    statements: Sequence[Statement],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    separator: str = SEPARATOR,
 ) -> list[Group]:
-    """The groups' tokens, and the positions at which their scores are read.  Raises UserError as `data.encode_all` does."""
+    """The groups' tokens, and the positions at which their scores are read.  Raises UserError as
+    `data.encode_all` does.
+    """
     by_steps = [s for s in statements if s.data == "steps"]
     whole = [s for s in statements if s.data != "steps"]
     rows = [_row(s, completion) for s in whole for completion in s.completions]
@@ -193,23 +230,38 @@ def encode_statements(
 
 def _row(s: Statement, completion: Any) -> Row:
     if s.prompt is not None:
-        return Row(s.where, "prompt-completion", {**(s.columns or {}), "prompt": s.prompt, "completion": completion})
+        return Row(
+            s.where, "prompt-completion", {**(s.columns or {}), "prompt": s.prompt, "completion": completion}
+        )
     kind = "text" if isinstance(completion, str) else "messages"
     return Row(s.where, kind, {**(s.columns or {}), kind: completion})
 
 
 def _steps(s: Statement, tokenizer: Any, max_tokens: int | None, separator: str) -> Group:
-    """One sequence: every step with its separator tokenised by itself, the last one with the end-of-sequence token instead."""
+    """One sequence: every step with its separator tokenised by itself, the last one with the end-of-sequence
+    token instead.
+    """
     last, eos = len(s.completions) - 1, tokenizer.eos_token_id
     if eos is None:
         raise UserError("tokenizer: expected one with an end-of-sequence token (eos_token), it has none")
     tokens, at = encode_prompt(s.prompt, tokenizer, where=s.where), []
-    pieces = tokenizer([c if i == last else c + separator for i, c in enumerate(s.completions)], add_special_tokens=False)["input_ids"]
+    pieces = tokenizer(
+        [c if i == last else c + separator for i, c in enumerate(s.completions)], add_special_tokens=False
+    )["input_ids"]
     for i, piece in enumerate(pieces):
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos and tokenizer.unk_token_id in piece:
-            raise UserError(f"{s.where}: the tokenizer has no tokens for part of {shorten(s.completions[i] + separator)}")
+        if (
+            tokenizer.unk_token_id is not None
+            and tokenizer.unk_token_id != eos
+            and tokenizer.unk_token_id in piece
+        ):
+            raise UserError(
+                f"{s.where}: the tokenizer has no tokens for part of {shorten(s.completions[i] + separator)}"
+            )
         tokens = [*tokens, *piece, *([eos] if i == last else [])]
         at.append(len(tokens) - 1)
     if max_tokens is not None and len(tokens) > max_tokens:
-        raise UserError(f"{s.where}: {len(tokens)} tokens, but a sequence may have {max_tokens}; shorten the line, or raise --max-tokens")
+        raise UserError(
+            f"{s.where}: {len(tokens)} tokens, but a sequence may have {max_tokens}; "
+            "shorten the line, or raise --max-tokens"
+        )
     return Group(s.where, [tokens], [at], s.target)

@@ -1,16 +1,21 @@
-"""TRL's own trainers on our ops: patch() swaps, inside TRL, the functions that turn logits or hidden states into log-probs.
+"""TRL's own trainers on our ops: patch() swaps, inside TRL, the functions that turn logits or hidden states
+into log-probs.
 
     from fastrl.integrations.trl import patched
 
     with patched():
         GRPOTrainer(...).train()
 
-Swapped is every name in TRL's loaded modules that is bound to one of these (those that the installed version has):
+Swapped is every name in TRL's loaded modules that is bound to one of these (those that the installed version
+has):
 
-    selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy     from logits: ops.token_logp
-    _ChunkedLogProbFunction                             from hidden states and the head's weight: ops.linear_logp
+    selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy     from logits:
+    ops.token_logp
+    _ChunkedLogProbFunction                             from hidden states and the head's weight:
+                                                        ops.linear_logp
 
-TRL looks them up when it calls them, so trainers made before patch() run on our ops as well, and are restored by unpatch().
+TRL looks them up when it calls them, so trainers made before patch() run on our ops as well, and are restored
+by unpatch().
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ _swapped: list[tuple[Any, Any]] = []  # (TRL's, ours), while patched
 
 
 # --- from logits ------------------------------------------------------------------------------------
-def _selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
+def _selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
     if index.shape == logits.shape[:-1]:
         return _stats(logits, index, temperature, row_mask, entropy=False)[0]
     return _masked(ops.selective_log_softmax(logits, index, temperature), row_mask)  # K tokens of each row
@@ -47,19 +54,31 @@ def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 
 def _selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     logp, entropy = _stats(logits, index, temperature, row_mask, entropy=True)
     return logp, entropy if entropy_requires_grad else entropy.detach()
 
 
-def _stats(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool) -> list[Tensor]:
+def _stats(
+    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool
+) -> list[Tensor]:
     """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
-    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])  # the views that TRL passes are not copied
+    rows = (
+        logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
+    )  # the views that TRL passes are not copied
     stats = ops.token_logp(rows, index.reshape(rows.shape[:-1]), temperature=temperature, entropy=entropy)
-    fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)  # that kernel's results are float32
+    fused = getattr(
+        importlib.import_module(_HOME), "_supports_trl_loss_kernel", None
+    )  # that kernel's results are float32
     dtype = torch.float32 if fused is not None and fused(logits, index, row_mask) else logits.dtype
-    return [_masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None]
+    return [
+        _masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None
+    ]
 
 
 def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -69,7 +88,14 @@ def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
 # --- from hidden states -----------------------------------------------------------------------------
 _TAIL = ("temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 _SIGNATURES = (  # the positional arguments of TRL's autograd function
-    ("hidden", "weight", "bias", "targets", *_TAIL, "outputs"),  # TRL 1.15 and later: five results, None where not in `outputs`
+    (
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        *_TAIL,
+        "outputs",
+    ),  # TRL 1.15 and later: five results, None where not in `outputs`
     ("last_hidden", "weight", "bias", "targets", *_TAIL),  # 1.13 and 1.14: log-prob and entropy
     ("last_hidden", "weight", "targets", *_TAIL),  # 1.5 to 1.12
 )
@@ -113,18 +139,31 @@ def _linear_logp(
     logit_scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy in float32, like TRL's; products in the dtype that TRL's would be in, logits kept in float32."""
+    """Log-prob and entropy in float32, like TRL's; products in the dtype that TRL's would be in, logits kept
+    in float32.
+    """
     if softcap is not None:
-        raise NotImplementedError(f"final_logit_softcapping: expected None, got {softcap}; train this model with TRL unpatched")
+        raise NotImplementedError(
+            f"final_logit_softcapping: expected None, got {softcap}; train this model with TRL unpatched"
+        )
     if not logit_scale > 0:
-        raise NotImplementedError(f"logit_scale: expected a positive number, got {logit_scale}; train this model with TRL unpatched")
+        raise NotImplementedError(
+            f"logit_scale: expected a positive number, got {logit_scale}; train this model with TRL unpatched"
+        )
     if hasattr(weight, "ds_id"):  # gathered now, but empty again when the backward needs it
-        raise NotImplementedError("weight: expected a whole head, got one sharded by DeepSpeed ZeRO-3; train with TRL unpatched")
+        raise NotImplementedError(
+            "weight: expected a whole head, got one sharded by DeepSpeed ZeRO-3; train with TRL unpatched"
+        )
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         stats = ops.linear_logp(
-            hidden.to(dtype), weight.to(dtype), targets, bias=bias, temperature=temperature / logit_scale, entropy=entropy
+            hidden.to(dtype),
+            weight.to(dtype),
+            targets,
+            bias=bias,
+            temperature=temperature / logit_scale,
+            entropy=entropy,
         )
     return stats.logp.float(), None if stats.entropy is None else stats.entropy.float()
 
@@ -146,9 +185,11 @@ _LINEAR = "_ChunkedLogProbFunction"
 
 
 def patch() -> None:
-    """Make TRL's trainers compute log-probs and entropies with our ops, until unpatch().  Patched already, it does nothing.
+    """Make TRL's trainers compute log-probs and entropies with our ops, until unpatch().  Patched already, it
+    does nothing.
 
-    Raises:  ImportError when TRL is not installed, or is a version whose functions are not those this module knows.
+    Raises:  ImportError when TRL is not installed, or is a version whose functions are not those this module
+             knows.
     """
     if _swapped:
         return
@@ -158,7 +199,9 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Give TRL its own functions back, also in modules that were loaded since patch().  Not patched, it does nothing."""
+    """Give TRL its own functions back, also in modules that were loaded since patch().  Not patched, it does
+    nothing.
+    """
     _replace([(ours, trl) for trl, ours in _swapped])
     _swapped.clear()
 
@@ -188,7 +231,9 @@ def _pairs(home: ModuleType) -> list[tuple[Any, Any]]:
     """(TRL's, ours) for every function that this version of TRL has."""
     theirs = {name: getattr(home, name, None) for name in (*_LOGITS, _LINEAR)}
     if theirs["selective_log_softmax"] is None:
-        raise ImportError(f"{_HOME}: expected {', '.join(theirs)}; this version of TRL has no selective_log_softmax")
+        raise ImportError(
+            f"{_HOME}: expected {', '.join(theirs)}; this version of TRL has no selective_log_softmax"
+        )
     pairs = [(theirs[name], ours) for name, ours in _LOGITS.items() if theirs[name] is not None]
     linear = theirs[_LINEAR]
     if linear is None:
@@ -196,7 +241,10 @@ def _pairs(home: ModuleType) -> list[tuple[Any, Any]]:
     arguments = tuple(inspect.signature(linear.forward).parameters)[1:]  # without ctx
     if arguments not in _SIGNATURES:
         known = " or ".join(f"({', '.join(s)})" for s in _SIGNATURES)
-        raise ImportError(f"{_HOME}.{_LINEAR}: expected the arguments {known}; this version of TRL has ({', '.join(arguments)})")
+        raise ImportError(
+            f"{_HOME}.{_LINEAR}: expected the arguments {known}; "
+            f"this version of TRL has ({', '.join(arguments)})"
+        )
     return [*pairs, (linear, _linear(linear, arguments))]
 
 

@@ -1,4 +1,6 @@
-"""What each training command is made of: its data source, its row of which table, its learner, the names of its metrics."""
+"""What each training command is made of: its data source, its row of which table, its learner, the names of
+its metrics.
+"""
 
 from __future__ import annotations
 
@@ -45,34 +47,70 @@ from fastrl.tasks import Conversation, Task
 from fastrl.train.learner import Learner
 
 NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
-    Sft: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "entropy": "entropy"},
+    Sft: {
+        "loss": "loss",
+        "num_tokens": "num_tokens",
+        "grad_norm": "grad_norm",
+        "learning_rate": "learning_rate",
+        "entropy": "entropy",
+    },
     Dpo: {
         name: name
         for name in (
-            "loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss",
-            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected",
+            "loss",
+            "num_tokens",
+            "grad_norm",
+            "learning_rate",
+            "entropy",
+            "nll_loss",
+            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")),
+            "logps/chosen",
+            "logps/rejected",
         )
     },
     Grpo: {
-        "loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
-        "ref_kl_k3": "kl", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_cap": "clip_ratio/cap_mean",
-        "clip_region": "clip_ratio/region_mean", "ratio_mean": "ratio/mean", "ratio_max": "ratio/max", "approx_kl": "approx_kl",
-        "ess": "ess", "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
-        "sampler_diff_max": "sampling/sampling_logp_difference/max", "sampler_kl": "sampler/kl", "sampler_ess": "sampler/ess",
-        "correction_min": "sampling/importance_sampling_ratio/min", "correction_mean": "sampling/importance_sampling_ratio/mean",
+        "loss": "loss",
+        "num_tokens": "num_tokens",
+        "grad_norm": "grad_norm",
+        "learning_rate": "learning_rate",
+        "ref_kl_k3": "kl",
+        "clip_low": "clip_ratio/low_mean",
+        "clip_high": "clip_ratio/high_mean",
+        "clip_cap": "clip_ratio/cap_mean",
+        "clip_region": "clip_ratio/region_mean",
+        "ratio_mean": "ratio/mean",
+        "ratio_max": "ratio/max",
+        "approx_kl": "approx_kl",
+        "ess": "ess",
+        "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
+        "sampler_diff_max": "sampling/sampling_logp_difference/max",
+        "sampler_kl": "sampler/kl",
+        "sampler_ess": "sampler/ess",
+        "correction_min": "sampling/importance_sampling_ratio/min",
+        "correction_mean": "sampling/importance_sampling_ratio/mean",
         "correction_max": "sampling/importance_sampling_ratio/max",
     },
-    Reward: {"loss": "loss", "num_tokens": "num_tokens", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    Reward: {
+        "loss": "loss",
+        "num_tokens": "num_tokens",
+        "grad_norm": "grad_norm",
+        "learning_rate": "learning_rate",
+    }
     | {name: name for name in REWARD_METRICS},
-}  # fmt: skip
+}
 NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
-NAMES[Hybrid] = NAMES[Grpo] | {name: name for name in ("sft_loss", "member_nll", "off_policy_share", "group_kl")}
-NAMES[Hybrid] |= {name: name for name in ("grad_norm/rl", "grad_norm/pairs", *(f"pairs/{x}" for x in NAMES[Dpo]))}
+NAMES[Hybrid] = NAMES[Grpo] | {
+    name: name for name in ("sft_loss", "member_nll", "off_policy_share", "group_kl")
+}
+NAMES[Hybrid] |= {
+    name: name for name in ("grad_norm/rl", "grad_norm/pairs", *(f"pairs/{x}" for x in NAMES[Dpo]))
+}
 NAMES[Joint] = NAMES[Grpo] | JOINT_METRICS
 OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
-    "num_tokens": sum, "ratio_max": max,
+    "num_tokens": sum,
+    "ratio_max": max,
     **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
-}  # fmt: skip
+}
 
 
 def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
@@ -82,27 +120,51 @@ def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
 
 # --- data sources -----------------------------------------------------------------------------------
 def _demonstrations(
-    config: Sft, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device
+    config: Sft,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Algorithm,
+    device: torch.device,
 ) -> tuple[Source, int]:
     shape = learner.model.config
-    items, size, longest = demonstrations(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    items, size, longest = demonstrations(
+        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size
+    )
     source = Demonstrations(
-        items, size, count=config.prompts, algorithm=algorithm, seed=config.seed, device=device, world=learner.world,
+        items,
+        size,
+        count=config.prompts,
+        algorithm=algorithm,
+        seed=config.seed,
+        device=device,
+        world=learner.world,
         weighted=config.sample_weights,
-    )  # fmt: skip
+    )
     return source, longest
 
 
 def _on_policy(
-    config: Grpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Algorithm, device: torch.device,
+    config: Grpo,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Algorithm,
+    device: torch.device,
     make: Callable[..., Source] = OnPolicy,
-) -> tuple[Source, int]:  # fmt: skip
+) -> tuple[Source, int]:
     check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
     shape = learner.model.config
-    prompt, size, score = prompts_and_rewards(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    prompt, size, score = prompts_and_rewards(
+        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size
+    )
     reference: Callable[[Batch], Tensor] | None = None
     if algorithm.needs_reference:  # the reference is where the run began, not where it resumes
-        frozen = load_model(config.model, dtype=learner.model.dtype, device=device, seed=config.seed).requires_grad_(False)
+        frozen = load_model(
+            config.model, dtype=learner.model.dtype, device=device, seed=config.seed
+        ).requires_grad_(False)
 
         def reference(batch: Batch) -> Tensor:
             return learner.logp(frozen, batch)
@@ -112,22 +174,45 @@ def _on_policy(
 
     stop = task.stop if task is not None else ()
     source = make(
-        config, sampler, algorithm, prompt=prompt, size=size, score=score, reference=reference, trainer=trainer, stop=stop,
-        world=learner.world, game=task if isinstance(task, Conversation) else None,
-    )  # fmt: skip
+        config,
+        sampler,
+        algorithm,
+        prompt=prompt,
+        size=size,
+        score=score,
+        reference=reference,
+        trainer=trainer,
+        stop=stop,
+        world=learner.world,
+        game=task if isinstance(task, Conversation) else None,
+    )
     return source, config.max_new_tokens
 
 
 def _preferences(
-    config: Dpo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, row: Preference, device: torch.device
+    config: Dpo,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    row: Preference,
+    device: torch.device,
 ) -> tuple[Source, int]:
     return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
 
 
 def _actor_critic(
-    config: Ppo, task: Task | None, tokenizer: Any, sampler: Sampler, learner: PpoLearner, algorithm: ActorCritic, device: torch.device
+    config: Ppo,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: PpoLearner,
+    algorithm: ActorCritic,
+    device: torch.device,
 ) -> tuple[Source, int]:
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner))
+    return _on_policy(
+        config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner)
+    )
 
 
 def _demonstrated(*given: Any) -> Known:
@@ -135,7 +220,9 @@ def _demonstrated(*given: Any) -> Known:
     return lambda numbers: [(sample,) for sample in known(numbers)]
 
 
-KNOWN: dict[str, Callable[..., Known]] = {  # what a hybrid's row knows of prompts -> (config, task, tokenizer, context, vocabulary) -> it
+KNOWN: dict[
+    str, Callable[..., Known]
+] = {  # what a hybrid's row knows of prompts -> (config, task, tokenizer, context, vocabulary) -> it
     "demonstrations": _demonstrated,
     "pairs": pairs_of_prompts,
     "nothing": lambda *given: lambda numbers: [()] * len(numbers),
@@ -143,39 +230,74 @@ KNOWN: dict[str, Callable[..., Known]] = {  # what a hybrid's row knows of promp
 
 
 def _mixture(
-    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Mixed, device: torch.device
+    config: Hybrid,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Mixed,
+    device: torch.device,
 ) -> tuple[Source, int]:
     shape = learner.model.config
     known = KNOWN[algorithm.known](config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, known=known))
+    return _on_policy(
+        config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, known=known)
+    )
 
 
 def _fused(
-    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Fused, device: torch.device
+    config: Hybrid,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Fused,
+    device: torch.device,
 ) -> tuple[Source, int]:
     rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
     if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
-        raise UserError(f"--pair-dataset: expected a file of pairs, because task {config.task} has no wrong answers; got none")
-    pairs, _ = preference_source(offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic)
+        raise UserError(
+            "--pair-dataset: expected a file of pairs, "
+            f"because task {config.task} has no wrong answers; got none"
+        )
+    pairs, _ = preference_source(
+        offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic
+    )
     assert isinstance(rollouts, Mixture)
     return FusedSource(rollouts, pairs), longest
 
 
 def _contrasted(
-    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Contrast, device: torch.device
+    config: Hybrid,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Contrast,
+    device: torch.device,
 ) -> tuple[Source, int]:
     row: Any = algorithm  # it has what is asked of an Algorithm there
     return _on_policy(config, task, tokenizer, sampler, learner, row, device, make=Contrasted)
 
 
-HYBRID: dict[type, tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]] = {  # kind of row -> its source and its learner
-    Mixed: (_mixture, MixedLearner), Fused: (_fused, FusedLearner),
-    OnlinePairs: (_contrasted, PreferenceLearner), Listwise: (_contrasted, PreferenceLearner),
-}  # fmt: skip
+HYBRID: dict[
+    type, tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]
+] = {  # kind of row -> its source and its learner
+    Mixed: (_mixture, MixedLearner),
+    Fused: (_fused, FusedLearner),
+    OnlinePairs: (_contrasted, PreferenceLearner),
+    Listwise: (_contrasted, PreferenceLearner),
+}
 
 
 def _hybrid(
-    config: Hybrid, task: Task | None, tokenizer: Any, sampler: Sampler, learner: Learner, algorithm: Any, device: torch.device
+    config: Hybrid,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: Learner,
+    algorithm: Any,
+    device: torch.device,
 ) -> tuple[Source, int]:
     return HYBRID[type(algorithm)][0](config, task, tokenizer, sampler, learner, algorithm, device)
 
@@ -186,19 +308,40 @@ def _hybrid_learner(model: Any, algorithm: Any, *others: Any, **named: Any) -> L
 
 
 def _joint(
-    config: Joint, task: Task | None, tokenizer: Any, sampler: Sampler, learner: JointLearner, algorithm: CoTrained, device: torch.device
+    config: Joint,
+    task: Task | None,
+    tokenizer: Any,
+    sampler: Sampler,
+    learner: JointLearner,
+    algorithm: CoTrained,
+    device: torch.device,
 ) -> tuple[Source, int]:
-    """The reward model reads text with its own tokenizer, or with the policy's where it brings none or is the policy's start."""
+    """The reward model reads text with its own tokenizer, or with the policy's where it brings none or is the
+    policy's start.
+    """
     brought = config.reward_model
-    reads = load_tokenizer(None, brought, task) if brought is not None and has_tokenizer(brought) else tokenizer
+    reads = (
+        load_tokenizer(None, brought, task) if brought is not None and has_tokenizer(brought) else tokenizer
+    )
     learner.reward.model.tokenizer = reads
     offline = offline_comparisons(config, task, reads, learner, device)
-    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=partial(JointSource, learner, offline=offline))
+    return _on_policy(
+        config,
+        task,
+        tokenizer,
+        sampler,
+        learner,
+        algorithm,
+        device,
+        make=partial(JointSource, learner, offline=offline),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its learner."""
+    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its
+    learner.
+    """
 
     load: Callable[..., Any] = load_model
     choose: Callable[..., Any] = choose_algorithm

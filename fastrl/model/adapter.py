@@ -1,7 +1,8 @@
-"""Any other causal language model of transformers, behind the decoder's interface; and `load_model`, which chooses.
+"""Any other causal language model of transformers, behind the decoder's interface; and `load_model`, which
+chooses.
 
-Sequences are unpacked into padded batches for the model's own forward, so it is slower than the decoder and has no cache here:
-the sampler runs the whole sequence again for every token.
+Sequences are unpacked into padded batches for the model's own forward, so it is slower than the decoder and
+has no cache here: the sampler runs the whole sequence again for every token.
 """
 
 from __future__ import annotations
@@ -35,18 +36,26 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int | None = None,
 ) -> Decoder | Adapter:
-    """The model of a Hugging Face folder, or one with random weights from a config.json, a YAML of one, or a dict.
+    """The model of a Hugging Face folder, or one with random weights from a config.json, a YAML of one, or a
+    dict.
 
-    Llama, Qwen2 and Qwen3 become a `Decoder`; every other causal language model, and settings that the decoder lacks, an
-    `Adapter`, with a warning that says why.  `seed` fixes the random weights.
-    Raises:  UserError for a path that is not there, a config that no model fits, or weights that do not fit the config.
+    Llama, Qwen2 and Qwen3 become a `Decoder`; every other causal language model, and settings that the
+    decoder lacks, an `Adapter`, with a warning that says why.  `seed` fixes the random weights.
+    Raises:  UserError for a path that is not there, a config that no model fits, or weights that do not fit
+             the config.
     """
     folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
-    config = source if isinstance(source, Mapping) else read_config(folder) if folder else _read_file(Path(source))
+    config = (
+        source if isinstance(source, Mapping) else read_config(folder) if folder else _read_file(Path(source))
+    )
     reason = unsupported(config)
     kind: type[Decoder | Adapter] = Adapter if reason else Decoder
     if reason:
-        warnings.warn(f"{architecture(config)} runs through transformers, slowly: the fast decoder cannot take {reason}", stacklevel=2)
+        warnings.warn(
+            f"{architecture(config)} runs through transformers, slowly: "
+            f"the fast decoder cannot take {reason}",
+            stacklevel=2,
+        )
     if folder is not None:
         return kind.from_pretrained(folder, dtype, device)
     return kind.from_config(config, dtype=dtype, device=device, seed=seed)
@@ -54,7 +63,10 @@ def load_model(
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"model: expected a Hugging Face folder, a config.json or a .yaml file, got {str(path)!r}, which is not there")
+        raise UserError(
+            "model: expected a Hugging Face folder, a config.json or a .yaml file, "
+            f"got {str(path)!r}, which is not there"
+        )
     if path.suffix == ".json":
         return read_json(path)
     try:
@@ -111,12 +123,16 @@ class Adapter(nn.Module):
         attend: Callable[..., Tensor] | None = None,
         embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states that head_weight turns into logits, (T, D); arguments as `Decoder.forward`, of which `attend` is refused.
+        """Hidden states that head_weight turns into logits, (T, D); arguments as `Decoder.forward`, of which
+        `attend` is refused.
 
         Memory:  a padded batch of up to 16384 tokens at a time.  Reads cu_seqlens on the host.
         """
         if attend is not None:
-            raise ValueError(f"attend: {self.config.architecture} runs through transformers, which has no such hook; pass None")
+            raise ValueError(
+                f"attend: {self.config.architecture} runs through transformers, "
+                "which has no such hook; pass None"
+            )
         if positions is not None and not self._takes_positions:
             raise ValueError(f"positions: {self.config.architecture} computes its own; pass None")
         T = tokens.shape[0]
@@ -125,7 +141,10 @@ class Adapter(nn.Module):
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         order = [i for i in lengths.argsort(stable=True).tolist() if lengths[i] > 0]
         if order and int(lengths.max()) > self.config.max_position_embeddings:
-            raise ValueError(f"cu_seqlens: expected at most {self.config.max_position_embeddings} tokens each, got {int(lengths.max())}")
+            raise ValueError(
+                f"cu_seqlens: expected at most {self.config.max_position_embeddings} tokens each, "
+                f"got {int(lengths.max())}"
+            )
         rows, taken = [], []
         while order:
             L = int(lengths[order[-1]])  # longest first: the batch is as wide as its first sequence
@@ -133,7 +152,11 @@ class Adapter(nn.Module):
             some, order = torch.tensor(order[-n:], device=tokens.device), order[:-n]
             at, last = torch.arange(L, device=tokens.device), lengths[some, None] - 1
             index, real = starts[some, None] + torch.minimum(at, last), at <= last
-            inputs = {"input_ids": tokens[index]} if embeds is None else {"inputs_embeds": embeds[index].to(self.dtype)}
+            inputs = (
+                {"input_ids": tokens[index]}
+                if embeds is None
+                else {"inputs_embeds": embeds[index].to(self.dtype)}
+            )
             if positions is not None:
                 inputs["position_ids"] = positions[index]
             rows.append(self._hidden(attention_mask=real.long(), **inputs)[real])
@@ -146,15 +169,22 @@ class Adapter(nn.Module):
         return self.lm.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _check_head(self) -> None:
-        """Refuse a model whose logits are not hidden @ head_weight.T + head_bias: scaled, capped or of another module."""
+        """Refuse a model whose logits are not hidden @ head_weight.T + head_bias: scaled, capped or of
+        another module.
+        """
         tokens = torch.arange(min(8, self.config.vocab_size), device=self.device)[None]
         with torch.no_grad():
             theirs = self.lm(input_ids=tokens, use_cache=False).logits.float()
-            ours = nn.functional.linear(self._hidden(input_ids=tokens), self.head_weight, self.head_bias).float()
-        tolerance = (1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2) * float(theirs.abs().max())
+            ours = nn.functional.linear(
+                self._hidden(input_ids=tokens), self.head_weight, self.head_bias
+            ).float()
+        tolerance = (1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2) * float(
+            theirs.abs().max()
+        )
         if not torch.allclose(ours, theirs, rtol=0, atol=tolerance):
             raise UserError(
-                f"{self.config.architecture}: its logits are not a plain product of hidden states and a head, which every loss here needs"
+                f"{self.config.architecture}: its logits are not a plain product of hidden states "
+                "and a head, which every loss here needs"
             )
 
     @property
@@ -186,7 +216,8 @@ class Adapter(nn.Module):
     def gradient_checkpointing(self, on: bool) -> None:
         if on:
             raise UserError(
-                f"--gradient-checkpointing: {self.config.architecture} runs through transformers without it; lower --micro-tokens"
+                f"--gradient-checkpointing: {self.config.architecture} runs through transformers "
+                "without it; lower --micro-tokens"
             )
 
     def train(self, mode: bool = True) -> Adapter:
@@ -198,7 +229,12 @@ class Adapter(nn.Module):
     # --- making, loading, saving ---
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
     ) -> Adapter:
         """Random weights as transformers draws them, from `seed` or from torch's global generator."""
         settings = dict(config)
@@ -210,24 +246,39 @@ class Adapter(nn.Module):
                 lm = AutoModelForCausalLM.from_config(typed, dtype=torch.float32)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"config.json: {architecture(config)} is no causal language model that transformers can make: {error}"
+                f"config.json: {architecture(config)} is no causal language model that transformers "
+                f"can make: {error}"
             ) from error
         return cls(lm.to(device=device, dtype=dtype))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Adapter:
-        """The model of a Hugging Face folder, read by transformers.  Raises UserError for weights that are missing or do not fit."""
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Adapter:
+        """The model of a Hugging Face folder, read by transformers.  Raises UserError for weights that are
+        missing or do not fit.
+        """
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: transformers cannot load it: {error}") from error
         lm, info = loaded
-        wrong = [f"{kind.removesuffix('_keys')} {name}" for kind in ("missing_keys", "mismatched_keys") for name in info.get(kind, ())]
+        wrong = [
+            f"{kind.removesuffix('_keys')} {name}"
+            for kind in ("missing_keys", "mismatched_keys")
+            for name in info.get(kind, ())
+        ]
         if wrong:
-            raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(sorted(map(str, wrong))[:5])}")
+            raise UserError(
+                f"{folder}: tensors do not fit config.json: {'; '.join(sorted(map(str, wrong))[:5])}"
+            )
         return cls(lm.to(device))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30) -> None:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30
+    ) -> None:
         """Write the folder with transformers' own save_pretrained, in `dtype` or the model's own."""
         lm = self.lm if dtype in (None, self.dtype) else copy.deepcopy(self.lm).to(dtype)
         lm.save_pretrained(folder, max_shard_size=max_shard_bytes)

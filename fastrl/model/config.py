@@ -48,14 +48,21 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     eos_token_id: tuple[int, ...]
-    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the rest of config.json, kept for saving
+    extra: dict[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # the rest of config.json, kept for saving
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """The typed form of a config.json.  Raises UserError for what is missing, of the wrong type or not supported."""
+        """The typed form of a config.json.  Raises UserError for what is missing, of the wrong type or not
+        supported.
+        """
         reason = unsupported(config)
         if reason:
-            raise UserError(f"config.json: {reason}.  fastrl.model.adapter.load_model runs other causal language models, slower")
+            raise UserError(
+                f"config.json: {reason}.  fastrl.model.adapter.load_model runs other causal language "
+                "models, slower"
+            )
         family = FAMILIES[architecture(config)]
         theta, scaling = _rope_settings(config)
         width, heads = (_number(config, key, int) for key in ("hidden_size", "num_attention_heads"))
@@ -78,26 +85,45 @@ class ModelConfig:
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
-            extra={k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "transformers_version")},
+            extra={
+                k: v
+                for k, v in config.items()
+                if k not in ("rope_parameters", "dtype", "transformers_version")
+            },
         )
         if made.num_attention_heads % made.num_key_value_heads or made.head_dim % 2:
             raise UserError(
-                "config.json: expected num_key_value_heads to divide num_attention_heads and an even head_dim, got "
+                "config.json: expected num_key_value_heads to divide num_attention_heads and an even "
+                "head_dim, got "
                 f"{made.num_key_value_heads}, {made.num_attention_heads} and {made.head_dim}"
             )
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json for transformers 4 and 5: what was read, under this decoder's own numbers."""
-        own_names = {f.name for f in fields(self)} - {"architecture", "qkv_bias", "qk_norm", "eos_token_id", "extra"}
+        own_names = {f.name for f in fields(self)} - {
+            "architecture",
+            "qkv_bias",
+            "qk_norm",
+            "eos_token_id",
+            "extra",
+        }
         own = {f: getattr(self, f) for f in own_names}
         family = FAMILIES[self.architecture]
-        return self.extra | own | {"architectures": [self.architecture], "model_type": family.model_type, "hidden_act": "silu"}
+        return (
+            self.extra
+            | own
+            | {"architectures": [self.architecture], "model_type": family.model_type, "hidden_act": "silu"}
+        )
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """The class a config.json asks for: architectures[0], else the one of its model_type, else what it says there."""
-    named = config.get("architectures") or [a for a, f in FAMILIES.items() if f.model_type == config.get("model_type")]
+    """The class a config.json asks for: architectures[0], else the one of its model_type, else what it says
+    there.
+    """
+    named = config.get("architectures") or [
+        a for a, f in FAMILIES.items() if f.model_type == config.get("model_type")
+    ]
     return str(named[0] if named else config.get("model_type", "none"))
 
 
@@ -108,7 +134,9 @@ def unsupported(config: Mapping[str, Any]) -> str:
         return f"architectures: expected {', '.join(FAMILIES)}; got {name}"
     kinds = config.get("layer_types") or []
     layers, window_from = config.get("num_hidden_layers", 0), config.get("max_window_layers", 0)
-    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None and window_from < layers
+    windowed = (
+        config.get("use_sliding_window") and config.get("sliding_window") is not None and window_from < layers
+    )
     rope_type = (_rope_settings(config)[1] or {}).get("rope_type", "default")
     partial_rotary = (config.get("rope_parameters") or config).get("partial_rotary_factor", 1.0)
     features = {  # what it says: what is supported, and whether it is that
@@ -122,7 +150,11 @@ def unsupported(config: Mapping[str, Any]) -> str:
         "quantization_config": ("none", not config.get("quantization_config")),
         "rope_scaling": (f"rope_type {', '.join(SCALINGS)}", rope_type in SCALINGS),
     }
-    wrong = [f"{key}: expected {want}, got {config.get(key, rope_type)!r}" for key, (want, fine) in features.items() if not fine]
+    wrong = [
+        f"{key}: expected {want}, got {config.get(key, rope_type)!r}"
+        for key, (want, fine) in features.items()
+        if not fine
+    ]
     return "; ".join(wrong)
 
 

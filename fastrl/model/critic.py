@@ -1,6 +1,8 @@
-"""The critic: what reward is still to be expected, from hidden states.  A head on the policy's, or a decoder of its own.
+"""The critic: what reward is still to be expected, from hidden states.  A head on the policy's, or a decoder
+of its own.
 
-Row t of packed hidden states knows the tokens up to t: its value is that of the state after token t, and before token t + 1.
+Row t of packed hidden states knows the tokens up to t: its value is that of the state after token t, and
+before token t + 1.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ CAUSAL, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 
 class ValueHead(nn.Module):
-    """weight (D,) and bias: value = hidden . weight + bias, in the reward's unit; zeros at first, so that no value is invented.
+    """weight (D,) and bias: value = hidden . weight + bias, in the reward's unit; zeros at first, so that no
+    value is invented.
 
     fp32 whatever the hidden states are (float64 for those of a float64 model).
     """
@@ -36,7 +39,9 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,)."""
-        return (hidden.to(self.weight.dtype) * self.weight).sum(-1) + self.bias  # a row's value is the same whatever rows are with it
+        return (hidden.to(self.weight.dtype) * self.weight).sum(
+            -1
+        ) + self.bias  # a row's value is the same whatever rows are with it
 
 
 class Critic(nn.Module):
@@ -58,20 +63,29 @@ class Critic(nn.Module):
 
     @classmethod
     def load(cls, folder: str, policy: Any) -> Self:
-        """One that starts from a folder: a causal language model, or a reward model of one label, whose head is taken over.
+        """One that starts from a folder: a causal language model, or a reward model of one label, whose head
+        is taken over.
 
-        Raises:  UserError for no folder, another architecture, more than one label, or a vocabulary or context smaller than the policy's.
+        Raises:  UserError for no folder, another architecture, more than one label, or a vocabulary or
+                 context smaller than the policy's.
         """
         if not Path(folder).is_dir():
             raise UserError(f"--critic-model: expected a model's folder, got {folder}")
         config = weights.read_config(Path(folder))
         scoring = architecture(config).endswith(SCORING)
-        critic = cls._scoring(folder, config, policy) if scoring else cls._around(load_model(folder, policy.dtype, policy.device))
+        critic = (
+            cls._scoring(folder, config, policy)
+            if scoring
+            else cls._around(load_model(folder, policy.dtype, policy.device))
+        )
         critic.body.gradient_checkpointing = policy.gradient_checkpointing
         for name in ("vocab_size", "max_position_embeddings"):
             mine, needed = getattr(critic.body.config, name), getattr(policy.config, name)
             if mine < needed:
-                raise UserError(f"--critic-model: expected a {name} of at least the policy's {needed}, got {mine} in {folder}")
+                raise UserError(
+                    f"--critic-model: expected a {name} of at least the policy's {needed}, "
+                    f"got {mine} in {folder}"
+                )
         return critic
 
     @classmethod
@@ -86,16 +100,23 @@ class Critic(nn.Module):
 
     @classmethod
     def _scoring(cls, folder: str, config: dict[str, Any], policy: Any) -> Self:
-        labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))  # transformers' own default is two
+        labels = config.get("num_labels") or len(
+            config.get("id2label") or (0, 1)
+        )  # transformers' own default is two
         if labels != 1:
-            raise UserError(f"--critic-model: expected a model of one label, whose score is a value; {folder} has {labels}")
+            raise UserError(
+                "--critic-model: expected a model of one label, whose score is a value; "
+                f"{folder} has {labels}"
+            )
         causal = architecture(config).removesuffix(SCORING) + CAUSAL
         typed = ModelConfig.from_dict(config | {"architectures": [causal], "tie_word_embeddings": True})
         body = Decoder._empty(typed, policy.dtype, policy.device)
         critic = cls(body, ValueHead(typed.hidden_size, policy.dtype, policy.device))
         row = torch.empty(1, typed.hidden_size, dtype=critic.head.weight.dtype, device=policy.device)
         parameters, layout = dict(body.named_parameters()), body.layout()
-        weights.read(Path(folder), parameters | {"score": row}, layout | {"score": {"score.weight": 1}}, tied=False)
+        weights.read(
+            Path(folder), parameters | {"score": row}, layout | {"score": {"score.weight": 1}}, tied=False
+        )
         with torch.no_grad():
             critic.head.weight.copy_(row[0])
         return critic

@@ -1,7 +1,7 @@
 """The decoder: Llama, Qwen2 and Qwen3, on packed tokens, one definition of the layer for trainer and sampler.
 
-Projections that read the same input are one matrix: qkv (queries, keys, values stacked) and gate_up.  They are split into
-Hugging Face's names when a folder is read or written (fastrl.model.weights).
+Projections that read the same input are one matrix: qkv (queries, keys, values stacked) and gate_up.  They
+are split into Hugging Face's names when a folder is read or written (fastrl.model.weights).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from fastrl.ops import attention, rms_norm, rope, swiglu
 __all__ = ["Attend", "Decoder", "ModelConfig"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).  One with a method slab(layer) -> (k_cache, v_cache, slots)
-finds each token's key and value there when it is called: rope writes them in its own launch.  One with a method
-paged(layer) -> Paged is the attention of one new token per row over pages, which a layer may run in one call with all the rest."""
+"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).  One with a method slab(layer) ->
+(k_cache, v_cache, slots) finds each token's key and value there when it is called: rope writes them in its
+own launch.  One with a method paged(layer) -> Paged is the attention of one new token per row over pages,
+which a layer may run in one call with all the rest.
+"""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
@@ -42,7 +44,9 @@ class Linear(nn.Linear):
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and MLP, each behind a norm, each added to the residual stream by the norm after it."""
+    """One decoder layer: attention and MLP, each behind a norm, each added to the residual stream by the norm
+    after it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,16 +64,29 @@ class Layer(nn.Module):
         self.down = Linear(F_, D, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, angles: Angles, attend: Attention, slab: Slab | None = None, paged: Paged | None = None,
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        angles: Angles,
+        attend: Attention,
+        slab: Slab | None = None,
+        paged: Paged | None = None,
         only_store: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after the keys and values."""
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after
+        the keys and values.
+        """
         config = self.config
         if paged is not None and self._untouched():
             done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
             if done is not None:
                 return done
-        eps, H, K, E = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        eps, H, K, E = (
+            config.rms_norm_eps,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         x, residual = add_norm(x, residual, self.input_norm, eps)
         q, k, v = self.qkv(x).view(-1, H + 2 * K, E).split((H, K, K), 1)
         norms = {"q_norm": self.q_norm, "k_norm": self.k_norm} if config.qk_norm else {}
@@ -90,21 +107,33 @@ class Layer(nn.Module):
         parts: Any = self._modules
         qkv, out, gate_up, down = (parts[name]._parameters for name in ("qkv", "out", "gate_up", "down"))
         return LayerWeights(
-            own["input_norm"], qkv["weight"], qkv["bias"], own.get("q_norm"), own.get("k_norm"), out["weight"], own["mlp_norm"],
-            gate_up["weight"], down["weight"],
-        )  # fmt: skip
+            own["input_norm"],
+            qkv["weight"],
+            qkv["bias"],
+            own.get("q_norm"),
+            own.get("k_norm"),
+            out["weight"],
+            own["mlp_norm"],
+            gate_up["weight"],
+            down["weight"],
+        )
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and that sum; without a residual, x is the stream."""
-    return (rms_norm(x, weight, eps=eps), x) if residual is None else rms_norm(x, weight, eps=eps, residual=residual)
+    return (
+        (rms_norm(x, weight, eps=eps), x)
+        if residual is None
+        else rms_norm(x, weight, eps=eps, residual=residual)
+    )
 
 
 class Decoder(nn.Module):
-    """A causal language model without its head product: tokens -> hidden states, and `head_weight` beside them.
+    """A causal language model without its head product: tokens -> hidden states, and `head_weight` beside
+    them.
 
-    Build one with `from_config` (random weights) or `from_pretrained`.  Set `gradient_checkpointing` to keep only each
-    layer's input for the backward.
+    Build one with `from_config` (random weights) or `from_pretrained`.  Set `gradient_checkpointing` to keep
+    only each layer's input for the backward.
     """
 
     supports_cache = True
@@ -133,15 +162,18 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): row t predicts token t + 1.
 
-        Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64, default 0.. within
-                 each sequence;  attend(layer, q, k, v) replaces packed causal attention;  embeds (T, D) replaces the embedding;
-                 max_seqlen, tokens of the longest sequence, if known, spares flash attention blocks that have nothing to do;
-                 only_store, for an `attend` with a slab: leave out what no key or value depends on, and the result with it.
+        Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64,
+                 default 0.. within each sequence;  attend(layer, q, k, v) replaces packed causal attention;
+                 embeds (T, D) replaces the embedding; max_seqlen, tokens of the longest sequence, if known,
+                 spares flash attention blocks that have nothing to do; only_store, for an `attend` with a
+                 slab: leave out what no key or value depends on, and the result with it.
         """
         T, device = tokens.shape[0], tokens.device
         whole = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
         if positions is None or attend is None:
-            ends = torch.tensor([0, T], dtype=torch.int32, device=device) if cu_seqlens is None else cu_seqlens
+            ends = (
+                torch.tensor([0, T], dtype=torch.int32, device=device) if cu_seqlens is None else cu_seqlens
+            )
             packed = partial(attention, cu_seqlens=ends, max_seqlen=whole)
             if positions is None:
                 starts = torch.repeat_interleave(ends[:-1].long(), ends.diff().long(), output_size=T)
@@ -149,14 +181,25 @@ class Decoder(nn.Module):
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
-        slab_of, paged_of = getattr(attend, "slab", None), getattr(attend, "paged", None) if serves(x) else None
+        slab_of, paged_of = (
+            getattr(attend, "slab", None),
+            getattr(attend, "paged", None) if serves(x) else None,
+        )
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
-            inputs = (x, residual, angles, attention_i, *(None if f is None else f(i) for f in (slab_of, paged_of)))
+            inputs = (
+                x,
+                residual,
+                angles,
+                attention_i,
+                *(None if f is None else f(i) for f in (slab_of, paged_of)),
+            )
             if only_store and i + 1 == len(self.layers):
                 return layer(*inputs, True)[0]
-            x, residual = checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
+            x, residual = (
+                checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
+            )
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property
@@ -180,11 +223,15 @@ class Decoder(nn.Module):
         return self.norm.dtype
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin (N, E/2) of every position of the context; fp32 (float64 for a float64 model), kept between calls."""
+        """cos and sin (N, E/2) of every position of the context; fp32 (float64 for a float64 model), kept
+        between calls.
+        """
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self._tables is None or self._tables[0].device != self.device or self._tables[0].dtype != dtype:
             c = self.config
-            self._tables = rope_tables(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings, dtype, self.device)
+            self._tables = rope_tables(
+                c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings, dtype, self.device
+            )
         return self._tables
 
     # --- making, loading, saving ---
@@ -197,7 +244,8 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         seed: int | None = None,
     ) -> Decoder:
-        """Random weights: normal(0, initializer_range), 1/sqrt(2L) of that for what is added to the residual stream, norms 1.
+        """Random weights: normal(0, initializer_range), 1/sqrt(2L) of that for what is added to the residual
+        stream, norms 1.
 
         The numbers depend on `seed` alone, not on dtype or device; without one they follow torch.manual_seed.
         Raises:  UserError for a config.json this decoder cannot run.
@@ -211,22 +259,36 @@ class Decoder(nn.Module):
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                     continue
-                scale = config.initializer_range * (depth if name.endswith(("out.weight", "down.weight")) else 1.0)
+                scale = config.initializer_range * (
+                    depth if name.endswith(("out.weight", "down.weight")) else 1.0
+                )
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-        """The model of a Hugging Face folder: config.json and *.safetensors, one file or shards with their index.
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Decoder:
+        """The model of a Hugging Face folder: config.json and *.safetensors, one file or shards with their
+        index.
 
-        Raises:  UserError naming the file and the tensor that is missing, unknown, truncated or of the wrong shape.
+        Raises:  UserError naming the file and the tensor that is missing, unknown, truncated or of the wrong
+                 shape.
         """
         model = cls._empty(ModelConfig.from_dict(weights.read_config(Path(folder))), dtype, device)
-        weights.read(Path(folder), dict(model.named_parameters()), model.layout(), tied=model.config.tie_word_embeddings)
+        weights.read(
+            Path(folder),
+            dict(model.named_parameters()),
+            model.layout(),
+            tied=model.config.tie_word_embeddings,
+        )
         return model
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30) -> None:
-        """Write config.json, generation_config.json and *.safetensors under Hugging Face's names, in `dtype` or the model's own.
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30
+    ) -> None:
+        """Write config.json, generation_config.json and *.safetensors under Hugging Face's names, in `dtype`
+        or the model's own.
 
         More than `max_shard_bytes` is cut into shards with an index.  A tied head is left out.
         """
@@ -237,19 +299,31 @@ class Decoder(nn.Module):
     def layout(self) -> weights.Layout:
         """Each parameter's tensors in a Hugging Face file: their names, and how many of its rows each holds."""
         c = self.config
-        queries, keys, ffn = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        queries, keys, ffn = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+            c.intermediate_size,
+        )
         split = {
             "input_norm": {"input_layernorm.weight": c.hidden_size},
             "mlp_norm": {"post_attention_layernorm.weight": c.hidden_size},
             "q_norm": {"self_attn.q_norm.weight": c.head_dim},
             "k_norm": {"self_attn.k_norm.weight": c.head_dim},
-            "qkv.weight": {f"self_attn.{x}_proj.weight": n for x, n in zip("qkv", (queries, keys, keys), strict=True)},
-            "qkv.bias": {f"self_attn.{x}_proj.bias": n for x, n in zip("qkv", (queries, keys, keys), strict=True)},
+            "qkv.weight": {
+                f"self_attn.{x}_proj.weight": n for x, n in zip("qkv", (queries, keys, keys), strict=True)
+            },
+            "qkv.bias": {
+                f"self_attn.{x}_proj.bias": n for x, n in zip("qkv", (queries, keys, keys), strict=True)
+            },
             "out.weight": {"self_attn.o_proj.weight": c.hidden_size},
             "gate_up.weight": {"mlp.gate_proj.weight": ffn, "mlp.up_proj.weight": ffn},
             "down.weight": {"mlp.down_proj.weight": c.hidden_size},
         }
-        top = {"embed.weight": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+        top = {
+            "embed.weight": "model.embed_tokens.weight",
+            "norm": "model.norm.weight",
+            "head": "lm_head.weight",
+        }
         found: weights.Layout = {}
         for name, parameter in self.named_parameters():
             if name in top:

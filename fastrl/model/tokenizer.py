@@ -14,14 +14,18 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 
 def load_tokenizer(asked: str | None, model: str, task: Task | None) -> Any:
-    """The tokenizer of folder `asked`, of the model's folder, or of the task.  Raises UserError when there is none."""
+    """The tokenizer of folder `asked`, of the model's folder, or of the task.  Raises UserError when there is
+    none.
+    """
     if asked is not None:
         return _from(Path(asked))
     if has_tokenizer(model):
         return _from(Path(model))
     own = task.tokenizer() if task is not None else None
     if own is None:
-        raise UserError(f"--tokenizer: {model} has no tokenizer files and the task brings none; name a tokenizer folder")
+        raise UserError(
+            f"--tokenizer: {model} has no tokenizer files and the task brings none; name a tokenizer folder"
+        )
     return own
 
 
@@ -37,4 +41,6 @@ def _from(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"--tokenizer: {folder} holds no tokenizer that transformers can read ({said})") from error
+        raise UserError(
+            f"--tokenizer: {folder} holds no tokenizer that transformers can read ({said})"
+        ) from error

@@ -22,7 +22,9 @@ from fastrl.errors import UserError
 from fastrl.files import decode, parse_json, shorten
 
 Layout = dict[str, dict[str, int]]
-"""Our parameter -> {Hugging Face tensor: how many of the parameter's rows it holds}, in the order of the rows."""
+"""Our parameter -> {Hugging Face tensor: how many of the parameter's rows it holds}, in the order of the
+rows.
+"""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older transformers wrote beside the weights
@@ -35,7 +37,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises UserError for a folder or file that is not there or cannot be parsed.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: expected a Hugging Face model folder with a config.json, which is not there")
+        raise UserError(
+            f"{folder}: expected a Hugging Face model folder with a config.json, which is not there"
+        )
     config = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         eos = read_json(folder / "generation_config.json").get("eos_token_id")
@@ -52,13 +56,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: Mapping[str, Any], eos: tuple[int, ...], dtype: torch.dtype) -> None:
-    """config.json in the spelling that transformers 4 and 5 both read, and generation_config.json when `eos` is known."""
+    """config.json in the spelling that transformers 4 and 5 both read, and generation_config.json when `eos`
+    is known.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", config)
     if eos:
         special = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
-        _write_json(folder / "generation_config.json", special | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)})
+        _write_json(
+            folder / "generation_config.json",
+            special | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)},
+        )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -78,7 +87,8 @@ def read(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, *, tied
     """Fill `parameters` from the folder's files, casting to their dtype.
 
     With `tied`, an lm_head.weight that repeats the embedding is allowed.
-    Raises:  UserError naming file and tensor: missing, unknown, truncated, of the wrong shape, or a tied head that differs.
+    Raises:  UserError naming file and tensor: missing, unknown, truncated, of the wrong shape, or a tied head
+             that differs.
     """
     stored = {n: s for n, s in _inventory(folder).items() if not n.endswith(NOT_WEIGHTS)}
     theirs = {t: p for p, parts in layout.items() for t in parts}
@@ -86,19 +96,31 @@ def read(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, *, tied
     for name, p in theirs.items():
         want = (layout[p][name], *parameters[p].shape[1:])
         if name not in stored:
-            raise UserError(f"{folder}: tensor {name} of shape {want} is missing from its *.safetensors files")
+            raise UserError(
+                f"{folder}: tensor {name} of shape {want} is missing from its *.safetensors files"
+            )
         if stored[name].shape != want:
-            raise UserError(f"{stored[name].path}: tensor {name}: expected shape {want} by config.json, got {stored[name].shape}")
+            raise UserError(
+                f"{stored[name].path}: tensor {name}: expected shape {want} by config.json, "
+                f"got {stored[name].shape}"
+            )
     for name in stored.keys() - theirs.keys():
-        raise UserError(f"{stored[name].path}: tensor {name} is not part of the model that config.json describes")
+        raise UserError(
+            f"{stored[name].path}: tensor {name} is not part of the model that config.json describes"
+        )
     with torch.no_grad():
         for p, parts in layout.items():
             for block, name in zip(parameters[p].split(list(parts.values())), parts, strict=True):
                 block.copy_(_tensor(stored[name].path, name))
     if head is not None:
         embedding = next(stored[t] for t in stored if t.endswith("embed_tokens.weight"))
-        if not torch.equal(_tensor(head.path, "lm_head.weight"), _tensor(embedding.path, "model.embed_tokens.weight")):
-            raise UserError(f"{head.path}: tensor lm_head.weight differs from the embedding, but config.json says tie_word_embeddings")
+        if not torch.equal(
+            _tensor(head.path, "lm_head.weight"), _tensor(embedding.path, "model.embed_tokens.weight")
+        ):
+            raise UserError(
+                f"{head.path}: tensor lm_head.weight differs from the embedding, "
+                "but config.json says tie_word_embeddings"
+            )
 
 
 def _inventory(folder: Path) -> dict[str, Stored]:
@@ -111,7 +133,11 @@ def _inventory(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in paths:
         if not path.is_file():
-            why = f"{INDEX} names it" if listed else "convert the weights with transformers' save_pretrained if they are in another format"
+            why = (
+                f"{INDEX} names it"
+                if listed
+                else "convert the weights with transformers' save_pretrained if they are in another format"
+            )
             raise UserError(f"{path}: weight file is missing ({why})")
         found |= {name: Stored(path, shape) for name, shape in _header(path).items()}
     for name, file in listed.items():
@@ -131,10 +157,15 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         spans = sorted((entry["data_offsets"][1], name) for name, entry in entries.items())
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a whole safetensors file: its header cannot be read ({size} bytes)") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file: its header cannot be read ({size} bytes)"
+        ) from None
     for end, name in spans:
         if 8 + length + end > size:
-            raise UserError(f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}; copy it again")
+            raise UserError(
+                f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, "
+                f"the file at {size}; copy it again"
+            )
     return shapes
 
 
@@ -147,8 +178,12 @@ def _tensor(path: Path, name: str) -> Tensor:
 
 
 # --- writing ----------------------------------------------------------------------------------------
-def write(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Write `parameters` under their names in `layout` as `dtype`: model.safetensors, or shards and an index above the limit."""
+def write(
+    folder: Path, parameters: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write `parameters` under their names in `layout` as `dtype`: model.safetensors, or shards and an index
+    above the limit.
+    """
     shards: list[dict[str, tuple[str, int, int]]] = [{}]  # tensor -> parameter, first and last row
     filled = total = 0
     for p, parts in layout.items():
@@ -161,13 +196,23 @@ def write(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, dtype:
             shards[-1][name] = (p, first, first + rows)
             first, filled, total = first + rows, filled + size, total + size
     folder.mkdir(parents=True, exist_ok=True)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, shard in zip(names, shards, strict=True):
-        tensors = {n: parameters[p].detach()[a:b].to("cpu", dtype, copy=True).contiguous() for n, (p, a, b) in shard.items()}
+        tensors = {
+            n: parameters[p].detach()[a:b].to("cpu", dtype, copy=True).contiguous()
+            for n, (p, a, b) in shard.items()
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {n: file for file, shard in zip(names, shards, strict=True) for n in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):  # of an earlier save with another number of shards
+    for old in (
+        *folder.glob("model*.safetensors"),
+        folder / INDEX,
+    ):  # of an earlier save with another number of shards
         if old.name not in names and not (old.name == INDEX and len(shards) > 1):
             old.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Data parallelism: who this process is, its share of the work, and sums over all processes.
 
-Under torchrun every process runs the same program; alone, the world has one member and every function is the identity.
+Under torchrun every process runs the same program; alone, the world has one member and every function is the
+identity.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Start, control and method side by side on unseen prompts: the numbers of a demonstration as a page and as plain text."""
+"""Start, control and method side by side on unseen prompts: the numbers of a demonstration as a page and as
+plain text.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seed:
-    """One seed: its arms, and the paired difference in sampled accuracy of each later arm to the first, by arm name."""
+    """One seed: its arms, and the paired difference in sampled accuracy of each later arm to the first, by
+    arm name.
+    """
 
     seed: int
     arms: Sequence[Arm]
@@ -53,8 +57,9 @@ class Comparison:
     """Everything a demonstration shows.
 
     prompts   unseen prompts each arm answered
-    gains     arm name -> difference to the first arm, paired by prompt, all seeds pooled; None takes the mean of the seeds' own
-              differences with Student's interval over seeds, which also counts how much seeds differ
+    gains     arm name -> difference to the first arm, paired by prompt, all seeds pooled; None takes the mean
+              of the seeds' own differences with Student's interval over seeds, which also counts how much
+              seeds differ
     runs      curve name -> run folder
     """
 
@@ -80,12 +85,16 @@ def build_comparison(it: Comparison, out: str | Path) -> Path:
     out = Path(out)
     runs = {name: read(Path(folder)) for name, folder in it.runs.items()}
     title = f"Accuracy on {it.prompts:,} unseen prompts"
-    picture = intervals(_rows(it), title=title, unit="answers correct, 95% interval", path=out / "plots" / "accuracy.png")
+    picture = intervals(
+        _rows(it), title=title, unit="answers correct, 95% interval", path=out / "plots" / "accuracy.png"
+    )
     return write(
         out,
         it.title,
         headline(it),
-        section("Result", figures([(title, picture)], wide=True), _arms(it), _seeds(it), *map(paragraph, it.notes)),
+        section(
+            "Result", figures([(title, picture)], wide=True), _arms(it), _seeds(it), *map(paragraph, it.notes)
+        ),
         section("Curves", figures(panels(runs, out / "plots"))),
         section("Answers before and after", _answers(it)),
         set_up(runs) if runs else Html(""),
@@ -97,9 +106,13 @@ def headline(it: Comparison) -> str:
     first = it.seeds[0].arms[0].name
     seeds = f"mean of {len(it.seeds)} seeds" if len(it.seeds) > 1 else f"seed {it.seeds[0].seed}"
     accuracy = {name: pooled["sampled"].mean for name, pooled in _pooled_arms(it).items()}
-    said = [f"{first}: {accuracy[first]:.1%} of sampled answers to {it.prompts:,} unseen prompts are correct ({seeds})."]
+    said = [
+        f"{first}: {accuracy[first]:.1%} of sampled answers to {it.prompts:,} unseen prompts are "
+        f"correct ({seeds})."
+    ]
     said += [
-        f"{name}: {accuracy[name]:.1%} ({100 * g.mean:+.1f} points; 95% interval {100 * g.lo:+.1f} to {100 * g.hi:+.1f})."
+        f"{name}: {accuracy[name]:.1%} ({100 * g.mean:+.1f} points; "
+        f"95% interval {100 * g.lo:+.1f} to {100 * g.hi:+.1f})."
         for name, g in it.pooled().items()
     ]
     return " ".join(said)
@@ -108,12 +121,20 @@ def headline(it: Comparison) -> str:
 def as_text(it: Comparison) -> str:
     """The comparison for a terminal: every seed, every arm, and the paired differences in percentage points."""
     width = max(len(a.name) for s in it.seeds for a in s.arms)
-    lines = [it.title, headline(it), "", f"{'seed':>5}  {'':<{width}}  {'greedy':>22}  {'sampled':>22}  well-formed  difference, sampled"]
+    lines = [
+        it.title,
+        headline(it),
+        "",
+        f"{'seed':>5}  {'':<{width}}  {'greedy':>22}  {'sampled':>22}  well-formed  difference, sampled",
+    ]
     for s in it.seeds:
         for arm in s.arms:
             gain = _points(s.gains[arm.name]) if arm.name in s.gains else ""
             formed = "" if arm.well_formed is None else f"{arm.well_formed:.1%}"
-            row = f"{s.seed:>5}  {arm.name:<{width}}  {_share(arm.greedy):>22}  {_share(arm.sampled):>22}  {formed:>11}  {gain}"
+            row = (
+                f"{s.seed:>5}  {arm.name:<{width}}  {_share(arm.greedy):>22}  {_share(arm.sampled):>22}  "
+                f"{formed:>11}  {gain}"
+            )
             lines.append(row.rstrip())
     if len(it.seeds) > 1:
         lines += [f"  all  {name:<{width}}  {_points(gain)} points" for name, gain in it.pooled().items()]
@@ -128,11 +149,15 @@ def _by_arm(it: Comparison) -> dict[str, list[Arm]]:
 
 
 def _pooled_arms(it: Comparison) -> dict[str, dict[str, Estimate]]:
-    """Accuracy by arm and kind: a single seed's own interval, or the mean over seeds with the interval over seeds."""
+    """Accuracy by arm and kind: a single seed's own interval, or the mean over seeds with the interval over
+    seeds.
+    """
     pooled = {}
     for name, arms in _by_arm(it).items():
         kinds = {"greedy": [a.greedy for a in arms], "sampled": [a.sampled for a in arms]}
-        pooled[name] = {k: e[0] if len(e) == 1 else mean_interval([x.mean for x in e]) for k, e in kinds.items()}
+        pooled[name] = {
+            k: e[0] if len(e) == 1 else mean_interval([x.mean for x in e]) for k, e in kinds.items()
+        }
     return pooled
 
 
@@ -143,7 +168,12 @@ def _rows(it: Comparison) -> list[Row]:
         Row(
             label=name,
             estimates=estimates,
-            singles={"greedy": [a.greedy.mean for a in arms[name]], "sampled": [a.sampled.mean for a in arms[name]]} if several else {},
+            singles={
+                "greedy": [a.greedy.mean for a in arms[name]],
+                "sampled": [a.sampled.mean for a in arms[name]],
+            }
+            if several
+            else {},
         )
         for name, estimates in _pooled_arms(it).items()
     ]
@@ -166,10 +196,19 @@ def _arms(it: Comparison) -> Html:
             )
         )
     several = len(it.seeds) > 1
-    over = f"Mean of {len(it.seeds)} seeds with its 95% interval over seeds" if several else f"Seed {it.seeds[0].seed}, 95% intervals"
+    over = (
+        f"Mean of {len(it.seeds)} seeds with its 95% interval over seeds"
+        if several
+        else f"Seed {it.seeds[0].seed}, 95% intervals"
+    )
     how = "over seeds" if several and it.gains is None else "paired by prompt"
     caption = f"{over}. Difference: points of sampled accuracy to the first row, 95% interval {how}."
-    return table(("Model", "Greedy", "Sampled", "Difference", "Well-formed", "Training time"), rows, caption=caption, numbers=True)
+    return table(
+        ("Model", "Greedy", "Sampled", "Difference", "Well-formed", "Training time"),
+        rows,
+        caption=caption,
+        numbers=True,
+    )
 
 
 def _seeds(it: Comparison) -> Html:
@@ -182,7 +221,12 @@ def _seeds(it: Comparison) -> Html:
         accuracy = [f"{by_name[n].sampled.mean:.1%}" for n in names]
         rows.append((f"seed {s.seed}", *accuracy, *(_points(s.gains[n]) for n in names[1:])))
     header = ("Seed", *names, *(f"{n}: difference" for n in names[1:]))
-    return table(header, rows, caption="Sampled accuracy by seed; differences in percentage points with 95% intervals.", numbers=True)
+    return table(
+        header,
+        rows,
+        caption="Sampled accuracy by seed; differences in percentage points with 95% intervals.",
+        numbers=True,
+    )
 
 
 def _answers(it: Comparison) -> Html:

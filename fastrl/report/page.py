@@ -1,4 +1,5 @@
-"""Self-contained HTML pages: headings, tables, pictures, folded text; escaped, readable on a phone, nothing fetched.
+"""Self-contained HTML pages: headings, tables, pictures, folded text; escaped, readable on a phone, nothing
+fetched.
 
 What these functions return is `Html`; any other string given to them is text, and is escaped.
 """
@@ -55,17 +56,31 @@ class Html(str):
 
 
 def text(value: object) -> Html:
-    """`value` as escaped text; a character no one can see (a control, a lone surrogate) is shown as a replacement mark."""
+    """`value` as escaped text; a character no one can see (a control, a lone surrogate) is shown as a
+    replacement mark.
+    """
     if isinstance(value, Html):
         return value
-    return Html(html.escape("".join(c if c.isprintable() or c in SPACES else "\ufffd" for c in str(value).replace("\r\n", "\n"))))
+    return Html(
+        html.escape(
+            "".join(
+                c if c.isprintable() or c in SPACES else "\ufffd" for c in str(value).replace("\r\n", "\n")
+            )
+        )
+    )
 
 
 def page(title: str, lead: str, *sections: Html) -> str:
     """A whole document of one heading, a leading paragraph and `sections`."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{text(title)}</title>'
+    )
     body = f'<main><h1>{text(title)}</h1><p class="lead">{text(lead)}</p>{"".join(sections)}</main>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>\n'
+    return (
+        "<!DOCTYPE html>\n<html "
+        f'lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>\n'
+    )
 
 
 def section(heading: str, *blocks: Html) -> Html:
@@ -92,7 +107,12 @@ def figures(pictures: Sequence[tuple[str, Picture]], *, wide: bool = False) -> H
 
 
 def table(
-    header: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "", numbers: bool = False, sample: bool = False
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    caption: str = "",
+    numbers: bool = False,
+    sample: bool = False,
 ) -> Html:
     """A table whose first column names the row; on a narrow screen each row is a card.
 
@@ -102,11 +122,14 @@ def table(
         return Html("")
     kind = ' class="number"' if numbers else ' class="sample"' if sample else ""
     first = ' class="sample"' if sample else ""
-    top = "".join(f'<th scope="col"{kind if i and numbers else ""}>{text(h)}</th>' for i, h in enumerate(header))
+    top = "".join(
+        f'<th scope="col"{kind if i and numbers else ""}>{text(h)}</th>' for i, h in enumerate(header)
+    )
     lines = []
     for row in rows:
         cells = "".join(
-            f'<td{kind} data-label="{text(label)}">{text(value)}</td>' for label, value in zip(header[1:], row[1:], strict=True)
+            f'<td{kind} data-label="{text(label)}">{text(value)}</td>'
+            for label, value in zip(header[1:], row[1:], strict=True)
         )
         lines.append(f'<tr><th scope="row"{first}>{text(row[0])}</th>{cells}</tr>')
     note = f"<caption>{text(caption)}</caption>" if caption else ""
@@ -115,9 +138,19 @@ def table(
 
 def folded(summary: str, content: str) -> Html:
     """Preformatted text behind a line to click; nothing for no text."""
-    return Html(f"<details><summary>{text(summary)}</summary><pre>{text(content)}</pre></details>" if content.strip() else "")
+    return Html(
+        f"<details><summary>{text(summary)}</summary><pre>{text(content)}</pre></details>"
+        if content.strip()
+        else ""
+    )
 
 
 def verdict(correct: bool | None) -> Html:
     """Right or wrong, in words and not by colour alone; nothing when unknown."""
-    return Html("" if correct is None else '<span class="good">correct</span>' if correct else '<span class="bad">wrong</span>')
+    return Html(
+        ""
+        if correct is None
+        else '<span class="good">correct</span>'
+        if correct
+        else '<span class="bad">wrong</span>'
+    )

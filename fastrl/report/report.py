@@ -1,6 +1,7 @@
 """report.html and plots/ from the files of a run folder, or of several folders side by side.
 
-Reads metrics.jsonl, samples.jsonl, config.yaml and environment.txt (log.py says what is in them); works while the run goes on.
+Reads metrics.jsonl, samples.jsonl, config.yaml and environment.txt (log.py says what is in them); works while
+the run goes on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Run:
         bounds = {end: [r.get(f"{key}_{end}") for r in rows] for end in ("lo", "hi")}
         whole = bool(rows) and all(v is not None for values in bounds.values() for v in values)
         ends: dict[str, Any] = bounds if whole else {}
-        return Series(name=name, x=[r["step"] for r in rows], y=[r[key] for r in rows], colour=colour, dash=dash, **ends)
+        return Series(
+            name=name, x=[r["step"] for r in rows], y=[r[key] for r in rows], colour=colour, dash=dash, **ends
+        )
 
 
 class ReportOptions(Protocol):
@@ -85,15 +88,23 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
         section("Held-out rewards", *held_out_rewards(it.folder, out / "plots")),
         section("Sample answers", *_samples(it)),
         section("All metrics", _metrics(it)),
-        section("Set-up", folded("Resolved configuration (config.yaml)", it.config), folded("Environment", it.environment)),
+        section(
+            "Set-up",
+            folded("Resolved configuration (config.yaml)", it.config),
+            folded("Environment", it.environment),
+        ),
     )
 
 
 def compare(folders: Mapping[str, Path], out: Path) -> Path:
-    """Write a report of the curves of several runs, name -> folder, into `out`; returns the path of its report.html."""
+    """Write a report of the curves of several runs, name -> folder, into `out`; returns the path of its
+    report.html.
+    """
     runs = {name: read(folder) for name, folder in folders.items()}
     lead = f"{len(runs)} runs: {', '.join(runs)}."
-    return write(out, "Comparison of runs", lead, section("Curves", figures(panels(runs, out / "plots"))), set_up(runs))
+    return write(
+        out, "Comparison of runs", lead, section("Curves", figures(panels(runs, out / "plots"))), set_up(runs)
+    )
 
 
 def read(folder: Path) -> Run:
@@ -109,13 +120,20 @@ def read(folder: Path) -> Run:
 
 
 def panels(runs: Mapping[str, Run], folder: Path) -> list[tuple[str, Picture]]:
-    """Every panel some run has values for, drawn with one curve per run and metric and saved as `folder`/<title>.png."""
+    """Every panel some run has values for, drawn with one curve per run and metric and saved as
+    `folder`/<title>.png.
+    """
     drawn = []
     for panel in PANELS:
         found = _curves(panel, runs)
         if found:
             path = folder / (panel.title.lower().replace(" ", "-") + ".png")
-            drawn.append((panel.title, lines(found, title=panel.title, unit=panel.unit, path=path, percent=panel.percent)))
+            drawn.append(
+                (
+                    panel.title,
+                    lines(found, title=panel.title, unit=panel.unit, path=path, percent=panel.percent),
+                )
+            )
     return drawn
 
 
@@ -137,13 +155,16 @@ def write(out: Path, title: str, lead: str, *sections: Html) -> Path:
 def prompt_text(prompt: object) -> str:
     """A prompt as a person reads it: text as it is, a list of messages as `role: content` lines."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in prompt)
+        return "\n".join(
+            f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in prompt
+        )
     return str(prompt)
 
 
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, runs: Mapping[str, Run]) -> list[Series]:
-    """A panel's curves of runs by name: a colour per run, a dash per metric; of one run without a name, a colour per metric.
+    """A panel's curves of runs by name: a colour per run, a dash per metric; of one run without a name, a
+    colour per metric.
 
     Metrics are named where runs have more than one of them.
     """
@@ -169,7 +190,11 @@ def lead(it: Run) -> str:
             head, tail = (sum(part) / edge for part in (y[:edge], y[-edge:]))
             ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
             parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
-    for label, key in ((", greedy", "eval/accuracy_greedy"), (", sampled", "eval/accuracy_sampled"), ("", "eval/accuracy")):
+    for label, key in (
+        (", greedy", "eval/accuracy_greedy"),
+        (", sampled", "eval/accuracy_sampled"),
+        ("", "eval/accuracy"),
+    ):
         s = it.series(key)
         if s.y:
             ends = "" if s.lo is None or s.hi is None else f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
@@ -183,18 +208,28 @@ def _samples(it: Run) -> list[Html]:
     parts = []
     for step in dict.fromkeys((*steps[:1], *steps[-1:])):
         rows = [r for r in it.samples if r["step"] == step][:SHOWN_SAMPLES]
-        cells = [(prompt_text(r.get("prompt", "")), r.get("completion", ""), _value(r.get("reward")), _verdict(r)) for r in rows]
+        cells = [
+            (prompt_text(r.get("prompt", "")), r.get("completion", ""), _value(r.get("reward")), _verdict(r))
+            for r in rows
+        ]
         header = ("Prompt", "Answer", "Reward", "Verdict")
         width = 4 if any(cell[3] for cell in cells) else 3
-        parts.append(table(header[:width], [cell[:width] for cell in cells], caption=f"Step {step}", sample=True))
+        parts.append(
+            table(header[:width], [cell[:width] for cell in cells], caption=f"Step {step}", sample=True)
+        )
     return parts
 
 
 def _verdict(row: Mapping[str, Any]) -> Html:
-    """What the verifier said, in its words where it has some; a joint run's oracle, and the label that a reward model was to find."""
+    """What the verifier said, in its words where it has some; a joint run's oracle, and the label that a
+    reward model was to find.
+    """
     right = row.get("correct")
     said = [f"{name} {_value(row[name])}" for name in ("oracle", "target") if _value(row.get(name))]
-    parts = [verdict(None if right is None else bool(right)), text("; ".join([str(row.get("message") or ""), *said]).strip("; "))]
+    parts = [
+        verdict(None if right is None else bool(right)),
+        text("; ".join([str(row.get("message") or ""), *said]).strip("; ")),
+    ]
     return Html(" ".join(part for part in parts if part))
 
 
@@ -203,7 +238,11 @@ def _value(reward: object) -> str:
 
 
 def _metrics(it: Run) -> Html:
-    keys = [k for k in dict.fromkeys(k for r in it.rows for k in r) if k not in ("step", "time") and not k.endswith(("_lo", "_hi"))]
+    keys = [
+        k
+        for k in dict.fromkeys(k for r in it.rows for k in r)
+        if k not in ("step", "time") and not k.endswith(("_lo", "_hi"))
+    ]
     rows = []
     for key in keys:
         y = it.series(key).y
@@ -221,12 +260,20 @@ def _number(value: float) -> str:
 
 def _minutes(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 # --- the files --------------------------------------------------------------------------------------
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line without its end is one that is being written, and is left out."""
+    """The objects of a file of JSON lines; a last line without its end is one that is being written, and is
+    left out.
+    """
     text = _text(path)
     rows = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):

@@ -20,7 +20,8 @@ class Estimate(NamedTuple):
 def wilson(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Ends of Wilson's score interval of a proportion; right for independent trials, near 0 and 1 too.
 
-    Several answers to one prompt are not independent: use `mean_interval` over the prompts' own means for those.
+    Several answers to one prompt are not independent: use `mean_interval` over the prompts' own means for
+    those.
 
     Raises:  ValueError unless 0 <= successes <= n and n >= 1.
     Source:  Wilson 1927; Brown, Cai & DasGupta 2001, "Interval estimation for a binomial proportion".
@@ -52,7 +53,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
 
 
 def share_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
-    """`mean_interval` of shares, values from 0 to 1, whose mean can be nothing else: the ends are cut off there.
+    """`mean_interval` of shares, values from 0 to 1, whose mean can be nothing else: the ends are cut off
+    there.
 
     Raises:  ValueError for no values.
     """
@@ -89,14 +91,21 @@ class Bin(NamedTuple):
     observed: float
 
 
-def calibration(predicted: Sequence[float], outcome: Sequence[float], *, bins: int = 10) -> tuple[float, list[Bin]]:
-    """Expected calibration error of probabilities, and the `bins` of equal width behind it (empty ones are left out).
+def calibration(
+    predicted: Sequence[float], outcome: Sequence[float], *, bins: int = 10
+) -> tuple[float, list[Bin]]:
+    """Expected calibration error of probabilities, and the `bins` of equal width behind it (empty ones are
+    left out).
 
     Raises:  ValueError for lists of different or zero length.
-    Source:  Naeini, Cooper & Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian binning".
+    Source:  Naeini, Cooper & Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian
+             binning".
     """
     if len(predicted) != len(outcome) or not predicted:
-        raise ValueError(f"calibration: expected two lists of one length, at least 1; got {len(predicted)} and {len(outcome)}")
+        raise ValueError(
+            "calibration: expected two lists of one length, at least 1; "
+            f"got {len(predicted)} and {len(outcome)}"
+        )
     inside: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for p, y in zip(predicted, outcome, strict=True):
         inside[min(int(p * bins), bins - 1)].append((p, y))
@@ -107,7 +116,8 @@ def calibration(predicted: Sequence[float], outcome: Sequence[float], *, bins: i
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with `df` degrees of freedom, for 0.5 <= p < 1, to 1e-9 relative.
 
-    Source:  the finite series of the distribution for integer df, Abramowitz & Stegun 26.7.3 and 26.7.4, bisected.
+    Source:  the finite series of the distribution for integer df, Abramowitz & Stegun 26.7.3 and 26.7.4,
+             bisected.
     """
     if not 0.5 <= p < 1 or df < 1:
         raise ValueError(f"t_quantile: expected 0.5 <= p < 1 and df >= 1, got p={p}, df={df}")

@@ -1,7 +1,8 @@
 """Checkpoints: a Hugging Face folder plus the trainer's state, whole or not there at all.
 
-A checkpoint is written under a temporary name, synced to disk and renamed, so a crash at any moment leaves the checkpoints before
-it as they were.  `trainer.json` lists every file and its size; one that is missing or cut short is named when it is loaded.
+A checkpoint is written under a temporary name, synced to disk and renamed, so a crash at any moment leaves
+the checkpoints before it as they were.  `trainer.json` lists every file and its size; one that is missing or
+cut short is named when it is loaded.
 """
 
 from __future__ import annotations
@@ -26,13 +27,21 @@ _NAME = re.compile(r"step_(\d+)")
 
 
 def save(
-    run: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Tensor], meta: dict[str, Any], *, keep: int = 0,
+    run: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    state: dict[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    keep: int = 0,
     others: Mapping[str, tuple[Any, Any]] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps every one).
 
-    `state` holds the trainer's tensors, `meta` its plain values; `others` are more models with their tokenizers, by the name of their
-    folder inside it.  Raises UserError, naming the folder, when the disk refuses.
+    `state` holds the trainer's tensors, `meta` its plain values; `others` are more models with their
+    tokenizers, by the name of their folder inside it.  Raises UserError, naming the folder, when the disk
+    refuses.
     """
     root = run / "checkpoints"
     final, partial = root / f"step_{step}", root / f".step_{step}.partial"
@@ -46,7 +55,9 @@ def save(
             if reads is not None:
                 reads.save_pretrained(partial / folder)
         save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, partial / STATE)
-        sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+        sizes = {
+            str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()
+        }
         (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))
         _sync(partial)
         if final.exists():
@@ -56,7 +67,9 @@ def save(
         for old in whole(run)[:-keep] if keep else []:
             _discard(old)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched") from error
+        raise UserError(
+            f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched"
+        ) from error
     return final
 
 
@@ -67,7 +80,9 @@ def whole(run: Path) -> list[Path]:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trainer's tensors and plain values of one checkpoint.  Raises UserError naming the file that is missing or damaged."""
+    """The trainer's tensors and plain values of one checkpoint.  Raises UserError naming the file that is
+    missing or damaged.
+    """
     try:
         meta = json.loads((path / META).read_text())
         files = meta.pop("files")

@@ -12,14 +12,39 @@ import torch
 from fastrl import __version__, ops
 from fastrl.kernels._backend import BACKENDS, extension
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro", "flash-attn", "kernels", "trl", "liger-kernel")
-VARIABLES = ("FASTRL_BACKEND", "FASTRL_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "tyro",
+    "flash-attn",
+    "kernels",
+    "trl",
+    "liger-kernel",
+)
+VARIABLES = (
+    "FASTRL_BACKEND",
+    "FASTRL_CPU_ISA",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "TRITON_INTERPRET",
+)
 
 
 def report() -> str:
     """The text of `fastrl env`."""
-    parts = {"versions": _versions(), "devices": _devices(), "compiled module": _compiled(), "environment": _variables()}
-    blocks = [f"{title}\n" + "\n".join(f"  {k:<22} {v}" for k, v in rows.items()) for title, rows in parts.items()]
+    parts = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "compiled module": _compiled(),
+        "environment": _variables(),
+    }
+    blocks = [
+        f"{title}\n" + "\n".join(f"  {k:<22} {v}" for k, v in rows.items()) for title, rows in parts.items()
+    ]
     return "\n\n".join([*blocks, _table()])
 
 
@@ -83,5 +108,10 @@ def _table() -> str:
     rows += [(op, chosen[op], *(have[op].get(b, "-") for b in BACKENDS)) for op in have]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{op}: {name}: {state}" for op, table in have.items() for name, state in table.items() if name not in BACKENDS]
+    lines += [
+        f"{op}: {name}: {state}"
+        for op, table in have.items()
+        for name, state in table.items()
+        if name not in BACKENDS
+    ]
     return "\n".join(lines)

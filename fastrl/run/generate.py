@@ -1,9 +1,11 @@
-"""The command `fastrl generate`: prompts from a file or standard input, completions to a file or the terminal.
+"""The command `fastrl generate`: prompts from a file or standard input, completions to a file or the
+terminal.
 
-A file holds one JSON object per completion, in the order of the prompts: "index" (which prompt, from 0), "sample" (which of its n
-completions, from 0), "prompt", "completion", "finish_reason" and "logp" (nats, one per token).  Beside FILE lies FILE.config.yaml,
-the configuration that wrote it.  A completion's randomness is keyed by the seed and index * n + sample, and prompts are completed in
-chunks that lie the same in every run: what --resume adds to a file is what the run that was interrupted would have written.
+A file holds one JSON object per completion, in the order of the prompts: "index" (which prompt, from 0),
+"sample" (which of its n completions, from 0), "prompt", "completion", "finish_reason" and "logp" (nats, one
+per token).  Beside FILE lies FILE.config.yaml, the configuration that wrote it.  A completion's randomness is
+keyed by the seed and index * n + sample, and prompts are completed in chunks that lie the same in every run:
+what --resume adds to a file is what the run that was interrupted would have written.
 """
 
 from __future__ import annotations
@@ -36,13 +38,22 @@ from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
 
 CHUNK = 64  # prompts whose completions are drawn and written together: an interrupted run keeps what it has
-FREE = ("prompts", "output", "resume", "device", "threads", "sampling.max_tokens_in_flight")  # options that may change over --resume
+FREE = (
+    "prompts",
+    "output",
+    "resume",
+    "device",
+    "threads",
+    "sampling.max_tokens_in_flight",
+)  # options that may change over --resume
 
 
 def run(config: Generate) -> None:
-    """Complete every prompt, `n` times each, and write one JSON line (or, on a terminal, one paragraph) per completion.
+    """Complete every prompt, `n` times each, and write one JSON line (or, on a terminal, one paragraph) per
+    completion.
 
-    Raises UserError for prompts that cannot be completed, an output file that exists, and one that --resume cannot continue.
+    Raises UserError for prompts that cannot be completed, an output file that exists, and one that --resume
+    cannot continue.
     """
     _check_output(config)
     set_threads(config.threads)
@@ -52,11 +63,18 @@ def run(config: Generate) -> None:
     s = config.sampling
     sampler = SAMPLERS[config.sampler](model, tokenizer, s)
     params = SamplingParams(
-        n=config.n, max_new_tokens=config.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-        min_p=s.min_p, seed=config.seed,
-    )  # fmt: skip
+        n=config.n,
+        max_new_tokens=config.max_new_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        seed=config.seed,
+    )
     prompts = list(read_prompts(config.prompts))
-    encoded = [_encode(where, prompt, tokenizer, model.config.max_position_embeddings) for where, prompt in prompts]
+    encoded = [
+        _encode(where, prompt, tokenizer, model.config.max_position_embeddings) for where, prompt in prompts
+    ]
     texts = [prompt for _, prompt in prompts]
     written = Path(config.output)
     rows = 0 if config.output == "-" else _begin(config, written, texts)
@@ -66,14 +84,17 @@ def run(config: Generate) -> None:
         begun = rows // config.n if rows == len(prompts) * config.n else rows // config.n // CHUNK * CHUNK
         for first in range(begun, len(prompts), CHUNK):
             part = slice(first, first + CHUNK)
-            rollouts = sampler.generate(encoded[part], params, sequence_offset=first * config.n, on_tokens=told.tokens)
+            rollouts = sampler.generate(
+                encoded[part], params, sequence_offset=first * config.n, on_tokens=told.tokens
+            )
             _write(out, texts[part], rollouts, first, config.n, skip=rows - first * config.n)
             told.prompts(min(first + CHUNK, len(prompts)))
 
 
 # --- prompts ----------------------------------------------------------------------------------------
 def read_prompts(path: str) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, prompt) of every line that is not blank; of a .jsonl file, its `prompt` column (text, or a list of messages).
+    """(`file:line`, prompt) of every line that is not blank; of a .jsonl file, its `prompt` column (text, or
+    a list of messages).
 
     Raises UserError naming the line that is wrong.
     """
@@ -85,7 +106,11 @@ def read_prompts(path: str) -> Iterator[tuple[str, Any]]:
         return
     name = "standard input" if path == "-" else path
     text = sys.stdin.read() if path == "-" else decode(Path(path).read_bytes(), path)
-    yield from ((f"{name}:{number}", line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    yield from (
+        (f"{name}:{number}", line.removesuffix("\r"))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    )
 
 
 def _encode(where: str, prompt: Any, tokenizer: Any, context: int) -> list[int]:
@@ -96,7 +121,9 @@ def _encode(where: str, prompt: Any, tokenizer: Any, context: int) -> list[int]:
 
 # --- the output file --------------------------------------------------------------------------------
 def _check_output(config: Generate) -> None:
-    """Refuse an output file that would be overwritten, or that there is nothing of to resume; before the model is loaded."""
+    """Refuse an output file that would be overwritten, or that there is nothing of to resume; before the
+    model is loaded.
+    """
     path = Path(config.output)
     if config.resume and config.output == "-":
         raise UserError("--resume: expected the --output file of the interrupted run, got the terminal")
@@ -129,12 +156,18 @@ def _beside(path: Path) -> Path:
 def _check_settings(config: Generate, path: Path) -> None:
     """Raises UserError naming the first option that the file was written with and that is another now."""
     if not _beside(path).is_file():
-        raise UserError(f"--resume: {_beside(path)}, which says how {path} was written, is not there; write to another file")
+        raise UserError(
+            f"--resume: {_beside(path)}, which says how {path} was written, is not there; "
+            "write to another file"
+        )
     before, now = _flat(dataclasses.asdict(load(Generate, _beside(path)))), _flat(dataclasses.asdict(config))
     for name in now:
         if name not in FREE and before[name] != now[name]:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"--resume: {path} was written with {option} {before[name]}, got {now[name]}; write to another file")
+            raise UserError(
+                f"--resume: {path} was written with {option} {before[name]}, got {now[name]}; "
+                "write to another file"
+            )
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -146,7 +179,8 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _whole(path: Path, prompts: Sequence[Any], n: int) -> tuple[int, int]:
-    """Completions that an interrupted run wrote whole, and their bytes; a last line without its end is not counted.
+    """Completions that an interrupted run wrote whole, and their bytes; a last line without its end is not
+    counted.
 
     Raises UserError naming the line that does not answer its prompt.
     """
@@ -159,11 +193,20 @@ def _whole(path: Path, prompts: Sequence[Any], n: int) -> tuple[int, int]:
             row = as_object(parse_json(decode(raw, where), where), where)
             index, sample = divmod(rows, n)
             if index >= len(prompts):
-                raise UserError(f"{where}: more completions than {n} of each of the {len(prompts)} prompts; write to another file")
-            found, want = ([r.get(k) for k in ("index", "sample", "prompt")] for r in (row, _row(index, sample, prompts[index])))
+                raise UserError(
+                    f"{where}: more completions than {n} of each of the {len(prompts)} prompts; "
+                    "write to another file"
+                )
+            found, want = (
+                [r.get(k) for k in ("index", "sample", "prompt")]
+                for r in (row, _row(index, sample, prompts[index]))
+            )
             if found != want:
                 mend = "the file belongs to other prompts; write to another one"
-                raise UserError(f"{where}: expected index, sample and prompt {shorten(want)}, got {shorten(found)}: {mend}")
+                raise UserError(
+                    f"{where}: expected index, sample and prompt {shorten(want)}, "
+                    f"got {shorten(found)}: {mend}"
+                )
             rows, size = rows + 1, size + len(raw)
     return rows, size
 
@@ -173,7 +216,9 @@ def _row(index: int, sample: int, prompt: Any) -> dict[str, Any]:
 
 
 def _write(out: TextIO, prompts: Sequence[Any], rollouts: Rollouts, first: int, n: int, *, skip: int) -> None:
-    """Append a chunk's completions but for the first `skip`, which are there; `first` is the number of its first prompt."""
+    """Append a chunk's completions but for the first `skip`, which are there; `first` is the number of its
+    first prompt.
+    """
     text, ends = rollouts.text or [], rollouts.cu_seqlens.tolist()
     for i, completion in list(enumerate(text))[max(0, skip) :]:
         prompt = prompts[i // n]
@@ -182,7 +227,10 @@ def _write(out: TextIO, prompts: Sequence[Any], rollouts: Rollouts, first: int, 
             continue
         mine = slice(ends[i], ends[i + 1])
         logp = rollouts.logp[mine][rollouts.completion_mask[mine]]
-        row = _row(first + i // n, i % n, prompt) | {"completion": completion, "finish_reason": rollouts.finish_reason[i]}
+        row = _row(first + i // n, i % n, prompt) | {
+            "completion": completion,
+            "finish_reason": rollouts.finish_reason[i],
+        }
         out.write(json.dumps(row | {"logp": [round(x, 6) for x in logp.tolist()]}) + "\n")
     out.flush()
 
@@ -202,9 +250,16 @@ class Told:
         self.task = TaskID(0)
         if console.is_terminal and not hidden:
             self.bar = Progress(
-                TextColumn("generate"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("prompts  {task.fields[shown]}"),
-                TextColumn("ETA"), TimeRemainingColumn(), console=console, refresh_per_second=4, redirect_stdout=False,
-            )  # fmt: skip
+                TextColumn("generate"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("prompts  {task.fields[shown]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+                refresh_per_second=4,
+                redirect_stdout=False,
+            )
 
     def __enter__(self) -> Self:
         self.began = time.perf_counter()
@@ -213,14 +268,18 @@ class Told:
             self.task = self.bar.add_task("", total=self.total, completed=self.done, shown="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
         if kind is not None and self.config.output != "-":
             beside = shlex.quote(str(_beside(Path(self.config.output))))
             stdin = " with the same prompts on standard input" if self.config.prompts == "-" else ""
             where = f"{self.config.output} holds {self.done} of {self.total} prompts"
-            print(f"{where}; continue with: fastrl generate --config {beside} --resume{stdin}", file=sys.stderr)
+            print(
+                f"{where}; continue with: fastrl generate --config {beside} --resume{stdin}", file=sys.stderr
+            )
 
     def tokens(self, count: int) -> None:
         """The sampler has drawn `count` more tokens."""

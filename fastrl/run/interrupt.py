@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Inside the `with` block, the first SIGINT or SIGTERM asks the loop to stop after its step; a second one ends it at once.
+    """Inside the `with` block, the first SIGINT or SIGTERM asks the loop to stop after its step; a second one
+    ends it at once.
 
     max_seconds   ask as well once the block has run this long; 0 never
     """
@@ -28,7 +29,9 @@ class Interrupt:
         self._old = {s: signal.signal(s, self._handle) for s in SIGNALS} if self._main else {}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 

@@ -1,9 +1,10 @@
 """What a run writes down: metrics.jsonl, samples.jsonl, TensorBoard events, and the progress a person sees.
 
-metrics.jsonl holds one JSON object a line.  Every line has "step" (int, optimizer steps done) and "time" (s since the run began,
-counted on over a resume); evaluations are lines of their own whose metrics start with "eval/".  Whatever depends on the
-clock is called "time", "time/...", "eval/time" or "perf/...": everything else is equal in two runs of one configuration, resumed or not.
-JSON has no NaN or infinity: such a number is written as null.
+metrics.jsonl holds one JSON object a line.  Every line has "step" (int, optimizer steps done) and "time" (s
+since the run began, counted on over a resume); evaluations are lines of their own whose metrics start with
+"eval/".  Whatever depends on the clock is called "time", "time/...", "eval/time" or "perf/...": everything
+else is equal in two runs of one configuration, resumed or not.  JSON has no NaN or infinity: such a number is
+written as null.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 METRICS, SAMPLES, REWARDS = "metrics.jsonl", "samples.jsonl", "rewards.json"
 EVENTS = "events.out.tfevents.*"
-LOGS = (METRICS, SAMPLES, EVENTS, "config.yaml", "environment.txt", REWARDS, "report.html", "plots")  # all a run leaves but its checkpoints
+LOGS = (
+    METRICS,
+    SAMPLES,
+    EVENTS,
+    "config.yaml",
+    "environment.txt",
+    REWARDS,
+    "report.html",
+    "plots",
+)  # all a run leaves but its checkpoints
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
     "reward": ("reward", ".3f"),
@@ -37,10 +47,13 @@ PLAIN_LINES, PLAIN_SECONDS = 20, 30.0  # off a terminal: about so many lines a r
 
 
 class RunLog:
-    """The log of one run; a context manager, so that the files are whole and the terminal is sane whatever happens.
+    """The log of one run; a context manager, so that the files are whole and the terminal is sane whatever
+    happens.
 
-    folder       created; a new run (resume_step None) moves an earlier one's logs, not its checkpoints, to folder/previous-N
-    resume_step  continue the files after this step: lines of later steps, and a line cut off by a crash, are dropped
+    folder       created; a new run (resume_step None) moves an earlier one's logs, not its checkpoints, to
+                 folder/previous-N
+    resume_step  continue the files after this step: lines of later steps, and a line cut off by a crash, are
+                 dropped
     texts        file name -> text, written into the folder: config.yaml, environment.txt
     quiet        write the files and show nothing
     enabled      False on every rank but the first: all methods do nothing
@@ -82,14 +95,23 @@ class RunLog:
     def __enter__(self) -> Self:
         if self.enabled and self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-                TextColumn("ETA"), TimeRemainingColumn(), console=self._console, refresh_per_second=4, speed_estimate_period=3600,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+                refresh_per_second=4,
+                speed_estimate_period=3600,
+            )
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=self.total, completed=self._start, shown="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.enabled:
             return
         if self._bar is not None:
@@ -99,18 +121,23 @@ class RunLog:
         self._board.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record optimizer step `step` (counted from 1) and show it.  Raises TypeError for a metric that is no Python number."""
+        """Record optimizer step `step` (counted from 1) and show it.  Raises TypeError for a metric that is
+        no Python number.
+        """
         if not self.enabled:
             return
         self._record(step, metrics)
-        shown = "  ".join(f"{label} {metrics[key]:{form}}" for label, (key, form) in SHOWN.items() if key in metrics)
+        shown = "  ".join(
+            f"{label} {metrics[key]:{form}}" for label, (key, form) in SHOWN.items() if key in metrics
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif self._due(step):
             self._say(f"{self.name} step {step}/{self.total}  {shown}  {self._eta(step)}")
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record an evaluation of the weights after `step` optimizer steps; "eval/" is put before names without it.
+        """Record an evaluation of the weights after `step` optimizer steps; "eval/" is put before names
+        without it.
 
         A metric K with K_lo and K_hi beside it is reported and drawn with that interval.
         """
@@ -118,7 +145,11 @@ class RunLog:
             return
         named = {k if k.startswith("eval/") else f"eval/{k}": v for k, v in metrics.items()}
         self._record(step, named)
-        shown = [_with_interval(k, named) for k in named if not k.endswith(("_lo", "_hi")) and not k.startswith("eval/time")]
+        shown = [
+            _with_interval(k, named)
+            for k in named
+            if not k.endswith(("_lo", "_hi")) and not k.startswith("eval/time")
+        ]
         self._say(f"{self.name} eval at step {step}  " + "  ".join(shown))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -134,7 +165,10 @@ class RunLog:
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
             if not isinstance(value, int | float):
-                raise TypeError(f"metric {key!r}: expected a Python number, got {type(value).__name__}; call .item() once per step")
+                raise TypeError(
+                    f"metric {key!r}: expected a Python number, got {type(value).__name__}; "
+                    "call .item() once per step"
+                )
         clock = round(time.monotonic() - self._began, 3)
         _append(self._metrics, [{"step": step, "time": clock, **metrics}])
         for key, value in metrics.items():
@@ -144,7 +178,12 @@ class RunLog:
         """Whether a plain log line is due: the first step, the last, and a bounded number between."""
         now = time.monotonic()
         every = max(1, math.ceil(self.total / PLAIN_LINES))
-        due = self._spoken == -math.inf or step >= self.total or step % every == 0 or now - self._spoken >= PLAIN_SECONDS
+        due = (
+            self._spoken == -math.inf
+            or step >= self.total
+            or step % every == 0
+            or now - self._spoken >= PLAIN_SECONDS
+        )
         self._spoken = now if due else self._spoken
         return due
 
@@ -173,7 +212,8 @@ class RunLog:
 
 
 def keep_until(path: Path, step: int) -> float:
-    """Drop the lines of `path` (JSON lines) after `step`, and a cut-off last line; the file is replaced in one move.
+    """Drop the lines of `path` (JSON lines) after `step`, and a cut-off last line; the file is replaced in
+    one move.
 
     Returns the "time" of the last line kept, s; 0 where there is none.
     """

@@ -1,4 +1,6 @@
-"""Everything a run needs, built from its configuration: model, tokenizer, data source, learner, log, and where it left off."""
+"""Everything a run needs, built from its configuration: model, tokenizer, data source, learner, log, and
+where it left off.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,14 @@ class Session:
             folder = Path(self.config.output_dir)
             state = self.learner.state() | {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
             path = checkpoint.save(
-                folder, step, self.model, self.tokenizer, state, meta, keep=self.config.save.keep, others=self.learner.others()
+                folder,
+                step,
+                self.model,
+                self.tokenizer,
+                state,
+                meta,
+                keep=self.config.save.keep,
+                others=self.learner.others(),
             )
         self.world.barrier()
         return path
@@ -78,14 +87,21 @@ class Session:
         row = self.learner.algorithm
         silent = set() if row.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
         silent |= set() if row.correction else {"correction_min", "correction_mean", "correction_max"}
-        values = {key: [b[key] for b in batches if key in b] for key in NAMES[type(self.config)] if key not in silent}
+        values = {
+            key: [b[key] for b in batches if key in b]
+            for key in NAMES[type(self.config)]
+            if key not in silent
+        }
         return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
 
     def how_to_resume(self, saved: Path | None) -> str:
         """What to type to continue a run that was stopped."""
         if saved is None:
             return "nothing was saved, because no step was done"
-        return f"continue with: fastrl {_command(self.config)} --config {shlex.quote(f'{self.config.output_dir}/config.yaml')} --resume"
+        return (
+            f"continue with: fastrl {_command(self.config)} --config "
+            f"{shlex.quote(f'{self.config.output_dir}/config.yaml')} --resume"
+        )
 
 
 def set_up(config: Run) -> Session:
@@ -97,10 +113,13 @@ def set_up(config: Run) -> Session:
     world = join()
     device, dtype = place(config.device, config.dtype)
     resumed = _resume_from(config)
-    state, meta = checkpoint.load(resumed) if resumed else ({}, {"step": 0, "version": 0, "command": _command(config)})
+    state, meta = (
+        checkpoint.load(resumed) if resumed else ({}, {"step": 0, "version": 0, "command": _command(config)})
+    )
     if meta["command"] != _command(config):
         raise UserError(
-            f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; continue it with that, or name another folder"
+            f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; "
+            "continue it with that, or name another folder"
         )
     parts = PARTS.get(type(config), Parts())
     algorithm = parts.choose(config)
@@ -108,15 +127,25 @@ def set_up(config: Run) -> Session:
     source_folder = str(resumed or config.model)
     model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
     if config.exact and not isinstance(model, Decoder):
-        raise UserError(f"--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), got {config.model}; run without it")
+        raise UserError(
+            "--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), "
+            f"got {config.model}; run without it"
+        )
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
-    chosen, sampling = (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
+    chosen, sampling = (
+        (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
+    )
     sampler = SAMPLERS[chosen](model, tokenizer, sampling)
     learner = parts.learner(
-        model, algorithm, config.optim, steps=config.steps, micro_tokens=config.micro_tokens,
-        temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0, world=world,
-    )  # fmt: skip
+        model,
+        algorithm,
+        config.optim,
+        steps=config.steps,
+        micro_tokens=config.micro_tokens,
+        temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0,
+        world=world,
+    )
     if resumed:
         for name, (other, _) in learner.others().items():
             other.read(resumed / name)
@@ -126,17 +155,46 @@ def set_up(config: Run) -> Session:
     start, other = meta["step"], changed(config) if resumed else {}
     texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
     log = RunLog(
-        config.output_dir, config.steps, name=_command(config), resume_step=start if resumed else None, texts=texts, enabled=world.is_main
+        config.output_dir,
+        config.steps,
+        name=_command(config),
+        resume_step=start if resumed else None,
+        texts=texts,
+        enabled=world.is_main,
     )
     if other:
-        log.message("resumed with other options: " + ", ".join(f"{k} {now}, which was {was}" for k, (was, now) in other.items()))
-    evaluated = world.max(float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)))[0] > 0
-    return Session(config, world, model, tokenizer, task, sampler, learner, source, log, start, evaluated, meta["version"], length)
+        log.message(
+            "resumed with other options: "
+            + ", ".join(f"{k} {now}, which was {was}" for k, (was, now) in other.items())
+        )
+    evaluated = (
+        world.max(
+            float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start))
+        )[0]
+        > 0
+    )
+    return Session(
+        config,
+        world,
+        model,
+        tokenizer,
+        task,
+        sampler,
+        learner,
+        source,
+        log,
+        start,
+        evaluated,
+        meta["version"],
+        length,
+    )
 
 
 def _check(config: Run) -> None:
     e = config.eval
-    judged = config.task is not None or isinstance(config, Reward)  # a reward model is judged on a dataset's held-out lines, too
+    judged = config.task is not None or isinstance(
+        config, Reward
+    )  # a reward model is judged on a dataset's held-out lines, too
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
@@ -144,7 +202,12 @@ def _check(config: Run) -> None:
         ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
         ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
         ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        ("--eval.prompts", e.prompts, e.prompts == 0 or judged, "0 without a --task, whose verifier evaluates"),
+        (
+            "--eval.prompts",
+            e.prompts,
+            e.prompts == 0 or judged,
+            "0 without a --task, whose verifier evaluates",
+        ),
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
@@ -163,7 +226,9 @@ def _resume_from(config: Run) -> Path | None:
 
 
 def changed(config: Run) -> dict[str, tuple[str, str]]:
-    """What the run in the configuration's output folder was begun with, and what it is now, of each option that differs, as JSON."""
+    """What the run in the configuration's output folder was begun with, and what it is now, of each option
+    that differs, as JSON.
+    """
     saved = Path(config.output_dir) / "config.yaml"
     if not saved.is_file():
         return {}
@@ -173,7 +238,9 @@ def changed(config: Run) -> dict[str, tuple[str, str]]:
 
 
 def _evaluated(folder: Path, step: int) -> bool:
-    """Whether the log of a resumed run has the evaluation of the step it resumes at: it may have been stopped before that was done."""
+    """Whether the log of a resumed run has the evaluation of the step it resumes at: it may have been stopped
+    before that was done.
+    """
     rows = (row for _, row in read_json_lines(folder / METRICS))
     return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)
 

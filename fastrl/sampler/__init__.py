@@ -1,6 +1,7 @@
 """Rollouts with the weights being trained: same process, same storage, same layers.
 
-`SAMPLERS` are the values of --sampler: what makes a sampler of a model, its tokenizer and the options --sampling.*.
+`SAMPLERS` are the values of --sampler: what makes a sampler of a model, its tokenizer and the options
+--sampling.*.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from fastrl.sampler.sampler import Sampler
 from fastrl.sampler.turns import Environment, Turn
 from fastrl.sampler.vllm import VllmSampler
 
-SAMPLERS: dict[str, Callable[[Any, Any, Sampling], Any]] = {"fastrl": Sampler.configured, "vllm": VllmSampler.configured}
+SAMPLERS: dict[str, Callable[[Any, Any, Sampling], Any]] = {
+    "fastrl": Sampler.configured,
+    "vllm": VllmSampler.configured,
+}
 
 __all__ = ["SAMPLERS", "Environment", "Sampler", "SamplingParams", "Tail", "Turn", "VllmSampler"]

@@ -1,4 +1,6 @@
-"""The paged key/value cache: one slab, an allocator that lives on the device, and the attentions that go through them."""
+"""The paged key/value cache: one slab, an allocator that lives on the device, and the attentions that go
+through them.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,31 @@ from fastrl import ops
 from fastrl.kernels._native.decoder_layer import Paged
 from fastrl.kernels.advance import Pages
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
 
 
 class PagedCache:
     """Keys and values in pages of `page` tokens, and which pages are free.
 
-    A sequence's token at position p lies in page `table[p // page]` of its row of a block table, at offset p % page.  Page 0 is
-    nobody's: tables are padded with it, and rows that have ended write there.  Pages may be shared; `pages.refs` counts users
-    (-1 for a free page).  Every method but `spare` only enqueues work on the device.
+    A sequence's token at position p lies in page `table[p // page]` of its row of a block table, at offset p
+    % page.  Page 0 is nobody's: tables are padded with it, and rows that have ended write there.  Pages may
+    be shared; `pages.refs` counts users (-1 for a free page).  Every method but `spare` only enqueues work on
+    the device.
     """
 
     def __init__(self, model: Any, pages: int, page: int) -> None:
         config, device = model.config, model.device
         layers, heads, width = (
-            (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) if model.supports_cache else (0, 1, 1)
+            (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+            if model.supports_cache
+            else (0, 1, 1)
         )
         shape = (layers, pages + 1, page, heads, width)
-        self.k = torch.zeros(shape, dtype=model.dtype, device=device)  # zeros: unused slots of a page must be finite
+        self.k = torch.zeros(
+            shape, dtype=model.dtype, device=device
+        )  # zeros: unused slots of a page must be finite
         self.v = torch.zeros(shape, dtype=model.dtype, device=device)
         self.paged = list(zip(self.k, self.v, strict=True))  # by layer, (pages, page, K, E)
         self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.paged]  # (slots, K, E)
@@ -52,7 +61,9 @@ class PagedCache:
         config = model.config
         if not model.supports_cache:
             return 1
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        return (
+            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        )
 
     def spare(self) -> int:
         """Free pages.  Waits for the device."""
@@ -96,7 +107,9 @@ class PagedCache:
             flat.index_copy_(1, target, flat.index_select(1, source))
 
     def prefill(self, cu_seqlens: Tensor, max_seqlen: int, slots: Tensor) -> Attend:
-        """Packed causal attention of whole prompts, or of their beginnings, that also stores every token's key and value."""
+        """Packed causal attention of whole prompts, or of their beginnings, that also stores every token's
+        key and value.
+        """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen)
@@ -104,9 +117,11 @@ class PagedCache:
         return Through(self, slots, attend)
 
     def append(self, slots: Tensor, table: Tensor, row: Tensor, lengths: Tensor) -> Attend:
-        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of table row row[i].
+        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of
+        table row row[i].
 
-        Each reads the pages for itself, as in decoding: the bits are those of a prompt that came in one piece.
+        Each reads the pages for itself, as in decoding: the bits are those of a prompt that came in one
+        piece.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,9 +129,12 @@ class PagedCache:
 
         return Through(self, slots, attend)
 
-    def follow(self, cu_seqlens: Tensor, slots: Tensor, past: Tensor, cu_past: Tensor, longest: int) -> Attend:
-        """The same through the packed attention of prompts: `past` (T_k,) are the slots of every sequence's tokens up to its last new
-        one, ended by cu_past (S+1,), the longest of so many tokens."""
+    def follow(
+        self, cu_seqlens: Tensor, slots: Tensor, past: Tensor, cu_past: Tensor, longest: int
+    ) -> Attend:
+        """The same through the packed attention of prompts: `past` (T_k,) are the slots of every sequence's
+        tokens up to its last new one, ended by cu_past (S+1,), the longest of so many tokens.
+        """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = (slab[layer].flatten(0, 1).index_select(0, past) for slab in (self.k, self.v))
@@ -134,7 +152,9 @@ class PagedCache:
 
 
 class Through:
-    """An attention through the cache: rope writes each token's key and value to its slot, in its own launch, before this is called."""
+    """An attention through the cache: rope writes each token's key and value to its slot, in its own launch,
+    before this is called.
+    """
 
     def __init__(self, cache: PagedCache, slots: Tensor, attend: Attend) -> None:
         self.cache, self.slots, self.attend = cache, slots, attend
@@ -150,7 +170,9 @@ class Through:
 class Decoding(Through):
     """The same of one new token per row, by names that a layer which runs in one call understands."""
 
-    def __init__(self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor) -> None:
+    def __init__(
+        self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor
+    ) -> None:
         super().__init__(cache, slots, attend)
         self.table, self.lengths = table, lengths
 

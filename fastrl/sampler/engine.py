@@ -1,11 +1,12 @@
-"""The rollout engine: sequences are admitted as pages allow, prefilled, and decoded together in windows of steps.
+"""The rollout engine: sequences are admitted as pages allow, prefilled, and decoded together in windows of
+steps.
 
     while engine.window(): ...
 
-The host decides who comes in and how many rows a step has, from a few numbers that it reads once per window: on CUDA those of the
-window before, so that it never waits for the device.  Rows that have ended are compacted away, and their pages given back, when
-that leaves a smaller step or room for others.  Randomness is keyed by (seed, sequence, position): a sample does not depend on the
-batch, the order or the process it was drawn in.
+The host decides who comes in and how many rows a step has, from a few numbers that it reads once per window:
+on CUDA those of the window before, so that it never waits for the device.  Rows that have ended are compacted
+away, and their pages given back, when that leaves a smaller step or room for others.  Randomness is keyed by
+(seed, sequence, position): a sample does not depend on the batch, the order or the process it was drawn in.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ ADMIT_AT_ONCE = 1 / 16  # of the rows: so many come in together, unless nothing 
 class Engine:
     """Decodes sequences of one model.  Buffers, cache and graphs stay from call to call.
 
-    tokens   cache budget, in pages of `page`; `max_rows` sequences are decoded at a time, `prefill_tokens` tokens prefilled
+    tokens   cache budget, in pages of `page`; `max_rows` sequences are decoded at a time, `prefill_tokens`
+             tokens prefilled
     """
 
     weights: tuple[int, ...]  # where captured graphs read them; empty while there are none
@@ -46,9 +48,15 @@ class Engine:
     between: Callable[[], None] | None
 
     def __init__(
-        self, model: Any, *, tokens: int, page: int = PAGE, max_rows: int | None = None, prefill_tokens: int | None = None,
+        self,
+        model: Any,
+        *,
+        tokens: int,
+        page: int = PAGE,
+        max_rows: int | None = None,
+        prefill_tokens: int | None = None,
         window: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         kind = model.device.type
         self.model, self.tokens, self.page = model, tokens, page
         self.max_rows = max_rows or MAX_ROWS.get(kind, 256)
@@ -59,10 +67,20 @@ class Engine:
 
     # --- a call ---
     def begin(
-        self, S: int, C: int, pages: int, *, seed: int, temperature: float, filters: Filters, stops: Sequence[int], version: int,
+        self,
+        S: int,
+        C: int,
+        pages: int,
+        *,
+        seed: int,
+        temperature: float,
+        filters: Filters,
+        stops: Sequence[int],
+        version: int,
         between: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Make ready for up to S sequences of up to C tokens that together may need `pages`; `between` is called before each window.
+    ) -> None:
+        """Make ready for up to S sequences of up to C tokens that together may need `pages`; `between` is
+        called before each window.
 
         Raises UserError when the weights are not where captured graphs would read them.
         """
@@ -83,7 +101,8 @@ class Engine:
             if pages_of(who.until, self.page) > self.cache.capacity:
                 need = pages_of(who.until, self.page) * self.page
                 raise UserError(
-                    f"max_tokens_in_flight: sequence {who.seq} alone may need {need} tokens of cache, above the budget of {self.tokens}"
+                    f"max_tokens_in_flight: sequence {who.seq} alone may need {need} tokens of "
+                    f"cache, above the budget of {self.tokens}"
                 )
         for who in waiting:
             self.queue.add(who)
@@ -200,13 +219,17 @@ class Engine:
 
     # --- buffers ---
     def release(self) -> None:
-        """Give the memory of cache and records, and the graphs that read it, back; the next call makes them anew."""
+        """Give the memory of cache and records, and the graphs that read it, back; the next call makes them
+        anew.
+        """
         self.weights, self.looks, self.between = (), deque(), None
         self.queue = Queue(self.page)  # who waits has a view of the records
         self._build(0, 0, 0, 0, 0)
 
     def _build(self, pages: int, B: int, S: int, C: int, stops: int) -> None:
-        """Cache, buffers, and the step over them: whatever held those before holds these, so that nothing keeps the old."""
+        """Cache, buffers, and the step over them: whatever held those before holds these, so that nothing
+        keeps the old.
+        """
         self.cache = PagedCache(self.model, pages, self.page)
         self.state = State(self.cache, B, S, C, self.model.device, stops)
         self.step = Step(self.model, self.state)
@@ -229,5 +252,8 @@ class Engine:
         if self.weights and places != self.weights:
             names = [n for n, _ in self.model.named_parameters()]
             moved = next(n for n, a, b in zip(names, self.weights, places, strict=False) if a != b)
-            raise UserError(f"model: {moved} has moved since the last rollout; write weights in place, or call Sampler.release() first")
+            raise UserError(
+                f"model: {moved} has moved since the last rollout; write weights in place, "
+                "or call Sampler.release() first"
+            )
         return places

@@ -1,4 +1,6 @@
-"""Sequences come in: pages, prompts prefilled once for all their samples, keys of what follows a prompt, and the rows' state."""
+"""Sequences come in: pages, prompts prefilled once for all their samples, keys of what follows a prompt, and
+the rows' state.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from fastrl.sampler.state import State
 
 
 def enter(model: Any, state: State, entries: Sequence[Entry], first: int, budget: int) -> None:
-    """Give the entries rows first, first + 1, ... and fill their caches, at most `budget` tokens in one forward."""
+    """Give the entries rows first, first + 1, ... and fill their caches, at most `budget` tokens in one
+    forward.
+    """
     cache = state.cache
     groups = list({id(e.who.group): e.who.group for e in entries}.values())
     place = {id(g): i for i, g in enumerate(groups)}
@@ -29,13 +33,17 @@ def enter(model: Any, state: State, entries: Sequence[Entry], first: int, budget
         fill(model, cache, tables, [Span(i, g.prompt, 0, len(g.prompt) - 1) for i, g in opened], budget)
         _copy_partial(cache, entries, theirs, rows)
         longer = [(i, e.who) for i, e in enumerate(entries) if e.who.length > len(e.who.group.prompt)]
-        spans = [Span(i, state.records.tokens[w.seq], len(w.group.prompt) - 1, w.length - 1) for i, w in longer]
+        spans = [
+            Span(i, state.records.tokens[w.seq], len(w.group.prompt) - 1, w.length - 1) for i, w in longer
+        ]
         fill(model, cache, rows, spans, budget)
     _place(state, entries, rows, first)
 
 
 def _open(state: State, groups: Sequence[Group]) -> tuple[Tensor, list[tuple[int, Group]]]:
-    """Tables (g, N) of the groups, those that were not open with pages for their prompt; which ones these are."""
+    """Tables (g, N) of the groups, those that were not open with pages for their prompt; which ones these
+    are.
+    """
     opened = [(i, g) for i, g in enumerate(groups) if g.table is None]
     tables = torch.zeros(len(groups), state.rows.table.shape[1], dtype=torch.int32, device=state.device)
     for i, g in enumerate(groups):
@@ -46,7 +54,9 @@ def _open(state: State, groups: Sequence[Group]) -> tuple[Tensor, list[tuple[int
     return tables, opened
 
 
-def give(cache: PagedCache, tables: Tensor, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> None:
+def give(
+    cache: PagedCache, tables: Tensor, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]
+) -> None:
     """New pages for these rows of `tables`: `counts` of them, from column `first` on."""
     total = sum(counts)
     if total:
@@ -56,19 +66,29 @@ def give(cache: PagedCache, tables: Tensor, rows: Sequence[int], first: Sequence
 
 
 def _rows(cache: PagedCache, entries: Sequence[Entry], theirs: Tensor) -> Tensor:
-    """Tables (m, N) of the entries: the full pages of their groups', and pages of their own up to their newest token."""
+    """Tables (m, N) of the entries: the full pages of their groups', and pages of their own up to their
+    newest token.
+    """
     page, device = cache.page, theirs.device
     kept = [e.who.group.full(page) + e.takes for e in entries]
     column = torch.arange(theirs.shape[1], device=device)
     mine = torch.where(column < torch.tensor(kept, device=device)[:, None], theirs, 0)
     takes = torch.tensor([e.takes for e in entries], device=device)
     cache.share(torch.where(takes[:, None], 0, mine).flatten())
-    give(cache, mine, range(len(entries)), kept, [(e.who.length - 1) // page + 1 - k for e, k in zip(entries, kept, strict=True)])
+    give(
+        cache,
+        mine,
+        range(len(entries)),
+        kept,
+        [(e.who.length - 1) // page + 1 - k for e, k in zip(entries, kept, strict=True)],
+    )
     return mine
 
 
 def _copy_partial(cache: PagedCache, entries: Sequence[Entry], theirs: Tensor, mine: Tensor) -> None:
-    """Copy what lies in the page after a prompt's full ones to every sample that does not take that page over."""
+    """Copy what lies in the page after a prompt's full ones to every sample that does not take that page
+    over.
+    """
     page = cache.page
     spans = [
         (i, e.who.group.full(page) * page, len(e.who.group.prompt) - 1)

@@ -30,8 +30,15 @@ class Dialogue:
         transcripts = [self._transcript(turn) for turn in turns]
         name = getattr(self.task, "name", type(self.task).__name__)
         answer = call_user(f"--task: {name}'s step", self.task.step, transcripts)
-        if not isinstance(answer, tuple) or len(answer) != 3 or {len(part) for part in answer} != {len(turns)}:
-            raise UserError(f"--task: {name}'s step: expected observations, rewards and done for {len(turns)} transcripts, got {answer!r}")
+        if (
+            not isinstance(answer, tuple)
+            or len(answer) != 3
+            or {len(part) for part in answer} != {len(turns)}
+        ):
+            raise UserError(
+                f"--task: {name}'s step: expected observations, "
+                f"rewards and done for {len(turns)} transcripts, got {answer!r}"
+            )
         observations, rewards, done = answer
         for turn, reward in zip(turns, rewards, strict=True):
             self.rewards[turn.index] += float(reward)
@@ -41,7 +48,10 @@ class Dialogue:
         """The sequence cut where the speaker changes."""
         parts = [
             (chosen, self.tokenizer.decode([t for t, _ in run], skip_special_tokens=True))
-            for chosen, run in ((key, list(run)) for key, run in groupby(zip(turn.tokens, turn.chosen, strict=True), key=lambda x: x[1]))
+            for chosen, run in (
+                (key, list(run))
+                for key, run in groupby(zip(turn.tokens, turn.chosen, strict=True), key=lambda x: x[1])
+            )
         ]
         said, heard = (tuple(text for chosen, text in parts if chosen == who) for who in (True, False))
         return Transcript(self.examples[turn.index], said, heard)
@@ -49,10 +59,15 @@ class Dialogue:
     def _encode(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
-            raise UserError("--task: step: expected an observation of at least one token where a conversation goes on, got none")
+            raise UserError(
+                "--task: step: expected an observation of at least one token where a conversation "
+                "goes on, got none"
+            )
         return tokens
 
 
 def dialogue(task: Any, tokenizer: Any, examples: Sequence[Example]) -> Dialogue | None:
-    """The environment of one call for a task of several turns (`fastrl.tasks.Conversation`); None for any other."""
+    """The environment of one call for a task of several turns (`fastrl.tasks.Conversation`); None for any
+    other.
+    """
     return Dialogue(task, tokenizer, examples) if hasattr(task, "step") else None

@@ -13,7 +13,8 @@ class SamplingParams:
     """How completions are drawn.
 
     n               completions per prompt
-    max_new_tokens  the longest completion, its end-of-sequence token included; of a conversation, all that the policy says
+    max_new_tokens  the longest completion, its end-of-sequence token included; of a conversation, all that
+                    the policy says
     max_length      the longest sequence, prompt and observations included; 0 is the model's context
     temperature     0 is greedy: log-probs are then reported at temperature 1
     top_k, top_p, min_p   filters, applied in this order; 0, 1 and 0 turn them off
@@ -49,9 +50,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """What to do once at most this share of a call's sequences is unfinished, and none of them waits: the rest takes long for little.
+    """What to do once at most this share of a call's sequences is unfinished, and none of them waits: the
+    rest takes long for little.
 
-    action   "cut" ends them there, as if they had reached max_new_tokens; "carry" returns them unfinished, to be given to a later call
+    action   "cut" ends them there, as if they had reached max_new_tokens; "carry" returns them unfinished, to
+             be given to a later call
     """
 
     share: float
@@ -59,6 +62,9 @@ class Tail:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(f"tail.share: expected a fraction in (0, 1), got {self.share}; without a tail every sequence is finished")
+            raise UserError(
+                f"tail.share: expected a fraction in (0, 1), got {self.share}; "
+                "without a tail every sequence is finished"
+            )
         if self.action not in ("cut", "carry"):
             raise UserError(f"tail.action: expected 'cut' or 'carry', got {self.action!r}")

@@ -1,7 +1,8 @@
-"""Keys and values of tokens that are there already: prompts, what follows them in carried-over sequences, observations.
+"""Keys and values of tokens that are there already: prompts, what follows them in carried-over sequences,
+observations.
 
-Spans of several sequences are packed into one forward of up to so many tokens.  A longer span is cut into chunks; a chunk that has
-tokens before it sees their keys through the block table.
+Spans of several sequences are packed into one forward of up to so many tokens.  A longer span is cut into
+chunks; a chunk that has tokens before it sees their keys through the block table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, end) of a sequence of which `tokens` holds all from 0 on; its pages are row `row` of the block table."""
+    """Tokens [start, end) of a sequence of which `tokens` holds all from 0 on; its pages are row `row` of the
+    block table.
+    """
 
     row: int
     tokens: Tensor
@@ -41,10 +44,18 @@ def fill(model: Any, cache: PagedCache, table: Tensor, spans: Sequence[Span], bu
 
 
 def _attention(
-    cache: PagedCache, table: Tensor, pack: Sequence[Span], row: Tensor, end: Tensor, cu: Tensor, of: Tensor, position: Tensor
+    cache: PagedCache,
+    table: Tensor,
+    pack: Sequence[Span],
+    row: Tensor,
+    end: Tensor,
+    cu: Tensor,
+    of: Tensor,
+    position: Tensor,
 ) -> Attend:
-    """The pack's attention: packed where it begins sequences; where it continues them, packed too, over the keys read back from
-    their pages, or in exact mode from page to page, as in decoding."""
+    """The pack's attention: packed where it begins sequences; where it continues them, packed too, over the
+    keys read back from their pages, or in exact mode from page to page, as in decoding.
+    """
     slots, longest = cache.slots(table, of, position), max(s.end for s in pack)
     if pack[0].start == 0:
         return cache.prefill(cu, longest, slots)
@@ -55,7 +66,9 @@ def _attention(
 
 
 def places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Of spans [start, end): which one each of their `total` tokens belongs to, and its position, both (total,)."""
+    """Of spans [start, end): which one each of their `total` tokens belongs to, and its position, both
+    (total,).
+    """
     place = torch.repeat_interleave(torch.arange(len(end), device=end.device), end - start, output_size=total)
     first = start - _ends(end - start)[:-1]
     return place, torch.arange(total, device=end.device) + first[place]
@@ -66,8 +79,12 @@ def _ends(size: Tensor) -> Tensor:
 
 
 def packs(spans: Sequence[Span], budget: int) -> Iterator[list[Span]]:
-    """The spans as chunks of at most `budget` tokens, packed up to it: first what begins a sequence, then what continues one."""
-    chunks = [Span(s.row, s.tokens, a, min(a + budget, s.end)) for s in spans for a in range(s.start, s.end, budget)]
+    """The spans as chunks of at most `budget` tokens, packed up to it: first what begins a sequence, then
+    what continues one.
+    """
+    chunks = [
+        Span(s.row, s.tokens, a, min(a + budget, s.end)) for s in spans for a in range(s.start, s.end, budget)
+    ]
     for continues in (False, True):
         pack: list[Span] = []
         held = 0

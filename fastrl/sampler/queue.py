@@ -1,8 +1,10 @@
-"""Who waits, and who may come in: sequences in the order they were added, the samples of a prompt next to each other.
+"""Who waits, and who may come in: sequences in the order they were added, the samples of a prompt next to
+each other.
 
-A prompt is prefilled once, into pages of its own.  Each sample but the last shares the prompt's full pages and copies what lies in
-the one after them; the last sample takes that page over.  A sequence comes in only when the pages it may ever need are free, so
-that nothing is ever thrown out.  All this is counted on the host, once per sequence; tokens and pages stay on the device.
+A prompt is prefilled once, into pages of its own.  Each sample but the last shares the prompt's full pages
+and copies what lies in the one after them; the last sample takes that page over.  A sequence comes in only
+when the pages it may ever need are free, so that nothing is ever thrown out.  All this is counted on the
+host, once per sequence; tokens and pages stay on the device.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A sequence: its number in the records, its prompt, tokens it has so far and drawn ones among them, how long it may become."""
+    """A sequence: its number in the records, its prompt, tokens it has so far and drawn ones among them, how
+    long it may become.
+    """
 
     seq: int
     group: Group
@@ -77,14 +81,18 @@ class Queue:
         return gone
 
     def admit(self, rows: int, room: int, idle: bool) -> list[Entry]:
-        """Those that come in now: at most `rows`, with `room` pages for all they may need; `idle` says that nothing else runs.
+        """Those that come in now: at most `rows`, with `room` pages for all they may need; `idle` says that
+        nothing else runs.
 
-        With nothing running and no room beside the prompt's own pages, a sample takes these, and the next prefills them again.
+        With nothing running and no room beside the prompt's own pages, a sample takes these, and the next
+        prefills them again.
         """
         entries: list[Entry] = []
         while self.waiting and len(entries) < rows:
             who = self.waiting[0]
-            cost = self.cost(who, opening=who.group.table is None and not (entries and entries[-1].who.group is who.group))
+            cost = self.cost(
+                who, opening=who.group.table is None and not (entries and entries[-1].who.group is who.group)
+            )
             takes = who.group.waiting == 1
             if cost > room:
                 if not idle or entries:
@@ -99,7 +107,9 @@ class Queue:
         return entries
 
     def cost(self, who: Waiting, opening: bool) -> int:
-        """Pages that this sequence may need beyond those its group holds; opening the group takes its prompt's pages as well."""
+        """Pages that this sequence may need beyond those its group holds; opening the group takes its
+        prompt's pages as well.
+        """
         full = who.group.full(self.page)
         own = pages_of(who.until, self.page) - full
         last = who.group.waiting == 1

@@ -1,4 +1,6 @@
-"""What the engine knows, as tensors on the device: rows being decoded, records of whole sequences, and the numbers of a call."""
+"""What the engine knows, as tensors on the device: rows being decoded, records of whole sequences, and the
+numbers of a call.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def empty_rows(B: int, N: int, nobody: int, device: torch.device) -> Rows:
     """B rows that decode nothing: one token long, of the sequence `nobody`, on page 0."""
     zeros = torch.zeros(B, dtype=torch.int64, device=device)
     dead, table = zeros.bool(), torch.zeros(B, N, dtype=torch.int32, device=device)
-    return Rows(zeros + nobody, zeros + 1, zeros.clone(), zeros.clone(), zeros + 1, zeros.clone(), dead, table)
+    return Rows(
+        zeros + nobody, zeros + 1, zeros.clone(), zeros.clone(), zeros + 1, zeros.clone(), dead, table
+    )
 
 
 def empty_records(S: int, C: int, device: torch.device) -> Records:
@@ -36,7 +40,9 @@ def empty_records(S: int, C: int, device: torch.device) -> Records:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the host sees of the device: rows alive, pages that no live row can come to need, pages in use, tokens drawn."""
+    """What the host sees of the device: rows alive, pages that no live row can come to need, pages in use,
+    tokens drawn.
+    """
 
     alive: int
     room: int
@@ -53,13 +59,19 @@ class State:
     seed, temperature, version, total, stops   of the call, on the device
     """
 
-    def __init__(self, cache: PagedCache, B: int, S: int, C: int, device: torch.device, stops: int = 0) -> None:
+    def __init__(
+        self, cache: PagedCache, B: int, S: int, C: int, device: torch.device, stops: int = 0
+    ) -> None:
         self.cache, self.B, self.S, self.C, self.device = cache, B, S, C, device
         self.records = empty_records(S, C, device)
         self.rows = empty_rows(B, -(-C // cache.page), S, device)
         self.key = torch.zeros(S + 1, dtype=torch.int64, device=device)
-        self.seed, self.version, self.total = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
-        self.temperature = torch.ones(1, dtype=torch.float64 if cache.k.dtype == torch.float64 else torch.float32, device=device)
+        self.seed, self.version, self.total = (
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.temperature = torch.ones(
+            1, dtype=torch.float64 if cache.k.dtype == torch.float64 else torch.float32, device=device
+        )
         self.stops = torch.full((max(STOPS, stops),), -1, dtype=torch.int64, device=device)
         self.index = torch.arange(B, device=device)
 
@@ -69,11 +81,18 @@ class State:
 
     def begin(self, seed: int, temperature: float, stops: Sequence[int], version: int) -> None:
         """Start a call: no rows, no sequences."""
-        for x, empty in zip(self.rows, empty_rows(self.B, self.rows.table.shape[1], self.S, self.device), strict=True):
+        for x, empty in zip(
+            self.rows, empty_rows(self.B, self.rows.table.shape[1], self.S, self.device), strict=True
+        ):
             x.copy_(empty)
         self.stops.fill_(-1)
         self.stops[: len(stops)] = torch.tensor(stops, dtype=torch.int64)
-        for x, value in ((self.seed, seed), (self.temperature, temperature), (self.version, version), (self.total, 0)):
+        for x, value in (
+            (self.seed, seed),
+            (self.temperature, temperature),
+            (self.version, version),
+            (self.total, 0),
+        ):
             x.fill_(value)
 
     def look(self, b: int) -> Tensor:
@@ -83,7 +102,9 @@ class State:
         return torch.stack([alive, pages.top[0] - more, self.cache.capacity - pages.top[0], self.total[0]])
 
     def compact(self, b: int) -> None:
-        """Bring the live ones among the first b rows to the front, in order; give the others' pages back and empty them."""
+        """Bring the live ones among the first b rows to the front, in order; give the others' pages back and
+        empty them.
+        """
         rows = Rows(*(x[:b] for x in self.rows))
         alive = rows.alive.clone()
         self.cache.release(torch.where(alive[:, None], 0, rows.table))

@@ -1,4 +1,6 @@
-"""One decode step of the first b rows, all on the device; and its captured CUDA graphs, one per bucket of rows."""
+"""One decode step of the first b rows, all on the device; and its captured CUDA graphs, one per bucket of
+rows.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def bucket(b: int, device: torch.device) -> int:
 
 
 class Step:
-    """token -> layers -> head -> draw -> records, for rows of `state`.  Nothing in it depends on a value that the host reads."""
+    """token -> layers -> head -> draw -> records, for rows of `state`.  Nothing in it depends on a value that
+    the host reads.
+    """
 
     def __init__(self, model: Any, state: State) -> None:
         self.model, self.state = model, state
@@ -41,12 +45,23 @@ class Step:
         state, began = self.state, time.perf_counter()
         rows = Rows(*(x[:b] for x in state.rows))
         hidden = self._cached(rows) if self.model.supports_cache else self._whole(rows)
-        logits = project(hidden, self.model.head_weight, self.model.head_bias, torch.promote_types(hidden.dtype, torch.float32))
+        logits = project(
+            hidden,
+            self.model.head_weight,
+            self.model.head_bias,
+            torch.promote_types(hidden.dtype, torch.float32),
+        )
         drawn_at = time.perf_counter()
         draw = ops.sample(
-            logits, seed=state.seed.expand(b), sequence=state.key[rows.seq], position=rows.drawn,
-            temperature=state.temperature.expand(b), top_k=filters[0], top_p=filters[1], min_p=filters[2],
-        )  # fmt: skip
+            logits,
+            seed=state.seed.expand(b),
+            sequence=state.key[rows.seq],
+            position=rows.drawn,
+            temperature=state.temperature.expand(b),
+            top_k=filters[0],
+            top_p=filters[1],
+            min_p=filters[2],
+        )
         numbers = {"stops": state.stops, "version": state.version, "total": state.total}
         advance(draw, rows, state.records, state.cache.pages, page=state.cache.page, **numbers)
         self.seconds["decode"] += drawn_at - began
@@ -69,7 +84,8 @@ class Step:
 class Graphs:
     """The step as CUDA graphs that share one memory pool; captured when first needed, the whole step in each.
 
-    A graph holds the kernels that were chosen when it was captured: exact mode, or another backend, has graphs of its own.
+    A graph holds the kernels that were chosen when it was captured: exact mode, or another backend, has
+    graphs of its own.
     """
 
     def __init__(self, step: Step) -> None:
@@ -84,7 +100,9 @@ class Graphs:
         self.captured[key].replay()
 
     def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
-        """Warm up and capture with every row asleep: nothing is drawn, and what is written is written again, or to page 0."""
+        """Warm up and capture with every row asleep: nothing is drawn, and what is written is written again,
+        or to page 0.
+        """
         alive = self.step.state.rows.alive
         awake = alive.clone()
         alive.fill_(False)

@@ -29,11 +29,15 @@ class Turn:
 
 
 Environment = Callable[[Sequence[Turn]], Sequence[Sequence[int] | None]]
-"""Observation tokens for each turn, after which the policy goes on; None or nothing where the sequence is done."""
+"""Observation tokens for each turn, after which the policy goes on; None or nothing where the sequence is
+done.
+"""
 
 
 class Conversation:
-    """Called at every boundary of windows: asks the environment about turns that have ended, and lets sequences go on."""
+    """Called at every boundary of windows: asks the environment about turns that have ended, and lets
+    sequences go on.
+    """
 
     def __init__(self, engine: Engine, environment: Environment, prompt_lengths: Sequence[int]) -> None:
         self.engine, self.environment, self.prompt_lengths = engine, environment, prompt_lengths
@@ -45,13 +49,20 @@ class Conversation:
         state, n = engine.state, engine.n
         seq = state.rows.seq[:n]
         stopped = (~state.rows.alive[:n]) & (state.records.finish[seq] == STOP)
-        ended = [(i, s) for i, s, e in zip(range(n), seq.tolist(), stopped.tolist(), strict=True) if e and s not in self.done]
+        ended = [
+            (i, s)
+            for i, s, e in zip(range(n), seq.tolist(), stopped.tolist(), strict=True)
+            if e and s not in self.done
+        ]
         if not ended:
             return
         turns = [self._turn(s) for _, s in ended]
         said = self.environment(turns)
         if len(said) != len(turns):
-            raise UserError(f"environment: expected one observation (or None) for each of {len(turns)} turns, got {len(said)}")
+            raise UserError(
+                f"environment: expected one observation (or None) for each of {len(turns)} turns, "
+                f"got {len(said)}"
+            )
         on = []
         for (row, s), turn, observation in zip(ended, turns, said, strict=True):
             length = self.prompt_lengths[s] + len(turn.tokens)
@@ -83,9 +94,16 @@ class Conversation:
             new = torch.tensor(observation, device=rows.length.device)
             end = length + len(observation)
             records.tokens[s, length:end] = new
-            rows.length[row], rows.last[row], records.length[s], records.finish[s] = end, new[-1], end, RUNNING
+            rows.length[row], rows.last[row], records.length[s], records.finish[s] = (
+                end,
+                new[-1],
+                end,
+                RUNNING,
+            )
             spans.append(Span(row, records.tokens[s], length - 1, end - 1))
-        held = [(length - 2) // page + 1 for _, _, length, _ in on]  # a row that ends is given no page for its newest token
+        held = [
+            (length - 2) // page + 1 for _, _, length, _ in on
+        ]  # a row that ends is given no page for its newest token
         more = [s.end // page + 1 - h for s, h in zip(spans, held, strict=True)]
         give(engine.cache, rows.table, [row for row, *_ in on], held, more)
         if engine.model.supports_cache:

@@ -1,7 +1,9 @@
-"""One of n answers to a prompt, by a reward or by their vote.  A way to search is a row of SEARCHES; plain Python, no torch.
+"""One of n answers to a prompt, by a reward or by their vote.  A way to search is a row of SEARCHES; plain
+Python, no torch.
 
-What n answers are worth is estimated for every k <= n from the same n: of the best by the share of all subsets of k in which the right
-one is chosen, of votes by the share of those subsets that lie next to each other.  The first k alone would waste the others.
+What n answers are worth is estimated for every k <= n from the same n: of the best by the share of all
+subsets of k in which the right one is chosen, of votes by the share of those subsets that lie next to each
+other.  The first k alone would waste the others.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def best_of(c: Candidates) -> int:
 
 
 def vote(c: Candidates) -> int:
-    """The index of an answer that most come down to; with rewards each counts sigmoid(reward).  Ties: by mean log-prob, then the first.
+    """The index of an answer that most come down to; with rewards each counts sigmoid(reward).  Ties: by mean
+    log-prob, then the first.
 
     Answers without one have no vote.
     Source:  Wang et al. 2022 (arXiv 2203.11171); weighted: Li et al. 2022 (arXiv 2206.02336).
@@ -54,18 +57,22 @@ def vote(c: Candidates) -> int:
 
 # --- what k answers are worth -----------------------------------------------------------------------
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that one of k answers is right, by n of which `right` are: 1 - C(n - right, k) / C(n, k), unbiased.
+    """Probability that one of k answers is right, by n of which `right` are: 1 - C(n - right, k) / C(n, k),
+    unbiased.
 
     Raises:  ValueError unless 0 <= right <= n and 1 <= k <= n.
     Source:  Chen et al. 2021 (arXiv 2107.03374).  1 - (1 - right/n)^k is biased.
     """
     if not 0 <= right <= n or not 1 <= k <= n:
-        raise ValueError(f"pass_at_k: expected 0 <= right <= n and 1 <= k <= n, got n={n}, right={right}, k={k}")
+        raise ValueError(
+            f"pass_at_k: expected 0 <= right <= n and 1 <= k <= n, got n={n}, right={right}, k={k}"
+        )
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def best_at_k(c: Candidates, k: int) -> float:
-    """Probability that the answer of the highest reward of k is right: the mean over all subsets of k; equal rewards by lot.
+    """Probability that the answer of the highest reward of k is right: the mean over all subsets of k; equal
+    rewards by lot.
 
     Raises:  ValueError unless 1 <= k <= n.
     """

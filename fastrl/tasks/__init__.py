@@ -62,24 +62,36 @@ _METHODS = ("size", "example", "verify", "tokenizer")
 
 
 def load_task(spec: str, **options: Any) -> Task:
-    """The task named by `spec`: a key of TASKS, or the class (or instance, or factory) at `my_task.py:MyTask`.
+    """The task named by `spec`: a key of TASKS, or the class (or instance, or factory) at
+    `my_task.py:MyTask`.
 
-    Raises UserError for an unknown name or option, a file or a name in it that is missing, and an object that is no task.
+    Raises UserError for an unknown name or option, a file or a name in it that is missing, and an object that
+    is no task.
     """
     if spec in TASKS:
         made: Any = TASKS[spec]
     elif ":" in spec or spec.endswith(".py"):
         made = load_object(spec, "--task")
     else:
-        raise UserError(f"--task: expected one of {', '.join(TASKS)}, or a file like my_task.py:MyTask; got {spec!r}{nearest(spec, TASKS)}")
+        raise UserError(
+            f"--task: expected one of {', '.join(TASKS)}, or a file like my_task.py:MyTask; "
+            f"got {spec!r}{nearest(spec, TASKS)}"
+        )
     if inspect.isclass(made) or inspect.isfunction(made):
         _check_options(spec, made, options)
         made = made(**options) if spec in TASKS else call_user(f"--task: {spec}", made, **options)
     elif options:
-        raise UserError(f"--task: {spec} is an object, not a class: it takes no options, got {', '.join(options)}")
-    missing = [m for m in _MEMBERS if not hasattr(made, m) or (m in _METHODS and not callable(getattr(made, m)))]
+        raise UserError(
+            f"--task: {spec} is an object, not a class: it takes no options, got {', '.join(options)}"
+        )
+    missing = [
+        m for m in _MEMBERS if not hasattr(made, m) or (m in _METHODS and not callable(getattr(made, m)))
+    ]
     if missing:
-        raise UserError(f"--task: {spec} is not a task: {type(made).__name__} lacks {', '.join(missing)} (see fastrl.tasks.Task)")
+        raise UserError(
+            f"--task: {spec} is not a task: {type(made).__name__} lacks {', '.join(missing)} (see "
+            "fastrl.tasks.Task)"
+        )
     return made
 
 
@@ -90,7 +102,9 @@ def _check_options(spec: str, made: Callable[..., Any], options: dict[str, Any])
     for name in options:
         if name not in parameters:
             known = ", ".join(parameters) or "none"
-            raise UserError(f"--task: {spec} has no option {name!r}{nearest(name, parameters)}; it has: {known}")
+            raise UserError(
+                f"--task: {spec} has no option {name!r}{nearest(name, parameters)}; it has: {known}"
+            )
         annotation = str(parameters[name].annotation)
         if spec in TASKS and not _fits(options[name], annotation):
             raise UserError(f"--task: {spec}: {name}: expected {annotation}, got {options[name]!r}")

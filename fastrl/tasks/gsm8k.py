@@ -1,7 +1,8 @@
 """GSM8K: grade-school word problems with one exact number as the answer (Cobbe et al., arXiv 2110.14168).
 
-The data is a folder with train.jsonl, lines of {"question": ..., "answer": "... #### 72"}, and for the test split test.jsonl or
-model_solutions.jsonl (both of the data set's release).  The folder is an option, or the environment variable FASTRL_GSM8K.
+The data is a folder with train.jsonl, lines of {"question": ..., "answer": "... #### 72"}, and for the test
+split test.jsonl or model_solutions.jsonl (both of the data set's release).  The folder is an option, or the
+environment variable FASTRL_GSM8K.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "val", "test")
-TEST_FILES = ("test.jsonl", "model_solutions.jsonl")  # the first that is there; the second holds 900 of the 1319 test questions
-INSTRUCTION = "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
+TEST_FILES = (
+    "test.jsonl",
+    "model_solutions.jsonl",
+)  # the first that is there; the second holds 900 of the 1319 test questions
+INSTRUCTION = (
+    "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
+)
 MARKERS = (  # what introduces an answer; of the first that occurs, its last place counts
     re.compile(r"####"),
     re.compile(r"^[ \t]*A:", re.MULTILINE),
     re.compile(r"\\boxed\{"),
     re.compile(r"\bthe (?:final )?answer is:?", re.IGNORECASE),
 )
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30}"  # bounded: no number is expensive
+# bounded: no number is expensive
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30}"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-\u2212]?)(?:\$ ?)?(?P<sign2>[-\u2212]?)(?P<top>{_DIGITS})(?:/(?P<bottom>[1-9][0-9]{{0,29}}))?(?![0-9]|[.,/][0-9])"
+    r"(?P<sign>[-\u2212]?)(?:\$ "
+    rf"?)?(?P<sign2>[-\u2212]?)(?P<top>{_DIGITS})(?:/(?P<bottom>[1-9][0-9]{{0,29}}))?(?![0-9]|[.,/][0-9])"
 )
 _ANYWHERE = re.compile(rf"(?<![0-9.,]){_NUMBER.pattern}")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator marks in the data set's own solutions
@@ -68,14 +76,18 @@ class Gsm8k:
             raise UserError(f"gsm8k: val: expected a share of at least 0 and below 1, got {self.val}")
 
     def size(self, split: str) -> int:
-        """How many problems `split` has.  Raises UserError for an unknown or empty split, missing files and malformed lines."""
+        """How many problems `split` has.  Raises UserError for an unknown or empty split, missing files and
+        malformed lines.
+        """
         return len(self._problems(split))
 
     def example(self, split: str, index: int) -> Example:
         """Problem `index` of `split`, in file order.  Raises IndexError outside [0, size(split))."""
         problems = self._problems(split)
         if not 0 <= index < len(problems):
-            raise IndexError(f"index: expected 0 <= index < {len(problems)}, the size of {split!r}; got {index}")
+            raise IndexError(
+                f"index: expected 0 <= index < {len(problems)}, the size of {split!r}; got {index}"
+            )
         question, solution, answer = problems[index]
         prompt: Prompt = f"Question: {question}\nAnswer:\n"
         if self.chat:
@@ -84,10 +96,14 @@ class Gsm8k:
         return Example(prompt=prompt, demo=demo, fields={"question": question, "answer": str(answer)})
 
     def verify(self, example: Example, completion: str) -> Score:
-        """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.  Total."""
+        """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.
+        Total.
+        """
         answer, marked = self.answer(completion), extract(completion) is not None
         if answer is None:
-            return Score(reward=0.0, correct=False, well_formed=False, message="no number marked as the answer")
+            return Score(
+                reward=0.0, correct=False, well_formed=False, message="no number marked as the answer"
+            )
         correct = answer == Fraction(example.fields["answer"])
         message = "correct" if correct else f"expected {example.fields['answer']}, got {answer}"
         return Score(reward=float(correct), correct=correct, well_formed=marked, message=message)
@@ -106,7 +122,9 @@ class Gsm8k:
             raise UserError(f"gsm8k: expected a split of {', '.join(SPLITS)}; got {split!r}")
         given = self.folder or os.environ.get("FASTRL_GSM8K")
         if not given:
-            raise UserError("gsm8k: set FASTRL_GSM8K (or the option folder) to the folder that holds train.jsonl")
+            raise UserError(
+                "gsm8k: set FASTRL_GSM8K (or the option folder) to the folder that holds train.jsonl"
+            )
         problems = _split(Path(given).expanduser(), split, self.val)
         if not problems:
             raise UserError(f"gsm8k: split {split!r} is empty (val={self.val}, files in {given})")
@@ -114,9 +132,11 @@ class Gsm8k:
 
 
 def extract(text: str) -> Fraction | None:
-    """The number `text` marks as its answer: after its last `####`, else `A:`, `\\boxed{`, `the answer is`; else None.
+    """The number `text` marks as its answer: after its last `####`, else `A:`, `\\boxed{`, `the answer is`;
+    else None.
 
-    A marker without a number behind it is no answer.  $, thousands commas, a unit, a percent sign and a final period are ignored.
+    A marker without a number behind it is no answer.  $, thousands commas, a unit, a percent sign and a final
+    period are ignored.
     """
     for marker in MARKERS:
         places = [found.end() for found in marker.finditer(text)]
@@ -145,7 +165,9 @@ def _value(found: re.Match[str]) -> Fraction:
 @lru_cache(maxsize=8)
 def _split(folder: Path, split: str, val: float) -> tuple[Problem, ...]:
     if split == "test":
-        return _read(next((folder / name for name in TEST_FILES if (folder / name).is_file()), folder / TEST_FILES[0]))
+        return _read(
+            next((folder / name for name in TEST_FILES if (folder / name).is_file()), folder / TEST_FILES[0])
+        )
     shares = {"val": val, "train": 1 - val}
     return tuple(p for p in _read(folder / "train.jsonl") if bucket(shares, "gsm8k", p.question) == split)
 
@@ -158,6 +180,8 @@ def _read(file: Path) -> tuple[Problem, ...]:
             raise UserError(f"{where}: expected a question and an answer, both text; got {shorten(row)}")
         answer = extract(solution)
         if answer is None:
-            raise UserError(f"{where}: expected an answer that ends in #### and a number, got {shorten(solution[-60:])}")
+            raise UserError(
+                f"{where}: expected an answer that ends in #### and a number, got {shorten(solution[-60:])}"
+            )
         problems.append(Problem(question, solution, answer))
     return tuple(problems)

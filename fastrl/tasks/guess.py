@@ -1,6 +1,8 @@
-"""Guess a number: the smallest task of several turns.  After each guess the game says whether the number is larger or smaller.
+"""Guess a number: the smallest task of several turns.  After each guess the game says whether the number is
+larger or smaller.
 
-prompt  0-31:      policy  16?   game  >   policy  24?   game  <   policy  20?   (and so on, until it is right)
+prompt  0-31:      policy  16?   game  >   policy  24?   game  <   policy  20?   (and so on, until it is
+        right)
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ GUESS = re.compile(r"([0-9]{1,4})\?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """Numbers from 0 to `numbers` - 1, at most `turns` guesses; the reward is 1 for the right one, less `price` for each before it."""
+    """Numbers from 0 to `numbers` - 1, at most `turns` guesses; the reward is 1 for the right one, less
+    `price` for each before it.
+    """
 
     numbers: int = 32
     turns: int = 6
@@ -34,7 +38,10 @@ class Guess:
     stop: ClassVar[tuple[str, ...]] = ("?",)
 
     def __post_init__(self) -> None:
-        for option, value, fine in (("numbers", self.numbers, 2 <= self.numbers <= 10_000), ("turns", self.turns, self.turns >= 1)):
+        for option, value, fine in (
+            ("numbers", self.numbers, 2 <= self.numbers <= 10_000),
+            ("turns", self.turns, self.turns >= 1),
+        ):
             if not fine:
                 expected = "2 to 10000" if option == "numbers" else "at least 1"
                 raise UserError(f"guess: {option}: expected {expected}, got {value}")
@@ -48,7 +55,9 @@ class Guess:
     def example(self, split: str, index: int) -> Example:
         """Game `index` of `split`: the same prompt everywhere, and a number that only the game knows."""
         if not 0 <= index < self.size(split):
-            raise IndexError(f"index: expected 0 <= index < {self.size(split)}, the size of {split!r}; got {index}")
+            raise IndexError(
+                f"index: expected 0 <= index < {self.size(split)}, the size of {split!r}; got {index}"
+            )
         number = draw(self.seed, "guess", split, index) % self.numbers
         return Example(prompt=f"0-{self.numbers - 1}:", demo=f"{number}?", fields={"number": number})
 
@@ -63,7 +72,10 @@ class Guess:
         right = bool(guesses) and len(guesses) <= self.turns and int(guesses[-1]) == example.fields["number"]
         rest = GUESS.sub("", completion)
         return Score(
-            reward=float(right), correct=right, well_formed=bool(guesses) and not rest.strip("<>"), message=f"{len(guesses)} guesses"
+            reward=float(right),
+            correct=right,
+            well_formed=bool(guesses) and not rest.strip("<>"),
+            message=f"{len(guesses)} guesses",
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:

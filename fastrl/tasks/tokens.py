@@ -12,7 +12,8 @@ _BYTES = 256
 
 
 def char_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token per character of `alphabet`, after <pad>=0, <eos>=1 and <unk>=2; text outside it becomes <unk>.
+    """One token per character of `alphabet`, after <pad>=0, <eos>=1 and <unk>=2; text outside it becomes
+    <unk>.
 
     Raises ValueError for an entry that is not one character, or twice there.
     """
@@ -22,25 +23,37 @@ def char_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
         raise ValueError(f"alphabet: expected different single characters, got {odd or characters}")
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *characters])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # not `.`, which misses newlines
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"[\s\S]"), behavior="isolated"
+    )  # not `.`, which misses newlines
     core.decoder = decoders.Fuse()  # joined without spaces
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+    )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`; every text round-trips, digits stay single, <pad>=0 and <eos>=1.
+    """A byte-level BPE tokenizer trained on `texts`; every text round-trips, digits stay single, <pad>=0 and
+    <eos>=1.
 
     Raises ValueError for a `vocab_size` with no room for the 256 bytes and the two special tokens.
     """
     if vocab_size < _BYTES + 2:
-        raise ValueError(f"vocab_size: expected at least {_BYTES + 2} (256 bytes and 2 special tokens), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size: expected at least {_BYTES + 2} (256 bytes and 2 special tokens), got {vocab_size}"
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )

@@ -49,37 +49,60 @@ class Learner:
     """
 
     def __init__(
-        self, model: Any, algorithm: Algorithm, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0,
-        world: World | None = None, beside: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        algorithm: Algorithm,
+        optim: Optim,
+        *,
+        steps: int,
+        micro_tokens: int,
+        temperature: float = 1.0,
+        world: World | None = None,
+        beside: nn.Module | None = None,
+    ) -> None:
         self.model, self.algorithm, self.optim, self.steps = model, algorithm, optim, steps
         self.micro_tokens, self.temperature, self.world = micro_tokens, temperature, world or World()
-        named = [*model.named_parameters(), *(beside.named_parameters("beside") if beside is not None else ())]
+        named = [
+            *model.named_parameters(),
+            *(beside.named_parameters("beside") if beside is not None else ()),
+        ]
         self.names = [n for n, p in named if p.requires_grad]
         self.weights = [p for _, p in named if p.requires_grad]
         self.masters = [p if p.dtype.itemsize >= 4 else p.detach().float() for p in self.weights]
         self._accumulate_in_float32()
         matrices = [p for p in self.masters if p.ndim >= 2]
         vectors = [p for p in self.masters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+            [g for g in groups if g["params"]],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
         )
 
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """One optimizer step; `step` sets the learning rate.
 
-        Raises NotFinite, before any weight is touched, when the loss or the gradient is not finite, and UserError when memory runs out.
+        Raises NotFinite, before any weight is touched, when the loss or the gradient is not finite, and
+        UserError when memory runs out.
         """
         lr = learning_rate(self.optim, step, self.steps)
         try:
             metrics = self._gradients(batch)
-            if metrics["num_tokens"] == 0:  # every sample's advantage is 0: AdamW must not step on its momentum alone
+            if (
+                metrics["num_tokens"] == 0
+            ):  # every sample's advantage is 0: AdamW must not step on its momentum alone
                 return metrics | {"grad_norm": 0.0, "learning_rate": lr}
             norm = float(nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
             for name, value in (("loss", metrics["loss"]), ("grad_norm", norm)):
                 if not math.isfinite(value):
-                    raise NotFinite(f"step {step + 1}: {name} is {value}; the weights are those of the step before")
+                    raise NotFinite(
+                        f"step {step + 1}: {name} is {value}; the weights are those of the step before"
+                    )
             if self.optim.clip > 0:
                 nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
             for group in self.optimizer.param_groups:
@@ -91,8 +114,11 @@ class Learner:
         self._publish()
         return metrics | {"grad_norm": norm, "learning_rate": lr}
 
-    def forward(self, batch: Batch, algorithm: Algorithm | None = None) -> tuple[Tensor, ops.TokenStats, Tokens, Tensor]:
-        """The batch's share of the loss, the statistics of its tokens (T-1,), the tokens as the algorithm sees them, the live rows.
+    def forward(
+        self, batch: Batch, algorithm: Algorithm | None = None
+    ) -> tuple[Tensor, ops.TokenStats, Tokens, Tensor]:
+        """The batch's share of the loss, the statistics of its tokens (T-1,), the tokens as the algorithm
+        sees them, the live rows.
 
         Position t predicts token t+1, so per-token vectors are shifted by one here and nowhere else.
         """
@@ -109,9 +135,16 @@ class Learner:
             return algorithm.loss(tokens[some if common is None else rows[some]].with_(logp, entropy))
 
         loss, stats = ops.linear_loss(
-            hidden, self.model.head_weight, target, share, mask=mask, bias=self.model.head_bias, temperature=self.temperature,
-            entropy=True, level=algorithm.level,
-        )  # fmt: skip
+            hidden,
+            self.model.head_weight,
+            target,
+            share,
+            mask=mask,
+            bias=self.model.head_bias,
+            temperature=self.temperature,
+            entropy=True,
+            level=algorithm.level,
+        )
         loss = self._with_more(loss, hidden, mask, batch, rows)
         if common is not None:
             blank = stats.logp.new_zeros(tokens.weight.shape)
@@ -120,8 +153,12 @@ class Learner:
             stats = ops.TokenStats(logp, entropy, lse)
         return loss, stats, tokens, rows
 
-    def _with_more(self, loss: Tensor, hidden: Tensor, at: Tensor | None, batch: Batch, rows: Tensor) -> Tensor:
-        """The micro-batch's loss with what a subclass adds: `hidden`, at its rows `at` (None: all), predicts the tokens rows + 1."""
+    def _with_more(
+        self, loss: Tensor, hidden: Tensor, at: Tensor | None, batch: Batch, rows: Tensor
+    ) -> Tensor:
+        """The micro-batch's loss with what a subclass adds: `hidden`, at its rows `at` (None: all), predicts
+        the tokens rows + 1.
+        """
         return loss
 
     @torch.no_grad()
@@ -132,18 +169,26 @@ class Learner:
             micro = batch.select(samples)
             rows = micro.mask[1:].nonzero().squeeze(1)
             common = shared(micro) if getattr(model, "supports_cache", False) else None
-            hidden = model(micro.tokens, micro.cu_seqlens)[rows] if common is None else common.hidden(model, rows)
+            hidden = (
+                model(micro.tokens, micro.cu_seqlens)[rows] if common is None else common.hidden(model, rows)
+            )
             target = micro.tokens[rows + 1]
-            stats = ops.linear_logp(hidden, model.head_weight, target, bias=model.head_bias, temperature=self.temperature)
+            stats = ops.linear_logp(
+                hidden, model.head_weight, target, bias=model.head_bias, temperature=self.temperature
+            )
             out[batch.rows(samples)[rows + 1]] = stats.logp.float()
         return out
 
     def others(self) -> dict[str, tuple[Any, Any]]:
-        """Models beside the policy, with their tokenizers, by the name of their folder in a checkpoint; one that is resumed `read`s it."""
+        """Models beside the policy, with their tokenizers, by the name of their folder in a checkpoint; one
+        that is resumed `read`s it.
+        """
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the weights that the next step depends on, by name; with masters when the weights are not float32."""
+        """Everything but the weights that the next step depends on, by name; with masters when the weights
+        are not float32.
+        """
         out: dict[str, Tensor] = {}
         for name, weight, master in zip(self.names, self.weights, self.masters, strict=True):
             if master is not weight:
@@ -157,7 +202,8 @@ class Learner:
             exact = state.get(f"master.{name}", weight if master is weight else None)
             if exact is None:
                 raise UserError(
-                    f"--dtype: the checkpoint was trained in float32 throughout, not {weight.dtype}; resume with --dtype float32"
+                    f"--dtype: the checkpoint was trained in float32 throughout, not {weight.dtype}; "
+                    "resume with --dtype float32"
                 )
             with torch.no_grad():
                 master.copy_(exact)
@@ -180,7 +226,9 @@ class Learner:
                 loss, stats, tokens, live = self.forward(micro)
                 loss.backward()
                 with torch.no_grad():
-                    seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
+                    seen = tokens[live].with_(
+                        stats.logp[live], None if stats.entropy is None else stats.entropy[live]
+                    )
                     rows.append(self._measure(loss.detach(), seen))
         return torch.stack(rows).tolist() if rows else []
 
@@ -200,7 +248,9 @@ class Learner:
         def move(master: Tensor) -> Any:
             def hook(weight: Tensor) -> None:
                 if weight.grad is not None:
-                    master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                    master.grad = (
+                        weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                    )
                     weight.grad = None
 
             return hook
@@ -219,20 +269,30 @@ class Learner:
 
 def token_columns(batch: Batch, rows: Tensor) -> Tokens:
     """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
-    optional: dict[str, Any] = {n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL}
+    optional: dict[str, Any] = {
+        n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL
+    }
     return Tokens(
-        old_logp=batch.old_logp[1:], advantage=batch.advantage[1:], weight=batch.weight[1:], cu_seqlens=batch.live_ends,
-        live=rows.numel(), **optional,
-    )  # fmt: skip
+        old_logp=batch.old_logp[1:],
+        advantage=batch.advantage[1:],
+        weight=batch.weight[1:],
+        cu_seqlens=batch.live_ends,
+        live=rows.numel(),
+        **optional,
+    )
 
 
 def _merge(rows: list[list[float]]) -> dict[str, float]:
-    """The step's metrics from the loss and the metrics of every micro-batch of every process; of no token, the loss alone."""
+    """The step's metrics from the loss and the metrics of every micro-batch of every process; of no token,
+    the loss alone.
+    """
     tokens = 1 + METRICS.index("tokens")
     if not any(row[tokens] for row in rows):  # a ratio of 0 would look like a result
         return {"loss": math.fsum(row[0] for row in rows), "num_tokens": 0.0}
     table = torch.tensor(rows, dtype=torch.float64)
     each = [dict(zip(METRICS, row.unbind(), strict=True)) for row in table[:, 1 : 1 + len(METRICS)]]
-    merged = {k: float(v) for k, v in merge_metrics(each).items()} | merge_mismatch(table[:, 1 + len(METRICS) :])
+    merged = {k: float(v) for k, v in merge_metrics(each).items()} | merge_mismatch(
+        table[:, 1 + len(METRICS) :]
+    )
     clipped = merged["clip_low"] + merged["clip_high"] + merged["clip_cap"]
     return merged | {"loss": float(table[:, 0].sum()), "num_tokens": merged["tokens"], "clip_region": clipped}

@@ -1,4 +1,6 @@
-"""From a batch to one that an optimizer step can take: weights, corrections, and without the samples that cannot move it."""
+"""From a batch to one that an optimizer step can take: weights, corrections, and without the samples that
+cannot move it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,17 @@ from fastrl.parallel.world import World
 
 
 def correct(batch: Batch, correction: Correction, logp: Tensor) -> Batch:
-    """The batch with the trainer's log-probs (T,) as its old ones, and the weights that make up for the difference to the recorded."""
+    """The batch with the trainer's log-probs (T,) as its old ones, and the weights that make up for the
+    difference to the recorded.
+    """
     rows = batch.mask.nonzero().squeeze(1)
     tokens = Tokens(
-        old_logp=batch.old_logp[rows], advantage=batch.advantage[rows], weight=batch.weight[rows], cu_seqlens=batch.live_ends,
+        old_logp=batch.old_logp[rows],
+        advantage=batch.advantage[rows],
+        weight=batch.weight[rows],
+        cu_seqlens=batch.live_ends,
         live=rows.numel(),
-    )  # fmt: skip
+    )
     weight = correction(tokens.with_(logp[rows], None)).correction
     assert weight is not None
     spread_out = torch.ones_like(logp).index_put((rows,), weight)
@@ -27,7 +34,9 @@ def correct(batch: Batch, correction: Correction, logp: Tensor) -> Batch:
 
 
 def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) -> Batch:
-    """The batch with its tokens' weights: the algorithm's aggregate over the whole optimizer step, all processes included."""
+    """The batch with its tokens' weights: the algorithm's aggregate over the whole optimizer step, all
+    processes included.
+    """
     live = batch.live_ends.diff()
     tokens, samples = world.sum(float(live.sum()), float((live > 0).sum()))
     totals = Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
@@ -36,7 +45,9 @@ def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) 
 
 
 def reweigh(batch: Batch, share: Tensor, world: World) -> Batch:
-    """The batch with its tokens' weights multiplied by `share` (T,), and scaled so that they sum to what they did over all processes."""
+    """The batch with its tokens' weights multiplied by `share` (T,), and scaled so that they sum to what they
+    did over all processes.
+    """
     weight, live = batch.weight.double(), batch.mask.double()
     before, after = world.sum(float((weight * live).sum()), float((weight * share * live).sum()))
     return replace(batch, weight=(weight * share * (before / after if after else 0.0)).to(batch.weight.dtype))

@@ -1,9 +1,12 @@
-"""Packed attention that gives the bits of decode_attention: every token is a query over the pages of its own sequence.
+"""Packed attention that gives the bits of decode_attention: every token is a query over the pages of its own
+sequence.
 
-Keys and values are copied to pages, as a cache would hold them; query t reads the first position + 1 of its sequence's.  So a
-sequence scored by the trainer and the same one sampled a token at a time go through one kernel, which is batch-invariant.
+Keys and values are copied to pages, as a cache would hold them; query t reads the first position + 1 of its
+sequence's.  So a sequence scored by the trainer and the same one sampled a token at a time go through one
+kernel, which is batch-invariant.
 
-The gradients are those of the attention that is the default: its forward runs once more for y and lse, which are of its own making.
+The gradients are those of the attention that is the default: its forward runs once more for y and lse, which
+are of its own making.
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ from fastrl.kernels._check import compute_dtype
 PAGE = 64  # tokens
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
     """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.  Nothing is read on the host."""
     lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=q.device)
     return prefix(q, k, v, cu_seqlens, cu_seqlens, scale, max_seqlen), lse
 
 
-def prefix(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+def prefix(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int
+) -> Tensor:
     """y (T, H, E) of the last tokens of each sequence; max_seqlen counts keys, and 0 means unknown."""
     if q.shape[0] == 0:
         return q.new_empty(q.shape)
@@ -34,7 +41,10 @@ def prefix(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Te
     first = used.cumsum(0) - used
     pages = k.shape[0] // PAGE + used.numel()  # enough: each sequence leaves less than one page unused
     slots = first[rows_k] * PAGE + position
-    cache = [x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x).view(pages, PAGE, *x.shape[1:]) for x in (k, v)]
+    cache = [
+        x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x).view(pages, PAGE, *x.shape[1:])
+        for x in (k, v)
+    ]
     column = torch.arange(-(-(max_seqlen or k.shape[0]) // PAGE), device=q.device)
     table = (first[:, None] + column).clamp_(max=pages - 1).to(torch.int32)
     lengths = (place + (ends_k.diff() - ends.diff())[rows] + 1).to(torch.int32)
@@ -49,7 +59,15 @@ def _within(ends: Tensor, T: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     y, lse = inexact("attention", q, "forward")(q, k, v, cu_seqlens, scale, max_seqlen)

@@ -1,14 +1,17 @@
-"""Flash attention of packed sequences on CUDA, by whichever library is installed: the upper rungs of the ladder.
+"""Flash attention of packed sequences on CUDA, by whichever library is installed: the upper rungs of the
+ladder.
 
-    flash_attn_4   flash-attn-4 (CuTe DSL); only where its backward can be deterministic, which leaves out Hopper
+    flash_attn_4   flash-attn-4 (CuTe DSL); only where its backward can be deterministic, which leaves out
+                   Hopper
     flash_attn_2   flash-attn
     varlen_attn    the flash attention inside torch, that of torch.nn.attention.varlen
 
 All three take the ends of keys and of queries apart, and lay the causal mask flush with the last of both.
 
-Each rung calls its library's forward and backward themselves, because the op around them has its own autograd.  They agree on what
-is kept: y, and the natural logarithm lse, (H, T) for them and (T, H) here.  The backward is deterministic on every rung.  No rung
-is given pages: paged calls of varlen_attn are wrong in several builds (pytorch issue 194167), and decoding has a kernel of its own.
+Each rung calls its library's forward and backward themselves, because the op around them has its own
+autograd.  They agree on what is kept: y, and the natural logarithm lse, (H, T) for them and (T, H) here.  The
+backward is deterministic on every rung.  No rung is given pages: paged calls of varlen_attn are wrong in
+several builds (pytorch issue 194167), and decoding has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +35,18 @@ Call = Callable[..., tuple[Tensor, ...]]
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's own backward kernels choose their deterministic form inside: it is asked of the whole process, not of a call."""
+    """torch's own backward kernels choose their deterministic form inside: it is asked of the whole process,
+    not of a call.
+    """
     settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # or every torch.empty writes NaN
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill, settings.fill_uninitialized_memory = (
+        settings.fill_uninitialized_memory,
+        False,
+    )  # or every torch.empty writes NaN
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -45,21 +56,27 @@ def deterministic() -> Iterator[None]:
 
 
 # --- libraries --------------------------------------------------------------------------------------
-# forward(q, k, v, ends, longest, scale, keys) -> y, lse (H, T), with the ends of the keys where those are not the queries';
-# backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
+# forward(q, k, v, ends, longest, scale, keys) -> y, lse (H, T), with the ends of the keys where those are not
+# the queries'; backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
 def flash4(interface: Any) -> tuple[Call, Call]:
     """flash_attn.cute.interface."""
 
     def options(ends: Tensor, longest: int, scale: float, keys: Tensor | None = None) -> dict[str, Any]:
         return {
-            "cu_seqlens_q": ends, "cu_seqlens_k": ends if keys is None else keys, "max_seqlen_q": longest, "max_seqlen_k": longest,
-            "softmax_scale": scale, "causal": True,
-        }  # fmt: skip
+            "cu_seqlens_q": ends,
+            "cu_seqlens_k": ends if keys is None else keys,
+            "max_seqlen_q": longest,
+            "max_seqlen_k": longest,
+            "softmax_scale": scale,
+            "causal": True,
+        }
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return interface._flash_attn_fwd(q, k, v, **options(*rest), return_lse=True)[:2]
 
-    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
         return interface._flash_attn_bwd(q, k, v, y, dy, lse, **options(*rest), deterministic=True)[:3]
 
     return forward, backward
@@ -72,40 +89,86 @@ def flash2(interface: Any) -> tuple[Call, Call]:
         q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, keys: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         return interface.flash_attn_varlen_func(
-            q, k, v, ends, ends if keys is None else keys, longest, longest, softmax_scale=scale, causal=True, return_attn_probs=True
-        )[:2]  # fmt: skip
+            q,
+            k,
+            v,
+            ends,
+            ends if keys is None else keys,
+            longest,
+            longest,
+            softmax_scale=scale,
+            causal=True,
+            return_attn_probs=True,
+        )[:2]
 
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, ends: Tensor, longest: int, scale: float
+        dy: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        ends: Tensor,
+        longest: int,
+        scale: float,
     ) -> tuple[Tensor, ...]:
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         interface._flash_attn_varlen_backward(
-            dy, q, k, v, y, lse, *grads, ends, ends, longest, longest, dropout_p=0.0, softmax_scale=scale, causal=True,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=True,
-        )  # fmt: skip
+            dy,
+            q,
+            k,
+            v,
+            y,
+            lse,
+            *grads,
+            ends,
+            ends,
+            longest,
+            longest,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=True,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=True,
+        )
         return grads
 
     return forward, backward
 
 
 def varlen(aten: Any) -> tuple[Call, Call]:
-    """torch.ops.aten, whose two ops are what torch.nn.attention.varlen calls; these also take shared heads in torch 2.10 and 2.11."""
+    """torch.ops.aten, whose two ops are what torch.nn.attention.varlen calls; these also take shared heads in
+    torch 2.10 and 2.11.
+    """
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, keys: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         of_keys = ends if keys is None else keys
-        return aten._flash_attention_forward(q, k, v, ends, of_keys, longest, longest, 0.0, True, False, scale=scale)[:2]
+        return aten._flash_attention_forward(
+            q, k, v, ends, of_keys, longest, longest, 0.0, True, False, scale=scale
+        )[:2]
 
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, ends: Tensor, longest: int, scale: float
+        dy: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        ends: Tensor,
+        longest: int,
+        scale: float,
     ) -> tuple[Tensor, ...]:
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is 0
         unused = torch.empty(0, device=q.device)
         with deterministic():
             return aten._flash_attention_backward(
                 dy, q, k, v, y, lse, ends, ends, longest, longest, 0.0, True, seed, unused, scale=scale
-            )  # fmt: skip
+            )
 
     return forward, backward
 
@@ -115,25 +178,48 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
     """The op's forward, backward and prefix from a library's forward and backward."""
     call, call_backward = library
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
         T, H, _ = q.shape
         if T == 0:
             return torch.empty_like(q), q.new_empty(T, H, dtype=torch.float32)
         with on_device(q):
-            y, lse = call(*(unit_rows(x) for x in (q, k, v)), cu_seqlens.int().contiguous(), max_seqlen or T, scale)
+            y, lse = call(
+                *(unit_rows(x) for x in (q, k, v)), cu_seqlens.int().contiguous(), max_seqlen or T, scale
+            )
         return y, lse.t().contiguous()
 
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+        dy: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        scale: float,
+        max_seqlen: int,
     ) -> tuple[Tensor, ...]:
         T = q.shape[0]
         if T == 0:
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tensors = (dy.contiguous(), *(unit_rows(x) for x in (q, k, v)), y, lse.t().contiguous())
         with on_device(q):
-            return tuple(x.contiguous() for x in call_backward(*tensors, cu_seqlens.int().contiguous(), max_seqlen or T, scale))
+            return tuple(
+                x.contiguous()
+                for x in call_backward(*tensors, cu_seqlens.int().contiguous(), max_seqlen or T, scale)
+            )
 
-    def prefix(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+    def prefix(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor,
+        scale: float,
+        max_seqlen: int,
+    ) -> Tensor:
         if q.shape[0] == 0:
             return torch.empty_like(q)
         ends, keys = (x.int().contiguous() for x in (cu_seqlens, cu_seqlens_k))
@@ -161,7 +247,9 @@ def installed(package: str, module: str) -> tuple[Any, str]:
 
 
 def _takes(majors: tuple[int, ...], reason: str) -> Callable[[Tensor], str]:
-    """The obstacle of a kernel for GPUs of these generations: a width, or a generation, that it does not have."""
+    """The obstacle of a kernel for GPUs of these generations: a width, or a generation, that it does not
+    have.
+    """
 
     def obstacle(q: Tensor) -> str:
         E, major = q.shape[-1], torch.cuda.get_device_capability(q.device)[0]
@@ -176,7 +264,10 @@ def _rungs() -> Iterator[tuple[str, dict[str, Any]]]:
     common = {"devices": ("cuda",), "dtypes": DTYPES}
     no_backward = "it has no deterministic backward on this GPU (compute capability 10 or 11 needed)"
     four, missing = installed("flash-attn-4", "flash_attn.cute.interface")
-    yield "flash_attn_4", {**common, "missing": missing, "obstacle": _takes((10, 11), no_backward), **parts(flash4(four))}
+    yield (
+        "flash_attn_4",
+        {**common, "missing": missing, "obstacle": _takes((10, 11), no_backward), **parts(flash4(four))},
+    )
     ampere = _takes(tuple(range(8, 100)), "it needs a GPU of compute capability 8 or above")
     two, missing = installed("flash-attn", "flash_attn.flash_attn_interface")
     yield "flash_attn_2", {**common, "missing": missing, "obstacle": ampere, **parts(flash2(two))}

@@ -1,4 +1,6 @@
-"""Attention of packed sequences as padded batches of dense ones, for PyTorch's own kernels: the rungs `cpu` and `sdpa` of the ladder."""
+"""Attention of packed sequences as padded batches of dense ones, for PyTorch's own kernels: the rungs `cpu`
+and `sdpa` of the ladder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from fastrl.kernels._attention.prefix import dense
 from fastrl.kernels._check import compute_dtype
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
-ALONE = 128  # tokens of a sequence from which on CPU it is a batch of its own: a call then costs less than padding
+# tokens of a sequence from which on CPU it is a batch of its own: a call then costs less than padding
+ALONE = 128
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 Dense = Callable[..., tuple[Tensor, ...]]
 
@@ -28,14 +31,24 @@ class Padded:
     padding: Tensor  # (n, L)
     places: Tensor  # the places that are not padding
     tokens: Tensor  # the packed token of each of `places`
-    span: slice | None  # where the sequences lie if they are neighbours of one length: packed is padded there, and nothing is copied
+    span: (
+        slice | None
+        # where the sequences lie if they are neighbours of one length: packed is padded there, and nothing is
+        # copied
+    )
 
     @classmethod
     def alone(cls, start: int, length: int, device: torch.device) -> Padded:
         """One sequence."""
         tokens = torch.arange(start, start + length, device=device)
         here = tokens - start
-        return cls(tokens[None], torch.zeros_like(tokens, dtype=torch.bool)[None], here, tokens, slice(start, start + length))
+        return cls(
+            tokens[None],
+            torch.zeros_like(tokens, dtype=torch.bool)[None],
+            here,
+            tokens,
+            slice(start, start + length),
+        )
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Packed (T, H, ...) as (n, H, L, ...)."""
@@ -56,10 +69,11 @@ class Padded:
 
 
 def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded]:
-    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power of two), 0 for one alone.
+    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power
+    of two), 0 for one alone.
 
-    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another sequence, not
-    even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
+    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another
+    sequence, not even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     power, total = lengths.double().log2().ceil(), int(lengths.sum())  # -inf for an empty sequence
@@ -75,13 +89,17 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
             index = starts[some, None] + torch.minimum(at, last)
             places = (at <= last).flatten().nonzero().squeeze(1)
             whole = some.numel() == lengths.numel() and index.numel() == total
-            yield Padded(index, at > last, places, index.flatten()[places], slice(0, total) if whole else None)
+            yield Padded(
+                index, at > last, places, index.flatten()[places], slice(0, total) if whole else None
+            )
 
 
 # --- dense attention --------------------------------------------------------------------------------
-# forward(q (n, H, L, E), k and v (n, K, L, E), scale) -> y, lse (n, H, L);  backward(dy, q, k, v, y, lse, scale) -> dq, dk, dv
+# forward(q (n, H, L, E), k and v (n, K, L, E), scale) -> y, lse (n, H, L);  backward(dy, q, k, v, y, lse,
+# scale) -> dq, dk, dv
 _CPU = "_scaled_dot_product_flash_attention_for_cpu"
-_CUDA = "_scaled_dot_product_efficient_attention"  # unlike flash attention it takes float32, any width and any GPU
+# unlike flash attention it takes float32, any width and any GPU
+_CUDA = "_scaled_dot_product_efficient_attention"
 LSE_MULTIPLE = 32  # to which it pads lse
 
 
@@ -91,7 +109,9 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
     return y, lse
 
 
-def cpu_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+def cpu_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     """Its gradients."""
     return getattr(torch.ops.aten, _CPU + "_backward")(dy, q, k, v, y, lse, 0.0, True, scale=scale)
 
@@ -104,7 +124,9 @@ def cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     return y, lse[..., :L]
 
 
-def cuda_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+def cuda_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     """Its gradients; those of query heads that share a key head are added in float32."""
     (n, K, L, E), G = k.shape, q.shape[1] // k.shape[1]
     wide = (x.repeat_interleave(G, 1) for x in (k, v))
@@ -112,9 +134,22 @@ def cuda_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: T
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
     with deterministic():
         dq, dk, dv, _ = getattr(torch.ops.aten, _CUDA + "_backward")(
-            dy, q, *wide, None, y, lse, no_dropout, no_dropout, 0.0, (True, True, True, False), True, scale=scale
+            dy,
+            q,
+            *wide,
+            None,
+            y,
+            lse,
+            no_dropout,
+            no_dropout,
+            0.0,
+            (True, True, True, False),
+            True,
+            scale=scale,
         )
-    return dq, *(x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) if G > 1 else x for x in (dk, dv))
+    return dq, *(
+        x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) if G > 1 else x for x in (dk, dv)
+    )
 
 
 def _at_once(x: Tensor) -> Callable[[int], int]:
@@ -124,15 +159,27 @@ def _at_once(x: Tensor) -> Callable[[int], int]:
 
 # --- packed attention from it -----------------------------------------------------------------------
 def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[..., Any]]:
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
         y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
         for batch in padded(cu_seqlens, _at_once(q)):
-            for out, x in zip((y, lse), dense_forward(*(batch.take(x, x.dtype) for x in (q, k, v)), scale), strict=True):
+            for out, x in zip(
+                (y, lse), dense_forward(*(batch.take(x, x.dtype) for x in (q, k, v)), scale), strict=True
+            ):
                 batch.put(out, x)
         return y, lse
 
     def backward(
-        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
+        dy: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        scale: float,
+        max_seqlen: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         for batch in padded(cu_seqlens, _at_once(q)):

@@ -1,9 +1,11 @@
-"""Attention of new tokens over a longer past: queries are the last tokens of their sequence, keys and values all of it.
+"""Attention of new tokens over a longer past: queries are the last tokens of their sequence, keys and values
+all of it.
 
-    y_i = softmax_j(scale q_i . k_j) v_j,   j <= i + keys - queries     within a sequence: the causal mask, flush with its last token
+    y_i = softmax_j(scale q_i . k_j) v_j,   j <= i + keys - queries     within a sequence: the causal mask,
+    flush with its last token
 
-Forward only, a sequence at a time: a prompt is continued in few large pieces.  Lengths are read on the host, which waits for the
-device on CUDA; flash attention has kernels of its own that do not (_attention_flash).
+Forward only, a sequence at a time: a prompt is continued in few large pieces.  Lengths are read on the host,
+which waits for the device on CUDA; flash attention has kernels of its own that do not (_attention_flash).
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def _visible(first: int, rows: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(rows, keys, dtype=torch.bool, device=device).tril_(first)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int
+) -> Tensor:
     """The definition, block by block of query rows: y (T, H, E)."""
     (_, H, E), K, dtype = q.shape, k.shape[1], compute_dtype(q)
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -46,14 +50,22 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k:
             b = min(a + rows, mine.stop)
             query = q[a:b].to(dtype).view(b - a, K, H // K, E).permute(1, 2, 0, 3)  # (K, G, rows, E)
             hidden = ~_visible(past + a - mine.start, b - a, L, q.device)
-            s = torch.matmul(query, keys[:, None].transpose(2, 3)).mul_(scale).masked_fill_(hidden, -torch.inf)
+            s = (
+                torch.matmul(query, keys[:, None].transpose(2, 3))
+                .mul_(scale)
+                .masked_fill_(hidden, -torch.inf)
+            )
             out = torch.matmul(s.softmax(-1), values[:, None])
             y[a:b] = out.permute(2, 0, 1, 3).reshape(b - a, H, E)
     return y
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int) -> Tensor:
-    """PyTorch's own attention with a mask; a key head for every query head, without which CUDA would form all scores."""
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int
+) -> Tensor:
+    """PyTorch's own attention with a mask; a key head for every query head, without which CUDA would form all
+    scores.
+    """
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     G = q.shape[1] // k.shape[1]
     for mine, all_ in _sequences(cu_seqlens, cu_seqlens_k):
@@ -61,5 +73,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Ten
         keys, values = (x[all_].transpose(0, 1).repeat_interleave(G, 0)[None] for x in (k, v))
         rows, L = query.shape[2], keys.shape[2]
         mask = _visible(L - rows, rows, L, q.device)
-        y[mine] = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+        y[mine] = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)[0].transpose(
+            0, 1
+        )
     return y

@@ -1,7 +1,9 @@
-"""A decoder layer for one new token of every row, in one call: what `Layer.forward` of fastrl.model.decoder does, by the same kernels.
+"""A decoder layer for one new token of every row, in one call: what `Layer.forward` of fastrl.model.decoder
+does, by the same kernels.
 
-It defines nothing: csrc/cpu/decoder_layer.cpp calls the kernels of rms_norm, linear, rope, decode_attention and swiglu one after the
-other, with the bits of the ops called one by one.  A layer of a small model takes less time than the calls of Python that ask for it.
+It defines nothing: csrc/cpu/decoder_layer.cpp calls the kernels of rms_norm, linear, rope, decode_attention
+and swiglu one after the other, with the bits of the ops called one by one.  A layer of a small model takes
+less time than the calls of Python that ask for it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _BUILT = not unbuilt("decoder_layer_cpu")
 
 
 class LayerWeights(NamedTuple):
-    """What a layer reads, None where it has none: norms (D,), projections (N, K), the bias of qkv, norms (E,) of heads."""
+    """What a layer reads, None where it has none: norms (D,), projections (N, K), the bias of qkv, norms (E,)
+    of heads.
+    """
 
     input_norm: Tensor
     qkv: Tensor
@@ -32,7 +36,8 @@ class LayerWeights(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """The pages that one query per row attends over: k_cache, v_cache (pages, page, K, E), table (B, N), lengths (B,) int32.
+    """The pages that one query per row attends over: k_cache, v_cache (pages, page, K, E), table (B, N),
+    lengths (B,) int32.
 
     Each row's new key and value go to its slot, of `slots` (B,).
     """
@@ -45,17 +50,24 @@ class Paged(NamedTuple):
 
 
 def serves(x: Tensor) -> bool:
-    """Whether each op of a layer over x (B, D) would pick the kernel that is called here: nobody asks for another, or for a gradient."""
+    """Whether each op of a layer over x (B, D) would pick the kernel that is called here: nobody asks for
+    another, or for a gradient.
+    """
     if not _BUILT or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled() or overruled():
         return False
     return (is_exact() or x.shape[0] >= LEAST_ROWS) and direct(x)
 
 
 def decoder_layer(
-    x: Tensor, residual: Tensor | None, weights: LayerWeights, angles: tuple[Tensor, Tensor, Tensor], paged: Paged, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weights: LayerWeights,
+    angles: tuple[Tensor, Tensor, Tensor],
+    paged: Paged,
+    eps: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """What the layer adds to the stream, and the stream, both (B, D); None for weights that are not contiguous and fp32, and for
-    pages that are not what `Paged` says: the ops name what is wrong with them.
+    """What the layer adds to the stream, and the stream, both (B, D); None for weights that are not
+    contiguous and fp32, and for pages that are not what `Paged` says: the ops name what is wrong with them.
 
     `angles` are positions (B,) int64 and the tables cos and sin.
     Raises:  ValueError for a position, slot, page or length out of range.
@@ -69,10 +81,23 @@ def decoder_layer(
     (y, stream), H, F = torch.empty(2, B, D).unbind(), weights.out.shape[1] // E, weights.down.shape[1]
     place = (*angles, paged.slots, paged.k_cache, paged.v_cache, table, paged.lengths)
     extension().decoder_layer_cpu(
-        y.data_ptr(), stream.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr(),
-        [0 if w is None else w.data_ptr() for w in weights], [t.data_ptr() for t in place],
-        (len(angles[1]), pages, page, table.stride(0), table.shape[1]), E**-0.5, eps, B, D, F, H, K, E, torch.get_num_threads(),
-    )  # fmt: skip
+        y.data_ptr(),
+        stream.data_ptr(),
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        [0 if w is None else w.data_ptr() for w in weights],
+        [t.data_ptr() for t in place],
+        (len(angles[1]), pages, page, table.stride(0), table.shape[1]),
+        E**-0.5,
+        eps,
+        B,
+        D,
+        F,
+        H,
+        K,
+        E,
+        torch.get_num_threads(),
+    )
     return y, stream
 
 

@@ -1,4 +1,6 @@
-"""perturb on CPU: csrc/cpu/perturb.cpp takes addresses, sizes and row strides.  Other floats than fp32 and bf16 go by way of fp32."""
+"""perturb on CPU: csrc/cpu/perturb.cpp takes addresses, sizes and row strides.  Other floats than fp32 and
+bf16 go by way of fp32.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,17 @@ def _typed(x: Tensor) -> Tensor:
 
 
 def step(
-    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
-    embeds: Tensor | None = None, out: Tensor | None = None,
-) -> None:  # fmt: skip
+    delta: Tensor,
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor,
+    step_size: float,
+    radius: float,
+    norm: str,
+    scope: str,
+    embeds: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
     """Move `delta` in place; write embeds + delta to `out` where they are given."""
     if not delta.numel():
         return
@@ -36,23 +46,46 @@ def step(
     e = None if embeds is None else _typed(embeds)
     to = None if out is None else rows(out) if out.dtype in FLOAT_CODES else torch.empty_like(x)
     extension().perturb_step_cpu(
-        x.data_ptr(), x.stride(0), g.data_ptr(), FLOAT_CODES[g.dtype], g.stride(0), _address(live), _address(ends),
-        ends.numel() - 1, *x.shape, step_size, radius, NORM_CODES[norm], *_described(e), *_described(to), torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        x.stride(0),
+        g.data_ptr(),
+        FLOAT_CODES[g.dtype],
+        g.stride(0),
+        _address(live),
+        _address(ends),
+        ends.numel() - 1,
+        *x.shape,
+        step_size,
+        radius,
+        NORM_CODES[norm],
+        *_described(e),
+        *_described(to),
+        torch.get_num_threads(),
+    )
     write_back(x, delta)
     if to is not None and out is not None:
         write_back(to, out)
 
 
-def init(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int) -> Tensor:
+def init(
+    embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int
+) -> Tensor:
     """A start shaped like `embeds`."""
     delta = torch.empty(embeds.shape, dtype=torch.float32)
     if delta.numel():
         ends, live, T = _ends(embeds, cu_seqlens, scope), bytes_of(mask), embeds.shape[:-1].numel()
         extension().perturb_init_cpu(
-            delta.data_ptr(), _address(live), _address(ends), ends.numel() - 1, T, embeds.shape[-1], radius, NORM_CODES[norm],
-            seed, torch.get_num_threads(),
-        )  # fmt: skip
+            delta.data_ptr(),
+            _address(live),
+            _address(ends),
+            ends.numel() - 1,
+            T,
+            embeds.shape[-1],
+            radius,
+            NORM_CODES[norm],
+            seed,
+            torch.get_num_threads(),
+        )
     return delta
 
 

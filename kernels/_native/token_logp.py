@@ -1,4 +1,6 @@
-"""token_logp's compiled kernels, csrc/cpu and csrc/cuda: they take addresses, sizes and strides, and do the arithmetic of the op."""
+"""token_logp's compiled kernels, csrc/cpu and csrc/cuda: they take addresses, sizes and strides, and do the
+arithmetic of the op.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Stats = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def context(x: Tensor) -> int:
-    """What a compiled kernel runs under: torch's thread count on CPU, the stream of the tensor's own device on CUDA."""
+    """What a compiled kernel runs under: torch's thread count on CPU, the stream of the tensor's own device
+    on CUDA.
+    """
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else torch.get_num_threads()
 
 
@@ -44,7 +48,14 @@ def parts(device: str) -> dict[str, Any]:
         logits, target = unit_rows(logits), target.long().contiguous()
         stats = _outputs(logits, target.shape[0], entropy)
         rows = (logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
-        call("forward", *rows, *_addresses(target, temperature, *stats), target.shape[0], logits.shape[-1], context(logits))
+        call(
+            "forward",
+            *rows,
+            *_addresses(target, temperature, *stats),
+            target.shape[0],
+            logits.shape[-1],
+            context(logits),
+        )
         return stats
 
     def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
@@ -56,26 +67,52 @@ def parts(device: str) -> dict[str, Any]:
             return out.copy_(backward(dlogp, dentropy, logits, *rest))
         logits = unit_rows(logits)
         target, temperature, entropy, m, log_s = rest
-        target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
+        target, dlogp, dentropy = (
+            target.long().contiguous(),
+            dlogp.float().contiguous(),
+            dentropy.float().contiguous(),
+        )
         rows = (*_out(out, device), logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
         vectors = _addresses(target, temperature, dlogp, dentropy, entropy, m, log_s)
         call("backward", *rows, *vectors, target.shape[0], logits.shape[-1], context(logits))
         return out
 
-    def fused_into(out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor) -> Stats:
-        limit = extension().token_logp_fused_limit(FLOAT_CODES[logits.dtype]) if device == "cuda" else logits.shape[-1]
-        if logits.stride(-1) != 1 or logits.shape[-1] > limit:  # two kernels, for a row that does not fit a cluster of multiprocessors
+    def fused_into(
+        out: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, dlogp: Tensor, dentropy: Tensor
+    ) -> Stats:
+        limit = (
+            extension().token_logp_fused_limit(FLOAT_CODES[logits.dtype])
+            if device == "cuda"
+            else logits.shape[-1]
+        )
+        if (
+            logits.stride(-1) != 1 or logits.shape[-1] > limit
+        ):  # two kernels, for a row that does not fit a cluster of multiprocessors
             stats = forward(logits, target, temperature, dentropy.numel() > 0)
             backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
             return stats
-        target, dlogp, dentropy = target.long().contiguous(), dlogp.float().contiguous(), dentropy.float().contiguous()
+        target, dlogp, dentropy = (
+            target.long().contiguous(),
+            dlogp.float().contiguous(),
+            dentropy.float().contiguous(),
+        )
         stats = _outputs(logits, target.shape[0], dentropy.numel() > 0)
-        rows = (*(_out(out, device) if device == "cuda" else ()), logits.data_ptr(), FLOAT_CODES[logits.dtype], *row_layout(logits))
+        rows = (
+            *(_out(out, device) if device == "cuda" else ()),
+            logits.data_ptr(),
+            FLOAT_CODES[logits.dtype],
+            *row_layout(logits),
+        )
         vectors = _addresses(target, temperature, dlogp, dentropy, *stats)
         call("fused", *rows, *vectors, target.shape[0], logits.shape[-1], context(logits))
         return stats
 
-    return {"forward": forward, "backward": backward, "backward_into": backward_into, "fused_into": fused_into}
+    return {
+        "forward": forward,
+        "backward": backward,
+        "backward_into": backward_into,
+        "fused_into": fused_into,
+    }
 
 
 def register_compiled() -> None:
@@ -83,4 +120,12 @@ def register_compiled() -> None:
     for device, note in (("cpu", ""), ("cuda", COMPILED_ONLY)):
         missing = unbuilt(f"token_logp_forward_{device}")
         exact = ("cpu",) if device == "cpu" else ()
-        register("token_logp", device, dtypes=tuple(FLOAT_CODES), note=note, missing=missing, exact=exact, **parts(device))
+        register(
+            "token_logp",
+            device,
+            dtypes=tuple(FLOAT_CODES),
+            note=note,
+            missing=missing,
+            exact=exact,
+            **parts(device),
+        )

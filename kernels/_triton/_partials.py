@@ -1,6 +1,8 @@
-"""The second stage of a reduction over rows: the partial sums of P programs, added in a fixed order, so that two runs give the same bits.
+"""The second stage of a reduction over rows: the partial sums of P programs, added in a fixed order, so that
+two runs give the same bits.
 
-A first stage writes partials (P, D), one row a program; which rows of the input a program took depends on its number alone.
+A first stage writes partials (P, D), one row a program; which rows of the input a program took depends on its
+number alone.
 """
 
 from __future__ import annotations
@@ -30,8 +32,14 @@ def combine_kernel(out, partials, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 def programs(x: Tensor, tiles: int, each: int = 2) -> int:
-    """How many programs share `tiles` tiles of work: a wave of `each` on every multiprocessor, if there is enough for it."""
-    wave = each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_PROGRAMS
+    """How many programs share `tiles` tiles of work: a wave of `each` on every multiprocessor, if there is
+    enough for it.
+    """
+    wave = (
+        each * torch.cuda.get_device_properties(x.device).multi_processor_count
+        if x.is_cuda
+        else INTERPRETED_PROGRAMS
+    )
     return max(1, min(tiles, wave))
 
 

@@ -1,4 +1,6 @@
-"""Philox4x32-10 (see _philox.py) inside a Triton kernel: the four 32-bit words of a counter, bit for bit those of `philox`."""
+"""Philox4x32-10 (see _philox.py) inside a Triton kernel: the four 32-bit words of a counter, bit for bit
+those of `philox`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def philox4(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """The four uint32 words of each counter under each key; counters and keys are integers in [0, 2^32) of any type, and broadcast."""
+    """The four uint32 words of each counter under each key; counters and keys are integers in [0, 2^32) of
+    any type, and broadcast.
+    """
     a, b = tl.to_tensor(c0).to(tl.uint32), tl.to_tensor(c1).to(tl.uint32)
     c, d = tl.to_tensor(c2).to(tl.uint32), tl.to_tensor(c3).to(tl.uint32)
     j, k = tl.to_tensor(k0).to(tl.uint32), tl.to_tensor(k1).to(tl.uint32)

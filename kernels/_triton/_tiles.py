@@ -1,4 +1,6 @@
-"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and how it moves rows and adds up sums."""
+"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and how it moves rows and
+adds up sums.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""advance in Triton: one program, a lane a row, in blocks of rows that hand the stack of free pages on to each other.
+"""advance in Triton: one program, a lane a row, in blocks of rows that hand the stack of free pages on to
+each other.
 
 A step of B rows moves about 100 B bytes: what it costs is its launch, which is why it is one.
 """
@@ -21,12 +22,39 @@ LARGEST_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["B", "C", "N", "n_stops"])
 def forward_kernel(  # type: ignore[no-untyped-def]
-    token, logp, behaviour, entropy,
-    seq, length, drawn, budget, until, last, alive, table,
-    tokens, logps, behaviours, entropies, chosen, versions, lengths, finish,
-    free, top, refs, stops, version, total,
-    B, C, N, n_stops, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    token,
+    logp,
+    behaviour,
+    entropy,
+    seq,
+    length,
+    drawn,
+    budget,
+    until,
+    last,
+    alive,
+    table,
+    tokens,
+    logps,
+    behaviours,
+    entropies,
+    chosen,
+    versions,
+    lengths,
+    finish,
+    free,
+    top,
+    refs,
+    stops,
+    version,
+    total,
+    B,
+    C,
+    N,
+    n_stops,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     left = tl.load(top)
     count = tl.load(total)
     by = tl.load(version)
@@ -70,30 +98,70 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward(
-    draw: tuple[Tensor, ...], rows: tuple[Tensor, ...], records: tuple[Tensor, ...], pages: tuple[Tensor, ...],
-    stops: Tensor, version: Tensor, total: Tensor, page: int,
-) -> None:  # fmt: skip
+    draw: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
+    records: tuple[Tensor, ...],
+    pages: tuple[Tensor, ...],
+    stops: Tensor,
+    version: Tensor,
+    total: Tensor,
+    page: int,
+) -> None:
     """Advance every row, in place."""
     table, tokens = rows[-1], records[0]
     block = min(LARGEST_BLOCK, triton.next_power_of_2(table.shape[0]))
     with on_device(table):
         forward_kernel[(1,)](
-            *draw, *rows, *records, *pages, stops, version, total,
-            table.shape[0], tokens.shape[1], table.shape[1], stops.shape[0], PAGE=page, BLOCK=block, **OPTIONS,
-        )  # fmt: skip
+            *draw,
+            *rows,
+            *records,
+            *pages,
+            stops,
+            version,
+            total,
+            table.shape[0],
+            tokens.shape[1],
+            table.shape[1],
+            stops.shape[0],
+            PAGE=page,
+            BLOCK=block,
+            **OPTIONS,
+        )
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    longs = ("token", "seq", "length", "drawn", "budget", "until", "last", "tokens", "lengths", "top", "stops", "version", "total")
+    longs = (
+        "token",
+        "seq",
+        "length",
+        "drawn",
+        "budget",
+        "until",
+        "last",
+        "tokens",
+        "lengths",
+        "top",
+        "stops",
+        "version",
+        "total",
+    )
     floats = ("logp", "behaviour", "entropy", "logps", "behaviours", "entropies")
-    types = dict.fromkeys(longs, "*i64") | dict.fromkeys(floats, "*fp32") | dict.fromkeys(("alive", "chosen"), "*i1")
+    types = (
+        dict.fromkeys(longs, "*i64")
+        | dict.fromkeys(floats, "*fp32")
+        | dict.fromkeys(("alive", "chosen"), "*i1")
+    )
     types |= dict.fromkeys(("table", "versions", "free", "refs"), "*i32") | {"finish": "*i8"}
     for block in (16, 256, LARGEST_BLOCK):
         yield Spec(
-            kernel=forward_kernel, case=f"{block} rows", types=types | dict.fromkeys(("B", "C", "N", "n_stops"), "i32"),
-            constants={"PAGE": 64, "BLOCK": block}, divisible=False, options=OPTIONS,
-        )  # fmt: skip
+            kernel=forward_kernel,
+            case=f"{block} rows",
+            types=types | dict.fromkeys(("B", "C", "N", "n_stops"), "i32"),
+            constants={"PAGE": 64, "BLOCK": block},
+            divisible=False,
+            options=OPTIONS,
+        )
 
 
 COMPILE = tuple(_specs())

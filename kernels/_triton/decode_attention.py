@@ -1,15 +1,18 @@
-"""decode_attention in Triton: split keys, shared heads packed, a second launch only where a table allows more than one split.
+"""decode_attention in Triton: split keys, shared heads packed, a second launch only where a table allows more
+than one split.
 
-A program takes one key head of one query and SPLIT of its tokens; the query heads that share the key head are the rows of its matrix
-products, so that keys and values are read once.  The grid covers the whole table, whatever the lengths: they are read from device
-memory, and a program past its query's length returns, so that a captured graph replays right for any lengths.  A query of at most SPLIT
-tokens is finished by its first program; the splits of a longer one are added in their order.  Splits and blocks begin at fixed
-positions: the bits of a query are its own.
+A program takes one key head of one query and SPLIT of its tokens; the query heads that share the key head are
+the rows of its matrix products, so that keys and values are read once.  The grid covers the whole table,
+whatever the lengths: they are read from device memory, and a program past its query's length returns, so that
+a captured graph replays right for any lengths.  A query of at most SPLIT tokens is finished by its first
+program; the splits of a longer one are added in their order.  Splits and blocks begin at fixed positions: the
+bits of a query are its own.
 
-Queries are the fast axis of the grid: those of one group, side by side in a batch, find their shared pages in the L2 cache.
+Queries are the fast axis of the grid: those of one group, side by side in a batch, find their shared pages in
+the L2 cache.
 
-Bytes of a call beside keys, values and queries: 4 (E + 2) for each query head and split in use, written and read once: with SPLIT 256,
-bf16 and seven heads of 64 to a key head, 6% of the keys and values.
+Bytes of a call beside keys, values and queries: 4 (E + 2) for each query head and split in use, written and
+read once: with SPLIT 256, bf16 and seven heads of 64 to a key head, 6% of the keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SPLIT = 256  # tokens of a program: 64 KB of bf16 keys and values of width 64, a wave of two for 256 queries of 1024 tokens
+# tokens of a program: 64 KB of bf16 keys and values of width 64, a wave of two for 256 queries of 1024 tokens
+SPLIT = 256
 BLOCK = 64  # keys at a time
 ROWS = 16  # of a matrix product, at least
 CHUNK = 16  # splits that are added at a time
@@ -38,7 +42,8 @@ COMBINE = {"num_warps": 2, "enable_fp_fusion": True}
 def _slots(table, pages, first, start, last, PAGE: tl.constexpr, PAGES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the tokens of a block are kept; past `last` the table may hold anything, and is not read.
 
-    The numbers of whole pages are looked up in `pages`, of the whole split: loads whose address is a load are not pipelined.
+    The numbers of whole pages are looked up in `pages`, of the whole split: loads whose address is a load are
+    not pipelined.
     """
     position = start + tl.arange(0, BLOCK)
     if PAGE % BLOCK == 0:
@@ -49,10 +54,33 @@ def _slots(table, pages, first, start, last, PAGE: tl.constexpr, PAGES: tl.const
 
 @triton.jit(do_not_specialize=["q_token", "table_row", "splits"])
 def split_kernel(  # type: ignore[no-untyped-def]
-    y, partials, tops, totals, q, k_cache, v_cache, table, lengths, rows, q_token, q_head, table_row, splits, scale,
-    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, BY_ROW: tl.constexpr, ONE: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    y,
+    partials,
+    tops,
+    totals,
+    q,
+    k_cache,
+    v_cache,
+    table,
+    lengths,
+    rows,
+    q_token,
+    q_head,
+    table_row,
+    splits,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGES: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ONE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     b, h, split = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, tl.program_id(1)
     length, first = tl.load(lengths + b).to(tl.int32), split * SPLIT
     if (first >= length) & (split > 0):
@@ -91,9 +119,18 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(  # type: ignore[no-untyped-def]
-    y, partials, tops, totals, lengths, splits, H: tl.constexpr, E: tl.constexpr,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    y,
+    partials,
+    tops,
+    totals,
+    lengths,
+    splits,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     head = tl.program_id(0).to(tl.int64)
     n = tl.cdiv(tl.load(lengths + head // H).to(tl.int32), SPLIT)
     if n <= 1:
@@ -108,31 +145,76 @@ def combine_kernel(  # type: ignore[no-untyped-def]
         at, some = head * splits + first + i, first + i < n
         weight = tl.exp2(tl.load(tops + at, some, float("-inf")) - top)
         total += weight * tl.load(totals + at, some, 0.0)
-        acc += weight[:, None] * tl.load(partials + at[:, None] * E + lane[None, :], some[:, None] & (lane < E)[None, :], 0.0)
+        acc += weight[:, None] * tl.load(
+            partials + at[:, None] * E + lane[None, :], some[:, None] & (lane < E)[None, :], 0.0
+        )
     out = tl.sum(acc, 0) / tl.sum(total, 0)
     tl.store(y + head * E + lane, out.to(y.dtype.element_ty), lane < E)
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor | None, scale: float) -> Tensor:
+def forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+) -> Tensor:
     """y (B, H, E); one launch where the table holds at most SPLIT tokens, else two."""
-    (B, H, E), (_, page, K, _), N, q, table = q.shape, k_cache.shape, block_table.shape[1], unit_rows(q), unit_rows(block_table)
+    (B, H, E), (_, page, K, _), N, q, table = (
+        q.shape,
+        k_cache.shape,
+        block_table.shape[1],
+        unit_rows(q),
+        unit_rows(block_table),
+    )
     y = torch.empty(B, H, E, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
     lengths, rows = lengths.contiguous(), None if rows is None else rows.contiguous()
     splits = max(1, triton.cdiv(N * page, SPLIT))
     several = B * H * splits if splits > 1 else 0
-    partials, tops, totals = (torch.empty(several * n, dtype=torch.float32, device=q.device) for n in (E, 1, 1))
+    partials, tops, totals = (
+        torch.empty(several * n, dtype=torch.float32, device=q.device) for n in (E, 1, 1)
+    )
     with on_device(q):
         split_kernel[(B * K, splits)](
-            y, partials, tops, totals, q, k_cache, v_cache, table, lengths, lengths if rows is None else rows, q.stride(0), q.stride(1),
-            table.stride(0), splits, scale * math.log2(math.e), BY_ROW=rows is not None, ONE=splits == 1,
-            **_shape(H, K, E, page, q.dtype), **_options(q.dtype, E),
-        )  # fmt: skip
+            y,
+            partials,
+            tops,
+            totals,
+            q,
+            k_cache,
+            v_cache,
+            table,
+            lengths,
+            lengths if rows is None else rows,
+            q.stride(0),
+            q.stride(1),
+            table.stride(0),
+            splits,
+            scale * math.log2(math.e),
+            BY_ROW=rows is not None,
+            ONE=splits == 1,
+            **_shape(H, K, E, page, q.dtype),
+            **_options(q.dtype, E),
+        )
         if splits > 1:
             combine_kernel[(B * H,)](
-                y, partials, tops, totals, lengths, splits, H=H, E=E, SPLIT=SPLIT, CHUNK=CHUNK, WIDTH=_width(E), **COMBINE
+                y,
+                partials,
+                tops,
+                totals,
+                lengths,
+                splits,
+                H=H,
+                E=E,
+                SPLIT=SPLIT,
+                CHUNK=CHUNK,
+                WIDTH=_width(E),
+                **COMBINE,
             )
     return y
 
@@ -144,15 +226,35 @@ def _width(E: int) -> int:
 def _shape(H: int, K: int, E: int, page: int, dtype: torch.dtype) -> dict[str, int]:
     rows = max(ROWS, triton.next_power_of_2(H // K))
     aligned = SPLIT % page == 0 or page % SPLIT == 0
-    pages = max(1, SPLIT // page) if aligned else triton.next_power_of_2(SPLIT // page + 2)  # that a split reaches into
-    block = BLOCK // 2 if dtype == torch.float32 and E > 64 else BLOCK  # or its products take more registers than there are
-    return {"K": K, "G": H // K, "E": E, "PAGE": page, "PAGES": pages, "SPLIT": SPLIT, "BLOCK": block, "ROWS": rows, "WIDTH": _width(E)}
+    pages = (
+        max(1, SPLIT // page) if aligned else triton.next_power_of_2(SPLIT // page + 2)
+    )  # that a split reaches into
+    block = (
+        BLOCK // 2 if dtype == torch.float32 and E > 64 else BLOCK
+    )  # or its products take more registers than there are
+    return {
+        "K": K,
+        "G": H // K,
+        "E": E,
+        "PAGE": page,
+        "PAGES": pages,
+        "SPLIT": SPLIT,
+        "BLOCK": block,
+        "ROWS": rows,
+        "WIDTH": _width(E),
+    }
 
 
 def _options(dtype: torch.dtype, E: int) -> dict[str, int | bool]:
-    """Stages of keys and values: two blocks of bf16 in flight, 36 to 72 KB, one of fp32; eight warps for the products of wide fp32."""
+    """Stages of keys and values: two blocks of bf16 in flight, 36 to 72 KB, one of fp32; eight warps for the
+    products of wide fp32.
+    """
     wide = dtype == torch.float32
-    return {"num_warps": 8 if wide and E > 64 else 4, "num_stages": 2 if wide else 3, "enable_fp_fusion": True}
+    return {
+        "num_warps": 8 if wide and E > 64 else 4,
+        "num_stages": 2 if wide else 3,
+        "enable_fp_fusion": True,
+    }
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
@@ -160,20 +262,33 @@ def _specs() -> Iterator[Spec]:
     models = ((14, 2, 64), (16, 8, 128), (8, 8, 80), (32, 8, 96))
     for dtype, (H, K, E), one in itertools.product(DTYPES, models, (False, True)):
         name = TRITON_TYPES[dtype]
-        types = dict.fromkeys(("y", "q", "k_cache", "v_cache"), name) | dict.fromkeys(("partials", "tops", "totals"), "*fp32")
+        types = dict.fromkeys(("y", "q", "k_cache", "v_cache"), name) | dict.fromkeys(
+            ("partials", "tops", "totals"), "*fp32"
+        )
         types |= {"table": "*i32", "lengths": "*i32", "rows": "*i64", "scale": "fp32"}
         types |= dict.fromkeys(("q_token", "q_head", "table_row", "splits"), "i32")
         case = f"{name[1:]} H={H} K={K} E={E}"
         constants = _shape(H, K, E, 64, dtype) | {"BY_ROW": False, "ONE": one}
         yield Spec(
-            kernel=split_kernel, case=case + " one split" * one, types=types, constants=constants, divisible=True,
-            wide=("load", "store"), options=_options(dtype, E),
-        )  # fmt: skip
+            kernel=split_kernel,
+            case=case + " one split" * one,
+            types=types,
+            constants=constants,
+            divisible=True,
+            wide=("load", "store"),
+            options=_options(dtype, E),
+        )
         if not one:
             constants = {"H": H, "E": E, "SPLIT": SPLIT, "CHUNK": CHUNK, "WIDTH": _width(E)}
             yield Spec(
-                kernel=combine_kernel, case=case, types=types, constants=constants, divisible=True, wide=("load",), options=COMBINE
-            )  # fmt: skip
+                kernel=combine_kernel,
+                case=case,
+                types=types,
+                constants=constants,
+                divisible=True,
+                wide=("load",),
+                options=COMBINE,
+            )
 
 
 COMPILE = tuple(_specs())

@@ -5,9 +5,10 @@ What a token takes from those after it is one number, the state: for a token wit
     advantage = r + state - v      state' = gamma (v + lam advantage) = c + a state
     a = gamma lam                  c = gamma (lam r + (1 - lam) v)
 
-and an observation leaves it alone (a = 1, c = 0).  So a block is a scan of (a, c), in which each place holds the token *after* its
-own; the state of the block's first place goes on to the block before it.  v + lam (r - v) would be the same c, with an error of the
-size of v at every step where the values of a long sequence cancel.  Where a is 0 a NaN further on must not come back.
+and an observation leaves it alone (a = 1, c = 0).  So a block is a scan of (a, c), in which each place holds
+the token *after* its own; the state of the block's first place goes on to the block before it.  v + lam (r -
+v) would be the same c, with an error of the size of v at every step where the values of a long sequence
+cancel.  Where a is 0 a NaN further on must not come back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKS = (128, 2048)  # tokens a program holds at once: a power of two near the mean length, which needs no look at the lengths
+BLOCKS = (
+    128,
+    2048,
+)  # tokens a program holds at once: a power of two near the mean length, which needs no look at the lengths
 EACH = 8  # of them in one thread
 
 
@@ -35,8 +39,18 @@ def _before(a_later, c_later, a, c):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gae_kernel(  # type: ignore[no-untyped-def]
-    reward, value, cu_seqlens, mask, advantage, returns, gamma, lam, rest, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    reward,
+    value,
+    cu_seqlens,
+    mask,
+    advantage,
+    returns,
+    gamma,
+    lam,
+    rest,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     s = tl.program_id(0).to(tl.int64)
     start, end = tl.load(cu_seqlens + s).to(tl.int64), tl.load(cu_seqlens + s + 1).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -64,7 +78,9 @@ def gae_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def forward(
+    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Advantage and return, each (T,); an empty mask means every token."""
     T, S = reward.shape[0], cu_seqlens.shape[0] - 1
     advantage, returns = (torch.empty(T, dtype=torch.float32, device=reward.device) for _ in range(2))
@@ -72,9 +88,19 @@ def forward(reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gam
         tokens = block(T, S)
         with on_device(reward):
             gae_kernel[(S,)](
-                reward.contiguous(), value.contiguous(), cu_seqlens.contiguous(), mask.contiguous().view(torch.uint8), advantage, returns,
-                gamma, lam, 1 - lam, MASKED=mask.numel() > 0, BLOCK=tokens, **options(tokens),
-            )  # fmt: skip
+                reward.contiguous(),
+                value.contiguous(),
+                cu_seqlens.contiguous(),
+                mask.contiguous().view(torch.uint8),
+                advantage,
+                returns,
+                gamma,
+                lam,
+                1 - lam,
+                MASKED=mask.numel() > 0,
+                BLOCK=tokens,
+                **options(tokens),
+            )
     return advantage, returns
 
 
@@ -91,7 +117,15 @@ def options(tokens: int) -> dict[str, int | bool]:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    fixed = {"cu_seqlens": "*i32", "mask": "*u8", "advantage": "*fp32", "returns": "*fp32", "gamma": "fp32", "lam": "fp32", "rest": "fp32"}
+    fixed = {
+        "cu_seqlens": "*i32",
+        "mask": "*u8",
+        "advantage": "*fp32",
+        "returns": "*fp32",
+        "gamma": "fp32",
+        "lam": "fp32",
+        "rest": "fp32",
+    }
     for dtype, masked, tokens in (
         (torch.float32, True, 2048),
         (torch.float32, False, 1024),

@@ -1,9 +1,10 @@
 """group_advantage in Triton, for every baseline, scale and shape: one launch, all statistics in float64.
 
-Contiguous groups of a fixed size up to MAX_TILE lie in a tile, a group a row.  Larger groups, and groups given by ids (which are
-sorted first), are walked through: a program owns TILE samples in the order of their groups, and goes over each group that has one
-of them in chunks.  The standard deviation of all samples, which only scale="batch_std" needs, is a launch before: parts of fixed size,
-merged by every program in the same order.  Baseline and scale are runtime values: three shapes are all that is compiled.
+Contiguous groups of a fixed size up to MAX_TILE lie in a tile, a group a row.  Larger groups, and groups
+given by ids (which are sorted first), are walked through: a program owns TILE samples in the order of their
+groups, and goes over each group that has one of them in chunks.  The standard deviation of all samples, which
+only scale="batch_std" needs, is a launch before: parts of fixed size, merged by every program in the same
+order.  Baseline and scale are runtime values: three shapes are all that is compiled.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BASELINES, SCALES, SHAPES = ("mean", "leave_one_out", "max", "none"), ("std", "batch_std", "range", "none"), ("linear", "rank", "softmax")
+BASELINES, SCALES, SHAPES = (
+    ("mean", "leave_one_out", "max", "none"),
+    ("std", "batch_std", "range", "none"),
+    ("linear", "rank", "softmax"),
+)
 MAX_TILE = 1024  # members of a group that are held at once
-BYTES = 2048  # of rewards in a tile of small groups: 16 for each thread, so that 4096 groups of 16 are 128 programs
+# of rewards in a tile of small groups: 16 for each thread, so that 4096 groups of 16 are 128 programs
+BYTES = 2048
 TILE, CHUNK, RANK_CHUNK = 32, 128, 32  # samples of a program that walks, and members it looks at together
 PARTS, PART = 128, 1024  # parts of a batch's moments, and samples a program of them holds at once
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -60,7 +66,9 @@ def parts_kernel(reward, parts, S, per_part, PARTS: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def _divisor(parts, n_parts, squares, count, low, high, scale, eps, ddof, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the scale means for groups with these statistics; `squares` are those of the group."""
-    found = tl.sqrt(squares / tl.maximum(count - ddof, 1.0)) + eps  # a group that divides by less has no spread
+    found = (
+        tl.sqrt(squares / tl.maximum(count - ddof, 1.0)) + eps
+    )  # a group that divides by less has no spread
     batch = tl.full((), 0.0, tl.float64)
     if scale == BATCH_STD:
         p = tl.arange(0, PARTS)
@@ -84,10 +92,26 @@ def _line(count, mean, high, divisor, baseline):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["P", "G", "n_parts", "baseline", "scale"])
 def tile_kernel(  # type: ignore[no-untyped-def]
-    reward, out, parts, P, G, n_parts, baseline, scale, eps, ddof, tau,
-    SHAPE: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """ROWS groups of G <= BLOCK; FULL: G is BLOCK, so that rows follow one another in steps the compiler knows."""
+    reward,
+    out,
+    parts,
+    P,
+    G,
+    n_parts,
+    baseline,
+    scale,
+    eps,
+    ddof,
+    tau,
+    SHAPE: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """ROWS groups of G <= BLOCK; FULL: G is BLOCK, so that rows follow one another in steps the compiler
+    knows.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     first = row * BLOCK if FULL else row * G
@@ -140,10 +164,29 @@ def _first_from(ids, wanted, S, steps, AFTER: tl.constexpr):  # type: ignore[no-
 
 @triton.jit(do_not_specialize=["S", "G", "steps", "n_parts", "baseline", "scale"])
 def walk_kernel(  # type: ignore[no-untyped-def]
-    reward, ids, order, out, parts, S, G, steps, n_parts, baseline, scale, eps, ddof, tau,
-    BY_IDS: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """TILE samples in the order of their groups: `ids` sorted, `order` where each sample is; or groups of G where it is."""
+    reward,
+    ids,
+    order,
+    out,
+    parts,
+    S,
+    G,
+    steps,
+    n_parts,
+    baseline,
+    scale,
+    eps,
+    ddof,
+    tau,
+    BY_IDS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """TILE samples in the order of their groups: `ids` sorted, `order` where each sample is; or groups of G
+    where it is.
+    """
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = place < S
     at = place
@@ -192,7 +235,9 @@ def walk_kernel(  # type: ignore[no-untyped-def]
                 x = _members(reward, order, j, end, BY_IDS, CHUNK)
                 d = tl.where(x == x, x - mean, 0.0)
                 total += d * d
-            divisor = _divisor(parts, n_parts, tl.sum(total, 0), count, lowest, highest, scale, eps, ddof, PARTS)
+            divisor = _divisor(
+                parts, n_parts, tl.sum(total, 0), count, lowest, highest, scale, eps, ddof, PARTS
+            )
             base, factor = _line(count, mean, highest, divisor, baseline)
             a = (y - base) * factor
         a = tl.where(highest > lowest, a, 0.0)
@@ -203,7 +248,15 @@ def walk_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward(
-    reward: Tensor, group: Tensor, size: int, baseline: str, scale: str, shape: str, eps: float, unbiased: bool, tau: float
+    reward: Tensor,
+    group: Tensor,
+    size: int,
+    baseline: str,
+    scale: str,
+    shape: str,
+    eps: float,
+    unbiased: bool,
+    tau: float,
 ) -> Tensor:
     """(S,) advantages; `group` holds ids, or is empty for contiguous groups of `size`."""
     S = reward.shape[0]
@@ -219,14 +272,37 @@ def forward(
             tile = shape_of_tile(size, reward.element_size())
             groups = S // size
             tile_kernel[(triton.cdiv(groups, tile["ROWS"]),)](
-                reward, out, parts, groups, size, *numbers, SHAPE=kind, FULL=size == tile["BLOCK"], PARTS=PARTS, **tile, **OPTIONS
+                reward,
+                out,
+                parts,
+                groups,
+                size,
+                *numbers,
+                SHAPE=kind,
+                FULL=size == tile["BLOCK"],
+                PARTS=PARTS,
+                **tile,
+                **OPTIONS,
             )
             return out
         ids, order = (reward, reward) if size else group.sort(stable=True)
         walk_kernel[(triton.cdiv(S, TILE),)](
-            reward, ids, order, out, parts, S, max(size, 1), S.bit_length(), *numbers,
-            BY_IDS=not size, SHAPE=kind, TILE=TILE, CHUNK=RANK_CHUNK if shape == "rank" else CHUNK, PARTS=PARTS, **WALK,
-        )  # fmt: skip
+            reward,
+            ids,
+            order,
+            out,
+            parts,
+            S,
+            max(size, 1),
+            S.bit_length(),
+            *numbers,
+            BY_IDS=not size,
+            SHAPE=kind,
+            TILE=TILE,
+            CHUNK=RANK_CHUNK if shape == "rank" else CHUNK,
+            PARTS=PARTS,
+            **WALK,
+        )
     return out
 
 
@@ -270,8 +346,19 @@ def _specs() -> Iterator[Spec]:
         yield Spec(
             kernel=walk_kernel,
             case=f"fp32 {'ids' if by_ids else 'size'} {shape}",
-            types=fixed | {"reward": "*fp32", "ids": "*i64" if by_ids else "*fp32", "order": "*i64" if by_ids else "*fp32"},
-            constants={"BY_IDS": by_ids, "SHAPE": kind, "TILE": TILE, "CHUNK": RANK_CHUNK if shape == "rank" else CHUNK, "PARTS": PARTS},
+            types=fixed
+            | {
+                "reward": "*fp32",
+                "ids": "*i64" if by_ids else "*fp32",
+                "order": "*i64" if by_ids else "*fp32",
+            },
+            constants={
+                "BY_IDS": by_ids,
+                "SHAPE": kind,
+                "TILE": TILE,
+                "CHUNK": RANK_CHUNK if shape == "rank" else CHUNK,
+                "PARTS": PARTS,
+            },
             divisible=False,
             options=WALK,
         )

@@ -1,7 +1,9 @@
-"""linear in Triton with one configuration of tiles for every number of rows: the bits of a row do not depend on its company.
+"""linear in Triton with one configuration of tiles for every number of rows: the bits of a row do not depend
+on its company.
 
-A program owns a tile of the output, and adds up its products over all of K in blocks of one size, in order, in float32: no split of K,
-no tile that is chosen by the number of rows, no atomics.  A library that may choose is faster when there are few rows.
+A program owns a tile of the output, and adds up its products over all of K in blocks of one size, in order,
+in float32: no split of K, no tile that is chosen by the number of rows, no atomics.  A library that may
+choose is faster when there are few rows.
 """
 
 from __future__ import annotations
@@ -18,18 +20,45 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+TILE = {
+    "BLOCK_M": 128,
+    "BLOCK_N": 128,
+    "BLOCK_K": 64,
+    "num_warps": 8,
+    "num_stages": 3,
+    "enable_fp_fusion": True,
+}
 # of float32: whose tensor cores would be TF32
-TILE_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+TILE_FP32 = {
+    "BLOCK_M": 64,
+    "BLOCK_N": 64,
+    "BLOCK_K": 16,
+    "num_warps": 4,
+    "num_stages": 2,
+    "enable_fp_fusion": True,
+}
 GROUP = 8  # tiles of rows that share a tile of the weight while it is in the L2 cache
 
 
 # --- kernel -----------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["M"])
 def forward_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, y, M, N, K, x_stride, weight_stride, y_stride,
-    BIAS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    y_stride,
+    BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     pid, down, across = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = pid // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
@@ -63,7 +92,19 @@ def into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if M and N:
         with on_device(x):
             forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)](
-                x, weight, bias, out, M, N, K, x.stride(0), weight.stride(0), out.stride(0), BIAS=bias.numel() > 0, GROUP=GROUP, **tile
+                x,
+                weight,
+                bias,
+                out,
+                M,
+                N,
+                K,
+                x.stride(0),
+                weight.stride(0),
+                out.stride(0),
+                BIAS=bias.numel() > 0,
+                GROUP=GROUP,
+                **tile,
             )
     return out
 
@@ -84,7 +125,8 @@ def _specs() -> Iterator[Spec]:
             kernel=forward_kernel,
             case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)}{' bias' * bias}",
             types=sizes | {"x": name, "weight": name, "bias": name, "y": to},
-            constants={"BIAS": bias, "GROUP": GROUP} | {k: v for k, v in tile.items() if k.startswith("BLOCK")},
+            constants={"BIAS": bias, "GROUP": GROUP}
+            | {k: v for k, v in tile.items() if k.startswith("BLOCK")},
             divisible=True,
             wide=("load", "store"),
             options={k: v for k, v in tile.items() if not k.startswith("BLOCK")},

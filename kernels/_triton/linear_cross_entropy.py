@@ -1,8 +1,10 @@
-"""The rows of linear_cross_entropy in Triton: one program per row, one read of the logits forward, one read and one write backward.
+"""The rows of linear_cross_entropy in Triton: one program per row, one read of the logits forward, one read
+and one write backward.
 
-Forward is that of token_logp at temperature 1: every lane keeps its own top and s = sum exp(z - top), merged once at the end of
-the row.  Label smoothing also needs the mean of z; a lane sums z - top, moved along with its top, so that an offset costs no digits.
-Softcap's tanh is written out: exp2 for large arguments, a polynomial where that would cancel.
+Forward is that of token_logp at temperature 1: every lane keeps its own top and s = sum exp(z - top), merged
+once at the end of the row.  Label smoothing also needs the mean of z; a lane sums z - top, moved along with
+its top, so that an offset costs no digits.  Softcap's tanh is written out: exp2 for large arguments, a
+polynomial where that would cancel.
 """
 
 from __future__ import annotations
@@ -20,26 +22,43 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(
+    -1e30
+)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 @triton.jit
 def _tanh(u):  # type: ignore[no-untyped-def]
-    """Within 2 ulp: 1 - 2 / (exp(2 |u|) + 1), and below 0.625, where that loses digits, an odd minimax polynomial."""
+    """Within 2 ulp: 1 - 2 / (exp(2 |u|) + 1), and below 0.625, where that loses digits, an odd minimax
+    polynomial.
+    """
     size, q = tl.abs(u), u * u
     large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
-    p = (((-5.70498872745e-3 * q + 2.06390887954e-2) * q - 5.37397155531e-2) * q + 1.33314422036e-1) * q - 3.33332819422e-1
+    p = (
+        ((-5.70498872745e-3 * q + 2.06390887954e-2) * q - 5.37397155531e-2) * q + 1.33314422036e-1
+    ) * q - 3.33332819422e-1
     r = tl.where(size < 0.625, size + size * q * p, large)
     return tl.where(u < 0, -r, r)
 
 
 @triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
-    logits, target, loss, m, log_s, V, stride, smoothing, softcap, z_loss,
-    SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    target,
+    loss,
+    m,
+    log_s,
+    V,
+    stride,
+    smoothing,
+    softcap,
+    z_loss,
+    SMOOTH: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)  # T V exceeds 2^31 at V = 152k, T = 14k
     row = logits + t * stride
     lane = tl.arange(0, BLOCK)
@@ -72,9 +91,13 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         z = softcap * _tanh(z / softcap)
     each = (1.0 - smoothing) * (ln - (z - high))
     if SMOOTH:
-        seen = n - tl.where((lane + (n - 1.0) * BLOCK) < V, 0.0, 1.0)  # the last block may have ended before this lane
+        seen = n - tl.where(
+            (lane + (n - 1.0) * BLOCK) < V, 0.0, 1.0
+        )  # the last block may have ended before this lane
         sum_d = tl.sum(r + seen * (top - high), 0)
-        sum_d = tl.where(sum_d < 0.5 * LOWEST, float("-inf"), sum_d)  # a banned token has no finite share of the smoothing
+        sum_d = tl.where(
+            sum_d < 0.5 * LOWEST, float("-inf"), sum_d
+        )  # a banned token has no finite share of the smoothing
         each += smoothing * (ln - sum_d / V)
     lse = high + ln
     tl.store(loss + t, tl.where(inside, each + z_loss * lse * lse, float("nan")))
@@ -84,9 +107,22 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def backward_kernel(  # type: ignore[no-untyped-def]
-    out, logits, dloss, target, m, log_s, V, out_stride, stride, smoothing, softcap, z_loss,
-    SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    logits,
+    dloss,
+    target,
+    m,
+    log_s,
+    V,
+    out_stride,
+    stride,
+    smoothing,
+    softcap,
+    z_loss,
+    SMOOTH: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     row, to = logits + t * stride, out + t * out_stride
     high, ln, y, up = tl.load(m + t), tl.load(log_s + t), tl.load(target + t), tl.load(dloss + t)
@@ -104,34 +140,73 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         if SMOOTH:
             g -= smoothing / V
         g = (g - tl.where(at == y, 1.0 - smoothing, 0.0)) * slope * up
-        tl.debug_barrier()  # over the row, or its front half: no block is stored before all warps have loaded theirs
+        # over the row, or its front half: no block is stored before all warps have loaded theirs
+        tl.debug_barrier()
         tl.store(to + at, g.to(out.dtype.element_ty), at < V)
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward(logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    logits: Tensor, target: Tensor, smoothing: float, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, m and log s of each row, (N,) each; the rows of the logits are contiguous."""
     N, V = logits.shape
     loss, m, log_s = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(3))
     if N:
         with on_device(logits):
             forward_kernel[(N,)](
-                logits, target.contiguous(), loss, m, log_s, V, logits.stride(0), smoothing, softcap or 1.0, z_loss,
-                SMOOTH=smoothing != 0, CAP=softcap != 0, BLOCK=_block(V), **OPTIONS,
-            )  # fmt: skip
+                logits,
+                target.contiguous(),
+                loss,
+                m,
+                log_s,
+                V,
+                logits.stride(0),
+                smoothing,
+                softcap or 1.0,
+                z_loss,
+                SMOOTH=smoothing != 0,
+                CAP=softcap != 0,
+                BLOCK=_block(V),
+                **OPTIONS,
+            )
     return loss, m, log_s
 
 
-def fused_into(out: Tensor, logits: Tensor, target: Tensor, dloss: Tensor, smoothing: float, softcap: float, z_loss: float) -> Tensor:
-    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the logits.  Contiguous rows."""
+def fused_into(
+    out: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    dloss: Tensor,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+) -> Tensor:
+    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the
+    logits.  Contiguous rows.
+    """
     N, V = logits.shape
     loss, m, log_s = forward(logits, target, smoothing, softcap, z_loss)
     if N:
         with on_device(logits):
             backward_kernel[(N,)](
-                out, logits, dloss.contiguous(), target.contiguous(), m, log_s, V, out.stride(0), logits.stride(0), smoothing,
-                softcap or 1.0, z_loss, SMOOTH=smoothing != 0, CAP=softcap != 0, BLOCK=_block(V), **OPTIONS,
-            )  # fmt: skip
+                out,
+                logits,
+                dloss.contiguous(),
+                target.contiguous(),
+                m,
+                log_s,
+                V,
+                out.stride(0),
+                logits.stride(0),
+                smoothing,
+                softcap or 1.0,
+                z_loss,
+                SMOOTH=smoothing != 0,
+                CAP=softcap != 0,
+                BLOCK=_block(V),
+                **OPTIONS,
+            )
     return loss
 
 
@@ -141,10 +216,14 @@ def _block(V: int) -> int:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("loss", "dloss", "m", "log_s"), "*fp32") | dict.fromkeys(("smoothing", "softcap", "z_loss"), "fp32")
+    types = dict.fromkeys(("loss", "dloss", "m", "log_s"), "*fp32") | dict.fromkeys(
+        ("smoothing", "softcap", "z_loss"), "fp32"
+    )
     types |= {"target": "*i64"} | dict.fromkeys(("V", "stride", "out_stride"), "i32")
     fp32, bf16 = torch.float32, torch.bfloat16
-    for (dtype, out), V in itertools.product(((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)):  # of the logits, of the gradient
+    for (dtype, out), V in itertools.product(
+        ((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)
+    ):  # of the logits, of the gradient
         for smooth, cap in itertools.product((False, True), repeat=2):
             for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
                 if dtype != out and kernel is forward_kernel:
@@ -152,7 +231,8 @@ def _specs() -> Iterator[Spec]:
                 name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
                 yield Spec(
                     kernel=kernel,
-                    case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)} V={V}{' smooth' * smooth}{' cap' * cap}",
+                    case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)} "
+                    f"V={V}{' smooth' * smooth}{' cap' * cap}",
                     types=types | {"logits": name, "out": to},
                     constants={"SMOOTH": smooth, "CAP": cap, "BLOCK": BLOCK},
                     divisible=V % 16 == 0,

@@ -1,12 +1,14 @@
 """linear_logp forward in Triton for small D: logits live in registers, tile by tile, and never reach memory.
 
-A program owns BLOCK_M tokens and one share of the vocabulary.  Tile after tile it multiplies (tensor cores, float32 sums), and folds
-the tile into four float32 numbers a token:
+A program owns BLOCK_M tokens and one share of the vocabulary.  Tile after tile it multiplies (tensor cores,
+float32 sums), and folds the tile into four float32 numbers a token:
 
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the target
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the
+                     target
 
-A second kernel merges the shares of a token in a fixed order: two runs give the same bits.  With D <= 1536 the bytes of a
-materialised (T, V) cost more than the product; beyond that a library GEMM in front of token_logp is the faster form.
+A second kernel merges the shares of a token in a fixed order: two runs give the same bits.  With D <= 1536
+the bytes of a materialised (T, V) cost more than the product; beyond that a library GEMM in front of
+token_logp is the faster form.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ from fastrl.kernels._launch import Spec, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
-WIDE, NARROW = "wide", "narrow"  # tiles; sm_90 has the registers for the wide one, as long as there is no bias
-TILES = {WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}}
+WIDE, NARROW = (
+    "wide",
+    "narrow",
+)  # tiles; sm_90 has the registers for the wide one, as long as there is no bias
+TILES = {
+    WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
+    NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+}
 OPTIONS = {
     WIDE: {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
     NARROW: {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True},
@@ -34,16 +42,31 @@ OPTIONS = {
 COMBINE = {"num_warps": 4, "enable_fp_fusion": True}
 ROWS = 128  # tokens a program of the second kernel merges
 MAX_SPLITS = 32
-LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(
+    -1e30
+)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["T"])
 def partial_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, temperature, parts, T, V, D, per_split, BIAS: tl.constexpr, ENTROPY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    target,
+    temperature,
+    parts,
+    T,
+    V,
+    D,
+    per_split,
+    BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """parts (splits, 4, T): top, s, a and the target's logit (0 where it lies in another share)."""
     first, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     rows = first + tl.arange(0, BLOCK_M)
@@ -83,8 +106,19 @@ def partial_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def combine_kernel(  # type: ignore[no-untyped-def]
-    parts, target, temperature, logp, entropy, m, log_s, T, V, splits, ENTROPY: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    parts,
+    target,
+    temperature,
+    logp,
+    entropy,
+    m,
+    log_s,
+    T,
+    V,
+    splits,
+    ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The statistics of ROWS tokens from their shares, in the order of the vocabulary."""
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < T
@@ -120,7 +154,9 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def fits(hidden: Tensor) -> bool:
-    """Whether this is the form to use: a narrow model in 16 bits, on a GPU with the tensor memory accelerator (or its interpreter)."""
+    """Whether this is the form to use: a narrow model in 16 bits, on a GPU with the tensor memory accelerator
+    (or its interpreter).
+    """
     hopper = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) >= (9, 0)
     return hopper and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
 
@@ -128,10 +164,11 @@ def fits(hidden: Tensor) -> bool:
 def forward(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D) in bfloat16 or float16.
+    """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D) in
+    bfloat16 or float16.
 
-    Memory:  16 bytes a token and share of the vocabulary, of which there are at most 32; no logits.  A copy of hidden or weight
-             whose rows do not start at multiples of 16 bytes.
+    Memory:  16 bytes a token and share of the vocabulary, of which there are at most 32; no logits.  A copy
+             of hidden or weight whose rows do not start at multiples of 16 bytes.
     """
     (T, D), V = hidden.shape, weight.shape[0]
     target, temperature = target.contiguous(), temperature.contiguous()
@@ -144,14 +181,27 @@ def forward(
     if T:
         with on_device(hidden):
             partial_kernel[(blocks, parts.shape[0])](
-                _tiles(hidden, rows, tile["BLOCK_K"]), _tiles(weight, columns, tile["BLOCK_K"]),
-                parts if bias is None else bias.contiguous(), target, temperature, parts, T, V, D, per_split,
-                BIAS=bias is not None, ENTROPY=entropy, **tile, **OPTIONS[kind],
-            )  # fmt: skip
+                _tiles(hidden, rows, tile["BLOCK_K"]),
+                _tiles(weight, columns, tile["BLOCK_K"]),
+                parts if bias is None else bias.contiguous(),
+                target,
+                temperature,
+                parts,
+                T,
+                V,
+                D,
+                per_split,
+                BIAS=bias is not None,
+                ENTROPY=entropy,
+                **tile,
+                **OPTIONS[kind],
+            )
     return merge(parts, target, temperature, V, entropy)
 
 
-def merge(parts: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merge(
+    parts: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s from parts (shares, 4, T)."""
     T = parts.shape[2]
     logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=parts.device) for _ in range(3))
@@ -159,13 +209,27 @@ def merge(parts: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: b
     if T:
         with on_device(parts):
             combine_kernel[(triton.cdiv(T, ROWS),)](
-                parts, target, temperature, logp, h, m, log_s, T, V, parts.shape[0], ENTROPY=entropy, ROWS=ROWS, **COMBINE
+                parts,
+                target,
+                temperature,
+                logp,
+                h,
+                m,
+                log_s,
+                T,
+                V,
+                parts.shape[0],
+                ENTROPY=entropy,
+                ROWS=ROWS,
+                **COMBINE,
             )
     return logp, h, m, log_s
 
 
 def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    """`x` as tiles of (rows, depth) for TMA, which fills with zeros past its ends and wants rows at multiples of 16 bytes."""
+    """`x` as tiles of (rows, depth) for TMA, which fills with zeros past its ends and wants rows at multiples
+    of 16 bytes.
+    """
     if not x.is_cuda:
         x = x.float()  # the interpreter would multiply the bits of bfloat16 as integers
     if x.stride(1) != 1 or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
@@ -174,7 +238,9 @@ def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 
 
 def shares(blocks: int, tiles: int, processors: int) -> int:
-    """Into how many parts the vocabulary is cut: what leaves the fewest processors idle in the last wave, the fewest parts first."""
+    """Into how many parts the vocabulary is cut: what leaves the fewest processors idle in the last wave, the
+    fewest parts first.
+    """
 
     def busy(splits: int) -> float:
         waves = -(-blocks * splits // processors)
@@ -185,7 +251,9 @@ def shares(blocks: int, tiles: int, processors: int) -> int:
 
 @functools.cache
 def _hardware(device: torch.device) -> tuple[bool, int]:
-    """Whether it is sm_90 (or its interpreter), and how many programs run at once: one on each multiprocessor."""
+    """Whether it is sm_90 (or its interpreter), and how many programs run at once: one on each
+    multiprocessor.
+    """
     if device.type != "cuda":
         return True, 8
     properties = torch.cuda.get_device_properties(device)
@@ -194,7 +262,9 @@ def _hardware(device: torch.device) -> tuple[bool, int]:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "parts", "logp", "entropy", "m", "log_s"), "*fp32") | {"target": "*i64"}
+    types = dict.fromkeys(("temperature", "parts", "logp", "entropy", "m", "log_s"), "*fp32") | {
+        "target": "*i64"
+    }
     types |= dict.fromkeys(("T", "V", "D", "per_split", "splits"), "i32")
     variants = (
         ("bf16", True, False, 151936),
@@ -207,7 +277,10 @@ def _specs() -> Iterator[Spec]:
         if kind == WIDE and bias:
             continue
         tile = TILES[kind]
-        shapes = {n: f"tensordesc<{dtype}[{tile[b]}, {tile['BLOCK_K']}]>" for n, b in (("hidden", "BLOCK_M"), ("weight", "BLOCK_N"))}
+        shapes = {
+            n: f"tensordesc<{dtype}[{tile[b]}, {tile['BLOCK_K']}]>"
+            for n, b in (("hidden", "BLOCK_M"), ("weight", "BLOCK_N"))
+        }
         yield Spec(
             kernel=partial_kernel,
             case=f"{kind} {dtype} V={V}{' entropy' * entropy}{' bias' * bias}",
@@ -221,7 +294,12 @@ def _specs() -> Iterator[Spec]:
     for entropy in (True, False):
         constants = {"ENTROPY": entropy, "ROWS": ROWS}
         yield Spec(
-            kernel=combine_kernel, case=f"shares{' entropy' * entropy}", types=types, constants=constants, divisible=False, options=COMBINE
+            kernel=combine_kernel,
+            case=f"shares{' entropy' * entropy}",
+            types=types,
+            constants=constants,
+            divisible=False,
+            options=COMBINE,
         )
 
 

@@ -1,10 +1,14 @@
-"""linear_logp forward for wide models: library products of tiles that stay in the L2 cache, and a Triton row kernel that folds each.
+"""linear_logp forward for wide models: library products of tiles that stay in the L2 cache, and a Triton row
+kernel that folds each.
 
-    logits[rows, columns] = x W^T      2048 tokens by 4096 of the vocabulary, 32 MiB of float32 in one buffer used over and over
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the target
+    logits[rows, columns] = x W^T      2048 tokens by 4096 of the vocabulary, 32 MiB of float32 in one buffer
+                                       used over and over
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the
+                     target
 
-The second kernel of `_linear_logp_triton` merges the shares of a token, as it does there.  Logits that are written and read within the
-cache cost no memory traffic; those of a whole row at a time cost 8 bytes each, 10% of the product at D = 4096, 20% at 2048.
+The second kernel of `_linear_logp_triton` merges the shares of a token, as it does there.  Logits that are
+written and read within the cache cost no memory traffic; those of a whole row at a time cost 8 bytes each,
+10% of the product at D = 4096, 20% at 2048.
 """
 
 from __future__ import annotations
@@ -22,16 +26,31 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 from fastrl.kernels._triton import linear_logp as in_registers
 from fastrl.kernels._triton.linear_logp import LOG2E, LOWEST, merge
 
-ROWS, COLUMNS = 2048, 4096  # 256 output tiles of 128 x 256: two waves on 132 multiprocessors, 97% of them busy
+ROWS, COLUMNS = (
+    2048,
+    4096,
+)  # 256 output tiles of 128 x 256: two waves on 132 multiprocessors, 97% of them busy
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["T", "first"])
 def tile_kernel(  # type: ignore[no-untyped-def]
-    logits, target, temperature, parts, T, first, v, columns, stride, ENTROPY: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """One row of a tile, columns [v, v + columns) of the vocabulary: its top, s, a and target's logit to parts (4, T) of this share."""
+    logits,
+    target,
+    temperature,
+    parts,
+    T,
+    first,
+    v,
+    columns,
+    stride,
+    ENTROPY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One row of a tile, columns [v, v + columns) of the vocabulary: its top, s, a and target's logit to
+    parts (4, T) of this share.
+    """
     row, t = tl.program_id(0), first + tl.program_id(0)
     k = LOG2E / tl.load(temperature + t)
     lane = tl.arange(0, COLUMNS)
@@ -51,9 +70,18 @@ def tile_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype, rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    entropy: bool,
+    logits_dtype: torch.dtype,
+    rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's forward: logits that never leave the registers where that is faster, else tiles; `rows` of logits are never needed."""
+    """The op's forward: logits that never leave the registers where that is faster, else tiles; `rows` of
+    logits are never needed.
+    """
     b = bias if bias.numel() else None
     if in_registers.fits(hidden):
         return in_registers.forward(hidden, weight, target, b, temperature, entropy)
@@ -61,7 +89,13 @@ def forward_chunks(
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, entropy: bool, logits_dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    entropy: bool,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D).
 
@@ -75,16 +109,31 @@ def forward(
         for first, (share, part) in itertools.product(range(0, T, ROWS), enumerate(parts)):
             v, x = share * COLUMNS, hidden[first : first + ROWS]
             w, b = weight[v : v + COLUMNS], None if bias is None else bias[v : v + COLUMNS]
-            logits = project(x, w, b, logits_dtype, buffer[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0]))
+            logits = project(
+                x, w, b, logits_dtype, buffer[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
+            )
             tile_kernel[(x.shape[0],)](
-                logits, target, temperature, part, T, first, v, w.shape[0], logits.stride(0), ENTROPY=entropy, COLUMNS=COLUMNS, **OPTIONS
+                logits,
+                target,
+                temperature,
+                part,
+                T,
+                first,
+                v,
+                w.shape[0],
+                logits.stride(0),
+                ENTROPY=entropy,
+                COLUMNS=COLUMNS,
+                **OPTIONS,
             )
     return merge(parts, target, temperature, V, entropy)
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    types = {"target": "*i64", "temperature": "*fp32", "parts": "*fp32"} | dict.fromkeys(("T", "first", "v", "columns", "stride"), "i32")
+    types = {"target": "*i64", "temperature": "*fp32", "parts": "*fp32"} | dict.fromkeys(
+        ("T", "first", "v", "columns", "stride"), "i32"
+    )
     for dtype, entropy, V in itertools.product(DTYPES, (True, False), (151936, 50257)):
         yield Spec(
             kernel=tile_kernel,

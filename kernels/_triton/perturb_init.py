@@ -1,4 +1,6 @@
-"""perturb_init in Triton: one launch that only writes.  Every word is the reference's, and so is every rounding: fp64 from the word on."""
+"""perturb_init in Triton: one launch that only writes.  Every word is the reference's, and so is every
+rounding: fp64 from the word on.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,23 @@ def live_tokens(mask, a, b, PART: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "seed_low", "seed_high"])
 def start_kernel(  # type: ignore[no-untyped-def]
-    delta, mask, cu, S, L, T, R, D, seed_low: tl.int64, seed_high: tl.int64, radius: tl.float64,
-    NORM: tl.constexpr, TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, COUNTERS: tl.constexpr,
-):  # fmt: skip
+    delta,
+    mask,
+    cu,
+    S,
+    L,
+    T,
+    R,
+    D,
+    seed_low: tl.int64,
+    seed_high: tl.int64,
+    radius: tl.float64,
+    NORM: tl.constexpr,
+    TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):
     u, _, _, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     if PACKED:
         a, b = tl.load(cu + u).to(tl.int64), tl.load(cu + u + 1).to(tl.int64)
@@ -67,20 +83,35 @@ def start_kernel(  # type: ignore[no-untyped-def]
         tl.store(delta + i, x, here)
 
 
-def forward(embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int) -> Tensor:
+def forward(
+    embeds: Tensor, cu_seqlens: Tensor, mask: Tensor, radius: float, norm: str, scope: str, seed: int
+) -> Tensor:
     """A start shaped like `embeds`."""
     delta = torch.empty(embeds.shape, dtype=torch.float32, device=embeds.device)
     T, D = embeds.shape[:-1].numel(), embeds.shape[-1]
     if not delta.numel():
         return delta
-    S, L = (1, T) if scope == "token" else ball(embeds, cu_seqlens, scope)  # a token's own ball holds D elements, whichever it is
+    S, L = (
+        (1, T) if scope == "token" else ball(embeds, cu_seqlens, scope)
+    )  # a token's own ball holds D elements, whichever it is
     tiles = Tiles.over(T, S, L, cu_seqlens, max(1, 4 * COUNTERS // D))
     masked = mask.numel() > 0
     with on_device(delta):
         start_kernel[(tiles.programs,)](
-            delta, bytes_of(mask) if masked else delta, tiles.cu, *tiles.numbers[:4], D, *split(seed), radius,
-            NORM=NORM_CODES[norm], TOKEN=scope == "token", MASKED=masked, PACKED=tiles.packed, COUNTERS=COUNTERS, **OPTIONS,
-        )  # fmt: skip
+            delta,
+            bytes_of(mask) if masked else delta,
+            tiles.cu,
+            *tiles.numbers[:4],
+            D,
+            *split(seed),
+            radius,
+            NORM=NORM_CODES[norm],
+            TOKEN=scope == "token",
+            MASKED=masked,
+            PACKED=tiles.packed,
+            COUNTERS=COUNTERS,
+            **OPTIONS,
+        )
     return delta
 
 
@@ -88,11 +119,20 @@ def _specs() -> Iterator[Spec]:
     ints = dict.fromkeys(("S", "L", "T", "R", "D"), "i32") | {"seed_low": "i64", "seed_high": "i64"}
     for (norm, code), packed in itertools.product(NORM_CODES.items(), (False, True)):
         yield Spec(
-            kernel=start_kernel, case=f"{norm} D=4096{' packed mask' * packed}",
+            kernel=start_kernel,
+            case=f"{norm} D=4096{' packed mask' * packed}",
             types=ints | {"delta": "*fp32", "mask": "*u8", "cu": "*i32", "radius": "fp64"},
-            constants={"NORM": code, "TOKEN": not packed, "MASKED": packed, "PACKED": packed, "COUNTERS": COUNTERS},
-            divisible=True, wide=("store",), options=OPTIONS,
-        )  # fmt: skip
+            constants={
+                "NORM": code,
+                "TOKEN": not packed,
+                "MASKED": packed,
+                "PACKED": packed,
+                "COUNTERS": COUNTERS,
+            },
+            divisible=True,
+            wide=("store",),
+            options=OPTIONS,
+        )
 
 
 COMPILE = tuple(_specs())

@@ -1,10 +1,13 @@
-"""perturb_step for l1 in Triton: the steepest direction is the largest gradients, the projection a soft threshold x.
+"""perturb_step for l1 in Triton: the steepest direction is the largest gradients, the projection a soft
+threshold x.
 
-    f(x) = sum max(|delta| - x, 0) - radius = 0      f is convex, falls, and is linear between neighbouring |delta|
+    f(x) = sum max(|delta| - x, 0) - radius = 0      f is convex, falls, and is linear between neighbouring
+    |delta|
 
-One token: Newton from 0 in registers, as in the reference.  A larger ball: 8 passes over delta that fix 4 bits of the threshold
-each, by f at 15 numbers at once (fp32 bits order as the numbers do), and one exact step from the largest fp32 number with f > 0,
-whose active set is that of the root.  Nobody waits for a count, and the number of launches is always the same.
+One token: Newton from 0 in registers, as in the reference.  A larger ball: 8 passes over delta that fix 4
+bits of the threshold each, by f at 15 numbers at once (fp32 bits order as the numbers do), and one exact step
+from the largest fp32 number with f > 0, whose active set is that of the root.  Nobody waits for a count, and
+the number of launches is always the same.
 
 A threshold is fp64, taken off as two fp32 parts: |delta| - x keeps its digits where the two are close.
 """
@@ -21,7 +24,18 @@ import triton.language as tl
 
 from fastrl.kernels._launch import Spec
 from fastrl.kernels._perturb import TINY
-from fastrl.kernels._triton._tiles import INFINITY, PART, Tiles, find_ball, find_tile, finite, load_row, store_row, total, wide
+from fastrl.kernels._triton._tiles import (
+    INFINITY,
+    PART,
+    Tiles,
+    find_ball,
+    find_tile,
+    finite,
+    load_row,
+    store_row,
+    total,
+    wide,
+)
 
 TILE, BLOCK = 2048, 1024
 NARROW = 512  # elements compared with 16 numbers at once
@@ -73,9 +87,23 @@ def l1_token(x, g, step, radius):  # type: ignore[no-untyped-def]
 # --- a ball of many tokens --------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["S", "L", "T", "R"])
 def largest_kernel(  # type: ignore[no-untyped-def]
-    grad, mask, cu, top, ties, usable, S, L, T, R, D, grad_stride,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad,
+    mask,
+    cu,
+    top,
+    ties,
+    usable,
+    S,
+    L,
+    T,
+    R,
+    D,
+    grad_stride,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Per tile: the largest |g| of its finite rows, and how often it occurs."""
     p = tl.program_id(0)
     _, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
@@ -125,9 +153,26 @@ def largest(top, ties, own, many):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R"])
 def move_kernel(  # type: ignore[no-untyped-def]
-    delta, grad, mask, cu, top, ties, usable, S, L, T, R, D, delta_stride, grad_stride, step: tl.float64,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    delta,
+    grad,
+    mask,
+    cu,
+    top,
+    ties,
+    usable,
+    S,
+    L,
+    T,
+    R,
+    D,
+    delta_stride,
+    grad_stride,
+    step: tl.float64,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """delta after the step, not yet projected."""
     _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     best, n = largest(top, ties, own, many)
@@ -144,19 +189,34 @@ def move_kernel(  # type: ignore[no-untyped-def]
             x = load_row(delta, t, delta_stride, i + lane, live, D)
             g = load_row(grad, t, grad_stride, i + lane, use, D)
             y = x + tl.where(tl.abs(g) == best, tl.where(g > 0, share, -share), 0.0)
-            store_row(delta, delta, delta, y, t, delta_stride, delta_stride, delta_stride, i + lane, inside, D, False)
+            store_row(
+                delta,
+                delta,
+                delta,
+                y,
+                t,
+                delta_stride,
+                delta_stride,
+                delta_stride,
+                i + lane,
+                inside,
+                D,
+                False,
+            )
 
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "shift"])
 def probe_kernel(  # type: ignore[no-untyped-def]
     delta, cu, low, partial, S, L, T, R, D, delta_stride, shift, PACKED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Per tile: sum max(|delta| - x, 0) at 16 numbers x, `shift` bits apart."""
     p = tl.program_id(0)
     u, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
     j = tl.arange(0, PROBES)
     bits = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0)) + (j << shift)
-    x = tl.where(bits >= 0, bits, 0x7F800000).to(tl.float32, bitcast=True)  # bit 31 is the sign: nothing is above infinity
+    x = tl.where(bits >= 0, bits, 0x7F800000).to(
+        tl.float32, bitcast=True
+    )  # bit 31 is the sign: nothing is above infinity
     x = tl.where(x < INFINITY, x, INFINITY)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros((PROBES,), tl.float64)
@@ -170,7 +230,9 @@ def probe_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["L", "R", "shift"])
-def combine_probes_kernel(cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+def combine_probes_kernel(
+    cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, AT_ONCE: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Per ball: `shift`'s bits of the largest number with f > 0."""
     u = tl.program_id(0)
     own, many, _, _ = find_ball(u, cu, L, R, PACKED)
@@ -187,8 +249,21 @@ def combine_probes_kernel(cu, low, partial, L, R, shift, radius: tl.float64, PAC
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
 def excess_kernel(  # type: ignore[no-untyped-def]
-    delta, cu, low, partial, S, L, T, R, tiles, D, delta_stride, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    delta,
+    cu,
+    low,
+    partial,
+    S,
+    L,
+    T,
+    R,
+    tiles,
+    D,
+    delta_stride,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Per tile: sum max(|delta| - x, 0), and the number of |delta| > x, at what the passes found."""
     p = tl.program_id(0)
     u, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
@@ -212,9 +287,27 @@ def excess_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
 def shrink_kernel(  # type: ignore[no-untyped-def]
-    delta, cu, low, partial, embeds, out, S, L, T, R, tiles, D, delta_stride, embeds_stride, out_stride, radius: tl.float64,
-    PACKED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    delta,
+    cu,
+    low,
+    partial,
+    embeds,
+    out,
+    S,
+    L,
+    T,
+    R,
+    tiles,
+    D,
+    delta_stride,
+    embeds_stride,
+    out_stride,
+    radius: tl.float64,
+    PACKED: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The exact step, and the soft threshold."""
     u, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     radius = wide(radius)
@@ -229,7 +322,9 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
             y = load_row(delta, t, delta_stride, i + lane, inside, D)
             rest = over(tl.abs(y), x)
             y = tl.where(radius == 0.0, 0.0, tl.where(y < 0, -rest, rest))
-            store_row(delta, embeds, out, y, t, delta_stride, embeds_stride, out_stride, i + lane, inside, D, ADD)
+            store_row(
+                delta, embeds, out, y, t, delta_stride, embeds_stride, out_stride, i + lane, inside, D, ADD
+            )
 
 
 # --- launch -----------------------------------------------------------------------------------------
@@ -253,19 +348,61 @@ def by_ball(call: Any, tiles: Tiles, norm: int) -> None:
     for shift in range(32 - BITS, -1, -BITS):
         probe_kernel[(n,)](delta, tiles.cu, low, partial, *where, D, stride, shift, **narrow)
         combine_probes_kernel[(tiles.S,)](
-            tiles.cu, low, partial, tiles.L, tiles.R, shift, call.radius, **packed, AT_ONCE=AT_ONCE, num_warps=4
+            tiles.cu,
+            low,
+            partial,
+            tiles.L,
+            tiles.R,
+            shift,
+            call.radius,
+            **packed,
+            AT_ONCE=AT_ONCE,
+            num_warps=4,
         )
     excess_kernel[(n,)](delta, tiles.cu, low, partial, *tiles.numbers, D, stride, **wide)
     shrink_kernel[(n,)](
-        delta, tiles.cu, low, partial, *call.plus, *tiles.numbers, D, stride, *(x.stride(0) for x in call.plus), call.radius,
-        ADD=call.flags["ADD"], **wide,
-    )  # fmt: skip
+        delta,
+        tiles.cu,
+        low,
+        partial,
+        *call.plus,
+        *tiles.numbers,
+        D,
+        stride,
+        *(x.stride(0) for x in call.plus),
+        call.radius,
+        ADD=call.flags["ADD"],
+        **wide,
+    )
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride", "shift"), "i32")
-    pointers = {"delta": "*fp32", "mask": "*u8", "usable": "*u8", "cu": "*i32", "partial": "*fp64", "top": "*fp32", "ties": "*i64"}
+    ints = dict.fromkeys(
+        (
+            "S",
+            "L",
+            "T",
+            "R",
+            "tiles",
+            "D",
+            "delta_stride",
+            "grad_stride",
+            "embeds_stride",
+            "out_stride",
+            "shift",
+        ),
+        "i32",
+    )
+    pointers = {
+        "delta": "*fp32",
+        "mask": "*u8",
+        "usable": "*u8",
+        "cu": "*i32",
+        "partial": "*fp64",
+        "top": "*fp32",
+        "ties": "*i64",
+    }
     types = ints | pointers | {"low": "*i32", "step": "fp64", "radius": "fp64"}
     wide = {"ROWS": TILE // BLOCK, "BLOCK": BLOCK}
     for grad, packed in itertools.product(("*fp32", "*bf16"), (False, True)):
@@ -282,9 +419,14 @@ def _specs() -> Iterator[Spec]:
         for kernel, constants, moves, options in variants:
             if grad == "*fp32" or "grad" in kernel.arg_names or "embeds" in kernel.arg_names:
                 yield Spec(
-                    kernel=kernel, case=f"{grad[1:]} D=4096{' packed mask add' * packed}", types=given,
-                    constants=constants | {"PACKED": packed}, divisible=True, wide=moves, options=options,
-                )  # fmt: skip
+                    kernel=kernel,
+                    case=f"{grad[1:]} D=4096{' packed mask add' * packed}",
+                    types=given,
+                    constants=constants | {"PACKED": packed},
+                    divisible=True,
+                    wide=moves,
+                    options=options,
+                )
 
 
 COMPILE = tuple(_specs())

@@ -1,14 +1,18 @@
-"""perturb_step in Triton.  A ball that is one token fits in a program: one launch.  A larger l2 ball takes two,
+"""perturb_step in Triton.  A ball that is one token fits in a program: one launch.  A larger l2 ball takes
+two,
 
-    sums   per tile of tokens: |g|^2, <delta, g> and |delta|^2, from one read of both, and which tokens have a finite gradient
-    step   every program adds up its ball's tiles, always in the same order, and knows the length after the step before it takes it:
-           |delta + a g|^2 = |delta|^2 + 2 a <delta, g> + a^2 |g|^2     with a = step_size / |g|
+    sums   per tile of tokens: |g|^2, <delta, g> and |delta|^2, from one read of both, and which tokens have a
+           finite gradient
+    step   every program adds up its ball's tiles, always in the same order, and knows the length after the
+           step before it takes it: |delta + a g|^2 = |delta|^2 + 2 a <delta, g> + a^2 |g|^2     with a =
+           step_size / |g|
 
 linf needs no sums: one launch.  A larger l1 ball is in _perturb_l1_triton.py.
 
-Elements are fp32, a row's sum is fp32 over BLOCK lanes, sums of rows are fp64.  A row whose squares leave fp32's range is summed
-once more, scaled.  A tile never crosses from one ball into the next: ball u owns the tiles from cu[u] // R + u on, for packed
-sequences, so that nobody has to count.  All sizes are runtime values.
+Elements are fp32, a row's sum is fp32 over BLOCK lanes, sums of rows are fp64.  A row whose squares leave
+fp32's range is summed once more, scaled.  A tile never crosses from one ball into the next: ball u owns the
+tiles from cu[u] // R + u on, for packed sequences, so that nobody has to count.  All sizes are runtime
+values.
 """
 
 from __future__ import annotations
@@ -25,13 +29,26 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 from fastrl.kernels._perturb import NORM_CODES, TINY, ball, bytes_of, rows, write_back
 from fastrl.kernels._triton import perturb_l1 as l1
-from fastrl.kernels._triton._tiles import BIG, INFINITY, Tiles, find_tile, finite, load_row, store_row, total, wide
+from fastrl.kernels._triton._tiles import (
+    BIG,
+    INFINITY,
+    Tiles,
+    find_tile,
+    finite,
+    load_row,
+    store_row,
+    total,
+    wide,
+)
 
 DTYPES = (torch.float32,)
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
 WHOLE = {"l2": 16384, "linf": 16384, "l1": 8192}  # the longest row that stays in registers
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # 8 elements a thread: with 16, one program is all that an SM has room for
+OPTIONS = {
+    "num_warps": 8,
+    "enable_fp_fusion": True,
+}  # 8 elements a thread: with 16, one program is all that an SM has room for
 ROOM = OPTIONS | {"maxnreg": 128}  # or ptxas aims at 64, and less on sm_100, and spills two
 SMALL = tl.constexpr(2.0**-80)
 LEAST = tl.constexpr(TINY)
@@ -61,7 +78,9 @@ def l2_token(x, g, step, radius):  # type: ignore[no-untyped-def]
     gg = squares(g)
     ok = gg < INFINITY
     length = tl.sqrt(tl.where(ok, gg, 0.0))
-    scale = tl.where(length > 1e18, 2.0**-80, 1.0).to(tl.float64)  # or step / length would be less than fp32 can hold
+    scale = tl.where(length > 1e18, 2.0**-80, 1.0).to(
+        tl.float64
+    )  # or step / length would be less than fp32 can hold
     a = tl.where(length > LEAST, step / (tl.maximum(length, LEAST) * scale), 0.0)
     y = x + tl.where(ok[:, None], g * scale.to(tl.float32)[:, None] * a.to(tl.float32)[:, None], 0.0)
     yy = squares(y)
@@ -78,9 +97,25 @@ def linf_token(x, g, step, radius):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T"])
 def token_kernel(  # type: ignore[no-untyped-def]
-    delta, grad, mask, embeds, out, T, D, delta_stride, grad_stride, embeds_stride, out_stride, step: tl.float64, radius: tl.float64,
-    NORM: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    delta,
+    grad,
+    mask,
+    embeds,
+    out,
+    T,
+    D,
+    delta_stride,
+    grad_stride,
+    embeds_stride,
+    out_stride,
+    step: tl.float64,
+    radius: tl.float64,
+    NORM: tl.constexpr,
+    MASKED: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
     inside = t < T
@@ -96,14 +131,38 @@ def token_kernel(  # type: ignore[no-untyped-def]
         y = linf_token(x, g, step, radius)
     else:
         y = l1.l1_token(x, g, step, radius)
-    store_row(delta, embeds, out, tl.where(live[:, None], y, 0.0), t, delta_stride, embeds_stride, out_stride, d, inside, D, ADD)
+    store_row(
+        delta,
+        embeds,
+        out,
+        tl.where(live[:, None], y, 0.0),
+        t,
+        delta_stride,
+        embeds_stride,
+        out_stride,
+        d,
+        inside,
+        D,
+        ADD,
+    )
 
 
 # --- a ball of many tokens --------------------------------------------------------------------------
 @triton.jit
 def row_sums(  # type: ignore[no-untyped-def]
-    delta, grad, t, live, D, delta_stride, grad_stride, d_scale, g_scale, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    delta,
+    grad,
+    t,
+    live,
+    D,
+    delta_stride,
+    grad_stride,
+    d_scale,
+    g_scale,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """|g|^2, <delta, g>, |delta|^2 of each row, of the scaled numbers."""
     lane = tl.arange(0, BLOCK)
     gg = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -122,9 +181,25 @@ def row_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
 def sums_kernel(  # type: ignore[no-untyped-def]
-    delta, grad, mask, cu, partial, usable, S, L, T, R, tiles, D, delta_stride, grad_stride,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    delta,
+    grad,
+    mask,
+    cu,
+    partial,
+    usable,
+    S,
+    L,
+    T,
+    R,
+    tiles,
+    D,
+    delta_stride,
+    grad_stride,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     p = tl.program_id(0)
     _, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
     one = tl.full((ROWS,), 1.0, tl.float32)
@@ -142,7 +217,9 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         if tl.min(((a < INFINITY) & (c < INFINITY)).to(tl.int32), 0) == 0:
             g_scale = tl.where(a < INFINITY, 1.0, 2.0**-80)
             d_scale = tl.where(c < INFINITY, 1.0, 2.0**-80)
-            a, b, c = row_sums(delta, grad, t, live, D, delta_stride, grad_stride, d_scale, g_scale, True, ROWS, BLOCK)
+            a, b, c = row_sums(
+                delta, grad, t, live, D, delta_stride, grad_stride, d_scale, g_scale, True, ROWS, BLOCK
+            )
         ok = a < INFINITY
         tl.store(usable + t, (ok & live).to(tl.uint8), inside)
         g_back, d_back = 1.0 / g_scale.to(tl.float64), 1.0 / d_scale.to(tl.float64)
@@ -156,10 +233,33 @@ def sums_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["S", "L", "T", "R", "tiles"])
 def step_kernel(  # type: ignore[no-untyped-def]
-    delta, grad, mask, cu, partial, usable, embeds, out, S, L, T, R, tiles, D, delta_stride, grad_stride, embeds_stride, out_stride,
-    step: tl.float64, radius: tl.float64,
-    NORM: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    delta,
+    grad,
+    mask,
+    cu,
+    partial,
+    usable,
+    embeds,
+    out,
+    S,
+    L,
+    T,
+    R,
+    tiles,
+    D,
+    delta_stride,
+    grad_stride,
+    embeds_stride,
+    out_stride,
+    step: tl.float64,
+    radius: tl.float64,
+    NORM: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     step, radius = wide(step), wide(radius)
     if NORM == L2:
@@ -206,13 +306,26 @@ class _Call(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.delta.shape[1], self.delta.stride(0), self.grad.stride(0), *(x.stride(0) for x in self.plus)
+        return (
+            self.delta.shape[1],
+            self.delta.stride(0),
+            self.grad.stride(0),
+            *(x.stride(0) for x in self.plus),
+        )
 
 
 def forward(
-    delta: Tensor, grad: Tensor, cu_seqlens: Tensor, mask: Tensor, step_size: float, radius: float, norm: str, scope: str,
-    embeds: Tensor | None = None, out: Tensor | None = None,
-) -> None:  # fmt: skip
+    delta: Tensor,
+    grad: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor,
+    step_size: float,
+    radius: float,
+    norm: str,
+    scope: str,
+    embeds: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
     """Move `delta` in place; write embeds + delta to `out` where they are given."""
     if not delta.numel():
         return
@@ -237,9 +350,20 @@ def _by_token(call: _Call, norm: str) -> None:
     block = max(16, triton.next_power_of_2(D))
     ROWS = rows_at_once(norm, block)
     token_kernel[(triton.cdiv(T, ROWS),)](
-        call.delta, call.grad, call.mask, *call.plus, T, *call.sizes, call.step, call.radius,
-        NORM=NORM_CODES[norm], ROWS=ROWS, BLOCK=block, **options(norm, block), **call.flags,
-    )  # fmt: skip
+        call.delta,
+        call.grad,
+        call.mask,
+        *call.plus,
+        T,
+        *call.sizes,
+        call.step,
+        call.radius,
+        NORM=NORM_CODES[norm],
+        ROWS=ROWS,
+        BLOCK=block,
+        **options(norm, block),
+        **call.flags,
+    )
 
 
 def _by_ball(call: _Call, tiles: Tiles, norm: int) -> None:
@@ -247,17 +371,33 @@ def _by_ball(call: _Call, tiles: Tiles, norm: int) -> None:
     partial = torch.empty(3 * tiles.programs, dtype=torch.float64, device=call.delta.device)
     usable = torch.empty(T, dtype=torch.uint8, device=call.delta.device)
     ROWS, block = shape(D)
-    fixed: dict[str, Any] = {"MASKED": call.flags["MASKED"], "PACKED": tiles.packed, "ROWS": ROWS, "BLOCK": block, **OPTIONS}
+    fixed: dict[str, Any] = {
+        "MASKED": call.flags["MASKED"],
+        "PACKED": tiles.packed,
+        "ROWS": ROWS,
+        "BLOCK": block,
+        **OPTIONS,
+    }
     where = (call.delta, call.grad, call.mask, tiles.cu, partial, usable)
     sums_kernel[(tiles.programs,)](*where, *tiles.numbers, *call.sizes[:3], **fixed)
     step_kernel[(tiles.programs,)](
-        *where, *call.plus, *tiles.numbers, *call.sizes, call.step, call.radius, NORM=norm, ADD=call.flags["ADD"], **fixed | ROOM
+        *where,
+        *call.plus,
+        *tiles.numbers,
+        *call.sizes,
+        call.step,
+        call.radius,
+        NORM=norm,
+        ADD=call.flags["ADD"],
+        **fixed | ROOM,
     )
 
 
 def rows_at_once(norm: str, block: int) -> int:
     """Rows of `block` columns that a program holds."""
-    return max(1, TILE // (2 if norm == "l1" else 1) // block)  # l1 with two rows of 1024 spills two registers
+    return max(
+        1, TILE // (2 if norm == "l1" else 1) // block
+    )  # l1 with two rows of 1024 spills two registers
 
 
 def options(norm: str, block: int) -> dict[str, Any]:
@@ -273,27 +413,61 @@ def shape(D: int) -> tuple[int, int]:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride"), "i32")
-    types = ints | {"delta": "*fp32", "mask": "*u8", "usable": "*u8", "cu": "*i32", "partial": "*fp64", "step": "fp64", "radius": "fp64"}
+    ints = dict.fromkeys(
+        ("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride"),
+        "i32",
+    )
+    types = ints | {
+        "delta": "*fp32",
+        "mask": "*u8",
+        "usable": "*u8",
+        "cu": "*i32",
+        "partial": "*fp64",
+        "step": "fp64",
+        "radius": "fp64",
+    }
     both = ("load", "store")
     for grad, packed in itertools.product(TRITON_TYPES.values(), (False, True)):
         given = types | {"grad": grad, "embeds": grad, "out": grad}
         flags = {"MASKED": packed, "ADD": packed, "PACKED": packed, "ROWS": TILE // BLOCK, "BLOCK": BLOCK}
         case = f"{grad[1:]} D=4096{' packed mask add' * packed}"
         yield Spec(
-            kernel=sums_kernel, case=case, types=given, constants={k: v for k, v in flags.items() if k != "ADD"},
-            divisible=True, wide=("load",), options=OPTIONS,
-        )  # fmt: skip
-        yield Spec(kernel=step_kernel, case=case, types=given, constants=flags | {"NORM": 0}, divisible=True, wide=both, options=ROOM)
+            kernel=sums_kernel,
+            case=case,
+            types=given,
+            constants={k: v for k, v in flags.items() if k != "ADD"},
+            divisible=True,
+            wide=("load",),
+            options=OPTIONS,
+        )
+        yield Spec(
+            kernel=step_kernel,
+            case=case,
+            types=given,
+            constants=flags | {"NORM": 0},
+            divisible=True,
+            wide=both,
+            options=ROOM,
+        )
         if (grad, packed) in (("*fp32", False), ("*bf16", True)):
             for (norm, code), block in itertools.product(NORM_CODES.items(), (256, 1024, 4096, 8192, 16384)):
                 if block > WHOLE[norm]:
                     continue
                 yield Spec(
-                    kernel=token_kernel, case=f"{norm} {grad[1:]} D={block}{' mask add' * packed}", types=given,
-                    constants={"MASKED": packed, "ADD": packed, "NORM": code, "ROWS": rows_at_once(norm, block), "BLOCK": block},
-                    divisible=True, wide=both, options=options(norm, block),
-                )  # fmt: skip
+                    kernel=token_kernel,
+                    case=f"{norm} {grad[1:]} D={block}{' mask add' * packed}",
+                    types=given,
+                    constants={
+                        "MASKED": packed,
+                        "ADD": packed,
+                        "NORM": code,
+                        "ROWS": rows_at_once(norm, block),
+                        "BLOCK": block,
+                    },
+                    divisible=True,
+                    wide=both,
+                    options=options(norm, block),
+                )
 
 
 COMPILE = tuple(_specs())

@@ -1,9 +1,10 @@
 """rms_norm in Triton: one read of each input and one write of each output, forward and backward.
 
-A program holds whole rows in registers: one of 1024 to 8192 columns, several of narrower ones.  The backward runs on one wave of
-programs, each of which walks over its share of the rows and keeps its own sum of dy n for the weight; the sums are added in a fixed
-order (_partials_triton).  Rows above 8192 columns are walked over twice, the second time from the cache; their weight's gradient
-then takes a launch of its own.  The width and the number of rows are runtime values.
+A program holds whole rows in registers: one of 1024 to 8192 columns, several of narrower ones.  The backward
+runs on one wave of programs, each of which walks over its share of the rows and keeps its own sum of dy n for
+the weight; the sums are added in a fixed order (_partials_triton).  Rows above 8192 columns are walked over
+twice, the second time from the cache; their weight's gradient then takes a launch of its own.  The width and
+the number of rows are runtime values.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from fastrl.kernels._triton._partials import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns a program holds: dy, x, the weight and its gradient take 64 of a thread's registers
-FORWARD, BACKWARD = 1024, 4096  # elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
+FORWARD, BACKWARD = (
+    1024,
+    4096,
+)  # elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
 WALK = 4096  # columns at a time of a row that is not held
 WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
 WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone
@@ -42,14 +46,29 @@ def _scaled(v, r, w, y):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(  # type: ignore[no-untyped-def]
-    x, residual, weight, y, h, r, T, D, x_stride, residual_stride, eps, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    r,
+    T,
+    D,
+    x_stride,
+    residual_stride,
+    eps,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # T D may exceed 2^31
     lane = tl.arange(0, BLOCK)[None, :]
     ok = (t < T) & (lane < D)
     v = tl.load(x + t * x_stride + lane, ok, 0.0).to(tl.float32)
     if ADD:
-        total = (v + tl.load(residual + t * residual_stride + lane, ok, 0.0).to(tl.float32)).to(h.dtype.element_ty)
+        total = (v + tl.load(residual + t * residual_stride + lane, ok, 0.0).to(tl.float32)).to(
+            h.dtype.element_ty
+        )
         tl.store(h + t * D + lane, total, ok)
         v = total.to(tl.float32)
     inverse = _inverse(tl.sum(v * v, 1)[:, None], D, eps)
@@ -61,7 +80,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def walk_forward_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, y, h, r, D, x_stride, residual_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     t = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -69,7 +88,9 @@ def walk_forward_kernel(  # type: ignore[no-untyped-def]
         at = d + lane
         v = tl.load(x + t * x_stride + at, at < D, 0.0).to(tl.float32)
         if ADD:
-            total = (v + tl.load(residual + t * residual_stride + at, at < D, 0.0).to(tl.float32)).to(h.dtype.element_ty)
+            total = (v + tl.load(residual + t * residual_stride + at, at < D, 0.0).to(tl.float32)).to(
+                h.dtype.element_ty
+            )
             tl.store(h + t * D + at, total, at < D)
             v = total.to(tl.float32)
         squares += v * v
@@ -85,8 +106,22 @@ def walk_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(  # type: ignore[no-untyped-def]
-    dx, partials, dy, dh, x, weight, r, T, D, dy_stride, dh_stride, x_stride, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    dx,
+    partials,
+    dy,
+    dh,
+    x,
+    weight,
+    r,
+    T,
+    D,
+    dy_stride,
+    dh_stride,
+    x_stride,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     p = tl.program_id(0)
     lane = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + lane, lane < D, 0.0).to(tl.float32)
@@ -110,19 +145,23 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def walk_backward_kernel(  # type: ignore[no-untyped-def]
     dx, dy, dh, x, weight, r, D, dy_stride, dh_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     t = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inverse = tl.load(r + t)
     products = tl.zeros((BLOCK,), tl.float32)
     for d in range(0, D, BLOCK):
         at = d + lane
-        g = tl.load(dy + t * dy_stride + at, at < D, 0.0).to(tl.float32) * tl.load(weight + at, at < D, 0.0).to(tl.float32)
+        g = tl.load(dy + t * dy_stride + at, at < D, 0.0).to(tl.float32) * tl.load(
+            weight + at, at < D, 0.0
+        ).to(tl.float32)
         products += g * (tl.load(x + t * x_stride + at, at < D, 0.0).to(tl.float32) * inverse)
     mean = tl.sum(products, 0) / D
     for d in range(0, D, BLOCK):
         at = d + lane
-        g = tl.load(dy + t * dy_stride + at, at < D, 0.0).to(tl.float32) * tl.load(weight + at, at < D, 0.0).to(tl.float32)
+        g = tl.load(dy + t * dy_stride + at, at < D, 0.0).to(tl.float32) * tl.load(
+            weight + at, at < D, 0.0
+        ).to(tl.float32)
         out = (g - tl.load(x + t * x_stride + at, at < D, 0.0).to(tl.float32) * inverse * mean) * inverse
         if ADD:
             out += tl.load(dh + t * dh_stride + at, at < D, 0.0).to(tl.float32)
@@ -132,7 +171,7 @@ def walk_backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["T"])
 def walk_weight_kernel(  # type: ignore[no-untyped-def]
     partials, dy, x, r, T, D, dy_stride, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     blocks = tl.cdiv(D, COLUMNS)
     p, d = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -158,7 +197,10 @@ def add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     T, D = x.shape
-    y, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x for wanted in (True, residual is not None))
+    y, h = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x
+        for wanted in (True, residual is not None)
+    )
     r = torch.empty(T, 1, dtype=torch.float32, device=x.device)
     other = x if residual is None else residual
     tensors, strides = (x, other, weight.contiguous(), y, h, r), (x.stride(0), other.stride(0), eps)
@@ -168,7 +210,9 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
                 walk_forward_kernel[(T,)](*tensors, D, *strides, ADD=residual is not None, **WALKING)
             else:
                 tile = _tile(D, FORWARD)
-                forward_kernel[(triton.cdiv(T, tile["ROWS"]),)](*tensors, T, D, *strides, ADD=residual is not None, **tile)
+                forward_kernel[(triton.cdiv(T, tile["ROWS"]),)](
+                    *tensors, T, D, *strides, ADD=residual is not None, **tile
+                )
     return y, h, r
 
 
@@ -194,12 +238,16 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
     strides = dy.stride(0), other.stride(0), x.stride(0)
     with on_device(x):
         if wide:
-            walk_backward_kernel[(T,)](dx, dy, other, x, weight, r, D, *strides, ADD=dh is not None, **WALKING)
+            walk_backward_kernel[(T,)](
+                dx, dy, other, x, weight, r, D, *strides, ADD=dh is not None, **WALKING
+            )
             walk_weight_kernel[(P * triton.cdiv(D, WEIGHT["COLUMNS"]),)](
                 partials, dy, x, r, T, D, dy.stride(0), x.stride(0), **WEIGHT
-            )  # fmt: skip
+            )
         else:
-            backward_kernel[(P,)](dx, partials, dy, other, x, weight, r, T, D, *strides, ADD=dh is not None, **tile)
+            backward_kernel[(P,)](
+                dx, partials, dy, other, x, weight, r, T, D, *strides, ADD=dh is not None, **tile
+            )
     return dx, combine(partials, weight.dtype)
 
 
@@ -207,7 +255,12 @@ def _tile(D: int, elements: int) -> dict[str, int]:
     """Rows and columns of a program, powers of two, and its warps: 8 or 16 elements a thread."""
     block = max(16, triton.next_power_of_2(D))
     rows = max(1, elements // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512)), "enable_fp_fusion": True}
+    return {
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": min(16, max(4, rows * block // 512)),
+        "enable_fp_fusion": True,
+    }
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
@@ -215,15 +268,29 @@ def _specs() -> Iterator[Spec]:
     strides = dict.fromkeys(("T", "D", "x_stride", "residual_stride", "dy_stride", "dh_stride"), "i32")
     for dtype, add_, D in itertools.product(DTYPES, (True, False), (896, 4096, 8192, 16384)):
         name = TRITON_TYPES[dtype]
-        arrays = dict.fromkeys(("x", "residual", "weight", "y", "h", "dx", "dy", "dh"), name) | {"r": "*fp32", "partials": "*fp32"}
+        arrays = dict.fromkeys(("x", "residual", "weight", "y", "h", "dx", "dy", "dh"), name) | {
+            "r": "*fp32",
+            "partials": "*fp32",
+        }
 
-        def spec(kernel: Any, tile: dict[str, int], dtype: str = name, add_: bool = add_, D: int = D, arrays: Any = arrays) -> Spec:
+        def spec(
+            kernel: Any,
+            tile: dict[str, int],
+            dtype: str = name,
+            add_: bool = add_,
+            D: int = D,
+            arrays: Any = arrays,
+        ) -> Spec:
             constants = {n: v for n, v in {"ADD": add_, **tile}.items() if n in kernel.arg_names}
             return Spec(
-                kernel=kernel, case=f"{dtype[1:]} D={D}{' add' * add_}", types=arrays | strides | {"eps": "fp32"}, constants=constants,
-                divisible=True, wide=("load",) if kernel is walk_weight_kernel else ("load", "store"),
+                kernel=kernel,
+                case=f"{dtype[1:]} D={D}{' add' * add_}",
+                types=arrays | strides | {"eps": "fp32"},
+                constants=constants,
+                divisible=True,
+                wide=("load",) if kernel is walk_weight_kernel else ("load", "store"),
                 options={n: tile[n] for n in ("num_warps", "enable_fp_fusion")},
-            )  # fmt: skip
+            )
 
         if D <= WIDEST:
             yield spec(forward_kernel, _tile(D, FORWARD))

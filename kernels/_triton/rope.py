@@ -1,9 +1,10 @@
 """rope in Triton: queries and keys, with the norm of each head where there is one, in one launch.
 
-Queries and keys may be views of one fused projection: they are read where they lie.  A program takes one token and some of its
-heads, queries before keys, so that the angles are loaded once; each head lies in registers as its two halves.  The backward without
-a norm is the forward with the opposite sense.  With one, a wave of programs walks over the tokens and each keeps its own sums for
-the two norm weights, which are added in a fixed order (_partials_triton).
+Queries and keys may be views of one fused projection: they are read where they lie.  A program takes one
+token and some of its heads, queries before keys, so that the angles are loaded once; each head lies in
+registers as its two halves.  The backward without a norm is the forward with the opposite sense.  With one, a
+wave of programs walks over the tokens and each keeps its own sums for the two norm weights, which are added
+in a fixed order (_partials_triton).
 
 STORE: the same launch copies each token's turned key and its value into paged caches.
 """
@@ -33,13 +34,21 @@ def _angles(positions, cos, sin, t, N, half, lane):  # type: ignore[no-untyped-d
     at = tl.load(positions + t).to(tl.int64)
     ok = lane < tl.where((at >= 0) & (at < N), half, 0)
     row = at * half + lane
-    return tl.load(cos + row, ok, float("nan")).to(tl.float32), tl.load(sin + row, ok, float("nan")).to(tl.float32)
+    return tl.load(cos + row, ok, float("nan")).to(tl.float32), tl.load(sin + row, ok, float("nan")).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def _load(of_query, of_key, is_query, ok):  # type: ignore[no-untyped-def]
-    """Each head from where it is.  A select between pointers would hide from the compiler that they are aligned."""
-    return tl.where(is_query, tl.load(of_query, ok & is_query, 0.0).to(tl.float32), tl.load(of_key, ok & ~is_query, 0.0).to(tl.float32))
+    """Each head from where it is.  A select between pointers would hide from the compiler that they are
+    aligned.
+    """
+    return tl.where(
+        is_query,
+        tl.load(of_query, ok & is_query, 0.0).to(tl.float32),
+        tl.load(of_key, ok & ~is_query, 0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -73,10 +82,37 @@ def _scaled(x, r, w, like):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["N"])
 def turn_kernel(  # type: ignore[no-untyped-def]
-    q, k, positions, cos, sin, q_norm, k_norm, yq, yk, v, k_cache, v_cache, slots, N, H, K, half,
-    q_token, q_head, k_token, k_head, v_token, v_head, eps, sense,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, STORE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    yq,
+    yk,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    N,
+    H,
+    K,
+    half,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    eps,
+    sense,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    STORE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     blocks = tl.cdiv(H + K, HEADS)
     t = (tl.program_id(0) // blocks).to(tl.int64)
     head = (tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS))[:, None]
@@ -109,10 +145,38 @@ def turn_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T", "N"])
 def backward_kernel(  # type: ignore[no-untyped-def]
-    gq, gk, q_partials, k_partials, dq, dk, q, k, positions, cos, sin, q_norm, k_norm, T, N, H, K, half,
-    dq_token, dq_head, dk_token, dk_head, q_token, q_head, k_token, k_head, eps,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    gq,
+    gk,
+    q_partials,
+    k_partials,
+    dq,
+    dk,
+    q,
+    k,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    T,
+    N,
+    H,
+    K,
+    half,
+    dq_token,
+    dq_head,
+    dk_token,
+    dk_head,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    eps,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     blocks = tl.cdiv(H + K, HEADS)
     p = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS))[:, None]
@@ -152,22 +216,59 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward(
-    q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """q (T, H, E) and k (T, K, E), turned."""
     return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0)
 
 
 def store(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float,
-    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The same, with k and v copied to the `slots` of the caches (slots, K, E), which are contiguous."""
-    return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0, (unit_rows(v), k_cache, v_cache, slots.contiguous()))
+    return _turn(
+        q,
+        k,
+        positions,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        eps,
+        1.0,
+        (unit_rows(v), k_cache, v_cache, slots.contiguous()),
+    )
 
 
 def backward(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and of the two norm weights (empty without one)."""
     norms = q_norm.numel() > 0, k_norm.numel() > 0
@@ -185,18 +286,48 @@ def backward(
     strides = [x.stride(i) for x in (dq, dk, q, k) for i in (0, 1)]
     with on_device(dq):
         backward_kernel[(P,)](
-            gq, gk, *partials, dq, dk, q, k, positions.contiguous(), cos.contiguous(), sin.contiguous(),
-            q_norm.contiguous(), k_norm.contiguous(), T, cos.shape[0], H, K, E // 2, *strides, eps,
-            Q_NORM=norms[0], K_NORM=norms[1], **tile,
-        )  # fmt: skip
-    wq, wk = (combine(part, w.dtype) if used else w.new_empty(0) for part, w, used in zip(partials, (q_norm, k_norm), norms, strict=True))
+            gq,
+            gk,
+            *partials,
+            dq,
+            dk,
+            q,
+            k,
+            positions.contiguous(),
+            cos.contiguous(),
+            sin.contiguous(),
+            q_norm.contiguous(),
+            k_norm.contiguous(),
+            T,
+            cos.shape[0],
+            H,
+            K,
+            E // 2,
+            *strides,
+            eps,
+            Q_NORM=norms[0],
+            K_NORM=norms[1],
+            **tile,
+        )
+    wq, wk = (
+        combine(part, w.dtype) if used else w.new_empty(0)
+        for part, w, used in zip(partials, (q_norm, k_norm), norms, strict=True)
+    )
     return gq, gk, wq, wk
 
 
 def _turn(
-    q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, sense: float,
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    sense: float,
     cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     q, k = unit_rows(q), unit_rows(k)
     (T, H, E), K = q.shape, k.shape[1]
     yq, yk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -206,27 +337,64 @@ def _turn(
     if T and H + K and E:
         with on_device(q):
             turn_kernel[(T * triton.cdiv(H + K, tile["HEADS"]),)](
-                q, k, positions.contiguous(), cos.contiguous(), sin.contiguous(), q_norm.contiguous(), k_norm.contiguous(),
-                yq, yk, v, k_cache, v_cache, slots, cos.shape[0], H, K, E // 2, *strides, eps, sense,
-                Q_NORM=q_norm.numel() > 0, K_NORM=k_norm.numel() > 0, STORE=cache is not None, **tile,
-            )  # fmt: skip
+                q,
+                k,
+                positions.contiguous(),
+                cos.contiguous(),
+                sin.contiguous(),
+                q_norm.contiguous(),
+                k_norm.contiguous(),
+                yq,
+                yk,
+                v,
+                k_cache,
+                v_cache,
+                slots,
+                cos.shape[0],
+                H,
+                K,
+                E // 2,
+                *strides,
+                eps,
+                sense,
+                Q_NORM=q_norm.numel() > 0,
+                K_NORM=k_norm.numel() > 0,
+                STORE=cache is not None,
+                **tile,
+            )
     return yq, yk
 
 
 def _tile(heads: int, E: int) -> dict[str, int]:
-    """Heads of a program, so that the last has few to spare, and warps for 16 bytes of bf16 a thread from each half."""
+    """Heads of a program, so that the last has few to spare, and warps for 16 bytes of bf16 a thread from
+    each half.
+    """
     count = min((HEADS, HEADS // 2, HEADS // 4), key=lambda n: -(-heads // n) * n)
     half = max(8, triton.next_power_of_2(E // 2))
-    return {"HEADS": count, "HALF": half, "num_warps": max(1, min(8, count * half // 256)), "enable_fp_fusion": True}
+    return {
+        "HEADS": count,
+        "HALF": half,
+        "num_warps": max(1, min(8, count * half // 256)),
+        "enable_fp_fusion": True,
+    }
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    ints = ("T", "N", "H", "K", "half", *(f"{x}_{of}" for x in ("q", "k", "v", "dq", "dk") for of in ("token", "head")))
+    ints = (
+        "T",
+        "N",
+        "H",
+        "K",
+        "half",
+        *(f"{x}_{of}" for x in ("q", "k", "v", "dq", "dk") for of in ("token", "head")),
+    )
     for dtype, norm, (heads, E) in itertools.product(DTYPES, (False, True), ((40, 128), (16, 64))):
         name = TRITON_TYPES[dtype]
         arrays = ("q", "k", "v", "q_norm", "k_norm", "yq", "yk", "k_cache", "v_cache", "gq", "gk", "dq", "dk")
-        types = dict.fromkeys(arrays, name) | dict.fromkeys(("cos", "sin", "q_partials", "k_partials"), "*fp32")
+        types = dict.fromkeys(arrays, name) | dict.fromkeys(
+            ("cos", "sin", "q_partials", "k_partials"), "*fp32"
+        )
         types |= dict.fromkeys(ints, "i32")
         types |= {"positions": "*i64", "slots": "*i64", "eps": "fp32", "sense": "fp32"}
         tile = _tile(heads, E)

@@ -1,13 +1,16 @@
 """sample in Triton: a program per chunk of a row reads its logits once, and one per row merges the chunks.
 
-The token is the winner of the race argmin E / exp(d).  Every lane takes four neighbours at a time, whose noise is one Philox
-counter, and keeps the (top, s, a) of what it saw, as in _token_logp_triton, and its own winner:
+The token is the winner of the race argmin E / exp(d).  Every lane takes four neighbours at a time, whose
+noise is one Philox counter, and keeps the (top, s, a) of what it saw, as in _token_logp_triton, and its own
+winner:
 
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      E, p = exp((x - top) / tau), token
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      E, p =
+                     exp((x - top) / tau), token
 
-A new token replaces the winner if its E' p < E p': products, no division.  The lanes are merged once, at the end of the chunk.
-How a row is cut depends on V alone, so that its bits depend on nothing but itself.  Filters take one launch more, before:
-_sample_floor_triton finds the floor, and only what is not below it races.
+A new token replaces the winner if its E' p < E p': products, no division.  The lanes are merged once, at the
+end of the chunk.  How a row is cut depends on V alone, so that its bits depend on nothing but itself.
+Filters take one launch more, before: _sample_floor_triton finds the floor, and only what is not below it
+races.
 """
 
 from __future__ import annotations
@@ -29,17 +32,33 @@ BLOCK = 2048  # 8 elements a thread: whoever holds 4 neighbours draws their one 
 CHUNK = 16384  # of a row, to a program: 640 programs for 64 rows of 152k logits
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ONE_WARP = OPTIONS | {"num_warps": 1}  # for the few numbers that are left of a row
-LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
-HOPELESS = tl.constexpr(1e-18)  # exp(d) below it wins no race: E / exp(d) is at most 22.9 for the largest logit, E at least 2^-33
+LOWEST = tl.constexpr(
+    -1e30
+)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+HOPELESS = tl.constexpr(
+    1e-18
+)  # exp(d) below it wins no race: E / exp(d) is at most 22.9 for the largest logit, E at least 2^-33
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG1P = (-0.500002384185791, 0.33330854773521423, -0.24976040422916412, 0.20085856, -0.17363739, 0.14275685, -0.068338864)
-P1, P2, P3, P4, P5, P6, P7 = (tl.constexpr(p) for p in LOG1P)  # log(1 + f) / f = 1 + P1 f + ... on [-1/4, 1/2], to 2.4e-7
+LOG1P = (
+    -0.500002384185791,
+    0.33330854773521423,
+    -0.24976040422916412,
+    0.20085856,
+    -0.17363739,
+    0.14275685,
+    -0.068338864,
+)
+P1, P2, P3, P4, P5, P6, P7 = (
+    tl.constexpr(p) for p in LOG1P
+)  # log(1 + f) / f = 1 + P1 f + ... on [-1/4, 1/2], to 2.4e-7
 
 
 # --- the draw ---------------------------------------------------------------------------------------
 @triton.jit
 def unit_exponential(word):  # type: ignore[no-untyped-def]
-    """-log(1 - u), u = (word + 1/2) 2^-32, to 1e-6 of itself: 1 - u = 2^n (1 + f), and f = -u to the last bit where n = 0."""
+    """-log(1 - u), u = (word + 1/2) 2^-32, to 1e-6 of itself: 1 - u = 2^n (1 + f), and f = -u to the last bit
+    where n = 0.
+    """
     u = tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33)
     bits = tl.fma((~word).to(tl.float32), 2.0**-32, 2.0**-33).to(tl.int32, bitcast=True)
     n = (bits - 0x3F400000) >> 23  # 1 + f is in [3/4, 3/2)
@@ -72,10 +91,25 @@ def quarters(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["plane"])
 def draw_kernel(  # type: ignore[no-untyped-def]
-    logits, seed, sequence, position, temperature, row_top, row_floor, parts, tokens, V, stride, plane,
-    FILTER: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Planes of `parts`: top, s, a, the winner's E / exp(d), kept; `tokens` has the winner.  One entry per (row, chunk)."""
+    logits,
+    seed,
+    sequence,
+    position,
+    temperature,
+    row_top,
+    row_floor,
+    parts,
+    tokens,
+    V,
+    stride,
+    plane,
+    FILTER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Planes of `parts`: top, s, a, the winner's E / exp(d), kept; `tokens` has the winner.  One entry per
+    (row, chunk).
+    """
     N: tl.constexpr = BLOCK // 4
     chunks = tl.cdiv(V, CHUNK)
     pid = tl.program_id(0)
@@ -94,7 +128,10 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
     top = tl.full((N,), LOWEST, tl.float32)
     s, a, kept = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
-    e, p = tl.full((N,), 1.0, tl.float32), tl.zeros((N,), tl.float32)  # of the lane's winner: E, and exp(d) relative to `top`
+    e, p = (
+        tl.full((N,), 1.0, tl.float32),
+        tl.zeros((N,), tl.float32),
+    )  # of the lane's winner: E, and exp(d) relative to `top`
     token = start + 4 * counter
     for v in range(start, end, BLOCK):
         x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
@@ -121,7 +158,9 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     scale = tl.exp2((top - m) * k)
     cost = e / tl.maximum(p * scale, HOPELESS)
     least = tl.min(cost, 0)
-    winner = tl.minimum(tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1)  # a row without any may draw the padding
+    winner = tl.minimum(
+        tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1
+    )  # a row without any may draw the padding
     if greedy:
         winner = first_of(row, start, end, m, BLOCK)
     tl.store(tokens + pid, winner)
@@ -146,9 +185,20 @@ def first_of(row, start, end, value, BLOCK: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit(do_not_specialize=["chunks", "plane"])
 def combine_kernel(  # type: ignore[no-untyped-def]
-    logits, temperature, parts, tokens, token, logp, behaviour_logp, entropy, chunks, stride, plane,
-    FILTER: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    temperature,
+    parts,
+    tokens,
+    token,
+    logp,
+    behaviour_logp,
+    entropy,
+    chunks,
+    stride,
+    plane,
+    FILTER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     """Merge the chunks of a row, in order."""
     b = tl.program_id(0).to(tl.int64)
     tau = tl.load(temperature + b)
@@ -180,7 +230,14 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def forward(
-    logits: Tensor, seed: Tensor, sequence: Tensor, position: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+    logits: Tensor,
+    seed: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """token, logp, behaviour_logp and entropy, each (B,)."""
     logits = unit_rows(logits)
@@ -195,16 +252,44 @@ def forward(
     chunks = triton.cdiv(V, CHUNK)
     parts = torch.empty((5, B * chunks), dtype=torch.float32, device=device)
     tokens = torch.empty(B * chunks, dtype=torch.int32, device=device)
-    top, floor = floors(logits, temperature, top_k, top_p, min_p) if filtered else (parts, parts)  # which nobody reads
+    top, floor = (
+        floors(logits, temperature, top_k, top_p, min_p) if filtered else (parts, parts)
+    )  # which nobody reads
     with on_device(logits):
         draw_kernel[(B * chunks,)](
-            logits, seed, sequence, position, temperature, top, floor, parts, tokens, V, logits.stride(0), B * chunks,
-            FILTER=filtered, CHUNK=CHUNK, BLOCK=block(V, BLOCK), **OPTIONS,
-        )  # fmt: skip
+            logits,
+            seed,
+            sequence,
+            position,
+            temperature,
+            top,
+            floor,
+            parts,
+            tokens,
+            V,
+            logits.stride(0),
+            B * chunks,
+            FILTER=filtered,
+            CHUNK=CHUNK,
+            BLOCK=block(V, BLOCK),
+            **OPTIONS,
+        )
         combine_kernel[(B,)](
-            logits, temperature, parts, tokens, token, logp, behaviour_logp, entropy, chunks, logits.stride(0), B * chunks,
-            FILTER=filtered, CHUNKS=triton.next_power_of_2(chunks), **ONE_WARP,
-        )  # fmt: skip
+            logits,
+            temperature,
+            parts,
+            tokens,
+            token,
+            logp,
+            behaviour_logp,
+            entropy,
+            chunks,
+            logits.stride(0),
+            B * chunks,
+            FILTER=filtered,
+            CHUNKS=triton.next_power_of_2(chunks),
+            **ONE_WARP,
+        )
     return token, logp, behaviour_logp, entropy
 
 

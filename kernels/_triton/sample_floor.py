@@ -1,8 +1,9 @@
 """The floor of a row under sample's filters, in Triton: one program per row, no sorting.
 
-A logit is taken as the unsigned integer that orders like it, and the integer at which enough lies at or above it (top_k tokens,
-or top_p of the mass) is found three bits at a time: a pass adds up what lies at or above each of eight thresholds, and the digit
-is how many of them have enough.  fp32 takes 11 passes, bf16 6, fp16 7, whatever the row holds.
+A logit is taken as the unsigned integer that orders like it, and the integer at which enough lies at or above
+it (top_k tokens, or top_p of the mass) is found three bits at a time: a pass adds up what lies at or above
+each of eight thresholds, and the digit is how many of them have enough.  fp32 takes 11 passes, bf16 6, fp16
+7, whatever the row holds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from torch import Tensor
 
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
-SEARCH = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}  # columns at once: 16 bytes a thread
+SEARCH = {
+    torch.float32: 1024,
+    torch.bfloat16: 2048,
+    torch.float16: 2048,
+}  # columns at once: 16 bytes a thread
 STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form that say nothing
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; those of what is between 0 and 1 are below
@@ -49,7 +54,9 @@ def mass(x, top, tau, among, bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def threshold(row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def threshold(
+    row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """The largest key such that the logits at or above it weigh at least `limit`: their count, or their MASS."""
     lane = tl.arange(0, BLOCK)[None, :]
     step = tl.arange(0, 8)[:, None].to(tl.uint32)
@@ -69,9 +76,22 @@ def threshold(row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl
 
 @triton.jit(do_not_specialize=["top_k", "top_p", "bits"])
 def floor_kernel(  # type: ignore[no-untyped-def]
-    logits, temperature, row_top, row_floor, V, stride, top_k, top_p, log_min_p, bits, STOP: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    temperature,
+    row_top,
+    row_floor,
+    V,
+    stride,
+    top_k,
+    top_p,
+    log_min_p,
+    bits,
+    STOP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The largest logit of a row, and the d below which its tokens are filtered out.  top_p comes as the bits of a double."""
+    """The largest logit of a row, and the d below which its tokens are filtered out.  top_p comes as the bits
+    of a double.
+    """
     b = tl.program_id(0).to(tl.int64)
     row = logits + b * stride
     tau = tl.load(temperature + b)
@@ -89,7 +109,9 @@ def floor_kernel(  # type: ignore[no-untyped-def]
     if top_p < ONE:
         total = tl.zeros((BLOCK,), tl.int64)
         for v in range(0, V, BLOCK):
-            total += mass(tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32), top, tau, among, bits)
+            total += mass(
+                tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32), top, tau, among, bits
+            )
         limit = top_p.to(tl.float64, bitcast=True) * tl.sum(total, 0).to(tl.float64)
         x = threshold(row, V, tl.maximum(limit.to(tl.int64), 1), top, tau, among, bits, True, STOP, BLOCK)
         floor = tl.maximum(floor, tl.div_rn(x - top, tau))
@@ -99,17 +121,29 @@ def floor_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def floors(logits: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+def floors(
+    logits: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, and the d below which its tokens are filtered out, each (B,)."""
     B, V = logits.shape
     top, floor = (torch.empty(B, dtype=torch.float32, device=logits.device) for _ in range(2))
     p_bits = struct.unpack("<q", struct.pack("<d", top_p))[0]  # a float argument would be rounded to fp32
     with on_device(logits):
         floor_kernel[(B,)](
-            logits, temperature, top, floor, V, logits.stride(0), top_k if top_k < V else 0, p_bits,
-            math.log(min_p) if min_p else -math.inf, mass_bits(V),
-            STOP=STOP[logits.dtype], BLOCK=block(V, SEARCH[logits.dtype]), **OPTIONS,
-        )  # fmt: skip
+            logits,
+            temperature,
+            top,
+            floor,
+            V,
+            logits.stride(0),
+            top_k if top_k < V else 0,
+            p_bits,
+            math.log(min_p) if min_p else -math.inf,
+            mass_bits(V),
+            STOP=STOP[logits.dtype],
+            BLOCK=block(V, SEARCH[logits.dtype]),
+            **OPTIONS,
+        )
     return top, floor
 
 
@@ -125,7 +159,10 @@ def mass_bits(V: int) -> int:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "row_top", "row_floor"), "*fp32") | {"top_p": "i64", "log_min_p": "fp32"}
+    types = dict.fromkeys(("temperature", "row_top", "row_floor"), "*fp32") | {
+        "top_p": "i64",
+        "log_min_p": "fp32",
+    }
     types |= dict.fromkeys(("V", "stride", "top_k", "bits"), "i32")
     for dtype, V in itertools.product(SEARCH, (151936, 50257)):
         yield Spec(

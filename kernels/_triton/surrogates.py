@@ -1,8 +1,10 @@
-"""The tables of policy_loss inside its Triton kernel: one function for each row of SURROGATES and of KLS, and the exponential they share.
+"""The tables of policy_loss inside its Triton kernel: one function for each row of SURROGATES and of KLS, and
+the exponential they share.
 
-A surrogate's twin gets d and r as the surrogate sees them, logp, the advantage, and the row's parameters in their order, filled up
-with 0 to three; it returns value, derivative, and whether the token is held at the lower bound, the upper bound, the cap.
-A KL's twin gets e, x = exp(-e) - 1, k3 = x + e and the token's own r; it returns value and derivative.
+A surrogate's twin gets d and r as the surrogate sees them, logp, the advantage, and the row's parameters in
+their order, filled up with 0 to three; it returns value, derivative, and whether the token is held at the
+lower bound, the upper bound, the cap.  A KL's twin gets e, x = exp(-e) - 1, k3 = x + e and the token's own r;
+it returns value and derivative.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ LN2_LOW = tl.constexpr(-2.12194440e-4)
 # --- the exponential --------------------------------------------------------------------------------
 @triton.jit
 def exp_and_rest(x):  # type: ignore[no-untyped-def]
-    """exp(x) and exp(x) - 1 - x for |x| < 87, both without loss of digits; the numbers are those of csrc/cpu/vec.h.
+    """exp(x) and exp(x) - 1 - x for |x| < 87, both without loss of digits; the numbers are those of
+    csrc/cpu/vec.h.
 
-    x = n ln 2 + r, exp(r) = 1 + r + r^2 q(r).  Near 0 the rest is r^2 q(r) itself, where a difference would leave nothing.
+    x = n ln 2 + r, exp(r) = 1 + r + r^2 q(r).  Near 0 the rest is r^2 q(r) itself, where a difference would
+    leave nothing.
     """
     n = (x * LOG2E + MAGIC) - MAGIC
     r = (x - n * LN2_HIGH) - n * LN2_LOW
@@ -75,7 +79,13 @@ def clip(d, r, logp, advantage, low, high, cap):  # type: ignore[no-untyped-def]
     held = _within(r, bottom, top) * advantage
     worse, better = advantage < 0.0, advantage > 0.0
     below, above, capped = worse & (r < bottom), better & (r > top), worse & (r > cap)
-    return tl.where(free < held, free, held), tl.where(below | above | capped, 0.0, r * advantage), below, above, capped
+    return (
+        tl.where(free < held, free, held),
+        tl.where(below | above | capped, 0.0, r * advantage),
+        below,
+        above,
+        capped,
+    )
 
 
 @triton.jit
@@ -106,7 +116,13 @@ def luffy_off(d, r, logp, advantage, gamma, q, s):  # type: ignore[no-untyped-de
     never = d < d
     p, _ = exp_and_rest(_within(logp, -87.0, 87.0))
     total = p + gamma
-    return tl.div_rn(advantage * p, total), tl.div_rn(advantage * gamma * p, total * total), never, never, never
+    return (
+        tl.div_rn(advantage * p, total),
+        tl.div_rn(advantage * gamma * p, total * total),
+        never,
+        never,
+        never,
+    )
 
 
 # --- KL to the reference ----------------------------------------------------------------------------
@@ -158,6 +174,13 @@ def _k3_plus_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
 
 
 KL_TWINS = {
-    "k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus, "k1_is": _k1_is, "k3_is": _k3_is, "abs": _absolute, "k3_cut": _k3_cut,
+    "k1": _k1,
+    "k2": _k2,
+    "k3": _k3,
+    "k3+": _k3_plus,
+    "k1_is": _k1_is,
+    "k3_is": _k3_is,
+    "abs": _absolute,
+    "k3_cut": _k3_cut,
     "k3+_cut": _k3_plus_cut,
-}  # fmt: skip
+}

@@ -1,4 +1,5 @@
-"""swiglu in Triton: a program takes a block of columns of one row, gate and up together, and writes what belongs there.
+"""swiglu in Triton: a program takes a block of columns of one row, gate and up together, and writes what
+belongs there.
 
 One read of each input and one write of each output.  The width and the number of rows are runtime values.
 """
@@ -67,7 +68,9 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
         with on_device(x):
-            backward_kernel[(T * triton.cdiv(F, BLOCK),)](dx, dy, x, F, dy.stride(0), x.stride(0), BLOCK=BLOCK, **OPTIONS)
+            backward_kernel[(T * triton.cdiv(F, BLOCK),)](
+                dx, dy, x, F, dy.stride(0), x.stride(0), BLOCK=BLOCK, **OPTIONS
+            )
     return dx
 
 
@@ -77,7 +80,8 @@ def _specs() -> Iterator[Spec]:
         yield Spec(
             kernel=kernel,
             case=str(dtype).removeprefix("torch."),
-            types=dict.fromkeys(("x", "y", "dx", "dy"), name) | dict.fromkeys(("F", "stride", "dy_stride"), "i32"),
+            types=dict.fromkeys(("x", "y", "dx", "dy"), name)
+            | dict.fromkeys(("F", "stride", "dy_stride"), "i32"),
             constants={"BLOCK": BLOCK},
             divisible=True,
             wide=("load", "store"),

@@ -1,12 +1,14 @@
 """token_logp in Triton: one program per row, one read of the logits forward, one read and one write backward.
 
-Every lane of the program keeps its own (top, s, a) of the elements it saw and the lanes are merged once, at the end of the row:
+Every lane of the program keeps its own (top, s, a) of the elements it saw and the lanes are merged once, at
+the end of the row:
 
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
 
-A new element costs one exponential whichever of it and the lane's top is larger: e = exp(-|x - top| / tau) scales the old sums
-when the element is the new top, and is the element's own share when it is not.  Exponentials are exp2 with 1 / (tau ln 2) folded in.
-The rows are the grid, V and the temperature are runtime values: nothing is compiled again for another length.
+A new element costs one exponential whichever of it and the lane's top is larger: e = exp(-|x - top| / tau)
+scales the old sums when the element is the new top, and is the element's own share when it is not.
+Exponentials are exp2 with 1 / (tau ln 2) folded in.  The rows are the grid, V and the temperature are runtime
+values: nothing is compiled again for another length.
 """
 
 from __future__ import annotations
@@ -24,8 +26,14 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, row_layout, un
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}  # else ptxas aims for 64 or 80 here and there, and spills a few
-LOWEST = tl.constexpr(-1e30)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+OPTIONS = {
+    "num_warps": 8,
+    "enable_fp_fusion": True,
+    "maxnreg": 128,
+}  # else ptxas aims for 64 or 80 here and there, and spills a few
+LOWEST = tl.constexpr(
+    -1e30
+)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -76,8 +84,9 @@ def _statistics(row, y, tau, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _gradient(to, row, y, tau, scaled, ln, g, gh, h, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One read, one write.  `to` may be `row`, or a narrower row in its front half: no block is stored before all warps have loaded
-    theirs, and the stores of a block end before the loads of the next begin."""
+    """One read, one write.  `to` may be `row`, or a narrower row in its front half: no block is stored before
+    all warps have loaded theirs, and the stores of a block end before the loads of the next begin.
+    """
     k = LOG2E / tau
     ln2 = ln * LOG2E
     lane = tl.arange(0, BLOCK)
@@ -96,8 +105,20 @@ def _gradient(to, row, y, tau, scaled, ln, g, gh, h, V, ENTROPY: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["L"])
 def forward_kernel(  # type: ignore[no-untyped-def]
-    logits, target, temperature, logp, entropy, m, log_s, V, L, batch, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    logits,
+    target,
+    temperature,
+    logp,
+    entropy,
+    m,
+    log_s,
+    V,
+    L,
+    batch,
+    stride,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0)
     tau = tl.load(temperature + t)
     p, h, scaled, ln = _statistics(_row(logits, t, L, batch, stride), tl.load(target + t), tau, V, BLOCK)
@@ -110,9 +131,24 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["L"])
 def backward_kernel(  # type: ignore[no-untyped-def]
-    out, logits, target, temperature, dlogp, dentropy, entropy, m, log_s, V, L, out_batch, out_stride, batch, stride,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    logits,
+    target,
+    temperature,
+    dlogp,
+    dentropy,
+    entropy,
+    m,
+    log_s,
+    V,
+    L,
+    out_batch,
+    out_stride,
+    batch,
+    stride,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     t = tl.program_id(0)
     row, to = _row(logits, t, L, batch, stride), _row(out, t, L, out_batch, out_stride)
     tau = tl.load(temperature + t)
@@ -125,9 +161,25 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["L"])
 def fused_kernel(  # type: ignore[no-untyped-def]
-    out, logits, target, temperature, dlogp, dentropy, logp, entropy, m, log_s, V, L, out_batch, out_stride, batch, stride,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    logits,
+    target,
+    temperature,
+    dlogp,
+    dentropy,
+    logp,
+    entropy,
+    m,
+    log_s,
+    V,
+    L,
+    out_batch,
+    out_stride,
+    batch,
+    stride,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Forward, then backward, of a row: the second read finds much of it in the L2 cache."""
     t = tl.program_id(0)
     row, to = _row(logits, t, L, batch, stride), _row(out, t, L, out_batch, out_stride)
@@ -145,22 +197,33 @@ def fused_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward(logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s, each (T,)."""
     logits, T, V = unit_rows(logits), target.shape[0], logits.shape[-1]
     stats = _outputs(logits, T, entropy)
     if T:
         with on_device(logits):
             forward_kernel[(T,)](
-                logits, target.contiguous(), temperature.contiguous(), *stats, V, *row_layout(logits),
-                ENTROPY=entropy, BLOCK=block(V), **OPTIONS,
-            )  # fmt: skip
+                logits,
+                target.contiguous(),
+                temperature.contiguous(),
+                *stats,
+                V,
+                *row_layout(logits),
+                ENTROPY=entropy,
+                BLOCK=block(V),
+                **OPTIONS,
+            )
     return stats
 
 
 def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
     """The gradient of the logits, of their shape."""
-    return backward_into(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), dlogp, dentropy, logits, *rest)
+    return backward_into(
+        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), dlogp, dentropy, logits, *rest
+    )
 
 
 def backward_into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
@@ -194,16 +257,27 @@ def _outputs(logits: Tensor, T: int, entropy: bool) -> tuple[Tensor, Tensor, Ten
     return logp, torch.empty(T if entropy else 0, dtype=torch.float32, device=logits.device), m, log_s
 
 
-def _launch_over(kernel: Any, out: Tensor, logits: Tensor, target: Tensor, *vectors: Tensor, entropy: bool) -> None:
+def _launch_over(
+    kernel: Any, out: Tensor, logits: Tensor, target: Tensor, *vectors: Tensor, entropy: bool
+) -> None:
     """A kernel that writes the gradient of `logits` to `out`, one program a row."""
     T, V = target.shape[0], logits.shape[-1]
     L, *strides = row_layout(logits)
     if T:
         with on_device(logits):
             kernel[(T,)](
-                out, logits, target, *vectors, V, L, *row_layout(out)[1:], *strides,
-                ENTROPY=entropy, BLOCK=block(V), **OPTIONS,
-            )  # fmt: skip
+                out,
+                logits,
+                target,
+                *vectors,
+                V,
+                L,
+                *row_layout(out)[1:],
+                *strides,
+                ENTROPY=entropy,
+                BLOCK=block(V),
+                **OPTIONS,
+            )
 
 
 def block(V: int) -> int:
@@ -213,11 +287,19 @@ def block(V: int) -> int:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32") | {"target": "*i64"}
+    types = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32") | {
+        "target": "*i64"
+    }
     types |= dict.fromkeys(("V", "L", "batch", "stride", "out_batch", "out_stride"), "i32")
-    kernels = ((forward_kernel, ("load",)), (backward_kernel, ("load", "store")), (fused_kernel, ("load", "store")))
+    kernels = (
+        (forward_kernel, ("load",)),
+        (backward_kernel, ("load", "store")),
+        (fused_kernel, ("load", "store")),
+    )
     narrow = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]  # (logits, gradient)
-    for (dtype, out), entropy, V in itertools.product([*((d, d) for d in DTYPES), *narrow], (True, False), (151936, 50257)):
+    for (dtype, out), entropy, V in itertools.product(
+        [*((d, d) for d in DTYPES), *narrow], (True, False), (151936, 50257)
+    ):
         name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
         for kernel, moves in kernels:
             if dtype != out and kernel is forward_kernel:

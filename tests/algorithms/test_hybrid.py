@@ -1,4 +1,5 @@
-"""Hybrids: every row against its equations through model, packing and denominators; what they become at their ends; gates and options.
+"""Hybrids: every row against its equations through model, packing and denominators; what they become at their
+ends; gates and options.
 
 tests/helpers/hybrids.py restates the equations.
 """
@@ -10,13 +11,35 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybrids import ANSWERS, OBJECTIVES, SCORES, demonstration, groups, half_cosine, learner, luffy, mixture, with_rule
+from hybrids import (
+    ANSWERS,
+    OBJECTIVES,
+    SCORES,
+    demonstration,
+    groups,
+    half_cosine,
+    learner,
+    luffy,
+    mixture,
+    with_rule,
+)
 from runs import BUDGET, GROUP, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS
-from fastrl.algorithms.hybrid import DENOMINATORS, HYBRIDS, MEMBER, OWN, SUPERVISED, Estimator, certain, choose_hybrid, phi, uncertain
+from fastrl.algorithms.hybrid import (
+    DENOMINATORS,
+    HYBRIDS,
+    MEMBER,
+    OWN,
+    SUPERVISED,
+    Estimator,
+    certain,
+    choose_hybrid,
+    phi,
+    uncertain,
+)
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
@@ -30,10 +53,14 @@ ALL, NONE = (0, 1, 2), ()
 
 
 # --- the equations ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "known"), [*((name, (0, 1)) for name in HYBRIDS), ("hpt", ALL), ("luffy", ALL), ("srft", NONE)])
+@pytest.mark.parametrize(
+    ("name", "known"), [*((name, (0, 1)) for name in HYBRIDS), ("hpt", ALL), ("luffy", ALL), ("srft", NONE)]
+)
 def test_loss_and_gradient_are_those_of_the_equations(name, known):
-    """Wrong implementations: one denominator for completions and supervised tokens; gated completions left in a denominator; the
-    demonstration outside its group's mean; a gradient through phi or an entropy weight; a missing demonstration counted as a sample."""
+    """Wrong implementations: one denominator for completions and supervised tokens; gated completions left in
+    a denominator; the demonstration outside its group's mean; a gradient through phi or an entropy weight; a
+    missing demonstration counted as a sample.
+    """
     model = decoder(dtype=F64)
     source = mixture(model, HYBRIDS[name], known=known)
     now, batch = groups(model, source, SCORES, known), source.collect(0, 0).batches[0]
@@ -47,15 +74,19 @@ def test_loss_and_gradient_are_those_of_the_equations(name, known):
 
 @pytest.mark.parametrize("scale", ["none", "group"])
 def test_statistics_of_the_completions_alone(scale):
-    """LUFFY's grpo_split, through the loss; with a deviation, by the advantages of every group; and of groups without spread.
+    """LUFFY's grpo_split, through the loss; with a deviation, by the advantages of every group; and of groups
+    without spread.
 
-    Wrong implementations: the demonstration in the mean, or in the deviation; a demonstration of a flat group divided by epsilon; its
-    place in a group's deviation where it is not there."""
+    Wrong implementations: the demonstration in the mean, or in the deviation; a demonstration of a flat group
+    divided by epsilon; its place in a group's deviation where it is not there.
+    """
     row = choose_hybrid(Hybrid(model="m", algorithm="luffy", group_statistics="own", scale_rewards=scale))
     model = decoder(dtype=F64)
     source = mixture(model, row, known=(0, 1))
     now, batch = groups(model, source, SCORES, (0, 1)), source.collect(0, 0).batches[0]
-    want = torch.tensor([a for g in now() for a in g.measured_by_own(scale == "group") if a])  # samples that move nothing leave the batch
+    want = torch.tensor(
+        [a for g in now() for a in g.measured_by_own(scale == "group") if a]
+    )  # samples that move nothing leave the batch
     torch.testing.assert_close(batch.advantage[batch.cu_seqlens[:-1].long()], want, rtol=1e-6, atol=1e-7)
     flat = row.advantage(torch.tensor([0.5, 0.5, 0.5, 1, 0, 0, 0, nan, nan, nan, nan, 1]), 4)
     assert flat.tolist() == [0, 0, 0, 0.5, *[0] * 8]
@@ -64,12 +95,16 @@ def test_statistics_of_the_completions_alone(scale):
         loss = -luffy(now(), split=True)
         slopes = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
         metrics, got = gradient(learner(model, row, 20), batch)
-        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8) and relative(got, slopes) < 1e-6
+        assert (
+            metrics["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-8) and relative(got, slopes) < 1e-6
+        )
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_cutting_and_order_change_nothing(name):
-    """Wrong implementations: counts of a micro-batch in a denominator; kinds, or what a prompt counts, taken by place."""
+    """Wrong implementations: counts of a micro-batch in a denominator; kinds, or what a prompt counts, taken
+    by place.
+    """
     model = decoder(dtype=F64)
     batch = mixture(model, HYBRIDS[name]).collect(0, 0).batches[0]
     drift(model, 0.03)
@@ -101,7 +136,9 @@ def test_denominators_are_of_all_processes(name):
     want = weigh_apart(whole, row, World(), group=GROUP, max_length=BUDGET).weight
     for half in halves:
         weigh_apart(half, row, Told(), group=GROUP, max_length=BUDGET)
-    got = torch.cat([weigh_apart(half, row, Summed(), group=GROUP, max_length=BUDGET).weight for half in halves])
+    got = torch.cat(
+        [weigh_apart(half, row, Summed(), group=GROUP, max_length=BUDGET).weight for half in halves]
+    )
     assert torch.equal(got, want) and len(want.unique()) > 1
 
 
@@ -111,9 +148,13 @@ def tokens(n: int = 40, spread: float = 0.3) -> Tokens:
     logp = -3 * torch.rand(n, generator=draw, dtype=F64)
     x, y, h = (torch.randn(n, generator=draw, dtype=F64) for _ in range(3))
     ends = torch.tensor([0, 7, 7, 25, n], dtype=torch.int32)
-    return Tokens(old_logp=logp - spread * x, advantage=y, weight=torch.full((n,), 0.1, dtype=F64), cu_seqlens=ends, live=n).with_(
-        logp, h.abs()
-    )
+    return Tokens(
+        old_logp=logp - spread * x,
+        advantage=y,
+        weight=torch.full((n,), 0.1, dtype=F64),
+        cu_seqlens=ends,
+        live=n,
+    ).with_(logp, h.abs())
 
 
 def slope(loss, t: Tokens) -> Tensor:
@@ -132,10 +173,16 @@ def inside(r: Tensor, A: Tensor, low: float, high: float) -> Tensor:
 
 
 def test_every_method_is_mask_denominator_advantage_and_likelihood():
-    """W = 1_stable A exp(logp - den) of the unified estimator.  Wrong implementations: pi_old as SFT's denominator; the recorded log-prob
-    as LUFFY's; a mask by the ratio alone; GSPO's ratio of one token."""
+    """W = 1_stable A exp(logp - den) of the unified estimator.  Wrong implementations: pi_old as SFT's
+    denominator; the recorded log-prob as LUFFY's; a mask by the ratio alone; GSPO's ratio of one token.
+    """
     t = tokens()
-    everywhere, A, p, r = torch.ones(t.live, dtype=torch.bool), t.advantage, t.logp.exp(), (t.logp - t.old_logp).exp()
+    everywhere, A, p, r = (
+        torch.ones(t.live, dtype=torch.bool),
+        t.advantage,
+        t.logp.exp(),
+        (t.logp - t.old_logp).exp(),
+    )
     one, zeros = torch.ones_like(A), torch.zeros_like(A)
     s = mean_of(t.logp - t.old_logp, t).exp()
 
@@ -157,19 +204,27 @@ def test_every_method_is_mask_denominator_advantage_and_likelihood():
         "sft": (HYBRIDS["hpt"].supervised, unified(one, t.logp, A)),
         "sft by its ratio": (Estimator(SURROGATES["ratio"], "policy"), unified(one, t.logp, A)),
         "chord_phi": (HYBRIDS["chord_phi"].supervised, unified(p * (1 - p), t.logp, A)),
-        "srft, supervised": (HYBRIDS["srft"].supervised, unified(0.5 * (-mean_of(t.entropy, t)).exp(), t.logp, A)),
+        "srft, supervised": (
+            HYBRIDS["srft"].supervised,
+            unified(0.5 * (-mean_of(t.entropy, t)).exp(), t.logp, A),
+        ),
     }
     for estimator, weight in shown.values():
-        torch.testing.assert_close(slope(lambda x, e=estimator: e.loss(x, everywhere), t), weight, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            slope(lambda x, e=estimator: e.loss(x, everywhere), t), weight, rtol=1e-10, atol=1e-12
+        )
     assert set(DENOMINATORS) == {"policy", "old", "one"}
 
 
 def test_hand_worked_weights():
     """LUFFY and phi at p = 1/e; SRFT at H = 0.5."""
     t = Tokens(
-        old_logp=torch.zeros(1, dtype=F64), advantage=torch.ones(1, dtype=F64), weight=torch.ones(1, dtype=F64),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32), live=1,
-    ).with_(torch.tensor([-1.0], dtype=F64), torch.tensor([0.5], dtype=F64))  # fmt: skip
+        old_logp=torch.zeros(1, dtype=F64),
+        advantage=torch.ones(1, dtype=F64),
+        weight=torch.ones(1, dtype=F64),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        live=1,
+    ).with_(torch.tensor([-1.0], dtype=F64), torch.tensor([0.5], dtype=F64))
     live, member = torch.ones(1, dtype=torch.bool), HYBRIDS["luffy"].member
     assert float(-member.loss(t, live)) == pytest.approx(0.78627, abs=1e-5)
     assert float(slope(lambda x: member.loss(x, live), t)) == pytest.approx(0.16805, abs=1e-5)
@@ -183,35 +238,56 @@ def supervised_gradient(model):
     """Of the `sft` row, on the demonstrations of all prompts."""
     shown = order(3, SEED, 0, 3)
     source = Demonstrations(
-        lambda some: [demonstration(shown[i]) for i in sorted(some)], 3, count=3, algorithm=ALGORITHMS["sft"], seed=0,
-        device=torch.device("cpu"), world=mixture(model, HYBRIDS["hpt"]).world,
-    )  # fmt: skip
+        lambda some: [demonstration(shown[i]) for i in sorted(some)],
+        3,
+        count=3,
+        algorithm=ALGORITHMS["sft"],
+        seed=0,
+        device=torch.device("cpu"),
+        world=mixture(model, HYBRIDS["hpt"]).world,
+    )
     return gradient(plain_learner(model, ALGORITHMS["sft"]), source.collect(0, 0).batches[0])
 
 
-@pytest.mark.parametrize("row", [with_rule("hpt", gate=1.0), with_rule("mixed", rl_coef=0.0), with_rule("chord", mu=1.0)])
+@pytest.mark.parametrize(
+    "row", [with_rule("hpt", gate=1.0), with_rule("mixed", rl_coef=0.0), with_rule("chord", mu=1.0)]
+)
 def test_with_demonstrations_alone_it_is_sft_exactly(row):
-    """Wrong implementations: completions that still count; a denominator that counts them; an advantage other than 1."""
+    """Wrong implementations: completions that still count; a denominator that counts them; an advantage other
+    than 1.
+    """
     model = decoder()
     metrics, got = gradient(learner(model, row), mixture(model, row).collect(0, 0).batches[0])
     theirs, want = supervised_gradient(model)
     assert torch.equal(got, want)
     assert [metrics["loss"], metrics["sft_loss"]] == pytest.approx([theirs["loss"]] * 2, rel=1e-6)
-    assert metrics["num_tokens"] == theirs["num_tokens"] == sum(map(len, ANSWERS)) and metrics["off_policy_share"] == 1
-    assert not {"ratio_mean", "approx_kl", "tokens"} & metrics.keys(), "there are no tokens of its own to measure"
+    assert (
+        metrics["num_tokens"] == theirs["num_tokens"] == sum(map(len, ANSWERS))
+        and metrics["off_policy_share"] == 1
+    )
+    assert not {"ratio_mean", "approx_kl", "tokens"} & metrics.keys(), (
+        "there are no tokens of its own to measure"
+    )
 
 
 @pytest.mark.parametrize("name", ["hpt", "hpt_soft", "luffy", "mixed", "chord_phi"])
 def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
-    """Wrong implementation: the place of a demonstration that is not there in the group's mean or in a denominator."""
+    """Wrong implementation: the place of a demonstration that is not there in the group's mean or in a
+    denominator.
+    """
     model, row = decoder(), with_rule("chord_phi", mu=0.0) if name == "chord_phi" else HYBRIDS[name]
-    base = replace(ALGORITHMS["grpo" if row.advantage.params["scale"] == "std" else "dr_grpo"], surrogate=row.surrogate)
+    base = replace(
+        ALGORITHMS["grpo" if row.advantage.params["scale"] == "std" else "dr_grpo"], surrogate=row.surrogate
+    )
     source = mixture(model, row, known=NONE)
     other = OnPolicy.__new__(OnPolicy)
     other.__dict__.update(source.__dict__ | {"members": GROUP, "algorithm": base})
     batches = [s.collect(0, 0).batches[0] for s in (source, other)]
     drift(model, 0.03)
-    got, want = gradient(learner(model, row), batches[0]), gradient(plain_learner(model, base, temperature=1.0), batches[1])
+    got, want = (
+        gradient(learner(model, row), batches[0]),
+        gradient(plain_learner(model, base, temperature=1.0), batches[1]),
+    )
     assert torch.equal(got[1], want[1]) and got[0] == want[0] | {"off_policy_share": 0.0}
 
 
@@ -225,7 +301,12 @@ nan = math.nan
     [
         ("hpt", [0.0, 0.125, 1.0, nan], [T, T, T, T], [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]),
         ("hpt", [0.0, 1.0], [F, F], [(1, 0, 0), (1, 0, 0)]),
-        ("hpt_soft", [0.0, 0.2, 0.25, 0.5], [T] * 4, [(0, 0, 1), (0, 0, 1), (0.125, 0, 0.5), (0.5, 0, 0.125)]),
+        (
+            "hpt_soft",
+            [0.0, 0.2, 0.25, 0.5],
+            [T] * 4,
+            [(0, 0, 1), (0, 0, 1), (0.125, 0, 0.5), (0.5, 0, 0.125)],
+        ),
         ("hpt_soft", [0.625, 1.0], [T] * 2, [(1, 0, 0), (1, 0, 0)]),
         ("hpt_soft", [0.0, nan], [F, T], [(1, 0, 0), (1, 0, 0)]),
         ("luffy", [0.0, 1.0], [T, F], [(1, 1, 0), (1, 0, 0)]),
@@ -233,16 +314,19 @@ nan = math.nan
         ("chord", [0.0, 1.0], [T, F], [(0.1, 0, 0.9), (0.1, 0, 0)]),
         ("mixed", [0.0, 1.0], [T, F], [(1, 0, 1), (1, 0, 0)]),
     ],
-)  # fmt: skip
+)
 def test_gates_at_their_edges(name, solved, there, want):
-    """Wrong implementations: < for <= at the gate; no scores taken for none solved; a prompt without a demonstration that is gated, and
-    so learns nothing."""
+    """Wrong implementations: < for <= at the gate; no scores taken for none solved; a prompt without a
+    demonstration that is gated, and so learns nothing.
+    """
     got = HYBRIDS[name].rule(torch.tensor(solved), torch.tensor(there), 0, 10)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float32))
 
 
 def test_the_gate_is_a_share_of_solved_completions():
-    """Wrong implementations: the mean reward for the share that is solved; a gate that opens at its threshold."""
+    """Wrong implementations: the mean reward for the share that is solved; a gate that opens at its
+    threshold.
+    """
     model = decoder()
     scores = [1.0, 0.0, 0.0, 0.0, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 0.0, 0.0]
     for gate, solved, taught in ((0.0, 1.0, 1), (0.25, 1.0, 2), (0.5, 1.0, 3), (0.0, 0.9, 0), (0.0, 2.0, 3)):
@@ -258,19 +342,26 @@ def test_all_solved_and_nothing_to_learn_is_no_step():
     assert len(batch) == 0
     before = [p.clone() for p in model.parameters()]
     metrics = learner(model, HYBRIDS["hpt"]).update(batch, 0)
-    assert metrics["num_tokens"] == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert metrics["num_tokens"] == 0 and all(
+        torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+    )
 
 
 def test_mu_rises_and_falls():
     """Wrong implementations: a decay counted from step 0; a warm-up that ends above the peak; a linear decay."""
     row = with_rule("chord", mu=0.8, mu_end=0.1, mu_warmup=4, mu_decay=10)
-    got = [float(row.rule(torch.zeros(1), torch.ones(1, dtype=torch.bool), step, 99)[0, SUPERVISED]) for step in range(20)]
+    got = [
+        float(row.rule(torch.zeros(1), torch.ones(1, dtype=torch.bool), step, 99)[0, SUPERVISED])
+        for step in range(20)
+    ]
     assert got == pytest.approx([half_cosine(step, 0.8, 0.1, 4, 10) for step in range(20)], abs=1e-6)
     assert got[0] == 0 and got[4] == pytest.approx(0.8) and got[14:] == pytest.approx([0.1] * 6)
 
 
 def test_minibatches_hold_whole_groups_with_their_demonstrations():
-    """Wrong implementation: groups cut by their completions alone, so that a demonstration lands in another prompt's minibatch."""
+    """Wrong implementation: groups cut by their completions alone, so that a demonstration lands in another
+    prompt's minibatch.
+    """
     model = decoder()
     batches = mixture(model, HYBRIDS["srft"], minibatches=3, epochs=2).collect(0, 0).batches
     assert len(batches) == 6
@@ -281,23 +372,31 @@ def test_minibatches_hold_whole_groups_with_their_demonstrations():
 
 
 def test_metrics_tell_own_tokens_from_others():
-    """Wrong implementations: the demonstration's ratio in the policy's; its tokens left out of num_tokens; a mean of means."""
+    """Wrong implementations: the demonstration's ratio in the policy's; its tokens left out of num_tokens; a
+    mean of means.
+    """
     model, row = decoder(), HYBRIDS["srft"]
     batch = mixture(model, row).collect(0, 0).batches[0]
     trained = learner(model, row, 20)
     metrics = gradient(trained, batch)[0]
     logp, taught = trained.logp(model, batch), (batch.kind == SUPERVISED) & batch.mask
-    assert metrics["sft_loss"] == metrics["member_nll"] == pytest.approx(-float(logp[taught].mean()), rel=1e-5)
+    assert (
+        metrics["sft_loss"] == metrics["member_nll"] == pytest.approx(-float(logp[taught].mean()), rel=1e-5)
+    )
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and metrics["sampler_diff_max"] < 1e-4
     shown = 2 * sum(map(len, ANSWERS))
-    assert metrics["num_tokens"] == int(batch.mask.sum()) and metrics["off_policy_share"] == pytest.approx(shown / int(batch.mask.sum()))
+    assert metrics["num_tokens"] == int(batch.mask.sum()) and metrics["off_policy_share"] == pytest.approx(
+        shown / int(batch.mask.sum())
+    )
     assert metrics["tokens"] == int(batch.mask.sum()) - shown
 
 
 def test_tokens_of_one_kind_keep_their_sequences():
     t = replace(tokens(), kind=torch.tensor([0] * 7 + [2] * 18 + [0] * 15))
     own = only(t, OWN)
-    assert own.cu_seqlens.tolist() == [0, 7, 7, 7, 22] and torch.equal(own.logp, torch.cat([t.logp[:7], t.logp[25:]]))
+    assert own.cu_seqlens.tolist() == [0, 7, 7, 7, 22] and torch.equal(
+        own.logp, torch.cat([t.logp[:7], t.logp[25:]])
+    )
 
 
 # --- options ------------------------------------------------------------------------------------------
@@ -305,27 +404,53 @@ def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; --rl that loses the hybrid's own part."""
     row = choose_hybrid(Hybrid(model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1))
     assert row.rule.params == {"gate": 0.25, "sft_coef": 0.0} and row.supervised == HYBRIDS["hpt"].supervised
-    assert (row.surrogate, row.aggregate, row.kl, row.kl_coef) == (ALGORITHMS["dapo"].surrogate, ALGORITHMS["dapo"].aggregate, "k3", 0.1)
-    assert choose_hybrid(Hybrid(model="m", algorithm="luffy", gamma=0.5)).member.surrogate.params == {"gamma": 0.5}
+    assert (row.surrogate, row.aggregate, row.kl, row.kl_coef) == (
+        ALGORITHMS["dapo"].surrogate,
+        ALGORITHMS["dapo"].aggregate,
+        "k3",
+        0.1,
+    )
+    assert choose_hybrid(Hybrid(model="m", algorithm="luffy", gamma=0.5)).member.surrogate.params == {
+        "gamma": 0.5
+    }
     assert choose_hybrid(Hybrid(model="m", algorithm="srft", rl="dr_grpo")).prepare == (uncertain,)
-    assert choose_hybrid(Hybrid(model="m", rl="gspo")).level == "sequence" and choose_hybrid(Hybrid(model="m")).level == "token"
+    assert (
+        choose_hybrid(Hybrid(model="m", rl="gspo")).level == "sequence"
+        and choose_hybrid(Hybrid(model="m")).level == "token"
+    )
     assert choose_hybrid(Hybrid(model="m")) == HYBRIDS["hpt"] and HYBRIDS["srft"].level == "sequence"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "grpo"}, "--algorithm: expected one of hpt, hpt_soft, luffy, srft, chord, chord_phi, mixed; got 'grpo'"),
+        (
+            {"algorithm": "grpo"},
+            "--algorithm: expected one of hpt, hpt_soft, luffy, srft, chord, chord_phi, mixed; got 'grpo'",
+        ),
         ({"rl": "sft"}, "--rl: expected one of grpo, .*; got 'sft'"),
         ({"gate": 1.5}, "--gate: expected a share of completions in .0, 1., got 1.5"),
         ({"gamma": 0.1}, "--gamma: hpt has no such setting; take an --algorithm that has: luffy"),
-        ({"algorithm": "luffy", "gate": 0.0}, "--gate: luffy has no such setting; take an --algorithm that has: hpt"),
-        ({"algorithm": "mixed", "mu": 0.5}, "--mu: mixed has no such setting; take an --algorithm that has: chord, chord_phi"),
+        (
+            {"algorithm": "luffy", "gate": 0.0},
+            "--gate: luffy has no such setting; take an --algorithm that has: hpt",
+        ),
+        (
+            {"algorithm": "mixed", "mu": 0.5},
+            "--mu: mixed has no such setting; take an --algorithm that has: chord, chord_phi",
+        ),
         ({"algorithm": "chord", "mu_warmup": -1}, "--mu-warmup: expected steps, 0 or more, got -1"),
         ({"semantics": "trl"}, "--semantics: trl is of a row of --rl; give --rl"),
         ({"epsilon": 0.1}, "--epsilon: hpt has no such bound"),
-        ({"group_statistics": "own"}, "--group-statistics: hpt has no demonstration in a group; take an --algorithm that has: luffy, srft"),
-        ({"algorithm": "luffy", "group_statistics": "own", "advantage": "rank"}, "--group-statistics: own goes with .* zscore and center"),
+        (
+            {"group_statistics": "own"},
+            "--group-statistics: hpt has no demonstration in a group; take an --algorithm that has: "
+            "luffy, srft",
+        ),
+        (
+            {"algorithm": "luffy", "group_statistics": "own", "advantage": "rank"},
+            "--group-statistics: own goes with .* zscore and center",
+        ),
         ({"rl": "luspo", "semantics": "verl"}, "--semantics: verl has no luspo"),
     ],
 )
@@ -341,7 +466,10 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
         ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
         ({"demo_reward": nan}, "--demo-reward: expected a finite number, got nan"),
         ({"solved": nan}, "--solved: expected a reward, got nan"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "--multi-objective-aggregation: expected sum_then_normalize",
+        ),
         (
             {"sampling": Sampling(temperature=0.5)},
             "--sampling.temperature: expected 1, at which demonstrations and pairs are scored, got 0.5",

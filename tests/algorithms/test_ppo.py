@@ -1,4 +1,6 @@
-"""PPO's pieces against their equations: rewards per token, advantages, the policy's and the critic's loss, the KL's coefficient."""
+"""PPO's pieces against their equations: rewards per token, advantages, the policy's and the critic's loss,
+the KL's coefficient.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.ppo import PPO, Coefficient, advantages, choose_ppo, kl_of_tokens, token_rewards, value_loss, whiten
+from fastrl.algorithms.ppo import (
+    PPO,
+    Coefficient,
+    advantages,
+    choose_ppo,
+    kl_of_tokens,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from fastrl.batch.types import Tokens
 from fastrl.config import Ppo
 from fastrl.errors import UserError
@@ -19,12 +30,16 @@ from fastrl.parallel.world import World
 
 ALONE = World().sum
 CU = torch.tensor([0, 6, 9, 16, 18], dtype=torch.int32)
-MASK = torch.tensor([0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)  # a tool's token, padding, nothing at all
+MASK = torch.tensor(
+    [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool
+)  # a tool's token, padding, nothing at all
 ENDS = torch.tensor([0, 3, 4, 9, 9], dtype=torch.int32)
 
 
 def loss_of(row, logp: Tensor, old: Tensor, A: Tensor) -> Tensor:
-    tokens = Tokens(old_logp=old, advantage=A, weight=torch.full_like(logp, 1 / logp.numel()), live=logp.numel())
+    tokens = Tokens(
+        old_logp=old, advantage=A, weight=torch.full_like(logp, 1 / logp.numel()), live=logp.numel()
+    )
     return row.loss(tokens.with_(logp, None))
 
 
@@ -39,7 +54,9 @@ def loss_of(row, logp: Tensor, old: Tensor, A: Tensor) -> Tensor:
     ids=["clip", "dual clip", "no dual clip"],
 )
 def test_hand_worked_losses(row, A, ratio, want, slope):
-    """NeMo-RL's vectors.  Wrong implementations: the maximum instead of the minimum; the cap on positive advantages; no cap."""
+    """NeMo-RL's vectors.  Wrong implementations: the maximum instead of the minimum; the cap on positive
+    advantages; no cap.
+    """
     logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     loss = loss_of(PPO[row], logp, torch.zeros(3, dtype=torch.float64), torch.tensor(A, dtype=torch.float64))
     assert loss.item() == pytest.approx(want, abs=1e-6)
@@ -48,7 +65,9 @@ def test_hand_worked_losses(row, A, ratio, want, slope):
 
 @pytest.mark.parametrize(("row", "cap"), [("ppo", math.inf), ("dual_clip", 3.0)])
 def test_loss_and_gradient_are_those_of_the_equations(row, cap):
-    """Wrong implementations: a cap that is the two-sided clip of positive advantages; a gradient through clipped tokens."""
+    """Wrong implementations: a cap that is the two-sided clip of positive advantages; a gradient through
+    clipped tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     old, A = (torch.randn(4, 50, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = (old + 0.9 * torch.randn(4, 50, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -63,7 +82,9 @@ def test_loss_and_gradient_are_those_of_the_equations(row, cap):
 
 # --- rewards and advantages -------------------------------------------------------------------------
 def test_rewards_stand_at_the_last_token_that_counts():
-    """Wrong implementations: the last token of the sequence, which is a tool's or not the policy's; KL on those; its sign."""
+    """Wrong implementations: the last token of the sequence, which is a tool's or not the policy's; KL on
+    those; its sign.
+    """
     kl = torch.where(MASK, torch.arange(18.0) / 10, torch.nan)
     got = token_rewards(torch.tensor([1.0, 2, 3, 4]), kl, 0.5, ENDS, MASK)
     want = torch.where(MASK, -0.05 * torch.arange(18.0), 0)
@@ -81,9 +102,21 @@ def test_the_kl_is_that_of_the_policy_that_sampled():
 
 
 def test_advantages_of_shaped_rewards():
-    """Hand-worked, algorithms.md 6.2.  Wrong implementations: gamma where gamma lam belongs; returns of whitened advantages."""
-    reward = token_rewards(torch.tensor([1.0]), torch.tensor([0.1, 0.2, 0.0]), 0.1, torch.tensor([0, 3]), torch.ones(3, dtype=torch.bool))
-    value, cu, mask = torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0, 3], dtype=torch.int32), torch.ones(3, dtype=torch.bool)
+    """Hand-worked, algorithms.md 6.2.  Wrong implementations: gamma where gamma lam belongs; returns of
+    whitened advantages.
+    """
+    reward = token_rewards(
+        torch.tensor([1.0]),
+        torch.tensor([0.1, 0.2, 0.0]),
+        0.1,
+        torch.tensor([0, 3]),
+        torch.ones(3, dtype=torch.bool),
+    )
+    value, cu, mask = (
+        torch.tensor([0.5, 0.6, 0.7]),
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.ones(3, dtype=torch.bool),
+    )
     row = restated.row(gamma=0.99, lam=0.95, whiten=False)
     raw, returns = advantages(reward, value, cu, mask, row, ALONE)
     assert raw.tolist() == pytest.approx([0.418018575, 0.35515, 0.3], abs=1e-6)
@@ -95,7 +128,9 @@ def test_advantages_of_shaped_rewards():
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (0.97, 0.0)])
 def test_packed_advantages_are_the_loops(gamma, lam):
-    """Wrong implementations: a carry into the next sequence; the value of a token that does not count; whitening over those too."""
+    """Wrong implementations: a carry into the next sequence; the value of a token that does not count;
+    whitening over those too.
+    """
     generator = torch.Generator().manual_seed(2)
     reward, value = (torch.randn(18, generator=generator, dtype=torch.float64) for _ in range(2))
     value[~MASK] = torch.nan
@@ -108,7 +143,9 @@ def test_packed_advantages_are_the_loops(gamma, lam):
 
 
 def test_whitening_of_next_to_nothing():
-    """Wrong implementations: NaN of one token or of none, or numbers of 1e8 from rounding where all advantages are equal."""
+    """Wrong implementations: NaN of one token or of none, or numbers of 1e8 from rounding where all
+    advantages are equal.
+    """
     none = torch.zeros(3, dtype=torch.bool)
     assert whiten(torch.ones(3), none, ALONE).tolist() == [0, 0, 0]
     assert whiten(torch.full((3,), 7.3), torch.tensor([False, True, False]), ALONE).tolist() == [0, 0, 0]
@@ -117,7 +154,9 @@ def test_whitening_of_next_to_nothing():
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_a_perfect_critic_leaves_no_advantage_on_average(lam):
-    """Two tokens of two choices.  Wrong implementation: a value of the state after the token, which knows what was chosen."""
+    """Two tokens of two choices.  Wrong implementation: a value of the state after the token, which knows
+    what was chosen.
+    """
     p = [0.3, 0.7]
     R = {(a, b): 2.0 * a - b + 0.5 * a * b for a, b in itertools.product((0, 1), repeat=2)}
     after = {a: sum(p[b] * R[a, b] for b in (0, 1)) for a in (0, 1)}
@@ -125,19 +164,26 @@ def test_a_perfect_critic_leaves_no_advantage_on_average(lam):
     row, mask = restated.row(lam=lam, whiten=False), torch.ones(2, dtype=torch.bool)
     total = torch.zeros(2, dtype=torch.float64)
     for (a, b), score in R.items():
-        reward, value = torch.tensor([0.0, score], dtype=torch.float64), torch.tensor([start, after[a]], dtype=torch.float64)
+        reward, value = (
+            torch.tensor([0.0, score], dtype=torch.float64),
+            torch.tensor([start, after[a]], dtype=torch.float64),
+        )
         total += p[a] * p[b] * advantages(reward, value, torch.tensor([0, 2]), mask, row, ALONE)[0]
     assert total.abs().max() < 1e-12
 
 
 # --- the critic's loss ------------------------------------------------------------------------------
 def test_hand_worked_value_loss():
-    """Wrong implementations: the minimum of the two; the clip around the return; a gradient where the clipped error is the larger."""
+    """Wrong implementations: the minimum of the two; the clip around the return; a gradient where the clipped
+    error is the larger.
+    """
     value = torch.tensor([0.9, 0.2, 0.5], dtype=torch.float64, requires_grad=True)
     old, returns, weight = torch.full((3,), 0.5), torch.tensor([1.0, 1, 0]), torch.eye(3)
     for i, (want, slope) in enumerate([(0.045, 0.0), (0.32, -0.8), (0.125, 0.5)]):
         loss, sums = value_loss(value, old, returns, weight[i], 0.2)
-        assert loss.item() == pytest.approx(want) and torch.autograd.grad(loss, value)[0][i].item() == pytest.approx(slope)
+        assert loss.item() == pytest.approx(want) and torch.autograd.grad(loss, value)[0][
+            i
+        ].item() == pytest.approx(slope)
         assert sums.tolist() == pytest.approx([want, 3, 1, 1.6])
 
 
@@ -157,8 +203,16 @@ def test_value_loss_and_gradient_are_those_of_the_equation(clip):
 
 # --- the coefficient --------------------------------------------------------------------------------
 def test_the_adaptive_coefficient():
-    """Ziegler's controller.  Wrong implementations: steps counted instead of completions; an error without its bounds."""
-    for kl, want in ((9.0, 0.201024), (3.0, 0.198976), (6.0, 0.2), (6.6, 0.2 * (1 + 0.1 * 0.0256)), (math.nan, 0.2)):
+    """Ziegler's controller.  Wrong implementations: steps counted instead of completions; an error without
+    its bounds.
+    """
+    for kl, want in (
+        (9.0, 0.201024),
+        (3.0, 0.198976),
+        (6.0, 0.2),
+        (6.6, 0.2 * (1 + 0.1 * 0.0256)),
+        (math.nan, 0.2),
+    ):
         beta = Coefficient(0.2, 6.0)
         beta.observe(kl, 256)
         assert beta.value == pytest.approx(want, abs=1e-12)
@@ -178,10 +232,22 @@ def chosen(**options):
 
 
 def test_options_change_the_row():
-    """Wrong implementations: a KL in both places; a preset that the default of an option undoes; 0 for a clip of no width."""
+    """Wrong implementations: a KL in both places; a preset that the default of an option undoes; 0 for a clip
+    of no width.
+    """
     default = chosen()
-    assert (default.reward_kl, default.reward_kl_coef, default.kl_coef, default.needs_reference) == ("k1", 0.05, 0.0, True)
-    assert (default.gamma, default.lam, default.value_clip, default.surrogate.params["cap"]) == (1.0, 0.95, 0.2, math.inf)
+    assert (default.reward_kl, default.reward_kl_coef, default.kl_coef, default.needs_reference) == (
+        "k1",
+        0.05,
+        0.0,
+        True,
+    )
+    assert (default.gamma, default.lam, default.value_clip, default.surrogate.params["cap"]) == (
+        1.0,
+        0.95,
+        0.2,
+        math.inf,
+    )
     loss = chosen(kl_in="loss", kl_coef=0.2)
     assert (loss.kl, loss.kl_coef, loss.reward_kl_coef) == ("k2", 0.2, 0.0)
     assert not chosen(kl_coef=0.0).needs_reference
@@ -198,18 +264,33 @@ def test_options_change_the_row():
     ("options", "message"),
     [
         ({"algorithm": "grpo"}, "--algorithm: expected one of ppo, dual_clip; got 'grpo'"),
-        ({"advantage": "rank"}, "--advantage: PPO's advantages come from its critic; leave it out, or run fastrl grpo"),
+        (
+            {"advantage": "rank"},
+            "--advantage: PPO's advantages come from its critic; leave it out, or run fastrl grpo",
+        ),
         ({"scale_rewards": "batch"}, "--scale-rewards: PPO's advantages come from its critic"),
         ({"pass_k": 2}, "--pass-k: PPO's advantages"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi-objective-aggregation: expected sum_then_normalize"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "--multi-objective-aggregation: expected sum_then_normalize",
+        ),
         ({"gamma": 1.5}, r"--gamma: expected a discount in \[0, 1\], got 1.5"),
         ({"lam": -0.1}, r"--lam: expected a number in \[0, 1\], got -0.1"),
         ({"kl_coef": 0.0, "kl": "k3"}, "--kl: expected no estimator at --kl-coef 0, got k3"),
         ({"kl_target": 0.0}, "--kl-target: expected a positive number of nats, got 0.0"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target: expected none at --kl-coef 0, which no factor moves, got 6.0"),
+        (
+            {"kl_target": 6.0, "kl_coef": 0.0},
+            "--kl-target: expected none at --kl-coef 0, which no factor moves, got 6.0",
+        ),
         ({"kl_target": 6.0, "kl_horizon": 31}, "--kl-horizon: expected at least a step's 32, got 31"),
-        ({"critic": "shared", "critic_lr": 0.1}, "--critic-lr, --critic-model: expected --critic separate, .* got shared"),
-        ({"critic": "head", "critic_model": "x"}, "--critic-lr, --critic-model: expected --critic separate, .* got head"),
+        (
+            {"critic": "shared", "critic_lr": 0.1},
+            "--critic-lr, --critic-model: expected --critic separate, .* got shared",
+        ),
+        (
+            {"critic": "head", "critic_model": "x"},
+            "--critic-lr, --critic-model: expected --critic separate, .* got head",
+        ),
         ({"vf_coef": 0.1}, "--vf-coef: expected none with --critic separate, .*, got 0.1"),
         ({"value_clip": -1.0}, "--value-clip: expected a positive number, or 0 for none, got -1.0"),
         ({"delta": 1.1}, "--delta: cap: expected more than"),

@@ -1,7 +1,8 @@
-"""Presets against what other trainers compute under the same names, restated here from their sources, one function per trainer.
+"""Presets against what other trainers compute under the same names, restated here from their sources, one
+function per trainer.
 
-Every loss below is minimised, padded, in float64; clamps, reductions and epsilons are written where those trainers have them.
-(TRL itself is called in test_peers.py.)
+Every loss below is minimised, padded, in float64; clamps, reductions and epsilons are written where those
+trainers have them.  (TRL itself is called in test_peers.py.)
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def vanilla(b: Rect, mode: str = "token-mean", low: float = 0.2, high: float = 0
 def gspo(b: Rect, low: float = 3e-4, high: float = 4e-4) -> Tensor:
     u = torch.where(b.mask, b.d, 0).sum(1, keepdim=True) / b.mask.sum(1, keepdim=True)
     s = (b.logp - b.logp.detach() + u.detach()).clamp(max=10).exp()
-    return agg_loss(torch.maximum(-b.A * s, -b.A * s.clamp(1 - low, 1 + high)), b.mask, "seq-mean-token-mean", b.budget)
+    return agg_loss(
+        torch.maximum(-b.A * s, -b.A * s.clamp(1 - low, 1 + high)), b.mask, "seq-mean-token-mean", b.budget
+    )
 
 
 def geo_mean(b: Rect, size: float = 0.4) -> Tensor:
@@ -60,12 +63,19 @@ def geo_mean(b: Rect, size: float = 0.4) -> Tensor:
 
 
 def cispo(b: Rect, low: float, high: float) -> Tensor:
-    return agg_loss(-log_ratio(b).exp().clamp(1 - low, 1 + high).detach() * b.A * b.logp, b.mask, "token-mean", b.budget)
+    return agg_loss(
+        -log_ratio(b).exp().clamp(1 - low, 1 + high).detach() * b.A * b.logp, b.mask, "token-mean", b.budget
+    )
 
 
 def sapo(b: Rect) -> Tensor:
     tau = torch.where(b.A > 0, torch.ones_like(b.A), 1.05)
-    return agg_loss(-torch.sigmoid(tau * (log_ratio(b).exp() - 1)) * (4 / tau) * b.A, b.mask, "seq-mean-token-mean", b.budget)
+    return agg_loss(
+        -torch.sigmoid(tau * (log_ratio(b).exp() - 1)) * (4 / tau) * b.A,
+        b.mask,
+        "seq-mean-token-mean",
+        b.budget,
+    )
 
 
 # --- NeMo-RL: ClippedPGLossFn -------------------------------------------------------------------------
@@ -79,7 +89,9 @@ def nemo(b: Rect, low: float = 0.2, high: float = 0.2, c: float = INF, use_cispo
 
 
 def nemo_sequences(b: Rect) -> Tensor:
-    """sequence_level_importance_ratios, token_level_loss off: the gradient goes through the whole sequence's ratio."""
+    """sequence_level_importance_ratios, token_level_loss off: the gradient goes through the whole sequence's
+    ratio.
+    """
     length = b.mask.sum(1, keepdim=True)
     r = (torch.where(b.mask, b.d, 0).sum(1, keepdim=True) / length).exp().expand_as(b.logp)
     loss = torch.maximum(-b.A * r, -b.A * r.clamp(1 - 3e-4, 1 + 4e-4))
@@ -103,7 +115,9 @@ LOSSES: dict[tuple[str, str], Callable[[Rect], Tensor]] = {
     ("nemo", "dapo"): lambda b: nemo(b, high=0.28, c=10.0),
     ("nemo", "gspo"): nemo_sequences,
     ("nemo", "cispo"): lambda b: nemo(b, low=1.0, high=5.0, use_cispo=True),
-    ("nemo", "rloo"): lambda b: torch.where(b.mask, -b.A * b.logp, 0).sum() / b.mask.sum(),  # disable_ppo_ratio
+    ("nemo", "rloo"): lambda b: (
+        torch.where(b.mask, -b.A * b.logp, 0).sum() / b.mask.sum()
+    ),  # disable_ppo_ratio
     ("nemo", "reinforce++"): nemo,
     ("nemo", "reinforce++_baseline"): nemo,
     ("trl", "dapo"): lambda b: vanilla(b, c=INF),
@@ -118,19 +132,28 @@ def differentiated(loss: Callable[[Rect], Tensor], b: Rect) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize(("semantics", "name"), LOSSES)
 def test_losses_are_those_of_the_other_trainers(semantics, name):
-    """Wrong implementations: the dual clip left out, or on the positive side; CISPO's bound absolute, or of another trainer; another
-    reduction; GMPO's sizes taken for bounds of the ratio."""
-    for spread in (2e-3, 1.5) if name == "gspo" else (0.5, 1.5):  # of which some tokens, or sequences, are held and some are not
+    """Wrong implementations: the dual clip left out, or on the positive side; CISPO's bound absolute, or of
+    another trainer; another reduction; GMPO's sizes taken for bounds of the ratio.
+    """
+    for spread in (
+        (2e-3, 1.5) if name == "gspo" else (0.5, 1.5)
+    ):  # of which some tokens, or sequences, are held and some are not
         b = rect([5, 2, 8, 3, 6], [1.3, -0.7, -2.1, 0.4, -0.2], spread=spread)
         got = loss_and_slope(b, chosen(semantics, name))
-        torch.testing.assert_close(got, differentiated(LOSSES[semantics, name], b), rtol=1e-8, atol=1e-12)  # its 1e-8 of a count
+        torch.testing.assert_close(
+            got, differentiated(LOSSES[semantics, name], b), rtol=1e-8, atol=1e-12
+        )  # its 1e-8 of a count
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "rloo", "reinforce++", "reinforce++_baseline"])
+@pytest.mark.parametrize(
+    "name", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "rloo", "reinforce++", "reinforce++_baseline"]
+)
 def test_far_drift_is_held_as_verl_holds_it(name):
-    """Log-ratios of +-30, of both signs of the advantage: where verl clamps them to +-20, ours may differ by what exp(-20) leaves.
+    """Log-ratios of +-30, of both signs of the advantage: where verl clamps them to +-20, ours may differ by
+    what exp(-20) leaves.
 
-    Wrong implementation: a bound that lets a gradient of exp(20) through."""
+    Wrong implementation: a bound that lets a gradient of exp(20) through.
+    """
     b = rect([4, 4], [1.0, -1.0])
     b.old[:, :4] = b.logp[:, :4] - vector(30, -30, 0.1, 21)
     got, want = loss_and_slope(b, chosen("verl", name)), differentiated(LOSSES["verl", name], b)
@@ -145,7 +168,9 @@ def verl_kl(logp: Tensor, ref: Tensor) -> Tensor:
 
 
 def nemo_kl(logp: Tensor, ref: Tensor) -> Tensor:
-    """calculate_kl with weights of 1 that carry the score function's gradient, detached where the input is clamped."""
+    """calculate_kl with weights of 1 that carry the score function's gradient, detached where the input is
+    clamped.
+    """
     raw, weight = ref - logp, (logp - logp.detach()).exp()
     k = raw.clamp(-20, 20)
     weight = torch.where(raw == k, weight, weight.detach())
@@ -156,11 +181,15 @@ def nemo_kl(logp: Tensor, ref: Tensor) -> Tensor:
 def test_k3_is_cut_off_as_it_is_there(semantics, kl):
     """Some log-ratios to the reference past the cut on either side, some past the clamp.
 
-    Wrong implementations: the cut of the exponent alone; a gradient where the value is cut; NeMo-RL's KL without the score function."""
+    Wrong implementations: the cut of the exponent alone; a gradient where the value is cut; NeMo-RL's KL
+    without the score function.
+    """
     b = rect([5, 2, 8, 3], [1.3, -0.7, -2.1, 0.4])
     ref = b.logp - torch.linspace(-25, 25, b.logp.numel(), dtype=F64).view_as(b.logp)
     plain, row = chosen(semantics, "grpo"), chosen(semantics, "grpo", kl_coef=0.1)
-    with_kl, without = (loss_and_slope(b, x, **({"ref_logp": ref} if x.kl_coef else {})) for x in (row, plain))
+    with_kl, without = (
+        loss_and_slope(b, x, **({"ref_logp": ref} if x.kl_coef else {})) for x in (row, plain)
+    )
     want = differentiated(lambda x: 0.1 * torch.where(x.mask, kl(x.logp, ref), 0).sum() / x.mask.sum(), b)
     for got, base, right in zip(with_kl, without, want, strict=True):
         torch.testing.assert_close(got - base, right, rtol=1e-8, atol=1e-10)
@@ -185,7 +214,9 @@ def nemo_whiten(x: Tensor) -> Tensor:
 
 
 def nemo_group(leave_one_out: bool, normalize: bool) -> Tensor:
-    """calculate_baseline_and_std_per_prompt, with its matrix of who counts for whom, and GRPOAdvantageEstimator."""
+    """calculate_baseline_and_std_per_prompt, with its matrix of who counts for whom, and
+    GRPOAdvantageEstimator.
+    """
     G = R.shape[1]
     among = 1 - torch.eye(G, dtype=F64) if leave_one_out else torch.ones(G, G, dtype=F64)
     n = G - int(leave_one_out)
@@ -200,7 +231,10 @@ def center() -> Tensor:
 
 
 ADVANTAGES: dict[tuple[str, str], Callable[[], Tensor]] = {
-    **{("verl", n): lambda: center() / (R.std(1, keepdim=True) + 1e-6) for n in ("grpo", "dapo", "gspo", "gmpo", "cispo", "sapo")},
+    **{
+        ("verl", n): lambda: center() / (R.std(1, keepdim=True) + 1e-6)
+        for n in ("grpo", "dapo", "gspo", "gmpo", "cispo", "sapo")
+    },
     ("verl", "dr_grpo"): center,
     ("verl", "rloo"): lambda: R * 4 / 3 - R.mean(1, keepdim=True) * 4 / 3,
     ("verl", "reinforce++"): lambda: verl_whiten(R),
@@ -211,7 +245,11 @@ ADVANTAGES: dict[tuple[str, str], Callable[[], Tensor]] = {
     ("nemo", "dapo"): lambda: nemo_group(False, True),
     ("nemo", "reinforce++"): lambda: nemo_whiten(R),
     ("nemo", "reinforce++_baseline"): lambda: nemo_whiten(center()),
-    **{("trl", n): lambda: center() / (R.std(1, keepdim=True) + 1e-4) for n in SEMANTICS["trl"] if n not in ("lite_ppo", "rloo")},
+    **{
+        ("trl", n): lambda: center() / (R.std(1, keepdim=True) + 1e-4)
+        for n in SEMANTICS["trl"]
+        if n not in ("lite_ppo", "rloo")
+    },
     ("trl", "lite_ppo"): lambda: center() / (R.std() + 1e-4),
     ("trl", "rloo"): lambda: (4 * R - R.sum(1, keepdim=True)) / 3,
 }
@@ -219,12 +257,15 @@ ADVANTAGES: dict[tuple[str, str], Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize(("semantics", "name"), ADVANTAGES)
 def test_advantages_are_those_of_the_other_trainers(semantics, name):
-    """Wrong implementations: another epsilon, or none; a biased deviation where it is not, or the other way round; the sample itself in
-    its baseline, or left out of DAPO's; alpha by flat groups."""
+    """Wrong implementations: another epsilon, or none; a biased deviation where it is not, or the other way
+    round; the sample itself in its baseline, or left out of DAPO's; alpha by flat groups.
+    """
     row = chosen(semantics, name)
     assert row.advantage is not None
     got = row.advantage(R.flatten(), 4, L.flatten()).view(3, 4)
-    torch.testing.assert_close(got, ADVANTAGES[semantics, name](), rtol=5e-8, atol=1e-10)  # 1e-8 in a variance of 0.2, or not
+    torch.testing.assert_close(
+        got, ADVANTAGES[semantics, name](), rtol=5e-8, atol=1e-10
+    )  # 1e-8 in a variance of 0.2, or not
 
 
 # --- all of them ----------------------------------------------------------------------------------------
@@ -238,7 +279,9 @@ def test_the_first_update_is_the_policy_gradient(semantics, name):
     assert row != ALGORITHMS[name] or not SEMANTICS[semantics][name]
     b = rect([5, 1, 8, 3], [1.3, -0.7, -2.1, 0.4], spread=0.0)
     tokens = pack(b, row)
-    torch.testing.assert_close(loss_and_slope(b, row)[1][b.mask], -tokens.advantage * tokens.weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loss_and_slope(b, row)[1][b.mask], -tokens.advantage * tokens.weight, rtol=1e-12, atol=0
+    )
 
 
 def test_every_line_of_a_preset_is_checked_against_its_trainer():

@@ -1,4 +1,6 @@
-"""The losses of reward models: each row against its equation in float64, hand-worked values, edges, and TRL's own trainer."""
+"""The losses of reward models: each row against its equation in float64, hand-worked values, edges, and TRL's
+own trainer.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ COMPARED = [name for name, row in REWARD_LOSSES.items() if row.compares]
 
 
 def step(row: RewardLoss, groups, dtype=torch.float64):
-    """The loss of groups (scores, targets, margin) as one step, its gradient by the scores, and the step's metrics."""
+    """The loss of groups (scores, targets, margin) as one step, its gradient by the scores, and the step's
+    metrics.
+    """
     it = judged(groups, total=float(sum(row.units(y) for _, y, _ in groups)) or 1.0, dtype=dtype)
     loss, sums = row.measure(it)
     loss.backward()
@@ -37,8 +41,10 @@ def step(row: RewardLoss, groups, dtype=torch.float64):
 @pytest.mark.parametrize("center", [0.0, 0.3])
 @pytest.mark.parametrize("name", REWARD_LOSSES)
 def test_value_and_gradient_are_the_equations(name, center):
-    """Wrong implementations: groups or pairs of unequal number weighed by their size; ties compared; the margin's sign, or none at all;
-    denominators that count groups which say nothing; centring of pairs by their sum's absolute value, or of each reward alone."""
+    """Wrong implementations: groups or pairs of unequal number weighed by their size; ties compared; the
+    margin's sign, or none at all; denominators that count groups which say nothing; centring of pairs by
+    their sum's absolute value, or of each reward alone.
+    """
     row = replace(REWARD_LOSSES[name], center=center if REWARD_LOSSES[name].compares else 0.0)
     groups = random_groups(name)
     loss, grad, _ = step(row, groups)
@@ -52,7 +58,9 @@ def test_value_and_gradient_are_the_equations(name, center):
     [(0.0, 0.0, 0.371101, 0.310026), (0.5, 0.0, 0.554355, None), (0.0, 0.01, 0.371501, None)],
 )
 def test_a_pair_worked_by_hand(margin, center, loss, slope):
-    """Rewards 0.5 and -0.3.  Wrong implementations: a margin that is added to the difference; the mean of two squares for the centre."""
+    """Rewards 0.5 and -0.3.  Wrong implementations: a margin that is added to the difference; the mean of two
+    squares for the centre.
+    """
     row = replace(REWARD_LOSSES["bradley_terry"], center=center)
     got, grad, _ = step(row, [([0.5, -0.3], [1.0, 0.0], margin)])
     assert got == pytest.approx(loss, abs=5e-7)
@@ -61,8 +69,9 @@ def test_a_pair_worked_by_hand(margin, center, loss, slope):
 
 
 def test_equal_rewards_cost_the_logarithm_of_the_orders():
-    """A pair ln 2 with gradients of a half, K in a ranking ln K!.  Wrong implementation: the last of a ranking chosen from itself and
-    another; a mean over K choices."""
+    """A pair ln 2 with gradients of a half, K in a ranking ln K!.  Wrong implementation: the last of a
+    ranking chosen from itself and another; a mean over K choices.
+    """
     loss, grad, _ = step(REWARD_LOSSES["bradley_terry"], [([3.0, 3.0], [1.0, 0.0], 0.0)])
     assert loss == pytest.approx(math.log(2), rel=1e-15) and grad.tolist() == [-0.5, 0.5]
     loss, _, _ = step(REWARD_LOSSES["plackett_luce"], [([0.7] * 4, [4.0, 3.0, 2.0, 1.0], 0.0)])
@@ -70,12 +79,16 @@ def test_equal_rewards_cost_the_logarithm_of_the_orders():
 
 
 def test_a_ranking_worked_by_hand():
-    """Wrong implementations: targets read as ranks, so that the lowest is best; the order of the list taken for the ranking."""
+    """Wrong implementations: targets read as ranks, so that the lowest is best; the order of the list taken
+    for the ranking.
+    """
     scores = [0.5, 0.2, -0.3, -0.3]
     loss, grad, _ = step(REWARD_LOSSES["plackett_luce"], [(scores, [9.0, 7.0, 5.0, 3.0], 0.0)])
     assert loss == pytest.approx(2.458104, abs=5e-7)
     assert grad.tolist() == pytest.approx([-0.621137, -0.267469, -0.055697, 0.944303], abs=5e-7)
-    shuffled, _, _ = step(REWARD_LOSSES["plackett_luce"], [([-0.3, 0.5, -0.3, 0.2], [3.0, 9.0, 5.0, 7.0], 0.0)])
+    shuffled, _, _ = step(
+        REWARD_LOSSES["plackett_luce"], [([-0.3, 0.5, -0.3, 0.2], [3.0, 9.0, 5.0, 7.0], 0.0)]
+    )
     assert shuffled == pytest.approx(loss, rel=1e-14)
     pairs, _, _ = step(REWARD_LOSSES["bradley_terry"], [(scores, [9.0, 7.0, 5.0, 3.0], 0.0)])
     assert pairs == pytest.approx(0.489643, abs=5e-7)
@@ -90,8 +103,10 @@ def test_a_ranking_of_two_is_a_pair():
 # --- invariance and edges ---------------------------------------------------------------------------
 @pytest.mark.parametrize("name", COMPARED)
 def test_only_differences_count_without_centring(name):
-    """In float32, where 1024 + r keeps r exactly.  Wrong implementations: exponentials of the rewards themselves, which overflow;
-    a log-sum-exp less a score, which loses the digits behind the offset.  With centring the offset does count."""
+    """In float32, where 1024 + r keeps r exactly.  Wrong implementations: exponentials of the rewards
+    themselves, which overflow; a log-sum-exp less a score, which loses the digits behind the offset.  With
+    centring the offset does count.
+    """
     groups = [([round(64 * s) / 64 for s in r], y, m) for r, y, m in random_groups(name)]
     moved = [([s + 1024 for s in r], y, m) for r, y, m in groups]
     (a, g, _), (b, h, _) = (step(REWARD_LOSSES[name], x, torch.float32) for x in (groups, moved))
@@ -110,8 +125,9 @@ def test_far_rewards_stay_finite(name):
 @pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("group", [([0.3], [1.0], 0.1), ([0.3, -1.0, 2.0], [5.0, 5.0, 5.0], 0.1)])
 def test_a_group_that_compares_nothing_changes_nothing(name, group):
-    """One completion, or all tied: no loss, no gradient, no part in the denominators or the centring.  Wrong implementations: 0 / 0;
-    a mean over more groups than say anything; log K! for a tie."""
+    """One completion, or all tied: no loss, no gradient, no part in the denominators or the centring.  Wrong
+    implementations: 0 / 0; a mean over more groups than say anything; log K! for a tie.
+    """
     row = replace(REWARD_LOSSES[name], center=0.1)
     other = ([0.2, 0.9, 0.1], [2.0, 1.0, 1.0], 0.0)
     alone, g, kept = step(row, [other])
@@ -122,14 +138,19 @@ def test_a_group_that_compares_nothing_changes_nothing(name, group):
 
 @pytest.mark.parametrize("name", REWARD_LOSSES)
 def test_no_groups_at_all(name):
-    loss, grad, _ = (lambda it: (float(REWARD_LOSSES[name].measure(it)[0].detach()), it.score, None))(judged([]))
+    loss, grad, _ = (lambda it: (float(REWARD_LOSSES[name].measure(it)[0].detach()), it.score, None))(
+        judged([])
+    )
     assert loss == 0 and grad.numel() == 0
 
 
 @pytest.mark.parametrize("name", REWARD_LOSSES)
 def test_order_and_splitting_do_not_matter(name):
     """Wrong implementations: a denominator of the micro-batch; targets that do not move with their scores."""
-    row, groups = replace(REWARD_LOSSES[name], center=0.1 if REWARD_LOSSES[name].compares else 0.0), random_groups(name)
+    row, groups = (
+        replace(REWARD_LOSSES[name], center=0.1 if REWARD_LOSSES[name].compares else 0.0),
+        random_groups(name),
+    )
     whole, grad, _ = step(row, groups)
     back, turned, _ = step(row, [(r[::-1], y[::-1], m) for r, y, m in groups[::-1]])
     assert back == pytest.approx(whole, rel=1e-13) and torch.allclose(turned.flip(0), grad, rtol=1e-12)
@@ -150,8 +171,9 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_utilities_are_recovered_from_their_comparisons(name):
-    """Free scores fitted to rankings drawn from known utilities.  Wrong implementation: a loss that is minimal elsewhere (ranks taken
-    backwards, a ranking's tail that forgets the chosen one)."""
+    """Free scores fitted to rankings drawn from known utilities.  Wrong implementation: a loss that is
+    minimal elsewhere (ranks taken backwards, a ranking's tail that forgets the chosen one).
+    """
     noise = torch.Generator().manual_seed(1)
     utility = torch.linspace(-1.5, 1.5, 6, dtype=torch.float64)
     n, K = 4000, 2 if name == "bradley_terry" else 3
@@ -174,7 +196,9 @@ def test_utilities_are_recovered_from_their_comparisons(name):
 
 # --- metrics ----------------------------------------------------------------------------------------
 def test_metrics_of_a_step():
-    """Wrong implementations: a tie in rewards counted as won; the margin averaged over groups; a mean of micro-batches' means."""
+    """Wrong implementations: a tie in rewards counted as won; the margin averaged over groups; a mean of
+    micro-batches' means.
+    """
     groups = [([1.0, 0.5, 0.5], [2.0, 1.0, 0.0], 0.0), ([-2.0, 1.0], [1.0, 0.0], 0.0)]
     _, _, m = step(REWARD_LOSSES["bradley_terry"], groups)
     assert m["accuracy"] == 2 / 4 and m["margin"] == pytest.approx((0.5 + 0.5 + 0 - 3) / 4)
@@ -192,11 +216,17 @@ def test_a_step_of_pairs_is_trls(margin, center):
     """Loss, gradient and metrics of TRL's RewardTrainer on the same rewards, its method called as it is."""
     n = 12
     score = torch.randn(2 * n, dtype=torch.float64, requires_grad=True)
-    inputs = {"attention_mask": torch.ones(2 * n, 3)} | ({"margin": torch.rand(n, dtype=torch.float64)} if margin else {})
+    inputs = {"attention_mask": torch.ones(2 * n, 3)} | (
+        {"margin": torch.rand(n, dtype=torch.float64)} if margin else {}
+    )
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), args=SimpleNamespace(center_rewards_coefficient=center), _total_train_tokens=0, _tp_size=1,
-        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x), _metrics=defaultdict(lambda: defaultdict(list)),
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(center_rewards_coefficient=center),
+        _total_train_tokens=0,
+        _tp_size=1,
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
     theirs = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=score[:, None]), inputs)
     (slope,) = torch.autograd.grad(theirs, score)
     margins = inputs["margin"].tolist() if margin else [0.0] * n

@@ -22,14 +22,24 @@ def batch_of(*sequences: tuple[str, str]) -> Batch:
     advantage = torch.randn(len(sequences), generator=noise).repeat_interleave(lengths[1:])
     old = -torch.rand(T, generator=noise) - 2
     return Batch(
-        tokens=torch.tensor([ord(c) - ord("a") + 3 for c in text], dtype=torch.int64), cu_seqlens=lengths.cumsum(0).to(torch.int32),
-        mask=torch.tensor([c == "x" for c in mask], dtype=torch.bool), advantage=advantage, old_logp=old,
-        weight=torch.full((T,), 1 / max(T, 1)), ref_logp=old - 0.1,
-    )  # fmt: skip
+        tokens=torch.tensor([ord(c) - ord("a") + 3 for c in text], dtype=torch.int64),
+        cu_seqlens=lengths.cumsum(0).to(torch.int32),
+        mask=torch.tensor([c == "x" for c in mask], dtype=torch.bool),
+        advantage=advantage,
+        old_logp=old,
+        weight=torch.full((T,), 1 / max(T, 1)),
+        ref_logp=old - 0.1,
+    )
 
 
 BATCHES = {
-    "two prompts": [("abcde", "...xx"), ("abcfgh", "...xxx"), ("abci", "...x"), ("dbce", "...x"), ("dbcff", "...xx")],
+    "two prompts": [
+        ("abcde", "...xx"),
+        ("abcfgh", "...xxx"),
+        ("abci", "...x"),
+        ("dbce", "...x"),
+        ("dbcff", "...xx"),
+    ],
     "one token more": [("abde", "..xx"), ("abce", "..xx"), ("abce", "...x"), ("abcf", "...x")],
     "equal lengths, other tokens": [("abcd", "..xx"), ("aecd", "..xx"), ("abcd", "..xx"), ("abee", "..xx")],
     "turns": [("abcdefg", "..x..xx"), ("abcdeff", "..x..xx"), ("abcfefg", "..xx..x")],
@@ -43,9 +53,11 @@ BATCHES = {
 @pytest.mark.parametrize("method", ["rloo", "gspo+kl"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_loss_and_gradient_are_those_of_whole_sequences(name, method, monkeypatch):
-    """In float64.  Wrong implementations: the gradient of one copy alone; prompts compared by length, or by their first tokens; a
-    prompt that follows another sequence's; positions that count on; the prediction of the first completion token lost; what comes
-    between two turns shared, or a token after the prompt; a leader without a completion, whose last token is dropped."""
+    """In float64.  Wrong implementations: the gradient of one copy alone; prompts compared by length, or by
+    their first tokens; a prompt that follows another sequence's; positions that count on; the prediction of
+    the first completion token lost; what comes between two turns shared, or a token after the prompt; a
+    leader without a completion, whose last token is dropped.
+    """
     model = decoder(dtype=torch.float64)
     batch = batch_of(*BATCHES[name])
     monkeypatch.setattr(prefix, "LEAST", 1 << 20)
@@ -61,13 +73,17 @@ def test_loss_and_gradient_are_those_of_whole_sequences(name, method, monkeypatc
 
 @pytest.mark.parametrize("name", ["grpo", "gspo+kl"])
 def test_a_step_of_rollouts_agrees_and_forwards_each_prompt_once(name, monkeypatch):
-    """Wrong implementation: sharing that is computed and not used; or used where the temperature or the reference is another's."""
+    """Wrong implementation: sharing that is computed and not used; or used where the temperature or the
+    reference is another's.
+    """
     model = decoder()
     batch = make_batch(name, model)
     model.double()
     drift(model, 1e-3 if "gspo" in name else 0.03)
     seen, real = [], Layer.forward
-    monkeypatch.setattr(Layer, "forward", lambda self, x, *rest: seen.append(x.shape[0]) or real(self, x, *rest))
+    monkeypatch.setattr(
+        Layer, "forward", lambda self, x, *rest: seen.append(x.shape[0]) or real(self, x, *rest)
+    )
     found, tokens = [], []
     for least in (prefix.LEAST, NONE):
         monkeypatch.setattr(prefix, "LEAST", least)
@@ -95,7 +111,9 @@ def test_copies_are_added_in_a_fixed_order():
 
 
 def test_next_to_nothing_in_common_is_not_worth_a_copy():
-    """Wrong implementation: sequences that share their first token alone are copied for it, layer after layer."""
+    """Wrong implementation: sequences that share their first token alone are copied for it, layer after
+    layer.
+    """
     long = "." + "x" * 39
     assert prefix.shared(batch_of(("a" * 40, long), ("a" * 40, long))) is None
     assert prefix.shared(batch_of(("abcd", "...x"), ("abcd", "...x"))) is not None

@@ -1,4 +1,6 @@
-"""The benchmark harness: fair turns, right statistics, honest rows.  Nothing here asserts how fast anything is."""
+"""The benchmark harness: fair turns, right statistics, honest rows.  Nothing here asserts how fast anything
+is.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ CEILINGS = timing.Ceilings(copy_gb_s=10.0, gemm_tflop_s=0.1, gemm="8^3 float32")
 
 def bench(providers, *, registry="", truth=None, modes=(FORWARD,)) -> Bench:
     """A benchmark of x + 1."""
-    table_ = cases("T", tiny=(4,), quick=(4,), cpu=[(8,), (16,)], cuda=[(8,), (16,)], slice={"T": 2}, modes=modes)
+    table_ = cases(
+        "T", tiny=(4,), quick=(4,), cpu=[(8,), (16,)], cuda=[(8,), (16,)], slice={"T": 2}, modes=modes
+    )
     return Bench(
         op="plus_one",
         cases=table_,
-        data=lambda c: Data({"x": torch.arange(float(c.shape["T"]))}, wrt=("x",), upstream=(torch.ones(c.shape["T"]),)),
+        data=lambda c: Data(
+            {"x": torch.arange(float(c.shape["T"]))}, wrt=("x",), upstream=(torch.ones(c.shape["T"]),)
+        ),
         cost=lambda c: Cost(8 * c.shape["T"]),
         providers=providers,
         truth=truth,
@@ -51,14 +57,31 @@ def plus_one(x):
 
 
 def results(rows=(), **identity) -> ledger.Results:
-    who = {"kind": "cpu", "device": "Some CPU", "threads": 1, "commit": "abc", "dirty": False, "date": "2026-01-02T03:04:05+00:00"}
-    return ledger.Results(who | {"packages": {"torch": "2.13"}} | identity, CEILINGS, {"quick": True}, list(rows))
+    who = {
+        "kind": "cpu",
+        "device": "Some CPU",
+        "threads": 1,
+        "commit": "abc",
+        "dirty": False,
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    return ledger.Results(
+        who | {"packages": {"torch": "2.13"}} | identity, CEILINGS, {"quick": True}, list(rows)
+    )
 
 
 def row(provider: str, ms: float | None, **changes) -> ledger.Row:
     times = {} if ms is None else {"warm": (ms, ms, ms)}
     base = ledger.Row(
-        op="plus_one", case="T=4", shape={"T": 4}, dtype="float32", mode=FORWARD, headline=True, provider=provider, status="ok", ms=times
+        op="plus_one",
+        case="T=4",
+        shape={"T": 4},
+        dtype="float32",
+        mode=FORWARD,
+        headline=True,
+        provider=provider,
+        status="ok",
+        ms=times,
     )
     return replace(base, **changes)
 
@@ -66,8 +89,9 @@ def row(provider: str, ms: float | None, **changes) -> ledger.Row:
 # --- timing -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_turns_are_fair(n):
-    """Wrong implementations: a fixed order; rotation alone, under which everyone always follows the same neighbour; a reversal that
-    keeps some from ever being first."""
+    """Wrong implementations: a fixed order; rotation alone, under which everyone always follows the same
+    neighbour; a reversal that keeps some from ever being first.
+    """
     names = [str(i) for i in range(n)]
     orders = [timing.turn(names, r) for r in range(2 * n)]
     assert all(sorted(o) == names for o in orders)
@@ -182,7 +206,12 @@ def test_a_provider_that_errs_becomes_a_row_and_the_others_go_on():
 def test_a_failure_of_ours_is_an_exit_code():
     """Wrong implementation: a broken kernel of ours passes as quietly as a broken peer."""
     assert results([row("fastrl/cpu", None, status="failed")]).exit_code == 1
-    assert results([row("fastrl/cuda", None, status="unavailable"), row("liger", None, status="failed")]).exit_code == 0
+    assert (
+        results(
+            [row("fastrl/cuda", None, status="unavailable"), row("liger", None, status="failed")]
+        ).exit_code
+        == 0
+    )
 
 
 def test_each_row_of_ours_runs_its_own_implementation():
@@ -196,15 +225,23 @@ def test_each_row_of_ours_runs_its_own_implementation():
 
         return plain(function)
 
-    found = rows_of(bench({"fastrl": spy("fastrl"), "eager": spy("eager")}, registry="token_logp", truth=plain(plus_one)))
-    ready = {b for b, state in ops.implementations()["token_logp"].items() if state == "ready" and b in ("cpu", "reference")}
+    found = rows_of(
+        bench({"fastrl": spy("fastrl"), "eager": spy("eager")}, registry="token_logp", truth=plain(plus_one))
+    )
+    ready = {
+        b
+        for b, state in ops.implementations()["token_logp"].items()
+        if state == "ready" and b in ("cpu", "reference")
+    }
     assert seen == {"fastrl": ready, "eager": {None}}
     assert [n for n, r in found.items() if r.default] == [f"fastrl/{ops.backend('cpu')['token_logp']}"]
 
 
 def test_a_kernel_that_only_compiles_runs_when_asked_for_and_only_then(monkeypatch):
     """Wrong implementation: an untried kernel takes part in every run."""
-    monkeypatch.setattr(ops, "implementations", lambda: {"token_logp": {"cpu": COMPILED_ONLY, "reference": "ready"}})
+    monkeypatch.setattr(
+        ops, "implementations", lambda: {"token_logp": {"cpu": COMPILED_ONLY, "reference": "ready"}}
+    )
     b = bench({"fastrl": plain(plus_one)}, registry="token_logp")
     assert rows_of(b)["fastrl/cpu"].status == "unavailable"
     assert rows_of(b, replace(TINY, compiled_only=True))["fastrl/cpu"].status == "ok"
@@ -216,7 +253,9 @@ def test_errors_are_measured_against_float64():
     assert (off.error, off.relative_error) == (0.25, 0.125)  # the slice is x = 0, 1
     nan = rows_of(bench({"nan": plain(lambda x: x / 0 * 0)}, truth=plain(plus_one)))["nan"]
     assert nan.error == nan.relative_error == 1e300
-    twice = rows_of(bench({"twice": plain(lambda x: x * 1e-3)}, truth=plain(lambda x: x * 0.5e-3), modes=(BOTH,)))["twice"]
+    twice = rows_of(
+        bench({"twice": plain(lambda x: x * 1e-3)}, truth=plain(lambda x: x * 0.5e-3), modes=(BOTH,))
+    )["twice"]
     assert twice.error == pytest.approx(0.5e-3) and twice.relative_error == pytest.approx(1.0, rel=1e-6)
     dtypes = []
     rows_of(bench({"eager": plain(plus_one)}, truth=plain(lambda x: dtypes.append(x.dtype) or x + 1)))
@@ -234,7 +273,9 @@ def test_a_provider_that_writes_to_its_arguments_is_alone_with_them():
         seen.add(float(x[0]))
         return x.clone()
 
-    b = replace(bench({"grow": plain(grow), "look": plain(look)}, truth=plain(plus_one)), mutates={"grow": ("x",)})
+    b = replace(
+        bench({"grow": plain(grow), "look": plain(look)}, truth=plain(plus_one)), mutates={"grow": ("x",)}
+    )
     assert {r.status for r in rows_of(b).values()} == {"ok"}
     assert seen == {0.0}
 
@@ -244,7 +285,9 @@ def test_past_the_deadline_a_case_is_a_row_that_says_so():
     b = bench({"eager": plain(plus_one)})
     (late,) = harness.run_bench(b, [b.cases[0]], replace(TINY, deadline=0.0), share=0.0)
     assert (late.status, late.reason, late.case) == ("left out", "the run's time is over", "T=4")
-    (over,) = harness.run_case(bench({"torch.compile": plain(plus_one)}), b.cases[0], replace(TINY, compile=True), share_over=True)
+    (over,) = harness.run_case(
+        bench({"torch.compile": plain(plus_one)}), b.cases[0], replace(TINY, compile=True), share_over=True
+    )
     assert over.status == "left out" and over.ms == {}
 
 
@@ -269,13 +312,19 @@ def test_every_op_has_a_benchmark_with_cases_for_every_run():
         b = run.load(name)
         assert b.op == name and (not b.registry or b.registry in ops.implementations())
         assert {"fastrl"} <= b.providers.keys() and ("eager" in b.providers or not b.registry)
-        for device, options in (("cpu", run.Options(quick=True)), ("cpu", run.Options()), ("cuda", run.Options(gpu_check=True))):
+        for device, options in (
+            ("cpu", run.Options(quick=True)),
+            ("cpu", run.Options()),
+            ("cuda", run.Options(gpu_check=True)),
+        ):
             assert run.choose(b, device, options), (name, options)
 
 
 @pytest.mark.parametrize("name", run.names())
 def test_a_tiny_case_of_every_benchmark_runs(name):
-    """Every provider that can run here does, and ours is right: an argument in the wrong place, a peer that computes something else."""
+    """Every provider that can run here does, and ours is right: an argument in the wrong place, a peer that
+    computes something else.
+    """
     b = run.load(name)
     for case in (c for c in b.cases if c.level == "tiny"):
         for r in harness.run_case(b, case, TINY):
@@ -323,7 +372,13 @@ def test_another_file_is_refused_by_name(tmp_path, text):
 
 
 # --- the README's table -----------------------------------------------------------------------------
-ROWS = [row("fastrl/cpu", 2.0, default=True), row("fastrl/reference", 8.0), row("eager", 6.0), row("liger", 3.0), row("trl", 9.0)]
+ROWS = [
+    row("fastrl/cpu", 2.0, default=True),
+    row("fastrl/reference", 8.0),
+    row("eager", 6.0),
+    row("liger", 3.0),
+    row("trl", 9.0),
+]
 
 
 def test_the_readme_block_is_replaced_in_place_and_only_once():
@@ -338,7 +393,9 @@ def test_the_readme_block_is_replaced_in_place_and_only_once():
 
 
 def test_cpu_figures_are_ratios_and_gpu_figures_name_the_gpu():
-    """Wrong implementations: ratios upside down; a CPU's milliseconds in public; the reference taken for ours."""
+    """Wrong implementations: ratios upside down; a CPU's milliseconds in public; the reference taken for
+    ours.
+    """
     cpu = readme.block([results(ROWS)])
     assert "3.00x" in cpu and "1.50x (liger)" in cpu and "Some CPU" not in cpu and "| ms |" not in cpu
     gpu = readme.block([results(ROWS, kind="cuda", device="NVIDIA H200")])
@@ -361,7 +418,11 @@ def test_the_readme_command_takes_the_newest_results_of_each_device(tmp_path):
 def test_the_plot_shows_ratios_and_the_limit(tmp_path):
     """Wrong: bars of milliseconds, so that the slowest is the longest; a failed provider drawn as 0."""
     drawn = {r.provider: x for r, x in plots._bars(ROWS)}
-    assert drawn["fastrl/cpu"] == pytest.approx(3.0) and "eager" not in drawn and all(x > 0 for x in drawn.values())
+    assert (
+        drawn["fastrl/cpu"] == pytest.approx(3.0)
+        and "eager" not in drawn
+        and all(x > 0 for x in drawn.values())
+    )
     png, svg = plots.draw(results(ROWS), tmp_path / "some-cpu")
     assert png.read_bytes().startswith(b"\x89PNG") and "limit" in svg.read_text()
     assert plots.draw(results([]), tmp_path / "nothing") == []
@@ -371,7 +432,9 @@ def test_the_plot_shows_ratios_and_the_limit(tmp_path):
 def test_both_entry_points_write_what_they_measured(tmp_path, capsys):
     """Wrong implementation: `fastrl bench` ignores its device or output."""
     one, folder = tmp_path / "one.json", tmp_path / "folder"
-    done = run.main(types.SimpleNamespace(ops=("group_advantage",), device="cpu", quick=True, output=str(one)))
+    done = run.main(
+        types.SimpleNamespace(ops=("group_advantage",), device="cpu", quick=True, output=str(one))
+    )
     assert done.exit_code == 0 and {r.op for r in ledger.Results.load(one).rows} == {"group_advantage"}
     assert run.command(["gae", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
     assert {p.suffix for p in folder.iterdir()} == {".json", ".txt", ".png", ".svg"}
@@ -385,12 +448,19 @@ def test_an_unknown_op_is_one_line(capsys):
 
 
 def test_it_needs_no_package_of_the_command_line():
-    """The GPU machine has torch, triton, transformers (which brings PyYAML), safetensors and numpy: any other import fails there."""
+    """The GPU machine has torch, triton, transformers (which brings PyYAML), safetensors and numpy: any other
+    import fails there.
+    """
     absent = ("tyro", "rich", "tensorboard", "matplotlib", "trl", "liger_kernel")
     block = f"import sys\nfor n in {absent}: sys.modules[n] = None\n"
     code = block + "from fastrl.bench import readme, run\nprint([run.load(n).op for n in run.names()])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "token_logp" in done.stdout

@@ -22,7 +22,9 @@ def tiny(bench: Bench):
 
 # --- rows -------------------------------------------------------------------------------------------
 def test_a_benchmark_s_own_numbers_reach_the_file_and_the_table(tmp_path):
-    """Wrong implementations: details of another provider; asked for before anything is measured; lost in the JSON file."""
+    """Wrong implementations: details of another provider; asked for before anything is measured; lost in the
+    JSON file.
+    """
     asked = []
 
     def details(case, function, ms):
@@ -30,10 +32,14 @@ def test_a_benchmark_s_own_numbers_reach_the_file_and_the_table(tmp_path):
         return {"twice ms": 2 * ms, "who": float(function(x=torch.zeros(1))[0])}
 
     b = Bench(
-        op="x", cases=cases("T", tiny=(4,), quick=(4,), cpu=[(8,)], cuda=[(8,)], slice={}, modes=("all",)), cost=lambda c: Cost(8),
-        data=lambda c: Data({"x": torch.zeros(c.shape["T"])}), wall=True, details=details,
+        op="x",
+        cases=cases("T", tiny=(4,), quick=(4,), cpu=[(8,)], cuda=[(8,)], slice={}, modes=("all",)),
+        cost=lambda c: Cost(8),
+        data=lambda c: Data({"x": torch.zeros(c.shape["T"])}),
+        wall=True,
+        details=details,
         providers={"fastrl": plain(lambda x: x + 1), "eager": plain(lambda x: x + 2)},
-    )  # fmt: skip
+    )
     rows = harness.run_case(b, b.cases[0], TINY)
     assert [r.details["who"] for r in rows] == [1, 2]
     assert [r.details["twice ms"] for r in rows] == [2 * r.best for r in rows] == [2 * ms for ms in asked]
@@ -47,7 +53,9 @@ def test_a_benchmark_s_own_numbers_reach_the_file_and_the_table(tmp_path):
 
 def test_results_of_before_have_no_details(tmp_path):
     """Wrong implementation: a new field without a default makes every published file unreadable."""
-    row = ledger.Row(op="x", case="", shape={}, dtype="float32", mode="all", headline=True, provider="fastrl", status="ok")
+    row = ledger.Row(
+        op="x", case="", shape={}, dtype="float32", mode="all", headline=True, provider="fastrl", status="ok"
+    )
     ledger.Results({}, H200, {}, [row]).save(tmp_path / "x.json")
     old = (tmp_path / "x.json").read_text().replace(', "details": {}', "")
     (tmp_path / "x.json").write_text(old)
@@ -56,7 +64,9 @@ def test_results_of_before_have_no_details(tmp_path):
 
 # --- the workload and its bound ---------------------------------------------------------------------
 def test_the_workload_is_nano_vllm_s():
-    """142,827 prompt and 133,966 output tokens, and 121.07 million keys read: wrong if a number is drawn in another order."""
+    """142,827 prompt and 133,966 output tokens, and 121.07 million keys read: wrong if a number is drawn in
+    another order.
+    """
     case = next(c for c in bench_rollout.CASES if c.mode == bench_rollout.RANDOM)
     prompts, outputs = bench_rollout.lengths(case)
     assert (len(prompts), sum(prompts), sum(outputs), max(outputs)) == (256, 142_827, 133_966, 1024)
@@ -65,13 +75,23 @@ def test_the_workload_is_nano_vllm_s():
     assert random.Random(0).randint(100, 1024) == prompts[0]
 
 
-@pytest.mark.parametrize(("shape", "tokens"), [(decoders.QWEN25_05B, 183e3), (decoders.QWEN25_15B, 64e3), (decoders.QWEN3_06B, 36e3)])
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [(decoders.QWEN25_05B, 183e3), (decoders.QWEN25_15B, 64e3), (decoders.QWEN3_06B, 36e3)],
+)
 def test_the_bound_on_an_h200(shape, tokens):
-    """The additive bound as it was worked out elsewhere: wrong with traffic and arithmetic of all steps in one maximum, with the
-    cache of a layer, or with weights read once a sequence."""
-    case = next(c for c in bench_rollout.CASES if c.mode == bench_rollout.RANDOM and c.sizes(decoders.LETTERS) == shape)
+    """The additive bound as it was worked out elsewhere: wrong with traffic and arithmetic of all steps in
+    one maximum, with the cache of a layer, or with weights read once a sequence.
+    """
+    case = next(
+        c
+        for c in bench_rollout.CASES
+        if c.mode == bench_rollout.RANDOM and c.sizes(decoders.LETTERS) == shape
+    )
     prompts, outputs = bench_rollout.lengths(case)
-    assert sum(outputs) / decoders.bound(case, prompts, outputs, limit=H200).ms * 1e3 == pytest.approx(tokens, rel=0.01)
+    assert sum(outputs) / decoders.bound(case, prompts, outputs, limit=H200).ms * 1e3 == pytest.approx(
+        tokens, rel=0.01
+    )
 
 
 def test_samples_of_a_prompt_are_prefilled_once_and_decoded_each():
@@ -79,14 +99,20 @@ def test_samples_of_a_prompt_are_prefilled_once_and_decoded_each():
     one, four = (decoders.bound(case, [700] * 32, [300] * 32, n, limit=H200) for n in (1, 4))
     assert four.prefill_ms == one.prefill_ms
     assert four.cache_ms == pytest.approx(4 * one.cache_ms)
-    assert one.decode_ms <= four.decode_ms < 1.01 * one.decode_ms, "32 or 128 rows: the weights' traffic, on this device"
+    assert one.decode_ms <= four.decode_ms < 1.01 * one.decode_ms, (
+        "32 or 128 rows: the weights' traffic, on this device"
+    )
 
 
 def test_parameters_are_the_models():
     """Wrong: a head width that is always D / H."""
     for bench in (bench_rollout.BENCH, bench_train.BENCH):
         for case in (tiny(bench), replace(tiny(bench), shape=tiny(bench).shape | {"E": 6})):
-            matrices = [p.numel() for name, p in decoders.ours(case).named_parameters() if p.ndim == 2 and "norm" not in name]
+            matrices = [
+                p.numel()
+                for name, p in decoders.ours(case).named_parameters()
+                if p.ndim == 2 and "norm" not in name
+            ]
             assert sum(decoders.parameters(case)) == sum(matrices)
 
 
@@ -100,7 +126,9 @@ def test_model_flops():
 
 # --- one step against TRL ---------------------------------------------------------------------------
 def test_a_step_draws_and_learns_what_it_says():
-    """Wrong: completions that end early; samples left out; a step that learns nothing, or the same tokens again."""
+    """Wrong: completions that end early; samples left out; a step that learns nothing, or the same tokens
+    again.
+    """
     case = next(c for c in bench_grpo.CASES if c.level == "quick")
     P, G, N, M = case.sizes("P G N M")
     step = bench_grpo.Ours(case)

@@ -17,7 +17,9 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> str:
 
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
-    """Wrong implementation: a file value that beats an explicit option, or an option that resets its whole group."""
+    """Wrong implementation: a file value that beats an explicit option, or an option that resets its whole
+    group.
+    """
     file = write(tmp_path, "model: m\nsteps: 7\noptim:\n  lr: 0.5\n  warmup: 3\n")
     config = resolve(Grpo, ["--config", file, "--optim.lr", "1e-4"])
     assert config == Grpo(model="m", steps=7, optim=Optim(lr=1e-4, warmup=3))
@@ -26,15 +28,28 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
 def test_a_later_file_overrides_an_earlier_one(tmp_path):
     base = write(tmp_path, "model: m\nsteps: 7\nseed: 1\n", "a.yaml")
     over = write(tmp_path, 'steps = 9\n[optim]\nschedule = "cosine"\n', "b.toml")
-    assert resolve(Sft, [f"--config={base}", "--config", over]) == Sft(model="m", steps=9, seed=1, optim=Optim(schedule="cosine"))
+    assert resolve(Sft, [f"--config={base}", "--config", over]) == Sft(
+        model="m", steps=9, seed=1, optim=Optim(schedule="cosine")
+    )
 
 
 def test_a_dumped_configuration_loads_to_the_same_object(tmp_path):
-    """Wrong implementation: tuples that come back as lists, 1e-05 as a string, None as 'None', groups flattened."""
+    """Wrong implementation: tuples that come back as lists, 1e-05 as a string, None as 'None', groups
+    flattened.
+    """
     config = Grpo(
-        model="m", reward=("a.py:f", "b.py:g"), kl="k3", kl_coef=1e-05, task="24 # points", output_dir="yes", steps=20,
-        optim=Optim(lr=3e-6, schedule="cosine"), sampling=Sampling(top_p=0.9), save=Save(every=5), gradient_checkpointing=True,
-    )  # fmt: skip
+        model="m",
+        reward=("a.py:f", "b.py:g"),
+        kl="k3",
+        kl_coef=1e-05,
+        task="24 # points",
+        output_dir="yes",
+        steps=20,
+        optim=Optim(lr=3e-6, schedule="cosine"),
+        sampling=Sampling(top_p=0.9),
+        save=Save(every=5),
+        gradient_checkpointing=True,
+    )
     file = write(tmp_path, dump(config))
     assert load(Grpo, file) == config
     assert resolve(Grpo, ["--config", file]) == config
@@ -47,7 +62,9 @@ def test_every_command_takes_the_invocation_options():
 
 
 def test_lists_and_both_spellings_of_a_name():
-    config = resolve(Grpo, ["--model", "m", "--reward", "a.py:f", "b.py:g", "--output_dir", "x", "--max-new-tokens=5"])
+    config = resolve(
+        Grpo, ["--model", "m", "--reward", "a.py:f", "b.py:g", "--output_dir", "x", "--max-new-tokens=5"]
+    )
     assert (config.reward, config.output_dir, config.max_new_tokens) == (("a.py:f", "b.py:g"), "x", 5)
     assert resolve(Grpo, ["--model", "m", "--output-dir", "x"]).output_dir == "x"
     assert resolve(Grpo, ["--model", "m", "--no-resume"]).resume is False
@@ -75,7 +92,13 @@ def test_trl_spellings_of_sft():
     assert resolve(Sft, args) == Sft(model="m", neftune_alpha=5.0, label_smoothing=0.25)
 
 
-TRL_PPO = {"num_ppo_epochs": 4, "num_mini_batches": 2, "cliprange": 0.1, "cliprange_value": 0.3, "kl_estimator": "k3"}
+TRL_PPO = {
+    "num_ppo_epochs": 4,
+    "num_mini_batches": 2,
+    "cliprange": 0.1,
+    "cliprange_value": 0.3,
+    "kl_estimator": "k3",
+}
 
 
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file"])
@@ -84,9 +107,20 @@ def test_trl_spellings(where, tmp_path):
     others = {"reward_funcs", "mask_truncated_completions", "center_rewards_coefficient"}
     assert {*TRL, *TRL_PPO, *TRL_SFT, *others} == set(ALIASES)
     expected = Grpo(
-        model="q", dataset="d.jsonl", group=4, max_new_tokens=9, steps=3, optim=Optim(lr=0.001), reward=("r.py:f",), algorithm="dapo",
-        kl_coef=0.25, epochs=2, correction="token_mask", correction_min=0.25, correction_max=4.0,
-    )  # fmt: skip
+        model="q",
+        dataset="d.jsonl",
+        group=4,
+        max_new_tokens=9,
+        steps=3,
+        optim=Optim(lr=0.001),
+        reward=("r.py:f",),
+        algorithm="dapo",
+        kl_coef=0.25,
+        epochs=2,
+        correction="token_mask",
+        correction_min=0.25,
+        correction_max=4.0,
+    )
     if where == "file":
         text = "".join(f"{k}: {v}\n" for k, v in TRL.items()) + "reward_funcs: r.py:f\n"
         args = ["--config", write(tmp_path, text)]
@@ -98,7 +132,9 @@ def test_trl_spellings(where, tmp_path):
 
 
 def test_an_option_goes_before_trls_spelling_of_another(capsys):
-    """Wrong implementations: --beta of `fastrl hybrid`, a preference loss's own, taken for TRL's name of --kl-coef; a help that says so."""
+    """Wrong implementations: --beta of `fastrl hybrid`, a preference loss's own, taken for TRL's name of
+    --kl-coef; a help that says so.
+    """
     config = resolve(Hybrid, ["--model=m", "--beta=0.5"])
     assert (config.beta, config.kl_coef) == (0.5, None)
     with pytest.raises(SystemExit):
@@ -110,7 +146,9 @@ def test_an_option_goes_before_trls_spelling_of_another(capsys):
 def test_trl_spellings_of_ppo():
     """Wrong implementation: the clip of the ratio and that of the values taken for each other."""
     args = [f"--{k}={v}" for k, v in TRL_PPO.items()]
-    assert resolve(Ppo, ["--model=m", *args]) == Ppo(model="m", epochs=4, minibatches=2, epsilon=0.1, value_clip=0.3, kl="k3")
+    assert resolve(Ppo, ["--model=m", *args]) == Ppo(
+        model="m", epochs=4, minibatches=2, epsilon=0.1, value_clip=0.3, kl="k3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,8 +207,13 @@ def test_a_mistake_in_a_file_is_named(text, message, tmp_path):
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):
-    """Wrong implementation: YAML 1.1 reads 1e-4 as a string, and a strict check refuses it; an int is a float too."""
-    config = resolve(Grpo, ["--model", "m", "--config", write(tmp_path, "optim: {lr: 1e-4, clip: 1}\nkl_coef: None\nsave:\n")])
+    """Wrong implementation: YAML 1.1 reads 1e-4 as a string, and a strict check refuses it; an int is a float
+    too.
+    """
+    config = resolve(
+        Grpo,
+        ["--model", "m", "--config", write(tmp_path, "optim: {lr: 1e-4, clip: 1}\nkl_coef: None\nsave:\n")],
+    )
     assert (config.optim.lr, config.optim.clip, config.kl_coef) == (1e-4, 1.0, None)
     assert isinstance(config.optim.clip, float)
 

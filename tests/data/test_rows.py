@@ -14,7 +14,8 @@ from fastrl.errors import UserError
 from fastrl.tasks.tokens import char_tokenizer, train_bpe
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHAT = [
@@ -58,7 +59,9 @@ def whole(sample, tokenizer):
 
 # --- tokens and masks --------------------------------------------------------------------------------
 def test_loss_on_the_completion_and_its_end():
-    """Training on the prompt, or leaving the end-of-sequence token out (the model never stops), changes this mask."""
+    """Training on the prompt, or leaving the end-of-sequence token out (the model never stops), changes this
+    mask.
+    """
     sample = encode(pair("abc", "de"), LETTERS)
     assert sample.tokens == [3, 4, 5, 6, 7, EOS]
     assert sample.mask == [False, False, False, True, True, True]
@@ -68,7 +71,9 @@ def test_the_end_is_appended_exactly_once():
     assert encode(pair("abc", "de<eos>"), LETTERS) == encode(pair("abc", "de"), LETTERS)
     assert encode(pair("abc", ""), LETTERS).tokens[3:] == [EOS], "an empty completion teaches to stop"
     with pytest.raises(
-        UserError, match=r"data.jsonl:7: completion: expected the end-of-sequence token at its end only, got it after 2 of 3 tokens"
+        UserError,
+        match=r"data.jsonl:7: completion: expected the end-of-sequence token at its end only, "
+        r"got it after 2 of 3 tokens",
     ):
         encode(pair("abc", "d<eos>e"), LETTERS)
     with pytest.raises(UserError, match="expected one with an end-of-sequence token"):
@@ -76,7 +81,9 @@ def test_the_end_is_appended_exactly_once():
 
 
 def test_prompt_and_completion_are_tokenised_apart():
-    """Tokenising the joined text merges ` the` + `re` over the boundary, so that the model trains on a prompt it never gets."""
+    """Tokenising the joined text merges ` the` + `re` over the boundary, so that the model trains on a prompt
+    it never gets.
+    """
     tokenizer = train_bpe(["there there there", "the the the"] * 9, 300)
     joined = tokenizer.encode("over there")
     sample = encode(pair("over the", "re"), tokenizer)
@@ -86,7 +93,9 @@ def test_prompt_and_completion_are_tokenised_apart():
 
 
 def test_beginning_of_sequence_once_and_never_trained():
-    """A double BOS: from the tokenizer and from the text. Encoding the completion with special tokens puts a third in the middle."""
+    """A double BOS: from the tokenizer and from the text. Encoding the completion with special tokens puts a
+    third in the middle.
+    """
     tokenizer = bos_tokenizer()
     bos = tokenizer.bos_token_id
     assert tokenizer.encode("a") == [bos, 3]
@@ -106,7 +115,9 @@ def test_plain_text_counts_but_for_its_first_token():
 
 
 def test_conversations_train_the_assistants_turns():
-    """Training on all roles, on the template's headers, or on the newline after the last <|im_end|> changes these texts."""
+    """Training on all roles, on the template's headers, or on the newline after the last <|im_end|> changes
+    these texts.
+    """
     tokenizer = chat_tokenizer()
     sample = encode(Row("c:1", "messages", {"messages": CHAT}), tokenizer)
     assert trained(sample, tokenizer) == "4<|im_end|>6<|im_end|>"
@@ -120,7 +131,9 @@ def test_prompt_and_completion_as_messages():
     tokenizer = chat_tokenizer()
     split = encode(pair(CHAT[:2], CHAT[2:]), tokenizer)
     assert split == encode(Row("c:1", "messages", {"messages": CHAT}), tokenizer)
-    assert trained(encode(pair(CHAT[:4], "6"), tokenizer), tokenizer) == "6<|im_end|>", "the prompt's assistant turn is not trained"
+    assert trained(encode(pair(CHAT[:4], "6"), tokenizer), tokenizer) == "6<|im_end|>", (
+        "the prompt's assistant turn is not trained"
+    )
     assert encode(pair("2+2?", [{"role": "assistant", "content": "4"}]), tokenizer) == encode(
         pair([{"role": "user", "content": "2+2?"}], "4"), tokenizer
     )
@@ -134,9 +147,14 @@ def test_a_template_that_does_not_end_in_eos_gets_one():
 
 
 def test_a_template_that_rewrites_history_is_refused_or_trained_on_the_last_turn():
-    strips = CHATML.replace("m['content']", "('...' if m['role'] == 'assistant' and not loop.last else m['content'])")
+    strips = CHATML.replace(
+        "m['content']", "('...' if m['role'] == 'assistant' and not loop.last else m['content'])"
+    )
     tokenizer, row = chat_tokenizer(strips), Row("c:1", "messages", {"messages": CHAT})
-    with pytest.raises(UserError, match="c:1: the chat template rewrites the turns before message 4; train on the last turn alone"):
+    with pytest.raises(
+        UserError,
+        match="c:1: the chat template rewrites the turns before message 4; train on the last turn alone",
+    ):
         encode(row, tokenizer)
     sample = encode(row, tokenizer, turns="last")
     assert trained(sample, tokenizer) == "6<|im_end|>" and "...<|im_end|>" in whole(sample, tokenizer)
@@ -145,16 +163,23 @@ def test_a_template_that_rewrites_history_is_refused_or_trained_on_the_last_turn
 def test_tools_and_refusals_of_a_template():
     tools = CHATML.replace("{% for", "{% if tools %}tools:{{ tools[0]['name'] }}{% endif %}{% for", 1)
     rows = {"messages": CHAT, "tools": [{"name": "search"}]}
-    assert "tools:search" in whole(encode(Row("c:1", "messages", rows), chat_tokenizer(tools)), chat_tokenizer(tools))
+    assert "tools:search" in whole(
+        encode(Row("c:1", "messages", rows), chat_tokenizer(tools)), chat_tokenizer(tools)
+    )
     refuses = chat_tokenizer("{{ raise_exception('no system message') }}")
-    with pytest.raises(UserError, match=r"c:1: the chat template refuses roles \['system', 'user'\]: no system message"):
+    with pytest.raises(
+        UserError, match=r"c:1: the chat template refuses roles \['system', 'user'\]: no system message"
+    ):
         encode(Row("c:1", "messages", {"messages": CHAT}), refuses)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row("f:3", "prompt", {"prompt": "ab"}), "f:3: expected a completion to train on, got a prompt alone"),
+        (
+            Row("f:3", "prompt", {"prompt": "ab"}),
+            "f:3: expected a completion to train on, got a prompt alone",
+        ),
         (Row("f:3", "messages", {"messages": CHAT[:2]}), "f:3: expected an assistant message to train on"),
         (Row("f:3", "messages", {"messages": CHAT[:3]}), "f:3: the tokenizer has no chat template"),
         (pair("", "ab"), "data.jsonl:7: prompt: expected at least one token"),
@@ -170,7 +195,10 @@ def test_rows_that_cannot_be_encoded(row, message):
 def test_too_long_is_an_error_with_both_lengths():
     """Truncating silently trains on completions without an end."""
     assert len(encode(pair("abc", "de"), LETTERS, max_tokens=6).tokens) == 6
-    with pytest.raises(UserError, match=r"data.jsonl:7: 6 tokens \(3 of the prompt, 3 of the completion\), but a sequence may have 5"):
+    with pytest.raises(
+        UserError,
+        match=r"data.jsonl:7: 6 tokens \(3 of the prompt, 3 of the completion\), but a sequence may have 5",
+    ):
         encode(pair("abc", "de"), LETTERS, max_tokens=5)
 
 
@@ -197,7 +225,9 @@ def test_kinds_and_columns(tmp_path):
         ("prompt-completion", {"prompt": CHAT[:1], "completion": CHAT[2:3]}),
     ):
         path = lines(tmp_path, fields, "", fields)
-        assert read_rows(path) == [Row(f"{path}:1", kind, fields), Row(f"{path}:3", kind, fields)], "line numbers count blank lines"
+        assert read_rows(path) == [Row(f"{path}:1", kind, fields), Row(f"{path}:3", kind, fields)], (
+            "line numbers count blank lines"
+        )
 
 
 def test_renamed_columns(tmp_path):
@@ -206,7 +236,9 @@ def test_renamed_columns(tmp_path):
     assert row.kind == "prompt-completion" and row.fields == {"prompt": "a", "completion": "b", "id": 1}
     with pytest.raises(UserError, match=r"data.jsonl:1: expected a column 'query'"):
         read_rows(path, {"query": "prompt"})
-    with pytest.raises(UserError, match="'question' cannot be read as 'answer': the row has a column of that name"):
+    with pytest.raises(
+        UserError, match="'question' cannot be read as 'answer': the row has a column of that name"
+    ):
         read_rows(path, {"question": "answer"})
     with pytest.raises(UserError, match="expected each column to be read as another one"):
         read_rows(path, {"question": "prompt", "answer": "prompt"})
@@ -226,15 +258,33 @@ GOOD = {"prompt": "a", "completion": "b"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", ', r"data.jsonl:2: expected a JSON object, got '\{\"prompt\": \"a\",' \(.* at column 16\)"),
+        (
+            '{"prompt": "a", ',
+            r"data.jsonl:2: expected a JSON object, got '\{\"prompt\": \"a\",' \(.* at column 16\)",
+        ),
         ("[1, 2]", r"data.jsonl:2: expected a JSON object like .*, got \[1, 2\]"),
         ("[" * 100_000, "data.jsonl:2: expected a JSON object"),
-        ({"prompt": "a"}, r"data.jsonl:2: expected the columns prompt \+ completion like the lines before it; got 'prompt'"),
-        ({"prompt": "a", "completion": 3}, "data.jsonl:2: completion: expected text or a list of messages, got int 3"),
-        ({"prompt": None, "completion": "b"}, "data.jsonl:2: prompt: expected text or a list of messages, got NoneType None"),
-        ({"prompt": [], "completion": "b"}, "data.jsonl:2: prompt: expected at least one message, got an empty list"),
+        (
+            {"prompt": "a"},
+            r"data.jsonl:2: expected the columns prompt \+ completion like the lines before it; got 'prompt'",
+        ),
+        (
+            {"prompt": "a", "completion": 3},
+            "data.jsonl:2: completion: expected text or a list of messages, got int 3",
+        ),
+        (
+            {"prompt": None, "completion": "b"},
+            "data.jsonl:2: prompt: expected text or a list of messages, got NoneType None",
+        ),
+        (
+            {"prompt": [], "completion": "b"},
+            "data.jsonl:2: prompt: expected at least one message, got an empty list",
+        ),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "data.jsonl:2: prompt: expected message 0 to be"),
-        ({"prompt": ["hi"], "completion": "b"}, "data.jsonl:2: prompt: expected message 0 to be .*, got 'hi'"),
+        (
+            {"prompt": ["hi"], "completion": "b"},
+            "data.jsonl:2: prompt: expected message 0 to be .*, got 'hi'",
+        ),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
@@ -246,7 +296,10 @@ def test_malformed_files(tmp_path):
     for value, message in (
         ({"messages": "hi"}, "data.jsonl:1: messages: expected a list of messages, got str 'hi'"),
         ({"text": ["hi"]}, "data.jsonl:1: text: expected text, got list"),
-        ({"chosen": "a", "rejected": "b"}, r"expected the columns prompt \+ completion or messages or text or prompt; rename others"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            r"expected the columns prompt \+ completion or messages or text or prompt; rename others",
+        ),
         ("", "expected at least one row, the file has none"),
     ):
         with pytest.raises(UserError, match=message):
@@ -257,7 +310,10 @@ def test_malformed_files(tmp_path):
         read_rows(path)
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n')
     assert read_rows(path)[0].fields == {"text": "a"}, "a byte order mark and Windows line ends are no error"
-    for name, message in (("absent.jsonl", "no such file"), ("org/name", "expected a file ending in .jsonl, .json, .parquet")):
+    for name, message in (
+        ("absent.jsonl", "no such file"),
+        ("org/name", "expected a file ending in .jsonl, .json, .parquet"),
+    ):
         with pytest.raises(UserError, match=message):
             read_rows(name)
 

@@ -1,4 +1,6 @@
-"""group_advantage and gae on a GPU, every implementation asked for by name: values, the same bits twice, no wait, torch.compile."""
+"""group_advantage and gae on a GPU, every implementation asked for by name: values, the same bits twice, no
+wait, torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from fastrl.kernels import gae as gae_file
 from fastrl.kernels import group_advantage as group_file
 
 pytestmark = pytest.mark.gpu
-ROWS = [(b, s, "linear") for b in group_file.BASELINES for s in group_file.SCALES] + [("mean", "std", "rank"), ("mean", "std", "softmax")]
+ROWS = [(b, s, "linear") for b in group_file.BASELINES for s in group_file.SCALES] + [
+    ("mean", "std", "rank"),
+    ("mean", "std", "softmax"),
+]
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -52,7 +57,9 @@ def test_group_advantage(implementation, size, dtype):
 
 @pytest.mark.parametrize("groups", [3, 5000, 40_000])
 def test_group_advantage_by_ids(implementation, groups):
-    """Groups in any order, some of them larger than a program's samples; 40,000 ids for 30,000 samples are groups of one and two."""
+    """Groups in any order, some of them larger than a program's samples; 40,000 ids for 30,000 samples are
+    groups of one and two.
+    """
     reward, ids = rewards(30_000), torch.randint(groups, (30_000,), device="cuda") * 1000
     for row in ROWS:
         options = (0, *row, 1e-4, True, 0.5)
@@ -67,7 +74,9 @@ def test_group_advantage_by_ids(implementation, groups):
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gae(implementation, masked, gamma, lam, dtype):
-    """Against the float64 definition, no further than its own fp32 run, over one token to many blocks; the same bits twice."""
+    """Against the float64 definition, no further than its own fp32 run, over one token to many blocks; the
+    same bits twice.
+    """
     reward, value, cu, mask = packed([1, 0, 129, 2048, 2049, 20_000, 5], dtype)
     mask = mask if masked else mask[:0]
     exact = gae_file.reference(reward.double(), value.double(), cu, mask, gamma, lam)
@@ -119,7 +128,9 @@ def test_under_compile(implementation):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
     def both(reward, value, cu):
-        return ops.group_advantage(reward * 1.0, 16), ops.gae(reward * 1.0, value, cu, gamma=0.99, lam=0.95).advantage
+        return ops.group_advantage(reward * 1.0, 16), ops.gae(
+            reward * 1.0, value, cu, gamma=0.99, lam=0.95
+        ).advantage
 
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend=counter, dynamic=True)

@@ -1,4 +1,6 @@
-"""decode_attention's Triton kernel on a GPU: against float64, in a captured graph, the same bits, no waiting; and attention over a past."""
+"""decode_attention's Triton kernel on a GPU: against float64, in a captured graph, the same bits, no waiting;
+and attention over a past.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +47,18 @@ def wide(args):
 @pytest.mark.parametrize("page", [16, 64, 256])
 @pytest.mark.parametrize("H, K, E", MODELS)
 def test_as_near_to_float64_as_the_reference(H, K, E, page, dtype):
-    """Wrong: probabilities of a split that are rounded before they are normalised to less than the budget; a load that a pipeline took
-    from the block before; NaN of unused slots."""
+    """Wrong: probabilities of a split that are rounded before they are normalised to less than the budget; a
+    load that a pipeline took from the block before; NaN of unused slots.
+    """
     args = case([0, 1, page - 1, page, page + 1, SPLIT, SPLIT + 1, 1000, 2047, 3000], H, K, E, page, dtype)
     within_budget(run("triton", *args), run("reference", *args), run("reference", *wide(args)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_query_are_its_own(dtype):
-    """Wrong: splits that are added in the order in which they finish; a result that depends on the batch, the table or the page."""
+    """Wrong: splits that are added in the order in which they finish; a result that depends on the batch, the
+    table or the page.
+    """
     q, k, v, table, lengths = case([5, 700, 64, 3000, 257], 14, 2, 64, 64, dtype)
     y = run("triton", q, k, v, table, lengths)
     with no_waiting():
@@ -83,7 +88,9 @@ def test_one_graph_for_every_length():
         lengths.copy_((torch.arange(8, device="cuda") * 131 + n) % (most + 1))
         lengths[0] = n
         graph.replay()
-        worst = max(worst, (y.double() - run("reference", *wide((q, k, v, table)), lengths)).abs().max().item())
+        worst = max(
+            worst, (y.double() - run("reference", *wide((q, k, v, table)), lengths)).abs().max().item()
+        )
     assert worst < 2e-2
 
 
@@ -109,8 +116,14 @@ def test_65536_queries_and_caches_beyond_2_31():
 def test_a_rung_continues_a_prompt(name, dtype):
     """Wrong: a causal mask flush with the first token; a library that lays it otherwise than it says."""
     new, past = [300, 0, 1, 64, 129], [1000, 64, 0, 63, 257]
-    cu, cu_k = (torch.tensor([0, *n], device="cuda").cumsum(0).int() for n in (new, [a + b for a, b in zip(new, past, strict=True)]))
-    q, k, v = (torch.randn(n, h, 64, device="cuda").to(dtype) for n, h in ((sum(new), 14), (sum(new + past), 2), (sum(new + past), 2)))
+    cu, cu_k = (
+        torch.tensor([0, *n], device="cuda").cumsum(0).int()
+        for n in (new, [a + b for a, b in zip(new, past, strict=True)])
+    )
+    q, k, v = (
+        torch.randn(n, h, 64, device="cuda").to(dtype)
+        for n, h in ((sum(new), 14), (sum(new + past), 2), (sum(new + past), 2))
+    )
     results = []
     for rung, cast in ((name, dtype), ("reference", dtype), ("reference", torch.float64)):
         with use(rung, "attention"):

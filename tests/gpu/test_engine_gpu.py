@@ -1,4 +1,6 @@
-"""The rollout engine on a GPU: captured steps against plain ones, transformers' tokens, weights that change, nobody waits."""
+"""The rollout engine on a GPU: captured steps against plain ones, transformers' tokens, weights that change,
+nobody waits.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_greedy_is_transformers_generate(family, tmp_path):
     ours = Sampler(policy).generate(PROMPTS, SamplingParams(max_new_tokens=200, temperature=0.0))
     for prompt, done in zip(PROMPTS, ours.completions(), strict=True):
         ids = torch.tensor([prompt], device="cuda")
-        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, pad_token_id=0)
+        want = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, pad_token_id=0
+        )
         assert want[0, len(prompt) :].tolist() == done
 
 
@@ -64,10 +68,14 @@ def test_one_set_of_graphs_serves_every_call():
     assert isinstance(sampler._engine.run, Graphs)
     captured = dict(sampler._engine.run.captured)
     assert captured
-    other = sampler.generate(PROMPTS[::-1], SamplingParams(n=3, max_new_tokens=40, seed=6, temperature=0.7, stop=(4, 5)))
+    other = sampler.generate(
+        PROMPTS[::-1], SamplingParams(n=3, max_new_tokens=40, seed=6, temperature=0.7, stop=(4, 5))
+    )
     now = sampler._engine.run.captured  # its rows end at different times, which takes smaller steps too
     assert all(now[key] is graph for key, graph in captured.items())
-    fresh = Sampler(policy).generate(PROMPTS[::-1], SamplingParams(n=3, max_new_tokens=40, seed=6, temperature=0.7, stop=(4, 5)))
+    fresh = Sampler(policy).generate(
+        PROMPTS[::-1], SamplingParams(n=3, max_new_tokens=40, seed=6, temperature=0.7, stop=(4, 5))
+    )
     assert other.completions() == fresh.completions() and other.finish_reason == fresh.finish_reason
     assert sampler.generate(PROMPTS, PARAMS).completions() == first.completions()
 

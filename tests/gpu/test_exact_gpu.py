@@ -31,7 +31,9 @@ def test_linear_is_near_to_float64_and_a_row_has_its_own_bits(N, K, dtype):
         for rows in SUBSETS:
             assert torch.equal(ops.linear(x[rows], weight, bias), want[rows])
             assert torch.equal(project(x[rows], weight, None, torch.float32), logits[rows])
-    within_budget(want, torch_linear(x, weight, bias), torch_linear(x.double(), weight.double(), bias.double()))
+    within_budget(
+        want, torch_linear(x, weight, bias), torch_linear(x.double(), weight.double(), bias.double())
+    )
     within_budget(logits, torch_linear(x.float(), weight.float()), torch_linear(x.double(), weight.double()))
 
 

@@ -1,4 +1,6 @@
-"""The decoder's own ops on a GPU: the Triton kernels against float64, every rung of attention's ladder, launches that do not wait."""
+"""The decoder's own ops on a GPU: the Triton kernels against float64, every rung of attention's ladder,
+launches that do not wait.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ def norm_case(T, D, dtype):
 def norm_run(x, residual, up, up_h, weight):
     y, h, r = rms_norm.add_op(x, residual, weight, 1e-6)
     alone, r_alone = rms_norm.forward_op(x, weight, 1e-6)
-    return y, h, *rms_norm.add_backward_op(up, up_h, h, weight, r), alone, *rms_norm.backward_op(up, x, weight, r_alone)
+    return (
+        y,
+        h,
+        *rms_norm.add_backward_op(up, up_h, h, weight, r),
+        alone,
+        *rms_norm.backward_op(up, x, weight, r_alone),
+    )
 
 
 def swiglu_case(T, F, dtype):
@@ -49,7 +57,10 @@ def swiglu_run(x, up):
 
 def rope_case(T, H, K, E, dtype, norm):
     fused, ups = (normal(T, H + 2 * K, E, dtype=dtype).split((H, K, K), 1) for _ in range(2))
-    weights = [1 + 0.2 * normal(E).to(dtype) if norm else torch.empty(0, device="cuda", dtype=dtype) for _ in range(2)]
+    weights = [
+        1 + 0.2 * normal(E).to(dtype) if norm else torch.empty(0, device="cuda", dtype=dtype)
+        for _ in range(2)
+    ]
     tables = rope_tables(E, 1e4, None, 4096, torch.float32, "cuda")
     return [*ups[:2], *fused[:2], torch.randint(4096, (T,), device="cuda"), *tables, *weights, 1e-6]
 
@@ -73,7 +84,9 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, dtype):
-    """Wrong: a tail that is read past, a rounding that ptxas or fused multiply-adds move, a row whose warps do not agree on its sum."""
+    """Wrong: a tail that is read past, a rounding that ptxas or fused multiply-adds move, a row whose warps
+    do not agree on its sum.
+    """
     run, make = CASES[name]
     args, op = make(dtype), name.split()[0]
     with use("reference", op):
@@ -86,7 +99,9 @@ def test_values_and_gradients(name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_runs_give_the_same_bits_and_wait_for_nothing(name):
-    """Wrong: sums in the order in which programs finish; a launch that asks the device how many tokens there are."""
+    """Wrong: sums in the order in which programs finish; a launch that asks the device how many tokens there
+    are.
+    """
     run, make = CASES[name]
     args = make(torch.bfloat16)
     with use("triton", name.split()[0]):
@@ -130,7 +145,9 @@ def test_more_than_2_31_elements(name):
 
 
 def test_keys_and_values_go_to_their_slots():
-    """Wrong: queries stored too, keys stored before they are turned, a slot of another token; a wait on the way."""
+    """Wrong: queries stored too, keys stored before they are turned, a slot of another token; a wait on the
+    way.
+    """
     _, _, q, k, *rest = rope_case(64, 14, 2, 64, torch.bfloat16, False)
     v, slots = normal(64, 2, 64, dtype=torch.bfloat16), torch.randperm(4096, device="cuda")[:64]
     k_cache, v_cache = (torch.zeros(4096, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -200,7 +217,8 @@ def attend(name, fused, heads, cu, up, longest=None):
 def test_a_rung_is_the_reference(name, H, K, E, dtype):
     """No further from float64 than PyTorch's own attention in the same dtype.
 
-    Wrong: lse handed over in another layout or base, shared heads interleaved, sequences that see each other; a padded row of lse.
+    Wrong: lse handed over in another layout or base, shared heads interleaved, sequences that see each other;
+    a padded row of lse.
     """
     case = packed([3, 0, 250, 1, 129, 64, 513], H, K, E, dtype)
     ours, its = attend(name, *case), torchs_own(*case)
@@ -239,9 +257,16 @@ def test_empty_sequences(name, lengths):
 @pytest.mark.parametrize("name", RUNGS)
 def test_the_decoder_on_a_rung_and_the_kernels(name):
     """Wrong: a kernel that is right alone and wrong on the views of a fused projection."""
-    model = Decoder.from_config(tiny_config("qwen3", head_dim=64, hidden_size=64), seed=1, dtype=torch.bfloat16, device="cuda")
-    tokens, cu = torch.randint(61, (90,), device="cuda"), torch.tensor([0, 30, 31, 90], dtype=torch.int32, device="cuda")
-    exact = Decoder.from_config(tiny_config("qwen3", head_dim=64, hidden_size=64), seed=1, device="cuda")(tokens, cu)
+    model = Decoder.from_config(
+        tiny_config("qwen3", head_dim=64, hidden_size=64), seed=1, dtype=torch.bfloat16, device="cuda"
+    )
+    tokens, cu = (
+        torch.randint(61, (90,), device="cuda"),
+        torch.tensor([0, 30, 31, 90], dtype=torch.int32, device="cuda"),
+    )
+    exact = Decoder.from_config(tiny_config("qwen3", head_dim=64, hidden_size=64), seed=1, device="cuda")(
+        tokens, cu
+    )
     attend(name, *packed([4], 4, 2, 64, torch.bfloat16))  # or a skip
     with use(name, "attention"), use("triton", "rms_norm"), use("triton", "rope"), use("triton", "swiglu"):
         hidden = model(tokens, cu)

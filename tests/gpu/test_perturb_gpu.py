@@ -1,4 +1,6 @@
-"""perturb on a GPU, each implementation asked for by name: values, repeatability, launches that do not wait, size."""
+"""perturb on a GPU, each implementation asked for by name: values, repeatability, launches that do not wait,
+size.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def backend(request):
 
 
 def case(T, D, norm, scope, dtype=torch.float32, S=7):
-    """delta, grad and the rest: packed sequences of uneven lengths, a tenth of the tokens masked, a token not finite."""
+    """delta, grad and the rest: packed sequences of uneven lengths, a tenth of the tokens masked, a token not
+    finite.
+    """
     grad = torch.randn(T, D, device="cuda").to(dtype)
     grad[T // 2, D // 2] = torch.inf
     ends = torch.rand(S - 1, device="cuda").mul(T).int().sort().values
@@ -38,10 +42,14 @@ def case(T, D, norm, scope, dtype=torch.float32, S=7):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("T", "D"), [(1, 1), (300, 1000), (3000, 896), (500, 4096), (40, 20000), (70000, 24)])
+@pytest.mark.parametrize(
+    ("T", "D"), [(1, 1), (300, 1000), (3000, 896), (500, 4096), (40, 20000), (70000, 24)]
+)
 @balls
 def test_values(backend, norm, scope, T, D, dtype):
-    """Wrong: what the interpreter cannot show: reductions across warps, in-place rows, rows that do not fit the registers."""
+    """Wrong: what the interpreter cannot show: reductions across warps, in-place rows, rows that do not fit
+    the registers.
+    """
     delta, grad, how = case(T, D, norm, scope, dtype)
     how |= {"step_size": 0.3, "radius": RADIUS[norm]}
     with ops.use_backend("reference", "perturb_step"):
@@ -62,7 +70,9 @@ def test_start_has_the_bits_of_the_cpu(backend, norm, scope):
         here = ops.perturb_init(torch.empty(T, D, device="cuda"), radius=0.7, seed=2**40 + 3, **how)
         there = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in how.items()}
         with ops.use_backend("reference", "perturb_init"):
-            assert torch.equal(here.cpu(), ops.perturb_init(torch.empty(T, D), radius=0.7, seed=2**40 + 3, **there))
+            assert torch.equal(
+                here.cpu(), ops.perturb_init(torch.empty(T, D), radius=0.7, seed=2**40 + 3, **there)
+            )
 
 
 @balls
@@ -99,7 +109,13 @@ def test_more_than_2_31_elements(backend):
     want = ops.perturb_step(torch.zeros(64, D, device="cuda"), grad[-64:].clone(), step_size=0.3, radius=0.2)
     assert torch.equal(ops.perturb_step(delta, grad, step_size=0.3, radius=0.2)[-64:], want)
     cu = torch.tensor([0, T - 64, T], dtype=torch.int32, device="cuda")
-    want = ops.perturb_step(torch.zeros(1, 64, D, device="cuda"), grad[None, -64:].clone(), step_size=0.3, radius=0.2, scope="sequence")
+    want = ops.perturb_step(
+        torch.zeros(1, 64, D, device="cuda"),
+        grad[None, -64:].clone(),
+        step_size=0.3,
+        radius=0.2,
+        scope="sequence",
+    )
     delta.zero_()
     ours = ops.perturb_step(delta, grad, step_size=0.3, radius=0.2, scope="sequence", cu_seqlens=cu)
     torch.testing.assert_close(ours[-64:], want[0], atol=1e-9, rtol=1e-6)

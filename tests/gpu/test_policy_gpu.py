@@ -1,4 +1,6 @@
-"""policy_loss on a GPU, every implementation asked for by name: values, the same bits, launches that do not wait or compile again."""
+"""policy_loss on a GPU, every implementation asked for by name: values, the same bits, launches that do not
+wait or compile again.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def backend(request):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_row_with_every_kl(backend, name, ratio):
-    """Wrong: what the interpreter cannot show: exponentials of too few bits, divisions that round otherwise, fused products."""
+    """Wrong: what the interpreter cannot show: exponentials of too few bits, divisions that round otherwise,
+    fused products.
+    """
     given = case(20011, device="cuda")
     for kl, switches in zip(ALL_KLS, cycle(SWITCHES), strict=False):
         judge(backend, variant(given, name, ratio, kl, switches))
@@ -37,7 +41,9 @@ def test_every_row_with_every_kl(backend, name, ratio):
 
 @pytest.mark.parametrize("T", [1, 511, 512, 513, 70001, 4_194_304])
 def test_sizes(backend, T):
-    """Wrong: a rest that is dropped, programs that take a block twice, a sum that drifts over four million tokens."""
+    """Wrong: a rest that is dropped, programs that take a block twice, a sum that drifts over four million
+    tokens.
+    """
     judge(backend, variant(case(T, device="cuda"), "clip", "sequence", "k3"))
 
 
@@ -53,7 +59,9 @@ def test_k3_of_a_small_step():
 
 
 def test_the_first_step_is_exact(backend):
-    """Wrong: a division of 1 by 2 that is not a half: at old_logp = logp every derivative is the advantage, to the bit."""
+    """Wrong: a division of 1 by 2 that is not a half: at old_logp = logp every derivative is the advantage,
+    to the bit.
+    """
     x = case(5000, device="cuda")
     slopes = []
     for name in (n for n in SURROGATES if n not in ("nll", "luffy_off")):

@@ -39,7 +39,9 @@ def deterministic():
 
 @pytest.mark.parametrize("name", REWARD_LOSSES)
 def test_a_step_is_the_cpus_and_the_same_twice(name, deterministic):
-    """Wrong implementations: targets left on the host; a scatter with duplicate indices, whose sums differ from run to run."""
+    """Wrong implementations: targets left on the host; a scatter with duplicate indices, whose sums differ
+    from run to run.
+    """
     groups = token_groups(name, 9)
     row = replace(REWARD_LOSSES[name], center=0.1 if REWARD_LOSSES[name].compares else 0.0)
     batch = RewardBatch(groups, float(sum(row.units(g.target) for g in groups)))

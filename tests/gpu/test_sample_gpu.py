@@ -1,4 +1,6 @@
-"""sample on a GPU, every implementation asked for by name: values, repeatability, launches that do not wait, graphs, size."""
+"""sample on a GPU, every implementation asked for by name: values, repeatability, launches that do not wait,
+graphs, size.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,19 @@ def defined(logits, key, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [7, 1000, 32000, 50257, 151936, 152064])
 def test_values(backend, V, dtype, filters):
-    """Wrong: approximate logarithms in the noise, a division that is not rounded to nearest in front of a floor, a shuffled word.
+    """Wrong: approximate logarithms in the noise, a division that is not rounded to nearest in front of a
+    floor, a shuffled word.
 
-    fp32 and float64 may round the best two, or a tie, apart: 1 row in 64 may differ; the numbers of all others may not.
+    fp32 and float64 may round the best two, or a tie, apart: 1 row in 64 may differ; the numbers of all
+    others may not.
     """
     B = 64
     logits, key = (2 * torch.randn(B, V, device="cuda")).to(dtype), keys(B)
     tau = torch.where(torch.arange(B, device="cuda") % 8 == 0, 0.0, torch.rand(B, device="cuda") + 0.5)
-    ours, right = sample(logits, **key, temperature=tau, **filters), defined(logits, key, temperature=tau.double(), **filters)
+    ours, right = (
+        sample(logits, **key, temperature=tau, **filters),
+        defined(logits, key, temperature=tau.double(), **filters),
+    )
     same = ours.token == right.token
     assert (~same).sum() <= 1
     assert (ours.entropy - right.entropy).abs().max() <= 1e-5
@@ -60,7 +67,9 @@ def test_values(backend, V, dtype, filters):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_the_same_bits_in_two_runs_and_in_any_batch(backend, filters):
-    """Wrong: rows cut by how many there are, sums in the order in which programs end.  The reference's sums are PyTorch's own."""
+    """Wrong: rows cut by how many there are, sums in the order in which programs end.  The reference's sums
+    are PyTorch's own.
+    """
     logits, key = torch.randn(33, 50257, device="cuda"), keys(33)
     whole = sample(logits, **key, **filters)
     assert all(torch.equal(a, b) for a, b in zip(whole, sample(logits, **key, **filters), strict=True))
@@ -118,7 +127,10 @@ def test_more_than_2_31_logits(backend):
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device="cuda").as_strided((3, 50), (2**30, 1))
     far.copy_(torch.randn(3, 50))
     key = [*keys(3).values(), torch.ones(3, device="cuda")]
-    assert all(torch.equal(a, b) for a, b in zip(forward_op(far, *key, *OFF), forward_op(far.contiguous(), *key, *OFF), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(forward_op(far, *key, *OFF), forward_op(far.contiguous(), *key, *OFF), strict=True)
+    )
 
 
 def test_70000_rows(backend):
@@ -128,7 +140,9 @@ def test_70000_rows(backend):
 
 
 def test_the_tail_reaches_beyond_24_bits(backend):
-    """Token 0 is 19 above 151,935 others, and the definition draws another for these sequences: 24-bit uniforms end at 16.6."""
+    """Token 0 is 19 above 151,935 others, and the definition draws another for these sequences: 24-bit
+    uniforms end at 16.6.
+    """
     logits = torch.zeros(1, 151936, device="cuda")
     logits[0, 0] = 19.0
     rows = torch.tensor([453, 694, 826], device="cuda")

@@ -1,4 +1,6 @@
-"""The vocabulary ops on a GPU, every implementation asked for by name: values, the in-place race, launches that do not wait, size."""
+"""The vocabulary ops on a GPU, every implementation asked for by name: values, the in-place race, launches
+that do not wait, size.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def cross_entropy(request):
 
 def case(T, V, dtype=torch.float32, offset=0.0):
     logits = (3 * torch.randn(T, V, device="cuda") + offset).to(dtype)
-    return logits, torch.randint(V, (T,), device="cuda"), *(torch.rand(T, device="cuda") + 0.5 for _ in range(3))
+    return (
+        logits,
+        torch.randint(V, (T,), device="cuda"),
+        *(torch.rand(T, device="cuda") + 0.5 for _ in range(3)),
+    )
 
 
 def run(logits, target, tau, dlogp, dentropy):
@@ -61,20 +67,26 @@ def need(gib):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_values(token_logp, V, dtype, offset):
-    """Wrong: a tail dropped or read past; 50257 and 7 read as if their rows were aligned; exp2 with too few bits at an offset."""
+    """Wrong: a tail dropped or read past; 50257 and 7 read as if their rows were aligned; exp2 with too few
+    bits at an offset.
+    """
     args = case(16, V, dtype, offset)
     exact = plain(args[0].double(), *args[1:])
     ours = run(*args)
     for mine, its, right in zip(ours, plain(*args), exact, strict=True):
         within_budget(mine, its, right)
-    if token_logp != "reference" or not offset:  # it divides by the temperature before it takes the maximum away
+    if (
+        token_logp != "reference" or not offset
+    ):  # it divides by the temperature before it takes the maximum away
         assert all((a - b).abs().max() <= 1e-5 for a, b in zip(ours[:2], exact[:2], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [50257, 152064])
 def test_in_place_is_out_of_place_a_hundred_times(token_logp, V, dtype):
-    """Wrong: a warp that stores a block which another warp of the row has yet to load; the interpreter cannot show that."""
+    """Wrong: a warp that stores a block which another warp of the row has yet to load; the interpreter cannot
+    show that.
+    """
     logits, target, tau, up, uh = case(512, V, dtype)
     h, m, log_s = forward_op(logits, target, tau, True, False)[1:]
     want = backward_op(up, uh, logits, target, tau, h, m, log_s)
@@ -86,9 +98,12 @@ def test_in_place_is_out_of_place_a_hundred_times(token_logp, V, dtype):
 
 
 @pytest.mark.parametrize("V", [7, 1000, 50257, 151936])
-@pytest.mark.parametrize("dtype, out", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, out", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)], ids=str
+)
 def test_at_once_and_narrow_a_hundred_times(token_logp, V, dtype, out):
-    """Forward and gradient in one op, and bf16 gradients in the front of float32 rows: what two steps give, whatever the timing.
+    """Forward and gradient in one op, and bf16 gradients in the front of float32 rows: what two steps give,
+    whatever the timing.
 
     Wrong: a store that passes another warp's load; a slice of a cluster that begins where the row does not.
     """
@@ -103,7 +118,9 @@ def test_at_once_and_narrow_a_hundred_times(token_logp, V, dtype, out):
         if not i % 2:
             backward_into_op(up, uh, over, target, tau, *stats[1:], out)
         for mine, its in zip((*found, front(over, out)), (*stats, want), strict=True):
-            torch.testing.assert_close(mine, its, atol=1e-6, rtol=2**-7 if its.dtype == torch.bfloat16 else 1e-5, equal_nan=True)
+            torch.testing.assert_close(
+                mine, its, atol=1e-6, rtol=2**-7 if its.dtype == torch.bfloat16 else 1e-5, equal_nan=True
+            )
 
 
 def test_a_view_of_a_batch(token_logp):
@@ -139,7 +156,9 @@ def test_banned_tokens_and_targets_outside(token_logp):
     logp, h, grad = run(logits, target, tau, up, uh)
     assert logp.isnan().tolist() == [False, True, True, False]
     assert h.isfinite().all() and grad[[0, 3]].isfinite().all()
-    torch.testing.assert_close(h.double(), reference(logits.double(), target, tau.double(), True)[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        h.double(), reference(logits.double(), target, tau.double(), True)[1], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("V", [7, 1000])
@@ -156,7 +175,11 @@ def test_more_than_2_31_logits(token_logp):
     need(30 if token_logp == "reference" else 6)
     assert T * V > 2**31
     logits = torch.empty(T, V, dtype=torch.bfloat16, device="cuda").normal_()
-    target, tau, up = torch.randint(V, (T,), device="cuda"), torch.ones(T, device="cuda"), torch.rand(T, device="cuda")
+    target, tau, up = (
+        torch.randint(V, (T,), device="cuda"),
+        torch.ones(T, device="cuda"),
+        torch.rand(T, device="cuda"),
+    )
     tail = slice(T - 8, T)
     want = run(logits[tail].clone(), target[tail], tau[tail], up[tail], up[tail])
     logp, h, m, log_s = forward_op(logits, target, tau, True, True)
@@ -186,7 +209,10 @@ def test_under_compile(token_logp):
 
 # --- from hidden states -----------------------------------------------------------------------------
 def linear_case(T, D, V, dtype=torch.bfloat16):
-    hidden, weight = torch.randn(T, D, device="cuda").to(dtype), torch.randn(V, D, device="cuda").mul(D**-0.5).to(dtype)
+    hidden, weight = (
+        torch.randn(T, D, device="cuda").to(dtype),
+        torch.randn(V, D, device="cuda").mul(D**-0.5).to(dtype),
+    )
     return hidden, weight, torch.randint(V, (T,), device="cuda"), torch.rand(T, device="cuda") + 0.5
 
 
@@ -231,17 +257,23 @@ def test_linear_forms_do_not_wait(token_logp, loss):
 
     def step():
         if loss == "linear_logp":
-            out = ops.linear_logp(hidden, weight, target, temperature=tau, entropy=True, logits_bytes=20 * 32000 * 4)
+            out = ops.linear_logp(
+                hidden, weight, target, temperature=tau, entropy=True, logits_bytes=20 * 32000 * 4
+            )
             (out.logp.sum() + out.entropy.sum()).backward()
         else:
-            ops.linear_loss(hidden, weight, target, lambda p, h, _: -(p + 0.1 * h).sum(), temperature=tau, entropy=True)[0].backward()
+            ops.linear_loss(
+                hidden, weight, target, lambda p, h, _: -(p + 0.1 * h).sum(), temperature=tau, entropy=True
+            )[0].backward()
 
     step()
     with no_waiting():
         step()
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("V", [1000, 50257, 151936])
 def test_cross_entropy(cross_entropy, V, reduction, options):
@@ -252,8 +284,12 @@ def test_cross_entropy(cross_entropy, V, reduction, options):
     for dtype, name in ((torch.bfloat16, cross_entropy), (torch.float64, "reference")):
         x, w = (a.to(dtype).requires_grad_() for a in (hidden, weight))
         with ops.use_backend(name, "linear_cross_entropy"):
-            out = ops.linear_cross_entropy(x, w, target, reduction=reduction, logits_bytes=20 * V * 4, **options)
-            results.append((out, *torch.autograd.grad((out * up).sum() if reduction == "none" else out, (x, w))))
+            out = ops.linear_cross_entropy(
+                x, w, target, reduction=reduction, logits_bytes=20 * V * 4, **options
+            )
+            results.append(
+                (out, *torch.autograd.grad((out * up).sum() if reduction == "none" else out, (x, w)))
+            )
     ours, exact = results
     assert (ours[0] - exact[0]).abs().max() <= 1e-3 * (1 if reduction != "sum" else len(target))
     for mine, right in zip(ours[1:], exact[1:], strict=True):

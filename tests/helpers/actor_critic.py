@@ -1,4 +1,6 @@
-"""PPO restated: padded (S, L) float64 matrices and loops over time, differentiated by autograd.  Nothing is shared with the code."""
+"""PPO restated: padded (S, L) float64 matrices and loops over time, differentiated by autograd.  Nothing is
+shared with the code.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from fastrl.parallel.world import World
 
 def pad(x: Tensor, cu: Tensor) -> Tensor:
     """Packed (T,) as (S, L), zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence([x[a:b].double() for a, b in itertools.pairwise(cu)], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(
+        [x[a:b].double() for a, b in itertools.pairwise(cu)], batch_first=True
+    )
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -33,7 +37,12 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
         following, carried = 0.0, 0.0
         for t in reversed(range(reward.shape[1])):
             if mask[s, t]:
-                carried = float(reward[s, t].detach()) + gamma * following - float(value[s, t].detach()) + gamma * lam * carried
+                carried = (
+                    float(reward[s, t].detach())
+                    + gamma * following
+                    - float(value[s, t].detach())
+                    + gamma * lam * carried
+                )
                 following = float(value[s, t].detach())
                 advantage[s, t] = carried
     return advantage, torch.where(mask, advantage + value, 0)
@@ -66,9 +75,13 @@ def row(**changes: Any) -> ActorCritic:
     return replace(PPO["ppo"], **changes)
 
 
-def learner(model: Decoder, of: ActorCritic, micro_tokens: int = 10**6, world: World | None = None, **optim: Any) -> PpoLearner:
+def learner(
+    model: Decoder, of: ActorCritic, micro_tokens: int = 10**6, world: World | None = None, **optim: Any
+) -> PpoLearner:
     """A learner whose critic's head is not at zero, where every value would be."""
-    made = PpoLearner(model, of, Optim(**optim), steps=10, micro_tokens=micro_tokens, temperature=0.8, world=world)
+    made = PpoLearner(
+        model, of, Optim(**optim), steps=10, micro_tokens=micro_tokens, temperature=0.8, world=world
+    )
     head = made.critic.model.head if made.critic is not None else made.head
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -81,13 +94,28 @@ def source(made: PpoLearner, scores: Any = SCORES, **changes: Any) -> PpoSource:
     """Rollouts of the learner's policy for PROMPTS, scored by `scores` whatever they are, `GROUP` of each."""
     of, world = made.algorithm, made.world
     plain = on_policy(made.model, of, scores=scores, world=world)
-    options: dict[str, Any] = {"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": 9, "seed": 2} | changes
+    options: dict[str, Any] = {
+        "model": "",
+        "prompts": len(PROMPTS),
+        "group": GROUP,
+        "max_new_tokens": 9,
+        "seed": 2,
+    } | changes
     config = Ppo(**options, sampling=plain.config.sampling)
     reference = (lambda batch: batch.old_logp * 0.9 - 0.1) if of.needs_reference else None
     return PpoSource(
-        made, config, plain.sampler, of, prompt=plain.prompt, size=plain.size, score=plain.score, reference=reference, stop=(),
-        world=world, trainer=plain.trainer,
-    )  # fmt: skip
+        made,
+        config,
+        plain.sampler,
+        of,
+        prompt=plain.prompt,
+        size=plain.size,
+        score=plain.score,
+        reference=reference,
+        stop=(),
+        world=world,
+        trainer=plain.trainer,
+    )
 
 
 def batch_of(made: PpoLearner, **changes: Any) -> Batch:
@@ -102,7 +130,10 @@ def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor,
     if made.critic is not None:
         metrics = metrics | made.critic._gradients(batch)
         beside = made.critic.masters
-    flat = [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]) for some in (own, beside)]
+    flat = [
+        torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+        for some in (own, beside)
+    ]
     for p in (*own, *beside):
         p.grad = None
     return metrics, *flat

@@ -1,4 +1,6 @@
-"""group_advantage and gae as they are written down, a group or a token at a time: what the tests of every implementation share."""
+"""group_advantage and gae as they are written down, a group or a token at a time: what the tests of every
+implementation share.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def gae_loop(reward: Tensor, value: Tensor, cu: list[int], mask: Tensor, gamma: 
 
 
 def one_group(r: Tensor, batch: Tensor, baseline: str, scale: str, shape: str) -> Tensor:
-    """Advantages of the scored rewards `r` of one group, with PyTorch's own statistics and the op's default eps and tau."""
+    """Advantages of the scored rewards `r` of one group, with PyTorch's own statistics and the op's default
+    eps and tau.
+    """
     if r.numel() < 2 or r.max() == r.min():
         return torch.zeros_like(r)
     K = r.numel()
@@ -33,7 +37,12 @@ def one_group(r: Tensor, batch: Tensor, baseline: str, scale: str, shape: str) -
         return K * torch.softmax(r / 0.5, 0) - 1
     others = (r.sum() - r) / (K - 1)
     base = {"mean": r.mean(), "leave_one_out": others, "max": r.max(), "none": 0}[baseline]
-    return (r - base) / {"std": r.std() + 1e-4, "batch_std": batch.std() + 1e-4, "range": r.max() - r.min(), "none": 1}[scale]
+    return (r - base) / {
+        "std": r.std() + 1e-4,
+        "batch_std": batch.std() + 1e-4,
+        "range": r.max() - r.min(),
+        "none": 1,
+    }[scale]
 
 
 def groups_loop(reward: Tensor, ids: Tensor, baseline: str, scale: str, shape: str) -> Tensor:
@@ -46,10 +55,14 @@ def groups_loop(reward: Tensor, ids: Tensor, baseline: str, scale: str, shape: s
 
 
 def ragged(S: int = 60) -> tuple[Tensor, Tensor]:
-    """Rewards (float64, some NaN, many ties) and ids in no order: of a group of one, with one scored, without spread, without any."""
+    """Rewards (float64, some NaN, many ties) and ids in no order: of a group of one, with one scored, without
+    spread, without any.
+    """
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (S,), generator=g) * 7
-    reward = torch.randint(0, 4, (S,), generator=g).double() / 2 + 0.01 * torch.randint(0, 2, (S,), generator=g)
+    reward = torch.randint(0, 4, (S,), generator=g).double() / 2 + 0.01 * torch.randint(
+        0, 2, (S,), generator=g
+    )
     reward[torch.randperm(S, generator=g)[: S // 7]] = torch.nan
     ids[0], reward[0] = 1000, 5.0
     ids[1:3], reward[1:3] = 500, torch.tensor([torch.nan, 2.0], dtype=torch.float64)

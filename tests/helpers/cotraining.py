@@ -1,4 +1,6 @@
-"""What the tests of joint training share: small runs, a source without a run around it, and the outer step restated in float64."""
+"""What the tests of joint training share: small runs, a source without a run around it, and the outer step
+restated in float64.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,32 @@ def joint(folder: Path, name: str = "run", **changes: Any) -> Joint:
     """A run on an oracle that random weights can climb, its reward model random at the start."""
     write(folder / "rewards.py", REWARDS)
     options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 5, "prompts": 4, "group": GROUP, "max_new_tokens": 8, "micro_tokens": 96,
-        "reward": (f"{folder}/rewards.py:digits",), "optim": Optim(lr=1e-2, warmup=2),
-    }  # fmt: skip
+        "model": changes.pop("model", None) or write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 5,
+        "prompts": 4,
+        "group": GROUP,
+        "max_new_tokens": 8,
+        "micro_tokens": 96,
+        "reward": (f"{folder}/rewards.py:digits",),
+        "optim": Optim(lr=1e-2, warmup=2),
+    }
     return Joint(**options | changes)
 
 
 def source(
-    folder: Path, oracle: Sequence[float] = ORACLE, *, dtype: torch.dtype = torch.float64, world: World | None = None, **changes: Any
+    folder: Path,
+    oracle: Sequence[float] = ORACLE,
+    *,
+    dtype: torch.dtype = torch.float64,
+    world: World | None = None,
+    **changes: Any,
 ) -> JointSource:
-    """Rollouts for PROMPTS, judged by `oracle` whatever they are, from a policy and a reward model of random weights."""
+    """Rollouts for PROMPTS, judged by `oracle` whatever they are, from a policy and a reward model of random
+    weights.
+    """
     config = joint(folder, **{"micro_tokens": 10**6, "max_new_tokens": 6} | changes)
     row, optim = choose_joint(config), replace(config.optim, warmup=0)
     model, world = decoder(dtype=dtype), world or World()
@@ -51,9 +68,17 @@ def source(
         return Scored([oracle[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
     return JointSource(
-        learner, config, Sampler(model, tokenizer()), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=None, stop=(), world=world,
-    )  # fmt: skip
+        learner,
+        config,
+        Sampler(model, tokenizer()),
+        row,
+        prompt=lambda i: (PROMPTS[i], {"id": i}),
+        size=len(PROMPTS),
+        score=score,
+        reference=None,
+        stop=(),
+        world=world,
+    )
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -84,17 +109,25 @@ def advantage(rewards: Sequence[float]) -> list[float]:
 
 
 def policy_gradient(model: Any, sequences: Sequence[tuple[list[int], int]], A: Sequence[float]) -> Tensor:
-    """Of -1/S sum_i A_i mean_t logp, sequences given as (tokens, tokens of the prompt): what GRPO's loss is before any update."""
+    """Of -1/S sum_i A_i mean_t logp, sequences given as (tokens, tokens of the prompt): what GRPO's loss is
+    before any update.
+    """
     loss = torch.zeros((), dtype=torch.float64)
     for (tokens, prompt), a in zip(sequences, A, strict=True):
         row = torch.tensor(tokens)
         logp = (model(row) @ model.head_weight.T).log_softmax(-1)
-        loss = loss - a * logp[torch.arange(prompt - 1, len(tokens) - 1), row[prompt:]].mean() / len(sequences)
+        loss = loss - a * logp[torch.arange(prompt - 1, len(tokens) - 1), row[prompt:]].mean() / len(
+            sequences
+        )
     return flat(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def reward_gradient(model: RewardModel, name: str, groups: Sequence[tuple[list[list[int]], list[float]]], center: float) -> Any:
-    """Loss of comparisons, (sequences, oracle) of every group, by the equations of judging.py; and its gradient."""
+def reward_gradient(
+    model: RewardModel, name: str, groups: Sequence[tuple[list[list[int]], list[float]]], center: float
+) -> Any:
+    """Loss of comparisons, (sequences, oracle) of every group, by the equations of judging.py; and its
+    gradient.
+    """
     scores = [[score_of(model, tokens) for tokens in sequences] for sequences, _ in groups]
     told = [([s.item() for s in own], y, 0.0) for own, (_, y) in zip(scores, groups, strict=True)]
     loss, slope = restated(name, told, center)
@@ -103,17 +136,26 @@ def reward_gradient(model: RewardModel, name: str, groups: Sequence[tuple[list[l
 
 
 # --- over-optimisation in a page: a softmax bandit, and a linear probe for its reward model -----------
-LONGEST, LIMIT = 9, 5  # an answer's length is 0 to 9; longer is better up to 5, and beyond that it is worth nothing
+LONGEST, LIMIT = (
+    9,
+    5,
+)  # an answer's length is 0 to 9; longer is better up to 5, and beyond that it is worth nothing
 FEATURES = torch.tensor([[n / LONGEST, float(n > LIMIT)] for n in range(LONGEST + 1)], dtype=torch.float64)
 TRUTH = torch.tensor([n / LIMIT if n <= LIMIT else 0.0 for n in range(LONGEST + 1)], dtype=torch.float64)
 
 
 def bandit(
-    learn: Callable[[Tensor, Tensor, Tensor], None], rewards: Callable[[Tensor, Tensor], Tensor], advantages: Any, *, together: bool
+    learn: Callable[[Tensor, Tensor, Tensor], None],
+    rewards: Callable[[Tensor, Tensor], Tensor],
+    advantages: Any,
+    *,
+    together: bool,
 ) -> list[tuple[float, float]]:
-    """(proxy, oracle) of each step of a policy that begins with short answers, by a reward model that has learned from those.
+    """(proxy, oracle) of each step of a policy that begins with short answers, by a reward model that has
+    learned from those.
 
-    learn(probe, actions, oracle) updates the probe (2,) on groups of answers; rewards(probe, actions) -> what the policy is given.
+    learn(probe, actions, oracle) updates the probe (2,) on groups of answers; rewards(probe, actions) -> what
+    the policy is given.
     """
     noise = torch.Generator().manual_seed(0)
     logits = -0.4 * torch.arange(LONGEST + 1, dtype=torch.float64)
@@ -124,10 +166,14 @@ def bandit(
         learn(probe, actions, TRUTH[actions])
     told = []
     for _ in range(300):
-        actions = torch.multinomial(logits.softmax(0).expand(16, -1), 8, replacement=True, generator=noise).flatten()
+        actions = torch.multinomial(
+            logits.softmax(0).expand(16, -1), 8, replacement=True, generator=noise
+        ).flatten()
         reward = rewards(probe, actions)
         A = advantages(reward, 8)
-        told.append((float((logits.softmax(0) * (FEATURES @ probe)).sum()), float((logits.softmax(0) * TRUTH).sum())))
+        told.append(
+            (float((logits.softmax(0) * (FEATURES @ probe)).sum()), float((logits.softmax(0) * TRUTH).sum()))
+        )
         score = torch.nn.functional.one_hot(actions, LONGEST + 1).double() - logits.softmax(0)
         logits = logits + 0.3 * (A[:, None] * score).mean(0)
         if together:

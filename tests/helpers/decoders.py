@@ -1,6 +1,7 @@
 """Decoders of random weights for the engine's tests, and what a trainer finds for its rollouts.
 
-A machine with a GPU runs its tests with what is installed there: nothing here needs the command line or its packages.
+A machine with a GPU runs its tests with what is installed there: nothing here needs the command line or its
+packages.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from fastrl.train.learner import Learner
 PROMPTS = (1, 5, 17, 70, 3, 9)  # tokens
 
 
-def decoder(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Decoder:
+def decoder(
+    family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Decoder:
     """A decoder of random weights that are large enough for its distributions to be far from uniform."""
-    return Decoder.from_config(tiny_config(family, **{"vocab_size": 31, "initializer_range": 0.4} | changes), dtype=dtype, seed=seed)
+    return Decoder.from_config(
+        tiny_config(family, **{"vocab_size": 31, "initializer_range": 0.4} | changes), dtype=dtype, seed=seed
+    )
 
 
 def model_of(family, dtype=torch.float32, device="cpu"):
@@ -44,11 +49,17 @@ def rollouts_of(model, temperature=0.7, **options):
 
 
 def scores(model, rollouts, micro_tokens, temperature=0.7):
-    """logp (T,) of `Learner.logp`, and logp and entropy (T,) of `Learner.forward`, in micro-batches of at most so many tokens."""
-    learner = Learner(model, ALGORITHMS["grpo"], Optim(), steps=1, micro_tokens=micro_tokens, temperature=temperature)
+    """logp (T,) of `Learner.logp`, and logp and entropy (T,) of `Learner.forward`, in micro-batches of at
+    most so many tokens.
+    """
+    learner = Learner(
+        model, ALGORITHMS["grpo"], Optim(), steps=1, micro_tokens=micro_tokens, temperature=temperature
+    )
     zeros = torch.zeros_like(rollouts.logp)
     columns = {"old_logp": rollouts.logp, "advantage": zeros, "weight": zeros}
-    batch = Batch(tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=rollouts.completion_mask, **columns)
+    batch = Batch(
+        tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=rollouts.completion_mask, **columns
+    )
     _, stats, _, _ = learner.forward(batch)
     shifted = [torch.cat([zeros[:1], x]) for x in (stats.logp, stats.entropy)]
     return learner.logp(model, batch), *shifted

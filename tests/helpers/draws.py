@@ -1,4 +1,6 @@
-"""What every implementation of sample owes, judged against float64 and against the survivors of the definition."""
+"""What every implementation of sample owes, judged against float64 and against the survivors of the
+definition.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,20 @@ def distances(logits: Tensor, temperature: Tensor) -> Tensor:
     return (x - x.amax(-1, keepdim=True)) / torch.where(temperature == 0, 1, temperature).to(x.dtype)[:, None]
 
 
-def survivors(logits: Tensor, temperature: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def survivors(
+    logits: Tensor, temperature: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """(B, V): what the definition keeps, of the fp32 distances that it computes."""
     d = distances(logits, temperature)
     return d >= _floor(d, top_k, top_p, min_p)
 
 
-def judge(logits: Tensor, temperature: Tensor | None = None, key: dict[str, Tensor] | None = None, **filters: Any) -> Any:
-    """Draw, and hold the draw to its definition: the best score among the survivors to 1e-5, the numbers to 1e-5 of float64."""
+def judge(
+    logits: Tensor, temperature: Tensor | None = None, key: dict[str, Tensor] | None = None, **filters: Any
+) -> Any:
+    """Draw, and hold the draw to its definition: the best score among the survivors to 1e-5, the numbers to
+    1e-5 of float64.
+    """
     B, V = logits.shape
     tau = torch.ones(B) if temperature is None else temperature
     key = keys(B) if key is None else key
@@ -70,9 +78,11 @@ def tied(B: int, V: int) -> Tensor:
 
 
 def noise_is_the_definition(V: int) -> None:
-    """Every token of a row scores the same, but for one that is 2e-5 above the others: it must win, whichever it is.
+    """Every token of a row scores the same, but for one that is 2e-5 above the others: it must win, whichever
+    it is.
 
-    This holds every noise, and so every Philox word, to 2e-5 of itself: a word out of place is off by far more.
+    This holds every noise, and so every Philox word, to 2e-5 of itself: a word out of place is off by far
+    more.
     """
     key = {name: x.expand(V) for name, x in keys(1).items()}
     even = exponential(*key.values(), V)[0].log()
@@ -85,7 +95,9 @@ def independent_of_the_batch(B: int, V: int, **filters: Any) -> None:
     logits, key, tau = 2 * torch.randn(B, V), keys(B), torch.rand(B) + 0.5
     whole = sample(logits, **key, temperature=tau, **filters)
     for order in (torch.randperm(B)[: B // 2], torch.tensor([B - 1])):
-        part = sample(logits[order], **{n: x[order] for n, x in key.items()}, temperature=tau[order], **filters)
+        part = sample(
+            logits[order], **{n: x[order] for n, x in key.items()}, temperature=tau[order], **filters
+        )
         assert all(torch.equal(a[order], b) for a, b in zip(whole, part, strict=True))
 
 

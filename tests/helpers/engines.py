@@ -1,4 +1,6 @@
-"""What the tests of the rollout engine share: prompts, what two sets of rollouts must have in common, and CUDA's schedule on a CPU."""
+"""What the tests of the rollout engine share: prompts, what two sets of rollouts must have in common, and
+CUDA's schedule on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def trainers(model: Decoder, rollouts: Rollouts) -> Tensor:
     """logp of every token as the learner computes it."""
     with torch.no_grad():
         hidden = model(rollouts.tokens, rollouts.cu_seqlens)[:-1]
-        return torch.cat([torch.zeros(1), ops.linear_logp(hidden, model.head_weight, rollouts.tokens[1:]).logp])
+        return torch.cat(
+            [torch.zeros(1), ops.linear_logp(hidden, model.head_weight, rollouts.tokens[1:]).logp]
+        )
 
 
 def agree(model: Decoder, rollouts: Rollouts) -> None:

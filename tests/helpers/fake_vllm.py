@@ -1,7 +1,8 @@
-"""As much of vLLM 0.33.0 as the adapter uses, written from its documented names, arguments and results: no model, a protocol.
+"""As much of vLLM 0.33.0 as the adapter uses, written from its documented names, arguments and results: no
+model, a protocol.
 
-Arguments that vLLM does not have are TypeErrors here, and steps in an order that vLLM refuses are errors.  What it is asked to
-generate, a test's `answer(engine, prompt token ids, SamplingParams)` decides.
+Arguments that vLLM does not have are TypeErrors here, and steps in an order that vLLM refuses are errors.
+What it is asked to generate, a test's `answer(engine, prompt token ids, SamplingParams)` decides.
 """
 
 from __future__ import annotations
@@ -17,9 +18,19 @@ import torch
 from torch import Tensor
 
 ENGINE_ARGS = {  # of vllm.EngineArgs, which takes LLM's further keywords
-    "load_format", "max_model_len", "enable_prefix_caching", "logprobs_mode", "max_logprobs", "weight_transfer_config",
-    "generation_config", "enable_sleep_mode", "max_num_seqs", "max_num_batched_tokens", "block_size", "disable_log_stats",
-}  # fmt: skip
+    "load_format",
+    "max_model_len",
+    "enable_prefix_caching",
+    "logprobs_mode",
+    "max_logprobs",
+    "weight_transfer_config",
+    "generation_config",
+    "enable_sleep_mode",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "disable_log_stats",
+}
 
 
 # --- what goes in and out -------------------------------------------------------------------------------
@@ -93,10 +104,19 @@ class LLM:
     resets: ClassVar[bool] = True  # whether the prefix cache can be reset
 
     def __init__(
-        self, model: str, *, tokenizer: str | None = None, skip_tokenizer_init: bool = False, tensor_parallel_size: int = 1,
-        dtype: str = "auto", seed: int = 0, gpu_memory_utilization: float = 0.92, enforce_eager: bool = False,
-        kv_cache_memory_bytes: int | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        skip_tokenizer_init: bool = False,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.92,
+        enforce_eager: bool = False,
+        kv_cache_memory_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if unknown := kwargs.keys() - ENGINE_ARGS:
             raise TypeError(f"EngineArgs.__init__() got an unexpected keyword argument {min(unknown)!r}")
         self.options = {
@@ -113,11 +133,20 @@ class LLM:
         LLM.made.append(self)
 
     def generate(
-        self, prompts: list[Any], sampling_params: Any = None, *, use_tqdm: Any = True, lora_request: Any = None, priority: Any = None,
-        tokenization_kwargs: Any = None, mm_processor_kwargs: Any = None,
-    ) -> list[RequestOutput]:  # fmt: skip
+        self,
+        prompts: list[Any],
+        sampling_params: Any = None,
+        *,
+        use_tqdm: Any = True,
+        lora_request: Any = None,
+        priority: Any = None,
+        tokenization_kwargs: Any = None,
+        mm_processor_kwargs: Any = None,
+    ) -> list[RequestOutput]:
         self.calls.append("generate")
-        assert self.weights and not self.updating, "generated with dummy weights, or in the middle of an update"
+        assert self.weights and not self.updating, (
+            "generated with dummy weights, or in the middle of an update"
+        )
         assert not self.stale, "the prefix cache holds keys and values of older weights"
         out = []
         for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
@@ -128,12 +157,17 @@ class LLM:
         return out
 
     def init_weight_transfer_engine(self, request: Any) -> None:
-        assert request == {"init_info": {"packed": True}} and self.options["weight_transfer_config"].backend == "ipc"
+        assert (
+            request == {"init_info": {"packed": True}}
+            and self.options["weight_transfer_config"].backend == "ipc"
+        )
         self.calls.append("init_weight_transfer_engine")
 
     def start_weight_update(self) -> None:
         if self.updating or "init_weight_transfer_engine" not in self.calls:
-            raise RuntimeError("start_weight_update called while a weight update is already active, or without an engine")
+            raise RuntimeError(
+                "start_weight_update called while a weight update is already active, or without an engine"
+            )
         self.updating, self.stale = True, True
         self.calls.append("start_weight_update")
 
@@ -142,7 +176,9 @@ class LLM:
             raise RuntimeError("start_weight_update must be called before update_weights.")
         info = request["update_info"]
         assert info.keys() == {"names", "dtype_names", "shapes", "ipc_handles", "tensor_sizes"}
-        for name, dtype, shape, tensor in zip(info["names"], info["dtype_names"], info["shapes"], info["ipc_handles"], strict=True):
+        for name, dtype, shape, tensor in zip(
+            info["names"], info["dtype_names"], info["shapes"], info["ipc_handles"], strict=True
+        ):
             assert (str(tensor.dtype), list(tensor.shape)) == (f"torch.{dtype}", shape)
             self.weights[name] = tensor
         self.calls.append("update_weights")
@@ -188,7 +224,9 @@ class Update:
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
-    ipc_handles: list[Tensor] = field(default_factory=list)  # the tensors themselves: there is one process here
+    ipc_handles: list[Tensor] = field(
+        default_factory=list
+    )  # the tensors themselves: there is one process here
     tensor_sizes: list[int] = field(default_factory=list)
 
 
@@ -232,7 +270,9 @@ MODULES = {
 }
 
 
-def install(monkeypatch: Any, answer: Callable[[LLM, list[int], SamplingParams], CompletionOutput]) -> list[LLM]:
+def install(
+    monkeypatch: Any, answer: Callable[[LLM, list[int], SamplingParams], CompletionOutput]
+) -> list[LLM]:
     """Put it where `import vllm` finds it; the engines that are started from now on."""
     for name, members in MODULES.items():
         module = ModuleType(name)

@@ -1,6 +1,8 @@
-"""The GRPO family restated: padded (S, L) float64 matrices, one equation per method, differentiated by autograd.
+"""The GRPO family restated: padded (S, L) float64 matrices, one equation per method, differentiated by
+autograd.
 
-Nothing here is shared with the code under test: sequences are rows, means are written out, stops are detaches.
+Nothing here is shared with the code under test: sequences are rows, means are written out, stops are
+detaches.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Tensor
 
 @dataclass
 class Rect:
-    """S sequences of up to L tokens; advantage (S, 1), everything else (S, L); `budget` tokens may be generated."""
+    """S sequences of up to L tokens; advantage (S, 1), everything else (S, L); `budget` tokens may be
+    generated.
+    """
 
     logp: Tensor
     old: Tensor
@@ -46,7 +50,9 @@ class Rect:
 
     def by_sequence(self, x: Tensor) -> Tensor:
         there = self.length > 0
-        return (self.total(x * self.correction) / self.length.clamp(min=1))[there].sum() / there.sum().clamp(min=1)
+        return (self.total(x * self.correction) / self.length.clamp(min=1))[there].sum() / there.sum().clamp(
+            min=1
+        )
 
     def by_token(self, x: Tensor) -> Tensor:
         return self.total(x * self.correction).sum() / self.mask.sum().clamp(min=1)
@@ -115,7 +121,9 @@ def _center(R: Tensor, L: Tensor) -> Tensor:
 
 
 def _whiten(x: Tensor, L: Tensor) -> Tensor:
-    every = torch.cat([v.repeat(int(n)) for v, n in zip(x.flatten(), L.flatten(), strict=True)])  # token by token
+    every = torch.cat(
+        [v.repeat(int(n)) for v, n in zip(x.flatten(), L.flatten(), strict=True)]
+    )  # token by token
     return (x - every.mean()) / (every.var() + 1e-8).sqrt()
 
 
@@ -125,7 +133,9 @@ def _max_at_k(R: Tensor, L: Tensor, k: int = 0) -> Tensor:
         n = len(row)
         for chosen in itertools.combinations(range(n), k or n):
             for i in chosen:
-                out[g, i] += (max(row[j] for j in chosen) - max(row[j] for j in chosen if j != i)) / math.comb(n, k or n)
+                out[g, i] += (
+                    max(row[j] for j in chosen) - max(row[j] for j in chosen if j != i)
+                ) / math.comb(n, k or n)
     return out
 
 
@@ -157,6 +167,12 @@ RESTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "leave_one_out_zscore": _others,
 }
 ADVANTAGE_OF = {  # the advantage of each method's paper, where it is not GRPO's
-    "dr_grpo": "center", "lite_ppo": "batch_std", "rloo": "rloo", "reinforce++": "whiten", "reinforce++_baseline": "center_whiten",
-    "gpg": "gpg", "pass_at_k": "max_at_k", "max_rl": "max_rl",
-}  # fmt: skip
+    "dr_grpo": "center",
+    "lite_ppo": "batch_std",
+    "rloo": "rloo",
+    "reinforce++": "whiten",
+    "reinforce++_baseline": "center_whiten",
+    "gpg": "gpg",
+    "pass_at_k": "max_at_k",
+    "max_rl": "max_rl",
+}

@@ -13,8 +13,17 @@ from fastrl.config import Hybrid, Optim
 def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
     (folder / "rewards.py").write_text(REWARDS)
     options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 6, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 128,
-        "reward": (f"{folder}/rewards.py:digits",), "optim": Optim(lr=1e-2, warmup=2), "algorithm": "grpo_dpo",
-    }  # fmt: skip
+        "model": changes.pop("model", None) or write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 6,
+        "prompts": 4,
+        "group": 4,
+        "max_new_tokens": 8,
+        "micro_tokens": 128,
+        "reward": (f"{folder}/rewards.py:digits",),
+        "optim": Optim(lr=1e-2, warmup=2),
+        "algorithm": "grpo_dpo",
+    }
     return Hybrid(**options | changes)

@@ -1,4 +1,5 @@
-"""The fusions restated: whole sequences in float64, padded sides of pairs, sums and comparisons written out; and small sources to try.
+"""The fusions restated: whole sequences in float64, padded sides of pairs, sums and comparisons written out;
+and small sources to try.
 
 What a policy's own completions maximise is hybrids.py's, what a pair costs is preferences.py's.
 """
@@ -32,7 +33,20 @@ from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
 
 NAN = float("nan")
-SCORES = [1.0, 0.0, 0.5, 0.0, 0.25, 0.25, 0.25, 0.25, 0.0, NAN, 1.0, 0.75]  # ties, a group of equals, a completion without a reward
+SCORES = [
+    1.0,
+    0.0,
+    0.5,
+    0.0,
+    0.25,
+    0.25,
+    0.25,
+    0.25,
+    0.0,
+    NAN,
+    1.0,
+    0.75,
+]  # ties, a group of equals, a completion without a reward
 WRONG = [[21], [1], [22, 23, 24, 25, 1]]  # completions of one token, too
 PAIRS = len(PROMPTS)
 COUNT = 2  # offline pairs of an optimizer step
@@ -49,24 +63,49 @@ def pair(i: int) -> Unit:
 
 def anchor(batch: Batch) -> Tensor:
     """Some log-probs of a reference for offline pairs, a function of token and place."""
-    place = torch.arange(len(batch.tokens)) - batch.cu_seqlens[:-1].long().repeat_interleave(batch.cu_seqlens.diff().long())
+    place = torch.arange(len(batch.tokens)) - batch.cu_seqlens[:-1].long().repeat_interleave(
+        batch.cu_seqlens.diff().long()
+    )
     return torch.where(batch.mask, -1.5 - 0.1 * (batch.tokens % 7) - 0.05 * place, 0.0)
 
 
 # --- sources ----------------------------------------------------------------------------------------
-def on_policy(kind: Callable[..., Any], model: Decoder, row: Any, scores: Sequence[float], *, known: Any = None, **changes: Any) -> Any:
+def on_policy(
+    kind: Callable[..., Any],
+    model: Decoder,
+    row: Any,
+    scores: Sequence[float],
+    *,
+    known: Any = None,
+    **changes: Any,
+) -> Any:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
-    options: dict[str, Any] = {"model": "", "steps": 10, "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
+    options: dict[str, Any] = {
+        "model": "",
+        "steps": 10,
+        "prompts": len(PROMPTS),
+        "group": GROUP,
+        "max_new_tokens": BUDGET,
+        "seed": SEED,
+    }
     config = Hybrid(**options | changes)
 
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
         return Scored([scores[c["id"] * config.group + i % config.group] for i, c in enumerate(columns)])
 
     return kind(
-        config, Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=reference if row.kl_coef or getattr(row, "anchor", "old") == "start" else None, stop=(), world=World(), trainer=reference,
+        config,
+        Sampler(model),
+        row,
+        prompt=lambda i: (PROMPTS[i], {"id": i}),
+        size=len(PROMPTS),
+        score=score,
+        reference=reference if row.kl_coef or getattr(row, "anchor", "old") == "start" else None,
+        stop=(),
+        world=World(),
+        trainer=reference,
         **({} if known is None else {"known": known}),
-    )  # fmt: skip
+    )
 
 
 def fused(model: Decoder, row: Fused, scores: Sequence[float] = SCORES, **changes: Any) -> FusedSource:
@@ -78,15 +117,32 @@ def fused(model: Decoder, row: Fused, scores: Sequence[float] = SCORES, **change
 def offline(row: Fused) -> Preferences:
     known = (lambda indices, batch: anchor(batch)) if row.preference.reference else None
     return Preferences(
-        lambda some: [pair(i) for i in some], PAIRS, row.preference, count=COUNT, seed=SEED, device=CPU, world=World(), reference=known
+        lambda some: [pair(i) for i in some],
+        PAIRS,
+        row.preference,
+        count=COUNT,
+        seed=SEED,
+        device=CPU,
+        world=World(),
+        reference=known,
     )
 
 
-def members(model: Decoder, row: Mixed, scores: Sequence[float] = SCORES, known: Sequence[int] = (0, 2), **changes: Any) -> Mixture:
-    """Rollouts with the pairs of the `known` prompts among them; the second prompt, where it has one, lacks the rejected side."""
+def members(
+    model: Decoder,
+    row: Mixed,
+    scores: Sequence[float] = SCORES,
+    known: Sequence[int] = (0, 2),
+    **changes: Any,
+) -> Mixture:
+    """Rollouts with the pairs of the `known` prompts among them; the second prompt, where it has one, lacks
+    the rejected side.
+    """
 
     def sides(i: int) -> tuple[Sample | None, ...]:
-        return (sample(i, ANSWERS[i]), None if i == 1 else sample(i, WRONG[i])) if i in known else (None, None)
+        return (
+            (sample(i, ANSWERS[i]), None if i == 1 else sample(i, WRONG[i])) if i in known else (None, None)
+        )
 
     return on_policy(Mixture, model, row, scores, known=lambda some: [sides(i) for i in some], **changes)
 
@@ -97,7 +153,9 @@ def contrasted(model: Decoder, row: Contrast, scores: Sequence[float] = SCORES, 
 
 # --- what they draw ---------------------------------------------------------------------------------
 def groups(model: Decoder, source: Any, scores: Sequence[float], step: int = 0) -> Callable[[], list[Group]]:
-    """What the source draws at `step`, by prompt; the function gives it under the model's weights as they then are."""
+    """What the source draws at `step`, by prompt; the function gives it under the model's weights as they
+    then are.
+    """
     rollouts, G = source._fill(step, 0)[0].rollouts, source.config.group
     columns = rollouts.tokens, rollouts.completion_mask, rollouts.logp
     spans = [slice(a, b) for a, b in pairwise(rollouts.cu_seqlens.tolist())]
@@ -105,7 +163,8 @@ def groups(model: Decoder, source: Any, scores: Sequence[float], step: int = 0) 
     def under() -> list[Group]:
         prompts = order(len(PROMPTS), SEED, step * source.config.prompts, source.config.prompts)
         rows = [
-            [forward(model, *(x[spans[g * G + i]] for x in columns), scores[p * G + i]) for i in range(G)] for g, p in enumerate(prompts)
+            [forward(model, *(x[spans[g * G + i]] for x in columns), scores[p * G + i]) for i in range(G)]
+            for g, p in enumerate(prompts)
         ]
         return [Group(own, None) for own in rows]
 
@@ -133,7 +192,10 @@ def offline_sides(model: Decoder, number: int) -> tuple[Side, Side]:
     out = []
     for completions in (ANSWERS, WRONG):
         refs = [
-            torch.tensor([-1.5 - 0.1 * (t % 7) - 0.05 * (len(PROMPTS[i]) + k) for k, t in enumerate(completions[i])], dtype=torch.float64)
+            torch.tensor(
+                [-1.5 - 0.1 * (t % 7) - 0.05 * (len(PROMPTS[i]) + k) for k, t in enumerate(completions[i])],
+                dtype=torch.float64,
+            )
             for i in chosen
         ]
         out.append(side([alone(model, sample(i, completions[i])).logp for i in chosen], refs))
@@ -152,7 +214,13 @@ def zscores(rewards: Sequence[float], scale: bool) -> list[float]:
 
 def grpo(data: list[Group]) -> Tensor:
     """What is maximised: the mean over all completions of the clipped surrogate's mean."""
-    return by_sequence([clipped(s, A) for g in data for s, A in zip(g.own, zscores([s.reward for s in g.own], True), strict=True)])
+    return by_sequence(
+        [
+            clipped(s, A)
+            for g in data
+            for s, A in zip(g.own, zscores([s.reward for s in g.own], True), strict=True)
+        ]
+    )
 
 
 def with_members(data: list[Group], shown: list[list[tuple[Row, float]]], name: str) -> Tensor:
@@ -168,9 +236,14 @@ def with_members(data: list[Group], shown: list[list[tuple[Row, float]]], name: 
 
 
 def compared(g: Group, start: bool) -> list[tuple[float, Tensor, Tensor, int]]:
-    """(reward, summed log-ratio, log-prob, tokens) of the completions that have a reward; the reference of `runs`, or the old policy."""
+    """(reward, summed log-ratio, log-prob, tokens) of the completions that have a reward; the reference of
+    `runs`, or the old policy.
+    """
     known = [s for s in g.own if s.reward == s.reward]
-    return [(s.reward, (s.logp - (0.9 * s.old - 0.1 if start else s.old)).sum(), s.logp.sum(), len(s.old)) for s in known]  # type: ignore[misc]
+    return [
+        (s.reward, (s.logp - (0.9 * s.old - 0.1 if start else s.old)).sum(), s.logp.sum(), len(s.old))
+        for s in known
+    ]  # type: ignore[misc]
 
 
 def ordered(g: Group, start: bool, pairing: str, gap: float) -> list[tuple[Any, Any]]:

@@ -1,4 +1,5 @@
-"""The hybrids restated: lists of whole sequences in float64, one equation a row, differentiated by autograd; and small mixtures to try.
+"""The hybrids restated: lists of whole sequences in float64, one equation a row, differentiated by autograd;
+and small mixtures to try.
 
 Nothing of the equations is shared with the code under test: sums are written out, stops are detaches.
 """
@@ -42,20 +43,39 @@ def mixture(
     world: World | None = None,
     **changes: Any,
 ) -> Mixture:
-    """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the `known` prompts."""
-    options: dict[str, Any] = {"model": "", "steps": 10, "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
+    """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the
+    `known` prompts.
+    """
+    options: dict[str, Any] = {
+        "model": "",
+        "steps": 10,
+        "prompts": len(PROMPTS),
+        "group": GROUP,
+        "max_new_tokens": BUDGET,
+        "seed": SEED,
+    }
 
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
         return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
     return Mixture(
-        Hybrid(**options | changes), Sampler(model), row, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score,
-        reference=reference if row.kl_coef else None, stop=(), world=world or World(), trainer=reference,
+        Hybrid(**options | changes),
+        Sampler(model),
+        row,
+        prompt=lambda i: (PROMPTS[i], {"id": i}),
+        size=len(PROMPTS),
+        score=score,
+        reference=reference if row.kl_coef else None,
+        stop=(),
+        world=world or World(),
+        trainer=reference,
         known=lambda some: [(demonstration(i) if i in known else None,) for i in some],
-    )  # fmt: skip
+    )
 
 
-def learner(model: Decoder, row: Mixed, micro_tokens: int = 10**6, world: World | None = None) -> MixedLearner:
+def learner(
+    model: Decoder, row: Mixed, micro_tokens: int = 10**6, world: World | None = None
+) -> MixedLearner:
     return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens, world=world)
 
 
@@ -67,7 +87,9 @@ def corrected(name: str, correction: str | None) -> Mixed:
 # --- the equations ----------------------------------------------------------------------------------
 @dataclass
 class Row:
-    """Loss tokens of one sequence: log-probs and entropies now, recorded log-probs, and its reward (None for a demonstration)."""
+    """Loss tokens of one sequence: log-probs and entropies now, recorded log-probs, and its reward (None for
+    a demonstration).
+    """
 
     logp: Tensor
     entropy: Tensor
@@ -100,7 +122,9 @@ class Group:
 
     def centred(self, union: bool = False, scale: bool = False) -> list[float]:
         """(R - mean) / std of the completions, then of the demonstration, whose reward is 1."""
-        R = torch.tensor([s.reward for s in self.own] + [1.0] * (union and self.demo is not None), dtype=torch.float64)
+        R = torch.tensor(
+            [s.reward for s in self.own] + [1.0] * (union and self.demo is not None), dtype=torch.float64
+        )
         A = R - R.mean()
         return (A / (R.std() + 1e-4 if scale else 1)).tolist()
 
@@ -120,7 +144,9 @@ def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: f
     return Row(logp[live], h[live], old[1:][live].double(), reward)
 
 
-def groups(model: Decoder, source: Mixture, scores: Sequence[float], known: Sequence[int]) -> Callable[[], list[Group]]:
+def groups(
+    model: Decoder, source: Mixture, scores: Sequence[float], known: Sequence[int]
+) -> Callable[[], list[Group]]:
     """What the source draws, now; the function gives it under the model's weights as they then are."""
     rollouts = source._fill(0, 0)[0].rollouts
     columns = rollouts.tokens, rollouts.completion_mask, rollouts.logp
@@ -129,10 +155,17 @@ def groups(model: Decoder, source: Mixture, scores: Sequence[float], known: Sequ
     def under() -> list[Group]:
         out = []
         for g, prompt in enumerate(order(len(PROMPTS), SEED, 0, len(PROMPTS))):
-            own = [forward(model, *(x[spans[g * GROUP + i]] for x in columns), scores[prompt * GROUP + i]) for i in range(GROUP)]
+            own = [
+                forward(model, *(x[spans[g * GROUP + i]] for x in columns), scores[prompt * GROUP + i])
+                for i in range(GROUP)
+            ]
             shown = demonstration(prompt)
             tokens = torch.tensor(shown.tokens)
-            demo = forward(model, tokens, torch.tensor(shown.mask), torch.zeros(len(tokens))) if prompt in known else None
+            demo = (
+                forward(model, tokens, torch.tensor(shown.mask), torch.zeros(len(tokens)))
+                if prompt in known
+                else None
+            )
             out.append(Group(own, demo))
         return out
 
@@ -198,7 +231,9 @@ def srft(data: list[Group]) -> Tensor:
 
 
 def grpo(data: list[Group]) -> Tensor:
-    return by_sequence([clipped(s, A) for g in data for s, A in zip(g.own, g.centred(scale=True), strict=True)])
+    return by_sequence(
+        [clipped(s, A) for g in data for s, A in zip(g.own, g.centred(scale=True), strict=True)]
+    )
 
 
 def supervised(data: list[Group], weight: Callable[[Row], Tensor | float] = lambda s: 1.0) -> Tensor:
@@ -206,7 +241,9 @@ def supervised(data: list[Group], weight: Callable[[Row], Tensor | float] = lamb
     return len(rows) / len(data) * per_token(rows)
 
 
-OBJECTIVES: dict[str, Callable[[list[Group]], Tensor]] = {  # what each row maximises at the first of ten steps
+OBJECTIVES: dict[
+    str, Callable[[list[Group]], Tensor]
+] = {  # what each row maximises at the first of ten steps
     "hpt": hpt,
     "hpt_soft": hpt_soft,
     "luffy": luffy,

@@ -54,7 +54,12 @@ def cross_entropy(r: Sequence[float], y: Sequence[float], margin: float) -> Said
     return loss, [sigmoid(s) - t for s, t in zip(r, y, strict=True)]
 
 
-EQUATIONS = {"bradley_terry": bradley_terry, "plackett_luce": plackett_luce, "outcome": cross_entropy, "process": cross_entropy}
+EQUATIONS = {
+    "bradley_terry": bradley_terry,
+    "plackett_luce": plackett_luce,
+    "outcome": cross_entropy,
+    "process": cross_entropy,
+}
 
 
 def restated(name: str, groups: Sequence[tuple[list[float], list[float], float]], center: float) -> Said:
@@ -76,21 +81,41 @@ def random_groups(name: str, count: int = 9) -> list[tuple[list[float], list[flo
     sizes = [1, 3, *(1 + int(n) for n in torch.randint(5, (count - 2,)))]
     made = []
     for i, n in enumerate(sizes):
-        target = torch.rand(n) if name in ("outcome", "process") else torch.zeros(n) if i == 1 else torch.randint(3, (n,)).float()
+        target = (
+            torch.rand(n)
+            if name in ("outcome", "process")
+            else torch.zeros(n)
+            if i == 1
+            else torch.randint(3, (n,)).float()
+        )
         target = target.round() if name == "outcome" else target
-        made.append(((2 * torch.randn(n, dtype=torch.float64)).tolist(), target.double().tolist(), float(torch.rand(()))))
+        made.append(
+            (
+                (2 * torch.randn(n, dtype=torch.float64)).tolist(),
+                target.double().tolist(),
+                float(torch.rand(())),
+            )
+        )
     return made
 
 
-def judged(groups: Sequence[tuple[list[float], list[float], float]], total: float = 1.0, dtype: torch.dtype = torch.float64) -> Judged:
+def judged(
+    groups: Sequence[tuple[list[float], list[float], float]],
+    total: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Judged:
     score = torch.tensor([s for r, _, _ in groups for s in r], dtype=dtype, requires_grad=True)
     target = torch.tensor([t for _, y, _ in groups for t in y], dtype=dtype)
     margin = torch.tensor([m for _, _, m in groups], dtype=dtype)
-    return Judged(score=score, target=target, sizes=[len(r) for r, _, _ in groups], margin=margin, total=total)
+    return Judged(
+        score=score, target=target, sizes=[len(r) for r, _, _ in groups], margin=margin, total=total
+    )
 
 
 # --- a model ----------------------------------------------------------------------------------------
-def reward_model(family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> RewardModel:
+def reward_model(
+    family: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> RewardModel:
     config = tiny_config(family, **{"vocab_size": 31, "initializer_range": 0.4, "pad_token_id": 3} | changes)
     return RewardModel.load(config, dtype=dtype, seed=seed)
 
@@ -103,10 +128,16 @@ def token_groups(name: str, count: int = 7) -> list[Group]:
         K = 1 if verdicts else 1 + i % 4
         tokens = [torch.randint(4, 31, (int(torch.randint(3, 9, ())),)).tolist() for _ in range(K)]
         at = [[1, len(t) - 1] if name == "process" else [len(t) - 1] for t in tokens]
-        target = [float(torch.randint(2, ())) for a in at for _ in a] if verdicts else [float(K - k) for k in range(K)]
+        target = (
+            [float(torch.randint(2, ())) for a in at for _ in a]
+            if verdicts
+            else [float(K - k) for k in range(K)]
+        )
         out.append(Group(f"group {i}", tokens, at, target, 0.25 * (i % 3)))
     return out
 
 
 def grads(model: RewardModel) -> Tensor:
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    )

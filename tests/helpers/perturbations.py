@@ -43,7 +43,9 @@ def start(backend: str, embeds: Tensor, **how: Any) -> Tensor:
 
 
 def judge(backend: str, delta: Tensor, grad: Tensor, **how: Any) -> Tensor:
-    """One step no further from float64 than the reference's, times 1.5 plus one ulp; inside the ball; masked tokens exactly 0."""
+    """One step no further from float64 than the reference's, times 1.5 plus one ulp; inside the ball; masked
+    tokens exactly 0.
+    """
     ours = step(backend, delta, grad, **how)
     exact = step("reference", delta.double(), grad.double(), **how)
     within_budget(ours, step("reference", delta, grad, **how), exact)
@@ -54,12 +56,16 @@ def judge(backend: str, delta: Tensor, grad: Tensor, **how: Any) -> Tensor:
 
 
 def size(delta: Tensor, norm: str) -> float:
-    return float(torch.linalg.vector_norm(delta.double().flatten(), {"l2": 2, "linf": math.inf, "l1": 1}[norm]))
+    return float(
+        torch.linalg.vector_norm(delta.double().flatten(), {"l2": 2, "linf": math.inf, "l1": 1}[norm])
+    )
 
 
 # --- the checks -------------------------------------------------------------------------------------
 def check_values(backend: str, norm: str, scope: str, D: int, dtype: torch.dtype) -> None:
-    """Packed with an empty sequence and with padding, masked, one token's gradient not finite, embeds + delta in the same call."""
+    """Packed with an empty sequence and with padding, masked, one token's gradient not finite, embeds + delta
+    in the same call.
+    """
     delta, grad = 0.1 * torch.randn(9, D), torch.randn(9, D).to(dtype)
     grad[7, D // 2] = math.inf
     mask = torch.arange(9) != 2
@@ -75,12 +81,24 @@ def check_values(backend: str, norm: str, scope: str, D: int, dtype: torch.dtype
 def check_golden(backend: str, norm: str, scope: str) -> None:
     grad, mask = torch.tensor([[3.0, 4], [0, 1], [5, 0]]), torch.tensor([True, True, False])
     cu = torch.tensor([0, 3]) if scope == "sequence" else None
-    ours = step(backend, torch.zeros(3, 2), grad, step_size=0.5, radius=0.5, norm=norm, scope=scope, mask=mask, cu_seqlens=cu)
+    ours = step(
+        backend,
+        torch.zeros(3, 2),
+        grad,
+        step_size=0.5,
+        radius=0.5,
+        norm=norm,
+        scope=scope,
+        mask=mask,
+        cu_seqlens=cu,
+    )
     torch.testing.assert_close(ours, torch.tensor(GOLDEN[norm, scope]), atol=1e-6, rtol=0)
 
 
 def check_magnitudes(backend: str, norm: str, scope: str) -> None:
-    """Squares beyond fp32's range in either argument, gradients too small to have a direction, rows of both kinds in one ball."""
+    """Squares beyond fp32's range in either argument, gradients too small to have a direction, rows of both
+    kinds in one ball.
+    """
     delta, grad = 0.1 * torch.randn(9, 70), torch.randn(9, 70)
     powers = 10.0 ** torch.tensor([0, 5, -5, 25, 30, 37, -12, -20, 20])[:, None]
     for g in (grad * powers, grad * 1e25, grad * 1e-16, grad * 1e-9):
@@ -88,7 +106,10 @@ def check_magnitudes(backend: str, norm: str, scope: str) -> None:
         for a, b in ((0, 4), (4, 9)):
             if scope == "sequence":
                 assert size(ours[a:b], norm) <= RADIUS[norm] * (1 + 1e-6)
-    assert torch.equal(step(backend, 1e-3 * delta, grad * 1e-16, **given(norm, scope)), 1e-3 * delta) or norm == "linf"
+    assert (
+        torch.equal(step(backend, 1e-3 * delta, grad * 1e-16, **given(norm, scope)), 1e-3 * delta)
+        or norm == "linf"
+    )
     judge(backend, delta * 1e25, grad, **given(norm, scope))
 
 
@@ -97,7 +118,18 @@ def check_nothing(backend: str, norm: str, scope: str) -> None:
     for shape, cu in (((0, 3), torch.tensor([0])), ((2, 0, 3), None)):
         how = given(norm, scope, cu_seqlens=cu if scope == "sequence" else None)
         assert step(backend, torch.empty(shape), torch.empty(shape), **how).shape == shape
-        assert start(backend, torch.empty(shape), radius=1.0, norm=norm, scope=scope, seed=0, cu_seqlens=how["cu_seqlens"]).shape == shape
+        assert (
+            start(
+                backend,
+                torch.empty(shape),
+                radius=1.0,
+                norm=norm,
+                scope=scope,
+                seed=0,
+                cu_seqlens=how["cu_seqlens"],
+            ).shape
+            == shape
+        )
     x = 0.01 * torch.randn(9, 6)
     assert not step(backend, x, torch.randn(9, 6), **given(norm, scope, radius=0.0)).any()
     assert torch.equal(step(backend, x, 0 * x, **given(norm, scope)), x)
@@ -137,7 +169,9 @@ def check_spread_magnitudes(backend: str, scope: str, radius: float) -> None:
 
 
 def check_start(backend: str, norm: str, scope: str) -> None:
-    """Bit for bit the reference's, for seeds of 64 bits and counters that straddle rows; catches tokens counted although masked."""
+    """Bit for bit the reference's, for seeds of 64 bits and counters that straddle rows; catches tokens
+    counted although masked.
+    """
     mask = torch.arange(9) != 5
     for D, seed in ((1, 0), (7, 2**63 - 1), (300, 1 + 2**32)):
         embeds = torch.empty(9, D, dtype=torch.bfloat16)
@@ -145,4 +179,6 @@ def check_start(backend: str, norm: str, scope: str) -> None:
             how = {"radius": 0.7, "norm": norm, "scope": scope, "seed": seed, "mask": live, "cu_seqlens": CU}
             assert torch.equal(start(backend, embeds, **how), start("reference", embeds, **how))
         how = {"radius": 0.7, "norm": norm, "scope": scope, "seed": seed}
-        assert torch.equal(start(backend, embeds.view(3, 3, D), **how), start("reference", embeds.view(3, 3, D), **how))
+        assert torch.equal(
+            start(backend, embeds.view(3, 3, D), **how), start("reference", embeds.view(3, 3, D), **how)
+        )

@@ -1,6 +1,8 @@
-"""Preference losses restated: padded (N, L) float64 matrices, one equation per row, and random pairs for both sides.
+"""Preference losses restated: padded (N, L) float64 matrices, one equation per row, and random pairs for both
+sides.
 
-Nothing here is shared with the code under test: sequences are rows of a matrix, sums are written out, constants are typed again.
+Nothing here is shared with the code under test: sequences are rows of a matrix, sums are written out,
+constants are typed again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Side:
     def ld(self, shorter: Tensor) -> Tensor:
         """The log-ratio with half the weight on tokens after the first `shorter`."""
         place = torch.arange(self.mask.shape[1])[None]
-        return (torch.where(self.mask, self.logp - self.ref, 0) * torch.where(place < shorter[:, None], 1.0, 0.5)).sum(1)
+        return (
+            torch.where(self.mask, self.logp - self.ref, 0) * torch.where(place < shorter[:, None], 1.0, 0.5)
+        ).sum(1)
 
 
 def nls(x: Tensor) -> Tensor:
@@ -90,20 +94,26 @@ EQUATIONS: dict[str, Callable[[Side, Side], Tensor]] = {  # (chosen, rejected) -
     "discopop": _discopop,
     "dpo_forward_kl": lambda w, r: nls(0.1 * ((1 - (-w.rho).exp()) - (1 - (-r.rho).exp()))),
     "dpo_js": lambda w, r: nls(0.1 * ((2 * sig(w.rho)).log() - (2 * sig(r.rho)).log())),
-    "dpo_alpha": lambda w, r: nls(0.1 * (((-0.5 * w.rho).exp() - 1) / -0.5 - ((-0.5 * r.rho).exp() - 1) / -0.5)),
+    "dpo_alpha": lambda w, r: nls(
+        0.1 * (((-0.5 * w.rho).exp() - 1) / -0.5 - ((-0.5 * r.rho).exp() - 1) / -0.5)
+    ),
     "simpo": lambda w, r: nls(2 * (w.s / w.n - r.s / r.n) - 1),
     "cpo": lambda w, r: nls(0.1 * (w.s - r.s)) + mean_nll(w),
     "orpo": lambda w, r: 0.1 * nls(log_odds(w.s / w.n) - log_odds(r.s / r.n)) + mean_nll(w),
 }
 BASELINE = 0.3
 LABELLED: dict[str, Callable[[Side, Tensor], Tensor]] = {  # (examples, which are good) -> loss of each
-    "kto": lambda x, good: torch.where(good, 1 - sig(0.1 * (x.rho - BASELINE)), 1 - sig(0.1 * (BASELINE - x.rho))),
+    "kto": lambda x, good: torch.where(
+        good, 1 - sig(0.1 * (x.rho - BASELINE)), 1 - sig(0.1 * (BASELINE - x.rho))
+    ),
     "apo_zero_unpaired": lambda x, good: torch.where(good, 1 - sig(0.1 * x.rho), sig(0.1 * x.rho)),
 }
 
 
 def random_side(lengths: Sequence[int], spread: float, dtype: torch.dtype = torch.float64) -> Side:
-    """Log-probs of completions of these lengths, which differ from the reference's by about `spread` nats a token."""
+    """Log-probs of completions of these lengths, which differ from the reference's by about `spread` nats a
+    token.
+    """
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ref = -torch.rand(mask.shape, dtype=dtype) * 2 - 0.05
     return Side((ref + spread * torch.randn(mask.shape, dtype=dtype)).clamp(max=-1e-3), ref, mask)
@@ -114,18 +124,26 @@ def packed(sides: Sequence[Side], good: Sequence[bool], count: int) -> tuple[Tok
     N = len(sides[0].logp)
     order = [(side, i) for i in range(N) for side in sides]
     of = [good[k % len(sides)] if len(sides) > 1 else good[k] for k in range(len(order))]
-    logp, ref = (torch.cat([getattr(side, name)[i][side.mask[i]] for side, i in order]) for name in ("logp", "ref"))
+    logp, ref = (
+        torch.cat([getattr(side, name)[i][side.mask[i]] for side, i in order]) for name in ("logp", "ref")
+    )
     lengths = torch.tensor([int(side.n[i]) for side, i in order])
     sign = torch.tensor([1.0 if g else -1.0 for g in of]).repeat_interleave(lengths)
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     tokens = Tokens(
-        old_logp=torch.zeros_like(logp), advantage=sign, weight=torch.full_like(logp, 1 / count), ref_logp=ref, cu_seqlens=ends,
+        old_logp=torch.zeros_like(logp),
+        advantage=sign,
+        weight=torch.full_like(logp, 1 / count),
+        ref_logp=ref,
+        cu_seqlens=ends,
         live=logp.numel(),
-    )  # fmt: skip
+    )
     return tokens, logp
 
 
-def ours(row: Preference, sides: Sequence[Side], good: Sequence[bool] = (True, False)) -> tuple[Tensor, Tensor]:
+def ours(
+    row: Preference, sides: Sequence[Side], good: Sequence[bool] = (True, False)
+) -> tuple[Tensor, Tensor]:
     """The row's mean loss over these units, and its gradient by every log-prob, packed."""
     tokens, logp = packed(sides, good, len(sides[0].logp))
     leaf = logp.detach().clone().requires_grad_()
@@ -136,7 +154,11 @@ def ours(row: Preference, sides: Sequence[Side], good: Sequence[bool] = (True, F
 def restated(equation: Callable[..., Tensor], sides: Sequence[Side], *more: Tensor) -> tuple[Tensor, Tensor]:
     """The same of an equation of padded sides."""
     leaves = [side.logp.detach().clone().requires_grad_() for side in sides]
-    loss = equation(*(Side(leaf, side.ref, side.mask) for leaf, side in zip(leaves, sides, strict=True)), *more).mean()
+    loss = equation(
+        *(Side(leaf, side.ref, side.mask) for leaf, side in zip(leaves, sides, strict=True)), *more
+    ).mean()
     grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    rows = [g[i][side.mask[i]] for i in range(len(sides[0].logp)) for g, side in zip(grads, sides, strict=True)]
+    rows = [
+        g[i][side.mask[i]] for i in range(len(sides[0].logp)) for g, side in zip(grads, sides, strict=True)
+    ]
     return loss.detach(), torch.cat(rows)

@@ -1,4 +1,6 @@
-"""Padded matrices of sequences and the packed tokens that rows of the family take: random batches, and a row's loss and gradient."""
+"""Padded matrices of sequences and the packed tokens that rows of the family take: random batches, and a
+row's loss and gradient.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def vector(*x: float) -> Tensor:
     return torch.tensor(x, dtype=F64)
 
 
-def rect(lengths: list[int], advantage: list[float], spread: float = 0.4, shift: float = 0.0, seed: int = 0) -> Rect:
+def rect(
+    lengths: list[int], advantage: list[float], spread: float = 0.4, shift: float = 0.0, seed: int = 0
+) -> Rect:
     draw = torch.Generator().manual_seed(seed)
     shape = len(lengths), max(lengths) + 1  # one column of padding, at least
     logp = -3 * torch.rand(shape, generator=draw, dtype=F64)
@@ -38,8 +42,12 @@ def pack(b: Rect, row: Algorithm, samples: list[int] | None = None, **columns: T
     return Tokens(**flat, cu_seqlens=ends, live=int(ends[-1]))
 
 
-def loss_and_slope(b: Rect, row: Algorithm, samples: list[int] | None = None, **columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The row's loss, and its derivative by every logp of the matrix, through torch.func.vjp as linear_loss takes it."""
+def loss_and_slope(
+    b: Rect, row: Algorithm, samples: list[int] | None = None, **columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The row's loss, and its derivative by every logp of the matrix, through torch.func.vjp as linear_loss
+    takes it.
+    """
     tokens = pack(b, row, samples, **columns)
     chosen = list(range(len(b.mask))) if samples is None else samples
     logp = torch.cat([b.logp[i][b.mask[i]] for i in chosen])

@@ -30,7 +30,12 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
 
-CLOCK = ("time", "time/", "eval/time", "perf/")  # what fastrl.run.log says may differ between two runs of one configuration
+CLOCK = (
+    "time",
+    "time/",
+    "eval/time",
+    "perf/",
+)  # what fastrl.run.log says may differ between two runs of one configuration
 REWARDS = '''
 def digits(completions, **columns):
     """Something that a model of random weights can get more or less of."""
@@ -44,8 +49,17 @@ def tokenizer() -> Any:
 
 def write_model(folder: Path, **changes: Any) -> str:
     """The config.json of a decoder even smaller, for runs from random weights."""
-    small = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}
-    return write(folder / "tiny.json", json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)))
+    small = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+    }
+    return write(
+        folder / "tiny.json",
+        json.dumps(tiny_config("qwen3", **small | {"max_position_embeddings": 48} | changes)),
+    )
 
 
 def write(path: Path, text: str) -> str:
@@ -59,11 +73,16 @@ def write(path: Path, text: str) -> str:
 def sft(folder: Path, name: str = "run", **changes: Any) -> Sft:
     """A run of 20 steps on the card game's demonstrations."""
     options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 20, "prompts": 6, "micro_tokens": 64, 
+        "model": changes.pop("model", None) or write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 20,
+        "prompts": 6,
+        "micro_tokens": 64,
         "optim": Optim(lr=1e-2, schedule="cosine", warmup=3, weight_decay=0.1),
         "eval": Eval(prompts=4, every=5),
-    }  # fmt: skip
+    }
     return Sft(**options | changes)
 
 
@@ -71,21 +90,35 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
     """A run of 20 steps on a reward that random weights can climb."""
     write(folder / "rewards.py", REWARDS)
     options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 20, "prompts": 4, "group": 4, "max_new_tokens": 8, "micro_tokens": 64, 
+        "model": changes.pop("model", None) or write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 20,
+        "prompts": 4,
+        "group": 4,
+        "max_new_tokens": 8,
+        "micro_tokens": 64,
         "reward": (f"{folder}/rewards.py:digits",),
-        "optim": Optim(lr=1e-2, warmup=2), "eval": Eval(prompts=4, every=5),
-    }  # fmt: skip
+        "optim": Optim(lr=1e-2, warmup=2),
+        "eval": Eval(prompts=4, every=5),
+    }
     return Grpo(**options | changes)
 
 
 def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
     """A run of 12 steps on the card game's pairs."""
     options: dict[str, Any] = {
-        "model": changes.pop("model", None) or write_model(folder), "task": "cards", "task_options": ("k=2",),
-        "output_dir": str(folder / name), "steps": 12, "prompts": 6, "micro_tokens": 100, "optim": Optim(lr=1e-2, warmup=2),
+        "model": changes.pop("model", None) or write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 12,
+        "prompts": 6,
+        "micro_tokens": 100,
+        "optim": Optim(lr=1e-2, warmup=2),
         "eval": Eval(prompts=4, every=6),
-    }  # fmt: skip
+    }
     return Dpo(**options | changes)
 
 
@@ -110,7 +143,11 @@ def lines(run: str | Path) -> list[dict[str, Any]]:
 
 def state(folder: str | Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint: weights, moments, masters."""
-    return {f"{file.name}/{k}": v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        f"{file.name}/{k}": v
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
 
 
 def assert_same_run(one: str | Path, other: str | Path, step: int) -> None:
@@ -125,7 +162,9 @@ def assert_same_run(one: str | Path, other: str | Path, step: int) -> None:
     assert Path(one, "samples.jsonl").read_text() == Path(other, "samples.jsonl").read_text()
 
 
-def straight_and_resumed(monkeypatch: Any, make: Callable[..., Run], folder: Path, stop_at: int, **changes: Any) -> tuple[Run, Run]:
+def straight_and_resumed(
+    monkeypatch: Any, make: Callable[..., Run], folder: Path, stop_at: int, **changes: Any
+) -> tuple[Run, Run]:
     """One run done in one go, and one stopped after `stop_at` steps and resumed; their configurations."""
     straight, stopped = (make(folder, name, **changes) for name in ("straight", "stopped"))
     fastrl.trainer.train(straight)
@@ -166,7 +205,13 @@ def on_policy(
     **changes: Any,
 ) -> OnPolicy:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
-    options: dict[str, Any] = {"model": "", "prompts": len(PROMPTS), "group": GROUP, "max_new_tokens": BUDGET, "seed": SEED}
+    options: dict[str, Any] = {
+        "model": "",
+        "prompts": len(PROMPTS),
+        "group": GROUP,
+        "max_new_tokens": BUDGET,
+        "seed": SEED,
+    }
     config = Grpo(**options | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
@@ -175,9 +220,17 @@ def on_policy(
 
     kl = reference if algorithm.kl_coef else None
     return OnPolicy(
-        config, Sampler(model), algorithm, prompt=lambda i: (PROMPTS[i], {"id": i}), size=len(PROMPTS), score=score, reference=kl,
-        stop=(), world=world or World(), trainer=trainer,
-    )  # fmt: skip
+        config,
+        Sampler(model),
+        algorithm,
+        prompt=lambda i: (PROMPTS[i], {"id": i}),
+        size=len(PROMPTS),
+        score=score,
+        reference=kl,
+        stop=(),
+        world=world or World(),
+        trainer=trainer,
+    )
 
 
 def make_batch(name: str, model: Decoder, **changes: Any) -> Batch:
@@ -190,23 +243,42 @@ def make_batch(name: str, model: Decoder, **changes: Any) -> Batch:
 def demonstrations(world: World | None = None) -> Demonstrations:
     """A source of DEMONSTRATIONS, all of them at every step."""
     return Demonstrations(
-        lambda some: [DEMONSTRATIONS[i] for i in some], 3, count=3, algorithm=ALGORITHMS["sft"], seed=0, device=torch.device("cpu"),
+        lambda some: [DEMONSTRATIONS[i] for i in some],
+        3,
+        count=3,
+        algorithm=ALGORITHMS["sft"],
+        seed=0,
+        device=torch.device("cpu"),
         world=world or World(),
-    )  # fmt: skip
+    )
 
 
 def learner(
-    model: Decoder, algorithm: Algorithm, micro_tokens: int = 10**6, optim: Optim | None = None, world: World | None = None,
+    model: Decoder,
+    algorithm: Algorithm,
+    micro_tokens: int = 10**6,
+    optim: Optim | None = None,
+    world: World | None = None,
     temperature: float | None = None,
-) -> Learner:  # fmt: skip
+) -> Learner:
     temperature = temperature or (1.0 if algorithm.advantage is None else TEMPERATURE)
-    return Learner(model, algorithm, optim or Optim(), steps=10, micro_tokens=micro_tokens, temperature=temperature, world=world)
+    return Learner(
+        model,
+        algorithm,
+        optim or Optim(),
+        steps=10,
+        micro_tokens=micro_tokens,
+        temperature=temperature,
+        world=world,
+    )
 
 
 def gradient(trained: Learner, batch: Batch) -> tuple[dict[str, float], Tensor]:
     """The step's metrics, and its whole gradient as one vector."""
     metrics = trained._gradients(batch)
-    grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained.masters])
+    grads = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained.masters]
+    )
     for p in trained.masters:
         p.grad = None
     return metrics, grads

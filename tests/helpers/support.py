@@ -1,4 +1,6 @@
-"""What the tests share: the fair numerical budget, tiny model configurations, the data beside the checkout, implementations by name."""
+"""What the tests share: the fair numerical budget, tiny model configurations, the data beside the checkout,
+implementations by name.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7
 
 
 def within_budget(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: float = 1.5) -> None:
-    """Ours may not be further from the float64 truth than PyTorch's own result in the same dtype, times `factor` plus one ulp."""
+    """Ours may not be further from the float64 truth than PyTorch's own result in the same dtype, times
+    `factor` plus one ulp.
+    """
     ours, theirs, truth = ours.detach(), theirs.detach(), truth.detach().double()
     if not truth.numel():
         return
     error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
     allowed = factor * budget + ULP[ours.dtype] * max(truth.abs().max().item(), 2.0**-20)
-    assert error <= allowed, f"error {error:.3e} against float64, allowed {allowed:.3e} (PyTorch itself: {budget:.3e})"
+    assert error <= allowed, (
+        f"error {error:.3e} against float64, allowed {allowed:.3e} (PyTorch itself: {budget:.3e})"
+    )
 
 
 def data_file(*parts: str) -> Path:
@@ -38,13 +44,28 @@ def data_file(*parts: str) -> Path:
 
 def tiny_config(family: str = "qwen2", **changes: Any) -> dict[str, Any]:
     """The config.json of a decoder small enough for a test, as a Hugging Face dict."""
-    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[
+        family
+    ]
     config = {
-        "architectures": [architecture], "model_type": family, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0,
-        "eos_token_id": 1, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": family,
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    }
     return config | changes
 
 

@@ -1,6 +1,8 @@
-"""TRL's own trainers, with and without our ops inside: the same losses, the same gradients, and proof of who computed them.
+"""TRL's own trainers, with and without our ops inside: the same losses, the same gradients, and proof of who
+computed them.
 
-What trains is skipped where TRL is not installed (docs/drop-in.md says how to install it); the swap itself is tested everywhere.
+What trains is skipped where TRL is not installed (docs/drop-in.md says how to install it); the swap itself is
+tested everywhere.
 """
 
 from __future__ import annotations
@@ -33,13 +35,27 @@ except ImportError as error:
     absent = f"no TRL (the peers extra): {error}"
 needs_trl = pytest.mark.skipif(bool(absent), reason=absent)
 
-NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy", "_ChunkedLogProbFunction")
+NAMES = (
+    "selective_log_softmax",
+    "entropy_from_logits",
+    "selective_log_softmax_and_entropy",
+    "_ChunkedLogProbFunction",
+)
 STEPS = 10
 COMMON = {
-    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none",
-    "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "dataloader_pin_memory": False,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
     "seed": 7,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +68,14 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A random two-layer Qwen2 and a tokenizer of characters, as TRL loads them (its reference model needs a folder)."""
+    """A random two-layer Qwen2 and a tokenizer of characters, as TRL loads them (its reference model needs a
+    folder).
+    """
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    config = Qwen2Config(**{k: v for k, v in tiny_config(vocab_size=29).items() if k != "architectures"}, pad_token_id=0)
+    config = Qwen2Config(
+        **{k: v for k, v in tiny_config(vocab_size=29).items() if k != "architectures"}, pad_token_id=0
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     char_tokenizer("abcdefghijklmnopqrstuvwxyz").save_pretrained(folder)
     return folder
@@ -70,7 +90,9 @@ class FirstGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if not self.kept:
-            self.kept = {n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+            self.kept = {
+                n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None
+            }
 
 
 def grpo(folder: Path, output: Path, callback: TrainerCallback) -> Any:
@@ -78,33 +100,56 @@ def grpo(folder: Path, output: Path, callback: TrainerCallback) -> Any:
         return [sum(c in "aeiou" for c in text) / 4 for text in completions]
 
     config = trl.GRPOConfig(
-        output_dir=str(output), num_generations=4, max_completion_length=6, temperature=0.9, beta=0.1, num_iterations=2,
-        entropy_coef=0.05, **COMMON,
-    )  # fmt: skip
+        output_dir=str(output),
+        num_generations=4,
+        max_completion_length=6,
+        temperature=0.9,
+        beta=0.1,
+        num_iterations=2,
+        entropy_coef=0.05,
+        **COMMON,
+    )
     data = datasets.Dataset.from_list([{"prompt": p} for p in ("abc", "hello", "xyz", "queue")] * 4)
-    return trl.GRPOTrainer(str(folder), reward_funcs=vowels, args=config, train_dataset=data, callbacks=[callback])
+    return trl.GRPOTrainer(
+        str(folder), reward_funcs=vowels, args=config, train_dataset=data, callbacks=[callback]
+    )
 
 
 def dpo(folder: Path, output: Path, callback: TrainerCallback) -> Any:
-    rows = [{"prompt": p, "chosen": p + "good", "rejected": "bad" + p} for p in ("abc", "hello", "xyz", "queue")] * 4
+    rows = [
+        {"prompt": p, "chosen": p + "good", "rejected": "bad" + p} for p in ("abc", "hello", "xyz", "queue")
+    ] * 4
     config = trl.DPOConfig(output_dir=str(output), beta=0.5, **COMMON)
-    return trl.DPOTrainer(str(folder), args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[callback])
+    return trl.DPOTrainer(
+        str(folder), args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[callback]
+    )
 
 
 def sft(folder: Path, output: Path, callback: TrainerCallback) -> Any:
     rows = [{"prompt": p, "completion": p[::-1]} for p in ("abc", "hello", "xyz", "queue")] * 4
     config = trl.SFTConfig(output_dir=str(output), max_length=32, **COMMON)
-    return trl.SFTTrainer(str(folder), args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[callback])
+    return trl.SFTTrainer(
+        str(folder), args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[callback]
+    )
 
 
 def rloo(folder: Path, output: Path, callback: TrainerCallback) -> Any:
-    config = trl.RLOOConfig(output_dir=str(output), num_generations=4, max_completion_length=6, beta=0.1, num_iterations=2, **COMMON)
+    config = trl.RLOOConfig(
+        output_dir=str(output),
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,
+        num_iterations=2,
+        **COMMON,
+    )
     data = datasets.Dataset.from_list([{"prompt": p} for p in ("abc", "hello", "xyz", "queue")] * 4)
 
     def length(completions: list[str], **columns: Any) -> list[float]:
         return [float(len(text.split("e")[0])) for text in completions]
 
-    return trl.RLOOTrainer(str(folder), reward_funcs=length, args=config, train_dataset=data, callbacks=[callback])
+    return trl.RLOOTrainer(
+        str(folder), reward_funcs=length, args=config, train_dataset=data, callbacks=[callback]
+    )
 
 
 def train(make: Callable[..., Any], folder: Path, output: Path) -> SimpleNamespace:
@@ -129,9 +174,31 @@ class Calls:
             self.ours += 1
             return linear_logp(*args, **kwargs)
 
-        def seen(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs):  # type: ignore[no-untyped-def]
+        def seen(
+            ctx,
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            chunk_size,
+            final_logit_softcapping,
+            logit_scale,
+            outputs,
+        ):  # type: ignore[no-untyped-def]
             self.theirs.append(outputs)
-            return forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            return forward(
+                ctx,
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
 
         monkeypatch.setattr(ops, "linear_logp", counted)
         monkeypatch.setattr(function, "forward", staticmethod(seen))
@@ -140,26 +207,38 @@ class Calls:
 @needs_trl
 @pytest.mark.parametrize("make", [grpo, rloo, dpo, sft], ids=lambda f: f.__name__)
 def test_the_trainer_takes_the_same_steps_on_our_ops(make, checkpoint, tmp_path, monkeypatch):
-    """Wrong implementations: a patch TRL never calls; a dropped entropy gradient or temperature; log-probs shifted by a token."""
+    """Wrong implementations: a patch TRL never calls; a dropped entropy gradient or temperature; log-probs
+    shifted by a token.
+    """
     plain = train(make, checkpoint, tmp_path / "plain")
     calls = Calls(monkeypatch)
     with patched():
         ours = train(make, checkpoint, tmp_path / "ours")
-    assert calls.ours >= STEPS and not any({"log_probs", "entropy"} & set(outputs) for outputs in calls.theirs)
+    assert calls.ours >= STEPS and not any(
+        {"log_probs", "entropy"} & set(outputs) for outputs in calls.theirs
+    )
     assert len(plain.loss) == STEPS and plain.loss.abs().max() > 1e-3 and plain.loss.std() > 0
     torch.testing.assert_close(ours.loss, plain.loss, rtol=0, atol=1e-5)
     assert ours.gradients.keys() == plain.gradients.keys() and plain.gradients
     for name, gradient in plain.gradients.items():
         scale = gradient.abs().max().item()
         assert scale > 0, name
-        torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
-    for metric in {"entropy", "mean_token_accuracy", "kl", "rewards/chosen", "logits/chosen"} & plain.logs[0].keys():
+        torch.testing.assert_close(
+            ours.gradients[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for metric in {"entropy", "mean_token_accuracy", "kl", "rewards/chosen", "logits/chosen"} & plain.logs[
+        0
+    ].keys():
         assert ours.logs[0][metric] == pytest.approx(plain.logs[0][metric], rel=1e-4, abs=1e-5), metric
 
 
 # --- the page ---------------------------------------------------------------------------------------
 def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        r"```python\n(.*?)```",
+        (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
 
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=needs_trl), 2])
@@ -176,23 +255,33 @@ def test_an_example_of_the_page_runs(number, checkpoint, tmp_path, monkeypatch):
 
 # --- function by function ---------------------------------------------------------------------------
 def both(call: Callable[..., Any], *tensors: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The results of a call, and the gradients of the tensors under a fixed weighting of every differentiable result."""
+    """The results of a call, and the gradients of the tensors under a fixed weighting of every differentiable
+    result.
+    """
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     result = call(*leaves)
     results = [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
-    loss = sum((r.float() * torch.linspace(0.5, 1.5, r.numel()).view(r.shape)).sum() for r in results if r.requires_grad)
+    loss = sum(
+        (r.float() * torch.linspace(0.5, 1.5, r.numel()).view(r.shape)).sum()
+        for r in results
+        if r.requires_grad
+    )
     return results, list(torch.autograd.grad(loss, leaves, allow_unused=True))
 
 
 def equal(ours: Any, theirs: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(ours, theirs, **(tolerance or {"rtol": 1e-5, "atol": 1e-5}))  # checks dtypes too
+    torch.testing.assert_close(
+        ours, theirs, **(tolerance or {"rtol": 1e-5, "atol": 1e-5})
+    )  # checks dtypes too
 
 
 @needs_trl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 2)], ids=str)
 def test_the_functions_of_logits_are_trls(shape, dtype):
-    """Wrong implementations: entropy without gradient, or with one where TRL asks for none; float32 returned for bf16 logits."""
+    """Wrong implementations: entropy without gradient, or with one where TRL asks for none; float32 returned
+    for bf16 logits.
+    """
     logits, index = (torch.randn(*shape, 37) * 4).to(dtype), torch.randint(37, shape)
     mask = torch.rand(shape) < 0.7
     calls = [
@@ -222,12 +311,21 @@ def test_the_functions_of_logits_are_trls(shape, dtype):
 @pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy", "is_top1"), None], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_function_of_hidden_states_is_trls(outputs, bias):
-    """Wrong implementations: logit_scale or temperature inverted; results in the wrong place of the five; a bias left out."""
-    hidden, weight, b, target = torch.randn(23, 16), torch.randn(61, 16), torch.randn(61), torch.randint(61, (23,))
+    """Wrong implementations: logit_scale or temperature inverted; results in the wrong place of the five; a
+    bias left out.
+    """
+    hidden, weight, b, target = (
+        torch.randn(23, 16),
+        torch.randn(61, 16),
+        torch.randn(61),
+        torch.randint(61, (23,)),
+    )
     rest = () if outputs is None else (outputs,)
 
     def call(hidden: Tensor, weight: Tensor, *b: Tensor) -> tuple[Tensor | None, ...]:
-        result = utils._ChunkedLogProbFunction.apply(hidden, weight, b[0] if b else None, target, 0.7, 8, None, 0.3, *rest)
+        result = utils._ChunkedLogProbFunction.apply(
+            hidden, weight, b[0] if b else None, target, 0.7, 8, None, 0.3, *rest
+        )
         asked.append([x is not None for x in result])
         return result
 
@@ -247,14 +345,22 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_logits_are_not():
     rounded = ops.linear_logp(hidden.bfloat16(), weight.bfloat16(), target)
     with patched(), torch.autocast("cpu", dtype=torch.bfloat16):
         (logp, *_), grads = both(
-            lambda h, w: utils._ChunkedLogProbFunction.apply(h, w, None, target, 1.0, 8, None, 1.0, ("log_probs",)), hidden, weight
+            lambda h, w: utils._ChunkedLogProbFunction.apply(
+                h, w, None, target, 1.0, 8, None, 1.0, ("log_probs",)
+            ),
+            hidden,
+            weight,
         )
-    assert torch.equal(logp, rounded.logp) and [g.dtype for g in grads if g is not None] == [torch.float32] * 2
+    assert (
+        torch.equal(logp, rounded.logp) and [g.dtype for g in grads if g is not None] == [torch.float32] * 2
+    )
 
 
 @needs_trl
 @pytest.mark.parametrize(
-    "message, change", [("softcapping", {5: 30.0}), ("logit_scale", {6: 0.0}), ("ZeRO-3", {})], ids=["softcap", "scale", "zero3"]
+    "message, change",
+    [("softcapping", {5: 30.0}), ("logit_scale", {6: 0.0}), ("ZeRO-3", {})],
+    ids=["softcap", "scale", "zero3"],
 )
 def test_what_our_op_cannot_compute_is_refused(message, change):
     """Wrong implementation: a softcap silently ignored."""
@@ -275,7 +381,16 @@ def pretend(monkeypatch) -> ModuleType:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, last_hidden, weight, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0):  # type: ignore[no-untyped-def]
+        def forward(
+            ctx,
+            last_hidden,
+            weight,
+            targets,
+            temperature,
+            chunk_size,
+            final_logit_softcapping=None,
+            logit_scale=1.0,
+        ):  # type: ignore[no-untyped-def]
             raise AssertionError("TRL's own was called")
 
     home, trainer = ModuleType("trl.trainer.utils"), ModuleType("trl.trainer.grpo_trainer")
@@ -318,7 +433,9 @@ def test_patching_twice_is_patching_once(pretend):
 
 
 def test_an_exception_restores_and_an_inner_block_does_not(pretend):
-    """Wrong implementations: no finally; an inner block that unpatches the outer one, or what patch() did before it."""
+    """Wrong implementations: no finally; an inner block that unpatches the outer one, or what patch() did
+    before it.
+    """
     before = state(pretend)
     with pytest.raises(KeyError), patched():
         during = state(pretend)
@@ -336,24 +453,40 @@ def test_an_exception_restores_and_an_inner_block_does_not(pretend):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_older_signatures_are_served(pretend, with_bias):
-    """TRL 1.5 to 1.12 has seven arguments, 1.13 and 1.14 a bias between; both return log-prob and entropy, each with a gradient."""
-    hidden, weight, bias, target = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.randn(9), torch.randint(9, (5,))
+    """TRL 1.5 to 1.12 has seven arguments, 1.13 and 1.14 a bias between; both return log-prob and entropy,
+    each with a gradient.
+    """
+    hidden, weight, bias, target = (
+        torch.randn(5, 4, requires_grad=True),
+        torch.randn(9, 4),
+        torch.randn(9),
+        torch.randint(9, (5,)),
+    )
     if with_bias:
         pretend._ChunkedLogProbFunction.forward = staticmethod(
-            lambda ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0: None
+            lambda ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0: (
+                None
+            )
         )
     with patched():
         arguments = (bias, target) if with_bias else (target,)
         logp, entropy = pretend._ChunkedLogProbFunction.apply(hidden, weight, *arguments, 2.0, 8)
-    expected = ops.linear_logp(hidden, weight, target, bias=bias if with_bias else None, temperature=2.0, entropy=True)
-    assert torch.equal(logp, expected.logp) and torch.equal(entropy, expected.entropy) and entropy.requires_grad
+    expected = ops.linear_logp(
+        hidden, weight, target, bias=bias if with_bias else None, temperature=2.0, entropy=True
+    )
+    assert (
+        torch.equal(logp, expected.logp) and torch.equal(entropy, expected.entropy) and entropy.requires_grad
+    )
 
 
 def test_a_trl_without_these_functions_is_an_import_error_that_names_them(pretend):
     """Wrong implementation: nothing found, nothing swapped, nothing said."""
     forward = pretend._ChunkedLogProbFunction.forward
     pretend._ChunkedLogProbFunction.forward = staticmethod(lambda ctx, hidden, weight, labels: None)
-    with pytest.raises(ImportError, match=r"_ChunkedLogProbFunction: expected the arguments \(hidden, .* has \(hidden, weight, labels\)"):
+    with pytest.raises(
+        ImportError,
+        match=r"_ChunkedLogProbFunction: expected the arguments \(hidden, .* has \(hidden, weight, labels\)",
+    ):
         patch()
     pretend._ChunkedLogProbFunction.forward = forward
     del pretend.selective_log_softmax

@@ -1,4 +1,6 @@
-"""advance: the end of a decode step, against a loop over rows; in PyTorch, and in Triton under the interpreter."""
+"""advance: the end of a decode step, against a loop over rows; in PyTorch, and in Triton under the
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BACKENDS = ["reference", "cpu", "triton"]
 
 
 def state(B: int, S: int = 40, C: int = 32, seed: int = 0) -> tuple[Rows, Records, Pages, Sample]:
-    """Rows at random lengths, most alive, each on its own pages; some one token before their budget or their longest length."""
+    """Rows at random lengths, most alive, each on its own pages; some one token before their budget or their
+    longest length.
+    """
     g = torch.Generator().manual_seed(seed)
     length = torch.randint(2, C - 1, (B,), generator=g)
     drawn = torch.minimum(torch.randint(0, 9, (B,), generator=g), length - 1)
@@ -28,7 +32,16 @@ def state(B: int, S: int = 40, C: int = 32, seed: int = 0) -> tuple[Rows, Record
     table = torch.zeros(B, N, dtype=torch.int32)
     own = torch.arange(N) < ((length - 1) // PAGE + 1)[:, None]
     table[own] = torch.arange(1, int(own.sum()) + 1, dtype=torch.int32)
-    rows = Rows(torch.randperm(S, generator=g)[:B], length, drawn, budget, until, torch.randint(0, 9, (B,), generator=g), alive, table)
+    rows = Rows(
+        torch.randperm(S, generator=g)[:B],
+        length,
+        drawn,
+        budget,
+        until,
+        torch.randint(0, 9, (B,), generator=g),
+        alive,
+        table,
+    )
     floats = [torch.zeros(S + 1, C) for _ in range(3)]
     tokens, lengths = torch.zeros(S + 1, C, dtype=torch.int64), torch.zeros(S + 1, dtype=torch.int64)
     records = Records(tokens, *floats, tokens.bool(), tokens.int(), lengths, lengths.to(torch.int8))
@@ -47,7 +60,11 @@ def by_hand(rows: Rows, records: Records, pages: Pages, draw: Sample, version: i
         if not rows.alive[b]:
             continue
         s, c, token = int(rows.seq[b]), int(rows.length[b]), int(draw.token[b])
-        for record, value in zip(records[:6], (token, draw.logp[b], draw.behaviour_logp[b], draw.entropy[b], True, version), strict=True):
+        for record, value in zip(
+            records[:6],
+            (token, draw.logp[b], draw.behaviour_logp[b], draw.entropy[b], True, version),
+            strict=True,
+        ):
             record[s, c] = value
         rows.length[b], rows.last[b], records.length[s] = c + 1, token, c + 1
         rows.drawn[b] += 1
@@ -67,7 +84,9 @@ def by_hand(rows: Rows, records: Records, pages: Pages, draw: Sample, version: i
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("B", [1, 5, 33])
 def test_a_step_is_what_a_loop_over_the_rows_does(B, backend):
-    """Wrong implementations: a dead row draws; a stop called length; a page too early, too late, twice, or for a row that has ended."""
+    """Wrong implementations: a dead row draws; a stop called length; a page too early, too late, twice, or
+    for a row that has ended.
+    """
     for seed in range(6):
         rows, records, pages, draw = state(B, seed=seed)
         want = copy.deepcopy((rows, records, pages))
@@ -82,7 +101,9 @@ def test_a_step_is_what_a_loop_over_the_rows_does(B, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_steps_hand_out_every_page_once(backend, monkeypatch):
-    """Wrong implementations: blocks of rows that each start at the top of the stack; a page given to two rows."""
+    """Wrong implementations: blocks of rows that each start at the top of the stack; a page given to two
+    rows.
+    """
     if backend == "triton":
         from fastrl.kernels._triton import advance as _advance_triton
 
@@ -93,7 +114,16 @@ def test_many_steps_hand_out_every_page_once(backend, monkeypatch):
     nothing = torch.tensor([-1])
     with use_backend(backend, "advance"):
         for _ in range(6):
-            advance(draw, rows, records, pages, stops=nothing, version=nothing, total=torch.zeros(1, dtype=torch.int64), page=PAGE)
+            advance(
+                draw,
+                rows,
+                records,
+                pages,
+                stops=nothing,
+                version=nothing,
+                total=torch.zeros(1, dtype=torch.int64),
+                page=PAGE,
+            )
     held = rows.table[rows.table > 0]
     assert len(held.unique()) == len(held) and (pages.refs[held.long()] == 1).all()
     free = pages.free[: int(pages.top)]
@@ -107,7 +137,11 @@ def test_need_is_what_a_loop_counts(backend):
         rows, _, _, _ = state(33, seed=seed)
         with use_backend(backend, "need"):
             alive, pages = need(rows.alive, rows.length, rows.until, PAGE)
-        live = [(n, u) for n, u, on in zip(rows.length.tolist(), rows.until.tolist(), rows.alive.tolist(), strict=True) if on]
+        live = [
+            (n, u)
+            for n, u, on in zip(rows.length.tolist(), rows.until.tolist(), rows.alive.tolist(), strict=True)
+            if on
+        ]
         missing = [{p // PAGE for p in range(u - 1)} - {p // PAGE for p in range(n)} for n, u in live]
         assert int(alive) == len(live) and int(pages) == sum(len(m) for m in missing)
 
@@ -116,8 +150,13 @@ def test_nothing_is_read_on_the_host():
     """Wrong implementation: a look at a value, which would wait for the device."""
     rows, records, pages, draw = state(9)
     with FakeTensorMode() as fake, use_backend("reference", "advance"):
-        rows, records, pages, draw = (type(group)(*map(fake.from_tensor, group)) for group in (rows, records, pages, draw))
-        numbers = {n: fake.from_tensor(torch.tensor(x)) for n, x in (("stops", [7]), ("version", [1]), ("total", [0]))}
+        rows, records, pages, draw = (
+            type(group)(*map(fake.from_tensor, group)) for group in (rows, records, pages, draw)
+        )
+        numbers = {
+            n: fake.from_tensor(torch.tensor(x))
+            for n, x in (("stops", [7]), ("version", [1]), ("total", [0]))
+        }
         advance(draw, rows, records, pages, page=PAGE, **numbers)
 
 
@@ -132,7 +171,11 @@ def test_what_does_not_fit_is_named():
         advance(draw, rows._replace(table=rows.table.long()), records, pages, page=PAGE, **rest)
 
 
-FIELDS = [(g, f) for g, of in (("rows", Rows), ("records", Records), ("pages", Pages), ("draw", Sample)) for f in of._fields]
+FIELDS = [
+    (g, f)
+    for g, of in (("rows", Rows), ("records", Records), ("pages", Pages), ("draw", Sample))
+    for f in of._fields
+]
 
 
 @pytest.mark.parametrize("group, field", FIELDS)
@@ -153,14 +196,19 @@ def test_every_field_is_checked_before_an_address_is_taken(group, field):
 
 
 def test_what_does_not_fit_changes_nothing():
-    """Wrong: rows moved on before it is found that there is no page for the last of them, or that a page is none."""
+    """Wrong: rows moved on before it is found that there is no page for the last of them, or that a page is
+    none.
+    """
     rest = {"stops": STOPS, "version": torch.tensor([1]), "total": torch.tensor([0]), "page": PAGE}
     for wrong, message in (
         ({"top": torch.tensor([1])}, "pages.top: expected a free page for each of [0-9]+ rows, got 1"),
         ({"top": torch.tensor([10**9])}, "pages.top: expected a free page"),
         ({"free": torch.full((200,), 10**6, dtype=torch.int32)}, r"pages.free: expected in \[0, "),
         ({"seq": torch.full((33,), 41)}, r"rows.seq: expected in \[0, 41\), a row of the records, got 41"),
-        ({"length": torch.full((33,), 32)}, r"rows.length: expected in \[0, 32\), a column of the records, got 32"),
+        (
+            {"length": torch.full((33,), 32)},
+            r"rows.length: expected in \[0, 32\), a column of the records, got 32",
+        ),
         ({"table": torch.zeros(33, 1, dtype=torch.int32)}, "rows.table: expected [0-9]+ columns, got 1"),
     ):
         rows, records, pages, draw = state(33)

@@ -64,14 +64,17 @@ def test_value_and_gradients_within_the_budget_of_pytorch(backend, dtype, H, K):
 def sdpa(q, k, v, cu):
     pairs = [(a, b) for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True) if a < b]
     parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairs]
-    return torch.cat([scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for p in parts])
+    return torch.cat(
+        [scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for p in parts]
+    )
 
 
 @pytest.mark.parametrize("alone", [1, 40, 1000])
 @pytest.mark.parametrize("budget", [1, 600, 4000, 1 << 20])
 def test_any_block_size_gives_the_same(budget, alone, monkeypatch):
-    """Wrong implementations: a block of rows masked as if it began at 0; dk and dv overwritten instead of summed over blocks; a sequence
-    that is a batch of its own read from its neighbour's place, or left out."""
+    """Wrong implementations: a block of rows masked as if it began at 0; dk and dv overwritten instead of
+    summed over blocks; a sequence that is a batch of its own read from its neighbour's place, or left out.
+    """
     monkeypatch.setattr(_attention_padded, "ALONE", alone)
     monkeypatch.setattr(module, "SCORES_BYTES", budget)
     monkeypatch.setattr(_attention_padded, "PADDED_TOKENS", max(1, budget // 100))
@@ -79,18 +82,25 @@ def test_any_block_size_gives_the_same(budget, alone, monkeypatch):
         leaves, cu = inputs([70, 3, 33, 65], dtype=dtype)
         exact = [x.detach().double().requires_grad_() for x in leaves]
         with ops.use_backend(backend, "attention"):
-            y, expected, up = ops.attention(*leaves, cu, scale=0.4), truth(*exact, cu, 0.4), torch.randn(171, 4, 8)
+            y, expected, up = (
+                ops.attention(*leaves, cu, scale=0.4),
+                truth(*exact, cu, 0.4),
+                torch.randn(171, 4, 8),
+            )
             grads = torch.autograd.grad(y, leaves, up.to(dtype))
         tight = 1e-12 if dtype == torch.float64 else 1e-5
-        for ours, theirs in zip((y, *grads), (expected, *torch.autograd.grad(expected, exact, up.double())), strict=True):
+        for ours, theirs in zip(
+            (y, *grads), (expected, *torch.autograd.grad(expected, exact, up.double())), strict=True
+        ):
             torch.testing.assert_close(ours.double(), theirs, atol=tight, rtol=tight)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[5] * 3, [5, 5, 0, 5], [5], [4, 6, 5]], ids=str)
 def test_sequences_of_one_length_are_a_padded_batch_already(backend, lengths):
-    """From views of one projection.  Wrong implementations: a view of rows that lie elsewhere, or of one sequence too few; lengths
-    taken for equal because their sum is."""
+    """From views of one projection.  Wrong implementations: a view of rows that lie elsewhere, or of one
+    sequence too few; lengths taken for equal because their sum is.
+    """
     fused = torch.randn(sum(lengths), 8, 8, requires_grad=True)
     leaves, cu = fused.split((4, 2, 2), 1), torch.tensor([0, *lengths]).cumsum(0).int()
     up = torch.randn(sum(lengths), 4, 8)
@@ -100,7 +110,9 @@ def test_sequences_of_one_length_are_a_padded_batch_already(backend, lengths):
     exact = fused.detach().double().requires_grad_()
     expected = truth(*exact.split((4, 2, 2), 1), cu)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(grad.double(), torch.autograd.grad(expected, exact, up.double())[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        grad.double(), torch.autograd.grad(expected, exact, up.double())[0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_gradcheck():
@@ -110,7 +122,9 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_sees_nothing_of_its_neighbours_not_even_a_nan(backend):
-    """Wrong implementations: attention that ignores cu_seqlens; padding that reads the next sequence, weighted 0, but 0 * nan is nan."""
+    """Wrong implementations: attention that ignores cu_seqlens; padding that reads the next sequence,
+    weighted 0, but 0 * nan is nan.
+    """
     leaves, cu = inputs([3, 4, 2])
     with ops.use_backend(backend, "attention"):
         clean = ops.attention(*leaves, cu)
@@ -189,5 +203,8 @@ def test_errors_name_the_argument():
         ops.attention(q, k, v, torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(TypeError, match="k: expected dtype float32"):
         ops.attention(q, k.double(), v, cu)
-    with pytest.raises(RuntimeError, match="'cpu' was asked for, but it does not take"), ops.use_backend("cpu", "attention"):
+    with (
+        pytest.raises(RuntimeError, match="'cpu' was asked for, but it does not take"),
+        ops.use_backend("cpu", "attention"),
+    ):
         ops.attention(q.double(), k.double(), v.double(), cu)

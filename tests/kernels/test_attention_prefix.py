@@ -1,4 +1,6 @@
-"""attention over a past: the last tokens of each sequence, on every rung, against float64 attention of the whole sequence."""
+"""attention over a past: the last tokens of each sequence, on every rung, against float64 attention of the
+whole sequence.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def ends(lengths, dtype=torch.int32):
 def case(H=4, K=2, E=8, dtype=torch.float32):
     """q of the new tokens; k, v of all; their ends."""
     keys = [a + b for a, b in zip(NEW, PAST, strict=True)]
-    q, k, v = (torch.randn(n, heads, E).to(dtype) for n, heads in ((sum(NEW), H), (sum(keys), K), (sum(keys), K)))
+    q, k, v = (
+        torch.randn(n, heads, E).to(dtype) for n, heads in ((sum(NEW), H), (sum(keys), K), (sum(keys), K))
+    )
     return q, k, v, ends(NEW), ends(keys)
 
 
@@ -46,16 +50,22 @@ def truth(q, k, v, cu, cu_k, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (6, 1)])
 def test_within_the_budget_of_pytorch(backend, dtype, H, K):
-    """Wrong: a mask flush with the first token (top left), a token that does not see itself, shared heads interleaved."""
+    """Wrong: a mask flush with the first token (top left), a token that does not see itself, shared heads
+    interleaved.
+    """
     q, k, v, cu, cu_k = case(H, K, dtype=dtype)
     with use(backend, "attention"):
         y = ops.attention(q, k, v, cu, cu_seqlens_k=cu_k, scale=0.4)
     assert y.dtype == dtype
     parts = []
-    for a, b, c, d in zip(cu[:-1].tolist(), cu[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True):
+    for a, b, c, d in zip(
+        cu[:-1].tolist(), cu[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True
+    ):
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
         rows = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
-        parts.append(scaled_dot_product_attention(*rows, attn_mask=mask, scale=0.4, enable_gqa=True)[0].transpose(0, 1))
+        parts.append(
+            scaled_dot_product_attention(*rows, attn_mask=mask, scale=0.4, enable_gqa=True)[0].transpose(0, 1)
+        )
     within_budget(y, torch.cat(parts), truth(q, k, v, cu, cu_k, 0.4))
 
 
@@ -65,10 +75,14 @@ def test_a_prompt_in_two_pieces_is_the_prompt(backend):
     lengths, cut = [7, 40, 12], [3, 25, 12]
     cu = ends(lengths)
     q, k, v = (torch.randn(sum(lengths), n, 8) for n in (4, 2, 2))
-    late = torch.cat([torch.arange(b - (n - c), b) for b, n, c in zip(cu[1:].tolist(), lengths, cut, strict=True)])
+    late = torch.cat(
+        [torch.arange(b - (n - c), b) for b, n, c in zip(cu[1:].tolist(), lengths, cut, strict=True)]
+    )
     with use(backend, "attention"):
         whole = ops.attention(q, k, v, cu)
-        y = ops.attention(q[late], k, v, ends([n - c for n, c in zip(lengths, cut, strict=True)]), cu_seqlens_k=cu)
+        y = ops.attention(
+            q[late], k, v, ends([n - c for n, c in zip(lengths, cut, strict=True)]), cu_seqlens_k=cu
+        )
     torch.testing.assert_close(y, whole[late], atol=2e-6, rtol=0)
 
 
@@ -77,7 +91,12 @@ def test_any_block_size_gives_the_same(budget, monkeypatch):
     """Wrong: a block of rows masked as if it were the first."""
     monkeypatch.setattr(_attention_prefix, "SCORES_BYTES", budget)
     q, k, v, cu, cu_k = (x.double() if x.is_floating_point() else x for x in case())
-    torch.testing.assert_close(ops.attention(q, k, v, cu, cu_seqlens_k=cu_k, scale=0.3), truth(q, k, v, cu, cu_k, 0.3), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        ops.attention(q, k, v, cu, cu_seqlens_k=cu_k, scale=0.3),
+        truth(q, k, v, cu, cu_k, 0.3),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +109,9 @@ def test_a_sequence_sees_nothing_of_its_neighbours_not_even_a_nan(backend):
         y = ops.attention(q, k, v, cu, cu_seqlens_k=cu_k)
     mine = slice(int(cu[3]), int(cu[4]))
     assert y[mine].isnan().all()
-    assert torch.equal(torch.cat((y[: mine.start], y[mine.stop :])), torch.cat((clean[: mine.start], clean[mine.stop :])))
+    assert torch.equal(
+        torch.cat((y[: mine.start], y[mine.stop :])), torch.cat((clean[: mine.start], clean[mine.stop :]))
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,19 +125,35 @@ def test_no_queries(backend, past):
 
 @pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_2", "varlen_attn"])
 def test_a_flash_library_gets_both_ends(name, monkeypatch):
-    """Wrong: the queries' ends given twice, which attends to the oldest tokens; a longest sequence that counts queries."""
+    """Wrong: the queries' ends given twice, which attends to the oldest tokens; a longest sequence that
+    counts queries.
+    """
     seen = []
 
-    def four(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
+    def four(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
+    ):
         seen.append((max_seqlen_q, max_seqlen_k))
         return _attention_prefix.reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, 0), None
 
     def two(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, return_attn_probs):
-        return *four(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, softmax_scale=softmax_scale,
-                     causal=causal, return_lse=True), None  # fmt: skip
+        return *four(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            return_lse=True,
+        ), None
 
     def torchs(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale):
-        return two(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=is_causal, return_attn_probs=False)
+        return two(
+            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=is_causal, return_attn_probs=False
+        )
 
     adapter, function, attribute = {
         "flash_attn_4": (_attention_flash.flash4, four, "_flash_attn_fwd"),
@@ -144,7 +181,9 @@ def test_errors_name_the_argument():
         ops.attention(q, k, v, cu, cu_seqlens_k=cu)
     with pytest.raises(ValueError, match="cu_seqlens_k: expected the ends of S=5 sequences, got 1"):
         ops.attention(q, k, v, cu, cu_seqlens_k=torch.tensor([0, 81]))
-    with pytest.raises(ValueError, match="cu_seqlens_k: expected at least the 20 tokens of sequence 4's queries, got 10 keys"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens_k: expected at least the 20 tokens of sequence 4's queries, got 10 keys"
+    ):
         ops.attention(q, k, v, cu, cu_seqlens_k=torch.tensor([0, 10, 20, 40, 71, 81]))
     with pytest.raises(ValueError, match=r"v: expected shape \(T_k=81, K=2, E=8\)"):
         ops.attention(q, k, v[1:], cu, cu_seqlens_k=cu_k)

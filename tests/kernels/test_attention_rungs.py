@@ -1,7 +1,8 @@
-"""The rungs of attention's ladder: which is chosen, and each adapter against a stand-in with its library's signature.
+"""The rungs of attention's ladder: which is chosen, and each adapter against a stand-in with its library's
+signature.
 
-The libraries themselves need a GPU (tests/gpu/test_model_ops_gpu.py).  What is shown here is what surrounds them: the arguments, the
-layout of lse, the deterministic backward, empty batches, strided inputs.
+The libraries themselves need a GPU (tests/gpu/test_model_ops_gpu.py).  What is shown here is what surrounds
+them: the arguments, the layout of lse, the deterministic backward, empty batches, strided inputs.
 """
 
 from __future__ import annotations
@@ -53,15 +54,32 @@ class Library:
 
 
 def stand_in(name, library):
-    """A module with the functions that the adapter of `name` calls, and no other argument than those it may pass."""
+    """A module with the functions that the adapter of `name` calls, and no other argument than those it may
+    pass.
+    """
 
-    def four(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
+    def four(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
+    ):
         assert causal and return_lse and cu_seqlens_k is cu_seqlens_q and max_seqlen_q == max_seqlen_k
         return library.forward(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
 
     def four_bwd(
-        q, k, v, out, dout, lse, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        *,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        deterministic,
+    ):
         assert causal and deterministic
         return library.backward(dout, q, k, v, out, lse, cu_seqlens_q, softmax_scale)
 
@@ -70,18 +88,47 @@ def stand_in(name, library):
         return *library.forward(q, k, v, cu_q, max_q, softmax_scale), None
 
     def two_bwd(
-        dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        assert causal and deterministic and dropout_p == softcap == 0 and (window_size_left, window_size_right) == (-1, -1)
-        for to, x in zip((dq, dk, dv), library.backward(dout, q, k, v, out, lse, cu_q, softmax_scale), strict=True):
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state=None,
+    ):
+        assert (
+            causal
+            and deterministic
+            and dropout_p == softcap == 0
+            and (window_size_left, window_size_right) == (-1, -1)
+        )
+        for to, x in zip(
+            (dq, dk, dv), library.backward(dout, q, k, v, out, lse, cu_q, softmax_scale), strict=True
+        ):
             to.copy_(x)
 
     def torchs(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale):
         assert is_causal and not return_debug_mask and dropout_p == 0
         return *library.forward(q, k, v, cu_q, max_q, scale), None, None, None
 
-    def torchs_bwd(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale):
+    def torchs_bwd(
+        grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale
+    ):
         assert is_causal and torch.are_deterministic_algorithms_enabled()
         return library.backward(grad, q, k, v, out, lse, cu_q, scale)
 
@@ -93,7 +140,11 @@ def stand_in(name, library):
     return types.SimpleNamespace(**functions[name])
 
 
-ADAPTERS = {"flash_attn_4": _attention_flash.flash4, "flash_attn_2": _attention_flash.flash2, "varlen_attn": _attention_flash.varlen}
+ADAPTERS = {
+    "flash_attn_4": _attention_flash.flash4,
+    "flash_attn_2": _attention_flash.flash2,
+    "varlen_attn": _attention_flash.varlen,
+}
 
 
 @pytest.fixture
@@ -111,8 +162,9 @@ def here(monkeypatch):
 @pytest.mark.parametrize("ends", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_the_reference_around_its_library(name, ends, here):
-    """Wrong: lse handed on as the library lays it out, a backward without determinism, gradients of the heads in another order,
-    a longest sequence that is too short."""
+    """Wrong: lse handed on as the library lays it out, a backward without determinism, gradients of the heads
+    in another order, a longest sequence that is too short.
+    """
     library = Library()
     here(name, _attention_flash.parts(ADAPTERS[name](stand_in(name, library))))
     fused, cu = inputs(ends=ends)
@@ -132,23 +184,33 @@ def test_no_tokens_never_reach_the_library(name, lengths, here):
 
 
 def test_the_deterministic_setting_is_put_back():
-    """Wrong: a process that is deterministic ever after, or no longer although its user asked for it; an empty tensor filled with NaN."""
+    """Wrong: a process that is deterministic ever after, or no longer although its user asked for it; an
+    empty tensor filled with NaN.
+    """
     for before in (False, True):
         torch.use_deterministic_algorithms(before, warn_only=before)
         try:
             with pytest.raises(KeyError), _attention_flash.deterministic():
-                assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+                assert (
+                    torch.are_deterministic_algorithms_enabled()
+                    and not torch.is_deterministic_algorithms_warn_only_enabled()
+                )
                 assert not torch.utils.deterministic.fill_uninitialized_memory
                 raise KeyError
-            assert torch.are_deterministic_algorithms_enabled() == torch.is_deterministic_algorithms_warn_only_enabled() == before
+            assert (
+                torch.are_deterministic_algorithms_enabled()
+                == torch.is_deterministic_algorithms_warn_only_enabled()
+                == before
+            )
             assert torch.utils.deterministic.fill_uninitialized_memory
         finally:
             torch.use_deterministic_algorithms(False)
 
 
 def test_sdpa_on_padded_batches(here, monkeypatch):
-    """Wrong: shared heads repeated as a block (head h reading key head h % K); lse with the padding to 32 that the kernel adds; a
-    backward without it."""
+    """Wrong: shared heads repeated as a block (head h reading key head h % K); lse with the padding to 32
+    that the kernel adds; a backward without it.
+    """
 
     def forward(q, k, v, bias, compute_lse, dropout, causal, *, scale):
         assert q.shape[1] == k.shape[1] and bias is None and compute_lse and causal
@@ -158,7 +220,9 @@ def test_sdpa_on_padded_batches(here, monkeypatch):
     def backward(dy, q, k, v, bias, y, lse, seed, offset, dropout, mask, causal, *, scale):
         assert lse.shape[-1] % 32 == 0 and causal and mask == (True, True, True, False)
         assert torch.are_deterministic_algorithms_enabled()
-        return *_attention_padded.cpu_backward(dy, q, k, v, y, lse[..., : q.shape[2]].contiguous(), scale), None
+        return *_attention_padded.cpu_backward(
+            dy, q, k, v, y, lse[..., : q.shape[2]].contiguous(), scale
+        ), None
 
     monkeypatch.setattr(_attention_padded, "_CUDA", "planted")
     monkeypatch.setattr(torch.ops.aten, "planted", forward, raising=False)
@@ -171,16 +235,30 @@ def test_sdpa_on_padded_batches(here, monkeypatch):
 
 # --- the choice -------------------------------------------------------------------------------------
 def test_the_order_of_the_ladder():
-    assert _backend.order("attention") == ("flash_attn_4", "flash_attn_2", "varlen_attn", "cpu", "sdpa", "reference")
-    assert set(ops.implementations()["attention"]) == {*_backend.order("attention"), "exact"}  # which only exact mode picks
+    assert _backend.order("attention") == (
+        "flash_attn_4",
+        "flash_attn_2",
+        "varlen_attn",
+        "cpu",
+        "sdpa",
+        "reference",
+    )
+    assert set(ops.implementations()["attention"]) == {
+        *_backend.order("attention"),
+        "exact",
+    }  # which only exact mode picks
 
 
 def test_the_best_rung_that_is_there_is_named_and_used(monkeypatch):
-    """Wrong: a table that names the first rung whether or not it is installed; a choice that the table does not show."""
+    """Wrong: a table that names the first rung whether or not it is installed; a choice that the table does
+    not show.
+    """
     table = _backend._table["attention"]
     seen = []
     for name in reversed(RUNGS):  # each installed on top of those below it
-        monkeypatch.setitem(table, name, _backend.Implementation({"forward": name}, None, "", "", ("cuda",), None))
+        monkeypatch.setitem(
+            table, name, _backend.Implementation({"forward": name}, None, "", "", ("cuda",), None)
+        )
         seen.append(ops.backend("cuda")["attention"])
     assert seen == [*reversed(RUNGS)]
     assert ops.backend("cpu")["attention"] == ("cpu" if not table["cpu"].missing else "reference")
@@ -189,11 +267,16 @@ def test_the_best_rung_that_is_there_is_named_and_used(monkeypatch):
 def test_a_rung_with_an_obstacle_gives_way_to_the_next(monkeypatch):
     """Wrong: float32 or an odd width handed to flash attention; an obstacle that by name falls back silently."""
     table, q = _backend._table["attention"], torch.zeros(2, 4, 7)
-    four = _backend.Implementation({"forward": "four"}, None, "", "", ("cpu",), lambda q: "E=7" if q.shape[-1] % 8 else "")
+    four = _backend.Implementation(
+        {"forward": "four"}, None, "", "", ("cpu",), lambda q: "E=7" if q.shape[-1] % 8 else ""
+    )
     monkeypatch.setitem(table, "flash_attn_4", four)
     assert _backend.pick("attention", torch.zeros(2, 4, 8), "forward") == "four"
     assert _backend.pick("attention", q, "forward") is not four.parts["forward"]
-    with ops.use_backend("flash_attn_4", "attention"), pytest.raises(RuntimeError, match="'flash_attn_4' was asked for, but E=7; avail"):
+    with (
+        ops.use_backend("flash_attn_4", "attention"),
+        pytest.raises(RuntimeError, match="'flash_attn_4' was asked for, but E=7; avail"),
+    ):
         _backend.pick("attention", q, "forward")
 
 
@@ -204,7 +287,9 @@ def test_what_the_flash_kernels_do_not_take(monkeypatch):
         for name, want in (("flash_attn_4", four), ("flash_attn_2", two), ("varlen_attn", two)):
             obstacle = _attention_flash.FLASH[name]["obstacle"]
             assert bool(obstacle(torch.zeros(1, 1, 64))) == bool(want), (name, major)
-            assert "multiple of 8" in obstacle(torch.zeros(1, 1, 7)) and "got E=264" in obstacle(torch.zeros(1, 1, 264))
+            assert "multiple of 8" in obstacle(torch.zeros(1, 1, 7)) and "got E=264" in obstacle(
+                torch.zeros(1, 1, 264)
+            )
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -214,7 +299,9 @@ def test_asking_for_what_is_not_installed_is_an_error(name):
     if state == "ready":
         pytest.skip(f"{name} is installed")
     fused, cu = inputs()
-    with pytest.raises(RuntimeError, match=f"attention: backend '{name}' was asked for, but .*available here: .*reference"):
+    with pytest.raises(
+        RuntimeError, match=f"attention: backend '{name}' was asked for, but .*available here: .*reference"
+    ):
         run(name, fused, cu)
     assert any(word in state for word in ("not installed", "without CUDA", "older", "cannot be imported"))
 
@@ -222,23 +309,36 @@ def test_asking_for_what_is_not_installed_is_an_error(name):
 def test_a_library_that_is_old_or_broken_says_so(monkeypatch):
     """Wrong: a broken installation that ends `import fastrl`, or one that looks ready."""
     installed = _attention_flash.installed
-    assert installed("flash-attn", "math")[1] in ("flash-attn is not installed", "this torch was built without CUDA", "")
+    assert installed("flash-attn", "math")[1] in (
+        "flash-attn is not installed",
+        "this torch was built without CUDA",
+        "",
+    )
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.6.3")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert installed("flash-attn", "math") == (None, "this torch was built without CUDA")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert installed("flash-attn", "math") == (None, "flash-attn 2.6.3 is older than 2.7")
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.8.3.post2")
-    assert "flash-attn 2.8.3.post2 cannot be imported: No module named" in installed("flash-attn", "no_such_module")[1]
+    assert (
+        "flash-attn 2.8.3.post2 cannot be imported: No module named"
+        in installed("flash-attn", "no_such_module")[1]
+    )
     module, missing = installed("flash-attn", "math")
     assert module.sqrt(4) == 2 and missing == ""
 
 
 def test_a_rungs_name_belongs_to_its_op():
     """Wrong: a rung asked of every op; an unknown name whose message hides the rungs."""
-    with pytest.raises(ValueError, match="expected one of cuda, triton, cpu, reference; got 'sdpa'"), ops.use_backend("sdpa"):
+    with (
+        pytest.raises(ValueError, match="expected one of cuda, triton, cpu, reference; got 'sdpa'"),
+        ops.use_backend("sdpa"),
+    ):
         pass
-    with pytest.raises(ValueError, match=r"flash_attn_4, .*, sdpa; got 'flash'"), ops.use_backend("flash", "attention"):
+    with (
+        pytest.raises(ValueError, match=r"flash_attn_4, .*, sdpa; got 'flash'"),
+        ops.use_backend("flash", "attention"),
+    ):
         pass
     with pytest.raises(ValueError, match="got 'sdpa'"), ops.use_backend("sdpa", "rms_norm"):
         pass

@@ -28,11 +28,22 @@ def test_the_automatic_choice_is_ready_and_the_table_says_so():
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error_not_a_fallback():
-    with ops.use_backend("cuda", "gae"), pytest.raises(RuntimeError, match=r"gae: backend 'cuda' was asked for, but it has no such"):
+    with (
+        ops.use_backend("cuda", "gae"),
+        pytest.raises(RuntimeError, match=r"gae: backend 'cuda' was asked for, but it has no such"),
+    ):
         ops.gae(torch.zeros(2), torch.zeros(2), torch.tensor([0, 2]), gamma=1.0, lam=1.0)
-    with ops.use_backend("cuda"), pytest.raises(RuntimeError, match=r"token_logp: backend 'cuda' was asked for, but .*; available here: "):
+    with (
+        ops.use_backend("cuda"),
+        pytest.raises(
+            RuntimeError, match=r"token_logp: backend 'cuda' was asked for, but .*; available here: "
+        ),
+    ):
         ops.token_logp(X, Y)
-    with ops.use_backend("cpu", "token_logp"), pytest.raises(RuntimeError, match=r"does not take torch\.float64"):
+    with (
+        ops.use_backend("cpu", "token_logp"),
+        pytest.raises(RuntimeError, match=r"does not take torch\.float64"),
+    ):
         ops.token_logp(X.double(), Y)
 
 
@@ -42,7 +53,9 @@ def test_the_environment_asks_too(monkeypatch):
     with ops.use_backend("cpu", "token_logp"):
         assert ops.backend("cpu")["token_logp"] == "cpu", "the innermost wish wins"
     monkeypatch.setenv("FASTRL_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="FASTRL_BACKEND: expected one of cuda, triton, cpu, reference; got 'fastest'"):
+    with pytest.raises(
+        ValueError, match="FASTRL_BACKEND: expected one of cuda, triton, cpu, reference; got 'fastest'"
+    ):
         ops.token_logp(X, Y)
 
 
@@ -70,9 +83,17 @@ def test_other_threads_see_it():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="use_backend: expected one of cuda, triton, cpu, reference; got 'gpu'"), ops.use_backend("gpu"):
+    with (
+        pytest.raises(
+            ValueError, match="use_backend: expected one of cuda, triton, cpu, reference; got 'gpu'"
+        ),
+        ops.use_backend("gpu"),
+    ):
         pass
-    with pytest.raises(ValueError, match=r"use_backend: expected one of .*token_logp.*; got 'logp'"), ops.use_backend("cpu", "logp"):
+    with (
+        pytest.raises(ValueError, match=r"use_backend: expected one of .*token_logp.*; got 'logp'"),
+        ops.use_backend("cpu", "logp"),
+    ):
         pass
 
 
@@ -129,7 +150,9 @@ SEEN_BY = {
 
 @pytest.mark.parametrize("who", SEEN_BY)
 def test_the_registered_op_runs_where_somebody_would_see_it(who):
-    """Wrong: a shortcut that hides the op from a transform, a mode or a profiler, or hands a kernel memory that is not what it says."""
+    """Wrong: a shortcut that hides the op from a transform, a mode or a profiler, or hands a kernel memory
+    that is not what it says.
+    """
     seen = []
     SEEN_BY[who](lambda x: seen.append(_backend.direct(x)), torch.ones(2, 3))
     assert seen
@@ -137,13 +160,18 @@ def test_the_registered_op_runs_where_somebody_would_see_it(who):
 
 
 def test_without_a_witness_the_implementation_is_called_itself(monkeypatch):
-    """Wrong: 20 us of torch.library for every norm of a decode step; or a gradient, or a backend asked for, lost by going past it."""
+    """Wrong: 20 us of torch.library for every norm of a decode step; or a gradient, or a backend asked for,
+    lost by going past it.
+    """
     x, w = torch.randn(4, 8), torch.nn.Parameter(torch.randn(8))
     expected = ops.rms_norm(x, w).detach()
     monkeypatch.setattr(rms_norm, "forward_op", None)
     with torch.no_grad():
         assert torch.equal(ops.rms_norm(x, w), expected)
-        with ops.use_backend("cuda", "rms_norm"), pytest.raises(RuntimeError, match="rms_norm: backend 'cuda' was asked for"):
+        with (
+            ops.use_backend("cuda", "rms_norm"),
+            pytest.raises(RuntimeError, match="rms_norm: backend 'cuda' was asked for"),
+        ):
             ops.rms_norm(x, w)
     with torch.inference_mode():
         assert torch.equal(ops.rms_norm(x, w), expected)
@@ -175,4 +203,6 @@ def test_a_gradient_is_refused():
     """Wrong: decode attention past torch.library, whose result would be a constant to autograd."""
     q, cache = torch.randn(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 1, 4)
     with pytest.raises(ValueError, match="q: expected no gradient, decode_attention has none"):
-        decode_attention.decode_attention(q, cache, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+        decode_attention.decode_attention(
+            q, cache, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        )

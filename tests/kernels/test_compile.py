@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for GPUs that need not be here, without spills, and moves 16 bytes at a time where it can.
+"""Every Triton kernel compiles for GPUs that need not be here, without spills, and moves 16 bytes at a time
+where it can.
 
 The compiles run in a process of their own: this one decorated the kernels for the interpreter.
 """
@@ -20,8 +21,15 @@ from fastrl.kernels._launch import Spec
 
 pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
-EXEMPT = {50257, 7}  # odd vocabularies and groups: their rows start anywhere, so no access to them can be wide
-ANYWHERE = {"gae.gae", "group_advantage.walk", "advance.forward"}  # packed sequences, sorted samples, places in records: so do these
+EXEMPT = {
+    50257,
+    7,
+}  # odd vocabularies and groups: their rows start anywhere, so no access to them can be wide
+ANYWHERE = {
+    "gae.gae",
+    "group_advantage.walk",
+    "advance.forward",
+}  # packed sequences, sorted samples, places in records: so do these
 
 
 def table(tmp_path, *arguments):
@@ -30,7 +38,9 @@ def table(tmp_path, *arguments):
     command = [sys.executable, "-m", "fastrl.bench.compile_table", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    assert done.returncode == 0, [(r["kernel"], r["case"], r["arch"], r["faults"]) for r in rows if r["faults"]] or done.stderr[-4000:]
+    assert done.returncode == 0, [
+        (r["kernel"], r["case"], r["arch"], r["faults"]) for r in rows if r["faults"]
+    ] or done.stderr[-4000:]
     return rows
 
 
@@ -38,7 +48,12 @@ def check(rows):
     assert not [(r["kernel"], r["case"], r["arch"], r["faults"]) for r in rows if r["faults"]]
     for r in rows:
         assert 0 < r["registers"] <= 255 and r["spill"] == 0
-        assert r["wide"] or any(f"={V} " in r["case"] + " " for V in EXEMPT) or "combine" in r["kernel"] or r["kernel"] in ANYWHERE, r
+        assert (
+            r["wide"]
+            or any(f"={V} " in r["case"] + " " for V in EXEMPT)
+            or "combine" in r["kernel"]
+            or r["kernel"] in ANYWHERE
+        ), r
         assert all(r[move] >= 16 for move in r["wide"])
 
 
@@ -62,7 +77,7 @@ def test_ampere_hopper_and_blackwell(tmp_path):
 def test_a_spill_and_a_narrow_access_are_faults():
     good = compile_table.Figures(
         kernel="a.b", case="V=16", arch=90, registers=32, shared=0, spill=0, load=16, store=4, wide=("load",)
-    )  # fmt: skip
+    )
     assert good.faults == []
     assert replace(good, spill=8).faults == ["8 bytes spilled"]
     assert replace(good, wide=("load", "store")).faults == ["store of 4 bytes"]
@@ -78,7 +93,9 @@ def test_what_ptx_says_of_its_accesses():
     """
     assert compile_table.widest(ptx, "load") == 16
     assert compile_table.widest(ptx, "store") == 4
-    assert compile_table.widest("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r3;", "load") == 16
+    assert (
+        compile_table.widest("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r3;", "load") == 16
+    )
     assert compile_table.widest("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r3;", "load") == 8
     assert compile_table.widest("", "load") == 0
 
@@ -95,6 +112,12 @@ def test_a_variant_names_every_argument():
     class Kernel:
         arg_names = ("x", "V", "tau", "BLOCK")
 
-    spec = Spec(kernel=Kernel, case="", types={"x": "*bf16", "V": "i32", "tau": "fp32"}, constants={"BLOCK": 128}, divisible=False)
+    spec = Spec(
+        kernel=Kernel,
+        case="",
+        types={"x": "*bf16", "V": "i32", "tau": "fp32"},
+        constants={"BLOCK": 128},
+        divisible=False,
+    )
     assert spec.signature == {"x": "*bf16", "V": "i32", "tau": "fp32", "BLOCK": "constexpr"}
     assert spec.hints == ("x",)

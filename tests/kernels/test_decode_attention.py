@@ -1,4 +1,6 @@
-"""decode_attention over a paged cache against packed attention of the whole sequence, on the implementations of this machine."""
+"""decode_attention over a paged cache against packed attention of the whole sequence, on the implementations
+of this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ BACKENDS = ["reference", "cpu"]
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 def test_equals_attention_of_the_whole_sequence(heads):
-    """Wrong implementations: pages taken in storage order, the rest of the last page attended to, the newest token left out."""
+    """Wrong implementations: pages taken in storage order, the rest of the last page attended to, the newest
+    token left out.
+    """
     T = sum(LENGTHS)
     q, k, v = (torch.randn(T, n, E, dtype=torch.float64) for n in (heads[0], heads[1], heads[1]))
     ends = torch.tensor(LENGTHS).cumsum(0)
@@ -27,12 +31,16 @@ def test_equals_attention_of_the_whole_sequence(heads):
     torch.testing.assert_close(y, whole[ends - 1], atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
 def test_dtypes(dtype, tolerance):
     T = sum(LENGTHS)
     q, k, v = (torch.randn(T, n, E).to(dtype) for n in (H, K, K))
     ends = torch.tensor(LENGTHS).cumsum(0)
-    exact = ops.attention(q.double(), k.double(), v.double(), torch.cat((torch.zeros(1), ends)).int())[ends - 1]
+    exact = ops.attention(q.double(), k.double(), v.double(), torch.cat((torch.zeros(1), ends)).int())[
+        ends - 1
+    ]
     y = ops.decode_attention(q[ends - 1], *paged(k, v, LENGTHS, PAGE))
     assert y.dtype == dtype
     assert (y - exact).abs().max() <= tolerance
@@ -51,13 +59,17 @@ def test_many_queries_of_one_sequence(backend, index):
     order = torch.randperm(T)[:-2]
     k_cache, v_cache, table, _ = paged(k, v, LENGTHS, PAGE)
     with use(backend, "decode_attention"):
-        y = ops.decode_attention(q[order], k_cache, v_cache, table.to(index), seen[order].to(index), rows=rows[order].to(index))
+        y = ops.decode_attention(
+            q[order], k_cache, v_cache, table.to(index), seen[order].to(index), rows=rows[order].to(index)
+        )
     torch.testing.assert_close(y.double(), whole[order], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_past_a_length_does_not_matter_not_even_nan(backend):
-    """Wrong: a tile of keys that is read to its end and weighted 0, but 0 * nan is nan; a page that no length reaches."""
+    """Wrong: a tile of keys that is read to its end and weighted 0, but 0 * nan is nan; a page that no length
+    reaches.
+    """
     q, k, v = (torch.randn(sum(LENGTHS), n, E) for n in (H, K, K))
     k_cache, v_cache, table, lengths = paged(k, v, LENGTHS, PAGE)
     results = []
@@ -95,17 +107,28 @@ def test_a_free_slot_gets_zeros_and_disturbs_nobody():
 
 
 def test_empty_batches_and_empty_sequences():
-    """Wrong: an empty array, which may have no address, taken for one that was left out (rows) or that is missing (a cache, a table)."""
+    """Wrong: an empty array, which may have no address, taken for one that was left out (rows) or that is
+    missing (a cache, a table).
+    """
     cache = torch.zeros(2, PAGE, K, E)
     none = torch.zeros(0, 1, dtype=torch.int32)
     assert ops.decode_attention(torch.empty(0, H, E), cache, cache, none, none[:, 0]).shape == (0, H, E)
     three, q = torch.zeros(3, dtype=torch.int32), torch.randn(3, H, E)
     for backend in BACKENDS:
         with use(backend, "decode_attention"):
-            assert torch.equal(ops.decode_attention(q, cache, cache, three[:, None], three), torch.zeros(3, H, E))
-            assert torch.equal(ops.decode_attention(q, cache[:0], cache[:0], three[:, None], three), torch.zeros(3, H, E))
-            assert torch.equal(ops.decode_attention(q, cache, cache, torch.zeros(3, 0, dtype=torch.int32), three), torch.zeros(3, H, E))
-            assert ops.decode_attention(q[:0], cache, cache, three[:, None], three[:0], rows=three[:0]).shape == (0, H, E)
+            assert torch.equal(
+                ops.decode_attention(q, cache, cache, three[:, None], three), torch.zeros(3, H, E)
+            )
+            assert torch.equal(
+                ops.decode_attention(q, cache[:0], cache[:0], three[:, None], three), torch.zeros(3, H, E)
+            )
+            assert torch.equal(
+                ops.decode_attention(q, cache, cache, torch.zeros(3, 0, dtype=torch.int32), three),
+                torch.zeros(3, H, E),
+            )
+            assert ops.decode_attention(
+                q[:0], cache, cache, three[:, None], three[:0], rows=three[:0]
+            ).shape == (0, H, E)
             assert ops.decode_attention(q[:, :0], cache, cache, three[:, None], three).shape == (3, 0, E)
 
 
@@ -143,7 +166,9 @@ def test_errors_name_the_argument():
     q = torch.randn(2, H, E)
     for backend in BACKENDS:
         with use(backend, "decode_attention"):
-            with pytest.raises(ValueError, match=r"lengths: expected at most 8 tokens \(2 pages of 4\), got 9"):
+            with pytest.raises(
+                ValueError, match=r"lengths: expected at most 8 tokens \(2 pages of 4\), got 9"
+            ):
                 ops.decode_attention(q, cache_k, cache_v, table, lengths + 5)
             with pytest.raises(ValueError, match="lengths: expected at least 0 tokens, got -2"):
                 ops.decode_attention(q, cache_k, cache_v, table, lengths - 5)
@@ -159,9 +184,13 @@ def test_errors_name_the_argument():
         ops.decode_attention(q[:, :3], cache_k, cache_v, table, lengths)
     with pytest.raises(ValueError, match=r"block_table: expected shape \(B=2, N\)"):
         ops.decode_attention(q, cache_k, cache_v, table[:1], lengths)
-    with pytest.raises(ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=4, E=0"):
+    with pytest.raises(
+        ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=4, E=0"
+    ):
         ops.decode_attention(q[..., :0], cache_k[..., :0], cache_v[..., :0], table, lengths)
-    with pytest.raises(ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=0, E=8"):
+    with pytest.raises(
+        ValueError, match="k_cache: expected pages of tokens and heads of some width, got page=0, E=8"
+    ):
         ops.decode_attention(q, cache_k[:, :0], cache_v[:, :0], table, lengths)
     with pytest.raises(TypeError, match="v_cache: expected dtype float32"):
         ops.decode_attention(q, cache_k, cache_v.double(), table, lengths)

@@ -1,4 +1,6 @@
-"""decode_attention's C++ kernel on every instruction set this processor has.  Without fastrl._C: skipped, visibly."""
+"""decode_attention's C++ kernel on every instruction set this processor has.  Without fastrl._C: skipped,
+visibly.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,18 @@ from fastrl.kernels._backend import backend, extension
 from fastrl.kernels.decode_attention import forward_op
 
 C = extension()
-needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 LENGTHS = [1, 63, 64, 65, 130, 17, 200]
 
 
 def case(H=4, K=2, E=32, dtype=torch.float32, lengths=LENGTHS, page=64):
     """A query for each sequence, its keys and values in pages."""
-    q, k, v = (torch.randn(n, heads, E).to(dtype) for n, heads in ((len(lengths), H), (sum(lengths), K), (sum(lengths), K)))
+    q, k, v = (
+        torch.randn(n, heads, E).to(dtype)
+        for n, heads in ((len(lengths), H), (sum(lengths), K), (sum(lengths), K))
+    )
     return q, *paged(k, v, lengths, page)
 
 
@@ -27,10 +34,13 @@ def run(name, q, k_cache, v_cache, table, lengths, rows=None, scale=0.3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("H, K, E", [(4, 2, 32), (8, 2, 64), (3, 3, 7), (7, 1, 80), (14, 2, 40), (2, 1, 1), (10, 2, 129)])
+@pytest.mark.parametrize(
+    "H, K, E", [(4, 2, 32), (8, 2, 64), (3, 3, 7), (7, 1, 80), (14, 2, 40), (2, 1, 1), (10, 2, 129)]
+)
 def test_as_near_to_float64_as_the_reference(isa, H, K, E, dtype):
-    """Wrong: a tail of the width or of a tile of keys that is dropped or read past; query heads of an odd group left out; the output
-    of a block that is not faded when a later block has a larger score."""
+    """Wrong: a tail of the width or of a tile of keys that is dropped or read past; query heads of an odd
+    group left out; the output of a block that is not faded when a later block has a larger score.
+    """
     args = case(H, K, E, dtype)
     exact = run("reference", *(x.double() if x.is_floating_point() else x for x in args))
     mine = run("cpu", *args)
@@ -40,19 +50,25 @@ def test_as_near_to_float64_as_the_reference(isa, H, K, E, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bits_of_a_query_are_its_own(isa, threads, dtype):
-    """The batch invariance that exact sampling stands on.  Wrong: blocks that begin where a page does or that are as many as there are
-    threads, a sum whose order depends on the place in the batch, several queries of a sequence taken together."""
+    """The batch invariance that exact sampling stands on.  Wrong: blocks that begin where a page does or that
+    are as many as there are threads, a sum whose order depends on the place in the batch, several queries of
+    a sequence taken together.
+    """
     H, K, E, T = 6, 2, 48, 300
     q, k, v = (torch.randn(T, n, E).to(dtype) for n in (H, K, K))
     alone = []
     k_cache, v_cache, table, _ = paged(k, v, [T], 64)
     for t in range(T):
-        alone.append(run("cpu", q[t : t + 1], k_cache, v_cache, table, torch.tensor([t + 1], dtype=torch.int32)))
+        alone.append(
+            run("cpu", q[t : t + 1], k_cache, v_cache, table, torch.tensor([t + 1], dtype=torch.int32))
+        )
     alone = torch.cat(alone)
     order = torch.randperm(T)
     for n, page in ((1, 64), (3, 16), (2, 1), (2, 128), (2, 12)):
         threads(n)
-        k_cache, v_cache, table, _ = paged(torch.cat((v, k)), torch.cat((k, v)), [T, T], page)  # ours is the second
+        k_cache, v_cache, table, _ = paged(
+            torch.cat((v, k)), torch.cat((k, v)), [T, T], page
+        )  # ours is the second
         rows = torch.ones(T, dtype=torch.int64)
         together = run("cpu", q[order], k_cache, v_cache, table, (order + 1).int(), rows)
         assert torch.equal(together, alone[order]), (n, page)
@@ -81,7 +97,10 @@ def test_far_and_large_scores(isa):
     q, k_cache, v_cache, table, lengths = case()
     k_cache[table[6, 0], 0] = 50 * q[6, ::2]  # the first key outshines all
     y = run("cpu", 10 * q, k_cache, v_cache, table, lengths)
-    exact = run("reference", *(x.double() if x.is_floating_point() else x for x in (10 * q, k_cache, v_cache, table, lengths)))
+    exact = run(
+        "reference",
+        *(x.double() if x.is_floating_point() else x for x in (10 * q, k_cache, v_cache, table, lengths)),
+    )
     torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -95,21 +114,49 @@ def test_views_of_a_fused_projection():
     wide = torch.zeros(table.shape[0], 20, dtype=torch.int32)
     wide[:, : table.shape[1]] = table
     assert torch.equal(run("cpu", fused[:, 2:6], k_cache, v_cache, wide[:, : table.shape[1]], lengths), want)
-    assert torch.equal(run("cpu", q.transpose(0, 2).contiguous().transpose(0, 2), k_cache, v_cache, table.T.contiguous().T, lengths), want)
+    assert torch.equal(
+        run(
+            "cpu",
+            q.transpose(0, 2).contiguous().transpose(0, 2),
+            k_cache,
+            v_cache,
+            table.T.contiguous().T,
+            lengths,
+        ),
+        want,
+    )
 
 
 @needs_c
 def test_offsets_beyond_2_to_the_31():
     """Wrong: 32-bit offsets of a page.  The pages between are never touched."""
-    q, k, v = torch.randn(1, 2, 32).bfloat16(), torch.randn(70, 1, 32).bfloat16(), torch.randn(70, 1, 32).bfloat16()
+    q, k, v = (
+        torch.randn(1, 2, 32).bfloat16(),
+        torch.randn(70, 1, 32).bfloat16(),
+        torch.randn(70, 1, 32).bfloat16(),
+    )
     slab = torch.empty(2**20 + 8, 64, 1, 32, dtype=torch.bfloat16)
     near = [torch.zeros(2, 64, 1, 32, dtype=torch.bfloat16) for _ in range(2)]
     for cache, x in zip(near, (k, v), strict=True):
         cache.view(-1, 1, 32)[:70] = x
         slab[2**20 + 1] = cache[1]
         slab[0] = cache[0]
-        far = run("cpu", q, slab, slab, torch.tensor([[0, 2**20 + 1]], dtype=torch.int32), torch.tensor([70], dtype=torch.int32))
-        here = run("cpu", q, cache, cache, torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([70], dtype=torch.int32))
+        far = run(
+            "cpu",
+            q,
+            slab,
+            slab,
+            torch.tensor([[0, 2**20 + 1]], dtype=torch.int32),
+            torch.tensor([70], dtype=torch.int32),
+        )
+        here = run(
+            "cpu",
+            q,
+            cache,
+            cache,
+            torch.tensor([[0, 1]], dtype=torch.int32),
+            torch.tensor([70], dtype=torch.int32),
+        )
         assert torch.equal(far, here)
 
 
@@ -129,7 +176,9 @@ def test_a_page_or_a_row_that_is_not_there_is_an_error_not_a_read():
         spoiled = table.clone()
         spoiled[4, 2] = page
         with pytest.raises(
-            ValueError, match=rf"block_table: expected pages in \[0, {k_cache.shape[0]}\) where a length reaches, got {page}"
+            ValueError,
+            match=rf"block_table: expected pages in \[0, {k_cache.shape[0]}\) where a length reaches, "
+            rf"got {page}",
         ):
             run("cpu", q, k_cache, v_cache, spoiled, lengths)
 
@@ -152,7 +201,29 @@ def test_a_page_or_a_row_that_is_not_there_is_an_error_not_a_read():
 )
 def test_bad_arguments_are_value_errors(changes, message):
     length = torch.zeros(1, dtype=torch.int32)
-    given = {"y": 8, "q": 8, "q_token": 4, "q_head": 4, "code": 0, "k_cache": 8, "v_cache": 8, "table": 8, "stride": 1}
-    given |= {"lengths": length.data_ptr(), "rows": 0, "scale": 1.0, "B": 1, "R": 1, "N": 1, "H": 4, "K": 2, "E": 4, "pages": 1, "page": 4}
+    given = {
+        "y": 8,
+        "q": 8,
+        "q_token": 4,
+        "q_head": 4,
+        "code": 0,
+        "k_cache": 8,
+        "v_cache": 8,
+        "table": 8,
+        "stride": 1,
+    }
+    given |= {
+        "lengths": length.data_ptr(),
+        "rows": 0,
+        "scale": 1.0,
+        "B": 1,
+        "R": 1,
+        "N": 1,
+        "H": 4,
+        "K": 2,
+        "E": 4,
+        "pages": 1,
+        "page": 4,
+    }
     with pytest.raises(ValueError, match=message):
         C.decode_attention_cpu(*(given | {"threads": 1} | changes).values())

@@ -1,4 +1,6 @@
-"""decode_attention's Triton kernels under the interpreter, through the op, against float64.  Races and bf16 products need a GPU."""
+"""decode_attention's Triton kernels under the interpreter, through the op, against float64.  Races and bf16
+products need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ from torch.library import opcheck
 from fastrl import ops
 from fastrl.kernels.decode_attention import forward_op
 
-kernels = pytest.importorskip("fastrl.kernels._triton.decode_attention", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.decode_attention", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
-    """Splits of 64 tokens and blocks of 32, so that short sequences have several; two splits are added at a time."""
+    """Splits of 64 tokens and blocks of 32, so that short sequences have several; two splits are added at a
+    time.
+    """
     monkeypatch.setattr(kernels, "SPLIT", 64)
     monkeypatch.setattr(kernels, "BLOCK", 32)
     monkeypatch.setattr(kernels, "CHUNK", 2)
@@ -26,7 +34,10 @@ def small_splits(monkeypatch):
 
 def case(lengths, H=4, K=2, E=64, page=64, dtype=torch.float32):
     """A query for each sequence, its keys and values in pages."""
-    q, k, v = (torch.randn(n, heads, E).to(dtype) for n, heads in ((len(lengths), H), (sum(lengths), K), (sum(lengths), K)))
+    q, k, v = (
+        torch.randn(n, heads, E).to(dtype)
+        for n, heads in ((len(lengths), H), (sum(lengths), K), (sum(lengths), K))
+    )
     return q, *paged(k, v, lengths, page)
 
 
@@ -42,8 +53,10 @@ def exact(*args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("H, K, E", [(2, 2, 64), (4, 2, 80), (7, 1, 96), (2, 1, 128), (3, 1, 24)])
 def test_as_near_to_float64_as_the_reference(H, K, E, dtype):
-    """Wrong: a width or a number of heads that is no power of two read past; a split whose keys are faded twice; the last block of a
-    page taken for a whole one (1, 63, 64, 65); more splits than are added at a time (200)."""
+    """Wrong: a width or a number of heads that is no power of two read past; a split whose keys are faded
+    twice; the last block of a page taken for a whole one (1, 63, 64, 65); more splits than are added at a
+    time (200).
+    """
     args = case([1, 63, 64, 65, 200], H, K, E, dtype=dtype)
     mine = run("triton", *args)
     assert mine.dtype == dtype
@@ -52,8 +65,10 @@ def test_as_near_to_float64_as_the_reference(H, K, E, dtype):
 
 @pytest.mark.parametrize("page", [1, 12, 16, 32, 64, 96, 128, 256])
 def test_any_page_size_gives_the_same_bits(page):
-    """Wrong: blocks that begin where a page does; a page longer than a split, or one that is no divisor of it, found by the wrong
-    number; a table of one split, which takes one launch, finished otherwise than one of many."""
+    """Wrong: blocks that begin where a page does; a page longer than a split, or one that is no divisor of
+    it, found by the wrong number; a table of one split, which takes one launch, finished otherwise than one
+    of many.
+    """
     lengths = [17, 64, 130]
     q, k, v = torch.randn(3, 2, 16), torch.randn(sum(lengths), 1, 16), torch.randn(sum(lengths), 1, 16)
     first = run("triton", q, *paged(k, v, lengths, 64))
@@ -108,12 +123,16 @@ def test_rows_shared_pages_and_lengths_of_zero():
     for index in (rows, torch.where(rows == 0, 2, 1).int()):  # rows 0 and 2 share their first pages
         lengths[4] = 64 if index.dtype == torch.int32 else 100
         y = run("triton", queries, k_cache, v_cache, table, lengths, index)
-        torch.testing.assert_close(y.double(), exact(queries, k_cache, v_cache, table, lengths, index), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            y.double(), exact(queries, k_cache, v_cache, table, lengths, index), atol=1e-6, rtol=0
+        )
         assert (y[1] == 0).all()
 
 
 def test_what_lies_past_a_length_does_not_matter_not_even_nan():
-    """Wrong: keys of an unused slot multiplied by 0; a page that no length reaches looked up, which on a GPU reads anywhere."""
+    """Wrong: keys of an unused slot multiplied by 0; a page that no length reaches looked up, which on a GPU
+    reads anywhere.
+    """
     q, k_cache, v_cache, table, lengths = case([1, 40, 64, 90], E=16, page=16)
     before = run("triton", q, k_cache, v_cache, table, lengths)
     caches = [torch.where(c == 1e4, torch.nan, c) for c in (k_cache, v_cache)]
@@ -132,7 +151,9 @@ def test_a_query_has_its_own_bits():
 
 
 def test_views_far_rows_and_no_queries():
-    """Wrong: strides of a contiguous q or table assumed; offsets in int32.  The pages between are never touched."""
+    """Wrong: strides of a contiguous q or table assumed; offsets in int32.  The pages between are never
+    touched.
+    """
     q, k_cache, v_cache, table, lengths = case([20, 30], E=16, page=16)
     want = run("triton", q, k_cache, v_cache, table, lengths)
     fused = torch.zeros(2, 9, 16)
@@ -142,7 +163,9 @@ def test_views_far_rows_and_no_queries():
     near = torch.randn(2, 16, 2, 16).half()
     slab[0], slab[2**22 + 1] = near
     tables = [torch.tensor([[0, far]], dtype=torch.int32) for far in (1, 2**22 + 1)]
-    results = [run("triton", q[:1].half(), c, c, t, lengths[1:]) for c, t in zip((near, slab), tables, strict=True)]
+    results = [
+        run("triton", q[:1].half(), c, c, t, lengths[1:]) for c, t in zip((near, slab), tables, strict=True)
+    ]
     assert torch.equal(*results)
     assert run("triton", q[:0], k_cache, v_cache, table[:0], lengths[:0]).shape == (0, 4, 16)
 

@@ -13,7 +13,8 @@ from fastrl.model.decoder import Decoder
 from fastrl.sampler.cache import PagedCache, Through
 
 needs_c = pytest.mark.skipif(
-    extension() is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+    extension() is None,
+    reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)",
 )
 B, PAGE = 11, 4
 
@@ -31,7 +32,9 @@ def model_of(family="qwen3", **changes):
 
 @torch.no_grad()
 def step(model, in_one):
-    """Hidden states after one new token of each row, and the caches, which hold random keys and values of the tokens before it."""
+    """Hidden states after one new token of each row, and the caches, which hold random keys and values of the
+    tokens before it.
+    """
     torch.manual_seed(3)
     cache = PagedCache(model, 3 * B, PAGE)
     cache.k.normal_()
@@ -55,7 +58,9 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_it_is_the_ops_one_by_one(isa, family, exact, monkeypatch):
-    """Wrong: a norm, a bias or a sum left out; the residual of the layer before; keys written to another slot; other arithmetic."""
+    """Wrong: a norm, a bias or a sum left out; the residual of the layer before; keys written to another
+    slot; other arithmetic.
+    """
     model, calls = model_of(family), counted(monkeypatch)
     if exact:
         with ops.exact():
@@ -66,18 +71,34 @@ def test_it_is_the_ops_one_by_one(isa, family, exact, monkeypatch):
     assert torch.equal(ours, want) and torch.equal(cache.k, other.k) and torch.equal(cache.v, other.v)
 
 
-SCALED = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @needs_c
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     "H, K, E, more",
-    [(4, 1, 64, {}), (2, 2, 80, {"rope_scaling": SCALED}), (6, 2, 96, {"tie_word_embeddings": False}), (5, 1, 128, {"hidden_size": 24})],
+    [
+        (4, 1, 64, {}),
+        (2, 2, 80, {"rope_scaling": SCALED}),
+        (6, 2, 96, {"tie_word_embeddings": False}),
+        (5, 1, 128, {"hidden_size": 24}),
+    ],
 )
 def test_any_heads_widths_and_angles(family, H, K, E, more, monkeypatch):
-    """Wrong: an offset of queries, keys or values that holds for H E = D or for K = H alone; angles that are not the model's."""
-    model, calls = model_of(family, num_attention_heads=H, num_key_value_heads=K, head_dim=E, **more), counted(monkeypatch)
+    """Wrong: an offset of queries, keys or values that holds for H E = D or for K = H alone; angles that are
+    not the model's.
+    """
+    model, calls = (
+        model_of(family, num_attention_heads=H, num_key_value_heads=K, head_dim=E, **more),
+        counted(monkeypatch),
+    )
     (ours, cache), (want, other) = step(model, True), step(model, False)
     assert len(calls) == len(model.layers)
     assert torch.equal(ours, want) and torch.equal(cache.k, other.k) and torch.equal(cache.v, other.v)
@@ -85,7 +106,9 @@ def test_any_heads_widths_and_angles(family, H, K, E, more, monkeypatch):
 
 @needs_c
 def test_pages_of_another_kind_are_the_ops_to_name(monkeypatch):
-    """Wrong: a table of int64, a cache of bf16 or too short a table read as if they were what the compiled code wants."""
+    """Wrong: a table of int64, a cache of bf16 or too short a table read as if they were what the compiled
+    code wants.
+    """
     model, calls = model_of(), counted(monkeypatch)
     cache = PagedCache(model, 3 * B, PAGE)
     table, lengths = torch.ones(B, 3, dtype=torch.int32), torch.full((B,), 5, dtype=torch.int32)
@@ -97,11 +120,18 @@ def test_pages_of_another_kind_are_the_ops_to_name(monkeypatch):
     positions, name = lengths.long() - 1, r"k_cache|lengths|block_table|slots"
     with torch.no_grad():
         model(tokens, None, positions=positions, attend=cache.decode(slots, table.long(), lengths))
-        model(tokens, None, positions=positions, attend=cache.decode(slots, table.T.contiguous().T, lengths.long()))
+        model(
+            tokens,
+            None,
+            positions=positions,
+            attend=cache.decode(slots, table.T.contiguous().T, lengths.long()),
+        )
         for attend in (
-            narrow.decode(slots, table, lengths), cache.decode(slots, table[:4], lengths), cache.decode(slots, table, lengths[:4]),
+            narrow.decode(slots, table, lengths),
+            cache.decode(slots, table[:4], lengths),
+            cache.decode(slots, table, lengths[:4]),
             cache.decode(slots[:4], table, lengths),
-        ):  # fmt: skip
+        ):
             with pytest.raises((ValueError, TypeError), match=name):
                 model(tokens, None, positions=positions, attend=attend)
         assert not calls
@@ -111,14 +141,18 @@ def test_pages_of_another_kind_are_the_ops_to_name(monkeypatch):
 
 @needs_c
 def test_it_steps_aside_where_the_layer_is_not_its_own(monkeypatch):
-    """Wrong: an adapter on a projection, a hook or an asked-for backend that the one call passes by; weights that are not fp32."""
+    """Wrong: an adapter on a projection, a hook or an asked-for backend that the one call passes by; weights
+    that are not fp32.
+    """
     calls = counted(monkeypatch)
     model, seen = model_of(), []
     handle = model.layers[0].down.register_forward_hook(lambda module, inputs, output: seen.append(output))
     step(model, True)
     assert len(seen) == 1 and len(calls) == 1, "the other layer alone"
     handle.remove()
-    model.layers[1].out = torch.nn.Linear(model.layers[1].out.in_features, model.config.hidden_size, bias=False)
+    model.layers[1].out = torch.nn.Linear(
+        model.layers[1].out.in_features, model.config.hidden_size, bias=False
+    )
     step(model, True)
     assert len(calls) == 2
     with ops.use_backend("reference", "swiglu"):

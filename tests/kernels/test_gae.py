@@ -1,4 +1,6 @@
-"""gae against a plain loop over time in float64, worked values, and the rule that observation tokens are transparent."""
+"""gae against a plain loop over time in float64, worked values, and the rule that observation tokens are
+transparent.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,20 @@ def test_worked_values(reward: Any, gamma: float, lam: float, expected: Any) -> 
 def random_case(dtype: torch.dtype = F64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     reward, value = torch.randn(2, 90, generator=g, dtype=F64).to(dtype)
-    return reward, value, torch.tensor([0, 1, 30, 30, 67, 90], dtype=torch.int32), torch.rand(90, generator=g) > 0.3
+    return (
+        reward,
+        value,
+        torch.tensor([0, 1, 30, 30, 67, 90], dtype=torch.int32),
+        torch.rand(90, generator=g) > 0.3,
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_loop(masked: bool, seed: int) -> None:
-    """Catches a carry that leaks over a sequence's end, and one that is cut (or discounted) at an observation token."""
+    """Catches a carry that leaks over a sequence's end, and one that is cut (or discounted) at an observation
+    token.
+    """
     reward, value, cu, mask = random_case(seed=seed)
     mask = mask if masked else torch.ones_like(mask)
     advantage, returns = gae(reward, value, cu, gamma=0.97, lam=0.9, mask=mask if masked else None)
@@ -90,7 +99,9 @@ def test_no_discount_gives_return_minus_value_and_no_trace_gives_delta() -> None
     advantage, returns = gae(reward, value, cu, gamma=1.0, lam=1.0)
     torch.testing.assert_close(returns, reward.flip(0).cumsum(0).flip(0))
     advantage, _ = gae(reward, value, cu, gamma=0.9, lam=0.0)
-    torch.testing.assert_close(advantage, reward + 0.9 * torch.cat([value[1:], torch.zeros(1, dtype=F64)]) - value)
+    torch.testing.assert_close(
+        advantage, reward + 0.9 * torch.cat([value[1:], torch.zeros(1, dtype=F64)]) - value
+    )
 
 
 def test_error_against_float64_is_the_loops_own() -> None:
@@ -106,13 +117,17 @@ def test_empty_strided_and_half_inputs() -> None:
     reward, value, cu, mask = random_case()
     expected, _ = gae(reward, value, cu, gamma=0.9, lam=0.9, mask=mask)
     strided = torch.stack([reward, value], dim=1)
-    assert torch.equal(gae(strided[:, 0], strided[:, 1], cu.long(), gamma=0.9, lam=0.9, mask=mask).advantage, expected)
+    assert torch.equal(
+        gae(strided[:, 0], strided[:, 1], cu.long(), gamma=0.9, lam=0.9, mask=mask).advantage, expected
+    )
     empty = reward[:0]
     for ends in ([0], [0, 0, 0]):
         assert gae(empty, empty, torch.tensor(ends), gamma=0.9, lam=0.9).advantage.shape == (0,)
     half, _ = gae(reward.bfloat16(), value.bfloat16(), cu, gamma=0.9, lam=0.9)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, gae(reward.bfloat16().float(), value.bfloat16().float(), cu, gamma=0.9, lam=0.9).advantage)
+    torch.testing.assert_close(
+        half, gae(reward.bfloat16().float(), value.bfloat16().float(), cu, gamma=0.9, lam=0.9).advantage
+    )
 
 
 def test_opcheck_and_compile() -> None:
@@ -130,7 +145,9 @@ def test_the_definition_reads_no_values() -> None:
 
 def test_result_takes_no_gradient() -> None:
     reward, value, cu, _ = random_case()
-    assert not gae(reward.requires_grad_(), value.requires_grad_(), cu, gamma=1.0, lam=1.0).advantage.requires_grad
+    assert not gae(
+        reward.requires_grad_(), value.requires_grad_(), cu, gamma=1.0, lam=1.0
+    ).advantage.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -139,7 +156,10 @@ def test_result_takes_no_gradient() -> None:
         ({"gamma": 1.5}, r"gamma: expected a discount in \[0, 1\], got 1.5"),
         ({"lam": -0.1}, r"lam: expected a discount in \[0, 1\], got -0.1"),
         ({"value": VALUE[:2]}, r"value: expected shape \(T=3\), got \(2,\)"),
-        ({"cu_seqlens": torch.tensor([0, 2])}, r"cu_seqlens: expected non-decreasing ends from 0 to T=3, got \[0, 2\]"),
+        (
+            {"cu_seqlens": torch.tensor([0, 2])},
+            r"cu_seqlens: expected non-decreasing ends from 0 to T=3, got \[0, 2\]",
+        ),
         ({"mask": torch.ones(3)}, r"mask: expected dtype bool, got float32"),
     ],
 )

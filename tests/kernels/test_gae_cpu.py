@@ -14,7 +14,9 @@ from fastrl.kernels._backend import extension
 from fastrl.kernels.gae import gae
 
 C = extension()
-pytestmark = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+pytestmark = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,9 @@ def case(dtype=torch.float32, T=2000, S=40):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
 def test_values(isa, gamma, lam, masked, dtype):
-    """Wrong: a carry over a sequence's end, or one that an observation discounts; sums in fp32, which drift over a long sequence."""
+    """Wrong: a carry over a sequence's end, or one that an observation discounts; sums in fp32, which drift
+    over a long sequence.
+    """
     reward, value, cu, mask = case(dtype)
     mask = mask if masked else torch.ones_like(mask)
     ours = gae(reward, value, cu, gamma=gamma, lam=lam, mask=mask if masked else None)
@@ -50,7 +54,9 @@ def test_values(isa, gamma, lam, masked, dtype):
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
 def test_a_nan_stays_in_its_sequence_and_before_its_token(isa, lam):
-    """Wrong: 0 * NaN, by which with lam = 0 a bad reward spoils every token before it; a masked token that is read."""
+    """Wrong: 0 * NaN, by which with lam = 0 a bad reward spoils every token before it; a masked token that is
+    read.
+    """
     reward, value, _, _ = case(T=90)
     cu, mask = torch.tensor([0, 30, 67, 90]), torch.ones(90, dtype=torch.bool)
     mask[40] = False
@@ -98,7 +104,15 @@ def test_strided_and_chosen_by_default():
     ],
 )
 def test_bad_arguments_are_value_errors(changes, message):
-    given = {"reward": 8, "value": 8, "is_double": False, "cu_seqlens": 8, "mask": 0, "gamma": 1.0, "lam": 1.0}
+    given = {
+        "reward": 8,
+        "value": 8,
+        "is_double": False,
+        "cu_seqlens": 8,
+        "mask": 0,
+        "gamma": 1.0,
+        "lam": 1.0,
+    }
     with pytest.raises(ValueError, match=message):
         C.gae_cpu(*(given | {"advantage": 8, "returns": 8, "T": 3, "S": 1, "threads": 1} | changes).values())
 

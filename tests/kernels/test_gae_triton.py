@@ -14,8 +14,12 @@ from fastrl import ops
 from fastrl.kernels import _backend
 from fastrl.kernels.gae import forward_op, gae
 
-kernels = pytest.importorskip("fastrl.kernels._triton.gae", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.gae", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +31,12 @@ def triton():
 def case(lengths, dtype=torch.float32, masked=True):
     T = sum(lengths)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return torch.randn(T).to(dtype), torch.randn(T).to(dtype), cu, torch.rand(T) > 0.3 if masked else torch.ones(T, dtype=torch.bool)
+    return (
+        torch.randn(T).to(dtype),
+        torch.randn(T).to(dtype),
+        cu,
+        torch.rand(T) > 0.3 if masked else torch.ones(T, dtype=torch.bool),
+    )
 
 
 def run(reward, value, cu, mask, gamma=0.99, lam=0.95):
@@ -39,7 +48,9 @@ def run(reward, value, cu, mask, gamma=0.99, lam=0.95):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
 def test_values(gamma, lam, masked, dtype):
-    """Wrong: blocks joined without the carry (300), a carry over a sequence's end, an observation that discounts or resets it."""
+    """Wrong: blocks joined without the carry (300), a carry over a sequence's end, an observation that
+    discounts or resets it.
+    """
     reward, value, cu, mask = case((1, 129, 0, 300, 128, 5), dtype, masked)
     ours = run(reward, value, cu, mask, gamma, lam)
     wide = [x.float() for x in (reward, value)]
@@ -54,7 +65,9 @@ def test_large_values_that_cancel():
     reward, value, cu, mask = case((400,), masked=False)
     value += 1000
     exact = loop(reward.double(), value.double(), cu.tolist(), mask, 1.0, 1.0)
-    assert (run(reward, value, cu, mask, 1.0, 1.0).advantage - exact).abs().max() <= 1.3e-4  # half an ulp of 1000, twice
+    assert (
+        run(reward, value, cu, mask, 1.0, 1.0).advantage - exact
+    ).abs().max() <= 1.3e-4  # half an ulp of 1000, twice
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
@@ -90,7 +103,9 @@ def test_no_tokens_strided_and_long_ends():
     again = run(both[:, 0], both[:, 1], cu.long(), torch.stack([mask, mask], 1)[:, 0])
     assert all(torch.equal(a, b) for a, b in zip(want, again, strict=True))
     mixed = run(reward, value.bfloat16(), cu, mask)
-    torch.testing.assert_close(mixed.advantage, run(reward, value.bfloat16().float(), cu, mask).advantage, atol=0, rtol=0)
+    torch.testing.assert_close(
+        mixed.advantage, run(reward, value.bfloat16().float(), cu, mask).advantage, atol=0, rtol=0
+    )
 
 
 def test_two_runs_give_the_same_bits():
@@ -99,7 +114,9 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_a_launch_of_70000_sequences(monkeypatch):
-    """Wrong: sequences on a grid axis that ends at 65,535; a block that depends on the longest sequence, which must be waited for."""
+    """Wrong: sequences on a grid axis that ends at 65,535; a block that depends on the longest sequence,
+    which must be waited for.
+    """
 
     class Recorder:
         def __getitem__(self, grid):
@@ -116,7 +133,9 @@ def test_a_launch_of_70000_sequences(monkeypatch):
 def test_opcheck_and_compile():
     reward, value, cu, mask = case((9, 4))
     torch.library.opcheck(forward_op, (reward, value, cu, mask, 0.9, 0.8))
-    compiled = torch.compile(lambda r, v: gae(r, v, cu, gamma=0.9, lam=0.8), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda r, v: gae(r, v, cu, gamma=0.9, lam=0.8), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(reward, value)[0], gae(reward, value, cu, gamma=0.9, lam=0.8).advantage)
 
 

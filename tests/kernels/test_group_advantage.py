@@ -43,7 +43,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     ],
 )
 def test_worked_values(options: dict[str, Any], expected: tuple[float, ...]) -> None:
-    torch.testing.assert_close(group_advantage(FOUR, 4, **options), torch.tensor(expected, dtype=F64), atol=5.1e-5, rtol=0)
+    torch.testing.assert_close(
+        group_advantage(FOUR, 4, **options), torch.tensor(expected, dtype=F64), atol=5.1e-5, rtol=0
+    )
 
 
 def test_eps_is_added_to_the_standard_deviation() -> None:
@@ -52,7 +54,10 @@ def test_eps_is_added_to_the_standard_deviation() -> None:
 
 
 def test_one_success_of_eight_and_groups_of_two() -> None:
-    for unbiased, (best, rest), pair in ((False, (2.6458, -0.3780), 1.0), (True, (2.4749, -0.3536), math.sqrt(0.5))):
+    for unbiased, (best, rest), pair in (
+        (False, (2.6458, -0.3780), 1.0),
+        (True, (2.4749, -0.3536), math.sqrt(0.5)),
+    ):
         a = group_advantage(ONE_OF_EIGHT, 8, eps=0, unbiased=unbiased)
         torch.testing.assert_close(a, torch.tensor([best] + [rest] * 7, dtype=F64), atol=5.1e-5, rtol=0)
         a = group_advantage(torch.tensor([3.0, -7.0]), 2, eps=0, unbiased=unbiased)
@@ -62,12 +67,17 @@ def test_one_success_of_eight_and_groups_of_two() -> None:
 def test_rank_is_leave_one_out_on_binary_rewards() -> None:
     """Catches ranks without averaged ties."""
     reward = torch.tensor(list(product([0.0, 1.0], repeat=4)), dtype=F64).flatten()
-    torch.testing.assert_close(group_advantage(reward, 4, shape="rank"), group_advantage(reward, 4, baseline="leave_one_out", scale="none"))
+    torch.testing.assert_close(
+        group_advantage(reward, 4, shape="rank"),
+        group_advantage(reward, 4, baseline="leave_one_out", scale="none"),
+    )
 
 
 @pytest.mark.parametrize("p", [0.05, 0.9])
 def test_expected_gradient_on_a_bandit(p: float) -> None:
-    """Success probability p = sigmoid(theta): the mean over samples of A d log p has a known expectation for each estimator."""
+    """Success probability p = sigmoid(theta): the mean over samples of A d log p has a known expectation for
+    each estimator.
+    """
     K, true = 8, p * (1 - p)
     patterns = torch.tensor(list(product([0.0, 1.0], repeat=K)), dtype=F64)  # every outcome of one group
     c = patterns.sum(1)
@@ -80,7 +90,9 @@ def test_expected_gradient_on_a_bandit(p: float) -> None:
         ("mean", "none", "softmax"): {0.05: 0.0562, 0.9: 0.0573}[p],
     }
     for (baseline, scale, shape), answer in expected.items():
-        a = group_advantage(patterns.flatten(), K, baseline=baseline, scale=scale, shape=shape, eps=0, tau=1.0).view(-1, K)
+        a = group_advantage(
+            patterns.flatten(), K, baseline=baseline, scale=scale, shape=shape, eps=0, tau=1.0
+        ).view(-1, K)
         got = (weight * (a * (patterns - p)).mean(1)).sum()
         assert float(got) == pytest.approx(answer, abs=6e-5), (baseline, scale, shape)
 
@@ -88,7 +100,9 @@ def test_expected_gradient_on_a_bandit(p: float) -> None:
 # --- groups -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("baseline", "scale", "shape"), list(product(BASELINES, SCALES, SHAPES)))
 def test_equals_a_loop_over_ragged_groups(baseline: str, scale: str, shape: str) -> None:
-    """Catches NaN counted as 0 or as a member, statistics over the batch instead of the group, and samples returned in sorted order."""
+    """Catches NaN counted as 0 or as a member, statistics over the batch instead of the group, and samples
+    returned in sorted order.
+    """
     reward, ids = ragged()
     expected = groups_loop(reward, ids, baseline, scale, shape)
     got = group_advantage(reward, ids, baseline=baseline, scale=scale, shape=shape)
@@ -101,7 +115,10 @@ def test_equals_a_loop_over_ragged_groups(baseline: str, scale: str, shape: str)
 
 def test_a_size_means_contiguous_groups() -> None:
     reward = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(group_advantage(reward, 3), group_advantage(reward, torch.tensor([5, 5, 5, 2, 2, 2, 9, 9, 9, 0, 0, 0])))
+    assert torch.equal(
+        group_advantage(reward, 3),
+        group_advantage(reward, torch.tensor([5, 5, 5, 2, 2, 2, 9, 9, 9, 0, 0, 0])),
+    )
     assert torch.equal(group_advantage(reward, 3)[:3], group_advantage(reward[:3], 3))
 
 
@@ -109,16 +126,22 @@ def test_a_size_means_contiguous_groups() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_no_spread_is_exactly_zero(baseline: str, scale: str, shape: str) -> None:
-    """Three times 0.1 has a mean that is not 0.1 in fp32: catches std < eps as the test for no spread, and A = R for one sample."""
+    """Three times 0.1 has a mean that is not 0.1 in fp32: catches std < eps as the test for no spread, and A
+    = R for one sample.
+    """
     for size in (1, 3):
-        assert not group_advantage(torch.full((6,), 0.1), size, baseline=baseline, scale=scale, shape=shape).any()
+        assert not group_advantage(
+            torch.full((6,), 0.1), size, baseline=baseline, scale=scale, shape=shape
+        ).any()
 
 
 def test_large_offsets_keep_their_digits() -> None:
     """Rewards of 1000 +- 1e-3: catches E[R^2] - E[R]^2, which is pure rounding here, and moments in fp32."""
     reward = 1000 + 1e-3 * torch.tensor([-1.0, 1.0, 0.5, -0.5, 0.25])
     r = reward.double()
-    torch.testing.assert_close(group_advantage(reward, 5, eps=0).double(), (r - r.mean()) / r.std(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        group_advantage(reward, 5, eps=0).double(), (r - r.mean()) / r.std(), atol=1e-6, rtol=1e-6
+    )
 
 
 # --- the form of the op -----------------------------------------------------------------------------
@@ -128,7 +151,9 @@ def test_empty_strided_and_half_inputs() -> None:
     both = torch.rand(8, 2)
     assert torch.equal(group_advantage(both[:, 0], 4), group_advantage(both[:, 0].clone(), 4))
     half = group_advantage(both[:, 0].bfloat16(), 4)
-    assert half.dtype == torch.float32 and torch.equal(half, group_advantage(both[:, 0].bfloat16().float(), 4))
+    assert half.dtype == torch.float32 and torch.equal(
+        half, group_advantage(both[:, 0].bfloat16().float(), 4)
+    )
     assert not group_advantage(torch.rand(4, requires_grad=True), 4).requires_grad
 
 
@@ -143,10 +168,14 @@ def test_opcheck_and_compile() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_definition_reads_no_values(shape: str) -> None:
-    """Meta tensors have none: catches unique(), bincount() and boolean indexing, which make the host wait for a GPU."""
+    """Meta tensors have none: catches unique(), bincount() and boolean indexing, which make the host wait for
+    a GPU.
+    """
     reward, ids = torch.rand(6, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     for group, size in ((ids, 0), (ids[:0], 3)):
-        assert reference(reward, group, size, "leave_one_out", "batch_std", shape, 1e-4, True, 0.5).shape == (6,)
+        assert reference(reward, group, size, "leave_one_out", "batch_std", shape, 1e-4, True, 0.5).shape == (
+            6,
+        )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +186,11 @@ def test_the_definition_reads_no_values(shape: str) -> None:
         (2.0, {}, r"group: expected ids \(S=4\) or an int, got float"),
         (torch.tensor([0, 1]), {}, r"group: expected shape \(S=4\), got \(2,\)"),
         (torch.tensor([0, 1, -1, 0]), {}, r"group: expected ids of 0 or more, got -1"),
-        (4, {"baseline": "median"}, r"baseline: expected one of 'mean', 'leave_one_out', 'max', 'none'; got 'median'"),
+        (
+            4,
+            {"baseline": "median"},
+            r"baseline: expected one of 'mean', 'leave_one_out', 'max', 'none'; got 'median'",
+        ),
         (4, {"scale": "mad"}, r"scale: expected one of"),
         (4, {"shape": "cubic"}, r"shape: expected one of"),
         (4, {"tau": 0.0}, r"tau: expected a positive temperature, got 0.0"),

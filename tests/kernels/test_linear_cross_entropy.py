@@ -21,7 +21,9 @@ OPTIONS = [(0.0, None, 0.0), (0.1, None, 0.0), (0.0, 5.0, 0.0), (0.0, None, 0.01
 @pytest.fixture
 def given():
     torch.manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((T, D), (V, D), (V,)))
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((T, D), (V, D), (V,))
+    )
     target = torch.randint(V, (T,))
     target[2] = target[5] = -100
     return hidden, weight, bias, target
@@ -33,12 +35,18 @@ def test_value_and_gradcheck(given, reduction, smoothing, softcap, z_loss):
     hidden, weight, bias, y = given
 
     def op(hidden, weight, bias):
-        options = {"label_smoothing": smoothing, "softcap": softcap, "z_loss": z_loss, "logits_bytes": 2 * V * 8}
+        options = {
+            "label_smoothing": smoothing,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "logits_bytes": 2 * V * 8,
+        }
         return ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction, **options)
 
     assert torch.autograd.gradcheck(op, (hidden, weight, bias))
     torch.testing.assert_close(
-        op(hidden, weight, bias), reference(hidden, weight, y, bias, -100, reduction, smoothing, softcap or 0.0, z_loss)
+        op(hidden, weight, bias),
+        reference(hidden, weight, y, bias, -100, reduction, smoothing, softcap or 0.0, z_loss),
     )
 
 
@@ -46,8 +54,12 @@ def test_value_and_gradcheck(given, reduction, smoothing, softcap, z_loss):
 def test_is_torchs_cross_entropy(given, reduction):
     hidden, weight, bias, y = given
     for smoothing in (0.0, 0.1):
-        ours = ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction, label_smoothing=smoothing)
-        torch.testing.assert_close(ours, F.cross_entropy(hidden @ weight.T + bias, y, reduction=reduction, label_smoothing=smoothing))
+        ours = ops.linear_cross_entropy(
+            hidden, weight, y, bias=bias, reduction=reduction, label_smoothing=smoothing
+        )
+        torch.testing.assert_close(
+            ours, F.cross_entropy(hidden @ weight.T + bias, y, reduction=reduction, label_smoothing=smoothing)
+        )
 
 
 def test_no_reduction_uses_every_tokens_own_upstream_gradient(given):
@@ -67,7 +79,12 @@ def test_golden_label_smoothing():
     loss = ops.linear_cross_entropy(hidden, weight, torch.tensor([1]), label_smoothing=0.1)
     assert loss.item() == pytest.approx(1.490190, abs=1e-6)
     loss.backward()
-    torch.testing.assert_close(hidden.grad[0], torch.tensor([0.6189, -0.6881, 0.0621, 0.0071], dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        hidden.grad[0],
+        torch.tensor([0.6189, -0.6881, 0.0621, 0.0071], dtype=torch.float64),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_the_target_column_keeps_its_digits_when_the_model_is_sure():
@@ -84,9 +101,15 @@ def test_within_the_budget_of_pytorch(dtype):
     torch.manual_seed(1)
     hidden, weight = (torch.randn(*s).to(dtype).requires_grad_() for s in ((32, 16), (5000, 16)))
     y = torch.randint(5000, (32,))
-    plain, true = ([x.detach().to(t or dtype).clone().requires_grad_() for x in (hidden, weight)] for t in (None, torch.float64))
+    plain, true = (
+        [x.detach().to(t or dtype).clone().requires_grad_() for x in (hidden, weight)]
+        for t in (None, torch.float64)
+    )
     ours = ops.linear_cross_entropy(hidden, weight, y)
-    theirs, exact = F.cross_entropy((plain[0] @ plain[1].T).float(), y), F.cross_entropy(true[0] @ true[1].T, y)
+    theirs, exact = (
+        F.cross_entropy((plain[0] @ plain[1].T).float(), y),
+        F.cross_entropy(true[0] @ true[1].T, y),
+    )
     for loss in (ours, theirs, exact):
         loss.backward()
     within_budget(ours, theirs, exact)
@@ -97,9 +120,41 @@ def test_within_the_budget_of_pytorch(dtype):
 def test_opcheck(given):
     hidden, weight, bias, y = given
     for reduction in REDUCTIONS:
-        opcheck(forward_op, (hidden, weight, bias, y, None, reduction, [reduction != "none"] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+        opcheck(
+            forward_op,
+            (
+                hidden,
+                weight,
+                bias,
+                y,
+                None,
+                reduction,
+                [reduction != "none"] * 3,
+                -100,
+                0.1,
+                5.0,
+                0.01,
+                torch.float64,
+                4,
+            ),
+        )
     plain = [x.detach() for x in (hidden, weight, bias)]
-    opcheck(backward_op, (torch.randn(T, dtype=torch.float64), *plain, y, None, [True] * 3, -100, 0.1, 5.0, 0.01, torch.float64, 4))
+    opcheck(
+        backward_op,
+        (
+            torch.randn(T, dtype=torch.float64),
+            *plain,
+            y,
+            None,
+            [True] * 3,
+            -100,
+            0.1,
+            5.0,
+            0.01,
+            torch.float64,
+            4,
+        ),
+    )
 
 
 def test_a_frozen_head_costs_no_product(given, monkeypatch):
@@ -113,7 +168,9 @@ def test_a_frozen_head_costs_no_product(given, monkeypatch):
     for reduction in REDUCTIONS:
         loss = ops.linear_cross_entropy(hidden, weight.detach(), y, reduction=reduction).sum()
         true = F.cross_entropy(hidden @ weight.detach().T, y, reduction=reduction).sum()
-        for ours, theirs in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(true, hidden), strict=True):
+        for ours, theirs in zip(
+            torch.autograd.grad(loss, hidden), torch.autograd.grad(true, hidden), strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -124,8 +181,14 @@ def test_rows_given_are_rows_found(given, reduction, options):
     hidden, weight, bias, y = given
     live = y != -100
     results = []
-    for arguments in ({}, {"mask": live, "ignore_index": 0}, {"mask": live.nonzero().squeeze(1), "ignore_index": 0}):
-        loss = ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction, **options, **arguments)
+    for arguments in (
+        {},
+        {"mask": live, "ignore_index": 0},
+        {"mask": live.nonzero().squeeze(1), "ignore_index": 0},
+    ):
+        loss = ops.linear_cross_entropy(
+            hidden, weight, y, bias=bias, reduction=reduction, **options, **arguments
+        )
         results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight, bias))))
     assert 0 < live.sum() < T
     for other in results[1:]:
@@ -139,7 +202,9 @@ def test_without_options_the_rows_are_token_logps(monkeypatch):
     hidden, weight, y = torch.randn(4, 8), torch.randn(30, 8, requires_grad=True), torch.randint(30, (4,))
     called = []
     real = _backend.pick
-    monkeypatch.setattr(token_logp_module, "pick", lambda op, x, part: called.append((op, part)) or real(op, x, part))
+    monkeypatch.setattr(
+        token_logp_module, "pick", lambda op, x, part: called.append((op, part)) or real(op, x, part)
+    )
     ops.linear_cross_entropy(hidden, weight, y).backward()
     assert called == [("token_logp", "fused_into")]
     called.clear()
@@ -166,4 +231,8 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=message):
             ops.linear_cross_entropy(hidden, weight, y, **change)
     bad = torch.tensor([0, 7, 1])
-    assert ops.linear_cross_entropy(hidden, weight, bad, reduction="none").isnan().tolist() == [False, True, False]
+    assert ops.linear_cross_entropy(hidden, weight, bad, reduction="none").isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]

@@ -9,14 +9,22 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl import ops
-from fastrl.kernels.linear_logp import backward_chunks, backward_linear_op, forward_chunks, forward_linear_op, reference
+from fastrl.kernels.linear_logp import (
+    backward_chunks,
+    backward_linear_op,
+    forward_chunks,
+    forward_linear_op,
+    reference,
+)
 
 TINY = 64  # bytes of logits: one or two rows a chunk
 
 
 def arguments(T=9, D=6, V=11, dtype=torch.float64):
     torch.manual_seed(T)
-    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((T, D), (V, D), (V,)))
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((T, D), (V, D), (V,))
+    )
     return hidden, weight, bias, torch.randint(V, (T,)), torch.rand(T, dtype=torch.float64).add(0.5).to(dtype)
 
 
@@ -24,7 +32,9 @@ def test_gradcheck_with_bias_temperature_and_entropy_over_chunks():
     hidden, weight, bias, y, tau = arguments()
 
     def op(hidden, weight, bias):
-        return ops.linear_logp(hidden, weight, y, bias=bias, temperature=tau, entropy=True, logits_bytes=TINY)[:2]
+        return ops.linear_logp(
+            hidden, weight, y, bias=bias, temperature=tau, entropy=True, logits_bytes=TINY
+        )[:2]
 
     assert torch.autograd.gradcheck(op, (hidden, weight, bias))
     for ours, true in zip(op(hidden, weight, bias), reference(hidden, weight, y, bias, tau), strict=True):
@@ -34,7 +44,9 @@ def test_gradcheck_with_bias_temperature_and_entropy_over_chunks():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, D, V", [(32, 16, 1000), (48, 64, 5000)])
 def test_value_and_gradient_within_the_budget_of_pytorch(T, D, V, dtype):
-    """In chunks of 16 rows: of three, MKL's own product of float32 is twice as far from float64 as that of all rows."""
+    """In chunks of 16 rows: of three, MKL's own product of float32 is twice as far from float64 as that of
+    all rows.
+    """
     hidden, weight, _, y, _ = arguments(T, D, V, dtype)
     plain = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
     true = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -58,9 +70,26 @@ def test_opcheck_and_fullgraph():
     opcheck(forward_linear_op, call)
     logp, h, m, log_s = (x.detach() for x in forward_linear_op(*call))
     opcheck(
-        backward_linear_op, (logp, h, hidden.detach(), weight.detach(), bias.detach(), y, tau, h, m, log_s, torch.float64, 2, [True] * 3)
+        backward_linear_op,
+        (
+            logp,
+            h,
+            hidden.detach(),
+            weight.detach(),
+            bias.detach(),
+            y,
+            tau,
+            h,
+            m,
+            log_s,
+            torch.float64,
+            2,
+            [True] * 3,
+        ),
     )
-    compiled = torch.compile(lambda x: ops.linear_logp(x, weight, y).logp, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: ops.linear_logp(x, weight, y).logp, fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(hidden), ops.linear_logp(hidden, weight, y).logp)
 
 
@@ -71,7 +100,9 @@ def test_chunks_do_not_change_a_bit_of_the_value():
 
 
 def test_rows_without_an_upstream_gradient_leave_the_backward():
-    """Wrong implementations: a row that only the entropy's gradient reaches is dropped; rows written where they are counted."""
+    """Wrong implementations: a row that only the entropy's gradient reaches is dropped; rows written where
+    they are counted.
+    """
     hidden, weight, bias, y, tau = (x.detach() for x in arguments(13))
     up, up_h = torch.randn(2, 13, dtype=torch.float64)
     up[::2] = 0
@@ -81,7 +112,9 @@ def test_rows_without_an_upstream_gradient_leave_the_backward():
     true = torch.autograd.grad(logp @ up + h @ up_h, leaves)
     _, h, m, log_s = forward_chunks(hidden, weight, bias, y, tau, True, torch.float64, 4)
     with FlopCounterMode(display=False) as counter:
-        grads = backward_chunks(up, up_h, hidden, weight, bias, y, tau, h, m, log_s, torch.float64, 4, [True] * 3)
+        grads = backward_chunks(
+            up, up_h, hidden, weight, bias, y, tau, h, m, log_s, torch.float64, 4, [True] * 3
+        )
     for ours, theirs in zip(grads, true, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert counter.get_total_flops() == 6 * 10 * 6 * 11
@@ -96,7 +129,11 @@ def test_a_frozen_side_costs_no_product(frozen):
     wanted = [frozen != 0, frozen != 1, False]
     with FlopCounterMode(display=False) as counter:
         grads = backward_chunks(*parts, wanted)
-    assert counter.get_total_flops() == 4 * 9 * 6 * 11 and not grads[frozen].numel() and torch.equal(grads[1 - frozen], both[1 - frozen])
+    assert (
+        counter.get_total_flops() == 4 * 9 * 6 * 11
+        and not grads[frozen].numel()
+        and torch.equal(grads[1 - frozen], both[1 - frozen])
+    )
     leaves = [x.clone().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=False)]
     ops.linear_logp(*leaves, y, temperature=tau).logp.sum().backward()
     assert leaves[frozen].grad is None
@@ -113,10 +150,18 @@ def test_no_tokens():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"weight": torch.zeros(11, 5, dtype=torch.float64)}, ValueError, r"weight: expected shape \(V, D=6\), got \(11, 5\)"),
+        (
+            {"weight": torch.zeros(11, 5, dtype=torch.float64)},
+            ValueError,
+            r"weight: expected shape \(V, D=6\), got \(11, 5\)",
+        ),
         ({"weight": torch.zeros(11, 6)}, TypeError, "weight: expected dtype float64, got float32"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(V=11\), got \(3,\)"),
-        ({"logits_dtype": torch.int32}, TypeError, "logits_dtype: expected float32 or hidden's own torch.float64"),
+        (
+            {"logits_dtype": torch.int32},
+            TypeError,
+            "logits_dtype: expected float32 or hidden's own torch.float64",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

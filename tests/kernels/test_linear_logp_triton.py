@@ -1,4 +1,6 @@
-"""The two linear_logp forwards in Triton under the interpreter, against float64.  It shows values: speed and races need a GPU."""
+"""The two linear_logp forwards in Triton under the interpreter, against float64.  It shows values: speed and
+races need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,26 @@ import torch
 from fastrl import ops
 from fastrl.kernels.token_logp import reference
 
-kernels = pytest.importorskip("fastrl.kernels._triton.linear_logp", reason="triton is not installed", exc_type=ImportError)
-tiles = pytest.importorskip("fastrl.kernels._triton.linear_logp_wide", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.linear_logp", reason="triton is not installed", exc_type=ImportError
+)
+tiles = pytest.importorskip(
+    "fastrl.kernels._triton.linear_logp_wide", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 def case(T, D, V, dtype=torch.bfloat16, bias=False):
     hidden, weight = torch.randn(T, D).to(dtype), torch.randn(V, D).to(dtype)
-    return hidden, weight, torch.randint(V, (T,)), torch.randn(V).to(dtype) if bias else None, torch.rand(T) + 0.5
+    return (
+        hidden,
+        weight,
+        torch.randint(V, (T,)),
+        torch.randn(V).to(dtype) if bias else None,
+        torch.rand(T) + 0.5,
+    )
 
 
 def truth(hidden, weight, target, bias, tau):
@@ -38,7 +52,9 @@ def judge(args, atol=3e-5):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("T, D, V", [(1, 8, 1), (5, 40, 7), (3, 64, 1000), (130, 72, 300), (2, 33, 600)])
 def test_ragged_shapes(T, D, V, dtype):
-    """Wrong: columns past V that count, or rows past T; a D that is no multiple of the tile (40, 72) or of 16 bytes (33)."""
+    """Wrong: columns past V that count, or rows past T; a D that is no multiple of the tile (40, 72) or of 16
+    bytes (33).
+    """
     judge(case(T, D, V, dtype, bias=T == 3))
 
 
@@ -51,7 +67,9 @@ def test_the_shares_of_a_vocabulary_are_merged():
 
 
 def test_offsets_banned_tokens_and_targets_outside():
-    """Wrong: z - logsumexp at an offset of 1000; -inf - -inf in a share that is banned altogether; reading another token's logit."""
+    """Wrong: z - logsumexp at an offset of 1000; -inf - -inf in a share that is banned altogether; reading
+    another token's logit.
+    """
     hidden, weight, target, bias, tau = case(4, 16, 1500, torch.float16, bias=True)
     judge((hidden, weight, target, bias.add(1000), tau), atol=2e-4)  # float32 sums around 1000
     bias[:1100] = -torch.inf
@@ -60,31 +78,48 @@ def test_offsets_banned_tokens_and_targets_outside():
     outside = torch.tensor([-100, 1500, 1535, 3])
     logp, h, *_ = kernels.forward(hidden, weight, outside, bias, tau, True)
     assert logp.isnan().tolist() == [True, True, True, False] and logp[3] == -torch.inf and h.isfinite().all()
-    assert kernels.forward(hidden, weight, target, torch.full_like(bias, -torch.inf), tau, True)[0].isnan().all()
+    assert (
+        kernels.forward(hidden, weight, target, torch.full_like(bias, -torch.inf), tau, True)[0].isnan().all()
+    )
 
 
 def test_rows_that_are_not_contiguous_and_no_rows():
     hidden, weight, target, _, tau = case(3, 16, 50)
     want = kernels.forward(hidden, weight, target, None, tau, True)
     strided = kernels.forward(
-        hidden.T.contiguous().T, torch.cat([weight, weight], 1)[:, :16], target.repeat_interleave(2)[::2], None, tau, True
+        hidden.T.contiguous().T,
+        torch.cat([weight, weight], 1)[:, :16],
+        target.repeat_interleave(2)[::2],
+        None,
+        tau,
+        True,
     )
     assert all(torch.equal(a, b) for a, b in zip(want, strided, strict=True))
-    assert [x.shape for x in kernels.forward(hidden[:0], weight, target[:0], None, tau[:0], True)] == [(0,)] * 4
+    assert [x.shape for x in kernels.forward(hidden[:0], weight, target[:0], None, tau[:0], True)] == [
+        (0,)
+    ] * 4
 
 
-@pytest.mark.parametrize("blocks, tiles, processors", [(64, 594, 132), (1, 594, 132), (512, 594, 132), (1, 1, 132), (133, 594, 132)])
+@pytest.mark.parametrize(
+    "blocks, tiles, processors",
+    [(64, 594, 132), (1, 594, 132), (512, 594, 132), (1, 1, 132), (133, 594, 132)],
+)
 def test_shares_keep_the_processors_busy(blocks, tiles, processors):
     """Wrong: one share when 64 blocks of tokens would leave half the multiprocessors idle."""
     n = kernels.shares(blocks, tiles, processors)
     waves = -(-blocks * n // processors)
     assert 1 <= n <= min(kernels.MAX_SPLITS, tiles)
-    assert blocks * n / (waves * processors) >= min(0.95, blocks * min(tiles, kernels.MAX_SPLITS) / processors - 0.01)
+    assert blocks * n / (waves * processors) >= min(
+        0.95, blocks * min(tiles, kernels.MAX_SPLITS) / processors - 0.01
+    )
 
 
 def test_two_runs_give_the_same_bits():
     args = case(5, 24, 700)
-    assert all(torch.equal(a, b) for a, b in zip(kernels.forward(*args, True), kernels.forward(*args, True), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(kernels.forward(*args, True), kernels.forward(*args, True), strict=True)
+    )
 
 
 # --- tiles ------------------------------------------------------------------------------------------
@@ -95,7 +130,9 @@ def in_tiles(args, entropy=True, logits_dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, D, V", [(5, 8, 70), (4, 8, 64), (3, 8, 65), (1, 8, 1)])
 def test_tiles(monkeypatch, T, D, V, dtype):
-    """Wrong: a last tile that counts the columns of the one before; a target on a tile's edge; rows of the second row of tiles."""
+    """Wrong: a last tile that counts the columns of the one before; a target on a tile's edge; rows of the
+    second row of tiles.
+    """
     monkeypatch.setattr(tiles, "ROWS", 2)
     monkeypatch.setattr(tiles, "COLUMNS", 64)
     args = case(T, D, V, dtype, bias=T == 3)
@@ -126,7 +163,9 @@ def test_tiles_of_banned_tokens_and_targets_outside(monkeypatch):
 
 # --- the choice -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "D, dtype, form", [(16, torch.float16, kernels), (1600, torch.float16, tiles), (16, torch.float32, tiles)], ids=str
+    "D, dtype, form",
+    [(16, torch.float16, kernels), (1600, torch.float16, tiles), (16, torch.float32, tiles)],
+    ids=str,
 )
 def test_the_op_runs_on_it_when_asked(D, dtype, form):
     """Wrong: registered, listed, and never called; a wide model refused, or sent through registers."""

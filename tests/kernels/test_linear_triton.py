@@ -1,4 +1,6 @@
-"""linear's Triton kernel in the interpreter, which multiplies bf16 wrongly: float32 and float16 here, bf16 on a GPU."""
+"""linear's Triton kernel in the interpreter, which multiplies bf16 wrongly: float32 and float16 here, bf16 on
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,28 @@ def run(x, weight, bias, out=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, N, K", [(1, 1, 1), (3, 7, 33), (130, 140, 70), (700, 5, 20)])
 def test_as_near_to_float64_as_torch(T, N, K, dtype):
-    """Wrong: tiles of a group that are counted by N (700 rows: two groups of fp32 tiles); tails of rows, columns or K."""
+    """Wrong: tiles of a group that are counted by N (700 rows: two groups of fp32 tiles); tails of rows,
+    columns or K.
+    """
     x, weight, bias = torch.randn(T, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
     for b in (bias, None):
         truth = torch_linear(x.double(), weight.double(), None if b is None else b.double())
         within_budget(run(x, weight, b), torch_linear(x, weight, b), truth)
     wide = run(x, weight, bias, torch.empty(T, N + 3)[:, :N])
     assert wide.dtype == torch.float32
-    within_budget(wide, torch_linear(x.float(), weight.float(), bias.float()), torch_linear(x.double(), weight.double(), bias.double()))
+    within_budget(
+        wide,
+        torch_linear(x.float(), weight.float(), bias.float()),
+        torch_linear(x.double(), weight.double(), bias.double()),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_company(dtype):
-    """Wrong: a row stride of K assumed; a tail of rows that reads another's.  Of integers, whose sums the interpreter's BLAS gets right
-    in any order: whether the bits of other numbers are a row's own is tested on a GPU."""
+    """Wrong: a row stride of K assumed; a tail of rows that reads another's.  Of integers, whose sums the
+    interpreter's BLAS gets right in any order: whether the bits of other numbers are a row's own is tested on
+    a GPU.
+    """
     x, weight, bias = (torch.randint(-8, 9, s).to(dtype) for s in ((200, 70), (30, 70), (30,)))
     strided = torch.zeros(200, 75, dtype=dtype)
     strided[:, 3:73] = x
@@ -49,4 +59,6 @@ def test_a_row_is_the_same_in_every_company(dtype):
 def test_empty():
     """Wrong: a launch of no programs, which CUDA refuses; outputs that nobody wrote."""
     assert run(torch.empty(0, 4), torch.empty(3, 4), None).shape == (0, 3)
-    assert torch.equal(run(torch.empty(2, 0), torch.empty(1, 0), torch.tensor([3.0])), torch.full((2, 1), 3.0))
+    assert torch.equal(
+        run(torch.empty(2, 0), torch.empty(1, 0), torch.tensor([3.0])), torch.full((2, 1), 3.0)
+    )

@@ -1,6 +1,8 @@
-"""The compiled kernels: csrc/cpu against float64 on every instruction set this processor has, csrc/cuda as far as nvcc goes.
+"""The compiled kernels: csrc/cpu against float64 on every instruction set this processor has, csrc/cuda as
+far as nvcc goes.
 
-What each test would catch is said in its docstring.  Without fastrl._C everything that needs it is skipped, visibly.
+What each test would catch is said in its docstring.  Without fastrl._C everything that needs it is skipped,
+visibly.
 """
 
 from __future__ import annotations
@@ -16,12 +18,22 @@ import torch
 from support import ULP, within_budget
 
 from fastrl.kernels._backend import extension, use_backend
-from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, fused_op, reference, reference_backward, token_logp
+from fastrl.kernels.token_logp import (
+    backward_into_op,
+    backward_op,
+    forward_op,
+    fused_op,
+    reference,
+    reference_backward,
+    token_logp,
+)
 
 ROOT = Path(__file__).parents[2]
 C = extension()
 ISAS = ("baseline", "avx2", "avx512")
-needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 
 
 def case(T, V, dtype=torch.float32, offset=0.0, spread=3.0, tau=None):
@@ -40,7 +52,12 @@ def run(backend, logits, target, tau, dlogp, dentropy):
 def truth(logits, target, tau, dlogp, dentropy):
     z, t = logits.double(), tau.double()
     logp, h, m, log_s = reference(z, target, t, True)
-    return logp, h, m + log_s, reference_backward(dlogp.double(), dentropy.double(), z, target, t, h, m, log_s)
+    return (
+        logp,
+        h,
+        m + log_s,
+        reference_backward(dlogp.double(), dentropy.double(), z, target, t, h, m, log_s),
+    )
 
 
 # --- values -----------------------------------------------------------------------------------------
@@ -48,7 +65,9 @@ def truth(logits, target, tau, dlogp, dentropy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [7, 1000, 50257])
 def test_as_near_to_float64_as_the_reference(isa, V, dtype, offset):
-    """Wrong: z_t - logsumexp (misses 1e-5 at 1000), a tail that is dropped (V=7), a gradient rounded towards zero (bf16)."""
+    """Wrong: z_t - logsumexp (misses 1e-5 at 1000), a tail that is dropped (V=7), a gradient rounded towards
+    zero (bf16).
+    """
     args = case(5, V, dtype, offset)
     ours, theirs, exact = run("cpu", *args), run("reference", *args), truth(*args)
     for mine, its, right in zip(ours, theirs, exact, strict=True):
@@ -78,10 +97,14 @@ def test_large_vocabularies(isa, V):
 
 
 def test_exp_is_within_one_ulp_and_has_no_bias(isa):
-    """Wrong: a polynomial that is only good near 0, an exponent off by one at a seam.  With two logits p = 1 / (1 + exp(d))."""
+    """Wrong: a polynomial that is only good near 0, an exponent off by one at a seam.  With two logits p = 1
+    / (1 + exp(d)).
+    """
     d = torch.linspace(0, 80, 20001)
     one, target = torch.ones_like(d), torch.zeros(len(d), dtype=torch.long)
-    grad = run("cpu", torch.stack([0 * d, -d], 1), target, one, one, 0 * one)[3][:, 1].double()  # -p of the second logit
+    grad = run("cpu", torch.stack([0 * d, -d], 1), target, one, one, 0 * one)[3][
+        :, 1
+    ].double()  # -p of the second logit
     exact = -torch.sigmoid(-d.double())
     error = (grad - exact) / exact / ULP[torch.float32]
     assert error.abs().max() <= 1.3  # exp, 1 / s and their product round once each
@@ -112,7 +135,9 @@ def test_minus_infinity_gives_finite_entropy_and_an_exact_zero_gradient(isa, V):
 
 @pytest.mark.parametrize("V", [7, 1003])
 def test_bf16_gradients_round_to_the_nearest_even(isa, V):
-    """Wrong: truncation of fp32 to bf16, which the budget (one ulp) forgives.  NaN must stay NaN, and not become infinity."""
+    """Wrong: truncation of fp32 to bf16, which the budget (one ulp) forgives.  NaN must stay NaN, and not
+    become infinity.
+    """
     logits, *rest = case(8, V, torch.bfloat16)
     rest[2].view(torch.int32)[3] = 0x7FFFFFFF  # a NaN that rounding would carry over into the sign
     narrow, wide = run("cpu", logits, *rest)[3], run("cpu", logits.float(), *rest)[3]
@@ -144,7 +169,10 @@ def test_targets_outside_the_vocabulary(isa):
     """Wrong: an index that is clamped, or read.  logp is NaN; entropy and the rest of the gradient stay."""
     logits, target, tau, dlogp, dentropy = case(5, 33)
     target[:4] = torch.tensor([-100, -1, 33, 2**40])
-    ours, exact = run("cpu", logits, target, tau, dlogp, dentropy), truth(logits, target, tau, dlogp, dentropy)
+    ours, exact = (
+        run("cpu", logits, target, tau, dlogp, dentropy),
+        truth(logits, target, tau, dlogp, dentropy),
+    )
     assert ours[0][:4].isnan().all()
     assert torch.isfinite(ours[0][4])
     for mine, right in zip(ours[1:], exact[1:], strict=True):
@@ -157,7 +185,9 @@ def test_targets_outside_the_vocabulary(isa):
 def test_non_contiguous_logits(view):
     """Wrong: a row stride taken to be V, or a column stride taken to be 1."""
     x = torch.randn(12, 80)
-    logits = {"columns": x[:, 3:70], "rows": x[::3], "transposed": x.t(), "expanded": x[:1].expand(6, 80)}[view]
+    logits = {"columns": x[:, 3:70], "rows": x[::3], "transposed": x.t(), "expanded": x[:1].expand(6, 80)}[
+        view
+    ]
     T, V = logits.shape
     rest = torch.randint(V, (T,)), torch.rand(T) + 0.5, torch.randn(T), torch.randn(T)
     for mine, right in zip(run("cpu", logits, *rest), run("cpu", logits.contiguous(), *rest), strict=True):
@@ -167,11 +197,18 @@ def test_non_contiguous_logits(view):
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_place_backward_equals_the_other(dtype):
-    """Wrong: a target's logit read after it was overwritten; transposed logits overwritten as if they were rows."""
+    """Wrong: a target's logit read after it was overwritten; transposed logits overwritten as if they were
+    rows.
+    """
     for shape in ((9, 1003), (1003, 9)):
         logits = torch.randn(*shape).to(dtype)
         logits = logits if shape[0] == 9 else logits.t()
-        target, tau, dlogp, dentropy = torch.randint(1003, (9,)), torch.rand(9) + 0.5, torch.randn(9), torch.randn(9)
+        target, tau, dlogp, dentropy = (
+            torch.randint(1003, (9,)),
+            torch.rand(9) + 0.5,
+            torch.randn(9),
+            torch.randn(9),
+        )
         with use_backend("cpu", "token_logp"):
             _, h, m, log_s = forward_op(logits, target, tau, True, True)
             right = backward_op(dlogp, dentropy, logits, target, tau, h, m, log_s)
@@ -193,7 +230,9 @@ def test_the_same_bits_for_every_thread_count(isa, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [7, 1003, 50257])
 def test_forward_and_gradient_at_once(isa, V, dtype):
-    """Wrong: the target's logit read after its gradient was written over it.  A batch whose rows are not evenly spaced."""
+    """Wrong: the target's logit read after its gradient was written over it.  A batch whose rows are not
+    evenly spaced.
+    """
     batch = torch.empty(2, 4, V).to(dtype)
     logits = batch[:, :-1]
     flat, target, tau, dlogp, dentropy = case(6, V, dtype, offset=100.0)
@@ -210,7 +249,9 @@ def test_forward_and_gradient_at_once(isa, V, dtype):
                 backward_into_op(dlogp, dentropy, logits, target, tau, *stats[1:])
         ours.append((stats[0].nan_to_num(), stats[1], stats[2] + stats[3], logits.reshape(6, V).clone()))
     for a, b, right in zip(*ours, exact, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=ULP[dtype] if a.ndim > 1 else 1e-6)  # `truth` in double inside, or rounded m
+        torch.testing.assert_close(
+            a, b, atol=1e-6, rtol=ULP[dtype] if a.ndim > 1 else 1e-6
+        )  # `truth` in double inside, or rounded m
         within_budget(a, b, right.nan_to_num())
 
 
@@ -248,7 +289,9 @@ def test_rows_without_gradient_are_zero_and_not_read():
 def test_chosen_by_default_on_cpu():
     """Wrong: a kernel that is built and never runs."""
     logits, target, tau, *_ = case(3, 50)
-    assert torch.equal(token_logp(logits, target, temperature=tau).logp, run("cpu", logits, target, tau, tau, tau)[0])
+    assert torch.equal(
+        token_logp(logits, target, temperature=tau).logp, run("cpu", logits, target, tau, tau, tau)[0]
+    )
 
 
 # --- messages ---------------------------------------------------------------------------------------
@@ -287,7 +330,9 @@ def test_bad_arguments_are_value_errors(changes, message):
 @needs_c
 def test_an_unknown_or_absent_instruction_set_is_an_error(monkeypatch):
     monkeypatch.setenv("FASTRL_CPU_ISA", "avx1024")
-    with pytest.raises(ValueError, match=r"FASTRL_CPU_ISA: expected baseline.* on this processor, got avx1024"):
+    with pytest.raises(
+        ValueError, match=r"FASTRL_CPU_ISA: expected baseline.* on this processor, got avx1024"
+    ):
         C.cpu_isa()
 
 
@@ -299,15 +344,23 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-MAPPED = "[l.split()[-1] for l in open('/proc/self/maps') if any(n in l for n in ('libgomp', 'libomp', 'libiomp'))]"
+MAPPED = (
+    "[l.split()[-1] for l in open('/proc/self/maps') if any(n in l for n in ('libgomp', 'libomp', "
+    "'libiomp'))]"
+)
 
 
 @needs_c
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-@pytest.mark.parametrize("order", ["import torch; from fastrl import _C", "from fastrl import _C; import torch"])
+@pytest.mark.parametrize(
+    "order", ["import torch; from fastrl import _C", "from fastrl import _C; import torch"]
+)
 def test_one_openmp_runtime_is_mapped(order):
     """Wrong: -fopenmp at link time, which brings a second libgomp beside the one inside torch's wheel."""
-    use = "from fastrl.kernels.token_logp import token_logp; token_logp(torch.randn(64, 4096), torch.zeros(64).long())"
+    use = (
+        "from fastrl.kernels.token_logp import token_logp; token_logp(torch.randn(64, 4096), "
+        "torch.zeros(64).long())"
+    )
     found = python(f"{order}; {use}; print(len(set({MAPPED})), _C.threads_from())").split(maxsplit=1)
     assert found[0] == "1"
     assert "omp" in found[1]
@@ -315,7 +368,12 @@ def test_one_openmp_runtime_is_mapped(order):
 
 @needs_c
 def test_the_module_works_without_torch():
-    assert python("from fastrl import _C; import sys; print(_C.cpu_isa() in _C.cpu_isas(), 'torch' in sys.modules)") == "True False"
+    assert (
+        python(
+            "from fastrl import _C; import sys; print(_C.cpu_isa() in _C.cpu_isas(), 'torch' in sys.modules)"
+        )
+        == "True False"
+    )
 
 
 @needs_c
@@ -333,12 +391,24 @@ NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or sh
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name)
 def test_cuda_sources_compile_without_spills(source, tmp_path):
     """Wrong: arrays indexed by what is not known at compile time, which live in memory instead of registers."""
-    command = [NVCC, "-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-DFASTRL_CUDA=1", "-c", str(source)]
+    command = [
+        NVCC,
+        "-O3",
+        "-std=c++17",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas",
+        "-v",
+        "-DFASTRL_CUDA=1",
+        "-c",
+        str(source),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "spill" in line]
     assert lines
-    assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in lines), done.stderr
+    assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in lines), (
+        done.stderr
+    )
 
 
 @pytest.mark.gpu

@@ -1,4 +1,6 @@
-"""The C++ kernels of perturb on every instruction set that is here; what each check catches is said in tests/helpers/perturbations.py."""
+"""The C++ kernels of perturb on every instruction set that is here; what each check catches is said in
+tests/helpers/perturbations.py.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,28 @@ from fastrl.kernels.perturb import perturb_init, perturb_step
 
 C = extension()
 BACKEND = "cpu"
-needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 balls = pytest.mark.parametrize(("norm", "scope"), p.BALLS)
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype"), [(1, torch.float32), (37, torch.bfloat16), (64, torch.float16), (5000, torch.bfloat16), (1000, torch.float64)], ids=str
+    ("D", "dtype"),
+    [
+        (1, torch.float32),
+        (37, torch.bfloat16),
+        (64, torch.float16),
+        (5000, torch.bfloat16),
+        (1000, torch.float64),
+    ],
+    ids=str,
 )
 @balls
 def test_values(isa, norm, scope, D, dtype):
-    """Wrong: a tail of a row that is dropped or read past, 0 * NaN of masked tokens, an embedding added before the projection."""
+    """Wrong: a tail of a row that is dropped or read past, 0 * NaN of masked tokens, an embedding added
+    before the projection.
+    """
     p.check_values(BACKEND, norm, scope, D, dtype)
 
 
@@ -31,7 +45,9 @@ def test_golden(isa, norm, scope):
 
 @balls
 def test_magnitudes(isa, norm, scope):
-    """Wrong: squares in fp32 alone, by which a large gradient counts as not finite, or a step that is less than fp32 can hold."""
+    """Wrong: squares in fp32 alone, by which a large gradient counts as not finite, or a step that is less
+    than fp32 can hold.
+    """
     p.check_magnitudes(BACKEND, norm, scope)
 
 
@@ -67,12 +83,22 @@ def test_start(isa, norm, scope):
 @pytest.mark.parametrize("norm", p.NORMS)
 def test_many_tokens(norm, T):
     """Wrong: a 16-bit token number; sums that drift over 90,000 tokens."""
-    p.judge(BACKEND, 0.01 * torch.randn(T, 3), torch.randn(T, 3), step_size=0.3, radius=0.5, norm=norm, scope="batch")
+    p.judge(
+        BACKEND,
+        0.01 * torch.randn(T, 3),
+        torch.randn(T, 3),
+        step_size=0.3,
+        radius=0.5,
+        norm=norm,
+        scope="batch",
+    )
 
 
 @balls
 def test_the_same_bits_for_every_thread_count(isa, norm, scope, threads):
-    """Wrong: sums in the order in which threads finish; both ways of sharing out balls are taken (3 and 40 of them)."""
+    """Wrong: sums in the order in which threads finish; both ways of sharing out balls are taken (3 and 40 of
+    them).
+    """
     x, g, mask = 0.1 * torch.randn(400, 500), torch.randn(400, 500), torch.rand(400) > 0.2
     for cu in (torch.tensor([0, 100, 120, 400]), torch.arange(0, 401, 10)):
         how = p.given(norm, scope, mask=mask) | ({"cu_seqlens": cu} if scope == "sequence" else {})
@@ -97,7 +123,10 @@ def test_rows_that_are_far_apart():
 def test_chosen_by_default_on_cpu():
     """Wrong: a kernel that is built and never runs."""
     x, g = torch.randn(4, 9), torch.randn(4, 9)
-    assert torch.equal(perturb_step(x.clone(), g, step_size=0.1, radius=1.0), p.step(BACKEND, x, g, step_size=0.1, radius=1.0))
+    assert torch.equal(
+        perturb_step(x.clone(), g, step_size=0.1, radius=1.0),
+        p.step(BACKEND, x, g, step_size=0.1, radius=1.0),
+    )
     how = {"radius": 1.0, "norm": "l2", "scope": "token", "seed": 3}
     assert torch.equal(perturb_init(x, **how), p.start(BACKEND, x, **how))
 
@@ -117,9 +146,26 @@ def test_chosen_by_default_on_cpu():
 )
 def test_bad_arguments_are_value_errors(changes, message):
     given = {
-        "delta": 8, "delta_stride": 4, "grad": 8, "code": 0, "grad_stride": 4, "mask": 0, "ends": 0, "S": 0, "T": 1, "D": 4,
-        "step_size": 0.1, "radius": 1.0, "norm": 0, "embeds": 0, "embeds_code": 0, "embeds_stride": 0, "out": 0, "out_code": 0,
-        "out_stride": 0, "threads": 1,
-    }  # fmt: skip
+        "delta": 8,
+        "delta_stride": 4,
+        "grad": 8,
+        "code": 0,
+        "grad_stride": 4,
+        "mask": 0,
+        "ends": 0,
+        "S": 0,
+        "T": 1,
+        "D": 4,
+        "step_size": 0.1,
+        "radius": 1.0,
+        "norm": 0,
+        "embeds": 0,
+        "embeds_code": 0,
+        "embeds_stride": 0,
+        "out": 0,
+        "out_code": 0,
+        "out_stride": 0,
+        "threads": 1,
+    }
     with pytest.raises(ValueError, match=message):
         C.perturb_step_cpu(*(given | changes).values())

@@ -1,4 +1,6 @@
-"""The Triton kernels of perturb under the interpreter; what each check catches is said in tests/helpers/perturbations.py."""
+"""The Triton kernels of perturb under the interpreter; what each check catches is said in
+tests/helpers/perturbations.py.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,21 @@ from fastrl.kernels._triton._philox import philox4
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these on a GPU")
 BACKEND = "triton"
 balls = pytest.mark.parametrize(("norm", "scope"), p.BALLS)
-cheap = pytest.mark.parametrize(("norm", "scope"), [b for b in p.BALLS if b[0] != "l1" or b[1] == "token"])  # l1 takes 20 launches
+cheap = pytest.mark.parametrize(
+    ("norm", "scope"), [b for b in p.BALLS if b[0] != "l1" or b[1] == "token"]
+)  # l1 takes 20 launches
 most = pytest.mark.parametrize(("norm", "scope"), [b for b in p.BALLS if b != ("l1", "batch")])
 scopes = pytest.mark.parametrize("scope", p.SCOPES)
 
 
-@pytest.mark.parametrize(("D", "dtype"), [(1, torch.float32), (37, torch.bfloat16), (1500, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(1, torch.float32), (37, torch.bfloat16), (1500, torch.float16)], ids=str
+)
 @cheap
 def test_values(norm, scope, D, dtype):
-    """Wrong: a tail of a row or of a ball that is dropped, 0 * NaN of masked tokens, an embedding added before the projection."""
+    """Wrong: a tail of a row or of a ball that is dropped, 0 * NaN of masked tokens, an embedding added
+    before the projection.
+    """
     p.check_values(BACKEND, norm, scope, D, dtype)
 
 
@@ -48,7 +56,9 @@ def test_golden(norm, scope):
 
 @cheap
 def test_magnitudes(norm, scope):
-    """Wrong: squares in fp32 alone, by which a large gradient counts as not finite, or a step that is less than fp32 can hold."""
+    """Wrong: squares in fp32 alone, by which a large gradient counts as not finite, or a step that is less
+    than fp32 can hold.
+    """
     p.check_magnitudes(BACKEND, norm, scope)
 
 
@@ -102,7 +112,9 @@ def test_many_tiles_and_many_balls(norm, monkeypatch):
 
 
 def test_a_ball_owns_enough_tiles():
-    """Every token in one tile of its own ball, whatever the lengths: wrong with tiles that cross from ball to ball."""
+    """Every token in one tile of its own ball, whatever the lengths: wrong with tiles that cross from ball to
+    ball.
+    """
     generator = torch.Generator().manual_seed(0)
     for R in (1, 2, 8):
         lengths = torch.randint(0, 20, (30,), generator=generator)
@@ -123,9 +135,13 @@ def test_two_runs_give_the_same_bits(norm, scope):
 def words_kernel(counter, key, out, N: tl.constexpr):
     i = tl.arange(0, N)
     a, b, c, d = philox4(
-        tl.load(counter + i), tl.load(counter + N + i), tl.load(counter + 2 * N + i), tl.load(counter + 3 * N + i),
-        tl.load(key), tl.load(key + 1),
-    )  # fmt: skip
+        tl.load(counter + i),
+        tl.load(counter + N + i),
+        tl.load(counter + 2 * N + i),
+        tl.load(counter + 3 * N + i),
+        tl.load(key),
+        tl.load(key + 1),
+    )
     tl.store(out + i, a.to(tl.int64))
     tl.store(out + N + i, b.to(tl.int64))
     tl.store(out + 2 * N + i, c.to(tl.int64))

@@ -1,4 +1,6 @@
-"""policy_loss against hand-computed tables, autograd and float64; each test names the wrong implementation it catches."""
+"""policy_loss against hand-computed tables, autograd and float64; each test names the wrong implementation it
+catches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from fastrl.kernels.policy_loss import (
     merge_metrics,
     policy_loss,
     reference,
-)  # fmt: skip
+)
 
 F64 = torch.float64
 CLIP = SURROGATES["clip"]
@@ -40,7 +42,10 @@ def random_case(T: int = 64, seed: int = 0, dtype: torch.dtype = F64, spread: fl
         "entropy": torch.rand(T, generator=g, dtype=F64),
     }
     cu = torch.tensor([0, T // 4, T // 4, T // 2 + 1, T], dtype=torch.int32)  # with an empty sequence
-    return {n: x.to(dtype) for n, x in draw.items()} | {"mask": torch.rand(T, generator=g) > 0.3, "cu_seqlens": cu}
+    return {n: x.to(dtype) for n, x in draw.items()} | {
+        "mask": torch.rand(T, generator=g) > 0.3,
+        "cu_seqlens": cu,
+    }
 
 
 @pytest.mark.parametrize("name", [n for n in SURROGATES if n != "cispo"])  # cispo's value has a detached part
@@ -48,7 +53,10 @@ def test_gradcheck(name: str) -> None:
     case = random_case(12)
     logp, entropy = case.pop("logp").requires_grad_(), case.pop("entropy").requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, h: policy_loss(x, surrogate=name, kl="k3_is", kl_coef=0.3, entropy=h, entropy_coef=0.2, **case)[0], (logp, entropy)
+        lambda x, h: policy_loss(
+            x, surrogate=name, kl="k3_is", kl_coef=0.3, entropy=h, entropy_coef=0.2, **case
+        )[0],
+        (logp, entropy),
     )
 
 
@@ -72,13 +80,16 @@ def test_correction_leaves_the_kl_term_alone() -> None:
     given = {n: case[n] for n in ("logp", "old_logp", "token_weight", "ref_logp")}
     zero = torch.zeros_like(case["logp"])
     with_correction, without = (
-        policy_loss(advantage=zero, surrogate="clip", kl="k3", kl_coef=1.0, correction=k, **given)[0] for k in (case["correction"], None)
+        policy_loss(advantage=zero, surrogate="clip", kl="k3", kl_coef=1.0, correction=k, **given)[0]
+        for k in (case["correction"], None)
     )
     assert with_correction == without != 0
 
 
 def test_sequence_ratio_is_gspo_where_the_advantage_is_constant() -> None:
-    """Catches a sum in place of the mean of log-ratios, masked tokens counted in the length, and a mean that gets a gradient twice."""
+    """Catches a sum in place of the mean of log-ratios, masked tokens counted in the length, and a mean that
+    gets a gradient twice.
+    """
     case = random_case(seed=3, spread=0.1)
     cu, mask = case["cu_seqlens"].tolist(), case["mask"]
     advantage, weight = torch.empty_like(case["logp"]), torch.empty_like(case["logp"])
@@ -95,7 +106,14 @@ def test_sequence_ratio_is_gspo_where_the_advantage_is_constant() -> None:
     (expected,) = torch.autograd.grad(truth, logp)
     row = CLIP.with_params(low=0.02, high=0.02)
     loss, _ = policy_loss(
-        logp, case["old_logp"], advantage, surrogate=row, token_weight=weight, ratio="sequence", mask=mask, cu_seqlens=case["cu_seqlens"]
+        logp,
+        case["old_logp"],
+        advantage,
+        surrogate=row,
+        token_weight=weight,
+        ratio="sequence",
+        mask=mask,
+        cu_seqlens=case["cu_seqlens"],
     )
     (got,) = torch.autograd.grad(loss, logp)
     torch.testing.assert_close(loss, truth)
@@ -105,15 +123,23 @@ def test_sequence_ratio_is_gspo_where_the_advantage_is_constant() -> None:
 
 # --- invariants -------------------------------------------------------------------------------------
 def test_first_step_gradients_are_the_same_bits_for_every_surrogate() -> None:
-    """With old_logp = logp every on-policy surrogate is plain policy gradient: catches a missing 4/tau in sapo."""
+    """With old_logp = logp every on-policy surrogate is plain policy gradient: catches a missing 4/tau in
+    sapo.
+    """
     case = random_case(dtype=torch.float32)
     gradients = []
     for name, ratio in [(n, r) for n in SURROGATES if n not in ("nll", "luffy_off") for r in RATIOS]:
         logp = case["logp"].clone().requires_grad_()
         loss, metrics = policy_loss(
-            logp, case["logp"], case["advantage"], surrogate=name, token_weight=case["token_weight"], ratio=ratio,
-            cu_seqlens=case["cu_seqlens"], mask=case["mask"],
-        )  # fmt: skip
+            logp,
+            case["logp"],
+            case["advantage"],
+            surrogate=name,
+            token_weight=case["token_weight"],
+            ratio=ratio,
+            cu_seqlens=case["cu_seqlens"],
+            mask=case["mask"],
+        )
         gradients.append(torch.autograd.grad(loss, logp)[0])
         assert all(metrics[m] == 0 for m in ("clip_low", "clip_high", "clip_cap", "approx_kl", "old_kl_k3"))
         assert metrics["ratio_mean"] == 1 and metrics["ess"] == 1
@@ -129,7 +155,16 @@ def test_parts_add_up_to_the_whole(ratio: str) -> None:
     def run(part: slice, cu: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         given = {n: x[part] for n, x in case.items() if n != "cu_seqlens"}
         logp = given.pop("logp").clone().requires_grad_()
-        loss, metrics = policy_loss(logp, surrogate="clip", ratio=ratio, cu_seqlens=cu, kl="k2", kl_coef=0.1, entropy_coef=0.1, **given)
+        loss, metrics = policy_loss(
+            logp,
+            surrogate="clip",
+            ratio=ratio,
+            cu_seqlens=cu,
+            kl="k2",
+            kl_coef=0.1,
+            entropy_coef=0.1,
+            **given,
+        )
         return loss.detach(), torch.autograd.grad(loss, logp)[0], metrics
 
     cu = case["cu_seqlens"]
@@ -144,7 +179,9 @@ def test_zero_advantage_has_zero_gradient() -> None:
     case = random_case()
     for name in ("pg", "ratio", "clip", "cispo", "sapo", "luffy_off"):
         logp = case["logp"].clone().requires_grad_()
-        loss, _ = policy_loss(logp, case["old_logp"], torch.zeros_like(logp), surrogate=name, token_weight=case["token_weight"])
+        loss, _ = policy_loss(
+            logp, case["old_logp"], torch.zeros_like(logp), surrogate=name, token_weight=case["token_weight"]
+        )
         assert loss == 0 and not torch.autograd.grad(loss, logp)[0].any()
 
 
@@ -156,8 +193,18 @@ def test_masked_out_tokens_count_for_nothing_whatever_they_hold(surrogate: Any) 
 
     def run(**changes: Tensor) -> tuple[Tensor, ...]:
         given = {**case, **changes}
-        logp, entropy = given.pop("logp").clone().requires_grad_(), given.pop("entropy").clone().requires_grad_()
-        arguments = {"surrogate": surrogate, "ratio": "sequence", "kl": "k3", "kl_coef": 0.1, "entropy": entropy, "entropy_coef": 0.1}
+        logp, entropy = (
+            given.pop("logp").clone().requires_grad_(),
+            given.pop("entropy").clone().requires_grad_(),
+        )
+        arguments = {
+            "surrogate": surrogate,
+            "ratio": "sequence",
+            "kl": "k3",
+            "kl_coef": 0.1,
+            "entropy": entropy,
+            "entropy_coef": 0.1,
+        }
         loss, metrics = policy_loss(logp, **arguments, **given)
         return loss.detach(), *torch.autograd.grad(loss, (logp, entropy)), *metrics.values()
 
@@ -171,15 +218,22 @@ def test_masked_out_tokens_count_for_nothing_whatever_they_hold(surrogate: Any) 
 
 # --- the form of the op -----------------------------------------------------------------------------
 def test_own_surrogate_takes_the_same_formula() -> None:
-    """A user's copy of a row, without a derivative, gives the row's gradient; a row with other parameters stays on the fused op."""
+    """A user's copy of a row, without a derivative, gives the row's gradient; a row with other parameters
+    stays on the fused op.
+    """
     case = random_case()
-    mine = Surrogate(lambda d, logp, a, low, high, cap: (CLIP.torch(d, logp, a, low=low, high=high, cap=cap)[0], None), params=CLIP.params)
+    mine = Surrogate(
+        lambda d, logp, a, low, high, cap: (CLIP.torch(d, logp, a, low=low, high=high, cap=cap)[0], None),
+        params=CLIP.params,
+    )
     gradients = []
     for row in (mine.with_params(high=0.5), CLIP.with_params(high=0.5)):
         logp = case["logp"].clone().requires_grad_()
         loss, _ = policy_loss(**{**case, "logp": logp}, surrogate=row, ratio="sequence", entropy_coef=0.1)
         gradients.append(torch.autograd.grad(loss, logp)[0])
-        assert type(loss.grad_fn).__name__ == ("_PolicyLossBackward" if row.torch is CLIP.torch else "SumBackward0")
+        assert type(loss.grad_fn).__name__ == (
+            "_PolicyLossBackward" if row.torch is CLIP.torch else "SumBackward0"
+        )
     torch.testing.assert_close(*gradients)
 
 
@@ -207,7 +261,9 @@ def test_inside_torch_func_vjp(surrogate: Any) -> None:
     case = random_case()
     logp, entropy = case.pop("logp"), case.pop("entropy")
     given = dict(surrogate=surrogate, ratio="sequence", kl="k3", kl_coef=0.1, entropy_coef=0.1, **case)
-    loss, pull, metrics = torch.func.vjp(lambda x, h: policy_loss(x, entropy=h, **given), logp, entropy, has_aux=True)
+    loss, pull, metrics = torch.func.vjp(
+        lambda x, h: policy_loss(x, entropy=h, **given), logp, entropy, has_aux=True
+    )
     slopes = pull(torch.ones((), dtype=F64))
     inputs = (logp.requires_grad_(), entropy.requires_grad_())
     again, _ = policy_loss(inputs[0], entropy=inputs[1], **given)
@@ -233,10 +289,30 @@ def test_compiles_without_a_graph_break(ratio: str) -> None:
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_opcheck(ratio: str) -> None:
     c, empty = random_case(dtype=torch.float32), torch.empty(0)
-    names = ("logp", "entropy", "old_logp", "advantage", "token_weight", "ref_logp", "correction", "mask", "cu_seqlens")
+    names = (
+        "logp",
+        "entropy",
+        "old_logp",
+        "advantage",
+        "token_weight",
+        "ref_logp",
+        "correction",
+        "mask",
+        "cu_seqlens",
+    )
     options = ("clip", [0.2, 0.2, math.inf], ratio, "k3", 0.1, 0.1)
     torch.library.opcheck(forward_op, (*(c[n] for n in names), *options))
-    bare = (c["logp"], empty, c["old_logp"], c["advantage"], c["token_weight"], empty, empty, empty.bool(), c["cu_seqlens"])
+    bare = (
+        c["logp"],
+        empty,
+        c["old_logp"],
+        c["advantage"],
+        c["token_weight"],
+        empty,
+        empty,
+        empty.bool(),
+        c["cu_seqlens"],
+    )
     torch.library.opcheck(forward_op, (*bare, *options[:3], "", 0.0, 0.0))
 
 
@@ -246,32 +322,49 @@ def test_error_against_float64_is_pytorchs_own() -> None:
     slopes = []
     for loss_of, case in ((policy_loss, narrow), (reference, narrow), (reference, wide)):
         logp = case["logp"].clone().requires_grad_()
-        loss, _ = loss_of(**{**case, "logp": logp}, surrogate="sapo", ratio="sequence", kl="k3", kl_coef=0.1, entropy_coef=0.1)
+        loss, _ = loss_of(
+            **{**case, "logp": logp},
+            surrogate="sapo",
+            ratio="sequence",
+            kl="k3",
+            kl_coef=0.1,
+            entropy_coef=0.1,
+        )
         slopes.append(torch.autograd.grad(loss, logp)[0])
     assert slopes[0].dtype == torch.float32
     within_budget(slopes[0], slopes[1], slopes[2])
 
 
 def test_layouts_give_one_answer() -> None:
-    """Padded (B, L), strided and bf16 inputs: catches a flatten that reads a transposed tensor in memory order."""
+    """Padded (B, L), strided and bf16 inputs: catches a flatten that reads a transposed tensor in memory
+    order.
+    """
     case = random_case(12)
     del case["cu_seqlens"]
-    packed, _ = policy_loss(**case, surrogate="clip", ratio="sequence", cu_seqlens=torch.tensor([0, 4, 8, 12]))
+    packed, _ = policy_loss(
+        **case, surrogate="clip", ratio="sequence", cu_seqlens=torch.tensor([0, 4, 8, 12])
+    )
     padded, _ = policy_loss(**{n: x.view(3, 4) for n, x in case.items()}, surrogate="clip", ratio="sequence")
-    strided, _ = policy_loss(**{n: x.view(3, 4).T.contiguous().T for n, x in case.items()}, surrogate="clip", ratio="sequence")
+    strided, _ = policy_loss(
+        **{n: x.view(3, 4).T.contiguous().T for n, x in case.items()}, surrogate="clip", ratio="sequence"
+    )
     assert torch.equal(packed, padded) and torch.equal(packed, strided)
     half = {n: x.bfloat16() if x.dtype == F64 else x for n, x in case.items()}
     half["logp"].requires_grad_()
     loss, _ = policy_loss(**half, surrogate="clip")
     loss.backward()
-    widened, _ = policy_loss(**{n: x.float() if x.dtype == torch.bfloat16 else x for n, x in half.items()}, surrogate="clip")
+    widened, _ = policy_loss(
+        **{n: x.float() if x.dtype == torch.bfloat16 else x for n, x in half.items()}, surrogate="clip"
+    )
     assert loss == widened and loss.dtype == torch.float32 and half["logp"].grad.dtype == torch.bfloat16
 
 
 def test_the_formula_reads_no_values() -> None:
     """Meta tensors have none: catches .item() and boolean indexing, which make the host wait for a GPU."""
     case = {n: x.to("meta") for n, x in random_case().items()}
-    loss, metrics = reference(surrogate="clip", ratio="sequence", kl="k3", kl_coef=0.1, entropy_coef=0.1, **case)
+    loss, metrics = reference(
+        surrogate="clip", ratio="sequence", kl="k3", kl_coef=0.1, entropy_coef=0.1, **case
+    )
     assert loss.shape == () and len(metrics) == len(METRICS)
 
 
@@ -280,9 +373,18 @@ def test_the_formula_reads_no_values() -> None:
     [
         ({"surrogate": "ppo"}, r"surrogate: expected one of 'nll'.*got 'ppo'"),
         ({"ratio": "group"}, r"ratio: expected one of 'token', 'sequence'; got 'group'"),
-        ({"ratio": "sequence"}, r'cu_seqlens: expected \(S\+1,\) ends .* got None; ratio="sequence" needs them'),
-        ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: expected non-decreasing ends from 0 to T=6"),
-        ({"surrogate": Surrogate(CLIP.torch), "ratio": "sequence", "cu_seqlens": torch.tensor([1, 6])}, r"cu_seqlens: expected non-decr"),
+        (
+            {"ratio": "sequence"},
+            r'cu_seqlens: expected \(S\+1,\) ends .* got None; ratio="sequence" needs them',
+        ),
+        (
+            {"ratio": "sequence", "cu_seqlens": torch.tensor([0, 5])},
+            r"cu_seqlens: expected non-decreasing ends from 0 to T=6",
+        ),
+        (
+            {"surrogate": Surrogate(CLIP.torch), "ratio": "sequence", "cu_seqlens": torch.tensor([1, 6])},
+            r"cu_seqlens: expected non-decr",
+        ),
         ({"kl": "k4"}, r"kl: expected one of 'k1'"),
         ({"kl": "k2", "kl_coef": 0.1}, r"ref_logp: expected a value, got None; kl_coef=0.1 needs it"),
         ({"kl_coef": 0.1}, r"kl: expected a value, got None; kl_coef=0.1 needs it"),

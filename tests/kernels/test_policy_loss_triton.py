@@ -1,4 +1,6 @@
-"""policy_loss's Triton kernels under the interpreter, against float64; each test names what it catches.  It shows values, not races."""
+"""policy_loss's Triton kernels under the interpreter, against float64; each test names what it catches.  It
+shows values, not races.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,22 @@ from fastrl.kernels import _backend
 from fastrl.kernels.policy_loss import RATIOS, SURROGATES, forward_op, policy_loss
 from fastrl.kernels.surrogates import Surrogate
 
-kernels = pytest.importorskip("fastrl.kernels._triton.policy_loss", reason="triton is not installed", exc_type=ImportError)
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.policy_loss", reason="triton is not installed", exc_type=ImportError
+)
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 # --- values -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_row_with_every_kl(name, ratio):
-    """Wrong: a twin of another row, a derivative that is not that of the value, a correction on the KL term; each KL with other inputs."""
+    """Wrong: a twin of another row, a derivative that is not that of the value, a correction on the KL term;
+    each KL with other inputs.
+    """
     given = case(301)
     for i, (kl, switches) in enumerate(zip(ALL_KLS, cycle(SWITCHES), strict=False)):
         judge("triton", variant(given, name, ratio, kl, switches if ratio == "token" else SWITCHES[i - 3]))
@@ -49,13 +57,17 @@ def test_every_algorithm_fused_and_unfused(name):
 
 @pytest.mark.parametrize("T", [1, 3, 511, 512, 513, 1024, 1500])
 def test_sizes_around_a_block(T):
-    """Wrong: a last block that counts tokens beyond the end, whose ratio is 1; a whole block that is taken twice; sums never added."""
+    """Wrong: a last block that counts tokens beyond the end, whose ratio is 1; a whole block that is taken
+    twice; sums never added.
+    """
     judge("triton", variant(case(T), "clip", "sequence", "k3"))
     judge("triton", variant(case(T), "sapo", "token", None, ()))
 
 
 def test_programs_that_take_several_blocks(monkeypatch):
-    """Wrong: a stride other than the number of programs; the rest taken by none or by two; sums in the wrong row of the second stage."""
+    """Wrong: a stride other than the number of programs; the rest taken by none or by two; sums in the wrong
+    row of the second stage.
+    """
     given = variant(case(2900), "clip", "sequence", "k3")
     for programs in (1, 2, 5):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
@@ -77,15 +89,23 @@ def test_parameters_of_the_rows():
 
 
 def test_long_and_many_sequences():
-    """Wrong: blocks that two sequences share, written by both; a sequence of several blocks; ends at the wrong token."""
+    """Wrong: blocks that two sequences share, written by both; a sequence of several blocks; ends at the
+    wrong token.
+    """
     given = variant(case(3000, spread=0.05), "clip", "sequence", None)
-    for cu in (torch.tensor([0, 3000]), torch.arange(0, 3001, 60), torch.tensor([0, 0, 1, 513, 1024, 1025, 3000, 3000]).int()):
+    for cu in (
+        torch.tensor([0, 3000]),
+        torch.arange(0, 3001, 60),
+        torch.tensor([0, 0, 1, 513, 1024, 1025, 3000, 3000]).int(),
+    ):
         judge("triton", given | {"cu_seqlens": cu})
 
 
 @pytest.mark.parametrize("check", policy.CHECKS, ids=lambda f: f.__name__)
 def test_checks_that_every_implementation_passes(check):
-    """Wrong: loss * mask; a maximum that drops NaN; a clamp without its gradient; exp(d) - 1 - d; a stride of 1 assumed; 0 / 0."""
+    """Wrong: loss * mask; a maximum that drops NaN; a clamp without its gradient; exp(d) - 1 - d; a stride of
+    1 assumed; 0 / 0.
+    """
     check("triton")
 
 
@@ -99,16 +119,22 @@ def test_the_cpu_kernel_says_the_same():
     if _backend.extension() is None:
         pytest.skip("fastrl._C is not built")
     given = variant(case(1300), "clip", "sequence", "k3")
-    torch.testing.assert_close(numbers(fused("triton", given)), numbers(fused("cpu", given)), rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(
+        numbers(fused("triton", given)), numbers(fused("cpu", given)), rtol=2e-6, atol=1e-8
+    )
 
 
 # --- the op around them -----------------------------------------------------------------------------
 def test_a_row_with_a_twin_of_its_own(monkeypatch):
     """Wrong: a table of names that a user cannot add to."""
     twin = kernels.twins.ratio
-    monkeypatch.setitem(SURROGATES, "mine", Surrogate(lambda d, logp, a: (d.exp() * a, d.exp() * a), triton=twin, cpu_id=2))
+    monkeypatch.setitem(
+        SURROGATES, "mine", Surrogate(lambda d, logp, a: (d.exp() * a, d.exp() * a), triton=twin, cpu_id=2)
+    )
     given = variant(case(100), "mine", "token", "k3")
-    assert torch.equal(numbers(fused("triton", given)), numbers(fused("triton", given | {"surrogate": "ratio"})))
+    assert torch.equal(
+        numbers(fused("triton", given)), numbers(fused("triton", given | {"surrogate": "ratio"}))
+    )
 
 
 def test_a_surrogate_that_is_not_in_the_table_runs_its_pytorch_columns():
@@ -126,7 +152,9 @@ def test_the_launch_has_few_programs_and_no_length(monkeypatch):
     class Recorder:
         def __getitem__(self, grid):
             grids.append(grid)
-            return lambda *_, **options: constants.append({n for n in options if n not in ("num_warps", "enable_fp_fusion")})
+            return lambda *_, **options: constants.append(
+                {n for n in options if n not in ("num_warps", "enable_fp_fusion")}
+            )
 
     grids, constants = [], []
     for name in ("token_kernel", "combine_kernel", "mean_kernel"):
@@ -134,7 +162,9 @@ def test_the_launch_has_few_programs_and_no_length(monkeypatch):
     T = 2_000_000
     x = torch.zeros(T)
     with ops.use_backend("triton", "policy_loss"):
-        policy_loss(x, x, x, surrogate="clip", token_weight=x, ratio="sequence", cu_seqlens=torch.arange(0, T + 1, 20))
+        policy_loss(
+            x, x, x, surrogate="clip", token_weight=x, ratio="sequence", cu_seqlens=torch.arange(0, T + 1, 20)
+        )
     assert grids == [(100_000,), (kernels.PROGRAMS,), (1,)]
     assert not any("T" in c for c in constants)
 
@@ -142,7 +172,17 @@ def test_the_launch_has_few_programs_and_no_length(monkeypatch):
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_opcheck(ratio):
     c = case(20)
-    names = ("logp", "entropy", "old_logp", "advantage", "token_weight", "ref_logp", "correction", "mask", "cu_seqlens")
+    names = (
+        "logp",
+        "entropy",
+        "old_logp",
+        "advantage",
+        "token_weight",
+        "ref_logp",
+        "correction",
+        "mask",
+        "cu_seqlens",
+    )
     with ops.use_backend("triton", "policy_loss"):
         opcheck(forward_op, (*(c[n] for n in names), "clip", [0.2, 0.2, 9.0], ratio, "k3", 0.1, 0.1))
 

@@ -22,10 +22,18 @@ def hugging_face(x, weight, eps=1e-6):
 
 
 def test_golden_values():
-    """Wrong implementations: eps outside the root, the sum instead of the mean, a mean subtracted as LayerNorm does."""
-    y = ops.rms_norm(torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64), eps=0.0)
+    """Wrong implementations: eps outside the root, the sum instead of the mean, a mean subtracted as
+    LayerNorm does.
+    """
+    y = ops.rms_norm(
+        torch.tensor([[3.0, 4.0]], dtype=torch.float64),
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        eps=0.0,
+    )
     torch.testing.assert_close(y, torch.tensor([[3.0, 8.0]], dtype=torch.float64) / 12.5**0.5)
-    small = ops.rms_norm(torch.full((1, 4), 1e-3, dtype=torch.float64), torch.ones(4, dtype=torch.float64), eps=1e-6)
+    small = ops.rms_norm(
+        torch.full((1, 4), 1e-3, dtype=torch.float64), torch.ones(4, dtype=torch.float64), eps=1e-6
+    )
     torch.testing.assert_close(small, torch.full((1, 4), 0.5**0.5, dtype=torch.float64))
 
 
@@ -35,7 +43,11 @@ def test_value_and_gradients_within_the_budget_of_pytorch(T, D, dtype):
     x, residual, up, up_h = (torch.randn(T, D).to(dtype) for _ in range(4))
     weight = (1 + 0.3 * torch.randn(D)).to(dtype)
     grads, values = {}, {}
-    for name, cast, norm in (("ours", dtype, None), ("theirs", dtype, hugging_face), ("truth", torch.float64, truth)):
+    for name, cast, norm in (
+        ("ours", dtype, None),
+        ("theirs", dtype, hugging_face),
+        ("truth", torch.float64, truth),
+    ):
         leaves = [t.detach().to(cast).requires_grad_() for t in (x, residual, weight)]
         if norm is None:
             y, h = ops.rms_norm(leaves[0], leaves[2], residual=leaves[1])
@@ -50,7 +62,9 @@ def test_value_and_gradients_within_the_budget_of_pytorch(T, D, dtype):
 
 
 def test_bfloat16_rounds_where_hugging_face_rounds():
-    """Wrong implementations: one rounding at the very end, or statistics in bfloat16: sampler and transformers would differ."""
+    """Wrong implementations: one rounding at the very end, or statistics in bfloat16: sampler and
+    transformers would differ.
+    """
     x, weight = torch.randn(64, 96).bfloat16(), torch.randn(96).bfloat16()
     assert torch.equal(ops.rms_norm(x, weight), hugging_face(x, weight))
     once = (truth(x.float(), weight.float())).bfloat16()
@@ -59,9 +73,13 @@ def test_bfloat16_rounds_where_hugging_face_rounds():
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_gradcheck(residual):
-    """Wrong implementation: a backward that drops the mean of g n, or the gradient that arrives at x + residual."""
+    """Wrong implementation: a backward that drops the mean of g n, or the gradient that arrives at x +
+    residual.
+    """
     leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (5,), (3, 5))]
-    fn = (lambda x, w, r: ops.rms_norm(x, w, residual=r)) if residual else (lambda x, w, r: ops.rms_norm(x, w))
+    fn = (
+        (lambda x, w, r: ops.rms_norm(x, w, residual=r)) if residual else (lambda x, w, r: ops.rms_norm(x, w))
+    )
     assert torch.autograd.gradcheck(fn, leaves)
 
 
@@ -84,7 +102,11 @@ def test_empty_noncontiguous_and_batched():
 
 
 def test_opcheck():
-    x, w, r = torch.randn(3, 8, requires_grad=True), torch.rand(8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    x, w, r = (
+        torch.randn(3, 8, requires_grad=True),
+        torch.rand(8, requires_grad=True),
+        torch.randn(3, 8, requires_grad=True),
+    )
     opcheck(forward_op, (x, w, 1e-6))
     opcheck(add_op, (x, r, w, 1e-6))
     opcheck(backward_op, (torch.randn(3, 8), x.detach(), w.detach(), torch.rand(3, 1) + 0.5))

@@ -1,4 +1,6 @@
-"""rms_norm's C++ kernels against float64 on every instruction set this processor has.  Without fastrl._C: skipped, visibly."""
+"""rms_norm's C++ kernels against float64 on every instruction set this processor has.  Without fastrl._C:
+skipped, visibly.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from fastrl.kernels.rms_norm import add_backward_op, add_op, backward_op, forwar
 
 C = extension()
 ISAS = ("baseline", "avx2", "avx512")
-needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 
 
 def case(T, D, dtype=torch.float32):
@@ -25,14 +29,23 @@ def run(name, x, residual, weight, up, up_h):
     with use_backend(name, "rms_norm"):
         y, h, r = add_op(x, residual, weight, 1e-6)
         alone, r_alone = forward_op(x, weight, 1e-6)
-        return y, h, r, *add_backward_op(up, up_h, h, weight, r), alone, r_alone, *backward_op(up, x, weight, r_alone)
+        return (
+            y,
+            h,
+            r,
+            *add_backward_op(up, up_h, h, weight, r),
+            alone,
+            r_alone,
+            *backward_op(up, x, weight, r_alone),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, D", [(1, 1), (5, 7), (33, 64), (70, 513), (3, 896), (2, 9000)])
 def test_as_near_to_float64_as_the_reference(isa, T, D, dtype):
-    """Wrong: a tail of columns that is dropped (7, 513) or a block boundary that is crossed (9000); rows of the second block (70)
-    missing in the weight's gradient; a mean in bf16."""
+    """Wrong: a tail of columns that is dropped (7, 513) or a block boundary that is crossed (9000); rows of
+    the second block (70) missing in the weight's gradient; a mean in bf16.
+    """
     args = case(T, D, dtype)
     exact = run("reference", *(x.double() for x in args))
     for mine, its, right in zip(run("cpu", *args), run("reference", *args), exact, strict=True):
@@ -52,11 +65,15 @@ def test_bfloat16_rounds_where_the_reference_rounds(isa):
 
 
 def test_nan_stays_nan_and_in_its_row(isa):
-    """Wrong: a rounding that carries the bits of a NaN into infinity or over into the sign; a neighbour that catches it."""
+    """Wrong: a rounding that carries the bits of a NaN into infinity or over into the sign; a neighbour that
+    catches it.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         x, *rest = case(5, 40, dtype)
         x[2, 39] = torch.nan
-        x.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[2, 3] = 0x7FFF if dtype == torch.bfloat16 else 0x7FFFFFFF
+        x.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[2, 3] = (
+            0x7FFF if dtype == torch.bfloat16 else 0x7FFFFFFF
+        )
         y, h, r, dx, dw, *_ = run("cpu", x, *rest)
         assert h[2, [3, 39]].isnan().all() and y[2].isnan().all() and dx[2].isnan().all() and dw[39].isnan()
         assert all(t[[0, 1, 3, 4]].isfinite().all() for t in (y, h, r, dx))
@@ -70,7 +87,9 @@ def test_rows_of_zeros(isa):
 
 
 def test_the_same_bits_for_every_thread_count(isa, threads):
-    """Wrong: a weight's gradient summed in the order in which threads finish, or over as many parts as there are threads."""
+    """Wrong: a weight's gradient summed in the order in which threads finish, or over as many parts as there
+    are threads.
+    """
     args = case(300, 257)
     results = []
     for n in (1, 2, 3):
@@ -104,10 +123,14 @@ def test_rows_that_are_not_contiguous():
     padded = torch.zeros(6, 80)
     padded[:, 3:51] = x
     for view in (x.T.contiguous().T, padded[:, 3:51]):
-        assert all(torch.equal(a, b) for a, b in zip(run("cpu", view, residual, weight, up, up_h), want, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(run("cpu", view, residual, weight, up, up_h), want, strict=True)
+        )
     same = up[:1].expand(6, 48)
     want = run("cpu", x, residual, weight, same.clone(), same.clone())
-    assert all(torch.equal(a, b) for a, b in zip(run("cpu", x, residual, weight, same, same), want, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run("cpu", x, residual, weight, same, same), want, strict=True)
+    )
 
 
 @needs_c
@@ -124,7 +147,9 @@ def test_no_rows_and_no_columns():
     """Wrong: a weight's gradient that is left as it was allocated."""
     for T, D in ((0, 8), (3, 0)):
         y, h, r, dx, dw, *_ = run("cpu", *case(T, D))
-        assert y.shape == h.shape == dx.shape == (T, D) and r.shape == (T, 1) and torch.equal(dw, torch.zeros(D))
+        assert (
+            y.shape == h.shape == dx.shape == (T, D) and r.shape == (T, 1) and torch.equal(dw, torch.zeros(D))
+        )
 
 
 @needs_c
@@ -146,6 +171,17 @@ def test_chosen_by_default_on_cpu():
     ],
 )
 def test_bad_arguments_are_value_errors(changes, message):
-    given = {"y": 8, "h": 0, "r": 8, "x": 8, "x_stride": 4, "residual": 0, "residual_stride": 4, "code": 0, "weight": 8, "eps": 1e-6}
+    given = {
+        "y": 8,
+        "h": 0,
+        "r": 8,
+        "x": 8,
+        "x_stride": 4,
+        "residual": 0,
+        "residual_stride": 4,
+        "code": 0,
+        "weight": 8,
+        "eps": 1e-6,
+    }
     with pytest.raises(ValueError, match=message):
         C.rms_norm_forward_cpu(*(given | {"T": 1, "D": 4, "threads": 1} | changes).values())

@@ -1,4 +1,6 @@
-"""rms_norm's Triton kernels under the interpreter, through the op, against float64.  It shows values, not races: those need a GPU."""
+"""rms_norm's Triton kernels under the interpreter, through the op, against float64.  It shows values, not
+races: those need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from torch.library import opcheck
 from fastrl import ops
 from fastrl.kernels.rms_norm import add_backward_op, add_op, backward_op, forward_op
 
-kernels = pytest.importorskip("fastrl.kernels._triton.rms_norm", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.rms_norm", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +67,10 @@ def judge(args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, D", [(1, 3), (7, 64), (9, 513), (3, 1024), (70, 96), (2, 9000)])
 def test_values_and_gradients(T, D, dtype):
-    """Wrong: a tail of columns or rows that is counted or dropped; a mean over the block; walked rows (9000) whose second half forgets
-    the sum; rows that two programs add to the weight's gradient (70: two turns of the loop)."""
+    """Wrong: a tail of columns or rows that is counted or dropped; a mean over the block; walked rows (9000)
+    whose second half forgets the sum; rows that two programs add to the weight's gradient (70: two turns of
+    the loop).
+    """
     judge(case(T, D, dtype))
 
 
@@ -97,7 +105,9 @@ def test_rows_that_are_not_contiguous():
     wide = torch.zeros(6, 80)
     wide[:, :48] = x
     for view in (x.T.contiguous().T, wide[:, :48]):
-        assert all(torch.equal(a, b) for a, b in zip(ours(view, residual, weight, up, up_h), want, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours(view, residual, weight, up, up_h), want, strict=True)
+        )
     same = up[:1].expand(6, 48)
     want = ours(x, residual, weight, same.clone(), same.clone())
     assert all(torch.equal(a, b) for a, b in zip(ours(x, residual, weight, same, same), want, strict=True))
@@ -131,7 +141,9 @@ def test_large_and_tiny_rows():
 
 
 def test_more_than_2_31_elements():
-    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never touched."""
+    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never
+    touched.
+    """
     stride, D = 2**30, 40
     rows = torch.empty(2 * stride + D, dtype=torch.bfloat16).as_strided((3, D), (stride, 1))
     args = case(3, D, torch.bfloat16)
@@ -172,5 +184,12 @@ def test_opcheck():
 def test_under_compile():
     """Wrong: an op that torch.compile looks into."""
     x, residual, weight, *_ = case(4, 30)
-    compiled = torch.compile(lambda x, r, w: ops.rms_norm(x, w, residual=r), fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(compiled(x, residual, weight), ops.rms_norm(x, weight, residual=residual), strict=True))
+    compiled = torch.compile(
+        lambda x, r, w: ops.rms_norm(x, w, residual=r), fullgraph=True, backend="aot_eager"
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            compiled(x, residual, weight), ops.rms_norm(x, weight, residual=residual), strict=True
+        )
+    )

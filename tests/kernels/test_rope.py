@@ -12,20 +12,33 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from fastrl import ops
 from fastrl.kernels.rope import backward_op, forward_op, rope_tables
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 T, H, K, E, N = 9, 4, 2, 8, 40
 
 
 def inputs(dtype=torch.float32):
     q, k = torch.randn(T, H, E, dtype=dtype), torch.randn(T, K, E, dtype=dtype)
-    return q, k, torch.randint(N, (T,)), *rope_tables(E, 100.0, None, N, dtype if dtype == torch.float64 else torch.float32, "cpu")
+    return (
+        q,
+        k,
+        torch.randint(N, (T,)),
+        *rope_tables(E, 100.0, None, N, dtype if dtype == torch.float64 else torch.float32, "cpu"),
+    )
 
 
 def turned(x, positions, theta=100.0):
     """Each pair (x_e, x_{e + E/2}) as a complex number, times e^(i position theta^(-2e/E)), in float64."""
     a, b = x.double().chunk(2, -1)
-    angle = positions.double()[:, None] * theta ** (-torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
+    angle = positions.double()[:, None] * theta ** (
+        -torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1]
+    )
     z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat((z.real, z.imag), -1)
 
@@ -71,7 +84,10 @@ def test_value_and_gradients_within_the_budget_of_pytorch(norm, dtype):
         else:
             x = [normed(leaf, w) if norm else leaf for leaf, w in zip(leaves[:2], leaves[2:], strict=True)]
             c, s = (torch.cat((t, t), -1).to(cast)[positions][None] for t in (cos, sin))
-            y = [t[0].transpose(0, 1) for t in apply_rotary_pos_emb(*(t.transpose(0, 1)[None] for t in x), c, s)]
+            y = [
+                t[0].transpose(0, 1)
+                for t in apply_rotary_pos_emb(*(t.transpose(0, 1)[None] for t in x), c, s)
+            ]
         total = sum((a * b.to(cast)).sum() for a, b in zip(y, ups, strict=True))
         results.append((*y, *torch.autograd.grad(total, leaves if norm else leaves[:2])))
     for ours, theirs, exact in zip(*results, strict=True):
@@ -80,12 +96,22 @@ def test_value_and_gradients_within_the_budget_of_pytorch(norm, dtype):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck(norm):
-    """Wrong implementations: a backward that turns forward again; a norm whose backward ignores the other elements of the head."""
+    """Wrong implementations: a backward that turns forward again; a norm whose backward ignores the other
+    elements of the head.
+    """
     q, k, positions, cos, sin = inputs(torch.float64)
     leaves = [
-        t.requires_grad_() for t in (q[:3], k[:3], torch.rand(E, dtype=torch.float64) + 0.5, torch.rand(E, dtype=torch.float64) + 0.5)
+        t.requires_grad_()
+        for t in (
+            q[:3],
+            k[:3],
+            torch.rand(E, dtype=torch.float64) + 0.5,
+            torch.rand(E, dtype=torch.float64) + 0.5,
+        )
     ]
-    fn = lambda q, k, a, b: ops.rope(q, k, positions[:3], cos, sin, **({"q_norm": a, "k_norm": b} if norm else {}))  # noqa: E731
+    fn = lambda q, k, a, b: ops.rope(
+        q, k, positions[:3], cos, sin, **({"q_norm": a, "k_norm": b} if norm else {})
+    )  # noqa: E731
     assert torch.autograd.gradcheck(fn, leaves)
 
 
@@ -99,12 +125,22 @@ def test_one_norm_without_the_other():
 
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3], ids=["default", "linear", "llama3"])
 def test_tables_are_those_of_transformers(scaling):
-    """Wrong implementation: Llama 3's blend taken over wavelengths instead of turns, or its two limits swapped."""
+    """Wrong implementation: Llama 3's blend taken over wavelengths instead of turns, or its two limits
+    swapped.
+    """
     settings = {**(scaling or {"rope_type": "default"}), "rope_theta": 1000.0}
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=256, rope_parameters=settings)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_parameters=settings,
+    )
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1), torch.arange(256)[None])
     ours = rope_tables(32, 1000.0, scaling, 256, torch.float32, "cpu")
-    torch.testing.assert_close(ours[0], cos[0, :, :16], atol=2e-5, rtol=0)  # one ulp of a frequency, 256 positions on
+    torch.testing.assert_close(
+        ours[0], cos[0, :, :16], atol=2e-5, rtol=0
+    )  # one ulp of a frequency, 256 positions on
     torch.testing.assert_close(ours[1], sin[0, :, :16], atol=2e-5, rtol=0)
 
 
@@ -121,7 +157,9 @@ def test_empty_and_noncontiguous():
     qkv = torch.randn(T, (H + K) * E, requires_grad=True)
     views = qkv.view(T, H + K, E).split((H, K), 1)
     y = ops.rope(*views, positions, cos, sin, q_norm=torch.ones(E), k_norm=torch.ones(E))
-    dense = ops.rope(*(v.contiguous() for v in views), positions, cos, sin, q_norm=torch.ones(E), k_norm=torch.ones(E))
+    dense = ops.rope(
+        *(v.contiguous() for v in views), positions, cos, sin, q_norm=torch.ones(E), k_norm=torch.ones(E)
+    )
     for a, b in zip(y, dense, strict=True):
         assert torch.equal(a, b)
     grads = [torch.autograd.grad(x[0].square().sum() + x[1].sum(), qkv)[0] for x in (y, dense)]
@@ -133,7 +171,20 @@ def test_opcheck():
     none, w = torch.empty(0), torch.rand(E)
     for norms in ((none, none), (w, w)):
         opcheck(forward_op, (q.requires_grad_(), k.requires_grad_(), positions, cos, sin, *norms, 1e-6))
-        opcheck(backward_op, (torch.randn(T, H, E), torch.randn(T, K, E), q.detach(), k.detach(), positions, cos, sin, *norms, 1e-6))
+        opcheck(
+            backward_op,
+            (
+                torch.randn(T, H, E),
+                torch.randn(T, K, E),
+                q.detach(),
+                k.detach(),
+                positions,
+                cos,
+                sin,
+                *norms,
+                1e-6,
+            ),
+        )
 
 
 def test_compiles_without_a_graph_break():

@@ -1,4 +1,6 @@
-"""rope's Triton kernels under the interpreter, through the op, against float64 and the reference.  Races need a GPU."""
+"""rope's Triton kernels under the interpreter, through the op, against float64 and the reference.  Races need
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from torch.library import opcheck
 from fastrl import ops
 from fastrl.kernels.rope import Store, backward_op, forward_op, rope_tables, store_op
 
-kernels = pytest.importorskip("fastrl.kernels._triton.rope", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.rope", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 N = 40
 NORMS = {"plain": (False, False), "both": (True, True), "queries": (True, False), "keys": (False, True)}
 
@@ -27,8 +33,17 @@ def triton():
 def case(norms=(False, False), T=9, H=4, K=2, E=8, dtype=torch.float32):
     """The arguments of forward_op, and gradients that arrive at its outputs."""
     q, k, dq, dk = (torch.randn(T, heads, E).to(dtype) for heads in (H, K, H, K))
-    weights = ((1 + 0.2 * torch.randn(E)).to(dtype) if used else torch.empty(0, dtype=dtype) for used in norms)
-    return (q, k, torch.randint(N, (T,)), *rope_tables(E, 100.0, None, N, torch.float32, "cpu"), *weights, 1e-6), (dq, dk)
+    weights = (
+        (1 + 0.2 * torch.randn(E)).to(dtype) if used else torch.empty(0, dtype=dtype) for used in norms
+    )
+    return (
+        q,
+        k,
+        torch.randint(N, (T,)),
+        *rope_tables(E, 100.0, None, N, torch.float32, "cpu"),
+        *weights,
+        1e-6,
+    ), (dq, dk)
 
 
 def run(args, ups):
@@ -49,13 +64,17 @@ def reference(args, ups):
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("T, H, K, E", [(9, 4, 2, 8), (1, 40, 1, 6), (2, 3, 3, 80)])
 def test_values_and_gradients(T, H, K, E, norms, dtype):
-    """Wrong: a program's tail of heads that becomes another token's (40 + 1 heads); halves of a width that is no power of two (6, 80);
-    the norm of one of queries and keys given to the other; a norm's gradient that is summed over one head only."""
+    """Wrong: a program's tail of heads that becomes another token's (40 + 1 heads); halves of a width that is
+    no power of two (6, 80); the norm of one of queries and keys given to the other; a norm's gradient that is
+    summed over one head only.
+    """
     args, ups = case(norms, T, H, K, E, dtype)
     ours, its, exact = run(args, ups), reference(args, ups), reference(wide(args), wide(ups))
     for mine, like, right in zip(ours, its, exact, strict=True):
         assert mine.shape == right.shape
-        if dtype == torch.bfloat16 and mine.numel():  # the interpreter truncates each of up to three roundings
+        if (
+            dtype == torch.bfloat16 and mine.numel()
+        ):  # the interpreter truncates each of up to three roundings
             assert (mine.double() - right).abs().max() <= 4 * ULP[dtype] * right.abs().max()
         else:
             within_budget(mine, like, right)
@@ -77,7 +96,9 @@ def test_views_of_a_fused_projection(norms):
 
 @pytest.mark.parametrize("norms", [(False, False), (True, True)], ids=["plain", "both"])
 def test_keys_and_values_go_to_their_slots(norms):
-    """Wrong: keys stored before they are turned, queries stored too, a slot of one token, neighbours of a slot touched."""
+    """Wrong: keys stored before they are turned, queries stored too, a slot of one token, neighbours of a
+    slot touched.
+    """
     (q, k, *rest), _ = case(norms)
     v = torch.randn(9, 6, 8)[:, 4:]  # a view
     slots = torch.randperm(30)[:9]
@@ -111,7 +132,9 @@ def test_a_position_past_the_tables_is_nan_not_a_read():
     args, _ = case()
     args[2][:3] = torch.tensor([N, -1, 2**40])
     yq, yk = forward_op(*args)
-    assert yq[:3].isnan().all() and yk[:3].isnan().all() and yq[3:].isfinite().all() and yk[3:].isfinite().all()
+    assert (
+        yq[:3].isnan().all() and yk[:3].isnan().all() and yq[3:].isfinite().all() and yk[3:].isfinite().all()
+    )
 
 
 def test_no_tokens():
@@ -139,7 +162,10 @@ def test_opcheck():
         (q, k, *rest), ups = case(norms, T=2, H=2, K=1)
         opcheck(forward_op, (q.clone().requires_grad_(), k.clone().requires_grad_(), *rest))
         opcheck(backward_op, (*ups, q, k, *rest))
-        opcheck(store_op, (q, k, torch.randn(2, 1, 8), *rest, torch.zeros(4, 1, 8), torch.zeros(4, 1, 8), torch.arange(2)))
+        opcheck(
+            store_op,
+            (q, k, torch.randn(2, 1, 8), *rest, torch.zeros(4, 1, 8), torch.zeros(4, 1, 8), torch.arange(2)),
+        )
 
 
 def test_under_compile():

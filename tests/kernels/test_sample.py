@@ -1,4 +1,6 @@
-"""sample against frequencies, a brute-force definition of the filters, and the published answers of its generator."""
+"""sample against frequencies, a brute-force definition of the filters, and the published answers of its
+generator.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def arange(n: int) -> Tensor:
 def draw(logits: Tensor, **options: Any) -> Any:
     """Row i is sequence i at position 0 unless said otherwise."""
     B = logits.shape[0]
-    return sample(logits, **{"seed": 0, "sequence": arange(B), "position": torch.zeros(B, dtype=torch.int64), **options})
+    return sample(
+        logits, **{"seed": 0, "sequence": arange(B), "position": torch.zeros(B, dtype=torch.int64), **options}
+    )
 
 
 # --- the generator ----------------------------------------------------------------------------------
@@ -40,7 +44,9 @@ def draw(logits: Tensor, **options: Any) -> Any:
     ],
 )
 def test_philox_gives_the_published_words(counter: Any, key: Any, words: Any) -> None:
-    """Known answers of Random123: catches 64-bit products that lose their top bit, and keys bumped before the first round."""
+    """Known answers of Random123: catches 64-bit products that lose their top bit, and keys bumped before the
+    first round.
+    """
     got = philox(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in got) == words
 
@@ -57,16 +63,22 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_noise_is_keyed_as_documented() -> None:
-    """Counter (v // 4, position, sequence), word v % 4, key seed: the layout a compiled kernel must reproduce bit for bit."""
+    """Counter (v // 4, position, sequence), word v % 4, key seed: the layout a compiled kernel must reproduce
+    bit for bit.
+    """
     seed, sequence, position, V = 2**40 + 5, 2**33 + 7, 11, 10
     got = exponential(*(torch.tensor([x]) for x in (seed, sequence, position)), V)[0]
     for v in range(V):
-        x = philox_in_python([v // 4, position, sequence & MASK, sequence >> 32], [seed & MASK, seed >> 32])[v % 4]
+        x = philox_in_python([v // 4, position, sequence & MASK, sequence >> 32], [seed & MASK, seed >> 32])[
+            v % 4
+        ]
         assert float(got[v]) == pytest.approx(-math.log1p(-(x + 0.5) / 2**32), rel=1e-14)
 
 
 def test_uniforms_stay_inside_zero_and_one() -> None:
-    """Catches x 2^-32, whose 0 makes a token certain, and fp32, in which the largest word gives 1; Gumbel noise reaches 22.8."""
+    """Catches x 2^-32, whose 0 makes a token certain, and fp32, in which the largest word gives 1; Gumbel
+    noise reaches 22.8.
+    """
     words = interleave(tuple(torch.tensor([w]) for w in (0, MASK, 1, 2)), 3)  # type: ignore[arg-type]
     assert words.tolist() == [0, MASK, 1]
     assert uniform(words).tolist() == [2.0**-33, 1 - 2.0**-33, 1.5 * 2.0**-32]
@@ -74,13 +86,21 @@ def test_uniforms_stay_inside_zero_and_one() -> None:
 
 
 # --- the draw ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}],
+)
 def test_frequencies(options: dict[str, Any]) -> None:
-    """10^5 draws, chi-square at p > 1e-3 on a fixed seed: catches log E added instead of subtracted, and noise shared by tokens."""
+    """10^5 draws, chi-square at p > 1e-3 on a fixed seed: catches log E added instead of subtracted, and
+    noise shared by tokens.
+    """
     logits = torch.tensor([1.0, 0.3, -0.5, 2.0, 0.0, -1.5, 1.2, -3.0])
     N = 100_000
     out = draw(logits.expand(N, 8), seed=3, **options)
-    p = kept_probabilities(logits.double() / options.get("temperature", 1.0), **{k: v for k, v in options.items() if k != "temperature"})
+    p = kept_probabilities(
+        logits.double() / options.get("temperature", 1.0),
+        **{k: v for k, v in options.items() if k != "temperature"},
+    )
     count = torch.bincount(out.token, minlength=8).double()
     assert not count[p == 0].any()
     live = p > 0
@@ -91,26 +111,47 @@ def test_frequencies(options: dict[str, Any]) -> None:
 
 
 def test_neighbouring_draws_are_independent() -> None:
-    """Pairs of tokens at positions t and t + 1, and of sequences i and i + 1: catches a counter in which two of the indices overlap."""
+    """Pairs of tokens at positions t and t + 1, and of sequences i and i + 1: catches a counter in which two
+    of the indices overlap.
+    """
     logits = torch.zeros(40_000, 4)
     base = draw(logits, position=arange(40_000), sequence=torch.zeros(40_000, dtype=torch.int64)).token
-    for a, b in ((base[:-1], base[1:]), (base, draw(logits).token), (base, draw(logits, position=arange(40_000), seed=1).token)):
+    for a, b in (
+        (base[:-1], base[1:]),
+        (base, draw(logits).token),
+        (base, draw(logits, position=arange(40_000), seed=1).token),
+    ):
         table = torch.bincount(4 * a + b, minlength=16).double() / a.numel()
-        assert float(((table - 1 / 16) ** 2).sum() * 16 * a.numel()) < 37.7  # chi-square, 15 degrees of freedom, p = 1e-3
+        assert (
+            float(((table - 1 / 16) ** 2).sum() * 16 * a.numel()) < 37.7
+        )  # chi-square, 15 degrees of freedom, p = 1e-3
 
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:
     """Catches noise indexed by row: the same (seed, sequence, position) gives the same token anywhere."""
     g = torch.Generator().manual_seed(0)
-    logits, sequence, position = torch.randn(50, 33, generator=g), torch.randint(0, 2**40, (50,), generator=g), arange(50) * 3
+    logits, sequence, position = (
+        torch.randn(50, 33, generator=g),
+        torch.randint(0, 2**40, (50,), generator=g),
+        arange(50) * 3,
+    )
     whole = draw(logits, sequence=sequence, position=position, seed=9, top_p=0.95)
     order = torch.randperm(50, generator=g)[:17]
     part = draw(logits[order], sequence=sequence[order], position=position[order], seed=9, top_p=0.95)
     for a, b in zip(whole, part, strict=True):
         torch.testing.assert_close(a[order], b, atol=1e-6, rtol=0)
     assert torch.equal(whole.token[order], part.token)
-    assert not torch.equal(whole.token, draw(logits, sequence=sequence, position=position, seed=10, top_p=0.95).token)
-    per_row = draw(logits, sequence=sequence, position=position, seed=torch.full((50,), 9), temperature=torch.ones(50), top_p=0.95)
+    assert not torch.equal(
+        whole.token, draw(logits, sequence=sequence, position=position, seed=10, top_p=0.95).token
+    )
+    per_row = draw(
+        logits,
+        sequence=sequence,
+        position=position,
+        seed=torch.full((50,), 9),
+        temperature=torch.ones(50),
+        top_p=0.95,
+    )
     assert torch.equal(per_row.token, whole.token)
 
 
@@ -126,7 +167,9 @@ def test_greedy() -> None:
     torch.testing.assert_close(out.entropy, torch.special.entr(log_p.exp()).sum(-1), atol=1e-5, rtol=0)
     assert not out.behaviour_logp.any()
     mixed = draw(logits, temperature=torch.tensor([0.0, 1.0]).repeat(10))
-    assert torch.equal(mixed.token[::2], out.token[::2]) and torch.equal(mixed.token[1::2], draw(logits).token[1::2])
+    assert torch.equal(mixed.token[::2], out.token[::2]) and torch.equal(
+        mixed.token[1::2], draw(logits).token[1::2]
+    )
 
 
 def test_logp_and_entropy_are_of_the_whole_vocabulary_at_the_temperature() -> None:
@@ -144,7 +187,9 @@ def test_logp_and_entropy_are_of_the_whole_vocabulary_at_the_temperature() -> No
 
 # --- the filters ------------------------------------------------------------------------------------
 def kept_probabilities(z: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """The filters one token at a time, as their documentation says: top_k, then top_p, then min_p, renormalising each time."""
+    """The filters one token at a time, as their documentation says: top_k, then top_p, then min_p,
+    renormalising each time.
+    """
     p = z.double().softmax(0)
     if top_k:
         p = torch.stack([x if int((p > x).sum()) < top_k else 0 * x for x in p])
@@ -160,17 +205,25 @@ def kept_probabilities(z: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: flo
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.31, 1e-9])
 @pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
 def test_filters_are_the_documented_ones(top_k: int, top_p: float, min_p: float) -> None:
-    """Ties included. Catches top_p on the unfiltered distribution, ties cut by position, and a filter that leaves nothing."""
+    """Ties included. Catches top_p on the unfiltered distribution, ties cut by position, and a filter that
+    leaves nothing.
+    """
     g = torch.Generator().manual_seed(4)
-    logits = torch.cat([2 * torch.randn(15, 12, generator=g), torch.randint(0, 3, (15, 12), generator=g)]).double()
+    logits = torch.cat(
+        [2 * torch.randn(15, 12, generator=g), torch.randint(0, 3, (15, 12), generator=g)]
+    ).double()
     p = torch.stack([kept_probabilities(z, top_k, top_p, min_p) for z in logits])
     for seed in range(8):
         out = draw(logits, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p)
-        torch.testing.assert_close(out.behaviour_logp, p.gather(1, out.token[:, None])[:, 0].log(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            out.behaviour_logp, p.gather(1, out.token[:, None])[:, 0].log(), atol=1e-9, rtol=0
+        )
 
 
 def test_top_p_keeps_the_token_that_crosses_it_and_no_more() -> None:
-    """Mass 1/2, 1/4, 1/4: top_p = 0.5 keeps one token, anything above keeps the tie too; catches inclusive sums of mass."""
+    """Mass 1/2, 1/4, 1/4: top_p = 0.5 keeps one token, anything above keeps the tie too; catches inclusive
+    sums of mass.
+    """
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(200, 3)
     assert draw(logits, top_p=0.5).token.unique().tolist() == [0]
     assert draw(logits, top_p=0.501).token.unique().tolist() == [0, 1, 2]
@@ -191,7 +244,9 @@ def test_a_large_vocabulary() -> None:
     out = draw(torch.zeros(2, 151_937))
     torch.testing.assert_close(out.logp, torch.full((2,), -math.log(151_937)), atol=1e-5, rtol=0)
     noise = -exponential(arange(1), arange(1), arange(1), 2**20).log()
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=5e-3) and float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=2e-2)
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=5e-3) and float(noise.var()) == pytest.approx(
+        math.pi**2 / 6, abs=2e-2
+    )
 
 
 def test_empty_strided_and_half_inputs() -> None:
@@ -200,7 +255,9 @@ def test_empty_strided_and_half_inputs() -> None:
     for a, b in zip(draw(logits.T), draw(logits.T.contiguous()), strict=True):
         torch.testing.assert_close(a, b)
     half, wide = draw(logits.bfloat16()), draw(logits.bfloat16().float())
-    assert all(torch.equal(a, b) for a, b in zip(half, wide, strict=True)) and half.logp.dtype == torch.float32
+    assert (
+        all(torch.equal(a, b) for a, b in zip(half, wide, strict=True)) and half.logp.dtype == torch.float32
+    )
     assert draw(logits.double()).logp.dtype == F64
     assert not draw(logits.requires_grad_()).logp.requires_grad
 
@@ -216,7 +273,9 @@ def test_opcheck_and_compile() -> None:
 def test_the_definition_reads_no_values() -> None:
     """Meta tensors have none: catches .item() and boolean indexing, which make the host wait for a GPU."""
     key = arange(5).to("meta")
-    out = reference(torch.empty(5, 9, device="meta"), key, key, key, torch.empty(5, device="meta"), 3, 0.9, 0.1)
+    out = reference(
+        torch.empty(5, 9, device="meta"), key, key, key, torch.empty(5, device="meta"), 3, 0.9, 0.1
+    )
     assert all(x.shape == (5,) for x in out)
 
 

@@ -1,4 +1,6 @@
-"""csrc/cpu/sample.cpp on every instruction set this processor has, against float64 and the definition's survivors."""
+"""csrc/cpu/sample.cpp on every instruction set this processor has, against float64 and the definition's
+survivors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from fastrl.kernels._backend import extension, use_backend
 from fastrl.kernels.sample import sample
 
 C = extension()
-pytestmark = pytest.mark.skipif(not hasattr(C, "sample_forward_cpu"), reason="fastrl._C is not built: python setup.py build_ext --inplace")
+pytestmark = pytest.mark.skipif(
+    not hasattr(C, "sample_forward_cpu"), reason="fastrl._C is not built: python setup.py build_ext --inplace"
+)
 needs_one = pytest.mark.parametrize("isa", ["best"], indirect=True)  # what does not depend on the vectors
 
 
@@ -26,20 +30,28 @@ def cpu(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [1, 7, 1000])
 def test_draws_hold_to_the_definition(V, dtype, filters):
-    """Wrong: a tail that is dropped or read past (7, 1000), one temperature for all rows, a bound that skips a token which could win."""
+    """Wrong: a tail that is dropped or read past (7, 1000), one temperature for all rows, a bound that skips
+    a token which could win.
+    """
     tau = torch.rand(200) + 0.3
     tau[::7] = 0
     draws.judge((3 * torch.randn(200, V)).to(dtype), tau, **filters)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 20000, "top_p": 0.5, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 20000, "top_p": 0.5, "min_p": 0.01}], ids=str
+)
 def test_a_real_vocabulary(filters):
-    """Wrong: one fp32 sum over the row; survivors off by one, which shows where every one of them counts (1e-5 of the mass)."""
+    """Wrong: one fp32 sum over the row; survivors off by one, which shows where every one of them counts
+    (1e-5 of the mass).
+    """
     draws.judge(0.5 * torch.randn(4, 50257), **filters)
 
 
 def test_the_noise_is_the_reference_s():
-    """Wrong: words in another order than (counter, word), a key or counter with its halves exchanged, keys bumped once too often."""
+    """Wrong: words in another order than (counter, word), a key or counter with its halves exchanged, keys
+    bumped once too often.
+    """
     draws.noise_is_the_definition(203)
 
 
@@ -58,7 +70,8 @@ def test_cold_and_hot(tau):
 
 @needs_one
 def test_the_tail_reaches_beyond_24_bits(isa):
-    """Token 0 is 19 above 151,935 others: each 1,200th draw is another (16 of these 2,000 in which the definition says so, 3 expected).
+    """Token 0 is 19 above 151,935 others: each 1,200th draw is another (16 of these 2,000 in which the
+    definition says so, 3 expected).
 
     Wrong: noise from 24-bit uniforms, which ends at 16.6 and never draws another.
     """
@@ -69,12 +82,16 @@ def test_the_tail_reaches_beyond_24_bits(isa):
     assert out.token.nonzero().flatten().tolist() == found
     rows = torch.tensor(found)
     with use_backend("reference", "sample"):
-        theirs = sample(logits.expand(len(rows), -1), seed=5, sequence=rows, position=torch.full((len(rows),), 3))
+        theirs = sample(
+            logits.expand(len(rows), -1), seed=5, sequence=rows, position=torch.full((len(rows),), 3)
+        )
     assert torch.equal(out.token[rows], theirs.token)
 
 
 def test_frequencies():
-    """10^5 draws of 8 tokens: chi-square, 7 degrees of freedom, p = 1e-3.  Wrong: a race that the first or the last to enter favours."""
+    """10^5 draws of 8 tokens: chi-square, 7 degrees of freedom, p = 1e-3.  Wrong: a race that the first or
+    the last to enter favours.
+    """
     logits, N = torch.tensor([1.0, 0.3, -0.5, 2.0, 0.0, -1.5, 1.2, -3.0]), 100_000
     rows = torch.arange(N)
     token = sample(logits.expand(N, 8), seed=11, sequence=rows, position=rows).token
@@ -83,7 +100,9 @@ def test_frequencies():
 
 
 # --- filters ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("filters", [*draws.FILTERS, {"top_k": 150}, {"top_p": 0.5, "min_p": 1.0}, {"top_p": 1 - 2**-53}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [*draws.FILTERS, {"top_k": 150}, {"top_p": 0.5, "min_p": 1.0}, {"top_p": 1 - 2**-53}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ties_survive_together(dtype, filters):
     """Wrong: a count that cuts a tie by position, sums that include the tie, -0 below +0."""
@@ -97,7 +116,9 @@ def test_banned_tokens(filters):
 
 # --- robustness -------------------------------------------------------------------------------------
 def test_rows_without_a_distribution_say_so():
-    """Wrong: a token outside the vocabulary, or an endless search, where there is nothing to draw; a NaN that spreads to other rows."""
+    """Wrong: a token outside the vocabulary, or an endless search, where there is nothing to draw; a NaN that
+    spreads to other rows.
+    """
     logits = torch.randn(4, 203)
     logits[0], logits[1, 17], logits[2, 5] = -torch.inf, torch.nan, torch.inf
     for filters in draws.FILTERS:
@@ -120,10 +141,14 @@ def test_greedy_takes_the_first_of_equals():
 def test_non_contiguous_logits(isa, view):
     """Wrong: a row stride taken to be V, or a column stride taken to be 1."""
     x = torch.randn(12, 80)
-    logits = {"columns": x[:, 3:70], "rows": x[::3], "transposed": x.t(), "expanded": x[:1].expand(6, 80)}[view]
+    logits = {"columns": x[:, 3:70], "rows": x[::3], "transposed": x.t(), "expanded": x[:1].expand(6, 80)}[
+        view
+    ]
     key = draws.keys(logits.shape[0])
     for filters in ({}, {"top_p": 0.9}):
-        for a, b in zip(sample(logits, **key, **filters), sample(logits.contiguous(), **key, **filters), strict=True):
+        for a, b in zip(
+            sample(logits, **key, **filters), sample(logits.contiguous(), **key, **filters), strict=True
+        ):
             assert torch.equal(a, b)
 
 
@@ -145,7 +170,10 @@ def test_offsets_beyond_2_to_the_31(isa):
     logits = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 7), (2**30, 1))
     logits.copy_(torch.randn(3, 7))
     key = draws.keys(3)
-    assert all(torch.equal(a, b) for a, b in zip(sample(logits, **key), sample(logits.contiguous(), **key), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(sample(logits, **key), sample(logits.contiguous(), **key), strict=True)
+    )
 
 
 @needs_one
@@ -181,7 +209,12 @@ def test_chosen_by_default_on_cpu(monkeypatch):
     real = C.sample_forward_cpu
     monkeypatch.setattr(C, "sample_forward_cpu", lambda *a: (seen.append(1), real(*a)))
     monkeypatch.setattr(_backend, "requested", lambda op: None)
-    for dtype, runs in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 0), (torch.float64, 0)):  # the definition takes the rest
+    for dtype, runs in (
+        (torch.float32, 1),
+        (torch.bfloat16, 1),
+        (torch.float16, 0),
+        (torch.float64, 0),
+    ):  # the definition takes the rest
         seen.clear()
         sample(torch.randn(3, 50).to(dtype), **draws.keys(3))
         assert len(seen) == runs

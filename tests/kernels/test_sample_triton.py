@@ -1,4 +1,6 @@
-"""sample's Triton kernels under the interpreter, through the op, against float64 and the definition's survivors."""
+"""sample's Triton kernels under the interpreter, through the op, against float64 and the definition's
+survivors.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,17 @@ from fastrl.kernels import sample as sample_file
 from fastrl.kernels._philox import MASK, philox, uniform
 from fastrl.kernels.sample import forward_op, sample
 
-kernels = pytest.importorskip("fastrl.kernels._triton.sample", reason="triton is not installed", exc_type=ImportError)
-floor_kernels = pytest.importorskip("fastrl.kernels._triton.sample_floor", reason="triton is not installed", exc_type=ImportError)
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.sample", reason="triton is not installed", exc_type=ImportError
+)
+floor_kernels = pytest.importorskip(
+    "fastrl.kernels._triton.sample_floor", reason="triton is not installed", exc_type=ImportError
+)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +64,25 @@ def test_words_are_bit_equal():
 
 
 def test_the_exponential_is_good_to_1e_6_everywhere():
-    """Wrong: -log(1 - u) in fp32, which is 0 at u = 2^-33 and infinite at 1 - 2^-33; a polynomial that is only good near 0."""
-    edges = [0, 1, 2, 2**23, 2**24 + 1, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31, 2**31 + 1, MASK - 2**24, MASK - 1, MASK]
+    """Wrong: -log(1 - u) in fp32, which is 0 at u = 2^-33 and infinite at 1 - 2^-33; a polynomial that is
+    only good near 0.
+    """
+    edges = [
+        0,
+        1,
+        2,
+        2**23,
+        2**24 + 1,
+        2**30 - 1,
+        2**30,
+        2**30 + 1,
+        2**31 - 1,
+        2**31,
+        2**31 + 1,
+        MASK - 2**24,
+        MASK - 1,
+        MASK,
+    ]
     word = torch.cat([torch.tensor(edges), torch.randint(2**32, (4096 - len(edges),))])
     noise = torch.empty(4096)
     exponential_kernel[(1,)](word, noise, N=4096)
@@ -75,7 +100,9 @@ def test_the_noise_is_the_reference_s():
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 7, 1000])
 def test_draws_hold_to_the_definition(V, dtype, filters):
-    """Wrong: a tail that is dropped or drawn (1, 7), one temperature for all rows, a merge of lanes that forgets their tops."""
+    """Wrong: a tail that is dropped or drawn (1, 7), one temperature for all rows, a merge of lanes that
+    forgets their tops.
+    """
     tau = torch.rand(12) + 0.3
     tau[::5] = 0
     draws.judge((3 * torch.randn(12, V)).to(dtype), tau, **filters)
@@ -83,7 +110,9 @@ def test_draws_hold_to_the_definition(V, dtype, filters):
 
 @pytest.mark.parametrize(("V", "dtype"), [(50257, torch.float32), (151936, torch.bfloat16)], ids=str)
 def test_rows_of_a_real_vocabulary(V, dtype):
-    """Wrong: chunks merged without their tops, a chunk's token counted from its own start, noise that starts again in every chunk."""
+    """Wrong: chunks merged without their tops, a chunk's token counted from its own start, noise that starts
+    again in every chunk.
+    """
     draws.judge(torch.randn(1, V).to(dtype))
 
 
@@ -92,7 +121,9 @@ def test_filters_over_several_chunks():
 
 
 def test_the_tail_reaches_beyond_24_bits():
-    """Token 0 is 19 above 151,935 others, and the definition draws another for this sequence: 24-bit uniforms end at 16.6."""
+    """Token 0 is 19 above 151,935 others, and the definition draws another for this sequence: 24-bit uniforms
+    end at 16.6.
+    """
     logits = torch.zeros(1, 151936)
     logits[0, 0] = 19.0
     out = sample(logits, seed=5, sequence=torch.tensor([453]), position=torch.tensor([3]))
@@ -115,7 +146,9 @@ def test_cold_and_hot(tau):
 @pytest.mark.parametrize("filters", [*draws.FILTERS[1:5], {"top_k": 150, "top_p": 1 - 2**-53}], ids=str)
 @pytest.mark.parametrize("kind", ["random", "tied", "bf16", "fp16", "banned"])
 def test_the_floor_is_the_definition_s_to_the_bit(kind, filters):
-    """Wrong: a search that stops a bit early, sums that include the tie, top_p rounded to fp32, -0 below +0, padding that is counted."""
+    """Wrong: a search that stops a bit early, sums that include the tie, top_p rounded to fp32, -0 below +0,
+    padding that is counted.
+    """
     logits = draws.tied(3, 203) if kind == "tied" else 2 * torch.randn(3, 203)
     logits = logits.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32))
     if kind == "banned":
@@ -163,11 +196,18 @@ def test_the_same_bits_in_any_batch():
 
 
 def test_rows_that_are_not_contiguous():
-    """Wrong: a stride of 1 assumed within the row, a row stride of V assumed, row offsets in int32 (the pages between are not touched)."""
+    """Wrong: a stride of 1 assumed within the row, a row stride of V assumed, row offsets in int32 (the pages
+    between are not touched).
+    """
     logits, key = torch.randn(3, 50), draws.keys(3)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 50), (2**30, 1))
     far.copy_(logits)
-    for view in (logits.T.contiguous().T, torch.stack([logits, logits], 2)[..., 0], far, logits[:1].expand(3, 50)):
+    for view in (
+        logits.T.contiguous().T,
+        torch.stack([logits, logits], 2)[..., 0],
+        far,
+        logits[:1].expand(3, 50),
+    ):
         for filters in ({}, {"top_k": 5}):
             found, want = (sample(x, **key, **filters) for x in (view, view.contiguous()))
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
@@ -188,7 +228,11 @@ def test_a_launch_of_70000_rows(monkeypatch):
             return lambda *_, **__: None
 
     grids = []
-    for module, name in ((kernels, "draw_kernel"), (kernels, "combine_kernel"), (floor_kernels, "floor_kernel")):
+    for module, name in (
+        (kernels, "draw_kernel"),
+        (kernels, "combine_kernel"),
+        (floor_kernels, "floor_kernel"),
+    ):
         monkeypatch.setattr(module, name, Recorder())
     T = 70000
     sample(torch.zeros(T, 5), **draws.keys(T), top_k=2)

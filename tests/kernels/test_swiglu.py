@@ -15,7 +15,9 @@ from fastrl.kernels.swiglu import backward_op, forward_op
 def test_golden_values():
     """Wrong implementation: up first, gate second."""
     y = ops.swiglu(torch.tensor([[1.0, -2.0, 3.0, 5.0]], dtype=torch.float64))
-    torch.testing.assert_close(y, torch.tensor([[2.1931757359, -1.1920292202]], dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        y, torch.tensor([[2.1931757359, -1.1920292202]], dtype=torch.float64), atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,6 @@
-"""swiglu's C++ kernels against float64 on every instruction set this processor has.  Without fastrl._C: skipped, visibly."""
+"""swiglu's C++ kernels against float64 on every instruction set this processor has.  Without fastrl._C:
+skipped, visibly.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from fastrl.kernels.swiglu import backward_op, forward_op
 
 C = extension()
 ISAS = ("baseline", "avx2", "avx512")
-needs_c = pytest.mark.skipif(C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)")
+needs_c = pytest.mark.skipif(
+    C is None, reason="fastrl._C is not built: pip install -e . (or python setup.py build_ext --inplace)"
+)
 
 
 def run(name, x, up):
@@ -22,7 +26,9 @@ def run(name, x, up):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, F", [(1, 1), (5, 7), (33, 64), (9, 513), (2, 9000)])
 def test_as_near_to_float64_as_the_reference(isa, T, F, dtype):
-    """Wrong: up first; a tail of columns that reads the other half (7, 513); silu rounded to bf16 before the product."""
+    """Wrong: up first; a tail of columns that reads the other half (7, 513); silu rounded to bf16 before the
+    product.
+    """
     x, up = (3 * torch.randn(T, 2 * F)).to(dtype), torch.randn(T, F).to(dtype)
     ours, its, exact = run("cpu", x, up), run("reference", x, up), run("reference", x.double(), up.double())
     for mine, like, right in zip(ours, its, exact, strict=True):
@@ -31,7 +37,9 @@ def test_as_near_to_float64_as_the_reference(isa, T, F, dtype):
 
 
 def test_large_gates_and_nan(isa):
-    """Wrong: an exponential that overflows; one that is held, so that a closed gate of -1e4 lets 1e-34 through; a NaN swallowed."""
+    """Wrong: an exponential that overflows; one that is held, so that a closed gate of -1e4 lets 1e-34
+    through; a NaN swallowed.
+    """
     x = torch.tensor([[-1e4, 1e4, -88.0, torch.nan, 2.0, 2.0, 2.0, 2.0]])
     y, dx = run("cpu", x, torch.ones(1, 4))
     assert torch.equal(y[:, :3], torch.tensor([[0.0, 2e4, 0.0]])) and y[0, 3].isnan()
@@ -80,6 +88,9 @@ def test_offsets_beyond_2_to_the_31():
 def test_chosen_by_default_on_cpu_and_its_arguments_checked():
     """Wrong: a kernel that is built and never runs; an address of 0 that ends the process."""
     assert backend("cpu")["swiglu"] == "cpu"
-    for change, message in (((8, 8, 4, 2, 1, 2, 1), "code: expected 0"), ((0, 8, 4, 0, 1, 2, 1), "y, x: expected addresses")):
+    for change, message in (
+        ((8, 8, 4, 2, 1, 2, 1), "code: expected 0"),
+        ((0, 8, 4, 0, 1, 2, 1), "y, x: expected addresses"),
+    ):
         with pytest.raises(ValueError, match=message):
             C.swiglu_forward_cpu(*change)

@@ -1,4 +1,6 @@
-"""swiglu's Triton kernels under the interpreter, through the op, against float64.  It shows values, not races: those need a GPU."""
+"""swiglu's Triton kernels under the interpreter, through the op, against float64.  It shows values, not
+races: those need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ from torch.nn.functional import silu
 from fastrl import ops
 from fastrl.kernels.swiglu import backward_op, forward_op
 
-kernels = pytest.importorskip("fastrl.kernels._triton.swiglu", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.swiglu", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +40,9 @@ def plain(x, up):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, F", [(1, 1), (7, 31), (3, 1500), (2, 2048)])
 def test_values_and_gradients(T, F, dtype):
-    """Wrong: up first; a tail of columns that reads the other half (31, 1500); silu rounded before the product."""
+    """Wrong: up first; a tail of columns that reads the other half (31, 1500); silu rounded before the
+    product.
+    """
     x, up = (3 * torch.randn(T, 2 * F)).to(dtype), torch.randn(T, F).to(dtype)
     ours, exact = (forward_op(x), backward_op(up, x)), plain(x.double(), up.double())
     for mine, its, right in zip(ours, plain(x, up), exact, strict=True):
@@ -59,7 +67,9 @@ def test_rows_that_are_not_contiguous():
     wide = torch.zeros(5, 40)
     wide[:, 3:27] = x
     for view in (x.T.contiguous().T, wide[:, 3:27]):
-        assert torch.equal(forward_op(view), forward_op(x)) and torch.equal(backward_op(up, view), backward_op(up, x))
+        assert torch.equal(forward_op(view), forward_op(x)) and torch.equal(
+            backward_op(up, view), backward_op(up, x)
+        )
     same = up[:1].expand(5, 12)
     assert torch.equal(backward_op(same, x), backward_op(same.clone(), x))
 
@@ -70,12 +80,16 @@ def test_no_rows():
 
 
 def test_more_than_2_31_elements():
-    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never touched."""
+    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never
+    touched.
+    """
     stride = 2**30
     rows = torch.empty(2 * stride + 40, dtype=torch.bfloat16).as_strided((3, 40), (stride, 1))
     x, up = torch.randn(3, 40).bfloat16(), torch.randn(3, 20).bfloat16()
     rows.copy_(x)
-    assert torch.equal(forward_op(rows), forward_op(x)) and torch.equal(backward_op(up, rows), backward_op(up, x))
+    assert torch.equal(forward_op(rows), forward_op(x)) and torch.equal(
+        backward_op(up, rows), backward_op(up, x)
+    )
 
 
 def test_a_launch_of_70000_rows(monkeypatch):

@@ -31,9 +31,15 @@ def test_golden_values():
     out = ops.token_logp(z, y, entropy=True)
     torch.testing.assert_close(out.logp, torch.tensor([-1.440190], dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(out.entropy, torch.tensor([0.947537], dtype=torch.float64), atol=1e-6, rtol=0)
-    dlogp, dentropy = (torch.autograd.grad(x.sum(), z, retain_graph=True)[0][0] for x in (out.logp, out.entropy))
-    torch.testing.assert_close(dlogp, torch.tensor([-0.6439, 0.7631, -0.0871, -0.0321], dtype=torch.float64), atol=1e-4, rtol=0)
-    torch.testing.assert_close(dentropy, torch.tensor([-0.3267, 0.1167, 0.1301, 0.0799], dtype=torch.float64), atol=1e-4, rtol=0)
+    dlogp, dentropy = (
+        torch.autograd.grad(x.sum(), z, retain_graph=True)[0][0] for x in (out.logp, out.entropy)
+    )
+    torch.testing.assert_close(
+        dlogp, torch.tensor([-0.6439, 0.7631, -0.0871, -0.0321], dtype=torch.float64), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        dentropy, torch.tensor([-0.3267, 0.1167, 0.1301, 0.0799], dtype=torch.float64), atol=1e-4, rtol=0
+    )
     assert ops.token_logp(z, y, temperature=0.7).logp.item() == pytest.approx(-1.699245, abs=1e-6)
 
 
@@ -66,7 +72,9 @@ def test_value_and_gradient_within_the_budget_of_pytorch(T, V, dtype):
 
 @pytest.mark.parametrize("offset", [1000.0, -1000.0, -200.0])
 def test_offsets_cost_no_precision_unlike_target_minus_logsumexp(offset):
-    """`z[target] - logsumexp(z)` in float32 misses 1e-5 here; and a running maximum that starts at 0 underflows at -1000."""
+    """`z[target] - logsumexp(z)` in float32 misses 1e-5 here; and a running maximum that starts at 0
+    underflows at -1000.
+    """
     torch.manual_seed(0)
     logits = torch.randn(64, 1000) + offset
     target = torch.randint(1000, (64,))
@@ -111,7 +119,9 @@ def test_opcheck_and_fullgraph():
     opcheck(backward_op, parts)
     opcheck(backward_into_op, tuple(p.clone() for p in parts))
     opcheck(fused_op, (z.detach().clone(), y, tau, logp, h))
-    compiled = torch.compile(lambda z: ops.token_logp(z, y, entropy=True)[:2], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda z: ops.token_logp(z, y, entropy=True)[:2], fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(z), ops.token_logp(z, y, entropy=True)[:2])
 
 
@@ -133,12 +143,20 @@ def test_batches_views_and_nothing():
     y = torch.randint(8, (2, 5))
     whole = ops.token_logp(z, y).logp
     torch.testing.assert_close(whole, z.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1))
-    torch.testing.assert_close(ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1])  # the view TRL passes
+    torch.testing.assert_close(
+        ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1]
+    )  # the view TRL passes
     torch.testing.assert_close(ops.token_logp(z[0].T.contiguous().T, y[0]).logp, whole[0])
-    assert ops.token_logp(torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True).entropy.shape == (0,)
+    assert ops.token_logp(
+        torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True
+    ).entropy.shape == (0,)
 
 
-BACKENDS = [b for b, state in ops.implementations()["token_logp"].items() if b != "cuda" and state in ("ready", "compiled only")]
+BACKENDS = [
+    b
+    for b, state in ops.implementations()["token_logp"].items()
+    if b != "cuda" and state in ("ready", "compiled only")
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -149,9 +167,13 @@ def each_backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("view", [lambda z: z[:, :-1], lambda z: z[:, -3:], lambda z: z[1:, ::2], lambda z: z.transpose(0, 1)])
+@pytest.mark.parametrize(
+    "view", [lambda z: z[:, :-1], lambda z: z[:, -3:], lambda z: z[1:, ::2], lambda z: z.transpose(0, 1)]
+)
 def test_views_of_a_batch_are_their_copies(each_backend, view):
-    """Wrong: rows taken a stride of V apart, or the batch's stride forgotten.  In place, the rest of the batch stays."""
+    """Wrong: rows taken a stride of V apart, or the batch's stride forgotten.  In place, the rest of the
+    batch stays.
+    """
     whole = torch.randn(3, 6, 40)
     z, kept = view(whole), view(torch.zeros(3, 6, 40, dtype=torch.bool).logical_not_()).shape
     y, tau = torch.randint(40, kept[:2]), torch.rand(kept[:2]) + 0.5
@@ -161,7 +183,9 @@ def test_views_of_a_batch_are_their_copies(each_backend, view):
         (out.logp.sum() + 0.3 * out.entropy.sum()).backward()
         results.append((out.logp.reshape(-1), out.entropy.reshape(-1), x.grad.reshape(-1, 40)))
     strided = ops.token_logp(z, y, temperature=tau, entropy=True)
-    assert torch.equal(strided.logp.reshape(-1), results[1][0]) and torch.equal(strided.entropy.reshape(-1), results[1][1])
+    assert torch.equal(strided.logp.reshape(-1), results[1][0]) and torch.equal(
+        strided.entropy.reshape(-1), results[1][1]
+    )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     before, ones = whole.clone(), torch.ones(y.numel())
     _, h, m, log_s = forward_op(z, y.reshape(-1), tau.reshape(-1), True, False)
@@ -182,7 +206,9 @@ def test_the_view_trl_passes_is_not_copied():
 @pytest.mark.parametrize("V", [7, 1000, 9000])
 @pytest.mark.parametrize("entropy", [True, False])
 def test_fused_is_forward_then_backward_and_narrow_in_the_front(each_backend, V, entropy):
-    """Wrong: a gradient that overwrites logits which are still to be read, or the target's logit read after that."""
+    """Wrong: a gradient that overwrites logits which are still to be read, or the target's logit read after
+    that.
+    """
     z, y, tau = 3 * torch.randn(5, V), torch.tensor([0, V - 1, -1, V, V // 2]), torch.rand(5) + 0.5
     up, uh = torch.randn(5), torch.randn(5) if entropy else torch.empty(0)
     stats = forward_op(z, y, tau, entropy, False)
@@ -190,9 +216,15 @@ def test_fused_is_forward_then_backward_and_narrow_in_the_front(each_backend, V,
     for dtype in (None, torch.bfloat16) if each_backend != "cpu" else (None,):  # products on CPU take float32
         for fused in (True, False):
             over = z.clone()
-            found = fused_op(over, y, tau, up, uh, dtype) if fused else backward_into_op(up, uh, over, y, tau, *stats[1:], dtype) or stats
+            found = (
+                fused_op(over, y, tau, up, uh, dtype)
+                if fused
+                else backward_into_op(up, uh, over, y, tau, *stats[1:], dtype) or stats
+            )
             ours = front(over, dtype)
-            tolerance = {"atol": 1e-7, "rtol": 1e-5} if dtype is None else {"atol": 1e-6, "rtol": 2**-7}  # the interpreter truncates
+            tolerance = (
+                {"atol": 1e-7, "rtol": 1e-5} if dtype is None else {"atol": 1e-6, "rtol": 2**-7}
+            )  # the interpreter truncates
             torch.testing.assert_close(ours.float(), want, **tolerance)
             assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, stats, strict=True))
 
@@ -206,12 +238,20 @@ def test_an_off_by_one_target_is_caught():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target: expected shape \(T=4\), got \(3,\)"),
+        (
+            {"target": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"target: expected shape \(T=4\), got \(3,\)",
+        ),
         ({"target": torch.zeros(4)}, TypeError, "target: expected dtype int32 or int64, got float32"),
         ({"logits": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "logits: expected dtype"),
         ({"logits": torch.zeros(4)}, ValueError, r"logits: expected shape \(T, V\), got \(4,\)"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
-        ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected a float or shape \(4,\), got \(3,\)"),
+        (
+            {"temperature": torch.ones(3)},
+            ValueError,
+            r"temperature: expected a float or shape \(4,\), got \(3,\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
@@ -223,7 +263,9 @@ def test_bad_arguments_are_named(change, error, message):
 def test_selective_log_softmax_is_trls():
     z = torch.randn(2, 5, 8)
     one, many = torch.randint(8, (2, 5)), torch.randint(8, (2, 5, 3))
-    torch.testing.assert_close(ops.selective_log_softmax(z, one, 0.7), (z / 0.7).log_softmax(-1).gather(-1, one[..., None])[..., 0])
+    torch.testing.assert_close(
+        ops.selective_log_softmax(z, one, 0.7), (z / 0.7).log_softmax(-1).gather(-1, one[..., None])[..., 0]
+    )
     torch.testing.assert_close(ops.selective_log_softmax(z, many), z.log_softmax(-1).gather(-1, many))
     with pytest.raises(ValueError, match="index: expected shape"):
         ops.selective_log_softmax(z, one[:1])

@@ -1,4 +1,6 @@
-"""token_logp's Triton kernels under the interpreter, through the op, against float64.  It shows values, not races: those need a GPU."""
+"""token_logp's Triton kernels under the interpreter, through the op, against float64.  It shows values, not
+races: those need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ from fastrl import ops
 from fastrl.kernels import _backend
 from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, reference, reference_backward
 
-kernels = pytest.importorskip("fastrl.kernels._triton.token_logp", reason="triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+kernels = pytest.importorskip(
+    "fastrl.kernels._triton.token_logp", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
+)
 NONE = torch.empty(0)
 
 
@@ -63,7 +69,9 @@ def judge(args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [1, 7, 1000, 5000])
 def test_values_and_gradients(V, dtype):
-    """Wrong: a tail that is dropped or read past (7, 5000), a merge of lanes that forgets the shift of their tops, a gradient in bf16."""
+    """Wrong: a tail that is dropped or read past (7, 5000), a merge of lanes that forgets the shift of their
+    tops, a gradient in bf16.
+    """
     judge(case(5, V, dtype))
 
 
@@ -76,12 +84,16 @@ def test_one_row_of_a_real_vocabulary(V):
 @pytest.mark.parametrize("offset", [1000.0, -300.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_offsets(offset, dtype):
-    """Wrong: z - logsumexp; a maximum that starts at 0 (all below -200); top = m * temperature rounded, which costs the gradient 1e-5."""
+    """Wrong: z - logsumexp; a maximum that starts at 0 (all below -200); top = m * temperature rounded, which
+    costs the gradient 1e-5.
+    """
     judge(case(4, 1000, dtype, offset))
 
 
 def test_banned_tokens():
-    """Wrong: -inf - -inf and 0 * -inf; a lane that saw nothing but -inf; a banned target must say -inf, not NaN."""
+    """Wrong: -inf - -inf and 0 * -inf; a lane that saw nothing but -inf; a banned target must say -inf, not
+    NaN.
+    """
     logits, target, *rest = case(4, 5000)
     logits[:, ::2] = -torch.inf
     logits[:, 4000:4999] = -torch.inf
@@ -111,7 +123,9 @@ def test_targets_outside_the_vocabulary():
     logp, h, grad = run(logits, target, tau, up, uh)
     assert logp.isnan().tolist() == [True, False, True, True] and h.isfinite().all()
     z, wide = logits.double(), tau.double()
-    want = reference_backward(up.double(), uh.double(), z, target, wide, *reference(z, target, wide, True)[1:])
+    want = reference_backward(
+        up.double(), uh.double(), z, target, wide, *reference(z, target, wide, True)[1:]
+    )
     torch.testing.assert_close(grad.double(), want, atol=1e-6, rtol=0)
 
 
@@ -119,20 +133,29 @@ def test_targets_outside_the_vocabulary():
 def test_the_log_prob_alone_is_bitwise_that_beside_the_entropy(ints):
     """Wrong: a variant without the entropy that loads or adds otherwise."""
     logits, target, tau, up, _ = case(3, 5000, torch.bfloat16)
-    both, alone = forward_op(logits, target.to(ints), tau, True, False), forward_op(logits, target.to(ints), tau, False, False)
+    both, alone = (
+        forward_op(logits, target.to(ints), tau, True, False),
+        forward_op(logits, target.to(ints), tau, False, False),
+    )
     assert alone[1].numel() == 0 and all(torch.equal(both[i], alone[i]) for i in (0, 2, 3))
-    grads = [backward_op(up, u, logits, target.to(ints), tau, both[1], *both[2:]) for u in (torch.zeros(3), NONE)]
+    grads = [
+        backward_op(up, u, logits, target.to(ints), tau, both[1], *both[2:]) for u in (torch.zeros(3), NONE)
+    ]
     torch.testing.assert_close(*grads, atol=0, rtol=0)
 
 
 # --- the op around them -----------------------------------------------------------------------------
 def test_end_to_end_through_autograd_in_place_and_strided():
-    """The view TRL passes, an upstream gradient of stride 0, a target of stride 2, and the gradient over the logits."""
+    """The view TRL passes, an upstream gradient of stride 0, a target of stride 2, and the gradient over the
+    logits.
+    """
     leaf, index = torch.randn(2, 6, 40, requires_grad=True), torch.randint(40, (2, 10))[:, ::2]
     grads = []
     for name, inplace in (("reference", False), ("triton", False), ("triton", True)):
         with ops.use_backend(name, "token_logp"):
-            out = ops.token_logp((leaf * 2)[:, :-1], index, temperature=0.7, entropy=True, inplace_backward=inplace)
+            out = ops.token_logp(
+                (leaf * 2)[:, :-1], index, temperature=0.7, entropy=True, inplace_backward=inplace
+            )
             (out.logp.sum() + 0.1 * out.entropy.sum()).backward()
         grads.append(leaf.grad)
         leaf.grad = None
@@ -141,7 +164,9 @@ def test_end_to_end_through_autograd_in_place_and_strided():
 
 
 def test_rows_that_are_not_contiguous():
-    """Wrong: a stride of 1 assumed within the row, for the logits or for the gradient written over them; a row stride of V assumed."""
+    """Wrong: a stride of 1 assumed within the row, for the logits or for the gradient written over them; a
+    row stride of V assumed.
+    """
     logits, target, tau, up, uh = case(3, 50)
     want = run(logits, target, tau, up, uh)
     wide = torch.zeros(3, 80)
@@ -158,11 +183,15 @@ def test_rows_that_are_not_contiguous():
 def test_no_rows():
     out = ops.token_logp(torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True)
     assert out.logp.shape == out.entropy.shape == (0,)
-    assert backward_op(NONE, NONE, torch.empty(0, 8), torch.empty(0, dtype=torch.int64), NONE, NONE, NONE, NONE).shape == (0, 8)
+    assert backward_op(
+        NONE, NONE, torch.empty(0, 8), torch.empty(0, dtype=torch.int64), NONE, NONE, NONE, NONE
+    ).shape == (0, 8)
 
 
 def test_more_than_2_31_elements():
-    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never touched."""
+    """Wrong: row offsets in int32, which wrap at the third row.  The pages between the rows are never
+    touched.
+    """
     stride, V = 2**30, 200
     rows = torch.empty(2 * stride + V, dtype=torch.bfloat16).as_strided((3, V), (stride, 1))
     logits, target, tau, up, uh = case(3, V, torch.bfloat16)
@@ -172,7 +201,9 @@ def test_more_than_2_31_elements():
     backward_into_op(up, uh, rows, target, tau, h, m, log_s)
     assert torch.equal(logp, want[0]) and torch.equal(rows, want[2])
     same = logits[:1].expand(3, V)  # a row stride of 0
-    assert torch.equal(forward_op(same, target, tau, False, False)[0], forward_op(same.clone(), target, tau, False, False)[0])
+    assert torch.equal(
+        forward_op(same, target, tau, False, False)[0], forward_op(same.clone(), target, tau, False, False)[0]
+    )
 
 
 def test_two_runs_give_the_same_bits():
@@ -209,17 +240,23 @@ def test_opcheck():
 def test_under_compile():
     """Wrong: an op that torch.compile looks into, or that compiles again for each number of rows."""
     logits, target, *_ = case(4, 30)
-    compiled = torch.compile(lambda z, y: ops.token_logp(z, y, entropy=True).logp, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda z, y: ops.token_logp(z, y, entropy=True).logp, fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(logits, target), ops.token_logp(logits, target).logp, atol=0, rtol=0)
 
 
 # --- the choice -------------------------------------------------------------------------------------
 def test_the_interpreter_runs_only_when_asked_for_by_name(monkeypatch):
-    """Wrong: a CPU user who gets the interpreter, a thousand times slower than anything else, because a kernel became `ready`."""
+    """Wrong: a CPU user who gets the interpreter, a thousand times slower than anything else, because a
+    kernel became `ready`.
+    """
     assert ops.implementations()["token_logp"]["triton"] == _backend.COMPILED_ONLY
     args = case(2, 10)[:2]
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="backend 'triton' was asked for, but it does not run on cpu tensors"):
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' was asked for, but it does not run on cpu tensors"
+    ):
         ops.token_logp(*args)
     with pytest.raises(RuntimeError, match=r"does not take torch\.float64"):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,4 +1,5 @@
-"""linear_logp and linear_loss on a vocabulary split over two processes (gloo) are those of the whole vocabulary.
+"""linear_logp and linear_loss on a vocabulary split over two processes (gloo) are those of the whole
+vocabulary.
 
 The two processes run this file once, as a program, and leave what they found for the tests.
 """
@@ -35,14 +36,21 @@ def given(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, dtype=torch.float64).to(dtype) for s in ((T, D), (V, D), (V,)))
     return {
-        "hidden": hidden, "weight": weight, "bias": bias, "target": torch.randint(V, (T,)),
-        "temperature": torch.rand(T, dtype=torch.float64) + 0.5, "mask": torch.rand(T) > 0.4, "up": torch.randn(2, T, dtype=torch.float64),
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "target": torch.randint(V, (T,)),
+        "temperature": torch.rand(T, dtype=torch.float64) + 0.5,
+        "mask": torch.rand(T) > 0.4,
+        "up": torch.randn(2, T, dtype=torch.float64),
+    }
 
 
 def loss(logp: torch.Tensor, entropy: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     gate = (rows % 3 != 0).to(logp.dtype)  # a third of the rows has no derivative
-    return (gate * torch.linspace(0.5, 2.0, T, dtype=logp.dtype)[rows] * (logp.exp() + 0.3 * entropy**2)).sum()
+    return (
+        gate * torch.linspace(0.5, 2.0, T, dtype=logp.dtype)[rows] * (logp.exp() + 0.3 * entropy**2)
+    ).sum()
 
 
 def findings(mine: slice, group: Any) -> dict[str, Any]:
@@ -56,7 +64,14 @@ def findings(mine: slice, group: Any) -> dict[str, Any]:
     for entropy in (False, True):
         x = leaves()
         out = ops.linear_logp(
-            x[0], x[1], g["target"], bias=x[2], temperature=g["temperature"], entropy=entropy, logits_bytes=SMALL, group=group
+            x[0],
+            x[1],
+            g["target"],
+            bias=x[2],
+            temperature=g["temperature"],
+            entropy=entropy,
+            logits_bytes=SMALL,
+            group=group,
         )
         (out.logp @ g["up"][0] + (out.entropy @ g["up"][1] if entropy else 0)).backward()
         found[f"logp {entropy}"] = ([v.detach() for v in out if v is not None], [v.grad for v in x])
@@ -68,19 +83,29 @@ def findings(mine: slice, group: Any) -> dict[str, Any]:
         found[name] = ([value.detach(), *stats], [v.grad for v in x])
     x = leaves()
     buffer = torch.ones_like(x[1])
-    ops.linear_loss(x[0], x[1], g["target"], loss, entropy=True, weight_grad=buffer, group=group)[0].backward()
+    ops.linear_loss(x[0], x[1], g["target"], loss, entropy=True, weight_grad=buffer, group=group)[
+        0
+    ].backward()
     found["buffer"] = ([], [x[0].grad, buffer, torch.zeros_like(x[2])])
-    outside = torch.where(torch.arange(T) % 2 == 0, g["target"], torch.tensor([-1, V, -100, V + 1, 1 << 40, -9])[torch.arange(T) % 6])
+    outside = torch.where(
+        torch.arange(T) % 2 == 0,
+        g["target"],
+        torch.tensor([-1, V, -100, V + 1, 1 << 40, -9])[torch.arange(T) % 6],
+    )
     found["outside"] = ([ops.linear_logp(x[0], x[1], outside, entropy=True, group=group).logp.detach()], [])
     for tail, at in {"empty shard": slice(FIRST, V), "empty first": slice(0, FIRST)}.items():
         bias = g["bias"].index_fill(0, torch.arange(V)[at], -torch.inf)[mine]
         x = leaves()
-        out = ops.linear_logp(x[0], x[1], g["target"] % FIRST + (0 if at.start else 8), bias=bias, entropy=True, group=group)
+        out = ops.linear_logp(
+            x[0], x[1], g["target"] % FIRST + (0 if at.start else 8), bias=bias, entropy=True, group=group
+        )
         torch.where(out.logp > -torch.inf, out.logp + out.entropy, 0).sum().backward()
         found[tail] = ([v.detach() for v in out], [x[0].grad, x[1].grad, torch.zeros_like(x[2])])
     for dtype in (torch.float32, torch.bfloat16):
         x = leaves(dtype)
-        value, stats = ops.linear_loss(x[0] * 3, x[1], g["target"], loss, bias=x[2], entropy=True, temperature=0.7, group=group)
+        value, stats = ops.linear_loss(
+            x[0] * 3, x[1], g["target"], loss, bias=x[2], entropy=True, temperature=0.7, group=group
+        )
         value.backward()
         found[str(dtype)] = ([value.detach(), *stats], [v.grad for v in x])
     return found
@@ -109,11 +134,19 @@ def two(tmp_path_factory) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]), "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # fmt: skip
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     call = [sys.executable, __file__, str(folder)]
-    both = [subprocess.Popen(call, env=shared | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    both = [
+        subprocess.Popen(call, env=shared | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
     try:
         told = [p.communicate(timeout=120)[1] for p in both]
     finally:
@@ -133,9 +166,11 @@ EXACT = ["logp False", "logp True", *LOSSES, "buffer", "outside", "empty shard",
 
 @pytest.mark.parametrize("name", EXACT)
 def test_two_shards_are_the_whole(name, one, two):
-    """Wrong implementations: maxima of the shards mixed; entropy without the entropy of the choice of shard; a target of another shard
-    taken for one out of range; chunks counted by each process for itself (9 and 8 tokens wide: other chunks); dx of one shard; the
-    masked or skipped rows of one process; a shard without probability (its sum is 0, its maximum -inf) turned into NaN."""
+    """Wrong implementations: maxima of the shards mixed; entropy without the entropy of the choice of shard;
+    a target of another shard taken for one out of range; chunks counted by each process for itself (9 and 8
+    tokens wide: other chunks); dx of one shard; the masked or skipped rows of one process; a shard without
+    probability (its sum is 0, its maximum -inf) turned into NaN.
+    """
     values, grads = one[name]
     for found in two:
         for ours, whole in zip(found[name][0], values, strict=True):
@@ -163,12 +198,16 @@ def test_in_float32_and_bfloat16(dtype, one, two):
             torch.testing.assert_close(ours, whole, atol=3e-6, rtol=3e-6)
     sharded = two[0][str(dtype)][1][0]
     assert sharded.dtype == dtype
-    torch.testing.assert_close(sharded, dhidden, atol=1e-6, rtol={torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype])
+    torch.testing.assert_close(
+        sharded, dhidden, atol=1e-6, rtol={torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    )
 
 
 def test_a_group_of_one_is_the_op_itself(two):
     g = given()
-    torch.testing.assert_close(two[0]["alone"], ops.linear_logp(g["hidden"], g["weight"], g["target"]).logp, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        two[0]["alone"], ops.linear_logp(g["hidden"], g["weight"], g["target"]).logp, atol=1e-12, rtol=0
+    )
 
 
 def test_what_is_not_a_group_is_refused():

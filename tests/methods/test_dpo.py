@@ -1,4 +1,6 @@
-"""`fastrl dpo` end to end: where its pairs and its reference come from, and that it learns, resumes, and is the same on two processes."""
+"""`fastrl dpo` end to end: where its pairs and its reference come from, and that it learns, resumes, and is
+the same on two processes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, decoder, dpo, gradient, lines, relative, state, straight_and_resumed, tokenizer, write_model
+from runs import (
+    assert_same_run,
+    decoder,
+    dpo,
+    gradient,
+    lines,
+    relative,
+    state,
+    straight_and_resumed,
+    tokenizer,
+    write_model,
+)
 from torch import Tensor
 
 import fastrl.methods.dpo.reference
@@ -47,7 +60,8 @@ def units(n: int, single: bool = False) -> list[Unit]:
     for i in range(n):
         prompt, sides = [3 + i] * (1 + i % 3), ([10 + i, 1], [20 + i % 7] * (1 + i % 4) + [1])
         both = [
-            Judged(Sample(prompt + c, [False] * len(prompt) + [True] * len(c)), good) for c, good in zip(sides, (True, False), strict=True)
+            Judged(Sample(prompt + c, [False] * len(prompt) + [True] * len(c)), good)
+            for c, good in zip(sides, (True, False), strict=True)
         ]
         made.append((Judged(both[i % 2].sample, i % 3 == 0),) if single else (both[0], both[1]))
     return made
@@ -55,17 +69,34 @@ def units(n: int, single: bool = False) -> list[Unit]:
 
 # --- the run ----------------------------------------------------------------------------------------
 def test_a_run_and_its_report(tmp_path, monkeypatch):
-    """Wrong implementations: a first loss that is not ln 2; metrics missing; a loss called cross-entropy in the report; a reference that
-    is trained along; log-probs of the reference computed again although they are in the folder."""
-    monkeypatch.setattr(fastrl.report.report, "lines", lambda *args, title, **kwargs: Picture("", title, ""))  # drawn in test_report.py
+    """Wrong implementations: a first loss that is not ln 2; metrics missing; a loss called cross-entropy in
+    the report; a reference that is trained along; log-probs of the reference computed again although they are
+    in the folder.
+    """
+    monkeypatch.setattr(
+        fastrl.report.report, "lines", lambda *args, title, **kwargs: Picture("", title, "")
+    )  # drawn in test_report.py
     result = train(dpo(tmp_path))
     run = Path(tmp_path, "run")
     rows = [r for r in lines(run) if "loss" in r]
     assert 0.69314 < rows[0]["loss"] < 0.69316 and abs(rows[0]["rewards/margins"]) < 1e-6
-    names = {"loss", "num_tokens", "grad_norm", "learning_rate", "entropy", "nll_loss", "logps/chosen", "logps/rejected"}
-    assert rows[-1].keys() == names | {"step"} | {f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")}
+    names = {
+        "loss",
+        "num_tokens",
+        "grad_norm",
+        "learning_rate",
+        "entropy",
+        "nll_loss",
+        "logps/chosen",
+        "logps/rejected",
+    }
+    assert rows[-1].keys() == names | {"step"} | {
+        f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")
+    }
     assert result.steps == 12 and {"eval/accuracy_greedy", "eval/well_formed"} <= lines(run)[0].keys()
-    assert all(r["rewards/margins"] == pytest.approx(r["rewards/chosen"] - r["rewards/rejected"]) for r in rows)
+    assert all(
+        r["rewards/margins"] == pytest.approx(r["rewards/chosen"] - r["rewards/rejected"]) for r in rows
+    )
     page = (run / "report.html").read_text()
     assert "Preference loss" in page and "Pairs ranked right" in page and "Cross-entropy" not in page
     assert (run / FILE).is_file()
@@ -79,12 +110,19 @@ def test_in_exact_mode_the_first_margin_is_exactly_zero(reference, tmp_path, no_
     train(dpo(tmp_path, exact=True, reference=reference, steps=1, prompts=9, eval=Eval()))
     (row,) = lines(tmp_path / "run")
     assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
-    assert row["rewards/accuracies"] == 0, "as in TRL, a tie is not won: no pair's rewards differ, not even by rounding"
+    assert row["rewards/accuracies"] == 0, (
+        "as in TRL, a tie is not won: no pair's rewards differ, not even by rounding"
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"reference": "live", "algorithm": "ipo", "dtype": "bfloat16"}, {"algorithm": "kto"}, {"algorithm": "simpo"}],
+    [
+        {},
+        {"reference": "live", "algorithm": "ipo", "dtype": "bfloat16"},
+        {"algorithm": "kto"},
+        {"algorithm": "simpo"},
+    ],
     ids=["dpo", "ipo-live-bfloat16", "kto", "simpo"],
 )
 def test_a_run_resumed_is_the_run(changes, tmp_path, monkeypatch, no_report):
@@ -92,7 +130,9 @@ def test_a_run_resumed_is_the_run(changes, tmp_path, monkeypatch, no_report):
     straight, resumed = straight_and_resumed(monkeypatch, dpo, tmp_path, 4, steps=8, eval=Eval(), **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 8)
     first, last = (state(Path(resumed.output_dir, f"checkpoints/step_{n}")) for n in (4, 8))
-    assert all(not torch.equal(first[k], last[k]) for k in first if k.startswith("trainer")), "it went on training"
+    assert all(not torch.equal(first[k], last[k]) for k in first if k.startswith("trainer")), (
+        "it went on training"
+    )
 
 
 def test_resumed_without_its_file_it_computes_the_reference_of_the_start(tmp_path, monkeypatch, no_report):
@@ -120,7 +160,10 @@ def test_precomputed_and_live_references_are_one(tmp_path, no_report):
     for name, reference in (("before", "precomputed"), ("live", "live")):
         train(dpo(tmp_path, name, reference=reference, steps=4, prompts=9, eval=Eval()))
     a, b = (lines(tmp_path / name) for name in ("before", "live"))
-    for row in (a[0], b[0]):  # before the first step a pair's rewards are 0 but for rounding, which alone says which is higher;
+    for row in (
+        a[0],
+        b[0],
+    ):  # before the first step a pair's rewards are 0 but for rounding, which alone says which is higher;
         del row["rewards/accuracies"]  # it is 0 in exact mode, where there is none
         assert max(abs(row["rewards/chosen"]), abs(row["rewards/rejected"])) < 1e-6
     for x, y in zip(a, b, strict=True):
@@ -132,7 +175,10 @@ def test_precomputed_and_live_references_are_one(tmp_path, no_report):
     ("changes", "message"),
     [
         ({"algorithm": "simpo", "reference": "live"}, "--reference: simpo has no reference model"),
-        ({"algorithm": "kto", "prompts": 1}, "--prompts: expected at least 2 to compare each prompt with another's completion, got 1"),
+        (
+            {"algorithm": "kto", "prompts": 1},
+            "--prompts: expected at least 2 to compare each prompt with another's completion, got 1",
+        ),
         ({"gamma": 0.5}, "--gamma: dpo has no such parameter"),
     ],
 )
@@ -143,15 +189,31 @@ def test_what_cannot_run_is_refused_before_training(changes, message, tmp_path):
 
 
 def test_a_dry_run_prints_a_file_that_gives_the_same_configuration(capsys, tmp_path):
-    args = ["dpo", "--model", "m", "--algorithm", "simpo", "--gamma", "0.5", "--reference", "none", "--nll-coef", "0.1"]
+    args = [
+        "dpo",
+        "--model",
+        "m",
+        "--algorithm",
+        "simpo",
+        "--gamma",
+        "0.5",
+        "--reference",
+        "none",
+        "--nll-coef",
+        "0.1",
+    ]
     assert cli.main([*args, "--dry-run"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load(Dpo, tmp_path / "printed.yaml") == Dpo(model="m", algorithm="simpo", gamma=0.5, reference="none", nll_coef=0.1)
+    assert load(Dpo, tmp_path / "printed.yaml") == Dpo(
+        model="m", algorithm="simpo", gamma=0.5, reference="none", nll_coef=0.1
+    )
 
 
 # --- the reference ----------------------------------------------------------------------------------
 def test_the_file_is_used_as_long_as_it_fits(tmp_path, monkeypatch):
-    """Wrong implementations: another model's, dataset's or run's log-probs are taken; a file cut short is an error, or is read."""
+    """Wrong implementations: another model's, dataset's or run's log-probs are taken; a file cut short is an
+    error, or is read.
+    """
     monkeypatch.setattr(fastrl.methods.dpo.reference, "CHUNK", 3)
     model, some = decoder(), units(8)
     trained = PreferenceLearner(model, PREFERENCES["dpo"], Optim(), steps=1, micro_tokens=40)
@@ -163,7 +225,15 @@ def test_the_file_is_used_as_long_as_it_fits(tmp_path, monkeypatch):
 
     def get(made: list[Unit] = some, indices: Any = range(1, 8), model: str = "m") -> Any:
         asked.clear()
-        return precompute(tmp_path, lambda i: [made[k] for k in i], list(indices), logp, model=model, device=CPU, world=World())
+        return precompute(
+            tmp_path,
+            lambda i: [made[k] for k in i],
+            list(indices),
+            logp,
+            model=model,
+            device=CPU,
+            world=World(),
+        )
 
     first = get()
     assert asked == [6, 6, 2]
@@ -172,7 +242,9 @@ def test_the_file_is_used_as_long_as_it_fits(tmp_path, monkeypatch):
     batch = pack_units([some[5], some[2]], 2, CPU)
     want = trained.logp(model, batch)
     for known in (first, again):
-        assert torch.allclose(known([5, 2], batch), want, atol=1e-6) and (known([5, 2], batch) != 0).equal(batch.mask)
+        assert torch.allclose(known([5, 2], batch), want, atol=1e-6) and (known([5, 2], batch) != 0).equal(
+            batch.mask
+        )
     other = [*some[:7], units(9)[8]]
     for change in ({"model": "n"}, {"made": other}, {"indices": range(8)}):
         get(**change)
@@ -194,18 +266,36 @@ def source(name: str, world: World | None = None, count: int = 5, **more: Any) -
     made = units(7, single=not row.paired)
     trained = PreferenceLearner(model, row, Optim(), steps=1, micro_tokens=10**6)
     given: dict[str, Any] = {
-        "policy": lambda batch: trained.logp(model, batch), "frozen": lambda batch: trained.logp(other, batch), "limit": 100,
+        "policy": lambda batch: trained.logp(model, batch),
+        "frozen": lambda batch: trained.logp(other, batch),
+        "limit": 100,
         "reference": (lambda indices, batch: trained.logp(other, batch)) if row.reference else None,
-    }  # fmt: skip
-    return Preferences(lambda i: [made[k] for k in i], 7, row, count=count, seed=2, device=CPU, world=world or World(), **given | more)
+    }
+    return Preferences(
+        lambda i: [made[k] for k in i],
+        7,
+        row,
+        count=count,
+        seed=2,
+        device=CPU,
+        world=world or World(),
+        **given | more,
+    )
 
 
 def test_mismatched_completions():
     """Wrong implementations: a prompt with its own completion; a mask of the other prompt's length."""
-    a, b, c = (Sample([i] * p + [9 + i] * n, [False] * p + [True] * n) for i, (p, n) in enumerate(((1, 2), (3, 1), (2, 4))))
+    a, b, c = (
+        Sample([i] * p + [9 + i] * n, [False] * p + [True] * n)
+        for i, (p, n) in enumerate(((1, 2), (3, 1), (2, 4)))
+    )
     got = mismatch([a, b, c], 5)
     assert [s.tokens for s in got] == [[0, 11, 11, 11, 11], [1, 1, 1, 9, 9], [2, 2, 10]]
-    assert [s.mask for s in got] == [[False, True, True, True, True], [False] * 3 + [True] * 2, [False, False, True]]
+    assert [s.mask for s in got] == [
+        [False, True, True, True, True],
+        [False] * 3 + [True] * 2,
+        [False, False, True],
+    ]
     assert [s.tokens for s in mismatch([a, c], 3)] == [[0, 11, 11], [2, 2, 9]]
 
 
@@ -222,7 +312,12 @@ def test_ktos_baseline_is_of_the_step(monkeypatch):
         prompt, completion = x.tokens[: x.mask.index(True)], y.tokens[y.mask.index(True) :]
         for model, sign in ((decoder(), 1), (decoder(seed=1), -1)):
             tokens = torch.tensor(prompt + completion)
-            logp = (model(tokens) @ model.head_weight.T).log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
+            logp = (
+                (model(tokens) @ model.head_weight.T)
+                .log_softmax(-1)[:-1]
+                .gather(1, tokens[1:, None])
+                .squeeze(1)
+            )
             total += sign * logp[len(prompt) - 1 :].sum().item()
     turned = -1 if total < 0 else 1
     if turned < 0:  # the other model is the likelier one: swap them
@@ -235,9 +330,12 @@ def test_ktos_baseline_is_of_the_step(monkeypatch):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "simpo"])
 def test_two_processes_have_one_step(name):
-    """Their shares add up to the step of one, KTO's baseline included; here both are asked in turn, with sums by hand.
+    """Their shares add up to the step of one, KTO's baseline included; here both are asked in turn, with sums
+    by hand.
 
-    Wrong implementations: denominators of the share; a mismatch that ends at the share's border; pairs drawn twice."""
+    Wrong implementations: denominators of the share; a mismatch that ends at the share's border; pairs drawn
+    twice.
+    """
     alone = source(name).collect(1, 0)
     sums: list[float] = []
 
@@ -279,13 +377,17 @@ def test_more_processes_than_pairs():
         world = Third(0, 3)
         assert len(world.share(2)) == 0
         batch = source(name, world, count=2).collect(0, 0).batches[0]
-        learner = PreferenceLearner(decoder(), PREFERENCES[name], Optim(), steps=1, micro_tokens=100, world=world)
+        learner = PreferenceLearner(
+            decoder(), PREFERENCES[name], Optim(), steps=1, micro_tokens=100, world=world
+        )
         assert len(batch) == 0 and learner._gradients(batch) == {"loss": 0, "num_tokens": 0}
 
 
 # --- learning ---------------------------------------------------------------------------------------
 def margin(folder: Path, split: str = "val", n: int = 200) -> tuple[float, float]:
-    """Mean of log p(right answer) - log p(wrong answer), nats, over a split's pairs, and the share of pairs where it is positive."""
+    """Mean of log p(right answer) - log p(wrong answer), nats, over a split's pairs, and the share of pairs
+    where it is positive.
+    """
     model, task, words = Decoder.from_pretrained(folder), Cards(k=2), tokenizer()
     gaps = []
     with torch.no_grad():
@@ -294,7 +396,12 @@ def margin(folder: Path, split: str = "val", n: int = 200) -> tuple[float, float
             start, sums = len(words.encode(example.prompt)), []
             for answer in (example.demo, *task.mistakes(example, 1, i)):
                 tokens = torch.tensor([*words.encode(example.prompt + (answer or "")), words.eos_token_id])
-                logp = (model(tokens) @ model.head_weight.T).log_softmax(-1)[:-1].gather(1, tokens[1:, None]).squeeze(1)
+                logp = (
+                    (model(tokens) @ model.head_weight.T)
+                    .log_softmax(-1)[:-1]
+                    .gather(1, tokens[1:, None])
+                    .squeeze(1)
+                )
                 sums.append(logp[start - 1 :].sum().item())
             gaps.append(sums[0] - sums[1])
     return sum(gaps) / len(gaps), sum(g > 0 for g in gaps) / len(gaps)
@@ -302,18 +409,38 @@ def margin(folder: Path, split: str = "val", n: int = 200) -> tuple[float, float
 
 @pytest.mark.slow
 def test_dpo_raises_the_margin_of_right_over_wrong_answers(tmp_path, no_report):
-    """From a short SFT start, on training pairs and on pairs of problems in no training set; the share ranked right does not fall.
+    """From a short SFT start, on training pairs and on pairs of problems in no training set; the share ranked
+    right does not fall.
 
-    Wrong implementations: the sign of the loss, chosen for rejected; a margin won on the training pairs alone."""
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 128}
+    Wrong implementations: the sign of the loss, chosen for rejected; a margin won on the training pairs
+    alone.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 128,
+    }
     shared: dict[str, Any] = {"task": "cards", "task_options": ("k=2",), "seed": 1, "threads": 1}
     start = train(
         Sft(
-            **shared, model=write_model(tmp_path, **sizes), output_dir=str(tmp_path / "sft"), steps=100, prompts=64,
+            **shared,
+            model=write_model(tmp_path, **sizes),
+            output_dir=str(tmp_path / "sft"),
+            steps=100,
+            prompts=64,
             optim=Optim(lr=4e-3, warmup=10, schedule="linear"),
         )
-    ).checkpoint  # fmt: skip
-    config = Dpo(**shared, model=str(start), output_dir=str(tmp_path / "dpo"), steps=40, prompts=32, optim=Optim(lr=1e-3, warmup=5))
+    ).checkpoint
+    config = Dpo(
+        **shared,
+        model=str(start),
+        output_dir=str(tmp_path / "dpo"),
+        steps=40,
+        prompts=32,
+        optim=Optim(lr=1e-3, warmup=5),
+    )
     end = train(config).checkpoint
     assert start and end
     for split in ("train", "test"):

@@ -1,4 +1,6 @@
-"""Fusions from end to end: what they are at their ends, resume, datasets, and the pipeline of SFT, DPO and GRPO."""
+"""Fusions from end to end: what they are at their ends, resume, datasets, and the pipeline of SFT, DPO and
+GRPO.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,17 @@ def assert_same_weights(one: Any, other: Any, step: int, steps: int) -> None:
 
 # --- the ends -----------------------------------------------------------------------------------------
 def test_a_run_without_pairs_is_the_run_of_grpo(tmp_path):
-    """Bit for bit, optimizer state included.  Wrong implementations: pairs drawn from the noise of the rollouts; other prompts; a loss
-    that is weighed by a share."""
-    shared: dict[str, Any] = {"steps": 4, "minibatches": 2, "epochs": 2, "micro_tokens": 128, "optim": Optim(lr=1e-2), "eval": Eval()}
+    """Bit for bit, optimizer state included.  Wrong implementations: pairs drawn from the noise of the
+    rollouts; other prompts; a loss that is weighed by a share.
+    """
+    shared: dict[str, Any] = {
+        "steps": 4,
+        "minibatches": 2,
+        "epochs": 2,
+        "micro_tokens": 128,
+        "optim": Optim(lr=1e-2),
+        "eval": Eval(),
+    }
     ours, theirs = fusion(tmp_path, "ours", pair_coef=0.0, **shared), grpo(tmp_path, "theirs", **shared)
     train(ours), train(theirs)
     assert_same_weights(ours, theirs, 4, 4)
@@ -51,10 +61,20 @@ def test_a_run_without_pairs_is_the_run_of_grpo(tmp_path):
 
 @pytest.mark.parametrize("name", ["dpo", "rpo"])
 def test_a_run_without_completions_is_the_run_of_dpo(name, tmp_path):
-    """Bit for bit, a minibatch an optimizer step.  Wrong implementations: other pairs than `fastrl dpo` has; another reference; pairs that
-    stay while a minibatch goes; a weight that is not 1."""
+    """Bit for bit, a minibatch an optimizer step.  Wrong implementations: other pairs than `fastrl dpo` has;
+    another reference; pairs that stay while a minibatch goes; a weight that is not 1.
+    """
     ours = fusion(tmp_path, "ours", preference=name, rl_coef=0.0, steps=3, minibatches=2, **CONSTANT)
-    theirs = dpo(tmp_path, "theirs", algorithm=name, steps=6, prompts=4, micro_tokens=128, optim=CONSTANT["optim"], eval=Eval())
+    theirs = dpo(
+        tmp_path,
+        "theirs",
+        algorithm=name,
+        steps=6,
+        prompts=4,
+        micro_tokens=128,
+        optim=CONSTANT["optim"],
+        eval=Eval(),
+    )
     train(ours), train(theirs)
     assert_same_weights(ours, theirs, 3, 6)
 
@@ -70,14 +90,20 @@ def test_a_run_without_completions_is_the_run_of_dpo(name, tmp_path):
     ids=lambda c: c.get("algorithm", "grpo_dpo"),
 )
 def test_six_steps_are_three_and_three(changes, tmp_path, monkeypatch):
-    """Wrong implementations: a weight that begins again; a reference made of the resumed weights; other pairs after a resume."""
+    """Wrong implementations: a weight that begins again; a reference made of the resumed weights; other pairs
+    after a resume.
+    """
     straight, resumed = straight_and_resumed(monkeypatch, fusion, tmp_path, 3, **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 6)
     if "norms_every" in changes:
         rows = lines(resumed.output_dir)
-        assert {"hybrid/pair_coef", "pairs/loss", "pairs/rewards/margins", "pairs/logps/chosen"} <= rows[0].keys()
+        assert {"hybrid/pair_coef", "pairs/loss", "pairs/rewards/margins", "pairs/logps/chosen"} <= rows[
+            0
+        ].keys()
         assert ["grad_norm/rl" in row for row in rows] == [True, False] * 3
-        assert rows[0]["pairs/loss"] == pytest.approx(0.6931, abs=2e-2), "of the first minibatch ln 2, of the second already less"
+        assert rows[0]["pairs/loss"] == pytest.approx(0.6931, abs=2e-2), (
+            "of the first minibatch ln 2, of the second already less"
+        )
 
 
 def test_the_first_pairs_cost_ln_2(tmp_path):
@@ -89,7 +115,9 @@ def test_the_first_pairs_cost_ln_2(tmp_path):
 
 
 # --- data ---------------------------------------------------------------------------------------------
-ROWS = [{"prompt": f"a:{n}>5|", "chosen": f"{n},{n}", "rejected": "" if n == 3 else f"{n}"} for n in range(2, 6)]
+ROWS = [
+    {"prompt": f"a:{n}>5|", "chosen": f"{n},{n}", "rejected": "" if n == 3 else f"{n}"} for n in range(2, 6)
+]
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "d.jsonl") -> str:
@@ -98,21 +126,39 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "d.jsonl") -> st
 
 
 def test_a_dataset_with_pairs(tmp_path):
-    """Wrong implementations: sides swapped; those of another line; an empty side that is a completion of nothing but its end."""
+    """Wrong implementations: sides swapped; those of another line; an empty side that is a completion of
+    nothing but its end.
+    """
     tokenizer().save_pretrained(tmp_path / "tokenizer")
-    options: dict[str, Any] = {"task": None, "task_options": (), "tokenizer": str(tmp_path / "tokenizer"), "steps": 1}
+    options: dict[str, Any] = {
+        "task": None,
+        "task_options": (),
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "steps": 1,
+    }
     config = fusion(tmp_path, dataset=write(tmp_path, ROWS), algorithm="grpo_pairs", **options)
     items = pairs_of_prompts(config, None, tokenizer(), 48, 31)
     (chosen, rejected), (other, none) = items([2, 1])
     spoken = ["".join(tokenizer().convert_ids_to_tokens(x.tokens)[:-1]) for x in (chosen, rejected, other)]
-    assert spoken == ["a:4>5|4,4", "a:4>5|4", "a:3>5|3,3"] and none is None and chosen.mask == [False] * 6 + [True] * 4
+    assert (
+        spoken == ["a:4>5|4,4", "a:4>5|4", "a:3>5|3,3"]
+        and none is None
+        and chosen.mask == [False] * 6 + [True] * 4
+    )
     train(config)
     assert lines(tmp_path / "run")[-1]["hybrid/demonstrated"] == 1
     whole = [r for r in ROWS if r["rejected"]]
     train(fusion(tmp_path, "same", dataset=write(tmp_path, whole, "whole.jsonl"), **options))
     other_file = write(tmp_path, whole[:1], "pairs.jsonl")
     train(
-        fusion(tmp_path, "apart", dataset=write(tmp_path, [{"prompt": "a:2>5|"}], "p.jsonl"), pair_dataset=other_file, prompts=1, **options)
+        fusion(
+            tmp_path,
+            "apart",
+            dataset=write(tmp_path, [{"prompt": "a:2>5|"}], "p.jsonl"),
+            pair_dataset=other_file,
+            prompts=1,
+            **options,
+        )
     )
     assert all("pairs/loss" in lines(tmp_path / name)[-1] for name in ("same", "apart"))
 
@@ -121,8 +167,14 @@ def test_a_dataset_with_pairs(tmp_path):
     ("row", "message"),
     [
         ({"prompt": "a:2>5|"}, "d.jsonl:1: expected the columns prompt, chosen and rejected, got prompt"),
-        ({"prompt": "2", "chosen": "3", "rejected": "3"}, "d.jsonl:1: chosen, rejected: expected two different completions, got '3' twice"),
-        ({"prompt": "2", "chosen": [{"role": "assistant", "content": "3"}], "rejected": "4"}, "d.jsonl:1: chosen: expected what follows"),
+        (
+            {"prompt": "2", "chosen": "3", "rejected": "3"},
+            "d.jsonl:1: chosen, rejected: expected two different completions, got '3' twice",
+        ),
+        (
+            {"prompt": "2", "chosen": [{"role": "assistant", "content": "3"}], "rejected": "4"},
+            "d.jsonl:1: chosen: expected what follows",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(row, message, tmp_path):
@@ -145,34 +197,65 @@ def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
             return [] if index < 2 else Cards.mistakes(self, example, count, index)
 
     monkeypatch.setattr(fastrl.run.session, "load_run_task", lambda *named: Bare(k=2))
-    with pytest.raises(UserError, match="--pair-dataset: expected a file of pairs, because task cards has no wrong answers; got none"):
+    with pytest.raises(
+        UserError,
+        match="--pair-dataset: expected a file of pairs, because task cards has no wrong answers; got none",
+    ):
         train(fusion(tmp_path))
     items = pairs_of_prompts(Hybrid(model="m"), Some(k=2), tokenizer(), 48, 31)
-    assert [[x is not None for x in pair] for pair in items([0, 1, 2])] == [[True, False], [False, False], [True, True]]
+    assert [[x is not None for x in pair] for pair in items([0, 1, 2])] == [
+        [True, False],
+        [False, False],
+        [True, True],
+    ]
     bare: Any = SimpleNamespace(name="bare")
-    with pytest.raises(UserError, match="--task: bare has no wrong answers beside its demonstrations; give a --dataset"):
+    with pytest.raises(
+        UserError, match="--task: bare has no wrong answers beside its demonstrations; give a --dataset"
+    ):
         pairs_of_prompts(Hybrid(model="m"), bare, tokenizer(), 48, 31)
 
 
 def test_a_dry_run_shows_the_configuration(capsys):
-    args = ["hybrid", "--model", "m", "--algorithm", "grpo_dpo", "--pair-coef", "0.5", "--preference", "ipo", "--task", "cards"]
+    args = [
+        "hybrid",
+        "--model",
+        "m",
+        "--algorithm",
+        "grpo_dpo",
+        "--pair-coef",
+        "0.5",
+        "--preference",
+        "ipo",
+        "--task",
+        "cards",
+    ]
     assert cli.main([*args, "--dry-run"]) == 0
     told = yaml.safe_load(capsys.readouterr().out.split("\n", 1)[1])
-    assert (told["algorithm"], told["pair_coef"], told["preference"], told["pair_decay"]) == ("grpo_dpo", 0.5, "ipo", None)
+    assert (told["algorithm"], told["pair_coef"], told["preference"], told["pair_decay"]) == (
+        "grpo_dpo",
+        0.5,
+        "ipo",
+        None,
+    )
 
 
 # --- SFT, DPO, GRPO -----------------------------------------------------------------------------------
 def test_the_pipeline_of_three_stages(tmp_path):
-    """The recipe, shortened.  Wrong implementations: GRPO from SFT's policy; a KL to SFT's policy, which begins large; DPO's reference
-    under other weights than its start; a stage without its NLL."""
+    """The recipe, shortened.  Wrong implementations: GRPO from SFT's policy; a KL to SFT's policy, which
+    begins large; DPO's reference under other weights than its start; a stage without its NLL.
+    """
     tree = yaml.safe_load((demo.RECIPES / "cards_sft_dpo_grpo.yaml").read_text())
-    assert [next(iter(stage)) for stage in tree["stages"]] == ["sft", "dpo", "grpo"] and tree["stages"][1]["dpo"]["nll_coef"] > 0
+    assert [next(iter(stage)) for stage in tree["stages"]] == ["sft", "dpo", "grpo"] and tree["stages"][1][
+        "dpo"
+    ]["nll_coef"] > 0
     assert "model" not in tree["stages"][2]["grpo"] and tree["stages"][2]["grpo"]["kl_coef"] > 0
     tree |= {"output_dir": str(tmp_path / "pipe")}
     tree["shared"] |= {"task_options": ["k=2"], "eval": {"prompts": 0}}
     short = {"prompts": 4, "micro_tokens": 128, "optim": {"lr": 1e-2}}
     for stage, more in zip(
-        tree["stages"], ({"model": write_model(tmp_path), "steps": 3, "max_tokens": 48}, {"steps": 12}, {"steps": 1}), strict=True
+        tree["stages"],
+        ({"model": write_model(tmp_path), "steps": 3, "max_tokens": 48}, {"steps": 12}, {"steps": 1}),
+        strict=True,
     ):
         next(iter(stage.values())).update(short | more)
     tree["stages"][2]["grpo"] |= {"group": 4, "max_new_tokens": 8, "minibatches": 1}
@@ -180,7 +263,10 @@ def test_the_pipeline_of_three_stages(tmp_path):
     pipeline.run(SimpleNamespace(file=str(tmp_path / "pipe.yaml")))
     folder = tmp_path / "pipe"
     first, last = lines(folder / "2-dpo")[0], lines(folder / "2-dpo")[-1]
-    assert first["loss"] - first["nll_loss"] == pytest.approx(0.693147, abs=1e-4) and last["rewards/margins"] > 0.1
+    assert (
+        first["loss"] - first["nll_loss"] == pytest.approx(0.693147, abs=1e-4)
+        and last["rewards/margins"] > 0.1
+    )
     (row,) = lines(folder / "3-grpo")
     assert abs(row["kl"]) < 1e-6, "the policy is its own reference at the first step"
     told = yaml.safe_load((folder / "3-grpo/config.yaml").read_text())

@@ -24,7 +24,10 @@ REWARD = """
 def digits(completions, **columns):
     return [float(sum(map(str.isdigit, c)) > 2) for c in completions]
 """
-CHORD, SRFT = {"algorithm": "chord", "mu_warmup": 2}, {"algorithm": "srft", "minibatches": 2, "epochs": 2, "kl_coef": 0.1}
+CHORD, SRFT = (
+    {"algorithm": "chord", "mu_warmup": 2},
+    {"algorithm": "srft", "minibatches": 2, "epochs": 2, "kl_coef": 0.1},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,31 +39,54 @@ def no_report(monkeypatch):
 def hybrid(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
     """A run on a reward that random weights can climb, with the card game's demonstrations."""
     (folder / "rewards.py").write_text(
-        "def digits(completions, **columns):\n    return [float(sum(map(str.isdigit, c)) > 2) for c in completions]\n"
+        "def digits(completions, **columns):\n    return [float(sum(map(str.isdigit, "
+        "c)) > 2) for c in completions]\n"
     )
     options: dict[str, Any] = {
-        "model": write_model(folder), "task": "cards", "task_options": ("k=2",), "output_dir": str(folder / name), "steps": 6, "prompts": 4,
-        "group": 4, "max_new_tokens": 8, "micro_tokens": 96, "reward": (f"{folder}/rewards.py:digits",), "optim": Optim(lr=1e-2, warmup=2),
-    }  # fmt: skip
+        "model": write_model(folder),
+        "task": "cards",
+        "task_options": ("k=2",),
+        "output_dir": str(folder / name),
+        "steps": 6,
+        "prompts": 4,
+        "group": 4,
+        "max_new_tokens": 8,
+        "micro_tokens": 96,
+        "reward": (f"{folder}/rewards.py:digits",),
+        "optim": Optim(lr=1e-2, warmup=2),
+    }
     return Hybrid(**options | changes)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"algorithm": "chord", "mu_warmup": 2}, {"algorithm": "srft", "minibatches": 2, "epochs": 2, "kl_coef": 0.1}],
+    [
+        {"algorithm": "chord", "mu_warmup": 2},
+        {"algorithm": "srft", "minibatches": 2, "epochs": 2, "kl_coef": 0.1},
+    ],
     ids=["chord", "srft"],
 )
 def test_six_steps_are_three_and_three(changes, tmp_path, monkeypatch):
-    """Wrong implementations: a mu that begins again; demonstrations of another prompt, or in another order, after a resume."""
+    """Wrong implementations: a mu that begins again; demonstrations of another prompt, or in another order,
+    after a resume.
+    """
     straight, resumed = straight_and_resumed(monkeypatch, hybrid, tmp_path, 3, **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 6)
     last = lines(resumed.output_dir)[-1]
-    assert {"hybrid/sft_prompts", "hybrid/sft_coef", "hybrid/solved", "sft_loss", "off_policy_share", "reward"} <= last.keys()
+    assert {
+        "hybrid/sft_prompts",
+        "hybrid/sft_coef",
+        "hybrid/solved",
+        "sft_loss",
+        "off_policy_share",
+        "reward",
+    } <= last.keys()
 
 
 def test_a_dataset_with_completions(tmp_path):
-    """Prompt and completion of a line; an empty completion is no demonstration.  Wrong implementations: the line of another prompt; a
-    demonstration of nothing but the end."""
+    """Prompt and completion of a line; an empty completion is no demonstration.  Wrong implementations: the
+    line of another prompt; a demonstration of nothing but the end.
+    """
     rows = [{"prompt": f"a:{n}>5|", "completion": "" if n == 3 else f"{n},{n}"} for n in range(2, 8)]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -68,8 +94,20 @@ def test_a_dataset_with_completions(tmp_path):
     items = demonstrations_of_prompts(config, None, tokenizer(), 48, 31)
     found = items([5, 1, 0])
     spoken = tokenizer().convert_ids_to_tokens(found[0].tokens)
-    assert "".join(spoken[:-1]) == "a:7>5|7,7" and found[0].mask == [False] * 6 + [True] * 4 and found[1] is None
-    train(hybrid(tmp_path, tokenizer=str(_saved(tmp_path)), task=None, task_options=(), dataset=str(data), steps=1, prompts=6))
+    assert (
+        "".join(spoken[:-1]) == "a:7>5|7,7" and found[0].mask == [False] * 6 + [True] * 4 and found[1] is None
+    )
+    train(
+        hybrid(
+            tmp_path,
+            tokenizer=str(_saved(tmp_path)),
+            task=None,
+            task_options=(),
+            dataset=str(data),
+            steps=1,
+            prompts=6,
+        )
+    )
     assert lines(tmp_path / "run")[-1]["hybrid/demonstrated"] == pytest.approx(5 / 6)
     data.write_text('{"prompt": "7"}\n')
     with pytest.raises(UserError, match="expected a completion column, the demonstrations, got prompt"):
@@ -94,28 +132,47 @@ def test_a_task_without_a_demonstration_for_a_prompt():
 
 
 def test_a_dry_run_shows_the_configuration(capsys):
-    assert cli.main(["hybrid", "--model", "m", "--algorithm", "chord", "--mu", "0.5", "--task", "cards", "--dry-run"]) == 0
+    assert (
+        cli.main(
+            ["hybrid", "--model", "m", "--algorithm", "chord", "--mu", "0.5", "--task", "cards", "--dry-run"]
+        )
+        == 0
+    )
     told = yaml.safe_load(capsys.readouterr().out.split("\n", 1)[1])
     assert (told["algorithm"], told["mu"], told["rl"], told["group"]) == ("chord", 0.5, None, 8)
 
 
 @pytest.mark.slow
 def test_hpt_matches_the_better_of_sft_and_grpo(tmp_path):
-    """From one weak start, as many steps on as many prompts: what is expected of HPT is what the better of the two reaches, up to the
-    interval of its own accuracy on 265 unseen problems.  Wrong implementations: a few gated prompts that outweigh all others;
-    demonstrations of other prompts; gates that never open, or never shut."""
+    """From one weak start, as many steps on as many prompts: what is expected of HPT is what the better of
+    the two reaches, up to the interval of its own accuracy on 265 unseen problems.  Wrong implementations: a
+    few gated prompts that outweigh all others; demonstrations of other prompts; gates that never open, or
+    never shut.
+    """
     shared: dict[str, Any] = {"task": "cards", "task_options": ("k=2", "rules=ab", "val=0.3"), "threads": 1}
     shared["eval"] = Eval(prompts=256, samples=4)
     first = Optim(lr=4e-3, schedule="linear", warmup=20, floor=0.05, weight_decay=0.01)
-    begin = Sft(model=f"{RECIPES}/cards.config.json", steps=60, prompts=128, output_dir=str(tmp_path / "start"), optim=first, **shared)
+    begin = Sft(
+        model=f"{RECIPES}/cards.config.json",
+        steps=60,
+        prompts=128,
+        output_dir=str(tmp_path / "start"),
+        optim=first,
+        **shared,
+    )
     train(begin)
     shared |= {"model": str(tmp_path / "start/checkpoints/step_60"), "steps": 80, "prompts": 32}
     shared["optim"] = Optim(lr=5e-4, warmup=5, schedule="linear", floor=0.1)
     drawn: dict[str, Any] = {"group": 8, "max_new_tokens": 32}
     train(Sft(output_dir=str(tmp_path / "sft"), **shared))
     train(Grpo(output_dir=str(tmp_path / "grpo"), **shared | drawn))
-    train(Hybrid(output_dir=str(tmp_path / "hpt"), algorithm="hpt", rl="grpo", sft_coef=0.3, **shared | drawn))
-    scores = {arm: [row for row in lines(tmp_path / arm) if SCORE in row][-1] for arm in ("start", "sft", "grpo", "hpt")}
+    train(
+        Hybrid(output_dir=str(tmp_path / "hpt"), algorithm="hpt", rl="grpo", sft_coef=0.3, **shared | drawn)
+    )
+    scores = {
+        arm: [row for row in lines(tmp_path / arm) if SCORE in row][-1]
+        for arm in ("start", "sft", "grpo", "hpt")
+    }
     hpt = scores["hpt"]
     assert hpt[f"{SCORE}_lo"] > scores["start"][f"{SCORE}_hi"], "it learned"
     assert hpt[f"{SCORE}_hi"] >= max(scores["sft"][SCORE], scores["grpo"][SCORE])

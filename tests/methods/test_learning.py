@@ -32,13 +32,17 @@ def right(*values: float) -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two seeds of one method, whose prompts gain 0.5, 0 and 0 and 0.25, 0.25 and 0; one of dpo and of a reward model."""
+    """Two seeds of one method, whose prompts gain 0.5, 0 and 0 and 0.25, 0.25 and 0; one of dpo and of a
+    reward model.
+    """
     for seed, start in enumerate(([0.0, 1.0, 0.5], [0.25, 0.5, 0.5])):
         write(tmp_path, START, seed, **right(*start), margin=[1.0, -2.0, 4.0])
     write(tmp_path, "grpo", 0, seconds=10.0, **right(0.5, 1.0, 0.5))
     write(tmp_path, "grpo", 1, seconds=20.0, **right(0.5, 0.75, 0.5))
     write(tmp_path, "dpo", 0, seconds=5.0, **right(0.0, 1.0, 0.5), margin=[3.0, 1.0, 5.0])
-    write(tmp_path, "reward", 0, seconds=5.0, accuracy=[0.9, 0.85, 0.95], kinds={"false_step": [0.5, 0.4, 0.6]})
+    write(
+        tmp_path, "reward", 0, seconds=5.0, accuracy=[0.9, 0.85, 0.95], kinds={"false_step": [0.5, 0.4, 0.6]}
+    )
     return tmp_path
 
 
@@ -46,26 +50,34 @@ COMMANDS = {"grpo": ["grpo"], "dpo": ["dpo"], "reward": ["reward"], "never run":
 
 
 def test_differences_are_to_the_start_of_the_same_seed(folder):
-    """Wrong implementations: one seed's noise for all starts; prompts of several seeds taken for independent ones; methods that were not
-    run as rows of zeros."""
+    """Wrong implementations: one seed's noise for all starts; prompts of several seeds taken for independent
+    ones; methods that were not run as rows of zeros.
+    """
     found = gather(folder, COMMANDS)
     assert list(found["methods"]) == ["grpo", "dpo", "reward"] and found["commits"] == ["abc"]
     grpo = found["methods"]["grpo"]
     assert grpo["gain"]["over_prompts"] == mean_interval([0.375, 0.125, 0.0])
     assert grpo["gain"]["over_seeds"] == mean_interval([0.5 / 3, 0.5 / 3])
     assert [s["gain"] for s in grpo["seeds"]] == [
-        paired_interval([0.0, 1.0, 0.5], [0.5, 1.0, 0.5]), paired_interval([0.25, 0.5, 0.5], [0.5, 0.75, 0.5])
-    ]  # fmt: skip
+        paired_interval([0.0, 1.0, 0.5], [0.5, 1.0, 0.5]),
+        paired_interval([0.25, 0.5, 0.5], [0.5, 0.75, 0.5]),
+    ]
     assert grpo["seeds"][0]["greedy"] == [1 / 3, *wilson(1, 3)]
     dpo = found["methods"]["dpo"]
     assert dpo["margin_gain"] == {"over_prompts": mean_interval([2.0, 3.0, 1.0]), "over_seeds": None}
-    assert dpo["margins"][0]["before"]["ranked_right"][0] == pytest.approx(2 / 3) and dpo["margins"][0]["after"]["ranked_right"][0] == 1
+    assert (
+        dpo["margins"][0]["before"]["ranked_right"][0] == pytest.approx(2 / 3)
+        and dpo["margins"][0]["after"]["ranked_right"][0] == 1
+    )
 
 
 def test_the_table_says_what_was_found(folder):
     text = as_text(gather(folder, COMMANDS))
     assert "| grpo | 33.3% | 62.5% | +16.7 points" in text and "+16.7, +16.7 | 15 |" in text
-    assert "| dpo | 66.7% before, 100.0% after | 100.0% [43.9%, 100.0%] | margin 1.0 nats before, 3.0 after: +2.0," in text
+    assert (
+        "| dpo | 66.7% before, 100.0% after | 100.0% [43.9%, 100.0%] | margin 1.0 nats before, "
+        "3.0 after: +2.0," in text
+    )
     assert "| reward | 90.0% | 90.0% [85.0%, 95.0%] | false step 50.0% |" in text
     assert "never run" not in text
 
@@ -80,7 +92,12 @@ def test_the_readme_is_written_from_the_file(folder, tmp_path):
     for _ in range(2):
         publish(found, folder, results, page)
         text = page.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and text.count("| grpo |") == 1
+        assert (
+            text.startswith("before\n")
+            and text.endswith("after\n")
+            and "old" not in text
+            and text.count("| grpo |") == 1
+        )
     (kept,) = results.glob("*.json")
     assert kept.name == f"learning-{found['date'][:10]}.json" and newest(results) == []
     again = json.loads(kept.read_text())
@@ -91,8 +108,9 @@ def test_the_readme_is_written_from_the_file(folder, tmp_path):
 
 
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
-    """Wrong implementations: a result of a run that was stopped; a whole checkpoint that the command line does not resume from; the time
-    of a run's last part as that of the run."""
+    """Wrong implementations: a result of a run that was stopped; a whole checkpoint that the command line
+    does not resume from; the time of a run's last part as that of the run.
+    """
     called: list[tuple[str, ...]] = []
     reached = iter([2, 3])
 
@@ -102,7 +120,9 @@ def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
         return 1.5
 
     monkeypatch.setattr(learning, "call", call)
-    method = learning.Method("grpo", "cards_grpo", ("--steps", "3"), measure=lambda checkpoint, run, seed: {"at": checkpoint.name})
+    method = learning.Method(
+        "grpo", "cards_grpo", ("--steps", "3"), measure=lambda checkpoint, run, seed: {"at": checkpoint.name}
+    )
     with pytest.raises(UserError, match="seed1: stopped before step 3; the same command goes on"):
         learning.train("grpo", method, 1, ["--model", "m"], tmp_path)
     assert not list(tmp_path.rglob(RESULT))
@@ -114,7 +134,9 @@ def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
 
 
 def test_on_policy_methods_have_one_budget():
-    """Wrong implementations: options that the command refuses; another task than the start's; more completions for one of them."""
+    """Wrong implementations: options that the command refuses; another task than the start's; more
+    completions for one of them.
+    """
     budgets, tasks = set(), set()
     for name, method in METHODS.items():
         words = command(method.command, method.recipe, "--model", "m", *method.options)

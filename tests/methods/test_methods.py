@@ -29,7 +29,9 @@ RECIPES = ROOT / "fastrl/recipes"
 
 @dataclass(frozen=True)
 class Menu:
-    """Methods of a command: their table, their page, their recipe, and the recipes of rows that need other settings."""
+    """Methods of a command: their table, their page, their recipe, and the recipes of rows that need other
+    settings.
+    """
 
     command: str
     rows: tuple[str, ...]
@@ -41,19 +43,42 @@ class Menu:
 MENUS = (
     Menu("sft", ("sft",), "sft", "cards_sft"),
     Menu("grpo", tuple(name for name in ALGORITHMS if name != "sft"), "methods", "cards_grpo"),
-    Menu("joint", tuple(name for name, row in ALGORITHMS.items() if row.advantage and row.advantage.signed), "methods", "cards_joint"),
-    Menu("ppo", tuple(PPO), "ppo", "cards_ppo"),
-    Menu("hybrid", tuple(HYBRIDS), "hybrid", "cards_hybrid", dict.fromkeys(("luffy", "chord", "chord_phi"), "cards_chord")),
     Menu(
-        "hybrid", tuple(FUSIONS), "fusion", "cards_contrast",
+        "joint",
+        tuple(name for name, row in ALGORITHMS.items() if row.advantage and row.advantage.signed),
+        "methods",
+        "cards_joint",
+    ),
+    Menu("ppo", tuple(PPO), "ppo", "cards_ppo"),
+    Menu(
+        "hybrid",
+        tuple(HYBRIDS),
+        "hybrid",
+        "cards_hybrid",
+        dict.fromkeys(("luffy", "chord", "chord_phi"), "cards_chord"),
+    ),
+    Menu(
+        "hybrid",
+        tuple(FUSIONS),
+        "fusion",
+        "cards_contrast",
         {"grpo_dpo": "cards_fusion", "grpo_pairs": "cards_chord", "luffy_pairs": "cards_chord"},
     ),
-    Menu("dpo", tuple(PREFERENCES), "preference", "cards_dpo", dict.fromkeys(("kto", "apo_zero_unpaired"), "cards_kto")),
     Menu(
-        "reward", tuple(REWARD_LOSSES), "reward", "cards_reward",
+        "dpo",
+        tuple(PREFERENCES),
+        "preference",
+        "cards_dpo",
+        dict.fromkeys(("kto", "apo_zero_unpaired"), "cards_kto"),
+    ),
+    Menu(
+        "reward",
+        tuple(REWARD_LOSSES),
+        "reward",
+        "cards_reward",
         {"plackett_luce": "cards_ranking", "outcome": "cards_outcome", "process": "cards_process"},
     ),
-)  # fmt: skip
+)
 ROWS = [pytest.param(menu, name, id=f"{menu.command}-{name}") for menu in MENUS for name in menu.rows]
 
 
@@ -80,14 +105,19 @@ def test_every_training_command_is_on_a_menu():
 
 @pytest.mark.parametrize(("menu", "name"), ROWS)
 def test_a_row_is_in_the_docs(menu, name):
-    """With its equation: a line of a table whose cells are all filled, or a section with a formula.  Wrong implementations: a row that
-    was added without its line; a line that says nothing."""
-    assert entry(menu.page, name), f"docs/{menu.page}.md has neither a whole line nor a section with an equation for {name}"
+    """With its equation: a line of a table whose cells are all filled, or a section with a formula.  Wrong
+    implementations: a row that was added without its line; a line that says nothing.
+    """
+    assert entry(menu.page, name), (
+        f"docs/{menu.page}.md has neither a whole line nor a section with an equation for {name}"
+    )
 
 
 @pytest.mark.parametrize(("menu", "name"), ROWS)
 def test_a_row_has_a_recipe(menu, name, tmp_path, capsys):
-    """Wrong implementations: a recipe whose options another row refuses; a name that the command line does not reach."""
+    """Wrong implementations: a recipe whose options another row refuses; a name that the command line does
+    not reach.
+    """
     assert cli.main([*words(menu, name), "--dry-run"]) == 0
     shown = capsys.readouterr().out.split("\n", 1)[1]
     assert yaml.safe_load(shown).get("algorithm", "sft") == name
@@ -103,7 +133,9 @@ DRAWN = ["--group", "4", "--max-new-tokens", "6", "--minibatches", "2"]
 @pytest.mark.slow
 @pytest.mark.parametrize(("menu", "name"), ROWS)
 def test_a_row_runs_from_its_recipe(menu, name, tmp_path, monkeypatch):
-    """Two steps on the card game of a decoder of random weights.  Wrong implementations: a column that the command does not fill."""
+    """Two steps on the card game of a decoder of random weights.  Wrong implementations: a column that the
+    command does not fill.
+    """
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
     drawn = DRAWN if menu.command in ("grpo", "ppo", "hybrid", "joint") else []
     paths = ["--model", write_model(tmp_path), "--output-dir", str(tmp_path / "run")]

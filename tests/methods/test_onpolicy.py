@@ -1,4 +1,6 @@
-"""Rollouts in training: how far the sampler is from the trainer, corrections, dynamic sampling, overlong completions, several rewards."""
+"""Rollouts in training: how far the sampler is from the trainer, corrections, dynamic sampling, overlong
+completions, several rewards.
+"""
 
 from __future__ import annotations
 
@@ -27,27 +29,46 @@ from fastrl.train.weighting import correct
 
 # --- sampler against trainer --------------------------------------------------------------------------
 def test_first_update_measures_the_sampler():
-    """Wrong implementations: measured after the step, over masked tokens, at temperature 1, or against the corrected old log-prob."""
+    """Wrong implementations: measured after the step, over masked tokens, at temperature 1, or against the
+    corrected old log-prob.
+    """
     model = decoder()
     batch = on_policy(model, ALGORITHMS["grpo"]).collect(0, 0).batches[0]
     fresh = gradient(learner(model, ALGORITHMS["grpo"], 20), batch)[0]
-    assert fresh["sampler_diff_max"] < 1e-4 and fresh["sampler_kl"] < 1e-8 and fresh["sampler_ess"] == pytest.approx(1, abs=1e-6)
+    assert (
+        fresh["sampler_diff_max"] < 1e-4
+        and fresh["sampler_kl"] < 1e-8
+        and fresh["sampler_ess"] == pytest.approx(1, abs=1e-6)
+    )
     drift(model, 0.03)
     for row in (ALGORITHMS["grpo"], replace(ALGORITHMS["grpo"], correction=CORRECTIONS["token_truncate"])):
         trained = learner(model, row, 20)
         s = (trained.logp(model, batch) - batch.old_logp)[batch.mask].double()
         m = gradient(trained, batch)[0]
         w = s.exp()
-        assert [m[k] for k in ("sampler_diff_mean", "sampler_diff_max", "sampler_kl", "sampler_ess")] == pytest.approx(
-            [s.abs().mean().item(), s.abs().max().item(), (w - 1 - s).mean().item(), (w.sum() ** 2 / w.square().sum() / len(s)).item()],
-            rel=1e-4, abs=1e-6,
-        )  # fmt: skip
-    assert m["correction_mean"] == pytest.approx(w.clamp(max=2).mean().item(), rel=1e-4) and m["correction_max"] <= 2
+        assert [
+            m[k] for k in ("sampler_diff_mean", "sampler_diff_max", "sampler_kl", "sampler_ess")
+        ] == pytest.approx(
+            [
+                s.abs().mean().item(),
+                s.abs().max().item(),
+                (w - 1 - s).mean().item(),
+                (w.sum() ** 2 / w.square().sum() / len(s)).item(),
+            ],
+            rel=1e-4,
+            abs=1e-6,
+        )
+    assert (
+        m["correction_mean"] == pytest.approx(w.clamp(max=2).mean().item(), rel=1e-4)
+        and m["correction_max"] <= 2
+    )
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_one_pass_corrects_as_a_forward_beforehand_does(name):
-    """Wrong implementations: the weights after the update in one of the two; sequences cut in two; a weight that is differentiated."""
+    """Wrong implementations: the weights after the update in one of the two; sequences cut in two; a weight
+    that is differentiated.
+    """
     model = decoder()
     row = replace(ALGORITHMS["dapo"], correction=CORRECTIONS[name])
     if name == "geometric_mask":
@@ -63,7 +84,9 @@ def test_one_pass_corrects_as_a_forward_beforehand_does(name):
 
 
 def test_several_updates_are_corrected_by_the_weights_before_the_first():
-    """Wrong implementations: a forward where nothing needs it; one per minibatch, under moved weights; the recorded log-prob lost."""
+    """Wrong implementations: a forward where nothing needs it; one per minibatch, under moved weights; the
+    recorded log-prob lost.
+    """
     model, asked = decoder(), []
     row = replace(ALGORITHMS["dapo"], correction=CORRECTIONS["sequence_mask"])
 
@@ -83,14 +106,18 @@ def test_several_updates_are_corrected_by_the_weights_before_the_first():
         s = torch.where(live, batch.old_logp - batch.sampler_logp, 0)
         for a, b in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
             w = s[a:b].sum().exp().item()
-            assert batch.correction[a:b][live[a:b]].tolist() == pytest.approx([w if w <= 3 else 0.0] * int(live[a:b].sum()), rel=1e-5)
+            assert batch.correction[a:b][live[a:b]].tolist() == pytest.approx(
+                [w if w <= 3 else 0.0] * int(live[a:b].sum()), rel=1e-5
+            )
     single = on_policy(model, row)
     single.trainer = trainer
     assert single.collect(0, 0).batches[0].correction is None and asked == [12]
 
 
 def test_staleness_is_reported(monkeypatch):
-    """Wrong implementations: prompt tokens (version -1) counted; the version of the call instead of the token's."""
+    """Wrong implementations: prompt tokens (version -1) counted; the version of the call instead of the
+    token's.
+    """
     real = Sampler.generate
 
     def generate(self, *args, **kwargs):
@@ -101,23 +128,36 @@ def test_staleness_is_reported(monkeypatch):
 
     monkeypatch.setattr(Sampler, "generate", generate)
     m = on_policy(decoder(), ALGORITHMS["grpo"]).collect(0, 17).metrics
-    assert m["sampler/staleness_max"] == 3 and m["sampler/staleness_mean"] == pytest.approx(15 / m["rollout/tokens"])
+    assert m["sampler/staleness_max"] == 3 and m["sampler/staleness_mean"] == pytest.approx(
+        15 / m["rollout/tokens"]
+    )
 
 
 # --- dynamic sampling ---------------------------------------------------------------------------------
 def test_rounds_never_share_a_number():
-    """Wrong implementations: rounds that continue into the next step's prompts; a step whose numbers depend on the rounds before."""
+    """Wrong implementations: rounds that continue into the next step's prompts; a step whose numbers depend
+    on the rounds before.
+    """
     for refill in (0, 1, 3):
         blocks = [block(step, turn, refill) for step in range(5) for turn in range(1 + refill)]
         assert blocks == list(range(5 * (1 + refill)))
     assert [further(*x) for x in ((4, 8, 8), (0, 8, 8), (7, 8, 8), (6, 16, 8))] == [8, 8, 2, 6]
     assert keep([False, True, True, False, True], 2) == [1, 2] and keep([True], 3) == [0]
     nan = math.nan
-    assert spread(torch.tensor([1.0, 1, 1, 2, nan, nan, nan, 3, 3, nan, 0, 1]), 2).tolist() == [False, True, False, False, False, True]
+    assert spread(torch.tensor([1.0, 1, 1, 2, nan, nan, nan, 3, 3, nan, 0, 1]), 2).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def numbered(model: Any, scores: Any, **options: Any) -> tuple[Any, list[tuple[int, int]]]:
-    """A source whose rewards follow the number of the call and the prompt: and what its sampler was asked for."""
+    """A source whose rewards follow the number of the call and the prompt: and what its sampler was asked
+    for.
+    """
     source, calls = on_policy(model, ALGORITHMS["dapo"], **options), []
     real = source.sampler.generate
 
@@ -126,65 +166,103 @@ def numbered(model: Any, scores: Any, **options: Any) -> tuple[Any, list[tuple[i
         return real(prompts, params, sequence_offset=sequence_offset, weight_version=weight_version)
 
     source.sampler.generate = generate
-    source.score = lambda p, *rest: Scored([scores(len(calls) - 1, i // GROUP, i % GROUP) for i in range(len(p))])
+    source.score = lambda p, *rest: Scored(
+        [scores(len(calls) - 1, i // GROUP, i % GROUP) for i in range(len(p))]
+    )
     return source, calls
 
 
 def test_flat_groups_are_replaced_until_the_batch_is_full():
-    """Wrong implementations: samples of one number twice; the denominator of all that was drawn; surplus groups trained on; rewards
-    reported of the kept groups only, which no policy ever had."""
+    """Wrong implementations: samples of one number twice; the denominator of all that was drawn; surplus
+    groups trained on; rewards reported of the kept groups only, which no policy ever had.
+    """
     flat = {(0, 0), (0, 2), (1, 0)}  # (round, group) without spread
-    source, calls = numbered(decoder(), lambda turn, g, i: float(i % 2) if (turn, g) not in flat else 1.0, refill=2)
+    source, calls = numbered(
+        decoder(), lambda turn, g, i: float(i % 2) if (turn, g) not in flat else 1.0, refill=2
+    )
     step = source.collect(5, 0)
     first = 5 * 3 * 3 * GROUP  # three blocks of three prompts a step
     assert calls == [(first, 3), (first + 3 * GROUP, 3)]
     batch = step.batches[0]
     assert len(batch) == 3 * GROUP and batch.weight[batch.mask].sum().item() == pytest.approx(1)
     assert step.metrics["refill/groups"] == 6 and step.metrics["refill/kept"] == 3
-    assert step.metrics["frac_reward_zero_std"] == 0.5 and step.metrics["reward"] == pytest.approx((3 * 1.0 + 3 * 0.5) / 6)
+    assert step.metrics["frac_reward_zero_std"] == 0.5 and step.metrics["reward"] == pytest.approx(
+        (3 * 1.0 + 3 * 0.5) / 6
+    )
     wanted = [order(3, 2, 45, 3)[1], *order(3, 2, 48, 3)[1:]]
     starts = batch.cu_seqlens[:-1].tolist()[::GROUP]
-    assert [batch.tokens[a : a + len(PROMPTS[i])].tolist() for a, i in zip(starts, wanted, strict=True)] == [PROMPTS[i] for i in wanted]
-    again = numbered(decoder(), lambda turn, g, i: float(i % 2) if (turn, g) not in flat else 1.0, refill=2)[0].collect(5, 0)
+    assert [batch.tokens[a : a + len(PROMPTS[i])].tolist() for a, i in zip(starts, wanted, strict=True)] == [
+        PROMPTS[i] for i in wanted
+    ]
+    again = numbered(decoder(), lambda turn, g, i: float(i % 2) if (turn, g) not in flat else 1.0, refill=2)[
+        0
+    ].collect(5, 0)
     assert torch.equal(again.batches[0].tokens, batch.tokens)
 
 
 def test_refilling_ends():
-    """Wrong implementations: a loop that a solved task never leaves; a batch of nothing that is an error; fewer groups refused."""
+    """Wrong implementations: a loop that a solved task never leaves; a batch of nothing that is an error;
+    fewer groups refused.
+    """
     source, calls = numbered(decoder(), lambda turn, g, i: 1.0, refill=2)
     step = source.collect(0, 0)
     assert len(calls) == 3 and len(step.batches[0]) == 0 and step.metrics["refill/kept"] == 0
     assert learner(decoder(), ALGORITHMS["dapo"]).update(step.batches[0], 0)["num_tokens"] == 0
-    source, calls = numbered(decoder(), lambda turn, g, i: float(i) if (turn, g) == (1, 1) else 0.0, refill=1, minibatches=2)
+    source, calls = numbered(
+        decoder(), lambda turn, g, i: float(i) if (turn, g) == (1, 1) else 0.0, refill=1, minibatches=2
+    )
     assert [len(b) for b in source.collect(0, 0).batches] == [GROUP, 0]
 
 
 def test_joined_rollouts_and_scores_are_those_of_one_call():
-    """Wrong implementations: ends that begin at 0 again; prompt numbers twice; a metric lost that only the second call has."""
+    """Wrong implementations: ends that begin at 0 again; prompt numbers twice; a metric lost that only the
+    second call has.
+    """
     model = decoder()
     params = on_policy(model, ALGORITHMS["grpo"]).params
     whole = Sampler(model).generate(PROMPTS, params)
-    parts = [Sampler(model).generate(PROMPTS[:1], params), Sampler(model).generate(PROMPTS[1:], params, sequence_offset=GROUP)]
+    parts = [
+        Sampler(model).generate(PROMPTS[:1], params),
+        Sampler(model).generate(PROMPTS[1:], params, sequence_offset=GROUP),
+    ]
     joined = Rollouts.join(parts)
-    for name in ("tokens", "cu_seqlens", "completion_mask", "prompt_index", "prompt_lengths", "weight_version"):
+    for name in (
+        "tokens",
+        "cu_seqlens",
+        "completion_mask",
+        "prompt_index",
+        "prompt_lengths",
+        "weight_version",
+    ):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     torch.testing.assert_close(joined.logp, whole.logp)
     assert joined.finish_reason == whole.finish_reason and joined.text is None
     one = Scored([1.0], {"a": [2.0]}, [], {"x": ["y"]}, {"f": (0.5, [2.0])})
     two = Scored([3.0, math.nan], {"b": [4.0, 5.0]}, ["m", ""], {}, {"f": (0.5, [6.0, math.nan])})
     got = Scored.join([one, two])
-    assert str(got.reward) == "[1.0, 3.0, nan]" and str(got.parts) == "{'a': [2.0, nan, nan], 'b': [nan, 4.0, 5.0]}"
-    assert got.message == ["", "m", ""] and got.extra == {"x": ["y", None, None]} and str(got.each) == "{'f': (0.5, [2.0, 6.0, nan])}"
+    assert (
+        str(got.reward) == "[1.0, 3.0, nan]"
+        and str(got.parts) == "{'a': [2.0, nan, nan], 'b': [nan, 4.0, 5.0]}"
+    )
+    assert (
+        got.message == ["", "m", ""]
+        and got.extra == {"x": ["y", None, None]}
+        and str(got.each) == "{'f': (0.5, [2.0, 6.0, nan])}"
+    )
 
 
 # --- length, and several rewards ----------------------------------------------------------------------
 def test_soft_overlong():
-    """DAPO's golden values; wrong implementations: a punishment that goes on falling, a sign, an interval off by one."""
+    """DAPO's golden values; wrong implementations: a punishment that goes on falling, a sign, an interval off
+    by one.
+    """
     assert soft_overlong([10, 16, 17, 18, 20, 21], 20, 4) == [0, 0, -0.25, -0.5, -1, -1]
 
 
 def test_overlong_completions():
-    """Wrong implementations: shaping after the advantage; cut completions in the denominators; a mask over the wrong samples."""
+    """Wrong implementations: shaping after the advantage; cut completions in the denominators; a mask over
+    the wrong samples.
+    """
     plain, shaped, filtered = (
         on_policy(decoder(eos_token_id=[3, 4, 5]), ALGORITHMS["dapo"], scores=range(12), **options)
         for options in ({}, {"overlong_buffer": 4}, {"overlong_filter": True})
@@ -203,7 +281,9 @@ def test_overlong_completions():
 
 
 def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
-    """Wrong implementations: weights that only the log sees; two rewards of which one is used; the verifier's value among them."""
+    """Wrong implementations: weights that only the log sees; two rewards of which one is used; the verifier's
+    value among them.
+    """
 
     def first(completions, **columns):
         return [float(i % 4) for i in range(len(completions))]
@@ -213,7 +293,10 @@ def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
 
     texts = [str(i) for i in range(12)]
     scored = Scorer(None, [first, second], [1.0, 0.5])(texts, texts, [[1]] * 12, [{}] * 12)
-    assert scored.reward[:4] == [0, 51, 2, 53] and {k: w for k, (w, _) in scored.each.items()} == {"first": 1.0, "second": 0.5}
+    assert scored.reward[:4] == [0, 51, 2, 53] and {k: w for k, (w, _) in scored.each.items()} == {
+        "first": 1.0,
+        "second": 0.5,
+    }
     assert scored == score([first, second], texts, texts, [[1]] * 12, [{}] * 12, weights=[1.0, 0.5])
     found = {}
     for how in ("sum_then_normalize", "normalize_then_sum"):
@@ -237,7 +320,9 @@ def _z(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_process_without_prompts_has_no_advantages():
-    """Wrong implementation: the rewards of the others read by this process's own functions, of which it called none."""
+    """Wrong implementation: the rewards of the others read by this process's own functions, of which it
+    called none.
+    """
 
     class Other(World):
         def _reduce(self, values, op):
@@ -255,8 +340,16 @@ def test_a_process_without_prompts_has_no_advantages():
     ("changes", "name", "message"),
     [
         ({"refill": -1}, "grpo", "--refill: expected a number of rounds of 0 or more, got -1"),
-        ({"refill": 1, "group": 1}, "reinforce++", "--refill: expected 0 with --group 1, whose groups never have two rewards, got 1"),
-        ({"overlong_buffer": 300}, "grpo", r"--overlong-buffer: expected 0 to --max-new-tokens \(256\), got 300"),
+        (
+            {"refill": 1, "group": 1},
+            "reinforce++",
+            "--refill: expected 0 with --group 1, whose groups never have two rewards, got 1",
+        ),
+        (
+            {"overlong_buffer": 300},
+            "grpo",
+            r"--overlong-buffer: expected 0 to --max-new-tokens \(256\), got 300",
+        ),
         ({"group": 1}, "reinforce++_baseline", "--group: expected at least 2"),
     ],
 )
@@ -270,14 +363,28 @@ def test_a_run_with_everything(tmp_path, monkeypatch):
     """Every option of the family in one run, twice.  Wrong implementation: one that the run does not hand on."""
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
     options = {
-        "steps": 2, "algorithm": "dapo", "correction": "sequence_truncate", "minibatches": 2, "refill": 1, "overlong_buffer": 2,
-        "off_policy_mask_threshold": 0.5, "semantics": "verl", "delta": 5.0,
-    }  # fmt: skip
+        "steps": 2,
+        "algorithm": "dapo",
+        "correction": "sequence_truncate",
+        "minibatches": 2,
+        "refill": 1,
+        "overlong_buffer": 2,
+        "off_policy_mask_threshold": 0.5,
+        "semantics": "verl",
+        "delta": 5.0,
+    }
     for name in ("a", "b"):
         fastrl.trainer.train(grpo(tmp_path, name, **options))
     rows = lines(tmp_path / "a")
     assert rows == lines(tmp_path / "b")
     last = rows[-2]
-    assert last["sampling/sampling_logp_difference/max"] < 1e-5 and last["sampler/kl"] < 1e-10 and last["sampler/ess"] > 1 - 1e-9
-    assert last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4) and last["refill/groups"] >= 4
+    assert (
+        last["sampling/sampling_logp_difference/max"] < 1e-5
+        and last["sampler/kl"] < 1e-10
+        and last["sampler/ess"] > 1 - 1e-9
+    )
+    assert (
+        last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
+        and last["refill/groups"] >= 4
+    )
     assert last["rewards/overlong/mean"] <= 0 and last["sampler/staleness_max"] == 0

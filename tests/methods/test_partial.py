@@ -1,4 +1,6 @@
-"""Partial rollouts: what a step leaves unfinished is finished by the next, once, and trained on whole groups at a time."""
+"""Partial rollouts: what a step leaves unfinished is finished by the next, once, and trained on whole groups
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ def source(**changes: object) -> OnPolicy:
 
 
 def test_every_completion_is_trained_on_once_and_whole():
-    """Wrong implementations: a group trained on before its last completion ends; the part drawn earlier lost, or drawn again; a
-    completion lost; log-probs of the first part replaced by new ones."""
+    """Wrong implementations: a group trained on before its last completion ends; the part drawn earlier lost,
+    or drawn again; a completion lost; log-probs of the first part replaced by new ones.
+    """
     carrying, waiting = source(), source(tail="finish")
     drawn, versions = [], Counter()
     sizes = []
@@ -31,12 +34,16 @@ def test_every_completion_is_trained_on_once_and_whole():
         draw = carrying._draw(step, 0, 3, version=step)
         sizes.append(len(draw.rollouts) // GROUP)
         drawn += list(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
-        assert all(r in ("stop", "length") for r in draw.rollouts.finish_reason) and draw.places == list(range(sizes[-1]))
+        assert all(r in ("stop", "length") for r in draw.rollouts.finish_reason) and draw.places == list(
+            range(sizes[-1])
+        )
         for row in draw.rollouts.weight_version.split(draw.rollouts.cu_seqlens.diff().tolist()):
             seen = row[row >= 0]
             assert (seen.diff() >= 0).all()
             versions[len(seen.unique())] += 1
-        assert [c["id"] for _, c in draw.items] == [draw.items[i - i % GROUP][1]["id"] for i in range(len(draw.items))]
+        assert [c["id"] for _, c in draw.items] == [
+            draw.items[i - i % GROUP][1]["id"] for i in range(len(draw.items))
+        ]
     assert len(set(sizes)) > 1 and versions[2] > 3, "groups were held back, and finished by later weights"
     held = {s for h in carrying.carry.held for s in h.rollouts.sequence.tolist()}
     assert sorted([s for s, _ in drawn] + sorted(held)) == list(range(5 * 3 * GROUP))
@@ -44,7 +51,9 @@ def test_every_completion_is_trained_on_once_and_whole():
     for step in range(5):
         draw = waiting._draw(step, 0, 3, version=step)
         whole |= dict(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
-    assert dict(drawn) == {s: whole[s] for s, _ in drawn}, "the weights did not change, so neither did what was drawn"
+    assert dict(drawn) == {s: whole[s] for s, _ in drawn}, (
+        "the weights did not change, so neither did what was drawn"
+    )
 
 
 def test_a_step_in_which_no_group_ends_is_empty():
@@ -62,8 +71,20 @@ def test_what_is_held_survives_a_checkpoint():
     assert kept.held
     again.load_state(kept.state(), None, torch.device("cpu"))
     for a, b in zip(kept.held, again.held, strict=True):
-        assert a.item == b.item and a.rollouts.finish_reason == b.rollouts.finish_reason and a.unfinished == b.unfinished
-        for name in ("tokens", "cu_seqlens", "completion_mask", "logp", "entropy", "weight_version", "sequence"):
+        assert (
+            a.item == b.item
+            and a.rollouts.finish_reason == b.rollouts.finish_reason
+            and a.unfinished == b.unfinished
+        )
+        for name in (
+            "tokens",
+            "cu_seqlens",
+            "completion_mask",
+            "logp",
+            "entropy",
+            "weight_version",
+            "sequence",
+        ):
             assert torch.equal(getattr(a.rollouts, name), getattr(b.rollouts, name)), name
     empty = Carry(GROUP)
     empty.load_state({}, None, torch.device("cpu"))
@@ -72,7 +93,10 @@ def test_what_is_held_survives_a_checkpoint():
 
 def test_what_does_not_go_with_it_is_refused():
     config = Grpo(model="", tail="carry", refill=1)
-    with pytest.raises(UserError, match="--tail: expected finish or cut with --refill, which fills the batch anyway, got carry"):
+    with pytest.raises(
+        UserError,
+        match="--tail: expected finish or cut with --refill, which fills the batch anyway, got carry",
+    ):
         check_rollouts(config, ALGORITHMS["grpo"])
     with pytest.raises(UserError, match="--tail: expected finish or cut with several processes, got carry"):
         check_rollouts(Grpo(model="", tail="carry"), ALGORITHMS["grpo"], processes=2)

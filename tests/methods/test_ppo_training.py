@@ -1,4 +1,6 @@
-"""Policy and critic in training: batches with values, gradients of both, splits, checkpoints, and that it learns."""
+"""Policy and critic in training: batches with values, gradients of both, splits, checkpoints, and that it
+learns.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def hidden_of(model, batch) -> torch.Tensor:
 
 def parts(made):
     """The critic's own hidden states and its head."""
-    return (made.model, made.head) if made.critic is None else (made.critic.model.body, made.critic.model.head)
+    return (
+        (made.model, made.head) if made.critic is None else (made.critic.model.body, made.critic.model.head)
+    )
 
 
 def values(made, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,8 +63,10 @@ def values(made, batch) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("bootstrap", [False, True])
 @pytest.mark.parametrize("critic", KINDS)
 def test_the_batch_is_that_of_the_equations(critic, bootstrap):
-    """Wrong implementations: a value read after its token; the value of the last token for that of the last state; the penalty, or the
-    bootstrap, of completions that ended; a bootstrap in what is reported as reward; KL of the trained policy."""
+    """Wrong implementations: a value read after its token; the value of the last token for that of the last
+    state; the penalty, or the bootstrap, of completions that ended; a bootstrap in what is reported as
+    reward; KL of the trained policy.
+    """
     made = learner(decoder(eos_token_id=[3, 4, 5]), row(critic=critic, gamma=0.9, reward_kl_coef=0.1), 20)
     it = source(made, scores=range(12), bootstrap=bootstrap, missing_eos_penalty=0.75)
     step = it.collect(0, 0)
@@ -78,10 +84,16 @@ def test_the_batch_is_that_of_the_equations(critic, bootstrap):
     told = reward.sum(1).mean().item()
     reward[torch.arange(12), final] += 0.9 * last * cut * bootstrap
     A, R = restated.gae(reward, before, mask, 0.9, 0.95)
-    for ours, theirs in ((batch.value, torch.where(mask, before, 0)), (batch.returns, R), (batch.advantage, restated.whitened(A, mask))):
+    for ours, theirs in (
+        (batch.value, torch.where(mask, before, 0)),
+        (batch.returns, R),
+        (batch.advantage, restated.whitened(A, mask)),
+    ):
         torch.testing.assert_close(pad(ours, cu), theirs.detach(), rtol=1e-4, atol=1e-5)
     m = step.metrics
-    assert m["objective/scores"] == pytest.approx(score.mean().item()) and m["objective/rlhf_reward"] == pytest.approx(told, rel=1e-4)
+    assert m["objective/scores"] == pytest.approx(score.mean().item()) and m[
+        "objective/rlhf_reward"
+    ] == pytest.approx(told, rel=1e-4)
     assert m["objective/kl"] == pytest.approx(torch.where(mask, e, 0).sum(1).mean().item(), rel=1e-4)
     returns, gap = R[mask], (R - before)[mask].detach()
     assert m["critic/vf_explained_var"] == pytest.approx(1 - (gap.var() / returns.var()).item(), rel=1e-3)
@@ -90,7 +102,9 @@ def test_the_batch_is_that_of_the_equations(critic, bootstrap):
 
 
 def test_a_completion_without_a_reward_leaves_the_loss():
-    """Wrong implementations: 0 for it, which the critic would learn; NaN that whitening spreads; its tokens in the denominators."""
+    """Wrong implementations: 0 for it, which the critic would learn; NaN that whitening spreads; its tokens
+    in the denominators.
+    """
     made = learner(decoder(), row())
     scores = [math.nan if i % 4 == 1 else float(i % 3) for i in range(12)]
     batch = batch_of(made, scores=scores)
@@ -100,7 +114,9 @@ def test_a_completion_without_a_reward_leaves_the_loss():
 
 
 def test_samples_without_advantage_teach_the_critic():
-    """Wrong implementation: the family's rule, that a sample of zero advantage is left out, looked up at its first token."""
+    """Wrong implementation: the family's rule, that a sample of zero advantage is left out, looked up at its
+    first token.
+    """
     batch = batch_of(learner(decoder(), row(whiten=False)), scores=[0.0] * 12)
     assert len(batch) == 12
     m = learner(decoder(), row(whiten=False)).update(batch, 0)
@@ -108,7 +124,9 @@ def test_samples_without_advantage_teach_the_critic():
 
 
 def test_the_coefficient_moves_after_the_batch_it_was_seen_on():
-    """Wrong implementations: the batch's own KL in its own coefficient; a coefficient that the loss never sees; lost on resuming."""
+    """Wrong implementations: the batch's own KL in its own coefficient; a coefficient that the loss never
+    sees; lost on resuming.
+    """
     made = learner(decoder(), row(kl="k2", kl_coef=0.2))
     it = source(made, kl_target=0.5, kl_horizon=120)
     first = it.collect(0, 0)
@@ -117,14 +135,21 @@ def test_the_coefficient_moves_after_the_batch_it_was_seen_on():
     again = source(made, kl_target=0.5, kl_horizon=120)
     again.load_state(it.state())
     for one in (it, again):
-        assert one.collect(1, 1).metrics["objective/kl_coef"] == made.algorithm.kl_coef == pytest.approx(0.2 * (1 + error * 12 / 120))
+        assert (
+            one.collect(1, 1).metrics["objective/kl_coef"]
+            == made.algorithm.kl_coef
+            == pytest.approx(0.2 * (1 + error * 12 / 120))
+        )
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatches):
-    """Some steps end no group: nothing moves, the coefficient too.  The others have the equations' advantages under the critic as it is.
+    """Some steps end no group: nothing moves, the coefficient too.  The others have the equations' advantages
+    under the critic as it is.
 
-    Wrong implementations: a mean of nothing; a critic that steps on its momentum; a group's values from when it was begun."""
+    Wrong implementations: a mean of nothing; a critic that steps on its momentum; a group's values from when
+    it was begun.
+    """
     made = learner(decoder(eos_token_id=[3, 4, 5, 6]), row(reward_kl_coef=0.1), lr=1e-3)
     it = source(made, tail="carry", tail_share=0.8, max_new_tokens=30, minibatches=minibatches, kl_target=0.5)
     sizes = []
@@ -135,12 +160,20 @@ def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatch
         for batch in data.batches if minibatches == 1 and sizes[-1] else ():
             cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()
             value = values(made, batch)[0].detach()
-            torch.testing.assert_close(pad(batch.value, cu), torch.where(mask, value, 0), rtol=1e-4, atol=1e-5)
-            A = restated.gae(pad(batch.returns - batch.value, cu), torch.zeros_like(value), mask, 0.0, 0.0)[0]  # A = return - value
-            torch.testing.assert_close(pad(batch.advantage, cu), restated.whitened(A, mask), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                pad(batch.value, cu), torch.where(mask, value, 0), rtol=1e-4, atol=1e-5
+            )
+            A = restated.gae(pad(batch.returns - batch.value, cu), torch.zeros_like(value), mask, 0.0, 0.0)[
+                0
+            ]  # A = return - value
+            torch.testing.assert_close(
+                pad(batch.advantage, cu), restated.whitened(A, mask), rtol=1e-4, atol=1e-5
+            )
         done = [made.update(batch, step) for batch in data.batches]
         assert all(math.isfinite(x) for m in done for x in m.values())
-        same = all(torch.equal(a, b) for a, b in zip(before, (*made.masters, *made.critic.masters), strict=True))
+        same = all(
+            torch.equal(a, b) for a, b in zip(before, (*made.masters, *made.critic.masters), strict=True)
+        )
         assert same == (sizes[-1] == 0) and (sizes[-1] > 0 or it.coefficient.value == coefficient)
     assert 0 in sizes and max(sizes) > 0
 
@@ -148,9 +181,10 @@ def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatch
 # --- gradients --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("critic", KINDS)
 def test_gradients_are_those_of_the_equations(critic):
-    """Policy and critic against padded float64 autograd through whole logits.  Wrong implementations: hidden states shifted by one; a
-    head of another temperature; c_v inside a critic of its own; a value loss that trains the policy where it should not, or not where
-    it should; ranges around the current value."""
+    """Policy and critic against padded float64 autograd through whole logits.  Wrong implementations: hidden
+    states shifted by one; a head of another temperature; c_v inside a critic of its own; a value loss that
+    trains the policy where it should not, or not where it should; ranges around the current value.
+    """
     of = row(critic=critic, kl="k2", kl_coef=0.05, entropy_coef=0.01, vf_coef=0.3)
     made = learner(decoder(dtype=torch.float64), of, 20)
     batch = batch_of(made)
@@ -163,19 +197,31 @@ def test_gradients_are_those_of_the_equations(critic):
     logps = (hidden @ made.model.head_weight.T / TEMPERATURE).log_softmax(-1)[:, :-1]
     target = pad(batch.tokens, cu).long()[:, 1:]
     logp, keep = logps.gather(2, target[..., None]).squeeze(2), mask[:, 1:]
-    old, A, ref, was, R = (pad(x, cu)[:, 1:] for x in (batch.old_logp, batch.advantage, batch.ref_logp, batch.value, batch.returns))
+    old, A, ref, was, R = (
+        pad(x, cu)[:, 1:]
+        for x in (batch.old_logp, batch.advantage, batch.ref_logp, batch.value, batch.returns)
+    )
     entropy = -(logps.exp() * logps).sum(-1)
-    loss = restated.policy(logp, old, A, keep) + restated.mean(0.05 * 0.5 * (logp - ref) ** 2 - 0.01 * entropy, keep)
-    seen = hidden_of(body, batch) if made.critic is not None else hidden.detach() if critic == "head" else hidden
+    loss = restated.policy(logp, old, A, keep) + restated.mean(
+        0.05 * 0.5 * (logp - ref) ** 2 - 0.01 * entropy, keep
+    )
+    seen = (
+        hidden_of(body, batch) if made.critic is not None else hidden.detach() if critic == "head" else hidden
+    )
     value = (seen @ head.weight + head.bias)[:, :-1]
     vf = restated.critic(value, was, R, keep, 0.2)
     total = loss + vf if made.critic is not None else loss + 0.3 * vf
     (metrics, policy, own) = gradients(made, batch)
-    wanted = [list(made.model.parameters()), list(made.critic.model.parameters() if made.critic else made.head.parameters())]
+    wanted = [
+        list(made.model.parameters()),
+        list(made.critic.model.parameters() if made.critic else made.head.parameters()),
+    ]
     for got, some in zip((policy, own), wanted, strict=True):
         want = torch.autograd.grad(total, some, retain_graph=True, allow_unused=True, materialize_grads=True)
         assert relative(got, torch.cat([g.flatten() for g in want])) < 1e-6  # the batch's columns are float32
-    assert metrics["vf_loss"] == pytest.approx(vf.item(), rel=1e-6) and metrics["policy_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["vf_loss"] == pytest.approx(vf.item(), rel=1e-6) and metrics[
+        "policy_loss"
+    ] == pytest.approx(loss.item(), rel=1e-5)
     held = torch.maximum(torch.minimum(value, was + 0.2), was - 0.2)
     clipped = ((held - R) ** 2 > (value - R) ** 2)[keep].double().mean().item()
     assert clipped > 0 and metrics["vf_clipfrac"] == pytest.approx(clipped)
@@ -200,10 +246,16 @@ def test_splits_and_order_change_nothing(critic):
 
 
 def test_kl_in_the_reward_is_k2_in_the_loss_at_the_first_step():
-    """Where no reward flows back (gamma = 0) beta k1 in the reward and beta k2 in the loss have one gradient.  Wrong implementations:
-    the sign; KL that the whitening or the critic takes out again; the KL in both places; k1 in the loss, whose gradient is another."""
+    """Where no reward flows back (gamma = 0) beta k1 in the reward and beta k2 in the loss have one gradient.
+    Wrong implementations: the sign; KL that the whitening or the critic takes out again; the KL in both
+    places; k1 in the loss, whose gradient is another.
+    """
     found = {}
-    for name, changes in {"reward": {"reward_kl_coef": 0.3}, "loss": {"kl": "k2", "kl_coef": 0.3}, "none": {}}.items():
+    for name, changes in {
+        "reward": {"reward_kl_coef": 0.3},
+        "loss": {"kl": "k2", "kl_coef": 0.3},
+        "none": {},
+    }.items():
         made = learner(decoder(), row(gamma=0.0, lam=0.0, whiten=False, **changes))
         found[name] = gradients(made, batch_of(made))[1]
     assert relative(found["reward"], found["loss"]) < 1e-5
@@ -216,7 +268,12 @@ def test_first_update_is_on_policy():
     batches = source(made, **SPLIT).collect(0, 0).batches
     assert len(batches) == 4
     m = gradients(made, batches[0])[0]
-    assert m["ratio_max"] == pytest.approx(1, abs=1e-4) and m["clip_region"] == 0 and m["approx_kl"] < 1e-8 and m["vf_clipfrac"] == 0
+    assert (
+        m["ratio_max"] == pytest.approx(1, abs=1e-4)
+        and m["clip_region"] == 0
+        and m["approx_kl"] < 1e-8
+        and m["vf_clipfrac"] == 0
+    )
     live = torch.cat([b.advantage[b.mask] for b in batches[:2]]).double()
     assert live.mean().abs() < 1e-6 and live.var().item() == pytest.approx(1, rel=1e-5)
     assert abs(batches[0].advantage[batches[0].mask].mean()) > 1e-3, "one minibatch alone is not white"
@@ -224,7 +281,9 @@ def test_first_update_is_on_policy():
 
 # --- two optimizers ---------------------------------------------------------------------------------
 def test_a_separate_critic_has_its_own_step():
-    """Wrong implementations: weights that are the policy's own; one norm clipped over both, so that a wrong critic slows the policy."""
+    """Wrong implementations: weights that are the policy's own; one norm clipped over both, so that a wrong
+    critic slows the policy.
+    """
     ends = []
     for scale in (1.0, 100.0):
         made = learner(decoder(), row(critic_lr=0.1), lr=1e-3, clip=0.1)
@@ -234,7 +293,9 @@ def test_a_separate_critic_has_its_own_step():
         assert all(torch.equal(a, b) for a, b in zip(start, made.model.parameters(), strict=True))
         m = made.update(batch, 0)
         assert m["critic_lr"] == 0.1 and m["learning_rate"] == 1e-3 and m["critic_grad_norm"] > 0
-        assert any(not torch.equal(a, b) for a, b in zip(start, made.critic.model.body.parameters(), strict=True))
+        assert any(
+            not torch.equal(a, b) for a, b in zip(start, made.critic.model.body.parameters(), strict=True)
+        )
         ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
     assert torch.equal(*ends)
 
@@ -254,7 +315,9 @@ def test_a_reward_model_as_critic_has_transformers_values(tmp_path):
     """Wrong implementations: a head dropped or made anew; an lm head asked for; a value at another token."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
-    config = transformers.Qwen2Config(**{k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type")}, num_labels=1)
+    config = transformers.Qwen2Config(
+        **{k: v for k, v in tiny_config().items() if k not in ("architectures", "model_type")}, num_labels=1
+    )
     config.pad_token_id = 0
     theirs = transformers.Qwen2ForSequenceClassification(config).eval()
     theirs.save_pretrained(tmp_path)
@@ -263,8 +326,12 @@ def test_a_reward_model_as_critic_has_transformers_values(tmp_path):
     tokens = torch.tensor([7, 8, 9, 10, 11])
     with torch.no_grad():
         want = [theirs(input_ids=tokens[None, :n]).logits[0, 0] for n in range(1, 6)]
-        torch.testing.assert_close(critic(tokens, torch.tensor([0, 5], dtype=torch.int32)), torch.stack(want), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="--critic-model: expected a vocab_size of at least the policy's 70, got 61"):
+        torch.testing.assert_close(
+            critic(tokens, torch.tensor([0, 5], dtype=torch.int32)), torch.stack(want), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(
+        UserError, match="--critic-model: expected a vocab_size of at least the policy's 70, got 61"
+    ):
         Critic.load(str(tmp_path), Decoder.from_config(tiny_config(vocab_size=70), seed=0))
 
 
@@ -281,14 +348,22 @@ def test_any_language_model_as_critic(tmp_path):
     "changes",
     [
         {"kl_target": 1.0, "critic_lr": 1e-2, "kl_horizon": 20, **SPLIT},
-        {"critic": "shared", "kl_in": "loss", "kl_target": 1.0, "kl_horizon": 40, "group": 2, "dtype": "bfloat16"},
+        {
+            "critic": "shared",
+            "kl_in": "loss",
+            "kl_target": 1.0,
+            "kl_horizon": 40,
+            "group": 2,
+            "dtype": "bfloat16",
+        },
         {"dtype": "bfloat16", "kl_coef": 0.0, "bootstrap": True},
     ],
     ids=["separate-adaptive", "shared-bfloat16-loss", "separate-bfloat16"],
 )
 def test_four_steps_are_two_and_two(changes, tmp_path, monkeypatch, no_report):
-    """Wrong implementations: a critic, its moments or its masters that begin again, or are copied from the resumed policy; the
-    coefficient; a critic in the policy's folder."""
+    """Wrong implementations: a critic, its moments or its masters that begin again, or are copied from the
+    resumed policy; the coefficient; a critic in the policy's folder.
+    """
     straight, resumed = straight_and_resumed(monkeypatch, ppo, tmp_path, 2, steps=4, **changes, eval=Eval())
     assert_same_run(straight.output_dir, resumed.output_dir, 4)
     saved = state(Path(resumed.output_dir, "checkpoints/step_4"))
@@ -302,23 +377,52 @@ def test_a_checkpoint_of_another_critic_is_refused():
     """Wrong implementations: an error that names a tensor and no option; a head that silently stays at zero."""
     separate, shared = (learner(decoder(), row(critic=kind)) for kind in ("separate", "shared"))
     for one, other in ((separate, shared), (shared, separate)):
-        with pytest.raises(UserError, match=f"--critic: expected {one.algorithm.critic}'s .* resume with the --critic that the run began"):
+        with pytest.raises(
+            UserError,
+            match=f"--critic: expected {one.algorithm.critic}'s .* resume with the --critic that the "
+            "run began",
+        ):
             one.load_state(other.state())
 
 
 def test_a_run_reports_under_the_usual_names(tmp_path, no_report):
-    """Wrong implementations: metrics that the command's table leaves out; a spread of groups of one; panels that nothing fills."""
+    """Wrong implementations: metrics that the command's table leaves out; a spread of groups of one; panels
+    that nothing fills.
+    """
     result = fastrl.trainer.train(ppo(tmp_path, steps=2, minibatches=2, eval=Eval()))
     names = {
-        "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "critic/vf_explained_var", "critic/returns/mean", "critic/values/max",
-        "critic/advantages/min", "objective/kl", "objective/kl_coef", "objective/scores", "objective/rlhf_reward", "kl", "approx_kl",
-        "clip_ratio/region_mean", "ratio/mean", "entropy", "critic/grad_norm", "critic/lr",
-    }  # fmt: skip
-    assert names <= result.metrics.keys() and not {"reward_std", "frac_reward_zero_std"} & result.metrics.keys()
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/clipfrac_avg",
+        "critic/vf_explained_var",
+        "critic/returns/mean",
+        "critic/values/max",
+        "critic/advantages/min",
+        "objective/kl",
+        "objective/kl_coef",
+        "objective/scores",
+        "objective/rlhf_reward",
+        "kl",
+        "approx_kl",
+        "clip_ratio/region_mean",
+        "ratio/mean",
+        "entropy",
+        "critic/grad_norm",
+        "critic/lr",
+    }
+    assert (
+        names <= result.metrics.keys() and not {"reward_std", "frac_reward_zero_std"} & result.metrics.keys()
+    )
     first = next(x for x in lines(tmp_path / "run") if "loss/value_avg" in x)
     assert first["kl"] == pytest.approx(0, abs=1e-9) and first["objective/kl"] == pytest.approx(0, abs=1e-5)
     panels = {p.title: set(p.keys.values()) for p in PANELS}
-    for title in ("Value loss", "Explained variance", "Returns and values", "KL to the reference", "Clip fraction"):
+    for title in (
+        "Value loss",
+        "Explained variance",
+        "Returns and values",
+        "KL to the reference",
+        "Clip fraction",
+    ):
         assert panels[title] <= result.metrics.keys(), title
     assert checkpoint.load(tmp_path / "run/checkpoints/step_2")[1]["command"] == "ppo"
 
@@ -326,16 +430,28 @@ def test_a_run_reports_under_the_usual_names(tmp_path, no_report):
 # --- learning ---------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_ppo_raises_the_reward_of_the_card_game(tmp_path, no_report):
-    """From one SFT start.  Wrong implementations: any sign, shift or mask that leaves a loss going down and the policy no better."""
+    """From one SFT start.  Wrong implementations: any sign, shift or mask that leaves a loss going down and
+    the policy no better.
+    """
     fixed = {"task": "cards", "task_options": ("k=2", "rules=b"), "threads": 1, "eval": Eval()}
     optim = Optim(lr=4e-3, schedule="linear", warmup=10, weight_decay=0.01)
     model = str(demo.RECIPES / "cards.config.json")
     sft = Sft(**fixed, model=model, steps=100, prompts=128, optim=optim, output_dir=str(tmp_path / "sft"))
     start = str(fastrl.trainer.train(sft).checkpoint)
     config = Ppo(
-        **fixed, model=start, steps=50, prompts=64, group=8, minibatches=4, max_new_tokens=16, kl_coef=0.0, lam=1.0, critic_lr=1e-3,
-        optim=Optim(lr=5e-4, warmup=3), output_dir=str(tmp_path / "ppo"),
-    )  # fmt: skip
+        **fixed,
+        model=start,
+        steps=50,
+        prompts=64,
+        group=8,
+        minibatches=4,
+        max_new_tokens=16,
+        kl_coef=0.0,
+        lam=1.0,
+        critic_lr=1e-3,
+        optim=Optim(lr=5e-4, warmup=3),
+        output_dir=str(tmp_path / "ppo"),
+    )
     fastrl.trainer.train(config)
     rows = lines(tmp_path / "ppo")
     first, last = (sum(r["reward"] for r in some) / 10 for some in (rows[:10], rows[-10:]))

@@ -1,4 +1,6 @@
-"""From what the user named to what is trained on: every line is checked before the first step, and named when it is wrong."""
+"""From what the user named to what is trained on: every line is checked before the first step, and named when
+it is wrong.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,14 @@ def test_a_tasks_demonstrations_end_in_eos_and_train_the_completion():
 
 def test_a_datasets_demonstrations(tmp_path):
     data = write(tmp_path / "d.jsonl", {"question": "7+", "answer": "3"}, {"question": "K", "answer": "44"})
-    items, size, longest = learn(Sft(model="m", dataset=data, columns=("question=prompt", "answer=completion"), max_tokens=20))
-    assert (size, longest) == (2, 20) and [tokenizer().decode(s.tokens) for s in items([1, 0, 1])] == ["K44<eos>", "7+3<eos>", "K44<eos>"]
+    items, size, longest = learn(
+        Sft(model="m", dataset=data, columns=("question=prompt", "answer=completion"), max_tokens=20)
+    )
+    assert (size, longest) == (2, 20) and [tokenizer().decode(s.tokens) for s in items([1, 0, 1])] == [
+        "K44<eos>",
+        "7+3<eos>",
+        "K44<eos>",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +93,22 @@ def test_a_datasets_demonstrations(tmp_path):
             {},
             r"d.jsonl:2: 51 tokens \(30 of the prompt, 21 of the completion\), but a sequence may have 48",
         ),
-        ({"prompt": "7", "completion": "7" * 8}, {"max_tokens": 9}, r"d.jsonl:2: 10 tokens .*, but a sequence may have 9; .* --max-tokens"),
+        (
+            {"prompt": "7", "completion": "7" * 8},
+            {"max_tokens": 9},
+            r"d.jsonl:2: 10 tokens .*, but a sequence may have 9; .* --max-tokens",
+        ),
         (
             {"prompt": "7", "completion": "7" * 8},
             {"micro_tokens": 9},
             r"d.jsonl:2: a sequence of up to 10 tokens .*; raise --micro-tokens \(9\) to at least 10",
         ),
         ("{not json", {}, r"d.jsonl:2: expected a JSON object"),
-        ({"prompt": "hello", "completion": "7"}, {}, r"d.jsonl:2: the tokenizer has no tokens for part of 'hello'"),
+        (
+            {"prompt": "hello", "completion": "7"},
+            {},
+            r"d.jsonl:2: the tokenizer has no tokens for part of 'hello'",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_trained_on_is_named_before_training(tmp_path, row, changes, message):
@@ -107,7 +123,9 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     data = write(tmp_path / "d.jsonl", {"prompt": "7", "completion": "|"})
     (token,) = tokenizer().encode("|")
     with pytest.raises(
-        UserError, match=rf"d.jsonl:1: .* token {token}, but the model's vocabulary has {token}; they do not belong together"
+        UserError,
+        match=rf"d.jsonl:1: .* token {token}, but the model's vocabulary has {token}; "
+        r"they do not belong together",
     ):
         learn(Sft(model="m", dataset=data), vocabulary=token)
     with pytest.raises(UserError, match=r"cards train\[0\]: .* they do not belong together"):
@@ -121,7 +139,10 @@ def test_nothing_to_train_on():
         def example(self, split: str, index: int) -> Example:
             return Example(prompt="7")
 
-    with pytest.raises(UserError, match="--dataset or --task: expected one of them, to have demonstrations to train on; got neither"):
+    with pytest.raises(
+        UserError,
+        match="--dataset or --task: expected one of them, to have demonstrations to train on; got neither",
+    ):
         learn(Sft(model="m"))
     with pytest.raises(UserError, match="--task: cards has no demonstrations; give a --dataset"):
         learn(Sft(model="m"), Silent())
@@ -133,26 +154,56 @@ def test_a_tasks_prompts_come_with_what_the_verifier_needs():
     prompt, size, score = ask(Grpo(model="m"), task)
     text, columns = prompt(3)
     example = task.example("train", 3)
-    assert (text, size, columns["example"], columns["target"]) == (example.prompt, task.size("train"), example, example.fields["target"])
+    assert (text, size, columns["example"], columns["target"]) == (
+        example.prompt,
+        task.size("train"),
+        example,
+        example.fields["target"],
+    )
     done = score([text] * 2, [example.demo, "7"], [[3], [4]], [columns] * 2)
-    assert done.reward == [1.0, 0.0] and done.parts["correct"] == [0.5, 0.5] and "expected" not in done.message[0] and done.message[1]
+    assert (
+        done.reward == [1.0, 0.0]
+        and done.parts["correct"] == [0.5, 0.5]
+        and "expected" not in done.message[0]
+        and done.message[1]
+    )
 
 
 def test_a_datasets_prompts_and_rewards(tmp_path):
-    """Wrong implementations: the reference answer handed to the sampler; columns lost; a missing reward counted as 0."""
+    """Wrong implementations: the reference answer handed to the sampler; columns lost; a missing reward
+    counted as 0.
+    """
     (tmp_path / "r.py").write_text(REWARDS)
-    data = write(tmp_path / "d.jsonl", {"prompt": "7", "completion": "1", "hint": "3"}, {"prompt": "K", "completion": "2", "hint": None})
-    prompt, size, score = ask(Grpo(model="m", dataset=data, reward=(f"{tmp_path}/r.py:length", f"{tmp_path}/r.py:hint")))
+    data = write(
+        tmp_path / "d.jsonl",
+        {"prompt": "7", "completion": "1", "hint": "3"},
+        {"prompt": "K", "completion": "2", "hint": None},
+    )
+    prompt, size, score = ask(
+        Grpo(model="m", dataset=data, reward=(f"{tmp_path}/r.py:length", f"{tmp_path}/r.py:hint"))
+    )
     assert size == 2 and prompt(1) == ("K", {"hint": None})
     done = score(["7", "K"], ["13", "7"], [[1], [2]], [prompt(0)[1], prompt(1)[1]])
-    assert done.reward == [3.0, 1.0] and done.parts["rewards/length/mean"] == [2.0, 1.0] and done.parts["rewards/hint/mean"][0] == 1.0
+    assert (
+        done.reward == [3.0, 1.0]
+        and done.parts["rewards/length/mean"] == [2.0, 1.0]
+        and done.parts["rewards/hint/mean"][0] == 1.0
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"prompt": "7" * 48}, {}, "d.jsonl:2: a prompt of 48 tokens leaves no room for a completion in the model's context of 48"),
-        ({"prompt": "7" * 9}, {"max_tokens": 9}, "d.jsonl:2: a prompt of 9 tokens leaves no room for a completion in --max-tokens of 9"),
+        (
+            {"prompt": "7" * 48},
+            {},
+            "d.jsonl:2: a prompt of 48 tokens leaves no room for a completion in the model's context of 48",
+        ),
+        (
+            {"prompt": "7" * 9},
+            {"max_tokens": 9},
+            "d.jsonl:2: a prompt of 9 tokens leaves no room for a completion in --max-tokens of 9",
+        ),
         (
             {"prompt": "7" * 9},
             {"micro_tokens": 20, "max_new_tokens": 12},
@@ -163,23 +214,43 @@ def test_a_datasets_prompts_and_rewards(tmp_path):
     ],
 )
 def test_a_prompt_that_cannot_be_sampled_from_is_named_before_training(tmp_path, row, changes, message):
-    """Wrong implementations: an error hours later, at the step that draws the prompt; one that says prompts[3]."""
+    """Wrong implementations: an error hours later, at the step that draws the prompt; one that says
+    prompts[3].
+    """
     (tmp_path / "r.py").write_text(REWARDS)
     data = write(tmp_path / "d.jsonl", {"prompt": "7"}, row)
     with pytest.raises(UserError, match=message):
         ask(Grpo(model="m", dataset=data, reward=(f"{tmp_path}/r.py:length",), **changes))
-    assert ask(Grpo(model="m", dataset=write(tmp_path / "e.jsonl", {"prompt": "7" * 47}), reward=(f"{tmp_path}/r.py:length",)))[1] == 1
+    assert (
+        ask(
+            Grpo(
+                model="m",
+                dataset=write(tmp_path / "e.jsonl", {"prompt": "7" * 47}),
+                reward=(f"{tmp_path}/r.py:length",),
+            )
+        )[1]
+        == 1
+    )
 
 
 def test_nothing_to_sample_from(tmp_path):
     data = write(tmp_path / "d.jsonl", {"prompt": "7"})
-    with pytest.raises(UserError, match="--task or --dataset: expected one of them, to have prompts to sample from; got neither"):
+    with pytest.raises(
+        UserError,
+        match="--task or --dataset: expected one of them, to have prompts to sample from; got neither",
+    ):
         ask(Grpo(model="m"))
     with pytest.raises(UserError, match="--reward: expected a reward function for the dataset's prompts"):
         ask(Grpo(model="m", dataset=data))
     (tmp_path / "r.py").write_text(REWARDS)
     with pytest.raises(UserError, match=r"t.jsonl:1: expected a prompt column to sample from, got text"):
-        ask(Grpo(model="m", dataset=write(tmp_path / "t.jsonl", {"text": "7"}), reward=(f"{tmp_path}/r.py:length",)))
+        ask(
+            Grpo(
+                model="m",
+                dataset=write(tmp_path / "t.jsonl", {"text": "7"}),
+                reward=(f"{tmp_path}/r.py:length",),
+            )
+        )
 
 
 # --- scoring ----------------------------------------------------------------------------------------
@@ -191,7 +262,11 @@ def test_the_verifier_is_reported_beside_reward_functions():
     done = Scorer(task, [lambda completions: [7.0, None]])([""] * 2, demos, [[1], [1]], columns)
     assert done.reward[0] == 7.0 and done.reward[1] != done.reward[1]
     assert done.parts["correct"] == [1.0, 1.0] and done.parts["well_formed"] == [1.0, 1.0]
-    assert done.message == [task.verify(c["example"], text).message for c, text in zip(columns, demos, strict=True)] != ["", ""]
+    assert (
+        done.message
+        == [task.verify(c["example"], text).message for c, text in zip(columns, demos, strict=True)]
+        != ["", ""]
+    )
 
 
 def test_a_users_verifier_that_raises_is_named():

@@ -1,4 +1,6 @@
-"""Reward models learn: the card game's right answers from wrong ones, and which of several solutions of a word problem is right."""
+"""Reward models learn: the card game's right answers from wrong ones, and which of several solutions of a
+word problem is right.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,12 @@ def write(path: Path, rows) -> str:
 
 
 CARDS = {
-    "model": "fastrl/recipes/cards.config.json", "prompts": 64, "center": 0.01, "threads": 1,
+    "model": "fastrl/recipes/cards.config.json",
+    "prompts": 64,
+    "center": 0.01,
+    "threads": 1,
     "optim": Optim(lr=3e-3, warmup=5, schedule="linear"),
-}  # fmt: skip
+}
 
 
 def pairs(task: Cards, split: str, count: int) -> Iterator[dict[str, str]]:
@@ -55,13 +60,20 @@ def pairs(task: Cards, split: str, count: int) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_hands_answer_is_told_from_another_hands(tmp_path):
-    """Accuracy above 0.9 on the test split's problems, which are in no training set (0.98 was measured).  Wrong implementations: a score
-    read before the answer's end; pairs turned round; a head that is not trained; a prompt that is not read: both are answers."""
+    """Accuracy above 0.9 on the test split's problems, which are in no training set (0.98 was measured).
+    Wrong implementations: a score read before the answer's end; pairs turned round; a head that is not
+    trained; a prompt that is not read: both are answers.
+    """
     task = Cards(k=3, rules="b", test=0.2)
     task.tokenizer().save_pretrained(tmp_path / "tokenizer")
     data = write(tmp_path / "pairs.jsonl", pairs(task, "train", 8000))
     config = Reward(
-        **CARDS, tokenizer=str(tmp_path / "tokenizer"), dataset=data, steps=120, output_dir=str(tmp_path / "run"), eval=HeldOut(prompts=200)
+        **CARDS,
+        tokenizer=str(tmp_path / "tokenizer"),
+        dataset=data,
+        steps=120,
+        output_dir=str(tmp_path / "run"),
+        eval=HeldOut(prompts=200),
     )
     model = RewardModel.load(trained(config))
     model.tokenizer = task.tokenizer()
@@ -73,7 +85,9 @@ def test_a_hands_answer_is_told_from_another_hands(tmp_path):
 
 @pytest.mark.slow
 def test_the_tasks_own_mistakes_are_told_from_right_answers(tmp_path):
-    """All four kinds, near misses among them: a small decoder from random weights tells them in 150 steps at 0.82 [0.77, 0.87]."""
+    """All four kinds, near misses among them: a small decoder from random weights tells them in 150 steps at
+    0.82 [0.77, 0.87].
+    """
     options = ("k=3", "rules=b", "test=0.2")
     config = Reward(**CARDS, task="cards", task_options=options, steps=150, output_dir=str(tmp_path / "run"))
     trained(config)
@@ -84,15 +98,24 @@ def test_the_tasks_own_mistakes_are_told_from_right_answers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_process_rewards_tell_the_tasks_own_mistakes(tmp_path):
-    """The recipes of the SFT start and of the process reward model, on the test split's problems, all kinds of mistakes mixed: 0.915
-    [0.894, 0.932] was measured on the validation split (cut short 1.00, another card 0.89, another target 0.86, a false step 0.83).
+    """The recipes of the SFT start and of the process reward model, on the test split's problems, all kinds
+    of mistakes mixed: 0.915 [0.894, 0.932] was measured on the validation split (cut short 1.00, another card
+    0.89, another target 0.86, a false step 0.83).
 
-    Wrong implementations: a score that leaves the weakest step out; steps read one token early, where nothing is known yet."""
+    Wrong implementations: a score that leaves the weakest step out; steps read one token early, where nothing
+    is known yet.
+    """
     quiet = {"threads": 1, "eval": Eval(prompts=0)}
     sft = load(Sft, RECIPES / "cards_sft.yaml")
-    start = trained(replace(sft, model=str(RECIPES / "cards.config.json"), output_dir=str(tmp_path / "sft"), **quiet))
+    start = trained(
+        replace(sft, model=str(RECIPES / "cards.config.json"), output_dir=str(tmp_path / "sft"), **quiet)
+    )
     recipe = load(Reward, RECIPES / "cards_process.yaml")
-    end = trained(replace(recipe, model=str(start), output_dir=str(tmp_path / "run"), threads=1, eval=HeldOut(prompts=0)))
+    end = trained(
+        replace(
+            recipe, model=str(start), output_dir=str(tmp_path / "run"), threads=1, eval=HeldOut(prompts=0)
+        )
+    )
     found = reward_margins(end, recipe.task_options, split="test", count=800)
     print({kind: sum(m > 0 for m in some) / len(some) for kind, some in found.items()})
     right = sum(m > 0 for m in found["mixed"])
@@ -102,23 +125,34 @@ def test_process_rewards_tell_the_tasks_own_mistakes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_right_solutions_of_unseen_word_problems_are_above_chance(tmp_path):
-    """Four models' solutions of GSM8K problems, compared within a problem, held out by problem; the 95% interval (over problems) of the
-    accuracy stays above one half (0.61 [0.56, 0.66] was measured).  A small decoder first reads the training set's own solutions.
+    """Four models' solutions of GSM8K problems, compared within a problem, held out by problem; the 95%
+    interval (over problems) of the accuracy stays above one half (0.61 [0.56, 0.66] was measured).  A small
+    decoder first reads the training set's own solutions.
 
-    Wrong implementations: comparisons across problems, which learn how hard a problem is; a split by solution.
+    Wrong implementations: comparisons across problems, which learn how hard a problem is; a split by
+    solution.
     """
     folder = data_file("gsm8k", "model_solutions.jsonl").parent
     data_file("gsm8k", "train.jsonl")
     gsm8k_reward.prepare(folder, tmp_path / "data")
     paths = {"tokenizer": str(tmp_path / "data/tokenizer"), "threads": 1}
     start = replace(
-        load(Sft, RECIPES / "gsm8k_read.yaml"), dataset=str(tmp_path / "data/solutions.jsonl"), output_dir=str(tmp_path / "read"), **paths
+        load(Sft, RECIPES / "gsm8k_read.yaml"),
+        dataset=str(tmp_path / "data/solutions.jsonl"),
+        output_dir=str(tmp_path / "read"),
+        **paths,
     )
     config = replace(
-        load(Reward, RECIPES / "gsm8k_reward.yaml"), model=str(trained(start)), dataset=str(tmp_path / "data/groups.jsonl"),
-        output_dir=str(tmp_path / "run"), **paths,
-    )  # fmt: skip
+        load(Reward, RECIPES / "gsm8k_reward.yaml"),
+        model=str(trained(start)),
+        dataset=str(tmp_path / "data/groups.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        **paths,
+    )
     trained(config)
     last = held_out(config)
-    print(f"accuracy {last['eval/accuracy']:.3f} [{last['eval/accuracy_lo']:.3f}, {last['eval/accuracy_hi']:.3f}], {last}")
+    print(
+        f"accuracy {last['eval/accuracy']:.3f} [{last['eval/accuracy_lo']:.3f}, "
+        f"{last['eval/accuracy_hi']:.3f}], {last}"
+    )
     assert last["eval/accuracy_lo"] > 0.5, last

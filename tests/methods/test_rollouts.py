@@ -1,4 +1,6 @@
-"""Where batches come from: a pure function of the step, in whole groups, with the denominators of the optimizer step."""
+"""Where batches come from: a pure function of the step, in whole groups, with the denominators of the
+optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import BUDGET, DEMONSTRATIONS, GROUP, PROMPTS, SCORES, decoder, demonstrations, make_batch, on_policy
+from runs import (
+    BUDGET,
+    DEMONSTRATIONS,
+    GROUP,
+    PROMPTS,
+    SCORES,
+    decoder,
+    demonstrations,
+    make_batch,
+    on_policy,
+)
 
 from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Grpo, Sampling
@@ -20,7 +32,9 @@ from fastrl.sampler import Sampler
 
 # --- order ------------------------------------------------------------------------------------------
 def test_order_is_an_endless_row_of_permutations():
-    """Wrong implementations: sampling with replacement; every epoch the same; a step that depends on the steps before it."""
+    """Wrong implementations: sampling with replacement; every epoch the same; a step that depends on the
+    steps before it.
+    """
     drawn = order(7, 3, 0, 21)
     epochs = [drawn[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(e) == list(range(7)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
@@ -30,10 +44,14 @@ def test_order_is_an_endless_row_of_permutations():
 
 # --- demonstrations ---------------------------------------------------------------------------------
 def test_demonstrations_are_packed_with_their_masks():
-    """Wrong implementations: loss on the prompt; one weight per sequence instead of one per token of the step."""
+    """Wrong implementations: loss on the prompt; one weight per sequence instead of one per token of the
+    step.
+    """
     batch = demonstrations().collect(4, 0).batches[0]
     rows = [DEMONSTRATIONS[i] for i in order(3, 0, 12, 3)]
-    assert batch.tokens.tolist() == [t for r in rows for t in r.tokens] and batch.mask.tolist() == [m for r in rows for m in r.mask]
+    assert batch.tokens.tolist() == [t for r in rows for t in r.tokens] and batch.mask.tolist() == [
+        m for r in rows for m in r.mask
+    ]
     assert batch.cu_seqlens.tolist() == [0, *torch.tensor([len(r.tokens) for r in rows]).cumsum(0).tolist()]
     assert batch.weight[batch.mask].tolist() == pytest.approx([1 / 7] * 7) and (batch.advantage == 1).all()
 
@@ -58,17 +76,29 @@ class _Half(World):
 
 # --- rollouts ---------------------------------------------------------------------------------------
 def test_a_step_is_a_function_of_its_number():
-    """Wrong implementations: prompts from a stateful iterator; noise that a resumed run or another process would not draw again."""
+    """Wrong implementations: prompts from a stateful iterator; noise that a resumed run or another process
+    would not draw again.
+    """
     model = decoder()
     a, b = (on_policy(model, ALGORITHMS["rloo"], scores=range(12)).collect(5, 0).batches[0] for _ in range(2))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.old_logp, b.old_logp)
-    assert not torch.equal(a.tokens, on_policy(model, ALGORITHMS["rloo"], scores=range(12)).collect(6, 0).batches[0].tokens)
-    halves = [on_policy(model, ALGORITHMS["rloo"], scores=range(12), world=_Half(r, 2)).collect(5, 0).batches[0] for r in (0, 1)]
-    assert torch.equal(torch.cat([h.tokens for h in halves]), a.tokens) and [len(h) for h in halves] == [GROUP, 2 * GROUP]
+    assert not torch.equal(
+        a.tokens, on_policy(model, ALGORITHMS["rloo"], scores=range(12)).collect(6, 0).batches[0].tokens
+    )
+    halves = [
+        on_policy(model, ALGORITHMS["rloo"], scores=range(12), world=_Half(r, 2)).collect(5, 0).batches[0]
+        for r in (0, 1)
+    ]
+    assert torch.equal(torch.cat([h.tokens for h in halves]), a.tokens) and [len(h) for h in halves] == [
+        GROUP,
+        2 * GROUP,
+    ]
 
 
 def test_no_two_samples_of_a_run_have_one_number(monkeypatch):
-    """Wrong implementations: numbers that begin again at every step, or in every process: the same noise for other samples."""
+    """Wrong implementations: numbers that begin again at every step, or in every process: the same noise for
+    other samples.
+    """
     numbers, real = [], Sampler.generate
 
     def generate(self, prompts, params, *, sequence_offset, weight_version, **_):
@@ -84,7 +114,9 @@ def test_no_two_samples_of_a_run_have_one_number(monkeypatch):
 
 
 def test_every_sample_has_the_advantage_of_its_own_reward():
-    """Wrong implementations: rewards of one prompt on the samples of another; advantages within the batch, not the group."""
+    """Wrong implementations: rewards of one prompt on the samples of another; advantages within the batch,
+    not the group.
+    """
     batch = on_policy(decoder(), ALGORITHMS["dr_grpo"]).collect(0, 0).batches[0]
     reward = torch.tensor(SCORES).view(-1, GROUP)
     want = (reward - reward.mean(1, keepdim=True))[[i for i in order(3, 2, 0, 3) if i != 1]].flatten()
@@ -96,7 +128,9 @@ def test_every_sample_has_the_advantage_of_its_own_reward():
 
 
 def test_minibatches_and_epochs():
-    """Wrong implementations: groups cut apart; one denominator for all minibatches; prompts left out or seen twice in an epoch."""
+    """Wrong implementations: groups cut apart; one denominator for all minibatches; prompts left out or seen
+    twice in an epoch.
+    """
     source = on_policy(decoder(), ALGORITHMS["dapo"], scores=range(12), minibatches=2, epochs=3)
     batches = source.collect(0, 0).batches
     assert len(batches) == 6
@@ -106,9 +140,14 @@ def test_minibatches_and_epochs():
     seen = [_prompts(b) for b in batches]
     assert sorted(seen[0] + seen[1]) == sorted(PROMPTS) and seen[0:2] == seen[2:4] == seen[4:6]
     halves = [
-        on_policy(decoder(), ALGORITHMS["dapo"], scores=range(12), minibatches=2, world=_Half(r, 2)).collect(0, 0).batches for r in (0, 1)
+        on_policy(decoder(), ALGORITHMS["dapo"], scores=range(12), minibatches=2, world=_Half(r, 2))
+        .collect(0, 0)
+        .batches
+        for r in (0, 1)
     ]
-    assert [sorted(_prompts(a) + _prompts(b)) for a, b in zip(*halves, strict=True)] == [sorted(s) for s in seen[:2]]
+    assert [sorted(_prompts(a) + _prompts(b)) for a, b in zip(*halves, strict=True)] == [
+        sorted(s) for s in seen[:2]
+    ]
 
 
 def _prompts(batch) -> list[list[int]]:
@@ -119,11 +158,15 @@ def _prompts(batch) -> list[list[int]]:
 
 
 def test_metrics_of_a_step():
-    """Wrong implementations: rewards that are not applicable counted as 0; lengths with the prompt; a biased deviation."""
+    """Wrong implementations: rewards that are not applicable counted as 0; lengths with the prompt; a biased
+    deviation.
+    """
     scores = [1.0, 0.0, math.nan, math.nan, 2.0, 2.0, 2.0, 2.0, math.nan, math.nan, math.nan, math.nan]
     source = on_policy(decoder(eos_token_id=[3, 4, 5]), ALGORITHMS["grpo"], scores=scores)
     real = source.score
-    source.score = lambda *given: Scored(real(*given).reward, {"a": [1.0] * 6 + [math.nan] * 6, "b": [math.nan] * 12}, ["fine"] * 12)
+    source.score = lambda *given: Scored(
+        real(*given).reward, {"a": [1.0] * 6 + [math.nan] * 6, "b": [math.nan] * 12}, ["fine"] * 12
+    )
     step = source.collect(0, 0)
     m = step.metrics
     assert (
@@ -134,12 +177,20 @@ def test_metrics_of_a_step():
     assert m["a"] == 1.0 and math.isnan(m["b"]), "0 would look like a result"
     rollouts = source.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], source.params)
     lengths = rollouts.lengths.double()
-    assert m["completions/mean_length"] == pytest.approx(lengths.mean().item()) and m["rollout/tokens"] == lengths.sum()
-    assert (m["completions/max_length"], m["completions/min_length"]) == (lengths.max(), lengths.min()) and lengths.max() == BUDGET
+    assert (
+        m["completions/mean_length"] == pytest.approx(lengths.mean().item())
+        and m["rollout/tokens"] == lengths.sum()
+    )
+    assert (m["completions/max_length"], m["completions/min_length"]) == (
+        lengths.max(),
+        lengths.min(),
+    ) and lengths.max() == BUDGET
     assert m["completions/clipped_ratio"] == sum(r == "length" for r in rollouts.finish_reason) / 12
     assert m["entropy"] == pytest.approx(rollouts.entropy[rollouts.completion_mask].mean().item())
     first = order(3, 2, 0, 1)[0]
-    assert [s["prompt"] for s in step.samples] == [PROMPTS[first]] * 4 and {s["message"] for s in step.samples} == {"fine"}
+    assert [s["prompt"] for s in step.samples] == [PROMPTS[first]] * 4 and {
+        s["message"] for s in step.samples
+    } == {"fine"}
     assert len(step.batches[0]) == 2, "only the first group has two rewards to compare"
 
 
@@ -161,7 +212,9 @@ def test_a_process_without_prompts_takes_part():
         calls.clear()
         source = on_policy(decoder(), ALGORITHMS["grpo"], world=Counting(0, 2), prompts=prompts)
         real = source.score
-        source.score = lambda *given, real=real: Scored(real(*given).reward, {"a": [1.0] * len(given[0])} if given[0] else {})
+        source.score = lambda *given, real=real: Scored(
+            real(*given).reward, {"a": [1.0] * len(given[0])} if given[0] else {}
+        )
         step = source.collect(0, 0)
         counts.append(list(calls))
     assert counts[0] == counts[1], "the same sums in the same order, whatever the share"
@@ -171,7 +224,10 @@ def test_a_process_without_prompts_takes_part():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": Sampling(temperature=0.0)}, "--sampling.temperature: expected a positive number, got 0; greedy samples"),
+        (
+            {"sampling": Sampling(temperature=0.0)},
+            "--sampling.temperature: expected a positive number, got 0; greedy samples",
+        ),
         ({"group": 1}, "--group: expected at least 2 completions of a prompt, to compare them, got 1"),
         ({"minibatches": 5, "prompts": 4}, r"--minibatches: expected 1 to --prompts \(4\), got 5"),
         ({"minibatches": 0}, "--minibatches: expected 1 to"),

@@ -1,4 +1,6 @@
-"""Options of supervised fine-tuning: label smoothing, z-loss, NEFTune, weights of lines; against whole softmaxes in float64."""
+"""Options of supervised fine-tuning: label smoothing, z-loss, NEFTune, weights of lines; against whole
+softmaxes in float64.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from runs import DEMONSTRATIONS, assert_same_run, decoder, demonstrations, gradient, lines, relative, sft, straight_and_resumed, tokenizer
+from runs import (
+    DEMONSTRATIONS,
+    assert_same_run,
+    decoder,
+    demonstrations,
+    gradient,
+    lines,
+    relative,
+    sft,
+    straight_and_resumed,
+    tokenizer,
+)
 from torch import Tensor
 
 import fastrl.trainer
@@ -37,7 +50,9 @@ def trained(model: Decoder, micro_tokens: int = 10**6, **options: float) -> Supe
     return SupervisedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
 
 
-def restated(model: Decoder, batch: Batch, smoothing: float = 0.0, z: float = 0.0, noise: Any = None) -> Tensor:
+def restated(
+    model: Decoder, batch: Batch, smoothing: float = 0.0, z: float = 0.0, noise: Any = None
+) -> Tensor:
     """Each sequence alone, through all its logits; the mean over loss tokens, weighed as the batch says."""
     total = torch.zeros((), dtype=F64)
     for i, (a, b) in enumerate(pairwise(batch.cu_seqlens.tolist())):
@@ -61,13 +76,16 @@ def against(learner: SupervisedLearner, batch: Batch, want: Tensor) -> None:
 
 @pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 0.02), (0.2, 0.01)])
 def test_smoothing_and_z_loss_are_their_equations(smoothing, z):
-    """Wrong implementations: the rest spread over the other V - 1 tokens; lse for lse^2; masked tokens in the z-loss; a mean over a
-    micro-batch."""
+    """Wrong implementations: the rest spread over the other V - 1 tokens; lse for lse^2; masked tokens in the
+    z-loss; a mean over a micro-batch.
+    """
     model, batch = decoder(dtype=F64), demonstrations().collect(0, 0).batches[0]
     learner = trained(model, 6, label_smoothing=smoothing, z_loss=z)
     against(learner, batch, restated(model, batch, smoothing, z))
     entropy = gradient(learner, batch)[0]["entropy"]
-    assert entropy == pytest.approx(gradient(trained(model), batch)[0]["entropy"], rel=1e-6), "statistics are of the plain distribution"
+    assert entropy == pytest.approx(gradient(trained(model), batch)[0]["entropy"], rel=1e-6), (
+        "statistics are of the plain distribution"
+    )
 
 
 def test_uniform_logits_by_hand():
@@ -89,17 +107,26 @@ def test_no_option_is_the_plain_learner():
 
 # --- NEFTune --------------------------------------------------------------------------------------------
 def test_noise_is_that_of_the_paper():
-    """alpha = 5, L = 100, D = 64 is 0.0625.  Wrong implementations: normal noise; a bound by L alone; the same noise at every step."""
+    """alpha = 5, L = 100, D = 64 is 0.0625.  Wrong implementations: normal noise; a bound by L alone; the
+    same noise at every step.
+    """
     noise = neftune_noise(100, 64, 5.0, (0, 1, 2), torch.device("cpu"))
     assert noise.shape == (100, 64) and 0.0624 < noise.abs().max() <= 0.0625
-    assert float(noise.mean()) == pytest.approx(0, abs=1e-3) and float(noise.std()) == pytest.approx(0.0625 / 3**0.5, rel=0.02)
+    assert float(noise.mean()) == pytest.approx(0, abs=1e-3) and float(noise.std()) == pytest.approx(
+        0.0625 / 3**0.5, rel=0.02
+    )
     assert torch.equal(noise, neftune_noise(100, 64, 5.0, (0, 1, 2), torch.device("cpu")))
-    others = [neftune_noise(100, 64, 5.0, key, torch.device("cpu")) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (1, 0, 2))]
+    others = [
+        neftune_noise(100, 64, 5.0, key, torch.device("cpu"))
+        for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (1, 0, 2))
+    ]
     assert not any(torch.equal(noise, other) for other in others)
 
 
 def test_a_step_with_noise_is_its_equation_however_it_is_cut():
-    """Wrong implementations: noise by the place in the micro-batch; the padded length for L; noise on hidden states; prompts left out."""
+    """Wrong implementations: noise by the place in the micro-batch; the padded length for L; noise on hidden
+    states; prompts left out.
+    """
     model, batch = decoder(dtype=F64), demonstrations().collect(0, 0).batches[0]
     learner = trained(model, 6, neftune_alpha=8.0)
     learner.step = 4
@@ -130,14 +157,22 @@ def test_places_are_of_the_step_in_any_process():
 def weighed(weights: list[float], samples: list[Sample] = DEMONSTRATIONS, weighted: bool = True) -> Batch:
     rows = [Sample(s.tokens, s.mask, w) for s, w in zip(samples, weights, strict=True)]
     source = Demonstrations(
-        lambda some: [rows[i] for i in sorted(some)], len(rows), count=len(rows), algorithm=choose_supervised(Sft(model="m")), seed=0,
-        device=torch.device("cpu"), world=World(), weighted=weighted,
-    )  # fmt: skip
+        lambda some: [rows[i] for i in sorted(some)],
+        len(rows),
+        count=len(rows),
+        algorithm=choose_supervised(Sft(model="m")),
+        seed=0,
+        device=torch.device("cpu"),
+        world=World(),
+        weighted=weighted,
+    )
     return source.collect(0, 0).batches[0]
 
 
 def test_a_weight_of_two_is_the_line_twice_and_of_zero_is_none():
-    """Wrong implementations: weights not in the denominator; a mean of each line's mean; a line of weight 0 counted as tokens."""
+    """Wrong implementations: weights not in the denominator; a mean of each line's mean; a line of weight 0
+    counted as tokens.
+    """
     model, few = decoder(dtype=F64), DEMONSTRATIONS
     ones = weighed([1.0] * 4, [few[0], few[1], few[1], few[2]])
     a, g = gradient(trained(model), weighed([1.0, 2.0, 1.0]))
@@ -145,7 +180,9 @@ def test_a_weight_of_two_is_the_line_twice_and_of_zero_is_none():
     assert relative(g, h) < 1e-6 and a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     a, g = gradient(trained(model), weighed([0.5, 0.0, 0.5]))
     b, h = gradient(trained(model), weighed([1.0, 1.0], [few[0], few[2]]))
-    assert relative(g, h) < 1e-6 and a["num_tokens"] == b["num_tokens"] == sum(sum(few[i].mask) for i in (0, 2))
+    assert relative(g, h) < 1e-6 and a["num_tokens"] == b["num_tokens"] == sum(
+        sum(few[i].mask) for i in (0, 2)
+    )
     assert torch.equal(weighed([1.0, 2.0, 1.0], weighted=False).weight, weighed([1.0] * 3).weight)
     assert gradient(trained(model), weighed([0.0] * 3))[0]["num_tokens"] == 0
 
@@ -160,7 +197,9 @@ def test_weights_come_from_a_column(tmp_path):
         data.write_text(json.dumps({"prompt": "7", "completion": "8", "weight": bad}) + "\n")
         with pytest.raises(UserError, match=r"d.jsonl:1: weight: expected a number of 0 or more, got"):
             from_config(config, None, tokenizer(), 48, 31)
-        assert from_config(Sft(model="m", dataset=str(data)), None, tokenizer(), 48, 31)[0]([0])[0].weight == 1
+        assert (
+            from_config(Sft(model="m", dataset=str(data)), None, tokenizer(), 48, 31)[0]([0])[0].weight == 1
+        )
 
 
 # --- runs -----------------------------------------------------------------------------------------------

@@ -17,13 +17,28 @@ from fastrl.model.adapter import Adapter, load_model
 from fastrl.model.decoder import Decoder
 
 GPT2 = {
-    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
-    "n_positions": 64, "eos_token_id": 1, "bos_token_id": 0,
-}  # fmt: skip
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
 PHI = {
-    "architectures": ["PhiForCausalLM"], "model_type": "phi", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None,
-}  # fmt: skip
+    "architectures": ["PhiForCausalLM"],
+    "model_type": "phi",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 LENGTHS = [5, 1, 0, 9, 20]
 
 
@@ -45,7 +60,9 @@ def theirs(lm, tokens, cu):
 @pytest.mark.parametrize("config", [GPT2, PHI], ids=["gpt2-tied", "phi-untied-with-bias"])
 @pytest.mark.parametrize("budget", [1, 40, 1 << 14])
 def test_logits_and_gradients_are_those_of_single_sequences(config, budget, monkeypatch):
-    """Wrong implementations: packed tokens fed as one sequence; rows left in the order of length; a lost head bias."""
+    """Wrong implementations: packed tokens fed as one sequence; rows left in the order of length; a lost head
+    bias.
+    """
     monkeypatch.setattr(adapter, "PADDED_TOKENS", budget)
     model = quiet(config, seed=1).train()
     with torch.no_grad():
@@ -68,17 +85,27 @@ def test_agrees_with_the_decoder_on_its_own_families(tmp_path):
     tokens, cu = packed()
     torch.testing.assert_close(model(tokens, cu), decoder(tokens, cu), atol=1e-5, rtol=0)
     shifted = torch.cat([torch.arange(n) * 2 for n in LENGTHS])
-    torch.testing.assert_close(model(tokens, cu, positions=shifted), decoder(tokens, cu, positions=shifted), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(tokens, cu, positions=shifted), decoder(tokens, cu, positions=shifted), atol=1e-5, rtol=0
+    )
     embeds = decoder.embed(tokens).flip(0)
-    torch.testing.assert_close(model(tokens, cu, embeds=embeds), decoder(tokens, cu, embeds=embeds), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(tokens, cu, embeds=embeds), decoder(tokens, cu, embeds=embeds), atol=1e-5, rtol=0
+    )
     assert model.config.tie_word_embeddings and model.config.eos_token_id == (1,)
 
 
 def test_interface(tmp_path):
-    """Wrong implementation: dropout in training mode, so that sampler and trainer disagree about every log-prob."""
+    """Wrong implementation: dropout in training mode, so that sampler and trainer disagree about every
+    log-prob.
+    """
     model = quiet(GPT2, seed=1)
     assert (model.supports_cache, model.gradient_checkpointing, model.head_bias) == (False, False, None)
-    assert (model.config.vocab_size, model.config.hidden_size, model.config.max_position_embeddings) == (61, 32, 64)
+    assert (model.config.vocab_size, model.config.hidden_size, model.config.max_position_embeddings) == (
+        61,
+        32,
+        64,
+    )
     assert model.config.eos_token_id == (1,) and model.dtype == torch.float32
     tokens, cu = packed()
     assert torch.equal(model.train()(tokens, cu), model.eval()(tokens, cu))
@@ -101,13 +128,23 @@ def test_saves_and_loads_again(tmp_path):
     tokens, cu = packed()
     again = quiet(tmp_path / "a")
     assert torch.equal(again(tokens, cu), model(tokens, cu))
-    assert torch.equal(theirs(AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval(), tokens, cu), theirs(model.lm, tokens, cu))
+    assert torch.equal(
+        theirs(AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval(), tokens, cu),
+        theirs(model.lm, tokens, cu),
+    )
     assert quiet(tmp_path / "b", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_capped_or_scaled_head_is_refused():
-    """Wrong implementation: log-probs of hidden @ head.T for a model that caps its logits: silently another policy."""
-    config = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "final_logit_softcapping": 0.01, "head_dim": 8}
+    """Wrong implementation: log-probs of hidden @ head.T for a model that caps its logits: silently another
+    policy.
+    """
+    config = {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "final_logit_softcapping": 0.01,
+        "head_dim": 8,
+    }
     with pytest.raises(UserError, match="Gemma2ForCausalLM: its logits are not a plain product"):
         quiet(tiny_config() | config)
 
@@ -127,7 +164,9 @@ def test_load_model_takes_folders_json_yaml_and_dicts(tmp_path):
 
 
 def test_load_model_says_when_and_why_it_takes_the_slow_way():
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel runs through transformers, slowly: .* expected LlamaForCausalLM"):
+    with pytest.warns(
+        UserWarning, match="GPT2LMHeadModel runs through transformers, slowly: .* expected LlamaForCausalLM"
+    ):
         model = load_model(GPT2, seed=1)
     assert isinstance(model, Adapter)
     assert torch.equal(model.head_weight, quiet(GPT2, seed=1).head_weight)

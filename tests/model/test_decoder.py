@@ -1,4 +1,6 @@
-"""The decoder against transformers on tiny random models of the three families, and packing against single sequences."""
+"""The decoder against transformers on tiny random models of the three families, and packing against single
+sequences.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from fastrl.kernels.decode_attention import decode_attention
 from fastrl.model.decoder import Decoder, ModelConfig
 
 LENGTHS = [5, 1, 9, 20]
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 VARIANTS = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -38,8 +46,14 @@ BACKENDS = ("reference", "cpu", "triton", "flash_attn_4", "flash_attn_2", "varle
 
 @contextlib.contextmanager
 def every_op_on(name):
-    """Each op of the decoder that has such an implementation runs on it; a visible skip where it is not there."""
-    states = {op: state for op, table in ops.implementations().items() if op in OPS and (state := table.get(name)) is not None}
+    """Each op of the decoder that has such an implementation runs on it; a visible skip where it is not
+    there.
+    """
+    states = {
+        op: state
+        for op, table in ops.implementations().items()
+        if op in OPS and (state := table.get(name)) is not None
+    }
     missing = [f"{op}: {state}" for op, state in states.items() if state not in ("ready", "compiled only")]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if missing or (name not in ("reference", "cpu") and not interpreted and not torch.cuda.is_available()):
@@ -53,7 +67,9 @@ def every_op_on(name):
 
 def hugging_face(family="qwen2", **changes):
     """A transformers model whose every parameter, norms and biases included, is random."""
-    config = copy.deepcopy(tiny_config(family, **changes))  # transformers writes into the mappings it is given
+    config = copy.deepcopy(
+        tiny_config(family, **changes)
+    )  # transformers writes into the mappings it is given
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +83,9 @@ def packed(lengths=LENGTHS, vocab=61):
 
 def theirs(model, tokens, cu):
     """Logits of transformers, one sequence at a time."""
-    return torch.cat([model(tokens[None, a:b]).logits[0] for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)])
+    return torch.cat(
+        [model(tokens[None, a:b]).logits[0] for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)]
+    )
 
 
 def logits(model, *arguments, **options):
@@ -76,7 +94,9 @@ def logits(model, *arguments, **options):
 
 @pytest.mark.parametrize("family, changes", VARIANTS, ids=IDS)
 def test_parity_with_transformers_both_ways(family, changes, tmp_path):
-    """Wrong implementations: attention that ignores cu_seqlens, heads split in the wrong order, a norm left at 1."""
+    """Wrong implementations: attention that ignores cu_seqlens, heads split in the wrong order, a norm left
+    at 1.
+    """
     hf = hugging_face(family, **changes)
     hf.save_pretrained(tmp_path / "theirs")
     model = Decoder.from_pretrained(tmp_path / "theirs")
@@ -87,14 +107,18 @@ def test_parity_with_transformers_both_ways(family, changes, tmp_path):
         model.save_pretrained(tmp_path / "ours")
         again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
         assert not any(info.values()), info
-        own = dict(again.named_parameters())  # not its logits: GEMMs round differently over weights that a file maps unaligned
+        own = dict(
+            again.named_parameters()
+        )  # not its logits: GEMMs round differently over weights that a file maps unaligned
         assert all(torch.equal(own[name], parameter) for name, parameter in hf.named_parameters())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logits_and_gradients_are_those_of_transformers_on_every_backend(family, backend, tmp_path):
-    """Wrong implementation: a residual stream whose gradient bypasses a norm; a tied head trained only through one of its uses."""
+    """Wrong implementation: a residual stream whose gradient bypasses a norm; a tied head trained only
+    through one of its uses.
+    """
     hf = hugging_face(family)
     hf.save_pretrained(tmp_path)
     model = Decoder.from_pretrained(tmp_path)
@@ -106,7 +130,9 @@ def test_logits_and_gradients_are_those_of_transformers_on_every_backend(family,
             torch.testing.assert_close(logits(model, tokens, cu), theirs(hf, tokens, cu), atol=1e-5, rtol=0)
     own = {n: p for parts in model.layout().items() for n, p in split(model, *parts)}
     for name, parameter in hf.named_parameters():
-        torch.testing.assert_close(own[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            own[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def split(model, ours, parts):
@@ -123,7 +149,9 @@ def test_packing_is_the_same_as_one_sequence_at_a_time():
 
 
 def test_positions_restart_with_every_sequence():
-    """Wrong implementation: positions that run on, which only distances hide, until the batch outgrows the context."""
+    """Wrong implementation: positions that run on, which only distances hide, until the batch outgrows the
+    context.
+    """
     model = Decoder.from_config(tiny_config(max_position_embeddings=20), seed=1)
     tokens, cu = packed([20, 3, 20])
     torch.testing.assert_close(model(tokens, cu)[23:], model(tokens[23:]), atol=1e-6, rtol=0)
@@ -136,7 +164,9 @@ def test_positions_embeds_and_empty_input():
     assert torch.equal(model(tokens, cu, positions=torch.tensor([0, 1, 2, 0, 1, 2, 3])), hidden)
     far = model(tokens, cu, positions=torch.tensor([9, 10, 11, 5, 6, 7, 8]))
     torch.testing.assert_close(far, hidden, atol=1e-5, rtol=0)  # only distances matter
-    assert not torch.allclose(model(tokens, cu, positions=torch.tensor([0, 2, 4, 0, 1, 2, 3])), hidden, atol=1e-4)
+    assert not torch.allclose(
+        model(tokens, cu, positions=torch.tensor([0, 2, 4, 0, 1, 2, 3])), hidden, atol=1e-4
+    )
     embeds = model.embed(tokens).detach().requires_grad_()
     assert torch.equal(model(tokens, cu, embeds=embeds), hidden)
     assert torch.autograd.grad(model(tokens, cu, embeds=embeds).sum(), embeds)[0].abs().sum() > 0
@@ -180,7 +210,9 @@ def test_gradient_checkpointing_changes_no_bit():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_bfloat16_stays_close(family):
-    """Wrong implementations: statistics of the norms in bfloat16; angles rounded to bfloat16, hopeless past position 256."""
+    """Wrong implementations: statistics of the norms in bfloat16; angles rounded to bfloat16, hopeless past
+    position 256.
+    """
     model = Decoder.from_config(tiny_config(family, max_position_embeddings=2048), seed=1)
     half = copy.deepcopy(model).to(torch.bfloat16)
     tokens, cu = packed([5, 1030])
@@ -194,12 +226,16 @@ def test_bfloat16_stays_close(family):
 
 def test_random_weights_follow_the_seed_and_nothing_else():
     """Wrong implementations: torch's global generator; residual projections not scaled by depth."""
-    config = tiny_config("qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, tie_word_embeddings=False)
+    config = tiny_config(
+        "qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=8, tie_word_embeddings=False
+    )
     state = torch.get_rng_state()
     a, b, c = (Decoder.from_config(config, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     half = Decoder.from_config(config, seed=1, dtype=torch.bfloat16)
-    for (name, p), q, r, h in zip(a.named_parameters(), b.parameters(), c.parameters(), half.parameters(), strict=True):
+    for (name, p), q, r, h in zip(
+        a.named_parameters(), b.parameters(), c.parameters(), half.parameters(), strict=True
+    ):
         assert torch.equal(p, q) and torch.equal(p.bfloat16(), h), name
         if p.ndim == 1:
             assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
@@ -224,13 +260,22 @@ def test_a_tied_head_is_the_embedding_itself():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "expected LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; got GPT2LMHeadModel"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "expected LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; got GPT2LMHeadModel",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act: expected silu, got 'gelu'"),
         ({"attention_bias": True}, "attention_bias: expected false, got True"),
         ({"mlp_bias": True}, "mlp_bias: expected false"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding_window: expected false"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "use_sliding_window: expected false",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected full_attention"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: expected rope_type default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_scaling: expected rope_type default, linear, llama3",
+        ),
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0, got 0.1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected none"),
@@ -257,16 +302,27 @@ def test_wrong_numbers_are_named(changes, message):
 
 
 def test_both_spellings_of_the_rope_settings_mean_the_same():
-    """Wrong implementation: rope_theta read from the top level only, so that transformers 5's files get 10000."""
+    """Wrong implementation: rope_theta read from the top level only, so that transformers 5's files get
+    10000.
+    """
     old = tiny_config("llama", rope_theta=5e5, rope_scaling=LLAMA3)
-    new = {k: v for k, v in old.items() if not k.startswith("rope_")} | {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    new = {k: v for k, v in old.items() if not k.startswith("rope_")} | {
+        "rope_parameters": {**LLAMA3, "rope_theta": 5e5}
+    }
     a, b = (ModelConfig.from_dict(c) for c in (old, new))
     assert (a.rope_theta, a.rope_scaling) == (b.rope_theta, b.rope_scaling) == (5e5, LLAMA3)
-    assert ModelConfig.from_dict(tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 7.0})).rope_scaling is None
+    assert (
+        ModelConfig.from_dict(
+            tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+        ).rope_scaling
+        is None
+    )
 
 
 def test_a_cache_is_filled_with_and_without_gradient_checkpointing():
-    """Wrong: a checkpointed layer that is not told of the cache, whose keys and values are then silently missing."""
+    """Wrong: a checkpointed layer that is not told of the cache, whose keys and values are then silently
+    missing.
+    """
     config = tiny_config("qwen3")
     model, cu = Decoder.from_config(config, seed=0), torch.tensor([0, 5], dtype=torch.int32)
 
@@ -297,8 +353,21 @@ def test_a_window_that_no_layer_uses_is_no_obstacle():
 
 
 def test_defaults_of_a_short_config():
-    short = {"model_type": "qwen3", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
-    config = ModelConfig.from_dict(short | {"num_attention_heads": 2, "max_position_embeddings": 9, "eos_token_id": [3, 4]})
-    assert (config.architecture, config.head_dim, config.num_key_value_heads, config.qk_norm) == ("Qwen3ForCausalLM", 128, 2, True)
+    short = {
+        "model_type": "qwen3",
+        "vocab_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+    }
+    config = ModelConfig.from_dict(
+        short | {"num_attention_heads": 2, "max_position_embeddings": 9, "eos_token_id": [3, 4]}
+    )
+    assert (config.architecture, config.head_dim, config.num_key_value_heads, config.qk_norm) == (
+        "Qwen3ForCausalLM",
+        128,
+        2,
+        True,
+    )
     assert config.eos_token_id == (3, 4)
     assert ModelConfig.from_dict(config.to_dict()) == config

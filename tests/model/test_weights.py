@@ -1,4 +1,6 @@
-"""Reading and writing Hugging Face folders: the same bytes, shards, and one clear error for each way a folder can be broken."""
+"""Reading and writing Hugging Face folders: the same bytes, shards, and one clear error for each way a folder
+can be broken.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def rewrite(folder, change):
 def test_a_folder_of_transformers_comes_back_byte_for_byte(family, tied, tmp_path):
     """Wrong implementations: a cast on the way, a lost tensor, rows of q and k swapped."""
     config = tiny_config(family, tie_word_embeddings=tied)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).save_pretrained(tmp_path / "a")
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config.pop("model_type"), **config)
+    ).save_pretrained(tmp_path / "a")
     Decoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
     assert tensors_of(a) == tensors_of(b)
@@ -53,7 +57,9 @@ def tensors_of(data):
 
 @pytest.mark.parametrize("limit", [1, 5000, 20000])
 def test_shards(limit, tmp_path):
-    """Wrong implementations: an index that names a file wrongly; a shard above the limit; a stale single file left beside the shards."""
+    """Wrong implementations: an index that names a file wrongly; a shard above the limit; a stale single file
+    left beside the shards.
+    """
     folder, model = saved(tmp_path, tie_word_embeddings=False)
     model.save_pretrained(folder, max_shard_bytes=limit)
     files = sorted(folder.glob("*.safetensors"))
@@ -86,7 +92,10 @@ def test_a_repeated_tied_head_is_ignored_and_a_different_one_refused(tmp_path):
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(Decoder.from_pretrained(folder).head_weight, model.head_weight)
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding, but config\.json says tie_word_embeddings"):
+    with pytest.raises(
+        UserError,
+        match=r"lm_head\.weight differs from the embedding, but config\.json says tie_word_embeddings",
+    ):
         Decoder.from_pretrained(folder)
 
 
@@ -97,9 +106,15 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
 
 
 def test_config_files(tmp_path):
-    """Wrong implementations: settings that the decoder does not use are dropped; only one of two end tokens survives."""
+    """Wrong implementations: settings that the decoder does not use are dropped; only one of two end tokens
+    survives.
+    """
     folder, _ = saved(
-        tmp_path, eos_token_id=[1, 2], pad_token_id=3, my_own_key="kept", rope_parameters={"rope_theta": 77.0, "rope_type": "default"}
+        tmp_path,
+        eos_token_id=[1, 2],
+        pad_token_id=3,
+        my_own_key="kept",
+        rope_parameters={"rope_theta": 77.0, "rope_type": "default"},
     )
     config = json.loads((folder / "config.json").read_text())
     assert (config["my_own_key"], config["rope_theta"], config["torch_dtype"]) == ("kept", 77.0, "float32")
@@ -128,7 +143,11 @@ def add(t):
     "change, message",
     [
         (drop, rf"tensor {re.escape(QUERY)} of shape \(32, 32\) is missing"),
-        (reshape, rf"model\.safetensors: tensor {re.escape(QUERY)}: expected shape \(32, 32\) by config.json, got \(31, 32\)"),
+        (
+            reshape,
+            rf"model\.safetensors: tensor {re.escape(QUERY)}: expected shape \(32, "
+            r"32\) by config.json, got \(31, 32\)",
+        ),
         (add, r"model\.safetensors: tensor model\.layers\.7\.mlp\.up_proj\.weight is not part of the model"),
     ],
 )
@@ -146,7 +165,8 @@ def test_a_truncated_file_is_named_with_the_first_tensor_it_cuts_off(keep, tmp_p
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
     with pytest.raises(
-        UserError, match=r"model\.safetensors: (truncated: tensor model\.\S+ ends at byte|not a whole safetensors file)"
+        UserError,
+        match=r"model\.safetensors: (truncated: tensor model\.\S+ ends at byte|not a whole safetensors file)",
     ) as caught:
         Decoder.from_pretrained(folder)
     assert ("truncated: tensor" in str(caught.value)) == (keep < 0)
@@ -164,7 +184,9 @@ def test_a_header_that_lies_is_caught(tmp_path):
     """Shapes that do not fit their bytes: the header alone looks fine."""
     folder, _ = saved(tmp_path)
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"shape":[32],"data_offsets"', b'"shape":[16],"data_offsets"', 1))
+    path.write_bytes(
+        path.read_bytes().replace(b'"shape":[32],"data_offsets"', b'"shape":[16],"data_offsets"', 1)
+    )
     with pytest.raises(UserError, match="expected shape"):
         Decoder.from_pretrained(folder)
 
@@ -179,7 +201,9 @@ def test_missing_files_are_named(tmp_path):
     model.save_pretrained(folder, max_shard_bytes=20000)
     next(folder.glob("model-00002*")).unlink()
     with pytest.raises(
-        UserError, match=r"model-00002-of-\d+\.safetensors: weight file is missing \(model\.safetensors\.index\.json names it\)"
+        UserError,
+        match=r"model-00002-of-\d+\.safetensors: weight file is missing \(model\.safetensors\.index\.json "
+        r"names it\)",
     ):
         Decoder.from_pretrained(folder)
 
@@ -191,11 +215,15 @@ def test_an_index_that_lists_what_is_not_there(tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["made.up"] = index["weight_map"][QUERY]
     path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"tensor made\.up is missing, though model\.safetensors\.index\.json lists it"):
+    with pytest.raises(
+        UserError, match=r"tensor made\.up is missing, though model\.safetensors\.index\.json lists it"
+    ):
         Decoder.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text, message", [("{", "expected a JSON object"), ("[1]", "expected a JSON object, got"), ("\xff", "")])
+@pytest.mark.parametrize(
+    "text, message", [("{", "expected a JSON object"), ("[1]", "expected a JSON object, got"), ("\xff", "")]
+)
 def test_a_config_that_cannot_be_read_is_named(text, message, tmp_path):
     folder, _ = saved(tmp_path)
     (folder / "config.json").write_bytes(text.encode("latin-1"))

@@ -49,20 +49,41 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 
 ROOT = Path(__file__).parents[2]
-FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]  # the one group of unequal rewards is the first process's
+FIRST_ONLY = [
+    float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)
+]  # the one group of unequal rewards is the first process's
 PREFERENCES = ("dpo", "kto")
 FUSED = {  # one step's offline pairs, minibatch of groups with members, on-policy pairs and lists
-    "grpo_dpo": {"norms_every": 1, "pairs": 5}, "grpo_pairs": {}, "online_dpo": {"pairing": "all"}, "group_softmax": {"anchor": "old"},
-}  # fmt: skip
-ALIKE = ("bnpo", "two_sided", "luspo", "sapo", "pass_at_k", "max_rl", "reinforce++")  # others share what processes could get wrong
+    "grpo_dpo": {"norms_every": 1, "pairs": 5},
+    "grpo_pairs": {},
+    "online_dpo": {"pairing": "all"},
+    "group_softmax": {"anchor": "old"},
+}
+ALIKE = (
+    "bnpo",
+    "two_sided",
+    "luspo",
+    "sapo",
+    "pass_at_k",
+    "max_rl",
+    "reinforce++",
+)  # others share what processes could get wrong
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
 MIXTURES: dict[str, dict[str, Any]] = {  # of hybrids: options of the source
-    "hpt": {}, "hpt_soft": {}, "luffy": {}, "srft": {"minibatches": 2}, "mixed": {"correction": "token_truncate", "epochs": 2},
-    "chord": {"prompts": 1}, "chord_phi": {"known": (0,)},
-}  # fmt: skip
+    "hpt": {},
+    "hpt_soft": {},
+    "luffy": {},
+    "srft": {"minibatches": 2},
+    "mixed": {"correction": "token_truncate", "epochs": 2},
+    "chord": {"prompts": 1},
+    "chord_phi": {"known": (0,)},
+}
 REWARDED: dict[str, dict[str, Any]] = {  # of reward models: options of the run
-    "bradley_terry": {"group": 3, "center": 0.1}, "plackett_luce": {"group": 4}, "outcome": {}, "one group": {"prompts": 1},
-}  # fmt: skip
+    "bradley_terry": {"group": 3, "center": 0.1},
+    "plackett_luce": {"group": 4},
+    "outcome": {},
+    "one group": {"prompts": 1},
+}
 RUN = {"steps": 3, "minibatches": 2, "epochs": 2, "kl_coef": 0.1, "eval": Eval(prompts=3)}
 
 
@@ -84,11 +105,15 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     }.items():
         model = decoder()
         step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
-        optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)  # a step without gradient would still decay the weights
+        optim = Optim(
+            lr=1e-2, eps=1e-2, weight_decay=0.1
+        )  # a step without gradient would still decay the weights
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
     for critic in ("separate", "shared"):
-        made = actor_critic.learner(decoder(), actor_critic.row(critic=critic, reward_kl_coef=0.1), 20, world=world)
+        made = actor_critic.learner(
+            decoder(), actor_critic.row(critic=critic, reward_kl_coef=0.1), 20, world=world
+        )
         step = actor_critic.source(made, kl_target=1.0, missing_eos_penalty=0.5).collect(0, 0)
         metrics, *grads = actor_critic.gradients(made, step.batches[0])
         found[f"ppo {critic}"] = (metrics, torch.cat(grads), step.metrics)
@@ -97,15 +122,33 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         row = hybrids.corrected(name, options.get("correction"))
         step = hybrids.mixture(model, row, world=world, **options).collect(0, 0)
         drift(model, 0.03)
-        found[f"hybrid {name}"] = (*gradient(hybrids.learner(model, row, 30, world), step.batches[0]), step.metrics)
-    done = evaluate(Sampler(decoder(), tokenizer()), Cards(k=2), split="val", prompts=3, samples=2, max_new_tokens=6, world=world)
+        found[f"hybrid {name}"] = (
+            *gradient(hybrids.learner(model, row, 30, world), step.batches[0]),
+            step.metrics,
+        )
+    done = evaluate(
+        Sampler(decoder(), tokenizer()),
+        Cards(k=2),
+        split="val",
+        prompts=3,
+        samples=2,
+        max_new_tokens=6,
+        world=world,
+    )
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     found["joint"] = joint_steps(folder)
     fastrl.trainer.train(grpo(folder, **RUN))
     slow: dict[str, Any] = {"optim": Optim(lr=1e-2, eps=1e-2)}
-    runs: dict[str, Run] = {name: dpo(folder, name, algorithm=name, prompts=5, **slow) for name in PREFERENCES}
-    runs |= {name: fusion(folder, name, algorithm=name, prompts=5, **slow, **options) for name, options in FUSED.items()}
-    runs |= {name: reward(folder, name, **slow | {"prompts": 5} | options) for name, options in REWARDED.items()}
+    runs: dict[str, Run] = {
+        name: dpo(folder, name, algorithm=name, prompts=5, **slow) for name in PREFERENCES
+    }
+    runs |= {
+        name: fusion(folder, name, algorithm=name, prompts=5, **slow, **options)
+        for name, options in FUSED.items()
+    }
+    runs |= {
+        name: reward(folder, name, **slow | {"prompts": 5} | options) for name, options in REWARDED.items()
+    }
     return found | {f"first step of {name}": first_step(config) for name, config in runs.items()}
 
 
@@ -113,33 +156,58 @@ def reward(folder: Path, name: str, **changes: Any) -> Reward:
     """A run of reward models on the card game's pairs."""
     algorithm = name if name in REWARD_LOSSES else "bradley_terry"
     return Reward(
-        model=write_model(folder), task="cards", task_options=("k=2",), output_dir=str(folder / name), steps=3, algorithm=algorithm,
-        micro_tokens=128, eval=HeldOut(prompts=5), **changes,
-    )  # fmt: skip
+        model=write_model(folder),
+        task="cards",
+        task_options=("k=2",),
+        output_dir=str(folder / name),
+        steps=3,
+        algorithm=algorithm,
+        micro_tokens=128,
+        eval=HeldOut(prompts=5),
+        **changes,
+    )
 
 
 def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
-    """The metrics of a run's first step, with those of a reward model's evaluation after it, and the weights after it."""
+    """The metrics of a run's first step, with those of a reward model's evaluation after it, and the weights
+    after it.
+    """
     run = set_up(config)
     with run.log:
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
         held_out = run.source.evaluate(run.learner)[0] if isinstance(run.source, Evaluable) else {}
-    return metrics | step.metrics | held_out, torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    return metrics | step.metrics | held_out, torch.cat(
+        [p.detach().flatten() for p in run.model.parameters()]
+    )
 
 
 def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torch.Tensor, list[list[int]]]]:
     """Of a run's first steps: metrics, the weights of policy and reward model, and the calibration set."""
     smooth = Optim(lr=1e-2, eps=1e-2)
     run, out = (
-        set_up(joint(folder, "joint", prompts=5, reward_every=2, offline_share=0.4, calibration=7, demonstrations=True, optim=smooth)),
+        set_up(
+            joint(
+                folder,
+                "joint",
+                prompts=5,
+                reward_every=2,
+                offline_share=0.4,
+                calibration=7,
+                demonstrations=True,
+                optim=smooth,
+            )
+        ),
         [],
     )
     with run.log:
         for number in range(3):
             step = run.source.collect(number, number)
             metrics = run.rename([run.learner.update(batch, number) for batch in step.batches])
-            weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (run.model, run.learner.reward.model)]
+            weights = [
+                torch.cat([p.detach().flatten() for p in m.parameters()])
+                for m in (run.model, run.learner.reward.model)
+            ]
             out.append((metrics | step.metrics, *weights, [g.tokens[0] for g in run.learner.calibration]))
     return out
 
@@ -162,12 +230,20 @@ def two(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]), "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # fmt: skip
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     call = [sys.executable, __file__, str(folder)]
     both = [
-        subprocess.Popen(call, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+        subprocess.Popen(
+            call, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
     ]
     told = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], "\n".join(told)
@@ -185,12 +261,19 @@ def test_shares_are_contiguous_and_even():
     """Wrong implementations: the remainder dropped, or all given to the last."""
     for n, R in ((10, 3), (2, 4), (0, 2), (7, 7)):
         shares = [list(World(r, R).share(n)) for r in range(R)]
-        assert [i for s in shares for i in s] == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert [i for s in shares for i in s] == list(range(n)) and max(map(len, shares)) - min(
+            map(len, shares)
+        ) <= 1
 
 
 def test_a_world_of_one_is_the_identity():
     world = World()
-    assert (world.sum(1.5, 2), world.max(3.0), world.gather([1, 2]), world.is_main) == ([1.5, 2], [3.0], [1, 2], True)
+    assert (world.sum(1.5, 2), world.max(3.0), world.gather([1, 2]), world.is_main) == (
+        [1.5, 2],
+        [3.0],
+        [1, 2],
+        True,
+    )
     world.barrier()
 
 
@@ -200,7 +283,10 @@ def test_joining_alone(monkeypatch):
 
 
 def test_sums_and_lists_of_two(two):
-    assert [f["world"] for f in two[1]] == [([3.0, 1.0], [0.0, 1.0], ["a"], True), ([3.0, 1.0], [0.0, 1.0], ["a"], False)]
+    assert [f["world"] for f in two[1]] == [
+        ([3.0, 1.0], [0.0, 1.0], ["a"], True),
+        ([3.0, 1.0], [0.0, 1.0], ["a"], False),
+    ]
 
 
 def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None:
@@ -210,11 +296,14 @@ def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None
     assert found == pytest.approx({k: v for k, v in want.items() if k not in rounding}, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*SHARED, "ppo separate", "ppo shared", *(f"hybrid {name}" for name in MIXTURES)])
+@pytest.mark.parametrize(
+    "name", [*SHARED, "ppo separate", "ppo shared", *(f"hybrid {name}" for name in MIXTURES)]
+)
 def test_two_processes_have_the_loss_and_gradient_of_one(name, one, two):
-    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a process; other samples;
-    advantages whitened, or a KL observed, over a process's own tokens; demonstrations of a share's prompts in the place of others', or
-    prompts counted by a share."""
+    """Wrong implementations: gradients averaged where losses have global denominators; denominators of a
+    process; other samples; advantages whitened, or a KL observed, over a process's own tokens; demonstrations
+    of a share's prompts in the place of others', or prompts counted by a share.
+    """
     metrics, gradients, rollout = one[1][name]
     for found in two[1]:
         assert relative(found[name][1], gradients) < 1e-5
@@ -237,9 +326,11 @@ def test_a_process_whose_share_is_empty_or_without_signal_takes_part(name, one, 
 
 @pytest.mark.parametrize("name", [*PREFERENCES, *FUSED, *REWARDED])
 def test_a_step_of_comparisons_is_that_of_one_process(name, one, two):
-    """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file while the other computes;
-    a baseline of mismatches within a share; a mean over a share's pairs, groups or verdicts; accuracy of a share; a process
-    without a group that waits in another sum; norms of one process's part of a gradient."""
+    """Wrong implementations: reference log-probs in the order of the processes; a process that reads a file
+    while the other computes; a baseline of mismatches within a share; a mean over a share's pairs, groups or
+    verdicts; accuracy of a share; a process without a group that waits in another sum; norms of one process's
+    part of a gradient.
+    """
     metrics, weights = one[1][f"first step of {name}"]
     for found in two[1]:
         assert found[f"first step of {name}"][0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
@@ -247,11 +338,17 @@ def test_a_step_of_comparisons_is_that_of_one_process(name, one, two):
 
 
 def test_joint_training_is_that_of_one_process(one, two):
-    """Wrong implementations: a calibration set of each process's own; comparisons that wait in the process that drew them, or are learned
-    from by all; offline ones twice; accuracy of a share; denominators of a share."""
+    """Wrong implementations: a calibration set of each process's own; comparisons that wait in the process
+    that drew them, or are learned from by all; offline ones twice; accuracy of a share; denominators of a
+    share.
+    """
     for found in two[1]:
         for (metrics, policy, reward, calibration), want in zip(found["joint"], one[1]["joint"], strict=True):
-            assert metrics == pytest.approx(want[0], rel=1e-3, abs=1e-5) and calibration == want[3] and len(calibration) == 7
+            assert (
+                metrics == pytest.approx(want[0], rel=1e-3, abs=1e-5)
+                and calibration == want[3]
+                and len(calibration) == 7
+            )
             assert torch.allclose(policy, want[1], atol=1e-5) and torch.allclose(reward, want[2], atol=1e-5)
     assert ["joint/loss" in metrics for metrics, *_ in one[1]["joint"]] == [False, True, False]
 
@@ -261,7 +358,9 @@ def test_an_evaluation_is_shared_and_whole_everywhere(one, two):
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(one, two):
-    """Wrong implementations: minibatches made of other prompts; both processes writing the files; other weights on each."""
+    """Wrong implementations: minibatches made of other prompts; both processes writing the files; other
+    weights on each.
+    """
     a, b = (state(folder / "run/checkpoints/step_3") for folder in (one[0], two[0]))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     first, second = lines(one[0] / "run"), lines(two[0] / "run")

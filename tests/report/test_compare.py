@@ -18,22 +18,32 @@ def arm(name: str, accuracy: float) -> Arm:
 
 def seed(number: int, start: float, gain: float) -> Seed:
     gains = {"control": Estimate(0.01, -0.01, 0.03), "GRPO": Estimate(gain, gain - 0.02, gain + 0.02)}
-    return Seed(seed=number, arms=[arm("start", start), arm("control", start + 0.01), arm("GRPO", start + gain)], gains=gains)
+    return Seed(
+        seed=number,
+        arms=[arm("start", start), arm("control", start + 0.01), arm("GRPO", start + gain)],
+        gains=gains,
+    )
 
 
 def comparison(seeds: int, folder: Path | None = None, **more) -> Comparison:
     runs = {}
     if folder is not None:
         folder.mkdir()
-        (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "time": 1.0, "reward": 0.1 * s}) + "\n" for s in range(1, 5)))
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, "time": 1.0, "reward": 0.1 * s}) + "\n" for s in range(1, 5))
+        )
         runs = {"GRPO": folder}
-    answers = [Answer(prompt="1 2 <3>", before="1+2", after="1*2*3", before_correct=False, after_correct=True)]
+    answers = [
+        Answer(prompt="1 2 <3>", before="1+2", after="1*2*3", before_correct=False, after_correct=True)
+    ]
     all_seeds = [seed(i, 0.3 + 0.01 * i, 0.06 + 0.01 * i) for i in range(seeds)]
     return Comparison(title="Cards", prompts=1000, seeds=all_seeds, answers=answers, runs=runs, **more)
 
 
 def test_the_difference_over_seeds_is_the_mean_of_paired_differences():
-    """Wrong implementation: the interval of one seed for all of them, or the difference of the two means' unpaired intervals."""
+    """Wrong implementation: the interval of one seed for all of them, or the difference of the two means'
+    unpaired intervals.
+    """
     over = mean_interval([0.06, 0.07, 0.08])
     assert comparison(3).pooled()["GRPO"] == pytest.approx(over)
     assert comparison(1).pooled()["GRPO"] == pytest.approx((0.06, 0.04, 0.08))
@@ -51,7 +61,9 @@ def test_the_headline_gives_each_arm_against_the_first():
 def test_the_text_shows_every_seed_and_the_control():
     told = as_text(comparison(3, notes=["Equal wall time."])).splitlines()
     rows = [line.split() for line in told]
-    assert [r[:2] for r in rows if r and r[0].isdigit()] == [[str(s), name] for s in range(3) for name in ("start", "control", "GRPO")]
+    assert [r[:2] for r in rows if r and r[0].isdigit()] == [
+        [str(s), name] for s in range(3) for name in ("start", "control", "GRPO")
+    ]
     assert "+8.0 [+6.0, +10.0]" in next(line for line in told if line.startswith("    2  GRPO"))
     assert [r[1] for r in rows if r and r[0] == "all"] == ["control", "GRPO"]
     assert told[-1] == "Equal wall time."
@@ -64,7 +76,9 @@ def test_the_page_has_the_result_the_curves_and_the_answers_side_by_side(tmp_pat
     assert "Accuracy on 1,000 unseen prompts" in source
     assert all(f"seed {i}" in source for i in range(3))
     assert "1 2 &lt;3&gt;" in source
-    assert source.index("1+2") < source.index("wrong") < source.index("1*2*3") < source.index("correct</span>")
+    assert (
+        source.index("1+2") < source.index("wrong") < source.index("1*2*3") < source.index("correct</span>")
+    )
     assert "GRPO, sampled: 38.0%" in source, "the figure's description in words"
 
 

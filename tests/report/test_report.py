@@ -57,7 +57,14 @@ def folder(path: Path, metrics: list[dict], samples: list[dict] = (), config: st
 
 
 def grpo(path: Path, steps: int = 6) -> Path:
-    metrics = [{"step": 0, "eval/accuracy_greedy": 0.25, "eval/accuracy_greedy_lo": 0.2, "eval/accuracy_greedy_hi": 0.3}]
+    metrics = [
+        {
+            "step": 0,
+            "eval/accuracy_greedy": 0.25,
+            "eval/accuracy_greedy_lo": 0.2,
+            "eval/accuracy_greedy_hi": 0.3,
+        }
+    ]
     metrics += [
         {
             "step": s,
@@ -84,13 +91,17 @@ def grpo(path: Path, steps: int = 6) -> Path:
 
 
 def test_a_report_is_self_contained_and_described_in_words(tmp_path):
-    """Wrong implementations: a picture beside the file, a style sheet from elsewhere, an empty alt text, a skipped heading level."""
+    """Wrong implementations: a picture beside the file, a style sheet from elsewhere, an empty alt text, a
+    skipped heading level.
+    """
     path = build(grpo(tmp_path / "run"))
     page = Page(path.read_text(encoding="utf-8"))
     assert path == tmp_path / "run" / "report.html"
     images = page.all("img")
     assert len(images) == 6
-    assert all(str(i["src"]).startswith("data:image/svg+xml;base64,") and len(str(i["alt"])) > 40 for i in images)
+    assert all(
+        str(i["src"]).startswith("data:image/svg+xml;base64,") and len(str(i["alt"])) > 40 for i in images
+    )
     assert not page.all("link") + page.all("script") + page.all("iframe")
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", path.read_text())
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -107,7 +118,10 @@ def test_a_report_says_what_happened(tmp_path):
     assert "Held-out accuracy, greedy: 25.0% → 25.0% [20.0%, 30.0%]." in page.words
     assert "steps: 3" in page.words
     alts = " ".join(str(i["alt"]) for i in page.all("img"))
-    assert "Reward, mean reward of a completion. from 0.1 at step 1 to 0.6 at step 6, lowest 0.1, highest 0.6." in alts
+    assert (
+        "Reward, mean reward of a completion. from 0.1 at step 1 to 0.6 at step 6, lowest 0.1, highest 0.6."
+        in alts
+    )
 
 
 def test_what_a_model_writes_is_text_and_not_markup(tmp_path):
@@ -130,11 +144,15 @@ def test_a_supervised_run_has_no_reward_and_its_loss_is_a_cross_entropy(tmp_path
     assert "Policy loss" not in page.words
     assert "Sample answers" not in page.words
     assert sorted(p.name for p in (it / "plots").iterdir()) == ["cross-entropy.png"]
-    assert "Cross-entropy 1.5 → 0.583 (means of the first and last 2 steps)." in page.words, "ends of a short run that overlap"
+    assert "Cross-entropy 1.5 → 0.583 (means of the first and last 2 steps)." in page.words, (
+        "ends of a short run that overlap"
+    )
 
 
 def test_a_verdict_is_what_the_run_has_of_one(tmp_path):
-    """Wrong implementations: a mark for `correct` alone, which no training run writes; markup of a verifier's; an empty column."""
+    """Wrong implementations: a mark for `correct` alone, which no training run writes; markup of a
+    verifier's; an empty column.
+    """
     rows = [{"step": 1, "prompt": "p", "completion": "c", "reward": 0.25}]
     said = [
         {"message": "'2<3' is not so"},
@@ -142,7 +160,9 @@ def test_a_verdict_is_what_the_run_has_of_one(tmp_path):
         {"message": "", "target": 0.0},
         {"oracle": None},
     ]
-    for i, (row, shown) in enumerate(zip(said, ("'2<3' is not so", "right; oracle 1", "target 0", ""), strict=True)):
+    for i, (row, shown) in enumerate(
+        zip(said, ("'2<3' is not so", "right; oracle 1", "target 0", ""), strict=True)
+    ):
         it = folder(tmp_path / str(i), [{"step": 1, "reward": 0.25}], [rows[0] | row])
         words = Page(build(it).read_text(encoding="utf-8")).words
         assert f"pc0.25{shown}" in words and ("Verdict" in words) == bool(shown)
@@ -175,25 +195,42 @@ def test_a_line_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
 
 
 def test_a_run_keeps_its_colour_in_every_figure(tmp_path):
-    """Wrong implementation: colours given out per figure, so that the second run is blue where the first has no such metric."""
+    """Wrong implementation: colours given out per figure, so that the second run is blue where the first has
+    no such metric.
+    """
     sft = folder(tmp_path / "sft", [{"step": s, "loss": 2.0 / s, "learning_rate": 0.1} for s in range(1, 5)])
     path = compare({"GRPO": grpo(tmp_path / "grpo"), "SFT": sft}, tmp_path / "both")
     page = Page(path.read_text(encoding="utf-8"))
-    drawn = {str(i["alt"]).split(",")[0]: base64.b64decode(str(i["src"]).split(",")[1]).decode() for i in page.all("img")}
+    drawn = {
+        str(i["alt"]).split(",")[0]: base64.b64decode(str(i["src"]).split(",")[1]).decode()
+        for i in page.all("img")
+    }
     assert COLOURS[1].lower() in drawn["Learning rate"].lower()
     assert COLOURS[0].lower() not in drawn["Learning rate"].lower()
     assert COLOURS[0].lower() in drawn["Reward"].lower()
 
 
 def test_metrics_are_named_where_there_are_several(tmp_path):
-    """Wrong implementations: a legend of one curve, because other runs have more metrics than this one; two curves without names."""
+    """Wrong implementations: a legend of one curve, because other runs have more metrics than this one; two
+    curves without names.
+    """
     one = {"": read(folder(tmp_path / "one", [{"step": s, "grad_norm": 1.0} for s in range(3)]))}
-    two = {"": read(folder(tmp_path / "two", [{"step": s, "grad_norm": 1.0, "grad_norm/pairs": 0.5} for s in range(3)]))}
+    two = {
+        "": read(
+            folder(
+                tmp_path / "two", [{"step": s, "grad_norm": 1.0, "grad_norm/pairs": 0.5} for s in range(3)]
+            )
+        )
+    }
     norms = next(p for p in PANELS if p.title == "Gradient norm")
     assert [s.name for s in _curves(norms, one)] == [""]
     assert [(s.name, s.colour, s.dash) for s in _curves(norms, two)] == [("all", 0, 0), ("pairs", 1, 1)]
     both = {"a": one[""], "b": two[""]}
-    assert [(s.name, s.colour, s.dash) for s in _curves(norms, both)] == [("a, all", 0, 0), ("b, all", 1, 0), ("b, pairs", 1, 1)]
+    assert [(s.name, s.colour, s.dash) for s in _curves(norms, both)] == [
+        ("a, all", 0, 0),
+        ("b, all", 1, 0),
+        ("b, pairs", 1, 1),
+    ]
 
 
 def test_no_two_panels_write_one_file():
@@ -216,7 +253,9 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_smoothing_is_centred_and_keeps_a_constant():
-    """Wrong implementation: a trailing mean, which shifts every curve to the right; a mean that divides by the window at the ends."""
+    """Wrong implementation: a trailing mean, which shifts every curve to the right; a mean that divides by
+    the window at the ends.
+    """
     assert smooth([1.0] * 7, 3) == [1.0] * 7
     assert smooth([0.0, 0.0, 3.0, 0.0, 0.0], 3) == [0.0, 1.0, 1.0, 1.0, 0.0]
 
@@ -225,9 +264,15 @@ def test_a_figure_is_drawn_and_says_when_it_is_smoothed(tmp_path):
     noisy = [(-1.0) ** s for s in range(100)]
     steps = list(range(100))
     path = tmp_path / "plots" / "a.png"
-    assert "bold: mean over 5 steps" in lines([Series(name="", x=steps, y=noisy)], title="A", unit="u", path=path).note
+    assert (
+        "bold: mean over 5 steps"
+        in lines([Series(name="", x=steps, y=noisy)], title="A", unit="u", path=path).note
+    )
     assert lines([Series(name="", x=steps, y=steps)], title="A", unit="u", path=path).note == ""
-    assert lines([Series(name="", x=[1], y=[2.0], lo=[1.0], hi=[3.0])], title="A", unit="u", path=path).note == "bars: 95% interval"
+    assert (
+        lines([Series(name="", x=[1], y=[2.0], lo=[1.0], hi=[3.0])], title="A", unit="u", path=path).note
+        == "bars: 95% interval"
+    )
     pixels = imread(path)
     assert pixels.shape[0] > 300 and pixels.shape[1] > 500
     blue = [int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]

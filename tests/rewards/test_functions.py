@@ -46,9 +46,12 @@ def test_functions_get_trls_arguments():
 
     score([spy], PROMPTS, COMPLETIONS, [[1], [2], [3, 4]], ROWS)
     assert {k: v for k, v in seen.items() if not k.startswith("log_")} == {
-        "prompts": PROMPTS, "completions": COMPLETIONS, "completion_ids": [[1], [2], [3, 4]],
-        "answer": ["one", "two", "eleven"], "level": [1, None, 3],
-    }  # fmt: skip
+        "prompts": PROMPTS,
+        "completions": COMPLETIONS,
+        "completion_ids": [[1], [2], [3, 4]],
+        "answer": ["one", "two", "eleven"],
+        "level": [1, None, 3],
+    }
     assert callable(seen["log_extra"]) and callable(seen["log_metric"])
 
 
@@ -68,7 +71,11 @@ def test_combining_and_not_applicable():
     found = score([length, odd_only, right], PROMPTS, COMPLETIONS, None, ROWS, weights=[1.0, 0.1, 2.0])
     assert found.reward == pytest.approx([3 + 2, 5 + 0.5 + 0, 6 + 2])
     assert floats(found.parts["rewards/odd_only/mean"]) == [None, 5.0, None]
-    assert found.parts["rewards/length/mean"] == [3.0, 5.0, 6.0] and found.parts["rewards/right/mean"] == [1.0, 0.0, 1.0]
+    assert found.parts["rewards/length/mean"] == [3.0, 5.0, 6.0] and found.parts["rewards/right/mean"] == [
+        1.0,
+        0.0,
+        1.0,
+    ]
     assert floats(score([never, odd_only], PROMPTS, COMPLETIONS).reward) == [None, 5.0, None]
     assert floats(score([never], PROMPTS, COMPLETIONS).reward) == [None, None, None]
     assert score([never], [], []).reward == []
@@ -76,7 +83,12 @@ def test_combining_and_not_applicable():
 
 @pytest.mark.parametrize(
     "values",
-    [torch.tensor([1.0, 0.0, 2.0]), np.array([1.0, 0.0, 2.0], np.float32), (True, False, 2), [np.float32(1), 0, torch.tensor(2.0)]],
+    [
+        torch.tensor([1.0, 0.0, 2.0]),
+        np.array([1.0, 0.0, 2.0], np.float32),
+        (True, False, 2),
+        [np.float32(1), 0, torch.tensor(2.0)],
+    ],
 )
 def test_what_counts_as_numbers(values):
     assert score([lambda completions: values], PROMPTS, COMPLETIONS).reward == [1.0, 0.0, 2.0]
@@ -90,7 +102,11 @@ def test_logging_as_in_trl():
         return [0.0, 0.0, 0.0]
 
     found = score([logs], PROMPTS, COMPLETIONS)
-    assert found.message == ["a", "b", "c"] and found.extra == {"seen": [1, 2, 3]} and found.parts["share"] == [0.25] * 3
+    assert (
+        found.message == ["a", "b", "c"]
+        and found.extra == {"seen": [1, 2, 3]}
+        and found.parts["share"] == [0.25] * 3
+    )
     assert score([length], PROMPTS, COMPLETIONS).message == ["", "", ""]
     with pytest.raises(UserError, match="log_extra: expected 3 values for 'x', one per completion; got 1"):
         score([lambda completions, log_extra: log_extra("x", [1])], PROMPTS, COMPLETIONS)
@@ -101,10 +117,19 @@ def test_the_tasks_verifier_as_a_reward():
     examples = [task.example("train", i) for i in range(4)]
     answers = [examples[0].demo, examples[1].demo + ";", "", examples[3].demo]
     found = score(
-        [task_reward(task), length], [e.prompt for e in examples], answers, None, [{"example": e} for e in examples], weights=[1, 0]
+        [task_reward(task), length],
+        [e.prompt for e in examples],
+        answers,
+        None,
+        [{"example": e} for e in examples],
+        weights=[1, 0],
     )
     assert found.reward == [1.0, 0.0, 0.0, 1.0] == found.parts["rewards/cards/mean"]
-    assert found.message[0] == "correct" and found.message[1].startswith("expected 2 steps") and found.parts["correct"] == [0.5] * 4
+    assert (
+        found.message[0] == "correct"
+        and found.message[1].startswith("expected 2 steps")
+        and found.parts["correct"] == [0.5] * 4
+    )
 
 
 def test_names():
@@ -151,26 +176,50 @@ def file(tmp_path):
     [
         (
             "raises",
-            r"reward raises raised KeyError: 'three'\n  at {file}:6 in helper: .*\n  on sample 1 of 3:\n    prompt:     'p1'\n .* 'three'",
+            r"reward raises raised KeyError: 'three'\n  at {file}:6 in helper: "
+            r".*\n  on sample 1 of 3:\n    prompt:     'p1'\n .* 'three'",
         ),
-        ("raises_on_many", r"raised AssertionError: one at a time\n  at {file}:9 .*\n  on a batch of 3 \(no sample fails alone\)"),
-        ("short", r"reward short \({file}:12\): expected 3 rewards, one per completion; got 2\n  on sample 2 of 3:\n    prompt:     'p2'"),
+        (
+            "raises_on_many",
+            r"raised AssertionError: one at a time\n  at {file}:9 .*\n  on a batch of 3 \(no sample "
+            r"fails alone\)",
+        ),
+        (
+            "short",
+            r"reward short \({file}:12\): expected 3 rewards, one per completion; "
+            r"got 2\n  on sample 2 of 3:\n    prompt:     'p2'",
+        ),
         ("long", r"reward long \({file}:13\): expected 3 rewards, one per completion; got 4"),
-        ("text", r"reward text \({file}:14\): expected a finite number or None, got 'two'\n  on sample 1 of 3"),
-        ("nan", r"expected a finite number or None, got nan\n  on sample 2 of 3:\n    prompt:     'p2'\n    completion: 'eleven'"),
+        (
+            "text",
+            r"reward text \({file}:14\): expected a finite number or None, got 'two'\n  on sample 1 of 3",
+        ),
+        (
+            "nan",
+            r"expected a finite number or None, got nan\n  on sample 2 of 3:\n    prompt: "
+            r"    'p2'\n    completion: 'eleven'",
+        ),
         ("infinite", r"expected a finite number or None, got inf\n  on sample 0"),
         ("nested", r"expected a finite number or None, got \[1.0\]"),
         ("scalar", r"reward scalar \({file}:18\): expected a list of 3 rewards, got 1.0"),
         ("nothing", r"expected a list of 3 rewards, got None"),
         ("generator", r"expected a list of 3 rewards, got <generator"),
-        ("needs", r"reward needs \({file}:21\): it needs 'anwser', and there is only answer, level, prompts, completions"),
+        (
+            "needs",
+            r"reward needs \({file}:21\): it needs 'anwser', and there is only answer, level, "
+            r"prompts, completions",
+        ),
     ],
 )
 def test_errors_name_the_function_and_show_the_sample(file, name, message):
-    """A wrong implementation turns these into rewards of 0, or into an error that says neither which function nor which sample."""
+    """A wrong implementation turns these into rewards of 0, or into an error that says neither which function
+    nor which sample.
+    """
     with pytest.raises(UserError, match=message.replace("{file}", str(file))) as caught:
         score([load_reward(f"{file}:{name}")], PROMPTS, COMPLETIONS, None, ROWS)
-    assert (caught.value.__cause__ is None) == (not name.startswith("raises")), "--debug shows the function's own traceback"
+    assert (caught.value.__cause__ is None) == (not name.startswith("raises")), (
+        "--debug shows the function's own traceback"
+    )
 
 
 def test_functions_that_cannot_be_loaded(file):

@@ -1,4 +1,6 @@
-"""Checkpoints are whole or not there, at whatever moment a run dies, and say which file is missing or damaged."""
+"""Checkpoints are whole or not there, at whatever moment a run dies, and say which file is missing or
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ STATE = {"exp_avg.w": torch.arange(6.0).view(2, 3), "step.w": torch.tensor(3.0)}
 
 
 def save(run: Path, step: int, keep: int = 0) -> Path:
-    return checkpoint.save(run, step, decoder(), tokenizer(), {k: v + step for k, v in STATE.items()}, {"version": 2 * step}, keep=keep)
+    return checkpoint.save(
+        run,
+        step,
+        decoder(),
+        tokenizer(),
+        {k: v + step for k, v in STATE.items()},
+        {"version": 2 * step},
+        keep=keep,
+    )
 
 
 def steps(run: Path) -> list[int]:
@@ -40,7 +50,9 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_the_trainers_state(tmp_path):
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [8, 9, 10, 11]), (2, [10, 11]), (1, [11])])
 def test_the_newest_are_kept(tmp_path, keep, left):
-    """Wrong implementations: names sorted as text, where step_10 comes before step_9; the oldest kept; other folders counted."""
+    """Wrong implementations: names sorted as text, where step_10 comes before step_9; the oldest kept; other
+    folders counted.
+    """
     (tmp_path / "checkpoints" / "step_99.bak").mkdir(parents=True)
     for step in (8, 9, 10, 11):
         save(tmp_path, step, keep=keep)
@@ -59,11 +71,21 @@ class Killed(BaseException):
     """Stands in for SIGKILL: nothing of the program runs after it."""
 
 
-FALLIBLE = ((checkpoint, "save_file"), (os, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "write_text"), (Path, "mkdir"))
+FALLIBLE = (
+    (checkpoint, "save_file"),
+    (os, "rename"),
+    (os, "fsync"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (Path, "write_text"),
+    (Path, "mkdir"),
+)
 
 
 def die_at(patch: pytest.MonkeyPatch, moment: int) -> list[str]:
-    """Die just before the moment-th call that changes the disk (0: never).  Returns the list that the calls are written to."""
+    """Die just before the moment-th call that changes the disk (0: never).  Returns the list that the calls
+    are written to.
+    """
     calls: list[str] = []
 
     def dying(name, real):
@@ -81,8 +103,9 @@ def die_at(patch: pytest.MonkeyPatch, moment: int) -> list[str]:
 
 
 def test_death_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
-    """Wrong implementations: written under its own name; removed in place, so that half of one is left under its name; the old one
-    removed before the new one is there."""
+    """Wrong implementations: written under its own name; removed in place, so that half of one is left under
+    its name; the old one removed before the new one is there.
+    """
     save(tmp_path / "start", 1)
     with monkeypatch.context() as patch:
         shutil.copytree(tmp_path / "start", tmp_path / "0")
@@ -97,7 +120,9 @@ def test_death_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
         assert steps(run) in ([1], [1, 2], [2])
         assert [checkpoint.load(path)[1]["step"] for path in checkpoint.whole(run)] == steps(run)
         save(run, 3, keep=1)
-        assert steps(run) == [3] and [p.name for p in (run / "checkpoints").iterdir()] == ["step_3"], "what was left behind is gone"
+        assert steps(run) == [3] and [p.name for p in (run / "checkpoints").iterdir()] == ["step_3"], (
+            "what was left behind is gone"
+        )
 
 
 def _counted(patch: pytest.MonkeyPatch, run: Path) -> list[str]:
@@ -106,7 +131,9 @@ def _counted(patch: pytest.MonkeyPatch, run: Path) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, error):
     """Wrong implementation: safetensors' own kind of error goes through."""
     save(tmp_path, 1)
@@ -116,7 +143,9 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        UserError, match=r"checkpoint .*step_2: could not be written \(.*No space left.*\); earlier checkpoints are untouched"
+        UserError,
+        match=r"checkpoint .*step_2: could not be written \(.*No space left.*\); "
+        r"earlier checkpoints are untouched",
     ):
         save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [1] and checkpoint.load(checkpoint.whole(tmp_path)[0])
@@ -152,7 +181,9 @@ def garble(path: Path) -> None:
 def test_damage_is_named(tmp_path, file, damage, said):
     path = save(tmp_path, 4)
     damage(path / file)
-    with pytest.raises(UserError, match=f"checkpoint .*/step_4: {said}.*; remove the folder to use an older checkpoint"):
+    with pytest.raises(
+        UserError, match=f"checkpoint .*/step_4: {said}.*; remove the folder to use an older checkpoint"
+    ):
         checkpoint.load(path)
 
 

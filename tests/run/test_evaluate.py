@@ -28,28 +28,45 @@ def score(right: bool, formed: bool = True) -> Score:
 
 def run(task=TASK, **changes) -> Evaluation:
     model = changes.pop("model", None) or decoder()
-    return evaluate(Sampler(model, tokenizer()), task, **{"split": "val", "prompts": 5, "samples": 3, "max_new_tokens": 6} | changes)
+    return evaluate(
+        Sampler(model, tokenizer()),
+        task,
+        **{"split": "val", "prompts": 5, "samples": 3, "max_new_tokens": 6} | changes,
+    )
 
 
 def test_accuracies_and_their_intervals():
-    """Wrong implementations: the samples of one prompt counted as independent trials; greedy and sampled answers mixed."""
+    """Wrong implementations: the samples of one prompt counted as independent trials; greedy and sampled
+    answers mixed.
+    """
     greedy = [("", score(True)), ("", score(False, formed=False))]
     sampled = [[("", score(True)), ("", score(True))], [("", score(True)), ("", score(False))]]
     done = Evaluation([example(0), example(1)], greedy, sampled)
     assert done.per_prompt() == [1.0, 0.5] and done.well_formed() == 5 / 6
     m = done.metrics()
-    assert (m["eval/accuracy_greedy"], m["eval/accuracy_greedy_lo"], m["eval/accuracy_greedy_hi"]) == (0.5, *wilson(1, 2))
+    assert (m["eval/accuracy_greedy"], m["eval/accuracy_greedy_lo"], m["eval/accuracy_greedy_hi"]) == (
+        0.5,
+        *wilson(1, 2),
+    )
     each = share_interval([1.0, 0.5])
-    assert (m["eval/accuracy_sampled"], m["eval/accuracy_sampled_lo"], m["eval/accuracy_sampled_hi"]) == (0.75, each.lo, each.hi)
+    assert (m["eval/accuracy_sampled"], m["eval/accuracy_sampled_lo"], m["eval/accuracy_sampled_hi"]) == (
+        0.75,
+        each.lo,
+        each.hi,
+    )
     without = Evaluation([example(0), example(1)], greedy, []).metrics()
-    assert sorted(k for k in without if "accuracy" in k) == [f"eval/accuracy_greedy{x}" for x in ("", "_hi", "_lo")], "none is NaN"
+    assert sorted(k for k in without if "accuracy" in k) == [
+        f"eval/accuracy_greedy{x}" for x in ("", "_hi", "_lo")
+    ], "none is NaN"
 
 
 def test_every_answer_is_verified_against_its_own_prompt():
     """Wrong implementations: prompts and answers in different orders; greedy answers that are samples."""
     done = run()
     again = run()
-    assert [e.prompt for e in done.examples] == [e.prompt for e in again.examples] and done.sampled == again.sampled
+    assert [e.prompt for e in done.examples] == [
+        e.prompt for e in again.examples
+    ] and done.sampled == again.sampled
     assert len({e.prompt for e in done.examples}) == 5
     one = Sampler(decoder(), tokenizer())
     for e, (text, verdict), drawn in zip(done.examples, done.greedy, done.sampled, strict=True):
@@ -80,19 +97,27 @@ class _Only:
 
 
 def test_an_evaluation_depends_on_nothing_but_the_weights():
-    """Wrong implementations: noise from the global generator, prompts by the run's seed; training that goes on differently after it."""
+    """Wrong implementations: noise from the global generator, prompts by the run's seed; training that goes
+    on differently after it.
+    """
     torch.manual_seed(1)
     a = run()
     before = torch.get_rng_state()
     b = run()
     assert a.sampled == b.sampled and torch.equal(before, torch.get_rng_state())
-    assert run(seed=1).sampled != a.sampled and [e.prompt for e in run(seed=1).examples] == [e.prompt for e in a.examples]
+    assert run(seed=1).sampled != a.sampled and [e.prompt for e in run(seed=1).examples] == [
+        e.prompt for e in a.examples
+    ]
     assert run(model=decoder(seed=1)).greedy != a.greedy
 
 
 def test_a_split_smaller_than_asked_for_is_taken_whole():
     done = run(prompts=10**6, samples=0, max_new_tokens=1)
-    assert len(done.greedy) == TASK.size("val") and len({e.prompt for e in done.examples}) == TASK.size("val") and done.sampled == []
+    assert (
+        len(done.greedy) == TASK.size("val")
+        and len({e.prompt for e in done.examples}) == TASK.size("val")
+        and done.sampled == []
+    )
 
 
 def test_errors():
@@ -112,7 +137,10 @@ def test_the_command(tmp_path, capsys):
     """Wrong implementations: another split than the one asked for; a file that holds less than was shown."""
     decoder().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    args = f"--model {tmp_path}/model --task cards --task-options k=2 --split test --prompts 4 --samples 2 --max-new-tokens 6"
+    args = (
+        f"--model {tmp_path}/model --task cards --task-options k=2 --split test --prompts 4 --samples 2 "
+        "--max-new-tokens 6"
+    )
     assert cli.main(["eval", *args.split(), "--output", f"{tmp_path}/new/e.json"]) == 0
     told = capsys.readouterr().out
     kept = json.loads((tmp_path / "new/e.json").read_text())
@@ -120,6 +148,6 @@ def test_the_command(tmp_path, capsys):
     want = run(split="test", prompts=4, samples=2)
     assert [a["prompt"] for a in kept["answers"]] == [e.prompt for e in want.examples]
     assert [a["greedy"]["completion"] for a in kept["answers"]] == [text for text, _ in want.greedy]
-    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4 and kept["eval/accuracy_greedy"] == want.metrics()[
+    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4 and kept[
         "eval/accuracy_greedy"
-    ]
+    ] == want.metrics()["eval/accuracy_greedy"]

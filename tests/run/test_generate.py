@@ -32,15 +32,32 @@ def run(model: str, *args: str) -> int:
 
 
 def test_completions_are_those_of_the_sampler(model, tmp_path, monkeypatch):
-    """Wrong implementations: noise that starts again in every chunk; samples beside the wrong prompt; log-probs of the prompt."""
+    """Wrong implementations: noise that starts again in every chunk; samples beside the wrong prompt;
+    log-probs of the prompt.
+    """
     monkeypatch.setattr(generate, "CHUNK", 2)
     (tmp_path / "p.txt").write_text("\n\n".join(PROMPTS) + "\n")
-    assert run(model, "--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out.jsonl"), "--seed", "3") == 0
+    assert (
+        run(
+            model,
+            "--prompts",
+            str(tmp_path / "p.txt"),
+            "--output",
+            str(tmp_path / "out.jsonl"),
+            "--seed",
+            "3",
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     want = Sampler(decoder(), tokenizer()).generate(PROMPTS, SamplingParams(n=2, max_new_tokens=6, seed=3))
     assert [r["prompt"] for r in rows] == [p for p in PROMPTS for _ in range(2)]
-    assert [r["completion"] for r in rows] == want.text and [r["finish_reason"] for r in rows] == want.finish_reason
-    assert [x for r in rows for x in r["logp"]] == pytest.approx(want.logp[want.completion_mask].tolist(), abs=1e-4)
+    assert [r["completion"] for r in rows] == want.text and [
+        r["finish_reason"] for r in rows
+    ] == want.finish_reason
+    assert [x for r in rows for x in r["logp"]] == pytest.approx(
+        want.logp[want.completion_mask].tolist(), abs=1e-4
+    )
 
 
 def test_prompts_from_standard_input_and_json_lines(model, tmp_path, monkeypatch, capsys):
@@ -49,7 +66,9 @@ def test_prompts_from_standard_input_and_json_lines(model, tmp_path, monkeypatch
     first = capsys.readouterr()
     (tmp_path / "p.jsonl").write_text('{"prompt": "7+"}\n\n{"prompt": "K", "more": 1}\n')
     assert run(model, "--prompts", str(tmp_path / "p.jsonl")) == 0
-    assert capsys.readouterr().out == first.out and [json.loads(x)["prompt"] for x in first.out.splitlines()] == ["7+", "7+", "K", "K"]
+    assert capsys.readouterr().out == first.out and [
+        json.loads(x)["prompt"] for x in first.out.splitlines()
+    ] == ["7+", "7+", "K", "K"]
     assert "2 of 2 prompts" in first.err
 
 
@@ -65,7 +84,11 @@ def test_on_a_terminal_it_is_text(model, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("p.txt", "7\n" * 66 + "7" * 128, "p.txt:67: a prompt of 128 tokens leaves no room for a completion in the model's context of 128"),
+        (
+            "p.txt",
+            "7\n" * 66 + "7" * 128,
+            "p.txt:67: a prompt of 128 tokens leaves no room for a completion in the model's context of 128",
+        ),
         ("p.txt", "7\nhello\n", "p.txt:2: the tokenizer has no tokens for part of 'hello'"),
         ("p.jsonl", '{"prompt": "7"}\n{"promt": "7"}\n', "p.jsonl:2: expected a prompt column, got promt"),
         ("p.jsonl", '{"prompt": 7}\n', "p.jsonl:1: prompt: expected text or a list of messages, got int 7"),
@@ -93,7 +116,9 @@ def test_no_prompts_give_an_empty_file(model, tmp_path):
 # --- interrupted and resumed ------------------------------------------------------------------------
 def write(model: str, folder: Path, name: str, *args: str) -> tuple[int, bytes]:
     """The exit code of a run that writes folder/name, and what it wrote."""
-    code = run(model, "--prompts", str(folder / "p.txt"), "--output", str(folder / name), "--seed", "3", *args)
+    code = run(
+        model, "--prompts", str(folder / "p.txt"), "--output", str(folder / name), "--seed", "3", *args
+    )
     return code, (folder / name).read_bytes() if (folder / name).exists() else b""
 
 
@@ -106,7 +131,9 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def fail_in_chunk(monkeypatch, chunk: int, error: BaseException) -> None:
-    """The sampler raises `error` in the middle of its chunk-th call, counted from 0: when it tells of the first tokens."""
+    """The sampler raises `error` in the middle of its chunk-th call, counted from 0: when it tells of the
+    first tokens.
+    """
     calls, real = [], Sampler.generate
 
     def interrupt(n):
@@ -114,24 +141,36 @@ def fail_in_chunk(monkeypatch, chunk: int, error: BaseException) -> None:
 
     def generate(self, prompts, params, *, on_tokens=None, **options):
         calls.append(prompts)
-        return real(self, prompts, params, on_tokens=interrupt if len(calls) == chunk + 1 else on_tokens, **options)
+        return real(
+            self, prompts, params, on_tokens=interrupt if len(calls) == chunk + 1 else on_tokens, **options
+        )
 
     monkeypatch.setattr(Sampler, "generate", generate)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "last"),
-    [(KeyboardInterrupt(), 130, "fastrl: interrupted"), (UserError("out of memory"), 1, "fastrl: error: out of memory")],
+    [
+        (KeyboardInterrupt(), 130, "fastrl: interrupted"),
+        (UserError("out of memory"), 1, "fastrl: error: out of memory"),
+    ],
 )
-def test_a_run_interrupted_in_the_sampler_is_continued_to_the_same_bytes(model, folder, monkeypatch, capsys, error, code, last):
-    """Wrong implementations: nothing written until the end; noise that starts again; the prompts that are done drawn once more."""
+def test_a_run_interrupted_in_the_sampler_is_continued_to_the_same_bytes(
+    model, folder, monkeypatch, capsys, error, code, last
+):
+    """Wrong implementations: nothing written until the end; noise that starts again; the prompts that are
+    done drawn once more.
+    """
     _, want = write(model, folder, "straight.jsonl")
     with monkeypatch.context() as patch:
         fail_in_chunk(patch, 1, error)
         assert write(model, folder, "out.jsonl") == (code, b"".join(want.splitlines(True)[:4]))
     told = capsys.readouterr().err.splitlines()
     how = f"--config {folder}/out.jsonl.config.yaml --resume"
-    assert told[-2:] == [f"{folder}/out.jsonl holds 2 of 5 prompts; continue with: fastrl generate {how}", last]
+    assert told[-2:] == [
+        f"{folder}/out.jsonl holds 2 of 5 prompts; continue with: fastrl generate {how}",
+        last,
+    ]
     drawn = watch(monkeypatch)
     assert cli.main(["generate", *how.split()]) == 0
     assert (folder / "out.jsonl").read_bytes() == want and drawn == [4, 8]
@@ -151,8 +190,10 @@ def watch(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("cut", range(0, 1400, 199))
 def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(model, folder, cut, straight, monkeypatch):
-    """Wrong implementations: a torn line kept, or taken for a whole one where only its end is missing; a prompt with one of two
-    completions skipped, or completed twice; the rest of a chunk drawn in another batch."""
+    """Wrong implementations: a torn line kept, or taken for a whole one where only its end is missing; a
+    prompt with one of two completions skipped, or completed twice; the rest of a chunk drawn in another
+    batch.
+    """
     want = straight[0]
     size = min(cut, len(want))
     (folder / "out.jsonl").write_bytes(want[:size])
@@ -175,7 +216,9 @@ def straight(model, tmp_path_factory) -> tuple[bytes, str]:
 
 
 def test_only_the_end_of_the_last_line_is_missing(model, folder, straight, monkeypatch, capsys):
-    """Wrong implementations: a line that parses counts as whole, and the next one is glued to it; a whole file's last chunk drawn again."""
+    """Wrong implementations: a line that parses counts as whole, and the next one is glued to it; a whole
+    file's last chunk drawn again.
+    """
     (folder / "out.jsonl").write_bytes(straight[0][:-1])
     (folder / "out.jsonl.config.yaml").write_text(straight[1])
     assert write(model, folder, "out.jsonl", "--resume") == (0, straight[0])
@@ -187,7 +230,9 @@ def test_only_the_end_of_the_last_line_is_missing(model, folder, straight, monke
 
 def test_rows_say_which_prompt_and_sample_they_are(straight):
     rows = [json.loads(line) for line in straight[0].splitlines()]
-    assert [(r["index"], r["sample"], r["prompt"]) for r in rows] == [(i, j, p) for i, p in enumerate(PROMPTS) for j in range(2)]
+    assert [(r["index"], r["sample"], r["prompt"]) for r in rows] == [
+        (i, j, p) for i, p in enumerate(PROMPTS) for j in range(2)
+    ]
 
 
 def edit_prompts(folder: Path) -> None:
@@ -214,7 +259,12 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "args", "said"),
     [
-        (edit_prompts, ("--resume",), "out.jsonl:3: expected index, sample and prompt [1, 0, 'K+'], got [1, 0, 'K']: the file belongs to"),
+        (
+            edit_prompts,
+            ("--resume",),
+            "out.jsonl:3: expected index, sample and prompt [1, 0, 'K+'], got [1, 0, 'K']: "
+            "the file belongs to",
+        ),
         (fewer_prompts, ("--resume",), "out.jsonl:5: more completions than 2 of each of the 2 prompts"),
         (break_a_line, ("--resume",), "out.jsonl:2: expected a JSON object"),
         (lose_the_settings, ("--resume",), "out.jsonl.config.yaml, which says how"),
@@ -225,7 +275,9 @@ def nothing(folder: Path) -> None:
         (lambda folder: (folder / "out.jsonl").unlink(), ("--resume",), "out.jsonl; start without --resume"),
     ],
 )
-def test_a_file_that_cannot_be_continued_is_refused_and_left_alone(model, folder, straight, capsys, change, args, said):
+def test_a_file_that_cannot_be_continued_is_refused_and_left_alone(
+    model, folder, straight, capsys, change, args, said
+):
     """Wrong implementations: a file overwritten; completions of two seeds, or of other prompts, in one file."""
     (folder / "out.jsonl").write_bytes(straight[0])
     (folder / "out.jsonl.config.yaml").write_text(straight[1])
@@ -238,7 +290,10 @@ def test_a_file_that_cannot_be_continued_is_refused_and_left_alone(model, folder
 
 def test_the_terminal_cannot_be_resumed(model, capsys):
     assert run(model, "--resume") == 1
-    assert "--resume: expected the --output file of the interrupted run, got the terminal" in capsys.readouterr().err
+    assert (
+        "--resume: expected the --output file of the interrupted run, got the terminal"
+        in capsys.readouterr().err
+    )
 
 
 def test_more_prompts_may_follow_and_a_device_file_takes_none(model, folder, straight):
@@ -247,7 +302,11 @@ def test_more_prompts_may_follow_and_a_device_file_takes_none(model, folder, str
     (folder / "out.jsonl.config.yaml").write_text(straight[1])
     (folder / "p.txt").write_text("\n".join([*PROMPTS, "5"]) + "\n")
     code, written = write(model, folder, "out.jsonl", "--resume")
-    assert code == 0 and written.startswith(straight[0]) and [json.loads(x)["prompt"] for x in written.splitlines()[10:]] == ["5", "5"]
+    assert (
+        code == 0
+        and written.startswith(straight[0])
+        and [json.loads(x)["prompt"] for x in written.splitlines()[10:]] == ["5", "5"]
+    )
     assert write(model, folder, "/dev/null") == (0, b"") and not Path("/dev/null.config.yaml").exists()
 
 
@@ -258,7 +317,9 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_a_line_per_chunk_or_a_bar_on_a_terminal(model, folder, monkeypatch, capsys):
-    """Wrong implementations: a bar in a log file; tokens counted in prompts; a bar that starts from 0 when resumed."""
+    """Wrong implementations: a bar in a log file; tokens counted in prompts; a bar that starts from 0 when
+    resumed.
+    """
     assert write(model, folder, "a.jsonl")[0] == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["2 of 5 prompts", "4 of 5 prompts", "5 of 5 prompts"]
@@ -266,7 +327,9 @@ def test_progress_is_a_line_per_chunk_or_a_bar_on_a_terminal(model, folder, monk
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     assert write(model, folder, "b.jsonl")[0] == 0
-    assert "5/5" in shown.getvalue() and "tok/s" in shown.getvalue() and "of 5 prompts" not in shown.getvalue()
+    assert (
+        "5/5" in shown.getvalue() and "tok/s" in shown.getvalue() and "of 5 prompts" not in shown.getvalue()
+    )
 
 
 def test_tokens_are_counted_by_the_sampler(model, folder, monkeypatch):

@@ -19,7 +19,10 @@ def rows(path: Path) -> list[dict]:
 
 
 def without_clock(path: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("time", "perf/", "eval/time"))} for row in rows(path)]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time", "perf/", "eval/time"))}
+        for row in rows(path)
+    ]
 
 
 def screen(terminal: bool = False) -> Console:
@@ -36,7 +39,9 @@ def record(log: RunLog, first: int, last: int) -> None:
 
 
 def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
-    """Wrong implementations: appending after a crash (steps 11 and 12 twice), dropping the evaluation of the checkpoint's own step."""
+    """Wrong implementations: appending after a crash (steps 11 and 12 twice), dropping the evaluation of the
+    checkpoint's own step.
+    """
     with RunLog(tmp_path / "whole", 20, quiet=True) as log:
         record(log, 1, 20)
     with RunLog(tmp_path / "parts", 20, quiet=True) as log:
@@ -53,7 +58,9 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
 
 def test_time_goes_on_over_a_resume(tmp_path):
     """Wrong implementation: a clock that starts again at zero, and with it every curve over time."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 100.0}\n{"step": 2, "time": 200.0}\n{"step": 3, "time": 300.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 100.0}\n{"step": 2, "time": 200.0}\n{"step": 3, "time": 300.0}\n'
+    )
     with RunLog(tmp_path, 5, resume_step=2, quiet=True) as log:
         log.step(3, {})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -83,7 +90,10 @@ def test_a_new_run_never_overwrites_an_earlier_one(tmp_path):
     for value in (1.0, 2.0, 3.0):
         with RunLog(tmp_path, 1, quiet=True, texts={"config.yaml": f"loss: {value}\n"}) as log:
             log.step(1, {"loss": value})
-    found = {folder: rows(tmp_path / folder / "metrics.jsonl")[0]["loss"] for folder in (".", "previous-1", "previous-2")}
+    found = {
+        folder: rows(tmp_path / folder / "metrics.jsonl")[0]["loss"]
+        for folder in (".", "previous-1", "previous-2")
+    }
     assert found == {".": 3.0, "previous-1": 1.0, "previous-2": 2.0}
     assert (tmp_path / "previous-2" / "config.yaml").read_text() == "loss: 2.0\n"
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
@@ -96,8 +106,16 @@ def test_numbers_that_json_has_not_become_null(tmp_path):
         log.step(1, {"loss": math.nan, "kl": math.inf, "reward": 0.5})
         log.samples(1, [{"prompt": "p", "reward": math.nan}])
     text = (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "samples.jsonl").read_text()
-    parsed = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the file")) for line in text.splitlines()]
-    assert (parsed[0]["loss"], parsed[0]["kl"], parsed[0]["reward"], parsed[1]["reward"]) == (None, None, 0.5, None)
+    parsed = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the file"))
+        for line in text.splitlines()
+    ]
+    assert (parsed[0]["loss"], parsed[0]["kl"], parsed[0]["reward"], parsed[1]["reward"]) == (
+        None,
+        None,
+        0.5,
+        None,
+    )
     assert list(parsed[0])[:2] == ["step", "time"]
 
 
@@ -114,7 +132,10 @@ def test_a_tensor_is_refused_by_name(tmp_path):
     """Wrong implementation: float(tensor), a hidden wait for the device at every metric."""
     import torch
 
-    with RunLog(tmp_path, 1, quiet=True) as log, pytest.raises(TypeError, match=r"metric 'loss': expected a Python number, got Tensor"):
+    with (
+        RunLog(tmp_path, 1, quiet=True) as log,
+        pytest.raises(TypeError, match=r"metric 'loss': expected a Python number, got Tensor"),
+    ):
         log.step(1, {"loss": torch.tensor(1.0)})
 
 
@@ -122,7 +143,9 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     with RunLog(tmp_path, 3, quiet=True) as log:
         record(log, 1, 5)
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [(s, round(1 / s, 4)) for s in range(1, 6)]
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [
+        (s, round(1 / s, 4)) for s in range(1, 6)
+    ]
     assert [e.step for e in events.Scalars("eval/accuracy")] == [5]
 
 
@@ -150,7 +173,15 @@ def test_plain_lines_are_few_but_always_the_first_and_the_last(tmp_path):
 def test_an_evaluation_is_told_with_its_interval(tmp_path):
     console = screen()
     with RunLog(tmp_path, 5, console=console) as log:
-        log.eval(0, {"eval/accuracy_greedy": 0.5, "accuracy_greedy_lo": 0.4, "accuracy_greedy_hi": 0.61, "eval/time": 2.0})
+        log.eval(
+            0,
+            {
+                "eval/accuracy_greedy": 0.5,
+                "accuracy_greedy_lo": 0.4,
+                "accuracy_greedy_hi": 0.61,
+                "eval/time": 2.0,
+            },
+        )
     assert console.file.getvalue() == "grpo eval at step 0  accuracy_greedy 0.5 [0.4, 0.61]\n"
     assert rows(tmp_path / "metrics.jsonl")[0]["eval/accuracy_greedy_lo"] == 0.4
 

@@ -1,4 +1,6 @@
-"""A run that was stopped, by whatever, and resumed is the run that was not: weights, optimizer, metrics and samples, bit for bit."""
+"""A run that was stopped, by whatever, and resumed is the run that was not: weights, optimizer, metrics and
+samples, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -45,18 +47,38 @@ def no_report(monkeypatch):
         (grpo, {}),
         (grpo, {"minibatches": 2, "epochs": 2, "kl_coef": 0.1, "algorithm": "gspo"}),
         (grpo, {"tail": "carry", "tail_share": 0.3}),
-        (grpo, {"minibatches": 2, "group": 2, "algorithm": "reinforce++", "refill": 2, "correction": "sequence_truncate"}),
+        (
+            grpo,
+            {
+                "minibatches": 2,
+                "group": 2,
+                "algorithm": "reinforce++",
+                "refill": 2,
+                "correction": "sequence_truncate",
+            },
+        ),
     ],
-    ids=["sft", "sft-bfloat16", "grpo", "gspo-minibatches-epochs-kl", "grpo-carried", "whitened-refill-correction"],
+    ids=[
+        "sft",
+        "sft-bfloat16",
+        "grpo",
+        "gspo-minibatches-epochs-kl",
+        "grpo-carried",
+        "whitened-refill-correction",
+    ],
 )
 def test_twenty_steps_are_ten_and_ten(make, changes, tmp_path, monkeypatch):
-    """Wrong implementations: moments, schedule, prompts or noise that begin again; a reference model made of the resumed weights;
-    masters rounded to bfloat16 on the way; an evaluation done twice or not at all; completions that were carried over lost."""
+    """Wrong implementations: moments, schedule, prompts or noise that begin again; a reference model made of
+    the resumed weights; masters rounded to bfloat16 on the way; an evaluation done twice or not at all;
+    completions that were carried over lost.
+    """
     straight, resumed = straight_and_resumed(monkeypatch, make, tmp_path, 10, **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 20)
     assert [r["step"] for r in lines(resumed.output_dir) if "eval/well_formed" in r] == [0, 5, 10, 15, 20]
     first, last = (state(Path(resumed.output_dir, f"checkpoints/step_{n}")) for n in (10, 20))
-    assert all(not torch.equal(first[k], last[k]) for k in first if k.startswith("trainer")), "it went on training"
+    assert all(not torch.equal(first[k], last[k]) for k in first if k.startswith("trainer")), (
+        "it went on training"
+    )
 
 
 def test_stopped_at_every_step(tmp_path, monkeypatch):
@@ -85,7 +107,11 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(number, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "step", step)
         result = train(config)
-    assert (result.steps, result.interrupted, result.checkpoint) == (4, True, Path(config.output_dir, "checkpoints/step_4"))
+    assert (result.steps, result.interrupted, result.checkpoint) == (
+        4,
+        True,
+        Path(config.output_dir, "checkpoints/step_4"),
+    )
     assert signal.getsignal(number) is old
     told = capsys.readouterr().out
     assert "stopped after step 4 of 9; continue with: fastrl grpo" in told
@@ -104,7 +130,9 @@ def test_a_second_signal_ends_it_at_once():
 
 
 def test_one_process_asked_is_all_asked():
-    """Wrong implementation: the process that got the signal leaves, and the others wait for it in the next sum."""
+    """Wrong implementation: the process that got the signal leaves, and the others wait for it in the next
+    sum.
+    """
 
     class Other(World):
         def max(self, *values: float) -> list[float]:
@@ -131,7 +159,9 @@ def test_stopped_before_the_first_step(tmp_path, monkeypatch, capsys):
     stop_after(monkeypatch, 0)
     result = train(sft(tmp_path))
     assert (result.steps, result.checkpoint, result.interrupted) == (0, None, True)
-    assert "stopped after step 0 of 20; nothing was saved, because no step was done" in capsys.readouterr().out
+    assert (
+        "stopped after step 0 of 20; nothing was saved, because no step was done" in capsys.readouterr().out
+    )
 
 
 # --- ways to die ------------------------------------------------------------------------------------
@@ -150,12 +180,27 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_kill_nine_in_the_middle_of_a_checkpoint(tmp_path):
-    """Wrong implementations: half a checkpoint under its own name; lines of steps that were lost kept in the logs."""
-    straight, killed = (sft(tmp_path, name, steps=9, save=Save(every=3), eval=Eval(prompts=4, every=3)) for name in ("straight", "killed"))
+    """Wrong implementations: half a checkpoint under its own name; lines of steps that were lost kept in the
+    logs.
+    """
+    straight, killed = (
+        sft(tmp_path, name, steps=9, save=Save(every=3), eval=Eval(prompts=4, every=3))
+        for name in ("straight", "killed")
+    )
     train(replace(straight, output_dir=str(tmp_path / "first"), steps=0))  # writes config.yaml
-    args = ["sft", "--config", str(tmp_path / "first/config.yaml"), "--steps", "9", "--output-dir", killed.output_dir]
+    args = [
+        "sft",
+        "--config",
+        str(tmp_path / "first/config.yaml"),
+        "--steps",
+        "9",
+        "--output-dir",
+        killed.output_dir,
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", DYING, *args], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, *args], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = Path(killed.output_dir, "checkpoints")
     assert [p.name for p in checkpoint.whole(Path(killed.output_dir))] == ["step_3"]
@@ -168,7 +213,10 @@ def test_kill_nine_in_the_middle_of_a_checkpoint(tmp_path):
 
 def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkeypatch):
     """Wrong implementations: the checkpoint waits for the evaluation; the resumed run leaves it out."""
-    straight, dying = (sft(tmp_path, name, steps=9, save=Save(every=3), eval=Eval(prompts=4, every=3)) for name in ("straight", "dying"))
+    straight, dying = (
+        sft(tmp_path, name, steps=9, save=Save(every=3), eval=Eval(prompts=4, every=3))
+        for name in ("straight", "dying")
+    )
     train(straight)
 
     calls: list[int] = []
@@ -191,14 +239,19 @@ def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkey
 
 # --- resuming ---------------------------------------------------------------------------------------
 def test_a_run_that_goes_on_otherwise_says_so(tmp_path, capsys):
-    """Wrong implementations: other options taken without a word, or dropped; words about a run that goes on as it was."""
+    """Wrong implementations: other options taken without a word, or dropped; words about a run that goes on
+    as it was.
+    """
     config = sft(tmp_path, steps=2)
     train(config)
     capsys.readouterr()
     train(replace(config, resume=True))
     assert "other options" not in capsys.readouterr().out
     train(replace(config, resume=True, steps=3, micro_tokens=512))
-    assert f"resumed with other options: steps 3, which was 2, micro_tokens 512, which was {config.micro_tokens}" in capsys.readouterr().out
+    assert (
+        f"resumed with other options: steps 3, which was 2, micro_tokens 512, which was {config.micro_tokens}"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_finished_run_can_be_resumed_and_made_longer(tmp_path):
@@ -214,15 +267,23 @@ def test_a_finished_run_can_be_resumed_and_made_longer(tmp_path):
 
 
 def test_refusals(tmp_path):
-    """Wrong implementations: a run overwritten without a word; the checkpoint of another command taken for one's own."""
+    """Wrong implementations: a run overwritten without a word; the checkpoint of another command taken for
+    one's own.
+    """
     config = sft(tmp_path, steps=1, eval=Eval())
     with pytest.raises(UserError, match=r"--resume: .*run holds no whole checkpoint; start without --resume"):
         train(replace(config, resume=True))
     train(config)
     before = state(tmp_path / "run/checkpoints/step_1")
-    with pytest.raises(UserError, match=r"--output-dir: .*run already holds step_1; continue it with --resume, or name another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"--output-dir: .*run already holds step_1; continue it with --resume, or name another folder",
+    ):
         train(config)
-    with pytest.raises(UserError, match=r"--resume: .*run holds a run of fastrl sft; continue it with that, or name another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"--resume: .*run holds a run of fastrl sft; continue it with that, or name another folder",
+    ):
         train(grpo(tmp_path, resume=True))
     after = state(tmp_path / "run/checkpoints/step_1")
     assert all(torch.equal(after[k], before[k]) for k in before)
@@ -232,5 +293,8 @@ def test_the_clock_counts_on(tmp_path, monkeypatch):
     """The "time" of metrics.jsonl does not begin again."""
     began = time.monotonic()
     _, resumed = straight_and_resumed(monkeypatch, sft, tmp_path, 2, steps=4, eval=Eval())
-    times = [json.loads(line)["time"] for line in Path(resumed.output_dir, "metrics.jsonl").read_text().splitlines()]
+    times = [
+        json.loads(line)["time"]
+        for line in Path(resumed.output_dir, "metrics.jsonl").read_text().splitlines()
+    ]
     assert times == sorted(times) and times[-1] <= time.monotonic() - began

@@ -1,6 +1,8 @@
-"""What may stand in a captured decode step: nothing that the host looks at, and no number that was true only of the capture.
+"""What may stand in a captured decode step: nothing that the host looks at, and no number that was true only
+of the capture.
 
-There is no CUDA here.  A stand-in for its graphs records the step's tensor operations, at their addresses, and does them again.
+There is no CUDA here.  A stand-in for its graphs records the step's tensor operations, at their addresses,
+and does them again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def places(tree: Any) -> list[Tensor]:
 
 
 class Graph(TorchDispatchMode):
-    """Operations, and the tensors they read and wrote: a replay runs them again and puts each result where the first one went."""
+    """Operations, and the tensors they read and wrote: a replay runs them again and puts each result where
+    the first one went.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +68,13 @@ def graphs(as_on_cuda, monkeypatch):  # noqa: F811
         with graph:
             yield
 
-    cuda = {"Stream": Stream, "current_stream": Stream, "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture}
+    cuda = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }
     for name, stand_in in (cuda | {"graph_pool_handle": object}).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(engine, "runner", lambda step, device: Graphs(step))
@@ -76,9 +86,15 @@ def graphs(as_on_cuda, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_step_looks_at_no_value(family, filters, monkeypatch):
-    """Wrong: .item(), bool() or a shape made of values, in a step or in the definition of one of its ops: `meta` tensors have no values."""
+    """Wrong: .item(), bool() or a shape made of values, in a step or in the definition of one of its ops:
+    `meta` tensors have no values.
+    """
     model = decoder(family).to("meta")
-    monkeypatch.setattr(_backend, "_obstacle", lambda impl, name, *rest, **more: "" if name == "reference" else "it is another")
+    monkeypatch.setattr(
+        _backend,
+        "_obstacle",
+        lambda impl, name, *rest, **more: "" if name == "reference" else "it is another",
+    )
     cache = PagedCache(model, 8, 64)
     state = State(cache, 4, 4, 100, torch.device("meta"))
     with torch.no_grad():
@@ -90,7 +106,9 @@ def test_a_step_looks_at_no_value(family, filters, monkeypatch):
 
 # --- no numbers of the capture ----------------------------------------------------------------------
 def test_one_set_of_graphs_serves_every_call(graphs):
-    """Wrong: seed, temperature, stops, version, lengths or pages baked into a graph; graphs captured anew for each call."""
+    """Wrong: seed, temperature, stops, version, lengths or pages baked into a graph; graphs captured anew for
+    each call.
+    """
     model = decoder(eos_token_id=None)
     sampler = Sampler(model, max_rows=8)
     first = sampler.generate(LONG, PARAMS, lengths=[12, 3, 9, 5, 40])
@@ -112,7 +130,9 @@ def test_one_set_of_graphs_serves_every_call(graphs):
 
 
 def test_exact_mode_and_backends_have_graphs_of_their_own(graphs):
-    """Wrong: a graph captured with the kernels of another mode is replayed: log-probs of exact mode that are not the trainer's."""
+    """Wrong: a graph captured with the kernels of another mode is replayed: log-probs of exact mode that are
+    not the trainer's.
+    """
     sampler = Sampler(decoder(eos_token_id=None), max_rows=4)
     sampler.generate(LONG[:2], PARAMS)
     run = sampler._engine.run

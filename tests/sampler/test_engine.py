@@ -21,9 +21,13 @@ from fastrl.sampler.state import REASONS, pages_of
 
 
 # --- a sample does not depend on how it was scheduled -----------------------------------------------
-@pytest.mark.parametrize("rows, tokens, prefill", [(2, 262144, 4096), (5, 512, 4096), (256, 262144, 9), (3, 256, 5)])
+@pytest.mark.parametrize(
+    "rows, tokens, prefill", [(2, 262144, 4096), (5, 512, 4096), (256, 262144, 9), (3, 256, 5)]
+)
 def test_rows_pages_and_chunks_change_no_sample(rows, tokens, prefill):
-    """Wrong implementations: a row's leftovers seen by the next; a chunk that does not see those before it; pages mixed up."""
+    """Wrong implementations: a row's leftovers seen by the next; a chunk that does not see those before it;
+    pages mixed up.
+    """
     model = decoder()
     whole = Sampler(model).generate(LONG, PARAMS)
     sampler = Sampler(model, max_tokens_in_flight=tokens, max_rows=rows, prefill_tokens=prefill)
@@ -34,7 +38,9 @@ def test_rows_pages_and_chunks_change_no_sample(rows, tokens, prefill):
 
 @pytest.mark.parametrize("rows, tokens", [(256, 262144), (5, 512), (3, 256)])
 def test_late_looks_and_padded_steps_change_no_sample(rows, tokens, as_on_cuda):
-    """Wrong implementations: a stale look that counts rows twice or ends early; padding rows that draw, or write into a page in use."""
+    """Wrong implementations: a stale look that counts rows twice or ends early; padding rows that draw, or
+    write into a page in use.
+    """
     model = decoder(eos_token_id=[3, 4])
     sampler = Sampler(model, max_tokens_in_flight=tokens, max_rows=rows)
     late = sampler.generate(LONG, PARAMS)
@@ -55,7 +61,9 @@ def test_greedy_is_transformers_generate(family, tmp_path):
     ours = Sampler(model).generate(LONG, SamplingParams(max_new_tokens=40, temperature=0.0))
     for prompt, done in zip(LONG, ours.completions(), strict=True):
         ids = torch.tensor([prompt])
-        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        want = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0
+        )
         assert want[0, len(prompt) :].tolist() == done
 
 
@@ -65,12 +73,16 @@ def test_lengths_end_each_prompts_completions():
     whole = Sampler(model).generate(PROMPTS, PARAMS)
     short = Sampler(model).generate(PROMPTS, PARAMS, lengths=[1, 12, 5, 2])
     assert short.completions() == [c[: [1, 12, 5, 2][i // 3]] for i, c in enumerate(whole.completions())]
-    with pytest.raises(UserError, match=r"lengths: expected 4 positive numbers, one for each prompt, got \[1, 2\]"):
+    with pytest.raises(
+        UserError, match=r"lengths: expected 4 positive numbers, one for each prompt, got \[1, 2\]"
+    ):
         Sampler(model).generate(PROMPTS, PARAMS, lengths=[1, 2])
 
 
 def test_triton_kernels_make_the_same_samples():
-    """Wrong implementation: a kernel of the step that reads its rows, lengths or pages in another way than the engine keeps them."""
+    """Wrong implementation: a kernel of the step that reads its rows, lengths or pages in another way than
+    the engine keeps them.
+    """
     model, params = decoder(), SamplingParams(max_new_tokens=3, seed=5)
     want = Sampler(model).generate(PROMPTS[:2], params)
     kernels = ("decode_attention", "rope", "rms_norm", "swiglu", "sample", "advance")
@@ -84,7 +96,11 @@ def test_a_group_has_its_prompt_once(monkeypatch):
     model, taken, forwarded = decoder(), [], []
     take, forward = engine.PagedCache.take, Decoder.forward
     monkeypatch.setattr(engine.PagedCache, "take", lambda self, n: taken.append(n) or take(self, n))
-    monkeypatch.setattr(Decoder, "forward", lambda self, tokens, *a, **k: forwarded.append(len(tokens)) or forward(self, tokens, *a, **k))
+    monkeypatch.setattr(
+        Decoder,
+        "forward",
+        lambda self, tokens, *a, **k: forwarded.append(len(tokens)) or forward(self, tokens, *a, **k),
+    )
     sampler, page = Sampler(model), engine.PAGE
     prompt = [(5 * i) % 28 + 2 for i in range(page + 5)]
     rollouts = sampler.generate([prompt], SamplingParams(n=8, max_new_tokens=6, seed=1))
@@ -95,7 +111,9 @@ def test_a_group_has_its_prompt_once(monkeypatch):
 
 
 def test_a_group_larger_than_the_budget_comes_in_part_by_part():
-    """Wrong implementations: a prompt's pages given back while samples of it wait; waiting for room that never comes."""
+    """Wrong implementations: a prompt's pages given back while samples of it wait; waiting for room that
+    never comes.
+    """
     model, prompt = decoder(), [(5 * i) % 28 + 2 for i in range(100)]
     whole = Sampler(model).generate([prompt], SamplingParams(n=9, max_new_tokens=20, seed=1))
     for pages in (2, 3, 4, 7):
@@ -106,21 +124,32 @@ def test_a_group_larger_than_the_budget_comes_in_part_by_part():
 
 # --- carried over -----------------------------------------------------------------------------------
 def test_a_carried_sequence_goes_on_where_it_was():
-    """Wrong implementations: new noise for the rest; versions or log-probs of the first part lost; the first part drawn again."""
+    """Wrong implementations: new noise for the rest; versions or log-probs of the first part lost; the first
+    part drawn again.
+    """
     model = decoder(eos_token_id=[3, 4, 5])
     params = SamplingParams(n=6, max_new_tokens=30, seed=5)
     sampler = Sampler(model)
     whole = sampler.generate(LONG, params)
     part = sampler.generate(LONG, params, weight_version=1, tail=Tail(share=0.4))
     left = [i for i, r in enumerate(part.finish_reason) if r == "unfinished"]
-    assert 0 < len(left) <= 0.4 * 30 and all(part.finish_reason[i] == whole.finish_reason[i] for i in range(30) if i not in left)
-    rest = sampler.generate([[9, 9]], params, sequence_offset=900, weight_version=2, carried=part.select(left))
+    assert 0 < len(left) <= 0.4 * 30 and all(
+        part.finish_reason[i] == whole.finish_reason[i] for i in range(30) if i not in left
+    )
+    rest = sampler.generate(
+        [[9, 9]], params, sequence_offset=900, weight_version=2, carried=part.select(left)
+    )
     assert rest.sequence.tolist() == [*left, *range(900, 906)]
     for place, i in enumerate(left):
-        assert rest.completions()[place] == whole.completions()[i] and rest.finish_reason[place] == whole.finish_reason[i]
+        assert (
+            rest.completions()[place] == whole.completions()[i]
+            and rest.finish_reason[place] == whole.finish_reason[i]
+        )
         versions = rest.weight_version.split(rest.cu_seqlens.diff().tolist())[place].tolist()
         drawn = len(part.completions()[i])
-        assert versions == [-1] * len(LONG[i // 6]) + [1] * drawn + [2] * (len(whole.completions()[i]) - drawn)
+        assert versions == [-1] * len(LONG[i // 6]) + [1] * drawn + [2] * (
+            len(whole.completions()[i]) - drawn
+        )
     agree(model, rest)
     cut = sampler.generate(LONG, params, tail=Tail(share=0.4, action="cut"))
     assert cut.completions() == part.completions() and [r == "length" for r in cut.finish_reason] == [
@@ -131,7 +160,9 @@ def test_a_carried_sequence_goes_on_where_it_was():
 def test_what_cannot_be_carried_is_named():
     sampler = Sampler(decoder())
     done = sampler.generate(PROMPTS, PARAMS)
-    with pytest.raises(UserError, match="carried: expected unfinished sequences only; sequence 0 ended with 'length'"):
+    with pytest.raises(
+        UserError, match="carried: expected unfinished sequences only; sequence 0 ended with 'length'"
+    ):
         sampler.generate([], PARAMS, carried=done)
     with pytest.raises(UserError, match=r"tail.share: expected a fraction in \(0, 1\), got 1.5"):
         Tail(share=1.5)
@@ -139,34 +170,50 @@ def test_what_cannot_be_carried_is_named():
 
 # --- conversations ----------------------------------------------------------------------------------
 def echo(turns: list[Turn]) -> list[list[int] | None]:
-    """Answers the first two turns of every sequence with as many 29s as it has said things, the second with 70."""
+    """Answers the first two turns of every sequence with as many 29s as it has said things, the second with
+    70.
+    """
     said = [sum(a and not b for a, b in zip(t.chosen, [*t.chosen[1:], False], strict=True)) for t in turns]
     return [[29] if n == 1 else [28] * 70 if n == 2 else None for n in said]
 
 
 @pytest.mark.parametrize("budget", [262144, 512])
 def test_a_conversation_keeps_its_cache(budget):
-    """Wrong implementations: observations that are trained on, or unseen by what follows; the prompt forwarded again each turn."""
+    """Wrong implementations: observations that are trained on, or unseen by what follows; the prompt
+    forwarded again each turn.
+    """
     model = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400)
     params = SamplingParams(n=4, max_new_tokens=40, max_length=250, seed=5)
     forwarded, real = [], Decoder.forward
     with pytest.MonkeyPatch.context() as spy:
-        spy.setattr(Decoder, "forward", lambda self, tokens, *a, **k: forwarded.append(len(tokens)) or real(self, tokens, *a, **k))
+        spy.setattr(
+            Decoder,
+            "forward",
+            lambda self, tokens, *a, **k: forwarded.append(len(tokens)) or real(self, tokens, *a, **k),
+        )
         rollouts = Sampler(model, max_tokens_in_flight=budget).generate(LONG[:3], params, environment=echo)
     agree(model, rollouts)
     talked = 0
-    for done, mask in zip(rollouts.completions(), rollouts.completion_mask.split(rollouts.cu_seqlens.diff().tolist()), strict=True):
+    for done, mask in zip(
+        rollouts.completions(),
+        rollouts.completion_mask.split(rollouts.cu_seqlens.diff().tolist()),
+        strict=True,
+    ):
         chosen = mask[-len(done) :].tolist()
         heard = [t for t, c in zip(done, chosen, strict=True) if not c]
         assert heard == ([29] + [28] * 70)[: len(heard)] and len(heard) in (0, 1, 71) and sum(chosen) <= 40
         talked += len(heard) == 71
     assert talked >= 4, "most conversations have three turns"
     stored = sum(len(LONG[i]) - 1 for i in range(3)) + sum(len(c) for c in rollouts.completions())
-    assert sum(forwarded) < stored * 1.6 or budget == 512, "each token once, beside rows that wait for a window's end"
+    assert sum(forwarded) < stored * 1.6 or budget == 512, (
+        "each token once, beside rows that wait for a window's end"
+    )
 
 
 def test_a_conversation_that_is_cut_was_answered():
-    """Wrong implementation: a turn that ended in the last window is not shown to the environment, which gives its reward."""
+    """Wrong implementation: a turn that ended in the last window is not shown to the environment, which gives
+    its reward.
+    """
     model, shown = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400), []
     params = SamplingParams(n=6, max_new_tokens=40, max_length=250, seed=5)
 
@@ -174,7 +221,9 @@ def test_a_conversation_that_is_cut_was_answered():
         shown.extend((t.index, len(t.tokens)) for t in turns)
         return echo(turns)
 
-    rollouts = Sampler(model).generate(LONG[:3], params, environment=answer, tail=Tail(share=0.5, action="cut"))
+    rollouts = Sampler(model).generate(
+        LONG[:3], params, environment=answer, tail=Tail(share=0.5, action="cut")
+    )
     for i, (done, reason) in enumerate(zip(rollouts.completions(), rollouts.finish_reason, strict=True)):
         assert reason in ("stop", "length")
         assert reason == "length" or (i, len(done)) in shown
@@ -182,10 +231,14 @@ def test_a_conversation_that_is_cut_was_answered():
 
 
 def test_an_observation_is_read_by_what_follows():
-    """Wrong implementation: positions that restart, or keys of the observation missing: greedy tokens after it differ."""
+    """Wrong implementation: positions that restart, or keys of the observation missing: greedy tokens after
+    it differ.
+    """
     model = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400)
     params = SamplingParams(max_new_tokens=60, temperature=0.0, stop=tuple(range(2, 12)))
-    rollouts = Sampler(model).generate(LONG, params, environment=lambda turns: [[29, 28] if len(t.tokens) < 30 else None for t in turns])
+    rollouts = Sampler(model).generate(
+        LONG, params, environment=lambda turns: [[29, 28] if len(t.tokens) < 30 else None for t in turns]
+    )
     tokens = rollouts.tokens.split(rollouts.cu_seqlens.diff().tolist())
     masks = rollouts.completion_mask.split(rollouts.cu_seqlens.diff().tolist())
     assert sum(int((~m).sum()) for m in masks) > sum(map(len, LONG)), "somebody was answered"
@@ -202,14 +255,19 @@ def test_weights_that_moved_are_noticed():
     sampler = Sampler(model)
     before = sampler.generate(PROMPTS, PARAMS)
     model.layers[1].down.weight = torch.nn.Parameter(model.layers[1].down.weight.detach().clone())
-    with pytest.raises(UserError, match=r"model: layers.1.down.weight has moved since the last rollout; write weights in place"):
+    with pytest.raises(
+        UserError,
+        match=r"model: layers.1.down.weight has moved since the last rollout; write weights in place",
+    ):
         sampler.generate(PROMPTS, PARAMS)
     sampler.release()
     same(sampler.generate(PROMPTS, PARAMS), before)
 
 
 def test_the_cache_can_be_kept_or_lent():
-    """Wrong implementations: buffers made anew at each call (graphs would be too); memory kept that was to be given back."""
+    """Wrong implementations: buffers made anew at each call (graphs would be too); memory kept that was to be
+    given back.
+    """
     model = decoder()
     kept, lent = Sampler(model), Sampler(model, keep_cache=False)
     first = kept.generate(PROMPTS, PARAMS)
@@ -245,8 +303,8 @@ def test_an_interrupted_call_leaves_nothing_behind():
 def test_ten_thousand_sequences_come_and_go():
     """Random lengths, arrivals and cancellations under a budget of pages that is far too small for all.
 
-    Wrong implementations: a page leaked, or freed while in use; more pages than the budget; a prompt's pages taken once per sample;
-    a sequence lost, ended for another's reason, or mixed up with another.
+    Wrong implementations: a page leaked, or freed while in use; more pages than the budget; a prompt's pages
+    taken once per sample; a sequence lost, ended for another's reason, or mixed up with another.
     """
     S, page, chance = 10_000, 16, random.Random(7)
     model = decoder(num_hidden_layers=1, eos_token_id=[3, 4], max_position_embeddings=128)
@@ -256,9 +314,14 @@ def test_ten_thousand_sequences_come_and_go():
     while len(prompts) < S:
         prompt = [chance.randrange(5, 31) for _ in range(chance.choice((1, 2, 5, 16, 17, 33, 40)))]
         prompts += [(len(prompts), prompt)] * chance.choice((1, 1, 2, 8))
-    jobs = [Job(prompt, group, len(prompt), 0, 1000, i, ("new", group)) for i, (group, prompt) in enumerate(prompts[:S])]
+    jobs = [
+        Job(prompt, group, len(prompt), 0, 1000, i, ("new", group))
+        for i, (group, prompt) in enumerate(prompts[:S])
+    ]
     until = [min(128, len(j.prompt) + chance.choice((1, 3, 20))) for j in jobs]
-    load.begin(S, 128, tokens // page, seed=11, temperature=1.0, filters=(0, 1.0, 0.0), stops=[3, 4], version=0)
+    load.begin(
+        S, 128, tokens // page, seed=11, temperature=1.0, filters=(0, 1.0, 0.0), stops=[3, 4], version=0
+    )
     _write(load.state, jobs, None)
     arrived, cancelled, taken, take = 0, set(), [0], load.cache.take
     load.cache.take = lambda n: taken.append(n) or take(n)  # type: ignore[method-assign]
@@ -267,7 +330,9 @@ def test_ten_thousand_sequences_come_and_go():
         for _ in range(chance.randrange(0, 90)):
             if arrived < S:
                 job = jobs[arrived]
-                group = groups.setdefault(job.origin[1], Group(load.state.records.tokens[arrived, : job.length]))
+                group = groups.setdefault(
+                    job.origin[1], Group(load.state.records.tokens[arrived, : job.length])
+                )
                 load.add([Waiting(arrived, group, job.length, 0, 1000, until[arrived])])
                 arrived += 1
         if arrived and chance.random() < 0.3:
@@ -276,14 +341,19 @@ def test_ten_thousand_sequences_come_and_go():
             cancelled |= some
         assert load.peak_pages <= load.cache.capacity
     load.finish()
-    assert load.cache.spare() == load.cache.capacity == tokens // page and (load.cache.pages.refs[1:] == -1).all()
+    assert (
+        load.cache.spare() == load.cache.capacity == tokens // page
+        and (load.cache.pages.refs[1:] == -1).all()
+    )
     check(model, load, jobs, until, cancelled)
     worst = sum(pages_of(u, page) for u in until)
     assert sum(taken) < 0.8 * worst, "prompts' pages are shared"
 
 
 def check(model: Decoder, load: Engine, jobs: list[Job], until: list[int], cancelled: set[int]) -> None:
-    """Every sequence ended for its own reason, with the tokens that its own prompt, number and positions give."""
+    """Every sequence ended for its own reason, with the tokens that its own prompt, number and positions
+    give.
+    """
     records, S = load.state.records, len(jobs)
     reasons = [REASONS[code] for code in records.finish[:S].tolist()]
     lengths = records.length[:S].tolist()
@@ -293,14 +363,24 @@ def check(model: Decoder, load: Engine, jobs: list[Job], until: list[int], cance
     with torch.no_grad():
         hidden = model(tokens, cu.to(torch.int32))
         sequence = torch.repeat_interleave(torch.arange(S), torch.tensor(lengths))
-        first = torch.repeat_interleave(cu[:-1] + torch.tensor([j.length for j in jobs]), torch.tensor(lengths))
+        first = torch.repeat_interleave(
+            cu[:-1] + torch.tensor([j.length for j in jobs]), torch.tensor(lengths)
+        )
         position = torch.arange(len(tokens)) - first
         at = chosen.nonzero().squeeze(1)
-        draw = ops.sample(hidden[at - 1] @ model.head_weight.T, seed=11, sequence=sequence[at], position=position[at])
+        draw = ops.sample(
+            hidden[at - 1] @ model.head_weight.T, seed=11, sequence=sequence[at], position=position[at]
+        )
     assert (draw.logp - logp[at])[draw.token == tokens[at]].abs().max() < 1e-4
-    assert (draw.token == tokens[at]).double().mean() > 0.9999, "but for ties, every token is the draw of its own key"
+    assert (draw.token == tokens[at]).double().mean() > 0.9999, (
+        "but for ties, every token is the draw of its own key"
+    )
     for i, (job, reason, n) in enumerate(zip(jobs, reasons, lengths, strict=True)):
         mine = tokens[cu[i] : cu[i + 1]].tolist()
         assert mine[: job.length] == job.prompt
-        ends = {"stop": mine[-1] in (3, 4) and n > job.length, "length": n == until[i], "cancelled": i in cancelled}
+        ends = {
+            "stop": mine[-1] in (3, 4) and n > job.length,
+            "length": n == until[i],
+            "cancelled": i in cancelled,
+        }
         assert ends[reason], (i, reason)

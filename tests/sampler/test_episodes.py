@@ -35,7 +35,9 @@ def turn(index: int, *parts: str) -> Turn:
 
 # --- the game ---------------------------------------------------------------------------------------
 def test_the_game_answers_by_its_number():
-    """Wrong implementations: larger for smaller; a price for the first guess; a game that goes on for ever, or after nonsense."""
+    """Wrong implementations: larger for smaller; a price for the first guess; a game that goes on for ever,
+    or after nonsense.
+    """
     said = [("20?",), ("8?",), ("12?",), ("1?", "2?", "12?"), ("1?", "2?", "3?"), ("x?",), ("?",)]
     transcripts = [Transcript(example(12), s, (">",) * (len(s) - 1)) for s in said]
     observations, rewards, done = GAME.step(transcripts)
@@ -45,7 +47,9 @@ def test_the_game_answers_by_its_number():
 
 
 def test_the_verifier_reads_the_whole_game():
-    """Wrong implementations: the first guess judged; more guesses than allowed; a text without a guess that raises."""
+    """Wrong implementations: the first guess judged; more guesses than allowed; a text without a guess that
+    raises.
+    """
     for text, right, formed in (
         ("20?<12?", True, True),
         ("12?>20?", False, True),
@@ -56,7 +60,9 @@ def test_the_verifier_reads_the_whole_game():
         score = GAME.verify(example(12), text)
         assert (score.correct, score.reward, score.well_formed) == (right, float(right), formed), text
     games = [GAME.example("train", i).fields["number"] for i in range(400)]
-    assert set(games) == set(range(32)) and games != [GAME.example("val", i % 200).fields["number"] for i in range(400)]
+    assert set(games) == set(range(32)) and games != [
+        GAME.example("val", i % 200).fields["number"] for i in range(400)
+    ]
     assert load_task("guess", numbers=8).verify(GAME.example("test", 3), GAME.example("test", 3).demo).correct
     for bad in ({"numbers": 1}, {"turns": 0}):
         with pytest.raises(UserError, match="guess: "):
@@ -65,7 +71,9 @@ def test_the_verifier_reads_the_whole_game():
 
 # --- the environment --------------------------------------------------------------------------------
 def test_turns_become_transcripts_and_back():
-    """Wrong implementations: rewards of one sequence on another; turns merged; an observation that ends with a special token."""
+    """Wrong implementations: rewards of one sequence on another; turns merged; an observation that ends with
+    a special token.
+    """
     talk = Dialogue(GAME, WORDS, [example(12), example(30), example(5)])
     assert talk([turn(2, "8?"), turn(0, "12?")]) == [WORDS.encode("<", add_special_tokens=False), None]
     assert talk([turn(1, "12?", ">", "30?")]) == [None]
@@ -83,7 +91,9 @@ def test_a_step_that_answers_wrongly_is_named():
             return [""] * len(transcripts), [0.0] * len(transcripts), [False] * len(transcripts)
 
     two = [turn(0, "1?"), turn(1, "2?")]
-    with pytest.raises(UserError, match="--task: guess's step: expected observations, rewards and done for 2 transcripts"):
+    with pytest.raises(
+        UserError, match="--task: guess's step: expected observations, rewards and done for 2 transcripts"
+    ):
         Dialogue(Short(), WORDS, [example(1)] * 2)(two)
     with pytest.raises(UserError, match="--task: step: expected an observation of at least one token"):
         Dialogue(Silent(), WORDS, [example(1)] * 2)(two)
@@ -91,11 +101,20 @@ def test_a_step_that_answers_wrongly_is_named():
 
 # --- a run ------------------------------------------------------------------------------------------
 def test_a_run_talks_and_its_observations_are_not_trained_on(tmp_path, monkeypatch):
-    """Wrong implementations: rewards of the verifier instead of the turns'; observations in the loss; evaluation of the first turn."""
+    """Wrong implementations: rewards of the verifier instead of the turns'; observations in the loss;
+    evaluation of the first turn.
+    """
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
     model = write_model(tmp_path, vocab_size=len(WORDS))
     config = grpo(
-        tmp_path, model=model, task="guess", task_options=("numbers=4", "turns=3"), reward=(), max_new_tokens=10, steps=6, prompts=8
+        tmp_path,
+        model=model,
+        task="guess",
+        task_options=("numbers=4", "turns=3"),
+        reward=(),
+        max_new_tokens=10,
+        steps=6,
+        prompts=8,
     )
     fastrl.trainer.train(config)
     rows = lines(config.output_dir)
@@ -110,6 +129,13 @@ def test_a_run_talks_and_its_observations_are_not_trained_on(tmp_path, monkeypat
 
 def test_an_evaluation_plays_the_whole_game():
     model = decoder(vocab_size=len(WORDS), eos_token_id=None, max_position_embeddings=64)
-    done = evaluate(Sampler(model, WORDS), Guess(numbers=4, turns=4), split="val", prompts=20, samples=4, max_new_tokens=30)
+    done = evaluate(
+        Sampler(model, WORDS),
+        Guess(numbers=4, turns=4),
+        split="val",
+        prompts=20,
+        samples=4,
+        max_new_tokens=30,
+    )
     texts = [text for answers in done.sampled for text, _ in answers]
     assert any(text.count("?") > 1 for text in texts)

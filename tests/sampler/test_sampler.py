@@ -1,4 +1,6 @@
-"""The rollout engine: what it records is what the trainer computes, and a sample is a function of seed and number alone."""
+"""The rollout engine: what it records is what the trainer computes, and a sample is a function of seed and
+number alone.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15]]
 
 
-def generate(model: Decoder, prompts: list = PROMPTS, budget: int = 262144, offset: int = 0, **options: object) -> Rollouts:
+def generate(
+    model: Decoder, prompts: list = PROMPTS, budget: int = 262144, offset: int = 0, **options: object
+) -> Rollouts:
     params = SamplingParams(**{"n": 3, "max_new_tokens": 12, "seed": 5} | options)
     return Sampler(model, max_tokens_in_flight=budget).generate(prompts, params, sequence_offset=offset)
 
@@ -37,7 +41,9 @@ def forward(model: Decoder, rollouts: Rollouts, temperature: float = 1.0) -> tup
     """logp and entropy of every token as the learner computes them: packed, no cache."""
     with torch.no_grad():
         hidden = model(rollouts.tokens, rollouts.cu_seqlens)[:-1]
-        stats = ops.linear_logp(hidden, model.head_weight, rollouts.tokens[1:], temperature=temperature, entropy=True)
+        stats = ops.linear_logp(
+            hidden, model.head_weight, rollouts.tokens[1:], temperature=temperature, entropy=True
+        )
     pad = torch.zeros(1)
     return torch.cat([pad, stats.logp]), torch.cat([pad, stats.entropy])
 
@@ -77,7 +83,9 @@ def test_the_learner_sees_a_ratio_of_one_on_fresh_rollouts():
 
 
 def brute_force(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """log-probs of one row after the filters, each renormalising what the one before left; written with sets and loops."""
+    """log-probs of one row after the filters, each renormalising what the one before left; written with sets
+    and loops.
+    """
     p = z.softmax(-1).tolist()
     order = sorted(range(len(p)), key=lambda v: -p[v])
     kept = order[:top_k] if top_k else order
@@ -88,12 +96,18 @@ def brute_force(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         held += p[v]
     kept = [v for v in nucleus if p[v] >= min_p * p[order[0]]]
     total = sum(p[v] for v in kept)
-    return torch.tensor([p[v] / total if v in kept else 0.0 for v in range(len(p))], dtype=torch.float64).log()
+    return torch.tensor(
+        [p[v] / total if v in kept else 0.0 for v in range(len(p))], dtype=torch.float64
+    ).log()
 
 
-@pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (8, 0.8, 0.05)])
+@pytest.mark.parametrize(
+    "filters", [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (8, 0.8, 0.05)]
+)
 def test_behaviour_logp_is_renormalised_over_the_survivors(filters):
-    """Wrong implementations: top-p of the whole distribution after top-k; behaviour_logp that is logp; a token that was filtered out."""
+    """Wrong implementations: top-p of the whole distribution after top-k; behaviour_logp that is logp; a
+    token that was filtered out.
+    """
     model = decoder()
     rollouts = generate(model, temperature=0.9, top_k=filters[0], top_p=filters[1], min_p=filters[2])
     with torch.no_grad():
@@ -106,26 +120,43 @@ def test_behaviour_logp_is_renormalised_over_the_survivors(filters):
 
 
 def test_the_shape_of_rollouts():
-    rollouts = Sampler(decoder()).generate(PROMPTS, SamplingParams(n=2, max_new_tokens=5, seed=5), weight_version=7)
-    assert rollouts.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(rollouts) == 8 and rollouts.text is None
+    rollouts = Sampler(decoder()).generate(
+        PROMPTS, SamplingParams(n=2, max_new_tokens=5, seed=5), weight_version=7
+    )
+    assert (
+        rollouts.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        and len(rollouts) == 8
+        and rollouts.text is None
+    )
     tokens, ends = rollouts.tokens.tolist(), rollouts.cu_seqlens.tolist()
     for i, (a, b) in enumerate(pairwise(ends)):
         prompt = PROMPTS[i // 2]
         assert tokens[a : a + len(prompt)] == prompt
-        assert rollouts.completion_mask[a:b].tolist() == [False] * len(prompt) + [True] * (b - a - len(prompt))
+        assert rollouts.completion_mask[a:b].tolist() == [False] * len(prompt) + [True] * (
+            b - a - len(prompt)
+        )
     assert rollouts.weight_version.tolist() == [7 if m else -1 for m in rollouts.completion_mask.tolist()]
-    assert rollouts.completions() == [tokens[b - n : b] for b, n in zip(ends[1:], rollouts.lengths.tolist(), strict=True)]
+    assert rollouts.completions() == [
+        tokens[b - n : b] for b, n in zip(ends[1:], rollouts.lengths.tolist(), strict=True)
+    ]
 
 
 def test_no_prompts_no_rollouts():
     """Wrong implementation: a process whose share of the prompts is empty fails."""
     rollouts = Sampler(decoder(), tokenizer()).generate([], SamplingParams(n=3))
-    assert (len(rollouts), rollouts.tokens.numel(), rollouts.cu_seqlens.tolist(), rollouts.text) == (0, 0, [0], [])
+    assert (len(rollouts), rollouts.tokens.numel(), rollouts.cu_seqlens.tolist(), rollouts.text) == (
+        0,
+        0,
+        [0],
+        [],
+    )
 
 
 # --- a sample is a function of (seed, sequence number) ----------------------------------------------
 def test_a_sample_does_not_depend_on_what_was_sampled_beside_it():
-    """Wrong implementations: noise from a global generator, or keyed by the row of the batch, the wave or the process's own count."""
+    """Wrong implementations: noise from a global generator, or keyed by the row of the batch, the wave or the
+    process's own count.
+    """
     model = decoder()
     whole = generate(model)
     alone = [generate(model, [PROMPTS[i]], offset=3 * i) for i in reversed(range(4))][::-1]
@@ -137,13 +168,17 @@ def test_a_sample_does_not_depend_on_what_was_sampled_beside_it():
         assert [r for part in parts for r in part.finish_reason] == whole.finish_reason
     assert generate(model, seed=6).completions() != whole.completions()
     assert generate(model, offset=1).completions() != whole.completions()
-    assert len({tuple(c) for c in whole.completions()[:3]}) == 3, "the samples of one prompt are different draws"
+    assert len({tuple(c) for c in whole.completions()[:3]}) == 3, (
+        "the samples of one prompt are different draws"
+    )
 
 
 def test_sequences_wait_for_the_budget(monkeypatch):
     """Wrong implementation: the budget is counted in prompts, or not at all."""
     rows, real = [], ops.decode_attention
-    monkeypatch.setattr(ops, "decode_attention", lambda q, *args, **more: rows.append(q.shape[0]) or real(q, *args, **more))
+    monkeypatch.setattr(
+        ops, "decode_attention", lambda q, *args, **more: rows.append(q.shape[0]) or real(q, *args, **more)
+    )
     sampler = Sampler(decoder(), max_tokens_in_flight=4 * engine.PAGE)
     rollouts = sampler.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12, seed=5))
     assert len(rollouts) == 12 and max(rows) == 4 == sampler.peak_pages
@@ -153,28 +188,42 @@ def test_rows_that_finish_make_room(monkeypatch):
     """Wrong implementation: finished rows are decoded to the end."""
     rows, model = [], decoder(eos_token_id=[3, 4, 5, 6, 7, 8])
     real = PagedCache.decode  # of every step, whichever kernels run it
-    monkeypatch.setattr(PagedCache, "decode", lambda self, slots, table, *args: rows.append(len(table)) or real(self, slots, table, *args))
+    monkeypatch.setattr(
+        PagedCache,
+        "decode",
+        lambda self, slots, table, *args: rows.append(len(table)) or real(self, slots, table, *args),
+    )
     rollouts = generate(model, n=8, max_new_tokens=30)
     assert set(rollouts.finish_reason) == {"stop"} and rows[0] > 4 * rows[-1]
     assert len(rows) == int(rollouts.lengths.max()), "decoding ends with the last row"
 
 
 def test_rows_that_have_ended_change_nothing_while_they_wait(monkeypatch):
-    """Wrong implementations: an ended row is said to have stopped when a later draw of it hits a stop; it writes into another's cache."""
+    """Wrong implementations: an ended row is said to have stopped when a later draw of it hits a stop; it
+    writes into another's cache.
+    """
     model, prompts = decoder(eos_token_id=[3, 4, 5]), [[6] * 126, [7] * 127, *PROMPTS]
     found = []
     for share in (0.0, 2.0):  # compact never, and at every look
         monkeypatch.setattr(engine, "COMPACT_BELOW", {"cpu": share})
         found.append(generate(model, prompts, n=6, max_new_tokens=40))
-    assert found[0].completions() == found[1].completions() and torch.allclose(found[0].logp, found[1].logp, atol=1e-5)
+    assert found[0].completions() == found[1].completions() and torch.allclose(
+        found[0].logp, found[1].logp, atol=1e-5
+    )
     for rollouts in found:
-        assert rollouts.finish_reason == ["stop" if c[-1] in (3, 4, 5) else "length" for c in rollouts.completions()]
+        assert rollouts.finish_reason == [
+            "stop" if c[-1] in (3, 4, 5) else "length" for c in rollouts.completions()
+        ]
 
 
 def test_samples_of_a_prompt_share_its_prefill(monkeypatch):
     """Wrong implementation: the prompt is forwarded once per sample."""
     sizes, real = [], Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, tokens, *a, **k: sizes.append(tokens.numel()) or real(self, tokens, *a, **k))
+    monkeypatch.setattr(
+        Decoder,
+        "forward",
+        lambda self, tokens, *a, **k: sizes.append(tokens.numel()) or real(self, tokens, *a, **k),
+    )
     generate(decoder(), n=5)
     assert sizes[0] == sum(len(p) - 1 for p in PROMPTS), "a prompt's last token is each sample's first step"
     assert max(sizes[1:]) <= 20
@@ -184,13 +233,17 @@ def test_on_tokens_counts_what_was_drawn():
     """Wrong implementation: rows that have ended are counted as well."""
     told: list[int] = []
     model = decoder(eos_token_id=[3, 4, 5])
-    rollouts = Sampler(model).generate(PROMPTS, SamplingParams(n=4, max_new_tokens=12, seed=5), on_tokens=told.append)
+    rollouts = Sampler(model).generate(
+        PROMPTS, SamplingParams(n=4, max_new_tokens=12, seed=5), on_tokens=told.append
+    )
     assert sum(told) == rollouts.completion_mask.sum() < len(told) * 16
 
 
 # --- ends -------------------------------------------------------------------------------------------
 def test_greedy_is_argmax_of_a_new_forward():
-    """Wrong implementations: a cache slot off by one, positions that restart; greedy log-probs at another temperature than 1."""
+    """Wrong implementations: a cache slot off by one, positions that restart; greedy log-probs at another
+    temperature than 1.
+    """
     model = decoder()
     rollouts = generate(model, n=1, temperature=0.0, max_new_tokens=20)
     for prompt, done in zip(PROMPTS, rollouts.completions(), strict=True):
@@ -200,15 +253,23 @@ def test_greedy_is_argmax_of_a_new_forward():
                 tokens.append(int((model(torch.tensor(tokens))[-1] @ model.head_weight.T).argmax()))
         assert tokens[len(prompt) :] == done
     logp, _ = forward(model, rollouts)
-    assert (rollouts.logp - logp)[rollouts.completion_mask].abs().max() < 1e-4 and (rollouts.behaviour_logp == 0).all()
+    assert (rollouts.logp - logp)[rollouts.completion_mask].abs().max() < 1e-4 and (
+        rollouts.behaviour_logp == 0
+    ).all()
 
 
 @pytest.mark.parametrize("how", ["stop", "string", "config", "tokenizer"])
 def test_a_stop_token_ends_the_completion_and_is_part_of_it(how):
-    """Wrong implementations: the stop token dropped; drawing on after it; a stop that changes what was drawn before it."""
+    """Wrong implementations: the stop token dropped; drawing on after it; a stop that changes what was drawn
+    before it.
+    """
     words, stop = tokenizer(), 9
     model = decoder(eos_token_id=[stop, 30] if how == "config" else None)
-    free = Sampler(decoder(eos_token_id=None)).generate(PROMPTS, SamplingParams(n=6, max_new_tokens=12, seed=5)).completions()
+    free = (
+        Sampler(decoder(eos_token_id=None))
+        .generate(PROMPTS, SamplingParams(n=6, max_new_tokens=12, seed=5))
+        .completions()
+    )
     if how == "tokenizer":
         words.eos_token = words.convert_ids_to_tokens(stop)
     asked = {"stop": (stop, 30), "string": tuple(words.convert_ids_to_tokens([stop, 30]))}.get(how, ())
@@ -224,7 +285,9 @@ def test_a_stop_token_ends_the_completion_and_is_part_of_it(how):
 
 
 def test_the_context_ends_a_completion():
-    """Wrong implementations: positions beyond the context; one token too few; a stop token in the last place called "length"."""
+    """Wrong implementations: positions beyond the context; one token too few; a stop token in the last place
+    called "length".
+    """
     model = decoder(max_position_embeddings=16, eos_token_id=None)
     prompts = [[3] * n for n in (1, 10, 15)]
     rollouts = generate(model, prompts, n=1, max_new_tokens=100)
@@ -237,13 +300,26 @@ def test_the_context_ends_a_completion():
 
 # --- prompts and text -------------------------------------------------------------------------------
 def test_prompts_as_text_and_as_messages():
-    """Wrong implementation: the sampler's prompt tokens differ from those that training puts before a completion."""
+    """Wrong implementation: the sampler's prompt tokens differ from those that training puts before a
+    completion.
+    """
     words = tokenizer()
-    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
+    words.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
+    )
     talk = [{"role": "user", "content": "a:7K>3"}]
     rollouts = Sampler(decoder(), words).generate(["a:7K>3|", talk], SamplingParams(max_new_tokens=6, seed=5))
-    prompts = [c[:n] for c, n in zip(rollouts.tokens.split(rollouts.cu_seqlens.diff().tolist()), rollouts.prompt_lengths, strict=True)]
-    assert [p.tolist() for p in prompts] == [encode_prompt("a:7K>3|", words), encode_prompt(talk, words)] == [words.encode("a:7K>3|")] * 2
+    prompts = [
+        c[:n]
+        for c, n in zip(
+            rollouts.tokens.split(rollouts.cu_seqlens.diff().tolist()), rollouts.prompt_lengths, strict=True
+        )
+    ]
+    assert (
+        [p.tolist() for p in prompts]
+        == [encode_prompt("a:7K>3|", words), encode_prompt(talk, words)]
+        == [words.encode("a:7K>3|")] * 2
+    )
     assert rollouts.text == [words.decode(c, skip_special_tokens=True) for c in rollouts.completions()]
 
 
@@ -253,10 +329,23 @@ def test_prompts_as_text_and_as_messages():
         ([[3], []], {}, r"prompts\[1\]: expected at least one token, got none"),
         ([[3], [4, 31]], {}, r"prompts\[1\]: expected token ids in \[0, 31\), got 31"),
         ([[-1]], {}, r"prompts\[0\]: expected token ids in \[0, 31\), got -1"),
-        ([[3], [4] * 128], {}, r"prompts\[1\]: a prompt of 128 tokens leaves no room for a completion in the model's context of 128"),
-        (["7K"], {}, r"prompts\[0\]: expected a list of token ids, because the sampler has no tokenizer; got str"),
+        (
+            [[3], [4] * 128],
+            {},
+            r"prompts\[1\]: a prompt of 128 tokens leaves no room for a completion in the model's "
+            r"context of 128",
+        ),
+        (
+            ["7K"],
+            {},
+            r"prompts\[0\]: expected a list of token ids, because the sampler has no tokenizer; got str",
+        ),
         ("7K", {}, r"prompts: expected a list of prompts, got the text '7K' alone"),
-        ([[3]], {"stop": ("|",)}, r"stop: expected token ids, because the sampler has no tokenizer; got '\|'"),
+        (
+            [[3]],
+            {"stop": ("|",)},
+            r"stop: expected token ids, because the sampler has no tokenizer; got '\|'",
+        ),
         ([[3]], {"stop": "|"}, r"stop: expected a list of stops, got the text '\|' alone"),
         ([[3]], {"n": 0}, "n: expected at least 1, got 0"),
         ([[3]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
@@ -277,9 +366,14 @@ def test_errors_of_a_tokenizer_and_of_the_budget():
     sampler = Sampler(decoder(), tokenizer())
     with pytest.raises(UserError, match=r"prompts\[1\]: the tokenizer has no tokens for part of 'hello'"):
         sampler.generate(["7", "hello"], SamplingParams())
-    with pytest.raises(UserError, match="stop: expected strings of one token; '7K' is 2 tokens of this tokenizer"):
+    with pytest.raises(
+        UserError, match="stop: expected strings of one token; '7K' is 2 tokens of this tokenizer"
+    ):
         sampler.generate(["7"], SamplingParams(stop=("7K",)))
-    with pytest.raises(UserError, match="max_tokens_in_flight: sequence 0 alone may need 64 tokens of cache, above the budget of 63"):
+    with pytest.raises(
+        UserError,
+        match="max_tokens_in_flight: sequence 0 alone may need 64 tokens of cache, above the budget of 63",
+    ):
         generate(decoder(), budget=63)
 
 
@@ -324,7 +418,9 @@ def test_trainer_and_sampler_run_the_same_layers(monkeypatch):
     model = decoder()
     rollouts = generate(model, max_new_tokens=4)
     sampled = len(calls)
-    assert sampled == 2 * 5 and set(calls) == set(model.layers), "prefill and four decode steps through both layers"
+    assert sampled == 2 * 5 and set(calls) == set(model.layers), (
+        "prefill and four decode steps through both layers"
+    )
     model(rollouts.tokens, rollouts.cu_seqlens)
     assert len(calls) == sampled + 2 and set(calls) == set(model.layers)
 
@@ -334,7 +430,9 @@ def test_the_sampler_computes_no_layer_of_its_own():
     parts = {"rms_norm", "rope", "swiglu", "Linear", "linear", "silu", "softmax", "rotary"}
     for path in sorted((ROOT / "fastrl").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+        }
         if path.parent.name == "sampler":
             assert not used & parts, path
         if "swiglu" in used:

@@ -23,13 +23,17 @@ CARDS = Cards(k=2)
 
 
 def made(right, reward=(), answer=(), logp=None) -> Candidates:
-    return Candidates(right=right, logp=[0.0] * len(right) if logp is None else logp, reward=reward, answer=answer)
+    return Candidates(
+        right=right, logp=[0.0] * len(right) if logp is None else logp, reward=reward, answer=answer
+    )
 
 
 # --- pass@k -----------------------------------------------------------------------------------------
 def test_pass_at_k_is_unbiased():
     """The mean over every subset.  Wrong implementation: 1 - (1 - c/n)^k, which is below it."""
-    assert pass_at_k(10, 3, 1) == pytest.approx(0.3) and pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3) and pass_at_k(10, 3, 5) == pytest.approx(
+        0.916667, abs=1e-6
+    )
     assert pass_at_k(4, 1, 2) == 0.5 and pass_at_k(4, 3, 2) == 1 and pass_at_k(3, 0, 3) == 0
     for n, c, k in [(6, 2, 3), (7, 1, 4), (5, 5, 2)]:
         drawn = list(itertools.combinations([True] * c + [False] * (n - c), k))
@@ -41,7 +45,9 @@ def test_pass_at_k_is_unbiased():
 
 # --- best of n --------------------------------------------------------------------------------------
 def test_best_of_k_is_the_mean_over_every_subset():
-    """Wrong implementations: the first k samples alone; ties that the later, or the right, one wins; NaN for the highest reward."""
+    """Wrong implementations: the first k samples alone; ties that the later, or the right, one wins; NaN for
+    the highest reward.
+    """
     dice = random.Random(0)
     for _ in range(30):
         n = dice.randint(1, 6)
@@ -75,10 +81,14 @@ def test_the_majority_of_independent_votes(p, n, want):
 
 
 def test_ties_go_to_the_likelier_answer():
-    """Wrong implementations: the sum of log-probs, by which shorter camps win; the first one seen; votes for no answer."""
+    """Wrong implementations: the sum of log-probs, by which shorter camps win; the first one seen; votes for
+    no answer.
+    """
     answer = ["a", "b", "b", "a", None, None, None]
     logp = [-0.1, -0.4, -0.5, -0.9, 0.0, 0.0, 0.0]
-    assert vote(made([False] * 7, answer=answer, logp=logp)) == 1  # -0.45 against -0.5, though a's best is better
+    assert (
+        vote(made([False] * 7, answer=answer, logp=logp)) == 1
+    )  # -0.45 against -0.5, though a's best is better
     assert vote(made([False] * 7, answer=answer, logp=[-0.9, *logp[1:3], -0.1, 0, 0, 0])) == 1
     assert vote(made([False] * 7, answer=answer, logp=[-0.1, *logp[1:3], -0.1, 0, 0, 0])) == 0
     assert vote(made([True, False], answer=[None, None])) == 0
@@ -107,14 +117,19 @@ def test_what_a_solution_comes_down_to():
 
 # --- the command ------------------------------------------------------------------------------------
 def evaluation(right: list[list[bool]]) -> Evaluation:
-    texts = [[(f"t{i}{j}", Score(reward=float(r), correct=r, well_formed=True)) for j, r in enumerate(row)] for i, row in enumerate(right)]
+    texts = [
+        [(f"t{i}{j}", Score(reward=float(r), correct=r, well_formed=True)) for j, r in enumerate(row)]
+        for i, row in enumerate(right)
+    ]
     tokens = [[[i, j] for j in range(len(row))] for i, row in enumerate(right)]
     examples = [Example(prompt=f"p{i}") for i in range(len(right))]
     return Evaluation(examples, [row[0] for row in texts], texts, [[0.0] * len(r) for r in right], tokens)
 
 
 def test_every_sample_has_its_own_reward():
-    """Wrong implementations: rewards of another prompt's samples, or of its tokens; an oracle that is the search's own accuracy."""
+    """Wrong implementations: rewards of another prompt's samples, or of its tokens; an oracle that is the
+    search's own accuracy.
+    """
     done = evaluation([[True, False, False], [False, False, True]])
     seen = []
 
@@ -124,20 +139,31 @@ def test_every_sample_has_its_own_reward():
 
     found = candidates(done, CARDS, judge)
     assert seen == [(f"p{i}", f"t{i}{j}", [i, j]) for i in range(2) for j in range(3)]
-    assert [c.reward for c in found] == [[0.0, 0.0, 1.0]] * 2 and [SEARCHES["best_of"].choose(c) for c in found] == [2, 2]
+    assert [c.reward for c in found] == [[0.0, 0.0, 1.0]] * 2 and [
+        SEARCHES["best_of"].choose(c) for c in found
+    ] == [2, 2]
     table = worth(found, "best_of")
     assert [line["n"] for line in table] == [1, 2, 3]
     assert [line["accuracy"].mean for line in table] == pytest.approx([1 / 3, (1 / 6 + 2 / 3) / 2, 0.5])
     assert [line["oracle"].mean for line in table] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert table[-1]["accuracy"][1:] == wilson(1, 2) and table[-1]["oracle"].lo < 0.5, "two prompts that agree are no certainty"
+    assert table[-1]["accuracy"][1:] == wilson(1, 2) and table[-1]["oracle"].lo < 0.5, (
+        "two prompts that agree are no certainty"
+    )
 
 
 def test_the_log_prob_of_an_answer_is_the_mean_over_its_tokens():
     """Wrong implementations: prompt tokens in the mean; a sum, which makes long answers unlikely."""
-    done = evaluate(Sampler(decoder(), tokenizer()), CARDS, split="val", prompts=3, samples=2, max_new_tokens=6)
+    done = evaluate(
+        Sampler(decoder(), tokenizer()), CARDS, split="val", prompts=3, samples=2, max_new_tokens=6
+    )
     flat = [x for row in done.logp for x in row]
-    assert [len(row) for row in done.logp] == [2] * 3 and all(-6 < x < 0 for x in flat) and len(set(flat)) == 6
-    read = [[tokenizer().decode(ids, skip_special_tokens=True).replace(" ", "") for ids in row] for row in done.tokens]
+    assert (
+        [len(row) for row in done.logp] == [2] * 3 and all(-6 < x < 0 for x in flat) and len(set(flat)) == 6
+    )
+    read = [
+        [tokenizer().decode(ids, skip_special_tokens=True).replace(" ", "") for ids in row]
+        for row in done.tokens
+    ]
     assert read == [[text for text, _ in row] for row in done.sampled]
 
 
@@ -148,9 +174,15 @@ def test_the_command_searches(tmp_path, capsys):
     decoder().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "r.py").write_text(REWARD)
-    args = f"eval --model {tmp_path}/model --task cards --task-options k=2 --prompts 3 --samples 4 --max-new-tokens 6 --threads 1"
+    args = (
+        f"eval --model {tmp_path}/model --task cards --task-options k=2 --prompts 3 --samples 4 "
+        "--max-new-tokens 6 --threads 1"
+    )
     out = f"--output {tmp_path}/e.json"
-    assert cli.main([*args.split(), *out.split(), "--search", "best_of", "--reward", f"{tmp_path}/r.py:long"]) == 0
+    assert (
+        cli.main([*args.split(), *out.split(), "--search", "best_of", "--reward", f"{tmp_path}/r.py:long"])
+        == 0
+    )
     assert "best_of 4" in capsys.readouterr().out
     kept = json.loads((tmp_path / "e.json").read_text())
     assert [line["n"] for line in kept["search"]] == [1, 2, 4]
@@ -164,8 +196,14 @@ def test_the_command_searches(tmp_path, capsys):
     [
         ("--search best_of", "--reward: expected model:FOLDER or file.py:fn for best_of, got None"),
         ("--search vote", "--search: expected another: cards has no answer(completion), got vote"),
-        ("--search best_of --reward r.py:f --samples 0", "--samples: expected at least 1 to search in, got 0"),
-        ("--reward r.py:f", "--reward: expected none without a --search that judges samples by it, got r.py:f"),
+        (
+            "--search best_of --reward r.py:f --samples 0",
+            "--samples: expected at least 1 to search in, got 0",
+        ),
+        (
+            "--reward r.py:f",
+            "--reward: expected none without a --search that judges samples by it, got r.py:f",
+        ),
     ],
 )
 def test_what_does_not_go_together(options, message, capsys):

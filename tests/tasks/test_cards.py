@@ -26,14 +26,19 @@ def solvable(values, k, target, *, fractions=True, limit=None):
 # --- the solver: counts of reference/algorithms.md 12.1 ----------------------------------------------
 @pytest.mark.parametrize(("rule", "count"), [("b", 1362), ("a", 1236)])
 def test_hands_of_four_that_make_24(rule, count):
-    """A float solver (8/(3-8/3) = 23.99999999999999) and one without fractions (1334 and 1201) give other counts."""
+    """A float solver (8/(3-8/3) = 23.99999999999999) and one without fractions (1334 and 1201) give other
+    counts.
+    """
     assert solvable(RULE_VALUES[rule], 4, 24) == count
 
 
 @pytest.mark.parametrize(("rule", "count", "mean"), [("b", 1334, 9.1), ("a", 1201, 7.8)])
 def test_integer_solutions_of_four_cards(rule, count, mean):
     """Counting both orders of a sum or a product, or the same pair of cards twice, gives a larger mean."""
-    ways = [len(solutions(tuple(sorted(pool)), 24)) for pool in combinations_with_replacement(RULE_VALUES[rule], 4)]
+    ways = [
+        len(solutions(tuple(sorted(pool)), 24))
+        for pool in combinations_with_replacement(RULE_VALUES[rule], 4)
+    ]
     assert sum(w > 0 for w in ways) == count
     assert round(sum(ways) / count, 1) == mean
 
@@ -49,7 +54,18 @@ def test_fewer_cards_that_make_24(rule, k, count):
 
 
 @pytest.mark.parametrize(
-    ("target", "count"), [(10, 1540), (12, 1535), (20, 1372), (21, 1254), (23, 1108), (25, 1074), (30, 1193), (36, 1270), (48, 1139)]
+    ("target", "count"),
+    [
+        (10, 1540),
+        (12, 1535),
+        (20, 1372),
+        (21, 1254),
+        (23, 1108),
+        (25, 1074),
+        (30, 1193),
+        (36, 1270),
+        (48, 1139),
+    ],
 )
 def test_other_targets(target, count):
     assert solvable(RULE_VALUES["b"], 4, target) == count
@@ -57,7 +73,9 @@ def test_other_targets(target, count):
 
 @pytest.mark.parametrize(("k", "count"), [(2, 239), (3, 4205), (4, 49947)])
 def test_pairs_of_numbers_and_target(k, count):
-    """Numbers 1 to 13, targets 1 to 40, integers of at least 0 and at most 99; without the bound of 99 there are 4209 for k=3."""
+    """Numbers 1 to 13, targets 1 to 40, integers of at least 0 and at most 99; without the bound of 99 there
+    are 4209 for k=3.
+    """
     assert sum(1 <= end <= 40 for pool in number_sets(k, "b") for end in reachable(pool)) == count
 
 
@@ -65,7 +83,9 @@ def test_every_hand_is_translated_back():
     for rule in "ab":
         for numbers in number_sets(2, rule):
             assert all(tuple(sorted(translate(hand, rule))) == numbers for hand in hands(numbers, rule))
-    assert sum(len(hands(n, "a")) for n in number_sets(3, "a")) == 13**3, "each ordered hand belongs to one set of numbers"
+    assert sum(len(hands(n, "a")) for n in number_sets(3, "a")) == 13**3, (
+        "each ordered hand belongs to one set of numbers"
+    )
     assert set(hands((10, 10), "a", True)) == {a + b for a in "TJQK" for b in "TJQK"} - {"TT"}
 
 
@@ -79,11 +99,17 @@ def problem(cards: str, rule: str, target: int) -> Example:
 
 
 def test_the_format_of_the_specification():
-    """`b:7K3>18|` is answered by `7,13,3;13-7=6;6*3=18`; under rule a the king counts 10, so this is no answer there."""
+    """`b:7K3>18|` is answered by `7,13,3;13-7=6;6*3=18`; under rule a the king counts 10, so this is no
+    answer there.
+    """
     answer = "7,13,3;13-7=6;6*3=18"
     assert CARDS.verify(problem("7K3", "b", 18), answer).correct
     score = CARDS.verify(problem("7K3", "a", 18), answer)
-    assert score.well_formed and not score.correct and score.message == "the cards are worth [7, 10, 3], not [7, 13, 3]"
+    assert (
+        score.well_formed
+        and not score.correct
+        and score.message == "the cards are worth [7, 10, 3], not [7, 13, 3]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +162,9 @@ def test_ill_formed_answers(answer, wrong_verifier):
 def test_well_formed_answers(answer, target, level, wrong_verifier):
     for name, rewards in REWARDS.items():
         score = Cards(reward=name).verify(problem("7K3", "a", target), answer)
-        assert score.well_formed and score.correct == (level == 3) and score.reward == rewards[level], wrong_verifier
+        assert score.well_formed and score.correct == (level == 3) and score.reward == rewards[level], (
+            wrong_verifier
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,8 +184,9 @@ def test_well_formed_answers(answer, target, level, wrong_verifier):
     ],
 )
 def test_steps_are_right_as_far_as_all_before_them(answer, right):
-    """Wrong implementations: the last step judged as the others, by which an answer that stops short or misses the target is right;
-    steps judged each for itself."""
+    """Wrong implementations: the last step judged as the others, by which an answer that stops short or
+    misses the target is right; steps judged each for itself.
+    """
     task = Cards(k=3, rules="b")
     example = Example(prompt="b:7K3>18|", fields={"numbers": [7, 13, 3], "target": 18})
     assert task.steps(example, answer) == (answer.split(";"), right)
@@ -177,10 +206,14 @@ def test_fractions_are_exact():
     """A float verifier rejects 8/(3-8/3) = 24; so does one that reads `8/1/3` only from the left."""
     task = Cards(k=4, fractions=True, limit=None)
     example, answer = problem("3838", "a", 24), "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=24"
-    assert [write((3, 8, 3, 8), way) for way in solutions((3, 3, 8, 8), 24, fractions=True, limit=None)] == [answer]
+    assert [write((3, 8, 3, 8), way) for way in solutions((3, 3, 8, 8), 24, fractions=True, limit=None)] == [
+        answer
+    ]
     assert not solutions((3, 3, 8, 8), 24, limit=None)
     assert task.verify(example, answer).correct
-    assert not task.verify(example, "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=8/3").correct, "the other reading of 8/1/3, not from this pool"
+    assert not task.verify(example, "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=8/3").correct, (
+        "the other reading of 8/1/3, not from this pool"
+    )
     assert not task.verify(example, "3,8,3,8;8/3=16/6;3-8/3=1/3;8/1/3=24").well_formed, "lowest terms only"
     assert not Cards(k=4).verify(example, answer).well_formed, "fractions are off by default"
 
@@ -234,7 +267,10 @@ def test_mutated_demonstrations_against_brute_force():
     assert min(seen) > 50, "both verdicts must occur"
 
 
-@pytest.mark.parametrize("options", [{}, {"k": 2}, {"k": 4, "targets": (24, 24)}, {"fractions": True}, {"rules": "ab", "filler": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"k": 2}, {"k": 4, "targets": (24, 24)}, {"fractions": True}, {"rules": "ab", "filler": 4}],
+)
 def test_every_demonstration_verifies(options):
     task = Cards(**options)
     tokenizer = task.tokenizer()
@@ -269,7 +305,9 @@ def test_splits_share_no_problem(options):
 
 
 def test_a_split_by_cards_leaks():
-    """The named wrong implementation: hashing (sorted cards, target). Under rule a it puts half the test problems into train."""
+    """The named wrong implementation: hashing (sorted cards, target). Under rule a it puts half the test
+    problems into train.
+    """
     shares = {"test": 0.15, "train": 0.85}
     found = {"train": set(), "test": set()}
     for cards in combinations_with_replacement(RANKS, 3):
@@ -284,7 +322,10 @@ def test_prompts_of_a_split_are_distinct():
         prompts = [CARDS.example(split, i).prompt for i in range(CARDS.size(split))]
         assert len(set(prompts)) == len(prompts) >= 500
     problems = len(keys(CARDS, "test"))
-    first = {(tuple(sorted(f["numbers"])), f["target"]) for f in (CARDS.example("test", i).fields for i in range(problems))}
+    first = {
+        (tuple(sorted(f["numbers"])), f["target"])
+        for f in (CARDS.example("test", i).fields for i in range(problems))
+    }
     assert len(first) == problems, "every problem once before any comes again"
 
 
@@ -294,7 +335,9 @@ def test_training_deals_new_hands_and_demonstrations():
     ways: dict[tuple, set] = {}
     for i in range(20 * problems):
         e = CARDS.example("train", i)
-        ways.setdefault((tuple(sorted(e.fields["numbers"])), e.fields["target"]), set()).add((e.prompt, e.demo))
+        ways.setdefault((tuple(sorted(e.fields["numbers"])), e.fields["target"]), set()).add(
+            (e.prompt, e.demo)
+        )
     assert sum(map(len, ways.values())) > 8 * problems
 
 
@@ -304,7 +347,11 @@ def test_the_other_rule_needs_a_face_card():
         for i in range(200):
             fields = task.example("ood_rule", i).fields
             assert fields["rule"] == other and set(fields["cards"]) & set("JQK")
-            assert fields["numbers"] == list(translate(fields["cards"], other)) != list(translate(fields["cards"], trained))
+            assert (
+                fields["numbers"]
+                == list(translate(fields["cards"], other))
+                != list(translate(fields["cards"], trained))
+            )
 
 
 def test_perturbed_prompts_keep_the_answer():
@@ -313,19 +360,32 @@ def test_perturbed_prompts_keep_the_answer():
     for i in range(300):
         plain, other = task.example("test", i), task.example("perturbed", i)
         assert re.fullmatch(r"#[0-9AJQKT]{4}a:[A2-9TJQK]{3}>\d+\|", other.prompt)
-        assert sorted(plain.fields["numbers"]) == sorted(other.fields["numbers"]) and plain.fields["target"] == other.fields["target"]
+        assert (
+            sorted(plain.fields["numbers"]) == sorted(other.fields["numbers"])
+            and plain.fields["target"] == other.fields["target"]
+        )
         assert plain.prompt[:5] != other.prompt[:5]
         moved += plain.fields["numbers"] != other.fields["numbers"]
     assert moved > 250
 
 
 def test_examples_are_a_pure_function_of_options_split_and_index():
-    """hash() (which differs per process) and random.Random (whose algorithms may change) would move these golden prompts."""
-    assert [CARDS.example(s, 0).prompt for s in SPLITS] == ["a:636>15|", "a:6J3>36|", "a:AQ7>2|", "b:K2A>10|", "a:TA7>2|"]
+    """hash() (which differs per process) and random.Random (whose algorithms may change) would move these
+    golden prompts.
+    """
+    assert [CARDS.example(s, 0).prompt for s in SPLITS] == [
+        "a:636>15|",
+        "a:6J3>36|",
+        "a:AQ7>2|",
+        "b:K2A>10|",
+        "a:TA7>2|",
+    ]
     again = [Cards().example("train", i) for i in (9, 5, 9)]
     assert again[0] == again[2] == CARDS.example("train", 9)
     assert Cards(seed=1).example("train", 9) != again[0]
-    assert keys(Cards(seed=1), "test") == keys(CARDS, "test"), "the seed does not move problems between splits"
+    assert keys(Cards(seed=1), "test") == keys(CARDS, "test"), (
+        "the seed does not move problems between splits"
+    )
 
 
 def test_loads_fast():
@@ -355,7 +415,9 @@ def test_bad_options(options, message):
 
 
 def test_bad_splits_and_indices():
-    with pytest.raises(UserError, match="expected a split of train, val, test, ood_rule, perturbed; got 'tset'"):
+    with pytest.raises(
+        UserError, match="expected a split of train, val, test, ood_rule, perturbed; got 'tset'"
+    ):
         CARDS.size("tset")
     with pytest.raises(UserError, match="no problem falls into split 'ood_rule'"):
         Cards(rules="ab").size("ood_rule")

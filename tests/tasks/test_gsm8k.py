@@ -56,7 +56,10 @@ def test_reading_the_marked_answer(text, answer):
     assert extract(text) == answer
 
 
-@pytest.mark.parametrize(("text", "answer"), [("10-3", 3), ("from 5 to -2 degrees", -2), ("72", 72), ("a1,234.", 1234), ("none", None)])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("10-3", 3), ("from 5 to -2 degrees", -2), ("72", 72), ("a1,234.", 1234), ("none", None)],
+)
 def test_the_last_number(text, answer):
     assert last_number(text) == answer
 
@@ -75,7 +78,15 @@ def test_comparison_is_exact():
 def test_bounded_time():
     start = time.perf_counter()
     task, example = Gsm8k(last_number=True), Example(prompt="", fields={"answer": "1"})
-    for text in ("9" * 10**6, " " * 10**6, "#### " * 10**5, "#### " + " " * 10**6, "-$" * 10**5, "1,111" * 10**5, "the answer is " * 10**5):
+    for text in (
+        "9" * 10**6,
+        " " * 10**6,
+        "#### " * 10**5,
+        "#### " + " " * 10**6,
+        "-$" * 10**5,
+        "1,111" * 10**5,
+        "the answer is " * 10**5,
+    ):
         task.verify(example, text)
     assert time.perf_counter() - start < 5
 
@@ -103,18 +114,33 @@ def test_agreement_with_3600_graded_solutions(real):
 
 
 def test_the_real_training_set(real):
-    assert real.size("train") + real.size("val") == 7473 and 300 < real.size("val") < 450 and real.size("test") == 900
-    questions = {s: {real.example(s, i).fields["question"] for i in range(real.size(s))} for s in ("train", "val", "test")}
-    assert not questions["train"] & questions["val"] and not questions["test"] & (questions["train"] | questions["val"])
+    assert (
+        real.size("train") + real.size("val") == 7473
+        and 300 < real.size("val") < 450
+        and real.size("test") == 900
+    )
+    questions = {
+        s: {real.example(s, i).fields["question"] for i in range(real.size(s))}
+        for s in ("train", "val", "test")
+    }
+    assert not questions["train"] & questions["val"] and not questions["test"] & (
+        questions["train"] | questions["val"]
+    )
     for split, found in questions.items():
         for i in range(0, len(found), 7):
             example = real.example(split, i)
             assert real.verify(example, example.demo).correct and "<<" not in example.demo
     example = real.example("train", 0)
-    assert example.prompt.startswith("Question: Natalia sold clips") and example.prompt.endswith("in April and May?\nAnswer:\n")
+    assert example.prompt.startswith("Question: Natalia sold clips") and example.prompt.endswith(
+        "in April and May?\nAnswer:\n"
+    )
     assert example.demo.startswith("Natalia sold 48/2 = 24 clips") and example.demo.endswith("#### 72")
     marked = Gsm8k(folder=real.folder, annotations=True, chat=True).example("train", 0)
-    assert "<<48/2=24>>24" in marked.demo and marked.prompt[0]["role"] == "user" and "####" in marked.prompt[0]["content"]
+    assert (
+        "<<48/2=24>>24" in marked.demo
+        and marked.prompt[0]["role"] == "user"
+        and "####" in marked.prompt[0]["content"]
+    )
 
 
 def write(folder, *lines, name="train.jsonl"):
@@ -129,7 +155,10 @@ def test_the_split_depends_on_the_question_alone(tmp_path):
     """A split by position would move questions between train and val when a line is added in front."""
     rows = [json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) for i in range(200)]
     tmp_path.joinpath("b").mkdir()
-    first, second = Gsm8k(folder=write(tmp_path, *rows), val=0.3), Gsm8k(folder=write(tmp_path / "b", GOOD, *rows[::-1]), val=0.3)
+    first, second = (
+        Gsm8k(folder=write(tmp_path, *rows), val=0.3),
+        Gsm8k(folder=write(tmp_path / "b", GOOD, *rows[::-1]), val=0.3),
+    )
     held = [{t.example("val", i).fields["question"] for i in range(t.size("val"))} for t in (first, second)]
     assert 40 < len(held[0]) < 80 and held[1] - {"1+1?"} == held[0] - {"1+1?"}
 

@@ -15,7 +15,9 @@ DOCUMENTED = textwrap.dedent(fastrl.tasks.__doc__.partition("in a file:\n")[2])
 
 
 def test_built_in_tasks():
-    assert load_task("cards") == Cards() and load_task("cards", k=2, targets=(1, 20)) == Cards(k=2, targets=(1, 20))
+    assert load_task("cards") == Cards() and load_task("cards", k=2, targets=(1, 20)) == Cards(
+        k=2, targets=(1, 20)
+    )
     assert load_task("cards", limit=None, val=0).limit is None
     assert isinstance(load_task("gsm8k", folder="x"), Gsm8k) and set(TASKS) == {"cards", "gsm8k", "guess"}
 
@@ -37,21 +39,28 @@ def test_the_documented_task(tmp_path):
         log_metric=logged.__setitem__,
     )
     assert found == [1.0, 0.0, 1.0] and reward.__name__ == "doubles"
-    assert logged["correct"] == logged["well_formed"] == pytest.approx(2 / 3) and logged["message"] == ["", "", ""]
+    assert logged["correct"] == logged["well_formed"] == pytest.approx(2 / 3) and logged["message"] == [
+        "",
+        "",
+        "",
+    ]
 
 
 def test_a_task_with_options_neighbours_and_dataclasses(tmp_path):
     """Files run with exec() outside sys.modules cannot define dataclasses, nor import what lies beside them."""
     tmp_path.joinpath("beside.py").write_text("BASE = 7")
     tmp_path.joinpath("mine.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass, field\nfrom beside import BASE\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass, "
+        "field\nfrom beside import BASE\n"
         + DOCUMENTED.replace("class Doubles:", "@dataclass\nclass Doubles:\n    start: int = BASE\n")
         + "\nREADY = Doubles(start=1)\n"
     )
     assert load_task(f"{tmp_path}/mine.py:Doubles").start == 7
     assert load_task(f"{tmp_path}/mine.py:Doubles", start=9).start == 9
     assert load_task(f"{tmp_path}/mine.py:READY").start == 1
-    assert type(load_task(f"{tmp_path}/mine.py:Doubles")) is type(load_task(f"{tmp_path}/mine.py:READY")), "a file is run once"
+    assert type(load_task(f"{tmp_path}/mine.py:Doubles")) is type(load_task(f"{tmp_path}/mine.py:READY")), (
+        "a file is run once"
+    )
     with pytest.raises(UserError, match="is an object, not a class"):
         load_task(f"{tmp_path}/mine.py:READY", start=2)
 
@@ -59,20 +68,42 @@ def test_a_task_with_options_neighbours_and_dataclasses(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("crads", {}, r"expected one of cards, gsm8k, guess, or a file like my_task.py:MyTask; got 'crads'; did you mean 'cards'\?"),
+        (
+            "crads",
+            {},
+            r"expected one of cards, gsm8k, guess, or a file like my_task.py:MyTask; got 'crads'; "
+            r"did you mean 'cards'\?",
+        ),
         ("cards", {"kk": 3}, r"cards has no option 'kk'; did you mean 'k'\?; it has: k, targets"),
         ("cards", {"k": "three"}, "--task: cards: k: expected int, got 'three'"),
         ("cards", {"targets": 24}, r"--task: cards: targets: expected tuple\[int, int\], got 24"),
-        ("cards", {"targets": (1, "x")}, r"cards: targets: expected two numbers, 1 <= low <= high, got \(1, 'x'\)"),
+        (
+            "cards",
+            {"targets": (1, "x")},
+            r"cards: targets: expected two numbers, 1 <= low <= high, got \(1, 'x'\)",
+        ),
         ("cards", {"limit": "no"}, r"--task: cards: limit: expected int \| None, got 'no'"),
         ("gsm8k", {"val": None}, "--task: gsm8k: val: expected float, got None"),
         ("my_task.py", {}, r"expected a file and a name in it, like my_file.py:MyName; got 'my_task.py'"),
         ("absent.py:Task", {}, r"--task: no file absent.py \(looked in "),
-        ("{}/bad.py:Doubels", {}, r"bad.py defines no 'Doubels'; did you mean 'Doubles'\?; it defines: Doubles"),
-        ("{}/bad.py:Doubles", {}, r"bad.py:Doubles is not a task: Doubles lacks name, stop, size, verify, tokenizer"),
+        (
+            "{}/bad.py:Doubels",
+            {},
+            r"bad.py defines no 'Doubels'; did you mean 'Doubles'\?; it defines: Doubles",
+        ),
+        (
+            "{}/bad.py:Doubles",
+            {},
+            r"bad.py:Doubles is not a task: Doubles lacks name, stop, size, verify, tokenizer",
+        ),
         ("{}/bad.py:NUMBER", {}, r"bad.py:NUMBER is not a task: int lacks name"),
         ("{}/syntax.py:Task", {}, r"syntax.py raised SyntaxError[\s\S]*at .*syntax.py:2"),
-        ("{}/raises.py:Task", {}, r"raises.py raised ZeroDivisionError: division by zero\n  at .*raises.py:2 in <module>: y = 1 / 0"),
+        (
+            "{}/raises.py:Task",
+            {},
+            r"raises.py raised ZeroDivisionError: division by zero\n  at .*raises.py:2 in <module>: "
+            r"y = 1 / 0",
+        ),
         ("{}/bad.py:Raises", {}, r"bad.py:Raises raised KeyError: 'x'\n  at .*bad.py:7 in __init__"),
         ("{}/bad.py:Raises", {"size": 3}, r"has no option 'size'; it has: none"),
     ],

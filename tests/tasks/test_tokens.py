@@ -18,18 +18,30 @@ def test_one_token_per_character_and_back():
     ids = tokenizer.encode(text)
     assert len(ids) == len(text) and tokenizer.decode(ids) == text
     assert [tokenizer.decode([i]) for i in ids] == list(text)
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id) == (0, 1, 2, None)
+    assert (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+    ) == (0, 1, 2, None)
     assert tokenizer.encode("") == [], "no special token of its own accord"
 
 
 def test_unknown_characters_stay_visible():
-    """A BPE model without an unknown token drops them silently; a pre-tokenizer that splits at `.` merges lines."""
+    """A BPE model without an unknown token drops them silently; a pre-tokenizer that splits at `.` merges
+    lines.
+    """
     tokenizer = char_tokenizer("ab")
     assert tokenizer.encode("a?b\n b") == [3, 2, 4, 2, 2, 4]
-    assert tokenizer.decode([3, 2, 4]) == "a<unk>b" and tokenizer.decode([3, 4, 1, 0], skip_special_tokens=True) == "ab"
+    assert (
+        tokenizer.decode([3, 2, 4]) == "a<unk>b"
+        and tokenizer.decode([3, 4, 1, 0], skip_special_tokens=True) == "ab"
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: char_tokenizer(ALPHABET), lambda: train_bpe(TEXTS, 300)], ids=["characters", "bpe"])
+@pytest.mark.parametrize(
+    "make", [lambda: char_tokenizer(ALPHABET), lambda: train_bpe(TEXTS, 300)], ids=["characters", "bpe"]
+)
 def test_saved_and_loaded_by_transformers(make, tmp_path):
     tokenizer = make()
     tokenizer.save_pretrained(tmp_path)
@@ -40,9 +52,13 @@ def test_saved_and_loaded_by_transformers(make, tmp_path):
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id) == (0, 1, tokenizer.unk_token_id)
 
 
-@pytest.mark.parametrize("text", ["", " ", "  two  spaces , and\n\tmore\n", "naïve 日本語 🙂", "<<48/2=24>>24", "n't 's . ?"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "  two  spaces , and\n\tmore\n", "naïve 日本語 🙂", "<<48/2=24>>24", "n't 's . ?"]
+)
 def test_bpe_loses_nothing(text):
-    """clean_up_tokenization_spaces turns ` .` into `.`; a vocabulary seen in training only cannot spell other scripts."""
+    """clean_up_tokenization_spaces turns ` .` into `.`; a vocabulary seen in training only cannot spell other
+    scripts.
+    """
     tokenizer = train_bpe(TEXTS, 280)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -1,4 +1,6 @@
-"""The learner: one optimizer step over a batch, the same however the batch is cut, in float32 whatever the model is kept in."""
+"""The learner: one optimizer step over a batch, the same however the batch is cut, in float32 whatever the
+model is kept in.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ from fastrl.train.learner import NotFinite, learning_rate
 def test_cutting_changes_neither_loss_nor_gradient_nor_metrics(name, monkeypatch):
     """Micro-batches by tokens, and chunks of logits within them.
 
-    Wrong implementations: denominators of the micro-batch; its loss averaged, not summed; the effective sample size averaged;
-    a sequence's ratio from a chunk that cuts it in two.  In float64, where the order of a sum is no excuse.
+    Wrong implementations: denominators of the micro-batch; its loss averaged, not summed; the effective
+    sample size averaged; a sequence's ratio from a chunk that cuts it in two.  In float64, where the order of
+    a sum is no excuse.
     """
     model = decoder()
     batch = make_batch(name, model)
@@ -39,13 +42,18 @@ def test_cutting_changes_neither_loss_nor_gradient_nor_metrics(name, monkeypatch
 
 def test_a_sequence_above_the_budget_names_the_option():
     model = decoder()
-    with pytest.raises(UserError, match="--micro-tokens: a sequence of 13 tokens does not fit into 12; raise it to at least 13"):
+    with pytest.raises(
+        UserError,
+        match="--micro-tokens: a sequence of 13 tokens does not fit into 12; raise it to at least 13",
+    ):
         learner(model, ALGORITHMS["grpo"], micro_tokens=12).update(make_batch("grpo", model), 0)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"])
 def test_groups_without_advantage_are_left_out_exactly(name, monkeypatch):
-    """Wrong implementations: their tokens leave the denominators as well; with a KL or entropy term they are left out, too."""
+    """Wrong implementations: their tokens leave the denominators as well; with a KL or entropy term they are
+    left out, too.
+    """
     model = decoder()
     less = make_batch(name, model)
     monkeypatch.setattr("fastrl.methods.grpo.rollouts.OnPolicy._live", lambda self, batch: batch)
@@ -61,9 +69,11 @@ def test_with_a_kl_or_entropy_term_every_sample_counts():
 
 
 def test_a_batch_without_tokens_measures_nothing():
-    """Its sequences stay in the batch, as PPO's do and those of a run with a KL: every completion was filtered out.
+    """Its sequences stay in the batch, as PPO's do and those of a run with a KL: every completion was
+    filtered out.
 
-    Wrong implementations: ratios and a KL of 0 in the log; a step on momentum."""
+    Wrong implementations: ratios and a KL of 0 in the log; a step on momentum.
+    """
     row = replace(ALGORITHMS["grpo"], kl="k3", kl_coef=0.1)
     model = decoder()
     batch = on_policy(model, row).collect(0, 0).batches[0]
@@ -80,7 +90,9 @@ def test_a_batch_of_equal_rewards_moves_nothing():
     trained = learner(model, ALGORITHMS["grpo"], optim=Optim(lr=0.1, weight_decay=0.1))
     trained.update(make_batch("grpo", model), 0)
     before = {k: v.clone() for k, v in (model.state_dict() | trained.state()).items()}
-    metrics = trained.update(on_policy(model, ALGORITHMS["grpo"], scores=[1.0] * 12).collect(0, 0).batches[0], 1)
+    metrics = trained.update(
+        on_policy(model, ALGORITHMS["grpo"], scores=[1.0] * 12).collect(0, 0).batches[0], 1
+    )
     assert (metrics["num_tokens"], metrics["loss"], metrics["grad_norm"]) == (0, 0, 0)
     after = model.state_dict() | trained.state()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -113,7 +125,9 @@ def test_learning_rates(schedule, floor, want):
     """Wrong implementations: a first step of 0, a peak that is never reached, a floor added to the schedule."""
     optim = Optim(lr=3.0, warmup=2, schedule=schedule, floor=floor)
     assert [learning_rate(optim, step, 6) / 3 for step in range(6)] == pytest.approx(want)
-    assert learning_rate(optim, 100, 6) == pytest.approx(3 * (1 if schedule == "constant" else floor)), "a longer run stays at the end"
+    assert learning_rate(optim, 100, 6) == pytest.approx(3 * (1 if schedule == "constant" else floor)), (
+        "a longer run stays at the end"
+    )
 
 
 def test_the_step_has_the_learning_rate_of_its_number():
@@ -122,11 +136,15 @@ def test_the_step_has_the_learning_rate_of_its_number():
     before = model.norm.detach().clone()
     assert trained.update(make_batch("sft", model), 1)["learning_rate"] == 0.5
     moved = (model.norm - before).abs().max().item()
-    assert moved == pytest.approx(0.5, rel=1e-3), "AdamW's first step is the learning rate, in the gradient's sign"
+    assert moved == pytest.approx(0.5, rel=1e-3), (
+        "AdamW's first step is the learning rate, in the gradient's sign"
+    )
 
 
 def test_weight_decay_is_for_matrices():
-    """Wrong implementations: norms and biases decay as well; decay added to the gradient, where AdamW's scaling would change it."""
+    """Wrong implementations: norms and biases decay as well; decay added to the gradient, where AdamW's
+    scaling would change it.
+    """
     model = decoder("qwen2")
     with torch.no_grad():
         for p in model.parameters():
@@ -165,12 +183,16 @@ def break_gradient(model: Decoder, batch):
 
 @pytest.mark.parametrize("broken", [break_loss, break_gradient])
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(broken):
-    """Wrong implementations: a NaN that reaches the weights or the moments; an error that does not say which step and metric."""
+    """Wrong implementations: a NaN that reaches the weights or the moments; an error that does not say which
+    step and metric.
+    """
     model = decoder()
     trained, batch = learner(model, ALGORITHMS["grpo"], micro_tokens=20), make_batch("grpo", model)
     trained.update(batch, 0)
     before = {k: v.clone() for k, v in (model.state_dict() | trained.state()).items()}
-    with pytest.raises(NotFinite, match=f"^step 8: {broken(model, batch)}; the weights are those of the step before$"):
+    with pytest.raises(
+        NotFinite, match=f"^step 8: {broken(model, batch)}; the weights are those of the step before$"
+    ):
         trained.update(batch, 7)
     after = model.state_dict() | trained.state()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -178,9 +200,15 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(broken):
 
 
 def test_running_out_of_memory_names_the_option(monkeypatch):
-    """Wrong implementations: CUDA's page of advice; a bug of ours called lack of memory; half a gradient left behind."""
+    """Wrong implementations: CUDA's page of advice; a bug of ours called lack of memory; half a gradient left
+    behind.
+    """
     model = decoder()
-    trained, batch, real = learner(model, ALGORITHMS["grpo"], micro_tokens=40), make_batch("grpo", model), Decoder.forward
+    trained, batch, real = (
+        learner(model, ALGORITHMS["grpo"], micro_tokens=40),
+        make_batch("grpo", model),
+        Decoder.forward,
+    )
     seen: list[int] = []
 
     def fails_at_the_second(error: Exception):
@@ -192,10 +220,19 @@ def test_running_out_of_memory_names_the_option(monkeypatch):
 
         return forward
 
-    cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ...")
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 20 GiB."), cpu, MemoryError()):
+    cpu = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried ..."
+    )
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 20 GiB."),
+        cpu,
+        MemoryError(),
+    ):
         monkeypatch.setattr(Decoder, "forward", fails_at_the_second(error))
-        with pytest.raises(UserError, match=r"^out of memory at --micro-tokens 40; try --micro-tokens 20 \([^\n]*\)$"):
+        with pytest.raises(
+            UserError, match=r"^out of memory at --micro-tokens 40; try --micro-tokens 20 \([^\n]*\)$"
+        ):
             trained.update(batch, 0)
         assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(Decoder, "forward", fails_at_the_second(RuntimeError("shape mismatch")))
@@ -259,12 +296,16 @@ def test_state_of_another_dtype():
     wide = learner(decoder(), ALGORITHMS["sft"])
     wide.load_state(exact.state())
     assert torch.equal(wide.masters[0], exact.masters[0]) and wide.masters[0] is wide.weights[0]
-    with pytest.raises(UserError, match=r"--dtype: .* in float32 throughout, not torch.bfloat16; resume with --dtype float32"):
+    with pytest.raises(
+        UserError, match=r"--dtype: .* in float32 throughout, not torch.bfloat16; resume with --dtype float32"
+    ):
         exact.load_state(wide.state())
 
 
 def test_reference_log_probs():
-    """Wrong implementation: log-probs of a token's neighbour, at temperature 1, or in the order of the micro-batches."""
+    """Wrong implementation: log-probs of a token's neighbour, at temperature 1, or in the order of the
+    micro-batches.
+    """
     model, other = decoder(), decoder(seed=1)
     batch = make_batch("grpo+kl+entropy", model)
     assert TEMPERATURE != 1

@@ -1,6 +1,8 @@
-"""Preference optimisation: where a step's pairs or labelled examples come from, and the learner that trains on them.
+"""Preference optimisation: where a step's pairs or labelled examples come from, and the learner that trains
+on them.
 
-Like every source (see experience.py), what a step gets is a function of the step's number alone, for any number of processes.
+Like every source (see experience.py), what a step gets is a function of the step's number alone, for any
+number of processes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from fastrl.parallel.world import World
 from fastrl.train.learner import Learner
 
 Items = Callable[[Sequence[int]], list[Unit]]
-Reference = Callable[[Sequence[int], Batch], Tensor]  # (items, the batch made of them) -> (T,) log-probs of the reference model
+Reference = Callable[
+    [Sequence[int], Batch], Tensor
+]  # (items, the batch made of them) -> (T,) log-probs of the reference model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +49,21 @@ def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Prefe
     tokens = torch.tensor([t for one in judged for t in one.sample.tokens], dtype=torch.int64, device=device)
     zeros = torch.zeros(tokens.shape, device=device)
     return Preferred(
-        tokens=tokens, cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
+        tokens=tokens,
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
         mask=torch.tensor([m for one in judged for m in one.sample.mask], dtype=torch.bool, device=device),
-        advantage=sign.repeat_interleave(lengths), old_logp=zeros, weight=torch.full_like(zeros, 1 / count),
-    )  # fmt: skip
+        advantage=sign.repeat_interleave(lengths),
+        old_logp=zeros,
+        weight=torch.full_like(zeros, 1 / count),
+    )
 
 
 def mismatch(samples: Sequence[Sample], limit: int) -> list[Sample]:
-    """Each prompt with the completion of the sample before it (the first with the last's); cut at `limit` tokens.
+    """Each prompt with the completion of the sample before it (the first with the last's); cut at `limit`
+    tokens.
 
-    A prompt is all before the first token that counts.  Only KTO's z0 is estimated on these, so a cut loses nothing that is trained on.
+    A prompt is all before the first token that counts.  Only KTO's z0 is estimated on these, so a cut loses
+    nothing that is trained on.
     """
     starts = [s.mask.index(True) for s in samples]
     out = []
@@ -69,17 +78,31 @@ class Preferences:
     """A batch of `count` units a step out of `size`: pairs, or labelled examples.
 
     reference(indices, batch) -> (T,) log-probs under the reference model, or None when the row needs none.
-    policy(batch) -> (T,) log-probs under the weights as they are, and frozen(batch) -> those of the reference: for KTO's z0, which is
-    estimated on the step's prompts, each with the completion of the one before; `limit` is the longest sequence.
+    policy(batch) -> (T,) log-probs under the weights as they are, and frozen(batch) -> those of the
+    reference: for KTO's z0, which is estimated on the step's prompts, each with the completion of the one
+    before; `limit` is the longest sequence.
     """
 
     def __init__(
-        self, items: Items, size: int, row: Preference, *, count: int, seed: int, device: torch.device, world: World,
-        reference: Reference | None = None, policy: Callable[[Batch], Tensor] | None = None,
-        frozen: Callable[[Batch], Tensor] | None = None, limit: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        items: Items,
+        size: int,
+        row: Preference,
+        *,
+        count: int,
+        seed: int,
+        device: torch.device,
+        world: World,
+        reference: Reference | None = None,
+        policy: Callable[[Batch], Tensor] | None = None,
+        frozen: Callable[[Batch], Tensor] | None = None,
+        limit: int = 0,
+    ) -> None:
         if row.mismatched and (count < 2 or policy is None or frozen is None):
-            raise UserError(f"--prompts: expected at least 2 to compare each prompt with another's completion, got {count}")
+            raise UserError(
+                "--prompts: expected at least 2 to compare each prompt with another's completion, "
+                f"got {count}"
+            )
         self.items, self.size, self.row, self.count, self.seed = items, size, row, count, seed
         self.device, self.world, self.limit = device, world, limit
         self.reference, self.policy, self.frozen = reference, policy, frozen
@@ -104,7 +127,9 @@ class Preferences:
         """Nothing to restore."""
 
     def _baseline(self, indices: Sequence[int]) -> float:
-        """max(0, mean log-ratio of mismatched completions) over the whole step; `indices` are this process's, after the one before them."""
+        """max(0, mean log-ratio of mismatched completions) over the whole step; `indices` are this process's,
+        after the one before them.
+        """
         total = 0.0
         if indices:
             samples = mismatch([unit[0].sample for unit in self.items(indices)], self.limit)[1:]
@@ -119,7 +144,9 @@ def _unit(sample: Sample) -> Unit:
 
 
 class PreferenceLearner(Learner):
-    """A learner whose algorithm is a row of PREFERENCES: micro-batches of whole units, metrics of whole sequences."""
+    """A learner whose algorithm is a row of PREFERENCES: micro-batches of whole units, metrics of whole
+    sequences.
+    """
 
     algorithm: Preference  # type: ignore[assignment]
 
@@ -133,7 +160,8 @@ class PreferenceLearner(Learner):
 
 
 def backward_of_units(learner: Learner, batch: Batch, row: Any) -> list[list[float]]:
-    """Add this process's gradient of the units in `batch` to the masters; of each micro-batch its loss and what the row measures.
+    """Add this process's gradient of the units in `batch` to the masters; of each micro-batch its loss and
+    what the row measures.
 
     row  one of PREFERENCES, or whatever else has its `unit`, `loss` and `measure`
     """
@@ -143,7 +171,9 @@ def backward_of_units(learner: Learner, batch: Batch, row: Any) -> list[list[flo
             loss, stats, tokens, live = learner.forward(micro, row)
             loss.backward()
             with torch.no_grad():
-                seen = tokens[live].with_(stats.logp[live], None if stats.entropy is None else stats.entropy[live])
+                seen = tokens[live].with_(
+                    stats.logp[live], None if stats.entropy is None else stats.entropy[live]
+                )
                 rows.append(torch.cat([loss.detach().double().view(1), row.measure(seen)]))
     return torch.stack(rows).tolist() if rows else []
 

@@ -1,6 +1,8 @@
-"""Preferences with their reference model: live, or its log-probs of a dataset, computed once and kept in the run's folder.
+"""Preferences with their reference model: live, or its log-probs of a dataset, computed once and kept in the
+run's folder.
 
-The file holds what they were computed from as a fingerprint: another model, dataset, tokenizer or number of steps computes them anew.
+The file holds what they were computed from as a fingerprint: another model, dataset, tokenizer or number of
+steps computes them anew.
 """
 
 from __future__ import annotations
@@ -35,16 +37,25 @@ CHUNK = 1024  # units tokenised and packed at a time
 
 
 def preference_source(
-    config: Dpo, task: Task | None, tokenizer: Any, learner: Learner, row: Preference, device: torch.device,
+    config: Dpo,
+    task: Task | None,
+    tokenizer: Any,
+    learner: Learner,
+    row: Preference,
+    device: torch.device,
     arithmetic: Callable[[Dpo], AbstractContextManager[None]],
-) -> tuple[Preferences, int]:  # fmt: skip
-    """The pairs of a run with their reference, as the row and `--reference` ask for it, and the longest sequence to expect.
+) -> tuple[Preferences, int]:
+    """The pairs of a run with their reference, as the row and `--reference` ask for it, and the longest
+    sequence to expect.
 
-    arithmetic(config) -> what the learner will compute under, so that the reference's log-probs are computed alike
+    arithmetic(config) -> what the learner will compute under, so that the reference's log-probs are computed
+    alike
     """
     model, world = learner.model, learner.world
     shape = model.config
-    items, size, longest = preferences(config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size, paired=row.paired)
+    items, size, longest = preferences(
+        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size, paired=row.paired
+    )
     options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
     if not row.reference:
         return Preferences(items, size, row, **options), longest
@@ -54,24 +65,37 @@ def preference_source(
     def frozen() -> Any:  # before the first step, the model itself is the reference
         if not live and not config.resume:
             return model
-        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(False)
+        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(
+            False
+        )
 
     def logp(batch: Batch) -> Tensor:
         with arithmetic(config):
             return learner.logp(frozen(), batch)
 
     if live:
-        options |= {"frozen": logp, "policy": lambda batch: learner.logp(model, batch), "limit": min(longest, config.micro_tokens)}
+        options |= {
+            "frozen": logp,
+            "policy": lambda batch: learner.logp(model, batch),
+            "limit": min(longest, config.micro_tokens),
+        }
         return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
     known = precompute(
-        Path(config.output_dir), items, drawn(size, config.seed, config.steps * config.prompts), logp,
-        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}", device=device, world=world,
-    )  # fmt: skip
+        Path(config.output_dir),
+        items,
+        drawn(size, config.seed, config.steps * config.prompts),
+        logp,
+        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}",
+        device=device,
+        world=world,
+    )
     return Preferences(items, size, row, reference=known, **options), longest
 
 
 class Precomputed:
-    """Log-probs by item: those of item items[i] are logp[ends[i]:ends[i+1]], one per token that counts in the loss, fp32 nats."""
+    """Log-probs by item: those of item items[i] are logp[ends[i]:ends[i+1]], one per token that counts in the
+    loss, fp32 nats.
+    """
 
     def __init__(self, logp: Tensor, items: Tensor, ends: Tensor) -> None:
         self.logp, self.items, self.ends = logp, items, ends
@@ -92,9 +116,17 @@ def drawn(size: int, seed: int, count: int) -> list[int]:
 
 
 def precompute(
-    folder: Path, items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], *, model: str, device: torch.device, world: World
+    folder: Path,
+    items: Items,
+    indices: Sequence[int],
+    logp: Callable[[Batch], Tensor],
+    *,
+    model: str,
+    device: torch.device,
+    world: World,
 ) -> Precomputed:
-    """The reference log-probs of `indices`: from the file in `folder` if it fits, else by `logp(batch)` -> (T,), and written there.
+    """The reference log-probs of `indices`: from the file in `folder` if it fits, else by `logp(batch)` ->
+    (T,), and written there.
 
     model  what identifies the reference model (see `identity`)
     """
@@ -106,23 +138,35 @@ def precompute(
     values, counts = _compute(items, [indices[i] for i in world.share(len(indices))], logp, device)
     values = torch.cat([*world.gather([values]), torch.empty(0)])
     counts = torch.cat(world.gather([counts]))
-    made = Precomputed(values, torch.tensor(list(indices), dtype=torch.int64), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    made = Precomputed(
+        values,
+        torch.tensor(list(indices), dtype=torch.int64),
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+    )
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.new")
-        save_file({"logp": made.logp, "items": made.items, "ends": made.ends}, partial, metadata={"fingerprint": wanted})
+        save_file(
+            {"logp": made.logp, "items": made.items, "ends": made.ends},
+            partial,
+            metadata={"fingerprint": wanted},
+        )
         os.replace(partial, path)
     world.barrier()
     return made
 
 
 def identity(model: str, seed: int, dtype: torch.dtype) -> str:
-    """What tells one reference model from another: its files' names, sizes and times, or a configuration's text and the seed."""
+    """What tells one reference model from another: its files' names, sizes and times, or a configuration's
+    text and the seed.
+    """
     path = Path(model)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
         return f"{dtype} " + " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
-    return f"{dtype} {seed} " + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else model)
+    return f"{dtype} {seed} " + (
+        path.read_text(encoding="utf-8", errors="replace") if path.is_file() else model
+    )
 
 
 def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list[Unit]]:
@@ -133,11 +177,15 @@ def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list[Unit]]:
 def _fingerprint(items: Items, indices: Sequence[int], model: str) -> str:
     digest = hashlib.sha256(f"{model}\n{list(indices)}\n".encode())
     for units in _chunks(items, indices):
-        digest.update(repr([[(one.sample.tokens, one.sample.mask) for one in unit] for unit in units]).encode())
+        digest.update(
+            repr([[(one.sample.tokens, one.sample.mask) for one in unit] for unit in units]).encode()
+        )
     return digest.hexdigest()
 
 
-def _compute(items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _compute(
+    items: Items, indices: Sequence[int], logp: Callable[[Batch], Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The log-probs of the tokens that count, end to end, and how many each item has."""
     values, counts = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
     for units in _chunks(items, indices):

@@ -44,20 +44,32 @@ class Draw:
             [item for r in rounds for item in r.items],
             Rollouts.join([r.rollouts for r in rounds]),
             Scored.join([r.scored for r in rounds]),
-            [place for r in rounds for place in r.places], sum(r.prompts for r in rounds), [n for r in rounds for n in r.numbers],
-        )  # fmt: skip
+            [place for r in rounds for place in r.places],
+            sum(r.prompts for r in rounds),
+            [n for r in rounds for n in r.numbers],
+        )
 
     def samples(self, group: int) -> list[dict[str, Any]]:
         """The first group's completions, at most four, as samples.jsonl has them."""
         text = self.rollouts.text or [str(t) for t in self.rollouts.completions()]
         scored = self.scored
-        told: dict[str, list[Any]] = {"completion": text, "reward": scored.reward, "message": scored.message, **scored.extra}
+        told: dict[str, list[Any]] = {
+            "completion": text,
+            "reward": scored.reward,
+            "message": scored.message,
+            **scored.extra,
+        }
         few = range(min(4, group, len(self.items)))
-        return [{"prompt": self.items[i][0]} | {name: values[i] for name, values in told.items() if values} for i in few]
+        return [
+            {"prompt": self.items[i][0]} | {name: values[i] for name, values in told.items() if values}
+            for i in few
+        ]
 
 
 def measure(draw: Draw, group: int, version: int, world: World) -> dict[str, float]:
-    """Means over all processes and all that was drawn, under TRL's names; rewards that are not applicable (NaN) are left out."""
+    """Means over all processes and all that was drawn, under TRL's names; rewards that are not applicable
+    (NaN) are left out.
+    """
     rollouts, reward, scored = draw.rollouts, draw.reward, draw.scored
     G, length = group, rollouts.lengths.double()
     stale = (version - rollouts.weight_version[rollouts.completion_mask]).double()
@@ -65,26 +77,40 @@ def measure(draw: Draw, group: int, version: int, world: World) -> dict[str, flo
     known = ~reward.isnan()
     cut = torch.tensor([r == "length" for r in rollouts.finish_reason], device=reward.device)
     sums = {
-        "samples": float(len(rollouts)), "known": float(known.sum()), "groups": float(len(groups)), "tokens": float(length.sum()),
-        "reward": float(reward.nan_to_num(0).sum()), "reward_std": float(_std(groups).sum()),
-        "flat": float((~spread(reward, G)).sum()), "cut": float(cut.sum()), "entropy": float(rollouts.entropy.sum()),
+        "samples": float(len(rollouts)),
+        "known": float(known.sum()),
+        "groups": float(len(groups)),
+        "tokens": float(length.sum()),
+        "reward": float(reward.nan_to_num(0).sum()),
+        "reward_std": float(_std(groups).sum()),
+        "flat": float((~spread(reward, G)).sum()),
+        "cut": float(cut.sum()),
+        "entropy": float(rollouts.entropy.sum()),
         "stale": float(stale.sum()),
-    }  # fmt: skip
+    }
     parts = sorted(set(world.gather(list(scored.parts))))  # a process without samples has none
     for name in parts:
         there = [v for v in scored.parts.get(name, []) if not math.isnan(v)]
         sums |= {f"sum/{name}": math.fsum(there), f"count/{name}": float(len(there))}
     total = dict(zip(sums, world.sum(*sums.values()), strict=True))
-    ends = (float(length.max()), -float(length.min()), float(stale.max())) if stale.numel() else (-math.inf,) * 3
+    ends = (
+        (float(length.max()), -float(length.min()), float(stale.max())) if stale.numel() else (-math.inf,) * 3
+    )
     longest, shortest, oldest = world.max(*ends)
     n = max(total["samples"], 1)
     return {
-        "reward": _mean(total["reward"], total["known"]), "reward_std": total["reward_std"] / max(total["groups"], 1),
-        "frac_reward_zero_std": total["flat"] / max(total["groups"], 1), "entropy": total["entropy"] / max(total["tokens"], 1),
-        "completions/mean_length": total["tokens"] / n, "completions/max_length": longest, "completions/min_length": -shortest,
-        "completions/clipped_ratio": total["cut"] / n, "rollout/tokens": total["tokens"],
-        "sampler/staleness_mean": total["stale"] / max(total["tokens"], 1), "sampler/staleness_max": oldest,
-    } | {k: _mean(total[f"sum/{k}"], total[f"count/{k}"]) for k in parts}  # fmt: skip
+        "reward": _mean(total["reward"], total["known"]),
+        "reward_std": total["reward_std"] / max(total["groups"], 1),
+        "frac_reward_zero_std": total["flat"] / max(total["groups"], 1),
+        "entropy": total["entropy"] / max(total["tokens"], 1),
+        "completions/mean_length": total["tokens"] / n,
+        "completions/max_length": longest,
+        "completions/min_length": -shortest,
+        "completions/clipped_ratio": total["cut"] / n,
+        "rollout/tokens": total["tokens"],
+        "sampler/staleness_mean": total["stale"] / max(total["tokens"], 1),
+        "sampler/staleness_max": oldest,
+    } | {k: _mean(total[f"sum/{k}"], total[f"count/{k}"]) for k in parts}
 
 
 def _mean(total: float, count: float) -> float:

@@ -1,7 +1,7 @@
 """From a run's options to a row: the table's, as a preset has it, with the columns the user changed.
 
-Options that have nothing to act on, or contradict the row, are refused here: an option that is silently ignored trains another method
-than its user believes.
+Options that have nothing to act on, or contradict the row, are refused here: an option that is silently
+ignored trains another method than its user believes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.kernels.surrogates import name_of
 
-SCALES = {"group": "std", "batch": "batch_std", "range": "range", "none": "none"}  # TRL's names -> ops.group_advantage's
+SCALES = {
+    "group": "std",
+    "batch": "batch_std",
+    "range": "range",
+    "none": "none",
+}  # TRL's names -> ops.group_advantage's
 
 
 def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -> Algorithm:
@@ -36,11 +41,15 @@ def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -
     if config.algorithm not in rows:
         near = nearest(config.algorithm, rows)
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}{near}")
-    return with_options(replace(rows[config.algorithm], **columns(config.semantics, config.algorithm)), config)
+    return with_options(
+        replace(rows[config.algorithm], **columns(config.semantics, config.algorithm)), config
+    )
 
 
 def with_options(row: Algorithm, config: Grpo) -> Algorithm:
-    """The row with the columns that the run's options change.  Raises UserError for options that do not go with it."""
+    """The row with the columns that the run's options change.  Raises UserError for options that do not go
+    with it.
+    """
     for change in (_kl, _advantage, _bounds, _correction, _stale):
         row = change(row, config)
     return row
@@ -49,7 +58,12 @@ def with_options(row: Algorithm, config: Grpo) -> Algorithm:
 def _kl(row: Algorithm, config: Grpo) -> Algorithm:
     given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
     for option, value, low, expected in (
-        ("--kl-coef", config.kl_coef, 0.0, "a number of 0 or more; below 0 the policy would be driven away from the reference"),
+        (
+            "--kl-coef",
+            config.kl_coef,
+            0.0,
+            "a number of 0 or more; below 0 the policy would be driven away from the reference",
+        ),
         ("--entropy-coef", config.entropy_coef, -math.inf, "a finite number"),
     ):
         if value is not None and not (math.isfinite(value) and value >= low):
@@ -65,32 +79,51 @@ def _advantage(row: Algorithm, config: Grpo) -> Algorithm:
     if config.advantage is not None:
         if config.advantage not in ADVANTAGES:
             near = nearest(config.advantage, ADVANTAGES)
-            raise UserError(f"--advantage: expected one of {', '.join(ADVANTAGES)}; got {config.advantage!r}{near}")
+            raise UserError(
+                f"--advantage: expected one of {', '.join(ADVANTAGES)}; got {config.advantage!r}{near}"
+            )
         row = replace(row, advantage=ADVANTAGES[config.advantage])
     if config.scale_rewards is not None:
         row = _with(row, "--scale-rewards", config, scale=SCALES[config.scale_rewards])
     if config.pass_k is not None:
         if not 2 <= config.pass_k <= config.group:
-            raise UserError(f"--pass-k: expected 2 to --group ({config.group}), got {config.pass_k}; for 1 take --algorithm rloo")
+            raise UserError(
+                f"--pass-k: expected 2 to --group ({config.group}), got {config.pass_k}; "
+                "for 1 take --algorithm rloo"
+            )
         row = _with(row, "--pass-k", config, k=config.pass_k)
     return row
 
 
 def _bounds(row: Algorithm, config: Grpo) -> Algorithm:
-    """--epsilon alone sets both bounds, as in TRL; for CISPO --epsilon-high is the absolute upper one, and there is no other.
+    """--epsilon alone sets both bounds, as in TRL; for CISPO --epsilon-high is the absolute upper one, and
+    there is no other.
 
     GMPO's are sizes of log-ratios, as its paper, TRL and verl have them.
     """
-    high = config.epsilon if config.epsilon_high is None and "cap" in row.surrogate.params else config.epsilon_high
-    given = {"low": (config.epsilon, "--epsilon"), "high": (high, "--epsilon-high"), "cap": (config.delta, "--delta")}
+    high = (
+        config.epsilon
+        if config.epsilon_high is None and "cap" in row.surrogate.params
+        else config.epsilon_high
+    )
+    given = {
+        "low": (config.epsilon, "--epsilon"),
+        "high": (high, "--epsilon-high"),
+        "cap": (config.delta, "--delta"),
+    }
     if config.epsilon is not None and name_of(row.surrogate) == "cispo":
-        raise UserError(f"--epsilon: {config.algorithm} bounds its weight from above only; give --epsilon-high")
+        raise UserError(
+            f"--epsilon: {config.algorithm} bounds its weight from above only; give --epsilon-high"
+        )
     changes = {name: value for name, (value, _) in given.items() if value is not None}
     logarithmic = geometric_mean in row.prepare  # which knows two bounds
     known = row.surrogate.params.keys() - ({"cap"} if logarithmic else set())
     for name in changes:
         if name not in known:
-            raise UserError(f"{given[name][1]}: {config.algorithm} has no such bound; take an algorithm that clips (grpo, dapo, gspo, ...)")
+            raise UserError(
+                f"{given[name][1]}: {config.algorithm} has no such bound; "
+                "take an algorithm that clips (grpo, dapo, gspo, ...)"
+            )
         if not changes[name] > 0:
             raise UserError(f"{given[name][1]}: expected a positive number, got {changes[name]:g}")
     if logarithmic:
@@ -112,7 +145,10 @@ def _correction(row: Algorithm, config: Grpo) -> Algorithm:
         raise UserError(f"--correction: expected one of {', '.join(CORRECTIONS)}; got {config.correction!r}")
     correction = replace(CORRECTIONS[config.correction], **given)
     if gamma_weight in row.prepare and correction.level != "token":
-        raise UserError(f"--correction: {config.algorithm} sums the corrections of a sequence's tokens; take token_truncate or token_mask")
+        raise UserError(
+            f"--correction: {config.algorithm} sums the corrections of a sequence's tokens; "
+            "take token_truncate or token_mask"
+        )
     return replace(row, correction=correction)
 
 
@@ -121,7 +157,9 @@ def _stale(row: Algorithm, config: Grpo) -> Algorithm:
     if threshold is None:
         return row
     if not threshold > 0:
-        raise UserError(f"--off-policy-mask-threshold: expected a positive number of nats per token, got {threshold:g}")
+        raise UserError(
+            f"--off-policy-mask-threshold: expected a positive number of nats per token, got {threshold:g}"
+        )
     return replace(row, prepare=(*row.prepare, partial(drop_stale, threshold=threshold)))
 
 
@@ -131,5 +169,8 @@ def _with(row: Algorithm, option: str, config: Grpo, **params: Any) -> Algorithm
     (name,) = params
     if name not in row.advantage.params:
         fine = ", ".join(key for key, other in ADVANTAGES.items() if name in other.params)
-        raise UserError(f"{option}: the advantage of {config.algorithm} has no {name}; take an --advantage that has: {fine}")
+        raise UserError(
+            f"{option}: the advantage of {config.algorithm} has no {name}; "
+            f"take an --advantage that has: {fine}"
+        )
     return replace(row, advantage=row.advantage.with_params(**params))

@@ -1,4 +1,6 @@
-"""From what the user named (a task, a dataset, reward functions) to the items that training sources draw from."""
+"""From what the user named (a task, a dataset, reward functions) to the items that training sources draw
+from.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,14 @@ VERIFIER = "task"  # the task's verifier among the reward functions
 
 
 def load_run_task(name: str | None, options: Sequence[str]) -> Task | None:
-    """The task named on the command line with its key=value options, or None.  Raises UserError for an option that is not one."""
+    """The task named on the command line with its key=value options, or None.  Raises UserError for an option
+    that is not one.
+    """
     if name is None:
         return None
-    return load_task(name, **{key: _value(text, key) for key, text in pairs(options, "--task-options").items()})
+    return load_task(
+        name, **{key: _value(text, key) for key, text in pairs(options, "--task-options").items()}
+    )
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
@@ -43,7 +49,9 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
 def demonstrations(
     config: Sft, task: Task | None, tokenizer: Any, context: int, vocab_size: int
 ) -> tuple[Callable[[Sequence[int]], list[Sample]], int, int]:
-    """items(indices), how many there are, and the longest completion to expect; every line of a dataset is checked before training."""
+    """items(indices), how many there are, and the longest completion to expect; every line of a dataset is
+    checked before training.
+    """
     limit = min(config.max_tokens or context, context)
 
     def usable(rows: Sequence[Row]) -> list[Sample]:
@@ -51,13 +59,19 @@ def demonstrations(
         for row, sample in zip(rows, samples, strict=True):
             check_tokens(sample.tokens, row.where, vocab_size)
             check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)] if config.sample_weights else samples
+        return (
+            [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)]
+            if config.sample_weights
+            else samples
+        )
 
     if config.dataset is not None:
         known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
         return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
-        raise UserError("--dataset or --task: expected one of them, to have demonstrations to train on; got neither")
+        raise UserError(
+            "--dataset or --task: expected one of them, to have demonstrations to train on; got neither"
+        )
     named: Task = task
     if named.example(TRAIN, 0).demo is None:
         raise UserError(f"--task: {named.name} has no demonstrations; give a --dataset")
@@ -65,7 +79,12 @@ def demonstrations(
     def items(indices: Sequence[int]) -> list[Sample]:
         examples = [named.example(TRAIN, i) for i in indices]
         fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
-        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
+        return usable(
+            [
+                Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f)
+                for i, f in zip(indices, fields, strict=True)
+            ]
+        )
 
     return items, named.size(TRAIN), limit
 
@@ -86,16 +105,27 @@ def preferences(
             where = rows[i // each].where
             for one in unit:
                 check_tokens(one.sample.tokens, where, vocab_size)
-            check_budget(sum(len(one.sample.tokens) for one in unit), where, config.micro_tokens, "pair" if paired else "sequence")
+            check_budget(
+                sum(len(one.sample.tokens) for one in unit),
+                where,
+                config.micro_tokens,
+                "pair" if paired else "sequence",
+            )
         return units
 
     if config.dataset is not None:
-        known = usable(read_rows(config.dataset, pairs(config.columns, "--columns"), PAIRED if paired else LABELLED))
+        known = usable(
+            read_rows(config.dataset, pairs(config.columns, "--columns"), PAIRED if paired else LABELLED)
+        )
         return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
-        raise UserError("--dataset or --task: expected one of them, to have preferences to train on; got neither")
+        raise UserError(
+            "--dataset or --task: expected one of them, to have preferences to train on; got neither"
+        )
     if not hasattr(task, "mistakes"):
-        raise UserError(f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset")
+        raise UserError(
+            f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset"
+        )
     named: Any = task
     sides = 1 if paired else 2
 
@@ -105,8 +135,13 @@ def preferences(
             example, where = named.example(TRAIN, i), f"{named.name} {TRAIN}[{i}]"
             wrong = named.mistakes(example, 1, i)
             if example.demo is None or not wrong:
-                raise UserError(f"{where}: expected a demonstration and a wrong answer, got {example.demo!r} and {wrong}; give a --dataset")
-            rows.append(Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]}))
+                raise UserError(
+                    f"{where}: expected a demonstration and a wrong answer, "
+                    f"got {example.demo!r} and {wrong}; give a --dataset"
+                )
+            rows.append(
+                Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]})
+            )
         units = usable(rows) if rows else []
         return units if paired else [units[2 * n + index % 2] for n, index in enumerate(indices)]
 
@@ -125,26 +160,37 @@ def prompts_and_rewards(
         raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
     named_verifier = VERIFIER in config.reward
     functions = [
-        task_reward(task) if spec == VERIFIER and task else load_reward(spec, dtype=dtype, device=device) for spec in config.reward
+        task_reward(task) if spec == VERIFIER and task else load_reward(spec, dtype=dtype, device=device)
+        for spec in config.reward
     ]
     weights = config.reward_weights or None
     if weights is not None and len(weights) != max(len(functions), 1):
-        raise UserError(f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}")
+        raise UserError(
+            f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}"
+        )
     if weights is not None and not all(map(math.isfinite, weights)):
-        raise UserError(f"--reward-weights: expected finite numbers, got {' '.join(f'{w:g}' for w in weights)}")
+        raise UserError(
+            f"--reward-weights: expected finite numbers, got {' '.join(f'{w:g}' for w in weights)}"
+        )
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:
-            raise UserError("--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none")
+            raise UserError(
+                "--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none"
+            )
         for row in rows:
             _check_prompt(row, config, tokenizer, context, vocab_size)
 
         def from_dataset(i: int) -> PromptItem:
-            return rows[i].fields["prompt"], {k: v for k, v in rows[i].fields.items() if k not in ("prompt", "completion")}
+            return rows[i].fields["prompt"], {
+                k: v for k, v in rows[i].fields.items() if k not in ("prompt", "completion")
+            }
 
         return from_dataset, len(rows), Scorer(None, functions, weights)
     if task is None:
-        raise UserError("--task or --dataset: expected one of them, to have prompts to sample from; got neither")
+        raise UserError(
+            "--task or --dataset: expected one of them, to have prompts to sample from; got neither"
+        )
     named: Task = task
 
     def from_task(i: int) -> PromptItem:
@@ -155,16 +201,23 @@ def prompts_and_rewards(
 
 
 class Scorer:
-    """Scores completions with the reward functions, or with the task's verifier where there are none; the share of them that the
-    verifier calls correct is reported either way."""
+    """Scores completions with the reward functions, or with the task's verifier where there are none; the
+    share of them that the verifier calls correct is reported either way.
+    """
 
-    def __init__(self, task: Task | None, functions: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, task: Task | None, functions: Sequence[Reward], weights: Sequence[float] | None = None
+    ) -> None:
         self.verify = [] if task is None else [task_reward(task)]
         self.weights = weights
         self.functions = list(functions)
 
     def __call__(
-        self, prompts: Sequence[Any], texts: list[str] | None, tokens: list[list[int]], columns: Sequence[Mapping[str, Any]]
+        self,
+        prompts: Sequence[Any],
+        texts: list[str] | None,
+        tokens: list[list[int]],
+        columns: Sequence[Mapping[str, Any]],
     ) -> Scored:
         if texts is None:
             raise UserError("--tokenizer: rewards read text, and the run has no tokenizer")
@@ -172,10 +225,14 @@ class Scorer:
             return Scored([])
         groups = [group for group in (self.verify, self.functions) if group]
         weights = [*[None] * (len(groups) - 1), self.weights]  # the last group rewards, the other is reported
-        done = [score(g, prompts, texts, tokens, columns, weights=w) for g, w in zip(groups, weights, strict=True)]
+        done = [
+            score(g, prompts, texts, tokens, columns, weights=w) for g, w in zip(groups, weights, strict=True)
+        ]
         verdict, last = done[0], done[-1]
         message = last.message if any(last.message) else verdict.message
-        return replace(last, parts=verdict.parts | last.parts, message=message, extra=verdict.extra | last.extra)
+        return replace(
+            last, parts=verdict.parts | last.parts, message=message, extra=verdict.extra | last.extra
+        )
 
 
 def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_size: int) -> None:
@@ -191,7 +248,10 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_si
 def _weight(row: Row) -> float:
     value = row.fields.get("weight")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; or leave --sample-weights out")
+        raise UserError(
+            f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; "
+            "or leave --sample-weights out"
+        )
     return float(value)
 
 
@@ -199,7 +259,8 @@ def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
     """Raises UserError, naming `where`, for a token that the model does not have."""
     if max(tokens) >= vocab_size:
         raise UserError(
-            f"{where}: the tokenizer gives token {max(tokens)}, but the model's vocabulary has {vocab_size}; they do not belong together"
+            f"{where}: the tokenizer gives token {max(tokens)}, "
+            f"but the model's vocabulary has {vocab_size}; they do not belong together"
         )
 
 
@@ -207,7 +268,8 @@ def check_budget(length: int, where: str, micro_tokens: int, what: str = "sequen
     """Raises UserError, naming `where`, for what is longer than a micro-batch."""
     if length > micro_tokens:
         raise UserError(
-            f"{where}: a {what} of up to {length} tokens exceeds a pass; raise --micro-tokens ({micro_tokens}) to at least {length}"
+            f"{where}: a {what} of up to {length} tokens exceeds a pass; "
+            f"raise --micro-tokens ({micro_tokens}) to at least {length}"
         )
 
 

@@ -1,8 +1,10 @@
-"""Batches of completions and demonstrations together, and the learner that takes them: what `fastrl hybrid` trains on.
+"""Batches of completions and demonstrations together, and the learner that takes them: what `fastrl hybrid`
+trains on.
 
-What is known of a prompt follows its completions: its demonstration as one more member of the group, as a supervised sequence, or as
-both; or a chosen and a rejected completion as two more members.  All that OnPolicy does (sampling, rewards, several updates,
-processes) is done by it, for groups that are so many sequences longer.
+What is known of a prompt follows its completions: its demonstration as one more member of the group, as a
+supervised sequence, or as both; or a chosen and a rejected completion as two more members.  All that OnPolicy
+does (sampling, rewards, several updates, processes) is done by it, for groups that are so many sequences
+longer.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.train.learner import Learner
 
-Known = Callable[[Sequence[int]], Sequence[Sequence[Sample | None]]]  # prompts' numbers -> the completions known of each, None for none
+Known = Callable[
+    [Sequence[int]], Sequence[Sequence[Sample | None]]
+]  # prompts' numbers -> the completions known of each, None for none
 
 
 # --- the source -------------------------------------------------------------------------------------
@@ -48,7 +52,8 @@ class Completed(Draw):
 
 
 class Mixture(OnPolicy):
-    """Rollouts with known(numbers) -> the completions known of the prompts of these numbers: `sides` of each, None where there is none.
+    """Rollouts with known(numbers) -> the completions known of the prompts of these numbers: `sides` of each,
+    None where there is none.
 
     Raises UserError for settings that have no meaning with demonstrations in the batch.
     """
@@ -75,19 +80,36 @@ class Mixture(OnPolicy):
         found = self.known(draw.numbers)
         there = torch.tensor([any(samples) for samples in found], dtype=torch.bool, device=device)
         reward = draw.reward.view(P, G)
-        solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(1)  # NaN where nothing is known
+        solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(
+            1
+        )  # NaN where nothing is known
         count = self.algorithm.rule(solved, there, step, self.config.steps)
         kinds = [OWN] * G + self.algorithm.others
         rewarded = draw
         for side in range(self.algorithm.others.count(MEMBER)):
             samples, counted = [known[side] for known in found], (count[:, MEMBER] > 0).tolist()
-            told = [self.rewards[side] if sample and on else math.nan for sample, on in zip(samples, counted, strict=True)]
+            told = [
+                self.rewards[side] if sample and on else math.nan
+                for sample, on in zip(samples, counted, strict=True)
+            ]
             rewarded = _longer(rewarded, samples, told, version)
         supervised = self.algorithm.supervised is not None
-        whole = _longer(rewarded, [known[0] for known in found], [math.nan] * P, version) if supervised else rewarded
+        whole = (
+            _longer(rewarded, [known[0] for known in found], [math.nan] * P, version)
+            if supervised
+            else rewarded
+        )
         kind = torch.tensor(kinds, device=device).repeat(P)
         completed = Completed(
-            whole.items, whole.rollouts, whole.scored, whole.places, whole.prompts, whole.numbers, kind, count[:, kinds].flatten(), rewarded
+            whole.items,
+            whole.rollouts,
+            whole.scored,
+            whole.places,
+            whole.prompts,
+            whole.numbers,
+            kind,
+            count[:, kinds].flatten(),
+            rewarded,
         )
         return completed, _told(solved, there, count, self.world) if self.algorithm.others else {}
 
@@ -114,7 +136,9 @@ class Mixture(OnPolicy):
         return replace(batch, kind=kind, weight=counts, mask=batch.mask & (counts != 0))
 
     def _weigh(self, part: Batch) -> Batch:
-        return weigh_apart(part, self.algorithm, self.world, group=self.config.group, max_length=self.config.max_new_tokens)
+        return weigh_apart(
+            part, self.algorithm, self.world, group=self.config.group, max_length=self.config.max_new_tokens
+        )
 
     def _live(self, batch: Batch) -> Batch:
         """Without the sequences that do not count, or cannot move anything; their denominators stay."""
@@ -128,27 +152,45 @@ class Mixture(OnPolicy):
 
 
 def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, group: int, max_length: int) -> Batch:
-    """The batch with its tokens' weights, of which it brings what multiplies them; `group` completions of every prompt are in it.
+    """The batch with its tokens' weights, of which it brings what multiplies them; `group` completions of
+    every prompt are in it.
 
-    Completions and the demonstrations among them are aggregated as the algorithm says, supervised tokens by their mean, and neither
-    counts in the other's denominators; each term is then weighed by its share of the prompts, so that the loss is a mean over
-    prompts, whichever way each is taught.  Counts are of the whole optimizer step, all processes included.
+    Completions and the demonstrations among them are aggregated as the algorithm says, supervised tokens by
+    their mean, and neither counts in the other's denominators; each term is then weighed by its share of the
+    prompts, so that the loss is a mean over prompts, whichever way each is taught.  Counts are of the whole
+    optimizer step, all processes included.
     """
     assert batch.kind is not None
     live, first = batch.live_ends.diff(), batch.cu_seqlens[:-1].long()
     kind, counts = batch.kind[first], batch.weight[first] != 0
     taught = kind == SUPERVISED
-    sums = [live * ~taught, (live > 0) & ~taught, live * taught, (live > 0) & taught, kind == OWN, counts & (kind == OWN), counts & taught]
+    sums = [
+        live * ~taught,
+        (live > 0) & ~taught,
+        live * taught,
+        (live > 0) & taught,
+        kind == OWN,
+        counts & (kind == OWN),
+        counts & taught,
+    ]
     tokens, samples, sft_tokens, sft_samples, own, open_, shut = world.sum(*(float(x.sum()) for x in sums))
     length, prompts = live.to(torch.float32), max(own / group, 1)
-    rl = algorithm.aggregate(length, Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)) * (open_ / group / prompts)
-    sft = token_mean(length, Totals(tokens=int(sft_tokens), samples=int(sft_samples), max_length=max_length)) * (shut / prompts)
+    rl = algorithm.aggregate(
+        length, Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
+    ) * (open_ / group / prompts)
+    sft = token_mean(
+        length, Totals(tokens=int(sft_tokens), samples=int(sft_samples), max_length=max_length)
+    ) * (shut / prompts)
     per_sample = torch.where(taught, sft, rl)
-    return replace(batch, weight=batch.weight * torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long()))
+    return replace(
+        batch, weight=batch.weight * torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long())
+    )
 
 
 def _longer(draw: Draw, samples: Sequence[Sample | None], reward: Sequence[float], version: int) -> Draw:
-    """The draw with one more sequence at the end of each group; where there is none, one token that does not count."""
+    """The draw with one more sequence at the end of each group; where there is none, one token that does not
+    count.
+    """
     r, P = draw.rollouts, len(samples)
     n, ends = len(r) // max(P, 1), r.cu_seqlens.tolist()
     rows = [s or Sample([int(r.tokens[ends[g * n]])], [False]) for g, s in enumerate(samples)]
@@ -159,16 +201,27 @@ def _longer(draw: Draw, samples: Sequence[Sample | None], reward: Sequence[float
     mask = column([m for row in rows for m in row.mask], torch.bool)
     zeros = torch.zeros(mask.shape, dtype=r.logp.dtype, device=mask.device)
     more = Rollouts(
-        tokens=column([t for row in rows for t in row.tokens]), completion_mask=mask, prompt_index=column(list(range(P))),
+        tokens=column([t for row in rows for t in row.tokens]),
+        completion_mask=mask,
+        prompt_index=column(list(range(P))),
         cu_seqlens=column([0, *accumulate(len(row.tokens) for row in rows)], torch.int32),
-        prompt_lengths=column([row.mask.count(False) for row in rows]), logp=zeros, behaviour_logp=zeros, entropy=zeros,
-        weight_version=torch.where(mask, version, -1), finish_reason=["stop"] * P,
+        prompt_lengths=column([row.mask.count(False) for row in rows]),
+        logp=zeros,
+        behaviour_logp=zeros,
+        entropy=zeros,
+        weight_version=torch.where(mask, version, -1),
+        finish_reason=["stop"] * P,
         sequence=None if r.sequence is None else column([0] * P),
-    )  # fmt: skip
+    )
     order = [i for g in range(P) for i in (*range(g * n, g * n + n), len(r) + g)]
     both = [*draw.scored.reward, *reward]
     return Draw(
-        draw.items, Rollouts.join([r, more]).select(order), Scored([both[i] for i in order]), draw.places, draw.prompts, draw.numbers
+        draw.items,
+        Rollouts.join([r, more]).select(order),
+        Scored([both[i] for i in order]),
+        draw.places,
+        draw.prompts,
+        draw.numbers,
     )
 
 
@@ -179,7 +232,10 @@ def _told(solved: Tensor, there: Tensor, count: Tensor, world: World) -> dict[st
     P, demonstrated, right, knows, *shares = world.sum(float(len(solved)), *(float(x.sum()) for x in sums))
     names = ("sft_prompts", "rl_prompts", "own_coef", "member_coef", "sft_coef")
     told = {f"hybrid/{name}": x / max(P, 1) for name, x in zip(names, shares, strict=True)}
-    return told | {"hybrid/demonstrated": demonstrated / max(P, 1), "hybrid/solved": right / knows if knows else math.nan}
+    return told | {
+        "hybrid/demonstrated": demonstrated / max(P, 1),
+        "hybrid/solved": right / knows if knows else math.nan,
+    }
 
 
 # --- the learner ------------------------------------------------------------------------------------
@@ -191,17 +247,25 @@ class MixedLearner(Learner):
     def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
         assert seen.kind is not None
         nll, one = -seen.logp.double(), torch.ones_like(seen.logp, dtype=torch.float64)
-        sums = [torch.where(seen.kind == kind, x, 0).sum() for kind in (MEMBER, SUPERVISED) for x in (one, nll)]
+        sums = [
+            torch.where(seen.kind == kind, x, 0).sum() for kind in (MEMBER, SUPERVISED) for x in (one, nll)
+        ]
         return torch.cat([super()._measure(loss, only(seen, OWN)), torch.stack(sums)])
 
     def _merged(self, rows: list[list[float]]) -> dict[str, float]:
-        """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent where it has none."""
+        """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent
+        where it has none.
+        """
         merged = super()._merged([row[:-4] for row in rows])
         members, member_nll, taught, nll = (math.fsum(row[i] for row in rows) for i in range(-4, 0))
         merged["num_tokens"] += members + taught
         told = bool(self.algorithm.others) and merged["num_tokens"] > 0
         merged |= {"off_policy_share": (members + taught) / merged["num_tokens"]} if told else {}
-        return merged | ({"sft_loss": nll / taught} if taught else {}) | ({"member_nll": member_nll / members} if members else {})
+        return (
+            merged
+            | ({"sft_loss": nll / taught} if taught else {})
+            | ({"member_nll": member_nll / members} if members else {})
+        )
 
 
 def only(tokens: Tokens, kind: int) -> Tokens:
@@ -226,13 +290,28 @@ def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
             config.sampling.temperature == 1,
             "1, at which demonstrations and pairs are scored",
         ),
-        ("refill", config.refill, alone or config.refill == 0, "0: prompts that nobody solves are what demonstrations are for"),
+        (
+            "refill",
+            config.refill,
+            alone or config.refill == 0,
+            "0: prompts that nobody solves are what demonstrations are for",
+        ),
         ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
         ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),
         ("demo_reward", config.demo_reward, math.isfinite(config.demo_reward), "a finite number"),
-        ("demo_reward", config.demo_reward, row.member is not None or config.demo_reward == 1, "1: no demonstration has a reward here"),
+        (
+            "demo_reward",
+            config.demo_reward,
+            row.member is not None or config.demo_reward == 1,
+            "1: no demonstration has a reward here",
+        ),
         ("solved", config.solved, not math.isnan(config.solved), "a reward"),
-        ("solved", config.solved, not alone or config.solved == 1, "1: this row does not ask which prompts are solved"),
+        (
+            "solved",
+            config.solved,
+            not alone or config.solved == 1,
+            "1: this row does not ask which prompts are solved",
+        ),
         (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
     ):
         if not fine:

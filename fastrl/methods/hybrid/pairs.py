@@ -1,4 +1,6 @@
-"""Batches of the fusions of preferences and reinforcement learning, and the learner of two terms: see algorithms/fusion.py."""
+"""Batches of the fusions of preferences and reinforcement learning, and the learner of two terms: see
+algorithms/fusion.py.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,18 @@ class FusedBatch:
 
 
 class FusedSource:
-    """Rollouts, and with each of their batches the next pairs: those that `fastrl dpo` has at the same optimizer step."""
+    """Rollouts, and with each of their batches the next pairs: those that `fastrl dpo` has at the same
+    optimizer step.
+    """
 
     def __init__(self, rollouts: Mixture, pairs: Preferences) -> None:
         assert isinstance(rollouts.algorithm, Fused)
-        self.rollouts, self.pairs, self.row, self.config = rollouts, pairs, rollouts.algorithm, rollouts.config
+        self.rollouts, self.pairs, self.row, self.config = (
+            rollouts,
+            pairs,
+            rollouts.algorithm,
+            rollouts.config,
+        )
 
     def collect(self, step: int, version: int) -> Step:
         drawn, config = self.rollouts.collect(step, version), self.config
@@ -87,10 +96,11 @@ class FusedLearner(MixedLearner):
         return told | norms | under_pairs(merged) | {"pairs/loss": loss / batch.coef} | both
 
     def _norms(self, first: Sequence[Tensor | None]) -> dict[str, float]:
-        """The L2 norm of each term's gradient as it is in the sum, coefficients included; the sum is in the masters.
+        """The L2 norm of each term's gradient as it is in the sum, coefficients included; the sum is in the
+        masters.
 
-        `first` is this process's part of the policy's gradient.  No pass over the data more: the pairs' gradient is what the sum has
-        beside it.
+        `first` is this process's part of the policy's gradient.  No pass over the data more: the pairs'
+        gradient is what the sum has beside it.
         """
         whole = [p.grad for p in self.masters]
         for p, grad in zip(self.masters, first, strict=True):
@@ -110,7 +120,8 @@ def _norm(grads: Sequence[Tensor]) -> float:
 
 # --- a group's completions against each other ---------------------------------------------------------
 class Contrasted(OnPolicy):
-    """Rollouts whose advantage column is their reward: whole prompts, and of each the completions that the row keeps.
+    """Rollouts whose advantage column is their reward: whole prompts, and of each the completions that the
+    row keeps.
 
     Raises UserError for settings that have no meaning in it.
     """
@@ -120,12 +131,19 @@ class Contrasted(OnPolicy):
 
     def __init__(self, config: Hybrid, *others: object, **named: object) -> None:
         for option, value, fine, expected in (
-            ("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them"),
             (
-                "--multi-objective-aggregation", config.multi_objective_aggregation,
-                config.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize: completions are compared by one reward",
+                "--group",
+                config.group,
+                config.group >= 2,
+                "at least 2 completions of a prompt, to compare them",
             ),
-        ):  # fmt: skip
+            (
+                "--multi-objective-aggregation",
+                config.multi_objective_aggregation,
+                config.multi_objective_aggregation == "sum_then_normalize",
+                "sum_then_normalize: completions are compared by one reward",
+            ),
+        ):
             if not fine:
                 raise UserError(f"{option}: expected {expected}, got {value}")
         super().__init__(config, *others, **named)  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ from fastrl.tasks import Task
 def demonstrations_of_prompts(
     config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
 ) -> Callable[[Sequence[int]], list[Sample | None]]:
-    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has none or a completion is empty.
+    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has
+    none or a completion is empty.
 
     Every line of a dataset is checked before training.
     """
@@ -24,17 +25,27 @@ def demonstrations_of_prompts(
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if rows[0].kind != "prompt-completion":
-            raise UserError(f"{rows[0].where}: expected a completion column, the demonstrations, got {', '.join(rows[0].fields)}")
+            raise UserError(
+                f"{rows[0].where}: expected a completion column, the demonstrations, "
+                f"got {', '.join(rows[0].fields)}"
+            )
         all_of_them = usable(rows)
         return lambda indices: [all_of_them[i] for i in indices]
     if task is None:
-        raise UserError("--task or --dataset: expected one of them, to have demonstrations to learn from; got neither")
+        raise UserError(
+            "--task or --dataset: expected one of them, to have demonstrations to learn from; got neither"
+        )
     named: Task = task
 
     def items(indices: Sequence[int]) -> list[Sample | None]:
         examples = [named.example(TRAIN, i) for i in indices]
         fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
-        return usable([Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f) for i, f in zip(indices, fields, strict=True)])
+        return usable(
+            [
+                Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f)
+                for i, f in zip(indices, fields, strict=True)
+            ]
+        )
 
     return items
 
@@ -42,9 +53,11 @@ def demonstrations_of_prompts(
 def pairs_of_prompts(
     config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
 ) -> Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]:
-    """items(indices) -> the chosen and the rejected completion of each prompt of `prompts_and_rewards`, None for one that is empty.
+    """items(indices) -> the chosen and the rejected completion of each prompt of `prompts_and_rewards`, None
+    for one that is empty.
 
-    A dataset has them in its columns, and every line is checked before training; a task's are a demonstration and a wrong answer.
+    A dataset has them in its columns, and every line is checked before training; a task's are a demonstration
+    and a wrong answer.
     """
     usable = _completed(config, tokenizer, context, vocab_size)
 
@@ -53,10 +66,18 @@ def pairs_of_prompts(
         for where, prompt, both in pairs:
             for name, side in zip(("chosen", "rejected"), both, strict=True):
                 if side and type(side) is not type(prompt):
-                    raise UserError(f"{where}: {name}: expected what follows the prompt, text or messages like it, got {shorten(side, 80)}")
-                rows.append(Row(f"{where}: {name}", "prompt-completion", {"prompt": prompt, "completion": side or ""}))
+                    raise UserError(
+                        f"{where}: {name}: expected what follows the prompt, "
+                        f"text or messages like it, got {shorten(side, 80)}"
+                    )
+                rows.append(
+                    Row(f"{where}: {name}", "prompt-completion", {"prompt": prompt, "completion": side or ""})
+                )
             if both[0] and both[0] == both[1]:
-                raise UserError(f"{where}: chosen, rejected: expected two different completions, got {shorten(both[0], 80)} twice")
+                raise UserError(
+                    f"{where}: chosen, rejected: expected two different completions, "
+                    f"got {shorten(both[0], 80)} twice"
+                )
         samples = usable(rows)
         return list(zip(samples[::2], samples[1::2], strict=True))
 
@@ -64,12 +85,21 @@ def pairs_of_prompts(
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         for row in rows:
             if not {"prompt", "chosen", "rejected"} <= row.fields.keys():
-                raise UserError(f"{row.where}: expected the columns prompt, chosen and rejected, got {', '.join(row.fields)}")
-        known = sides([(row.where, row.fields["prompt"], (row.fields["chosen"], row.fields["rejected"])) for row in rows])
+                raise UserError(
+                    f"{row.where}: expected the columns prompt, chosen and rejected, "
+                    f"got {', '.join(row.fields)}"
+                )
+        known = sides(
+            [
+                (row.where, row.fields["prompt"], (row.fields["chosen"], row.fields["rejected"]))
+                for row in rows
+            ]
+        )
         return lambda indices: [known[i] for i in indices]
     if task is None or not hasattr(task, "mistakes"):
         raise UserError(
-            f"--task: {task and task.name} has no wrong answers beside its demonstrations; give a --dataset with chosen and rejected"
+            f"--task: {task and task.name} has no wrong answers beside its demonstrations; "
+            "give a --dataset with chosen and rejected"
         )
     named: Any = task
 
@@ -78,13 +108,17 @@ def pairs_of_prompts(
         for i in indices:
             example = named.example(TRAIN, i)
             wrong = named.mistakes(example, 1, i)
-            found.append((f"{named.name} {TRAIN}[{i}]", example.prompt, (example.demo, wrong[0] if wrong else None)))
+            found.append(
+                (f"{named.name} {TRAIN}[{i}]", example.prompt, (example.demo, wrong[0] if wrong else None))
+            )
         return sides(found)
 
     return items
 
 
-def _completed(config: Hybrid, tokenizer: Any, context: int, vocab_size: int) -> Callable[[Sequence[Row]], list[Sample | None]]:
+def _completed(
+    config: Hybrid, tokenizer: Any, context: int, vocab_size: int
+) -> Callable[[Sequence[Row]], list[Sample | None]]:
     """The samples of rows of prompts with completions, None where a completion is empty."""
     limit = min(config.max_tokens or context, context)
 

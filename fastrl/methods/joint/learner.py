@@ -1,4 +1,6 @@
-"""Policy and reward model trained in turns: an optimizer step of the policy, and now and then some of the reward model."""
+"""Policy and reward model trained in turns: an optimizer step of the policy, and now and then some of the
+reward model.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,26 @@ from fastrl.train.learner import Learner, NotFinite
 
 FOLDER = "reward_model"  # the reward model's, inside a checkpoint
 JOINT_METRICS = {  # of an update of the reward model -> the name it is logged under
-    "reward_loss": "joint/loss", "reward_groups": "joint/groups", "reward_grad_norm": "joint/grad_norm", "reward_lr": "joint/lr",
-}  # fmt: skip
+    "reward_loss": "joint/loss",
+    "reward_groups": "joint/groups",
+    "reward_grad_norm": "joint/grad_norm",
+    "reward_lr": "joint/lr",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class JointBatch:
-    """An optimizer step of the policy, and the comparisons that the reward model learns from after it; None between its updates."""
+    """An optimizer step of the policy, and the comparisons that the reward model learns from after it; None
+    between its updates.
+    """
 
     policy: Batch
     comparisons: RewardBatch | None = None
 
 
 class JointLearner(Learner):
-    """Trains a policy and a reward model, each with an optimizer of its own; neither's loss reaches the other's weights.
+    """Trains a policy and a reward model, each with an optimizer of its own; neither's loss reaches the
+    other's weights.
 
     calibration  the sequences on which the reward model's output is kept at mean 0 and deviation 1
     scale        what does it, for the reward model's weights as they are
@@ -44,17 +52,29 @@ class JointLearner(Learner):
     algorithm: CoTrained
 
     def __init__(
-        self, model: Any, algorithm: CoTrained, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0,
+        self,
+        model: Any,
+        algorithm: CoTrained,
+        optim: Optim,
+        *,
+        steps: int,
+        micro_tokens: int,
+        temperature: float = 1.0,
         world: World | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         options: dict[str, Any] = {"steps": steps, "micro_tokens": micro_tokens, "world": world}
         super().__init__(model, algorithm, optim, temperature=temperature, **options)
         try:
-            judge = RewardModel.load(algorithm.reward_model, dtype=model.dtype, device=model.device, seed=algorithm.seed)
+            judge = RewardModel.load(
+                algorithm.reward_model, dtype=model.dtype, device=model.device, seed=algorithm.seed
+            )
         except UserError as error:
             raise UserError(f"--reward-model: {str(error).removeprefix('--model: ')}") from error
         if judge.steps is not None:
-            raise UserError(f"--reward-model: expected one that judges whole completions, {algorithm.reward_model} judges their steps")
+            raise UserError(
+                "--reward-model: expected one that judges whole completions, "
+                f"{algorithm.reward_model} judges their steps"
+            )
         judge.gradient_checkpointing = model.gradient_checkpointing
         own = replace(optim, lr=optim.lr if algorithm.reward_lr is None else algorithm.reward_lr)
         self.reward = RewardLearner(judge, algorithm.reward_loss, own, **options)  # type: ignore[arg-type]
@@ -62,7 +82,9 @@ class JointLearner(Learner):
         self.scale = Scale()
 
     def rewards(self, groups: Sequence[Group]) -> list[float]:
-        """The reward of each group, one sequence each: plain numbers without a gradient.  Raises UserError where one is not finite."""
+        """The reward of each group, one sequence each: plain numbers without a gradient.  Raises UserError
+        where one is not finite.
+        """
         return [self.scale(score) for score in self._scores(groups)]
 
     def calibrate(self) -> None:
@@ -72,12 +94,16 @@ class JointLearner(Learner):
         self.scale = Scale.of(scores) if scores else Scale()
 
     def update(self, batch: JointBatch, step: int) -> dict[str, float]:  # type: ignore[override]
-        """One optimizer step of the policy, and the reward model's update if one is due; see `Learner.update`."""
+        """One optimizer step of the policy, and the reward model's update if one is due; see
+        `Learner.update`.
+        """
         metrics = super().update(batch.policy, step)
         if batch.comparisons is None:
             return metrics
         try:
-            told, *_ = [self.reward.update(batch.comparisons, step) for _ in range(self.algorithm.reward_epochs)]  # type: ignore[arg-type]
+            told, *_ = [
+                self.reward.update(batch.comparisons, step) for _ in range(self.algorithm.reward_epochs)
+            ]  # type: ignore[arg-type]
         except NotFinite as error:
             raise NotFinite(f"the reward model's {error}") from error
         self.calibrate()
@@ -86,8 +112,13 @@ class JointLearner(Learner):
 
     def _scores(self, groups: Sequence[Group]) -> list[float]:
         scores = [score for (score,) in self.reward.scores(groups)]
-        if wrong := [score for score in scores if not math.isfinite(score)]:  # a NaN would be taken for "not scored"
-            raise UserError(f"the reward model's score of a completion is {wrong[0]}; lower --reward-lr, or take another --reward-model")
+        if wrong := [
+            score for score in scores if not math.isfinite(score)
+        ]:  # a NaN would be taken for "not scored"
+            raise UserError(
+                f"the reward model's score of a completion is {wrong[0]}; lower --reward-lr, "
+                "or take another --reward-model"
+            )
         return scores
 
     def others(self) -> dict[str, tuple[Any, Any]]:
@@ -118,7 +149,9 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_tensors(groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Groups of whole sequences, each scored at its last token: tokens (T,), lengths (S,), target (S,) and sizes (G,) of groups."""
+    """Groups of whole sequences, each scored at its last token: tokens (T,), lengths (S,), target (S,) and
+    sizes (G,) of groups.
+    """
     sequences = [s for g in groups for s in g.tokens]
     return {
         "tokens": torch.tensor([t for s in sequences for t in s], dtype=torch.int64),
@@ -133,7 +166,10 @@ def as_groups(tensors: dict[str, Tensor]) -> list[Group]:
     lengths, sizes = tensors["lengths"].tolist(), tensors["sizes"].tolist()
     sequences = iter([s.tolist() for s in tensors["tokens"].split(lengths)] if lengths else [])
     targets = iter(tensors["target"].tolist())
-    return [compared("a checkpoint", [next(sequences) for _ in range(n)], [next(targets) for _ in range(n)]) for n in sizes]
+    return [
+        compared("a checkpoint", [next(sequences) for _ in range(n)], [next(targets) for _ in range(n)])
+        for n in sizes
+    ]
 
 
 def compared(where: str, tokens: list[list[int]], target: list[float]) -> Group:

@@ -18,17 +18,25 @@ from fastrl.methods.ppo.learner import PpoLearner
 from fastrl.parallel.world import World
 from fastrl.sampler import Sampler
 
-SPREADS = ("returns", "values", "advantages")  # logged as critic/NAME/mean, max and min over tokens, as in verl
+SPREADS = (
+    "returns",
+    "values",
+    "advantages",
+)  # logged as critic/NAME/mean, max and min over tokens, as in verl
 
 
 class PpoSource(OnPolicy):
-    """`OnPolicy` with a critic: advantages per token from the learner's values, and the KL's coefficient, fixed or adapted.
+    """`OnPolicy` with a critic: advantages per token from the learner's values, and the KL's coefficient,
+    fixed or adapted.
 
-    A completion's reward stands at its last token that counts.  One that was cut off ends there too (its verifier has judged it as
-    it is), unless config.bootstrap says that it goes on.  A completion without a reward (NaN) leaves the loss.
+    A completion's reward stands at its last token that counts.  One that was cut off ends there too (its
+    verifier has judged it as it is), unless config.bootstrap says that it goes on.  A completion without a
+    reward (NaN) leaves the loss.
     """
 
-    def __init__(self, learner: PpoLearner, config: Ppo, sampler: Sampler, algorithm: ActorCritic, **options: Any) -> None:
+    def __init__(
+        self, learner: PpoLearner, config: Ppo, sampler: Sampler, algorithm: ActorCritic, **options: Any
+    ) -> None:
         super().__init__(config, sampler, algorithm, **options)
         self.learner, self.row, self.ppo = learner, algorithm, config
         start = algorithm.reward_kl_coef or algorithm.kl_coef
@@ -40,7 +48,9 @@ class PpoSource(OnPolicy):
         if self.row.kl_coef:
             self.learner.algorithm = replace(self.row, kl_coef=self.coefficient.value)
         done = super().collect(step, version)
-        alone = ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()  # a group of one has no spread to speak of
+        alone = (
+            ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()
+        )  # a group of one has no spread to speak of
         metrics = {name: x for name, x in done.metrics.items() if name not in alone}
         return replace(done, metrics=metrics | self._measured)
 
@@ -65,13 +75,25 @@ class PpoSource(OnPolicy):
         batch = super()._batch(draw, own, advantage)
         known = torch.repeat_interleave(~advantage.isnan(), batch.cu_seqlens.diff().long())
         batch = replace(batch, mask=batch.mask & known)
-        kl = None if batch.ref_logp is None else kl_of_tokens(batch.old_logp, batch.ref_logp, self.row.reward_kl)
+        kl = (
+            None
+            if batch.ref_logp is None
+            else kl_of_tokens(batch.old_logp, batch.ref_logp, self.row.reward_kl)
+        )
         inside = kl if self.row.reward_kl_coef else None
-        reward = token_rewards(advantage.nan_to_num(0), inside, self.coefficient.value, batch.live_ends, batch.mask)
+        reward = token_rewards(
+            advantage.nan_to_num(0), inside, self.coefficient.value, batch.live_ends, batch.mask
+        )
         values = self.learner.values(batch)
-        end = self._cut(draw, own) * self.row.gamma * values.last if self.ppo.bootstrap else torch.zeros_like(advantage)
+        end = (
+            self._cut(draw, own) * self.row.gamma * values.last
+            if self.ppo.bootstrap
+            else torch.zeros_like(advantage)
+        )
         going_on = reward + token_rewards(end.to(reward.dtype), None, 0.0, batch.live_ends, batch.mask)
-        found, returns = advantages(going_on, values.before, batch.cu_seqlens, batch.mask, self.row, self.world.sum)
+        found, returns = advantages(
+            going_on, values.before, batch.cu_seqlens, batch.mask, self.row, self.world.sum
+        )
         batch = replace(batch, advantage=found, value=values.before, returns=returns)
         self._measured = measure(batch, reward, advantage, kl, self.world)
         if self.row.needs_reference:
@@ -91,7 +113,8 @@ class PpoSource(OnPolicy):
 
 
 def measure(batch: Batch, reward: Tensor, score: Tensor, kl: Tensor | None, world: World) -> dict[str, float]:
-    """What the critic knew of the batch, and the objective, over all processes: under TRL's names, and verl's for the critic.
+    """What the critic knew of the batch, and the objective, over all processes: under TRL's names, and verl's
+    for the critic.
 
     objective/kl is nats per completion, k1 summed over its tokens; kl is nats per token, k3.
     """
@@ -101,22 +124,34 @@ def measure(batch: Batch, reward: Tensor, score: Tensor, kl: Tensor | None, worl
     n, completions, scores, rewards, *sums = world.sum(
         *(float(x.sum()) for x in (mask, live, score[live].double(), reward.double(), *picked.values()))
     )
-    ends = world.max(*(float(f(x)) if x.numel() else -math.inf for x in picked.values() for f in (torch.max, _lowest)))
+    ends = world.max(
+        *(float(f(x)) if x.numel() else -math.inf for x in picked.values() for f in (torch.max, _lowest))
+    )
     mean = {name: total / max(n, 1) for name, total in zip(SPREADS, sums, strict=True)}
     out = {f"critic/{name}/mean": x for name, x in mean.items()}
     for i, name in enumerate(SPREADS):
         out |= {f"critic/{name}/max": ends[2 * i], f"critic/{name}/min": -ends[2 * i + 1]}
     gap = picked["returns"] - picked["values"]
     offset = mean["returns"] - mean["values"]
-    spread, missed = world.sum(float((picked["returns"] - mean["returns"]).square().sum()), float((gap - offset).square().sum()))
+    spread, missed = world.sum(
+        float((picked["returns"] - mean["returns"]).square().sum()), float((gap - offset).square().sum())
+    )
     out["critic/vf_explained_var"] = 1 - missed / spread if spread > 0 else math.nan
     count = max(completions, 1)
-    out |= {"objective/scores": scores / count, "objective/rlhf_reward": rewards / count, "objective/completions": completions}
+    out |= {
+        "objective/scores": scores / count,
+        "objective/rlhf_reward": rewards / count,
+        "objective/completions": completions,
+    }
     if kl is None or batch.ref_logp is None:
         return out
     e = (batch.old_logp - batch.ref_logp)[mask].double()
     k1, k3 = world.sum(float(e.sum()), float((torch.expm1(-e) + e).sum()))
-    return out | {"objective/kl": k1 / count, "kl": k3 / max(n, 1), "objective/non_score_reward": (rewards - scores) / count}
+    return out | {
+        "objective/kl": k1 / count,
+        "kl": k3 / max(n, 1),
+        "objective/non_score_reward": (rewards - scores) / count,
+    }
 
 
 def _lowest(x: Tensor) -> Tensor:

@@ -20,14 +20,20 @@ from fastrl.parallel.world import World
 from fastrl.train.learner import Learner
 
 VALUE_METRICS = {  # of an optimizer step -> the name it is logged under: TRL's, and verl's where TRL has none
-    "policy_loss": "loss/policy_avg", "vf_loss": "loss/value_avg", "vf_clipfrac": "val/clipfrac_avg", "vpred_mean": "critic/vpred_mean",
-    "critic_grad_norm": "critic/grad_norm", "critic_lr": "critic/lr",
-}  # fmt: skip
+    "policy_loss": "loss/policy_avg",
+    "vf_loss": "loss/value_avg",
+    "vf_clipfrac": "val/clipfrac_avg",
+    "vpred_mean": "critic/vpred_mean",
+    "critic_grad_norm": "critic/grad_norm",
+    "critic_lr": "critic/lr",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """A critic's values of a batch, in the reward's unit: (T,) before each token that counts, 0 elsewhere; (S,) after the last token."""
+    """A critic's values of a batch, in the reward's unit: (T,) before each token that counts, 0 elsewhere;
+    (S,) after the last token.
+    """
 
     before: Tensor
     last: Tensor
@@ -35,7 +41,9 @@ class Values:
 
 @torch.no_grad()
 def values_of(after: Callable[[Batch], Tensor], batch: Batch, budget: int) -> Values:
-    """The values of a batch from those after each token (T,) of its micro-batches, of at most `budget` tokens."""
+    """The values of a batch from those after each token (T,) of its micro-batches, of at most `budget`
+    tokens.
+    """
     before = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
     last = torch.zeros(len(batch), device=before.device)
     for samples in plan(batch.cu_seqlens.diff().tolist(), budget):
@@ -50,15 +58,26 @@ def values_of(after: Callable[[Batch], Tensor], batch: Batch, budget: int) -> Va
 
 def _loss(value: Tensor, batch: Batch, rows: Tensor, row: ActorCritic) -> tuple[Tensor, Tensor]:
     """The value loss of the tokens `rows`, whose values are given, and its VALUE_SUMS."""
-    assert batch.value is not None and batch.returns is not None, "a batch without values is no batch of PPO's"
+    assert batch.value is not None and batch.returns is not None, (
+        "a batch without values is no batch of PPO's"
+    )
     return value_loss(value, batch.value[rows], batch.returns[rows], batch.weight[rows], row.value_clip)
 
 
 def _merge(rows: list[list[float]]) -> dict[str, float]:
     """The step's metrics from the VALUE_SUMS of every micro-batch of every process."""
-    sums = dict(zip(VALUE_SUMS, map(sum, zip(*rows, strict=True)), strict=True)) if rows else dict.fromkeys(VALUE_SUMS, 0.0)
+    sums = (
+        dict(zip(VALUE_SUMS, map(sum, zip(*rows, strict=True)), strict=True))
+        if rows
+        else dict.fromkeys(VALUE_SUMS, 0.0)
+    )
     n = max(sums["tokens"], 1)
-    return {"vf_loss": sums["loss"], "vf_clipfrac": sums["clipped"] / n, "vpred_mean": sums["value"] / n, "num_tokens": sums["tokens"]}
+    return {
+        "vf_loss": sums["loss"],
+        "vf_clipfrac": sums["clipped"] / n,
+        "vpred_mean": sums["value"] / n,
+        "num_tokens": sums["tokens"],
+    }
 
 
 class CriticLearner(Learner):
@@ -72,7 +91,9 @@ class CriticLearner(Learner):
 
     def state(self) -> dict[str, Tensor]:
         """The weights too: the checkpoint's own folder is the policy's."""
-        return super().state() | {f"weight.{n}": p.detach() for n, p in zip(self.names, self.weights, strict=True)}
+        return super().state() | {
+            f"weight.{n}": p.detach() for n, p in zip(self.names, self.weights, strict=True)
+        }
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -86,7 +107,9 @@ class CriticLearner(Learner):
         with memory_limited_by("--micro-tokens", self.micro_tokens):
             for micro in micro_batches(batch, self.micro_tokens):
                 live = micro.mask.nonzero().squeeze(1)
-                loss, sums = _loss(self.model(micro.tokens, micro.cu_seqlens)[live - 1], micro, live, self.algorithm)
+                loss, sums = _loss(
+                    self.model(micro.tokens, micro.cu_seqlens)[live - 1], micro, live, self.algorithm
+                )
                 loss.backward()
                 rows.append(sums)
         self.world.sum_gradients(self.masters)
@@ -95,24 +118,44 @@ class CriticLearner(Learner):
 
 
 class PpoLearner(Learner):
-    """Trains a policy and its critic: a row of CRITICS says which weights are the critic's, and whose optimizer moves them."""
+    """Trains a policy and its critic: a row of CRITICS says which weights are the critic's, and whose
+    optimizer moves them.
+    """
 
     algorithm: ActorCritic
 
     def __init__(
-        self, model: Any, algorithm: ActorCritic, optim: Optim, *, steps: int, micro_tokens: int, temperature: float = 1.0,
+        self,
+        model: Any,
+        algorithm: ActorCritic,
+        optim: Optim,
+        *,
+        steps: int,
+        micro_tokens: int,
+        temperature: float = 1.0,
         world: World | None = None,
-    ) -> None:  # fmt: skip
-        options: dict[str, Any] = {"steps": steps, "micro_tokens": micro_tokens, "temperature": temperature, "world": world}
+    ) -> None:
+        options: dict[str, Any] = {
+            "steps": steps,
+            "micro_tokens": micro_tokens,
+            "temperature": temperature,
+            "world": world,
+        }
         self.kind = CRITICS[algorithm.critic]
         self.head = ValueHead(model.config.hidden_size, model.dtype, model.device) if self.kind.head else None
         critic = None
         if self.head is None:  # before the policy's weights get hooks that a copy would have too
-            critic = Critic.like(model) if algorithm.critic_model is None else Critic.load(algorithm.critic_model, model)
+            critic = (
+                Critic.like(model)
+                if algorithm.critic_model is None
+                else Critic.load(algorithm.critic_model, model)
+            )
         super().__init__(model, algorithm, optim, **options, beside=self.head)
         own = replace(optim, lr=optim.lr if algorithm.critic_lr is None else algorithm.critic_lr)
         self.critic = None if critic is None else CriticLearner(critic, algorithm, own, **options)
-        self._sums: list[Tensor] = []  # of the value loss, by micro-batch, where the policy's pass computes it
+        self._sums: list[
+            Tensor
+        ] = []  # of the value loss, by micro-batch, where the policy's pass computes it
 
     def values(self, batch: Batch) -> Values:
         """The critic's values of the batch."""
@@ -120,7 +163,9 @@ class PpoLearner(Learner):
             return self.critic.values(batch)
         assert self.head is not None
         head = self.head
-        return values_of(lambda micro: head(self.model(micro.tokens, micro.cu_seqlens)), batch, self.micro_tokens)
+        return values_of(
+            lambda micro: head(self.model(micro.tokens, micro.cu_seqlens)), batch, self.micro_tokens
+        )
 
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """One optimizer step of the policy and of the critic; see `Learner.update`."""
@@ -128,7 +173,11 @@ class PpoLearner(Learner):
         if self.critic is None:
             return metrics
         told = self.critic.update(batch, step)
-        return metrics | _named(told) | {"critic_grad_norm": told["grad_norm"], "critic_lr": told["learning_rate"]}
+        return (
+            metrics
+            | _named(told)
+            | {"critic_grad_norm": told["grad_norm"], "critic_lr": told["learning_rate"]}
+        )
 
     def state(self) -> dict[str, Tensor]:
         """`Learner.state`, and the critic's weights and state under "critic."."""
@@ -139,10 +188,15 @@ class PpoLearner(Learner):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned.  Raises UserError for the state of another kind of critic."""
         own = {name.removeprefix("critic."): x for name, x in state.items() if name.startswith("critic.")}
-        mine = [f"weight.{n}" for n in self.critic.names] if self.critic is not None else [*self._head_state()]
+        mine = (
+            [f"weight.{n}" for n in self.critic.names] if self.critic is not None else [*self._head_state()]
+        )
         if missing := [name for name in mine if name not in own]:
             kind = self.algorithm.critic
-            raise UserError(f"--critic: expected {kind}'s {missing[0]} in the checkpoint; resume with the --critic that the run began with")
+            raise UserError(
+                f"--critic: expected {kind}'s {missing[0]} in the checkpoint; "
+                "resume with the --critic that the run began with"
+            )
         for name, x in self._head_state().items():
             x.copy_(own[name])
         super().load_state(state)
@@ -152,11 +206,15 @@ class PpoLearner(Learner):
     def _head_state(self) -> dict[str, Tensor]:
         return {} if self.head is None else {name: p.detach() for name, p in self.head.named_parameters()}
 
-    def _with_more(self, loss: Tensor, hidden: Tensor, at: Tensor | None, batch: Batch, rows: Tensor) -> Tensor:
+    def _with_more(
+        self, loss: Tensor, hidden: Tensor, at: Tensor | None, batch: Batch, rows: Tensor
+    ) -> Tensor:
         if self.head is None or batch.value is None:
             return loss
         seen = hidden if at is None else hidden[at]
-        value, sums = _loss(self.head(seen if self.kind.moves_policy else seen.detach()), batch, rows + 1, self.algorithm)
+        value, sums = _loss(
+            self.head(seen if self.kind.moves_policy else seen.detach()), batch, rows + 1, self.algorithm
+        )
         self._sums.append(sums)
         return loss + self.algorithm.vf_coef * value
 
@@ -166,7 +224,9 @@ class PpoLearner(Learner):
         if self.head is None:
             return metrics | {"policy_loss": metrics["loss"]}
         merged = _named(_merge(self.world.gather(torch.stack(self._sums).tolist() if self._sums else [])))
-        return metrics | merged | {"policy_loss": metrics["loss"] - self.algorithm.vf_coef * merged["vf_loss"]}
+        return (
+            metrics | merged | {"policy_loss": metrics["loss"] - self.algorithm.vf_coef * merged["vf_loss"]}
+        )
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:

@@ -14,25 +14,40 @@ from fastrl.data.comparisons import Group, Packed, pack
 from fastrl.parallel.device import memory_limited_by
 from fastrl.train.learner import Learner
 
-REWARD_METRICS = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "centering")  # of a step, under TRL's names
+REWARD_METRICS = (
+    "accuracy",
+    "margin",
+    "mean_reward",
+    "min_reward",
+    "max_reward",
+    "centering",
+)  # of a step, under TRL's names
 
 
 @dataclass(frozen=True, slots=True)
 class RewardBatch:
-    """This process's groups of one optimizer step, and the step's units over all processes (see `RewardLoss.units`)."""
+    """This process's groups of one optimizer step, and the step's units over all processes (see
+    `RewardLoss.units`).
+    """
 
     groups: Sequence[Group]
     total: float
 
 
-def micro_batches(groups: Sequence[Group], budget: int, device: torch.device | str) -> Iterator[tuple[list[int], Packed]]:
-    """The groups in packs of at most `budget` tokens, with their places; a group is never cut, whose completions are compared."""
+def micro_batches(
+    groups: Sequence[Group], budget: int, device: torch.device | str
+) -> Iterator[tuple[list[int], Packed]]:
+    """The groups in packs of at most `budget` tokens, with their places; a group is never cut, whose
+    completions are compared.
+    """
     for some in plan([g.length for g in groups], budget):
         yield some, pack([groups[i] for i in some], device)
 
 
 class RewardLearner(Learner):
-    """Trains a `RewardModel` with a row of REWARD_LOSSES; optimizer, schedule and master weights are `Learner`'s."""
+    """Trains a `RewardModel` with a row of REWARD_LOSSES; optimizer, schedule and master weights are
+    `Learner`'s.
+    """
 
     algorithm: RewardLoss  # type: ignore[assignment]
 
@@ -76,6 +91,11 @@ def merge(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     sums = dict(zip(MEASURES, table[:, :n].sum(0).tolist(), strict=True))
     compared, scores = max(sums["compared"], 1.0), max(sums["scores"], 1.0)
     return {
-        "loss": sums["loss"], "centering": sums["center"], "accuracy": sums["agreed"] / compared, "margin": sums["margin"] / compared,
-        "mean_reward": sums["reward"] / scores, "min_reward": float(table[:, n].min()), "max_reward": float(table[:, n + 1].max()),
-    }  # fmt: skip
+        "loss": sums["loss"],
+        "centering": sums["center"],
+        "accuracy": sums["agreed"] / compared,
+        "margin": sums["margin"] / compared,
+        "mean_reward": sums["reward"] / scores,
+        "min_reward": float(table[:, n].min()),
+        "max_reward": float(table[:, n + 1].max()),
+    }

@@ -1,4 +1,6 @@
-"""Wrong answers to the card game, of four kinds, made from a right one: what a reward model learns to tell from it."""
+"""Wrong answers to the card game, of four kinds, made from a right one: what a reward model learns to tell
+from it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ KINDS = (other_target, false_step, other_card, cut_short)
 
 
 def mistakes(example: Example, count: int, wrong: Callable[[str], bool], *key: object) -> list[str]:
-    """Up to `count` different answers that are `wrong`, of all kinds in turn; fewer where the example has no more."""
+    """Up to `count` different answers that are `wrong`, of all kinds in turn; fewer where the example has no
+    more.
+    """
     found: dict[str, None] = {}
     first = draw("mistakes", *key)
     for turn in range(TRIES * count):
@@ -56,7 +60,9 @@ def mistakes(example: Example, count: int, wrong: Callable[[str], bool], *key: o
 
 
 def of_each_kind(example: Example, wrong: Callable[[str], bool], *key: object) -> dict[str, str]:
-    """An answer that is `wrong` of every kind, by the kind's name; kinds that the example has none of are left out."""
+    """An answer that is `wrong` of every kind, by the kind's name; kinds that the example has none of are
+    left out.
+    """
     found = {}
     for kind in KINDS:
         answers = (kind(example, draw("mistakes", *key, kind.__name__, turn)) for turn in range(TRIES))

@@ -1,9 +1,10 @@
 """The k-card arithmetic game (GeneralPoints): card ranks, the four operations, and an exact solver.
 
-Every card's number is used exactly once, with + - * /, to reach the target.  A solution is a list of steps: each takes two
-numbers out of the pool and puts their result back, until the target alone is left.
+Every card's number is used exactly once, with + - * /, to reach the target.  A solution is a list of steps:
+each takes two numbers out of the pool and puts their result back, until the target alone is left.
 
-Numbers are Python integers, or Fractions when the game allows them; never floats: 8 / (3 - 8 / 3) is 23.99999999999999 in floats.
+Numbers are Python integers, or Fractions when the game allows them; never floats: 8 / (3 - 8 / 3) is
+23.99999999999999 in floats.
 """
 
 from __future__ import annotations
@@ -43,14 +44,22 @@ def number_sets(k: int, rule: str) -> Iterator[tuple[int, ...]]:
 
 @lru_cache(maxsize=1 << 14)
 def hands(numbers: tuple[int, ...], rule: str, faces: bool = False) -> tuple[str, ...]:
-    """Every ordered hand that counts as the multiset `numbers` under `rule`; with `faces`, those with a face card."""
+    """Every ordered hand that counts as the multiset `numbers` under `rule`; with `faces`, those with a face
+    card.
+    """
     ranks = {n: [r for r in RANKS if translate(r, rule) == (n,)] for n in set(numbers)}
-    dealt = ("".join(h) for order in sorted(set(permutations(numbers))) for h in product(*(ranks[n] for n in order)))
+    dealt = (
+        "".join(h)
+        for order in sorted(set(permutations(numbers)))
+        for h in product(*(ranks[n] for n in order))
+    )
     return tuple(h for h in dealt if not faces or set(h) & set(FACES))
 
 
 def apply(left: Number, operation: str, right: Number, *, fractions: bool) -> Number | None:
-    """The exact result, or None where the game has none: below 0, divided by 0, or no integer unless `fractions`."""
+    """The exact result, or None where the game has none: below 0, divided by 0, or no integer unless
+    `fractions`.
+    """
     if operation == "+":
         return left + right
     if operation == "-":
@@ -63,7 +72,8 @@ def apply(left: Number, operation: str, right: Number, *, fractions: bool) -> Nu
 
 
 def moves(pool: Pool, *, fractions: bool, limit: int | None) -> Iterator[tuple[Step, Pool]]:
-    """Every step the sorted `pool` allows and the pool after it; the larger operand first where the order is free.
+    """Every step the sorted `pool` allows and the pool after it; the larger operand first where the order is
+    free.
 
     Results above `limit` are left out (None keeps them), and equal pairs of numbers are tried once.
     """
@@ -87,13 +97,20 @@ def reachable(pool: Pool, *, fractions: bool = False, limit: int | None = 99) ->
     if len(pool) == 1:
         return frozenset(pool)
     return frozenset().union(
-        *(reachable(after, fractions=fractions, limit=limit) for after in {p for _, p in moves(pool, fractions=fractions, limit=limit)})
+        *(
+            reachable(after, fractions=fractions, limit=limit)
+            for after in {p for _, p in moves(pool, fractions=fractions, limit=limit)}
+        )
     )
 
 
 @lru_cache(maxsize=1 << 14)
-def solutions(pool: Pool, target: int, *, fractions: bool = False, limit: int | None = 99) -> tuple[tuple[Step, ...], ...]:
-    """Every stepwise solution, as step lists; the two orders of a sum or a product count once.  Empty when there is none."""
+def solutions(
+    pool: Pool, target: int, *, fractions: bool = False, limit: int | None = 99
+) -> tuple[tuple[Step, ...], ...]:
+    """Every stepwise solution, as step lists; the two orders of a sum or a product count once.  Empty when
+    there is none.
+    """
     if len(pool) == 1:
         return ((),) if pool[0] == target else ()
     found = []
@@ -109,7 +126,9 @@ def write(numbers: tuple[Number, ...], steps: tuple[Step, ...]) -> str:
 
 
 def read_number(text: str, *, fractions: bool) -> Number | None:
-    """The number `text` spells in its only allowed spelling (no sign, no leading zero, lowest terms), or None."""
+    """The number `text` spells in its only allowed spelling (no sign, no leading zero, lowest terms), or
+    None.
+    """
     if _INTEGER.fullmatch(text):
         return int(text)
     found = _FRACTION.fullmatch(text) if fractions else None

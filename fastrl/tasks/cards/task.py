@@ -1,14 +1,18 @@
-"""The k-card arithmetic game (GeneralPoints, arXiv 2501.17161), generated without end from a seed and verified exactly.
+"""The k-card arithmetic game (GeneralPoints, arXiv 2501.17161), generated without end from a seed and
+verified exactly.
 
     prompt      a:7K3>18|                 rule, cards, target          (with filler=4: #x1y2a:7K3>18|)
     completion  7,13,3;13-7=6;6*3=18      the cards' numbers, then k-1 steps over a pool
 
-Under rule a the face cards J, Q, K count 10; under rule b 11, 12, 13.  A problem is (rule, sorted numbers, target), and the splits
-are made by (sorted numbers, target): under rule a many hands are the same numbers, so a split by cards leaks.
+Under rule a the face cards J, Q, K count 10; under rule b 11, 12, 13.  A problem is (rule, sorted numbers,
+target), and the splits are made by (sorted numbers, target): under rule a many hands are the same numbers, so
+a split by cards leaks.
 
-    train, val, test   the rules trained on; val and test problems are in no training set, whatever its rules and seed
+    train, val, test   the rules trained on; val and test problems are in no training set, whatever its rules
+                       and seed
     ood_rule           test problems under the other rule, with a face card, so that the rules differ
-    perturbed          the test prompts with their cards in another order, other cards of the same number, other filler
+    perturbed          the test prompts with their cards in another order, other cards of the same number,
+                       other filler
 """
 
 from __future__ import annotations
@@ -46,10 +50,14 @@ class Problem(NamedTuple):
 
 
 class Deck(NamedTuple):
-    """The problems of a split, dealt in rounds: each round, one more hand of every problem that has a turn left."""
+    """The problems of a split, dealt in rounds: each round, one more hand of every problem that has a turn
+    left.
+    """
 
     problems: tuple[Problem, ...]
-    turns: tuple[int, ...]  # how many rounds each problem is dealt in: its distinct hands, or `repeats` in train
+    turns: tuple[
+        int, ...
+    ]  # how many rounds each problem is dealt in: its distinct hands, or `repeats` in train
     starts: tuple[int, ...]  # index of the first example of every round, and the size at the end
     faces: bool  # every hand holds a face card
 
@@ -92,17 +100,26 @@ class Cards:
             (2 <= self.k <= 4, f"k: expected 2, 3 or 4 cards, got {self.k}"),
             (1 <= low <= high, f"targets: expected two numbers, 1 <= low <= high, got {self.targets}"),
             (self.rules in ("a", "b", "ab"), f"rules: expected a, b or ab, got {self.rules!r}"),
-            (self.limit is None or self.limit >= high, f"limit: expected at least the highest target {high}, got {self.limit}"),
+            (
+                self.limit is None or self.limit >= high,
+                f"limit: expected at least the highest target {high}, got {self.limit}",
+            ),
             (0 <= self.filler <= 64, f"filler: expected 0 to 64 characters, got {self.filler}"),
             (self.reward in REWARDS, f"reward: expected one of {', '.join(REWARDS)}; got {self.reward!r}"),
-            (shares, f"val, test: expected shares that leave something to train on, got {self.val} and {self.test}"),
+            (
+                shares,
+                "val, test: expected shares that leave something to train on, "
+                f"got {self.val} and {self.test}",
+            ),
             (self.repeats >= 1, f"repeats: expected at least 1, got {self.repeats}"),
         ):
             if not good:
                 raise UserError(f"cards: {message}")
 
     def size(self, split: str) -> int:
-        """Distinct prompts in `split`; in train `repeats` hands per problem.  Raises UserError for a split that is unknown or empty."""
+        """Distinct prompts in `split`; in train `repeats` hands per problem.  Raises UserError for a split
+        that is unknown or empty.
+        """
         return self._deck(split).starts[-1]
 
     def example(self, split: str, index: int) -> Example:
@@ -112,7 +129,9 @@ class Cards:
         """
         deck = self._deck(split)
         if not 0 <= index < deck.starts[-1]:
-            raise IndexError(f"index: expected 0 <= index < {deck.starts[-1]}, the size of {split!r}; got {index}")
+            raise IndexError(
+                f"index: expected 0 <= index < {deck.starts[-1]}, the size of {split!r}; got {index}"
+            )
         dealt = "test" if split == "perturbed" else split
         turn = bisect_right(deck.starts, index) - 1
         place = _round(self, dealt, turn)[index - deck.starts[turn]]
@@ -124,19 +143,32 @@ class Cards:
         return self._example(problem, hand, split, index)
 
     def verify(self, example: Example, completion: str) -> Score:
-        """1 (under the binary reward) for a correct answer to exactly these cards, read by `cards_verifier.check`.  Total."""
-        level, message = check(completion, example.fields["numbers"], example.fields["target"], fractions=self.fractions)
+        """1 (under the binary reward) for a correct answer to exactly these cards, read by
+        `cards_verifier.check`.  Total.
+        """
+        level, message = check(
+            completion, example.fields["numbers"], example.fields["target"], fractions=self.fractions
+        )
         correct = level is Level.CORRECT
-        return Score(reward=REWARDS[self.reward][level], correct=correct, well_formed=level > Level.ILL_FORMED, message=message)
+        return Score(
+            reward=REWARDS[self.reward][level],
+            correct=correct,
+            well_formed=level > Level.ILL_FORMED,
+            message=message,
+        )
 
     def mistakes(self, example: Example, count: int, index: int) -> list[str]:
-        """Up to `count` different wrong answers to `example`, number `index` of its split: a pure function of the three."""
+        """Up to `count` different wrong answers to `example`, number `index` of its split: a pure function of
+        the three.
+        """
         return mistakes(example, count, lambda text: not self.verify(example, text).correct, self.seed, index)
 
     def steps(self, example: Example, completion: str) -> tuple[list[str], list[bool]]:
         """The parts of `completion` between semicolons, and whether all is right up to the end of each."""
         fields = example.fields
-        return completion.split(";"), judge_steps(completion, fields["numbers"], fields["target"], fractions=self.fractions)
+        return completion.split(";"), judge_steps(
+            completion, fields["numbers"], fields["target"], fractions=self.fractions
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per character of the game: 31 with <pad>, <eos> and <unk>."""
@@ -147,7 +179,10 @@ class Cards:
             raise UserError(f"cards: expected a split of {', '.join(SPLITS)}; got {split!r}")
         deck = _deck(self, split)
         if not deck.problems:
-            raise UserError(f"cards: no problem falls into split {split!r}; widen targets, val or test, or train on one rule only")
+            raise UserError(
+                f"cards: no problem falls into split {split!r}; widen targets, val or test, "
+                "or train on one rule only"
+            )
         return deck
 
     def _same_numbers(self, hand: str, problem: Problem, index: int) -> str:
@@ -159,7 +194,9 @@ class Cards:
 
     def _example(self, problem: Problem, hand: str, split: str, index: int) -> Example:
         rule, pool, target = problem
-        noise = "".join(FILLER[draw(self.seed, split, index, "filler", i) % len(FILLER)] for i in range(self.filler))
+        noise = "".join(
+            FILLER[draw(self.seed, split, index, "filler", i) % len(FILLER)] for i in range(self.filler)
+        )
         ways = solutions(pool, target, fractions=self.fractions, limit=self.limit)
         numbers = translate(hand, rule)
         return Example(
@@ -176,7 +213,9 @@ def _deck(task: Cards, split: str) -> Deck:
     home = "test" if split in ("ood_rule", "perturbed") else split
     other = split == "ood_rule"
     problems, turns = [], []
-    for rule, numbers in ((r, n) for r in RULES if (r in task.rules) != other for n in number_sets(task.k, r)):
+    for rule, numbers in (
+        (r, n) for r in RULES if (r in task.rules) != other for n in number_sets(task.k, r)
+    ):
         dealt = len(hands(numbers, rule, other))
         ends = reachable(numbers, fractions=task.fractions, limit=task.limit)
         for target in sorted(int(end) for end in ends if end.denominator == 1 and low <= end <= high):

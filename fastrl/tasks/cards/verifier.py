@@ -1,10 +1,12 @@
 """The verifier of the card game: reads an answer step by step with exact arithmetic, and never evaluates it.
 
     answer  = number ("," number){k-1} (";" step){k-1}        step = number op number "=" number
-    number  = "0" | digits without a leading zero | numerator "/" denominator in lowest terms (when fractions are on)
+    number  = "0" | digits without a leading zero | numerator "/" denominator in lowest terms (when fractions
+            are on)
 
-Well-formed is what this grammar derives, nothing before, after or between: no spaces, no signs, no leading zeros, so that every
-correct answer has one spelling per choice of steps.  The checks follow the reading order and the first failure is reported.
+Well-formed is what this grammar derives, nothing before, after or between: no spaces, no signs, no leading
+zeros, so that every correct answer has one spelling per choice of steps.  The checks follow the reading order
+and the first failure is reported.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from enum import IntEnum
 
 from fastrl.tasks.cards.rules import OPERATIONS, Number, apply, read_number
 
-CHARACTERS_PER_CARD = 64  # no answer the solver writes comes near; it bounds the time and the size of every number
+CHARACTERS_PER_CARD = (
+    64  # no answer the solver writes comes near; it bounds the time and the size of every number
+)
 Reading = tuple[Number, str, Number]  # left, operation, right
 
 
@@ -27,7 +31,9 @@ class Level(IntEnum):
 
 
 def check(answer: str, numbers: list[int], target: int, *, fractions: bool) -> tuple[Level, str]:
-    """How far `answer` got for cards worth `numbers`, in their order, and why no further.  Total, and bounded in time."""
+    """How far `answer` got for cards worth `numbers`, in their order, and why no further.  Total, and bounded
+    in time.
+    """
     k = len(numbers)
     if len(answer) > CHARACTERS_PER_CARD * k:
         return Level.ILL_FORMED, f"{len(answer)} characters; an answer has at most {CHARACTERS_PER_CARD * k}"
@@ -47,7 +53,11 @@ def check(answer: str, numbers: list[int], target: int, *, fractions: bool) -> t
 
 
 def _play(
-    numbers: list[int], texts: list[str], steps: list[tuple[list[Reading], Number | None]], target: int, fractions: bool
+    numbers: list[int],
+    texts: list[str],
+    steps: list[tuple[list[Reading], Number | None]],
+    target: int,
+    fractions: bool,
 ) -> tuple[Level, str]:
     pool: list[Number] = list(numbers)
     for text, (readings, result) in zip(texts, steps, strict=True):
@@ -65,7 +75,8 @@ def _play(
 
 
 def judge_steps(answer: str, numbers: list[int], target: int, *, fractions: bool) -> list[bool]:
-    """Of each part of `answer` between semicolons, whether all is right up to its end; of the last, whether the answer is correct.
+    """Of each part of `answer` between semicolons, whether all is right up to its end; of the last, whether
+    the answer is correct.
 
     A part behind a wrong one is wrong: nothing right can come of it.  Total, and bounded in time.
     """
@@ -76,7 +87,9 @@ def judge_steps(answer: str, numbers: list[int], target: int, *, fractions: bool
     found, pool = [right], list[Number](numbers)
     for text in tail:
         readings, result = _read_step(text, fractions)
-        exact = [r for r in readings if _take(pool, r) is not None and apply(*r, fractions=fractions) == result]
+        exact = [
+            r for r in readings if _take(pool, r) is not None and apply(*r, fractions=fractions) == result
+        ]
         right = right and bool(exact) and result is not None
         pool = [*(_take(pool, exact[0]) or []), result] if right and result is not None else pool
         found.append(right)
@@ -90,7 +103,9 @@ def _read_step(text: str, fractions: bool) -> tuple[list[Reading], Number | None
     readings = []
     for place, operation in enumerate(body):
         if operation in OPERATIONS:
-            left, right = (read_number(side, fractions=fractions) for side in (body[:place], body[place + 1 :]))
+            left, right = (
+                read_number(side, fractions=fractions) for side in (body[:place], body[place + 1 :])
+            )
             if left is not None and right is not None:
                 readings.append((left, operation, right))
     return readings, read_number(stated, fractions=fractions)
