@@ -119,9 +119,8 @@ def bound(
     for t in range(1, max(outputs)):
         rows = samples * sum(n > t for n in outputs)
         live[rows] = live.get(rows, 0) + 1
-    read = samples * sum(
-        (n - 1) * p + n * (n - 1) // 2 for p, n in zip(prompts, outputs, strict=True)
-    )  # step t: the prompt and t tokens
+    # step t: the prompt and t tokens
+    read = samples * sum((n - 1) * p + n * (n - 1) // 2 for p, n in zip(prompts, outputs, strict=True))
     cache = read * 2 * L * K * E * case.itemsize
     prefill = L * ms(sum(prompts), layer) + ms(len(prompts), [head])
     return Bound(
@@ -133,7 +132,9 @@ def bound(
 
 @cache
 def limits(device: str) -> Ceilings:
-    """The device's measured limits, taken once more: a benchmark's own details do not see those of the run."""
+    """The device's measured limits, taken once more: a benchmark's own details do not see those of the
+    run.
+    """
     return ceilings(torch.device(device), quick=device == "cpu")
 
 

@@ -47,12 +47,10 @@ def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any
     data = bench.data(case)
     data = data.map(lambda x: x.detach().requires_grad_(), data.wrt)
     small = bench.data(case.small())
-    evaluate(
-        function, small.map(lambda x: x.detach().requires_grad_(), small.wrt), case.mode
-    )  # loads what a first call loads
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # pages that making the data has left in the heap would pass for nobody's
+    # loads what a first call loads
+    evaluate(function, small.map(lambda x: x.detach().requires_grad_(), small.wrt), case.mode)
+    # pages that making the data has left in the heap would pass for nobody's
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     taken = []
@@ -64,7 +62,9 @@ def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any
 
 
 def _resident(field: str) -> float:
-    """MiB of resident memory: VmRSS now, VmHWM at most since the start, or since 5 was written to clear_refs."""
+    """MiB of resident memory: VmRSS now, VmHWM at most since the start,
+    or since 5 was written to clear_refs.
+    """
     lines = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )

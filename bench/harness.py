@@ -190,7 +190,9 @@ def _tuple(outputs: Any) -> list[Tensor]:
 
 
 def _own(data: Data, bench: Bench, case: Case, name: str = "") -> Data:
-    """A provider's own view of the data: copies of what it writes to, fresh leaves of what is differentiated."""
+    """A provider's own view of the data: copies of what it writes to,
+    fresh leaves of what is differentiated.
+    """
     mine = data.map(torch.clone, bench.mutates[name]) if name in bench.mutates else data
     if case.mode != BOTH:
         return mine
@@ -198,7 +200,9 @@ def _own(data: Data, bench: Bench, case: Case, name: str = "") -> Data:
 
 
 def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
-    """Make the call that is timed, run it once (which compiles what is to be compiled), and take its memory."""
+    """Make the call that is timed, run it once (which compiles what is to be compiled),
+    and take its memory.
+    """
     mine, function = _own(data, bench, case, runner.name), runner.function
     assert function is not None, runner.provider
 
@@ -213,7 +217,9 @@ def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------
 def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
-    """Errors of every provider but the bound, and torch.compile, which would compile once more for the slice."""
+    """Errors of every provider but the bound, and torch.compile,
+    which would compile once more for the slice.
+    """
     if bench.truth is None:
         return
     small = case.small()

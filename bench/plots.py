@@ -20,12 +20,13 @@ from fastrl.bench.table import group, named, ratio
 from fastrl.report.plots import COLOURS, INK, STYLE
 
 DEFAULT, OURS, PEERS, BOUND = COLOURS[0], COLOURS[5], "#b8b8b8", "#e6e6e6"
+# panels beside each other; inches of a panel's width, a bar, and all around the bars
 COLUMNS, INCHES, BAR, FRAME = (
     2,
     5.2,
     0.2,
     0.85,
-)  # panels beside each other; inches of a panel's width, a bar, and all around the bars
+)
 
 
 def draw(results: Results, stem: Path) -> list[Path]:

@@ -30,7 +30,9 @@ HOLD_MS = 40.0  # the longest that the device is kept busy while work is queued
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to measure: rounds at most, milliseconds of one sample, milliseconds of all samples of a case."""
+    """How hard to measure: rounds at most, milliseconds of one sample,
+    milliseconds of all samples of a case.
+    """
 
     rounds: int
     sample_ms: float
@@ -213,9 +215,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # some builds of torch announce every profile on standard error
+    # some builds of torch announce every profile on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
@@ -252,9 +253,8 @@ def ceilings(device: torch.device, quick: bool) -> Ceilings:
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (1024 if quick else 2048, torch.float32)
     size = 1 << 30 if cuda else 1 << 26 if quick else 1 << 28
-    source, target = (
-        torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)
-    )  # zeros may share one page
+    # zeros may share one page
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b, out=out)}

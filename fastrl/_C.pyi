@@ -1,6 +1,7 @@
 """The compiled kernels (csrc/): raw addresses, sizes, strides in elements.  Call them through fastrl.ops.
 
-An address of 0 means absent; `code` is 0 for fp32 and 1 for bf16; the last argument is a thread count (cpu) or a stream (cuda).
+An address of 0 means absent; `code` is 0 for fp32 and 1 for bf16; the last argument is a thread count
+(cpu) or a stream (cuda).
 The *_cuda functions exist only where the module was built with nvcc.
 """
 
@@ -205,7 +206,17 @@ def perturb_step_cpu(
     /,
 ) -> None: ...
 def perturb_init_cpu(
-    delta: int, mask: int, ends: int, S: int, T: int, D: int, radius: float, norm: int, seed: int, threads: int, /
+    delta: int,
+    mask: int,
+    ends: int,
+    S: int,
+    T: int,
+    D: int,
+    radius: float,
+    norm: int,
+    seed: int,
+    threads: int,
+    /,
 ) -> None: ...
 def sample_forward_cpu(
     logits: int,

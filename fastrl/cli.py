@@ -68,7 +68,9 @@ class Env:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: the dataclass that holds its options, and "module:function" to call with an instance of it."""
+    """A command: the dataclass that holds its options, and "module:function" to call with an instance of
+    it.
+    """
 
     config: type[Any]
     target: str

@@ -79,7 +79,9 @@ def run(options: Options) -> None:
 
 
 def plan(path: Path) -> list[Stage]:
-    """The stages a file describes, their options resolved.  Raises UserError naming the file and the stage."""
+    """The stages a file describes, their options resolved.  Raises UserError naming the file and the
+    stage.
+    """
     if not path.is_file():
         raise UserError(f"{path}: expected a pipeline's YAML file, which is not there")
     try:
@@ -172,14 +174,17 @@ def _check_unchanged(stage: Stage) -> None:
         )
 
 
+def _link(stage: Stage, number: int) -> Html:
+    folder = text(Path(stage.config.output_dir).name)
+    return Html(f'<a href="{folder}/report.html">{text(f"{number}. {stage.name}")}</a>')
+
+
 def report(stages: list[Stage], folder: Path) -> Path:
     """One page over the stages that have begun: what each did, its curves, its options; returns its path."""
     runs = [(s, read(Path(s.config.output_dir))) for s in stages]
     rows = [
         (
-            Html(
-                f'<a href="{text(Path(s.config.output_dir).name)}/report.html">{text(f"{number}. {s.name}")}</a>'
-            ),
+            _link(s, number),
             f"fastrl {s.command}",
             f"{r.rows[-1]['step']} of {s.config.steps}",
             lead(r),

@@ -31,10 +31,11 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+# also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 INTERPRETED = (
     "triton",
     "cpu",
-)  # also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
+)
 COMPILED_ONLY = (
     "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
 )
@@ -54,9 +55,8 @@ class Implementation:
     note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
     missing: str  # why it cannot be used in this process; empty when it can
     devices: tuple[str, ...]
-    obstacle: (
-        Callable[[Tensor], str] | None
-    )  # why it cannot take a tensor of its devices and dtypes; empty when it can
+    # why it cannot take a tensor of its devices and dtypes; empty when it can
+    obstacle: Callable[[Tensor], str] | None
     exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
     default: tuple[torch.dtype, ...] | None = (
         None  # the dtypes for which it may be chosen by default; None: all that it takes
@@ -93,7 +93,9 @@ def register(
 
 
 def ladder(op: str, *names: str) -> None:
-    """The order in which the implementations of `op` are tried, where it has some under names of their own."""
+    """The order in which the implementations of `op` are tried,
+    where it has some under names of their own.
+    """
     _ladders[op] = names
 
 
@@ -195,7 +197,7 @@ def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
     ):
         return False
     grad = not differentiable and torch.is_grad_enabled()
-    for x in tensors:  # noqa: SIM110 - a generator expression takes longer than the checks
+    for x in tensors:
         if x is not None and (type(x) not in PLAIN or (grad and x.requires_grad) or x.is_neg()):
             return False
     return True
@@ -243,16 +245,17 @@ def requested(op: str) -> str | None:
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
-    if (
-        ASKED_BY not in os.environ
-    ):  # asking for what is not there raises inside, which takes three times as long
+    # asking for what is not there raises inside, which takes three times as long
+    if ASKED_BY not in os.environ:
         return None
     name = os.environ[ASKED_BY]
     return _known(name, ASKED_BY) if name else None
 
 
 def asked() -> tuple[object, ...]:
-    """All that is asked for: as long as this is equal, the same tensors are given the same implementations."""
+    """All that is asked for: as long as this is equal, the same tensors are given the same
+    implementations.
+    """
     return is_exact(), tuple(_asked), os.environ.get(ASKED_BY)
 
 
@@ -316,7 +319,9 @@ def devices(op: str, name: str) -> tuple[str, ...]:
 
 @functools.cache  # an import statement that finds its module takes 0.4 us
 def extension() -> Any:
-    """The compiled module fastrl._C, or None when it was not built (a source tree that was never installed)."""
+    """The compiled module fastrl._C, or None when it was not built (a source tree that was never
+    installed).
+    """
     try:
         from fastrl import _C  # after torch, whose OpenMP runtime it shares
     except ImportError as error:
@@ -332,9 +337,8 @@ def unbuilt(function: str) -> str:
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
-    aside = (
-        n for op in ops for n in _table[op] if n not in order(op)
-    )  # not on the ladder: only asked for, or of exact mode
+    # not on the ladder: only asked for, or of exact mode
+    aside = (n for op in ops for n in _table[op] if n not in order(op))
     names = list(dict.fromkeys((*BACKENDS, *aside, *(n for op in ops for n in order(op)))))
     if name not in names:
         raise ValueError(f"{where}: expected one of {', '.join(names)}; got {name!r}")

@@ -24,9 +24,8 @@ def dims(name: str, x: Tensor, spec: str, dtype: tuple[torch.dtype, ...], **know
     letters, shape = spec.split(), x.shape
     fits = len(shape) == len(letters)
     if fits and known:
-        for a, n in zip(
-            letters, shape, strict=True
-        ):  # a generator expression would cost more than the rest of the check
+        # a generator expression would cost more than the rest of the check
+        for a, n in zip(letters, shape, strict=True):
             fits = fits and known.get(a, n) == n
     if not fits:
         want = ", ".join(f"{a}={known[a]}" if a in known else a for a in letters)
@@ -76,7 +75,9 @@ def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
 
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
-    """Raise ValueError where a gradient of `op`, which has none, would be asked for: not zero without a word."""
+    """Raise ValueError where a gradient of `op`, which has none, would be asked for:
+    not zero without a word.
+    """
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x.requires_grad:

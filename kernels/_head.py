@@ -23,10 +23,11 @@ from fastrl.kernels._backend import batch_invariant, direct, extension, is_exact
 from fastrl.kernels._launch import unit_rows
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
+# rows of a chunk from which products run at full speed: half the bytes do then
 ENOUGH_ROWS = {
     "cpu": 128,
     "cuda": 4096,
-}  # rows of a chunk from which products run at full speed: half the bytes do then
+}
 ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
 LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
 _TILE = 4096  # vocabulary rows widened at a time on CPU

@@ -12,7 +12,9 @@ NORM_CODES = {"l2": 0, "linf": 1, "l1": 2}  # in kernels
 
 
 def rows(x: Tensor) -> Tensor:
-    """`x` (..., D) as (T, D) with the elements of a row side by side: a view where there is one, else a copy."""
+    """`x` (..., D) as (T, D) with the elements of a row side by side: a view where there is one,
+    else a copy.
+    """
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 

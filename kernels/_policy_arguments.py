@@ -118,7 +118,9 @@ def _constant(x: Tensor | None, dtype: torch.dtype, none: Tensor) -> Tensor:
 
 
 def _check(logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, **floats: Tensor | None) -> None:
-    """Shapes, dtypes and devices; what is as it should be is seen at a glance, because small calls are many."""
+    """Shapes, dtypes and devices; what is as it should be is seen at a glance,
+    because small calls are many.
+    """
     padded = isinstance(logp, Tensor) and logp.ndim == 2
     dims("logp", logp, "B L" if padded else "T", FLOATS)
     sizes = dict(zip("BL" if padded else "T", logp.shape, strict=True))

@@ -63,9 +63,8 @@ class Shard:
         """
         m_all = m.clone()
         dist.all_reduce(m_all, dist.ReduceOp.MAX, group=self.group)
-        empty = (
-            m == -torch.inf
-        )  # a shard of nothing but -inf has no probability, and no distribution of its own
+        # a shard of nothing but -inf has no probability, and no distribution of its own
+        empty = m == -torch.inf
         log_w = torch.where(empty & (m_all > -torch.inf), -torch.inf, log_s + (m - m_all))
         w = log_w.exp()
         here = (target >= self.first) & (target < self.first + self.here)

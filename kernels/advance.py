@@ -118,9 +118,8 @@ def reference(
     given = pages.free[torch.where(needy, pages.top - rank, 0)]
     column = torch.where(needy, newest // page, 0)[:, None]
     rows.table.scatter_(1, column, torch.where(needy, given, rows.table.gather(1, column)[:, 0])[:, None])
-    pages.refs.index_copy_(
-        0, torch.where(needy, given, 0).long(), torch.ones_like(given)
-    )  # page 0 belongs to nobody, for good
+    # page 0 belongs to nobody, for good
+    pages.refs.index_copy_(0, torch.where(needy, given, 0).long(), torch.ones_like(given))
     pages.top.sub_(rank[-1:])
 
 

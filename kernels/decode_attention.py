@@ -48,9 +48,8 @@ def reference(
             raise ValueError(_range(longest if least >= 0 else least, N, page))
     if longest == 0:
         return torch.zeros(B, H, E, dtype=q.dtype, device=q.device)
-    table = block_table[:, : -(-longest // page)].clamp(
-        0, k_cache.shape[0] - 1
-    )  # unused entries may hold anything
+    # unused entries may hold anything
+    table = block_table[:, : -(-longest // page)].clamp(0, k_cache.shape[0] - 1)
     table = table if rows is None else table.index_select(0, rows)
     each = max(1, COPIED_BYTES // (2 * longest * K * E * compute_dtype(q).itemsize))
     parts = zip(q.split(each), table.split(each), lengths.split(each), strict=True)
@@ -69,9 +68,8 @@ def _dense(
     beyond = torch.arange(longest, device=q.device) >= lengths[:, None]
     v.masked_fill_(beyond[:, :, None, None], 0)  # weighted 0, but 0 * nan is nan
     y = torch.empty(B, K, H // K, E, dtype=dtype, device=q.device)
-    for h, query in enumerate(
-        q.to(dtype).view(B, K, H // K, E).unbind(1)
-    ):  # a head at a time: strided GEMMs, no transposed copy
+    # a head at a time: strided GEMMs, no transposed copy
+    for h, query in enumerate(q.to(dtype).view(B, K, H // K, E).unbind(1)):
         s = torch.bmm(query, k[:, :, h].transpose(1, 2)).mul_(scale).masked_fill_(beyond[:, None], -torch.inf)
         m = s.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # finite for an empty sequence
         s.sub_(m).exp_()

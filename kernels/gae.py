@@ -45,9 +45,8 @@ def reference(
     end = cu_seqlens[1:].long()[torch.searchsorted(cu_seqlens[1:].long(), t, right=True)]
     live = mask if mask.numel() else torch.ones_like(t, dtype=torch.bool)
     reward, value = torch.where(live, reward, 0), torch.where(live, value, 0)
-    following = torch.cat(
-        [_next_live(t, live)[1:], t.new_full((min(T, 1),), T)]
-    )  # the next live token, T if there is none
+    # the next live token, T if there is none
+    following = torch.cat([_next_live(t, live)[1:], t.new_full((min(T, 1),), T)])
     follows = following < end
     next_value = torch.where(follows, value[torch.where(follows, following, 0)], 0)
     b = torch.where(live, reward + gamma * next_value - value, 0)
@@ -124,9 +123,8 @@ forward_op = torch.ops.fastrl.gae.default
 def _run(
     reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    ends(
-        "cu_seqlens", cu_seqlens, reward.shape[0]
-    )  # here, because torch.compile cannot trace a look at values
+    # here, because torch.compile cannot trace a look at values
+    ends("cu_seqlens", cu_seqlens, reward.shape[0])
     return pick("gae", reward, "forward")(reward, value, cu_seqlens, mask, gamma, lam)
 
 

@@ -95,16 +95,14 @@ def _linear(g: _Groups, o: _Options) -> Tensor:
 
 def _rank(g: _Groups, o: _Options) -> Tensor:
     by_reward = torch.where(g.scored, g.reward, torch.nan).sort(stable=True)
-    order = by_reward.indices[
-        g.of[by_reward.indices].sort(stable=True).indices
-    ]  # group, then reward, unscored last
+    # group, then reward, unscored last
+    order = by_reward.indices[g.of[by_reward.indices].sort(stable=True).indices]
     of, scored, reward = g.of[order], g.scored[order], g.reward[order]
     tied = (of[1:] == of[:-1]) & (reward[1:] == reward[:-1]) & (scored[1:] == scored[:-1])
     run = _runs(~tied)
     ends = _offsets(run)
-    rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[
-        of
-    ]  # mean place of the run, counted from the group's start
+    # mean place of the run, counted from the group's start
+    rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[of]
     return 2 * torch.empty_like(rank).scatter_(0, order, rank) / (g.count - 1) - 1
 
 
@@ -174,9 +172,8 @@ def _offsets(of: Tensor) -> Tensor:
 
 
 def _segments(x: Tensor, how: str, offsets: Tensor) -> Tensor:
-    return torch.segment_reduce(
-        x, how, offsets=offsets, unsafe=True
-    )  # "unsafe" skips a check that would wait for the device
+    # "unsafe" skips a check that would wait for the device
+    return torch.segment_reduce(x, how, offsets=offsets, unsafe=True)
 
 
 register("group_advantage", "reference", forward=reference)

@@ -98,9 +98,8 @@ def rows_fused_into(
         g -= smoothing / z.shape[1]
     inside = (target >= 0) & (target < z.shape[1])
     at = torch.where(inside, target, 0)[:, None].long()
-    g.scatter_add_(
-        1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None]
-    )  # one entry a row: deterministic
+    # one entry a row: deterministic
+    g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])
     g = (g if slope is None else g.mul_(slope)).mul_(dloss[:, None])
     if g is not out:
         out.copy_(g.to(out.dtype))  # a copy first: `out` may be narrower, and lie over g
@@ -175,9 +174,8 @@ def _walk(
     grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
     buffer = logits_buffer(min(o.rows, live.numel()), weight.shape[0], o.logits_dtype, hidden.device)
     asked = requested("linear_cross_entropy")
-    with (
-        use_backend(asked, "token_logp") if asked else contextlib.nullcontext()
-    ):  # the rows without options are this op's too
+    # the rows without options are this op's too
+    with use_backend(asked, "token_logp") if asked else contextlib.nullcontext():
         for part in live.split(o.rows) if live.numel() else ():
             x, y = hidden[part], target[part]
             logits = project(
@@ -251,7 +249,7 @@ def backward_op(
 
 
 @forward_op.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden,
     weight,
     bias,
@@ -265,7 +263,7 @@ def _(
     z_loss,
     logits_dtype,
     rows,
-):  # type: ignore[no-untyped-def]
+):
     out = hidden.new_empty(
         hidden.shape[:1] if reduction == "none" else (),
         dtype=torch.promote_types(logits_dtype, torch.float32),

@@ -175,9 +175,9 @@ def _(hidden, weight, bias, target, temperature, entropy, logits_dtype, rows):  
 
 
 @backward_linear_op.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     dlogp, dentropy, hidden, weight, bias, target, temperature, entropy, m, log_s, logits_dtype, rows, wanted
-):  # type: ignore[no-untyped-def]
+):
     return tuple(
         x.new_empty(x.shape if want else 0) for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )

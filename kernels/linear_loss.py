@@ -110,9 +110,8 @@ class _Pass:
         self.grads = HeadGrads(
             hidden, weight, bias, needs, weight_grad=call.weight_grad, partial=call.shard is not None
         )
-        self.target = (
-            call.target if call.shard is None else call.shard.local(call.target)
-        )  # as these logits count them
+        # as these logits count them
+        self.target = call.target if call.shard is None else call.shard.local(call.target)
         self.differentiate = any(needs)
         most = weight.shape[0] if call.shard is None else call.shard.most
         self.size = chunk_rows(most, call.dtype.itemsize, hidden.device, call.logits_bytes)
@@ -163,7 +162,9 @@ class _Pass:
         return _Chunk(at, x, logits if self.keep else None, logp, h, m, log_s)
 
     def derivative(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        """Add these rows' loss, and return its derivative by logp and by entropy (empty when there is none)."""
+        """Add these rows' loss, and return its derivative by logp and by entropy (empty when there is
+        none).
+        """
         call = self.call
         if not self.differentiate:
             self.loss += call.loss(logp, entropy if call.entropy else None, rows)
@@ -229,9 +230,8 @@ def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """A scaled copy: a second backward finds the gradient unchanged."""
     if grad.dtype == dtype or torch.compiler.is_compiling():
         return (grad * dloss.to(grad.dtype)).to(dtype)
-    return torch.mul(
-        grad, dloss.to(grad.dtype), out=torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    )  # rounded on its way out
+    # rounded on its way out
+    return torch.mul(grad, dloss.to(grad.dtype), out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -98,9 +98,8 @@ def _l1_project(delta: Tensor, radius: float, balls: _Balls) -> Tensor:
         f = balls.total(torch.where(above, size - threshold[:, None], 0).sum(1)) - radius
         step = torch.where(f > 0, f / balls.total(above.sum(1).double()), 0)
         threshold = threshold + step
-        if delta.device.type == "cpu" and not bool(
-            (step > threshold * 1e-15).any()
-        ):  # free to look here, and usually 5 steps do
+        # free to look here, and usually 5 steps do
+        if delta.device.type == "cpu" and not bool((step > threshold * 1e-15).any()):
             break
     return torch.where(
         (total > radius)[:, None], delta.sign() * (size - threshold[:, None]).clamp_(min=0), delta

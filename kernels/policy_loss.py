@@ -106,16 +106,14 @@ def _fused(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-register(
-    "policy_loss", "reference", forward=_fused, columns=_fused
-)  # "columns": of rows without a twin on the device
+# "columns": of rows without a twin on the device
+register("policy_loss", "reference", forward=_fused, columns=_fused)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 _C = extension()
-_KL_IDS = {
-    name: i for i, name in enumerate(("", *KLS), -1)
-}  # by which csrc/cpu/policy_loss_rows.h knows them
+# by which csrc/cpu/policy_loss_rows.h knows them
+_KL_IDS = {name: i for i, name in enumerate(("", *KLS), -1)}
 
 
 def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

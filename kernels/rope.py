@@ -266,9 +266,8 @@ def rope(
         if weight is not None:
             dims(name, weight, "E", FLOATS, E=E)
     same_device(q=q, k=k, positions=positions, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    readable = (
-        T and positions.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # elsewhere this would wait or break a graph
+    # elsewhere this would wait or break a graph
+    readable = T and positions.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         low, high = map(int, positions.aminmax())
         if not 0 <= low <= high < N:

@@ -34,9 +34,8 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
     dgate, dup = out.chunk(2, -1)
     s = gate.sigmoid()
-    torch.mul(
-        gate, s, out=dup
-    )  # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
+    # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
+    torch.mul(gate, s, out=dup)
     torch.add(s, dup - dup * s, out=dgate)  # s + g s (1 - s)
     dgate.mul_(up).mul_(dy)
     dup.mul_(dy)

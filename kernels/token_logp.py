@@ -72,9 +72,8 @@ def reference_backward(
     p = log_p.exp()
     g = -dlogp[:, None] * p
     inside = (target >= 0) & (target < logits.shape[-1])
-    g.scatter_add_(
-        1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None]
-    )  # one entry a row
+    # one entry a row
+    g.scatter_add_(1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None])
     if dentropy.numel():
         g -= dentropy[:, None] * p * (torch.where(p > 0, log_p, 0) + entropy[:, None])
     return (g / temperature[:, None]).to(logits.dtype).view(logits.shape)
@@ -109,7 +108,9 @@ register_triton("token_logp", "token_logp", "forward", "backward", "backward_int
 def forward_op(
     logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s; `inplace` lets the backward overwrite the logits."""
+    """logp, entropy (empty unless asked for), m and log s; `inplace` lets the backward overwrite the
+    logits.
+    """
     return pick("token_logp", logits, "forward")(logits, target, temperature, entropy)
 
 
@@ -275,9 +276,8 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Te
         raise ValueError(
             f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}"
         )
-    rows = (
-        logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
-    )  # a view of 2 or 3 axes is never copied
+    # a view of 2 or 3 axes is never copied
+    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
     tau = (
         temperature.expand(lead).reshape(rows.shape[:-1]) if isinstance(temperature, Tensor) else temperature
     )

@@ -8,22 +8,20 @@ import os
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first cuBLAS handle
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a process per core: two threads each would wait for each other's cores
+# a process per core: two threads each would wait for each other's cores
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault(
-    "MKL_CBWR", "AUTO,STRICT"
-)  # else, on some processors, the bits of a product depend on its operands' alignment
+# else, on some processors, the bits of a product depend on its operands' alignment
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when a kernel is decorated, which is when an op is imported
+    # read when a kernel is decorated, which is when an op is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["engines"]  # fixtures
 NEEDED = {"gpu": 1, "multigpu": 2}  # devices a marker asks for
 
 

@@ -247,11 +247,12 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
     ),
     "a filter out of range": (f"{GRPO} --sampling.top-p 0", 1, r"top_p: expected in \(0, 1\], got 0\.0"),
 }
+# the offending sample is shown below the line
 TOLD_AT_LENGTH = {
     "a reward that raises",
     "too few rewards",
     "rewards that are no numbers",
-}  # the offending sample is shown below the line
+}
 NOT_ON_A_GPU = {"no GPU"}
 
 

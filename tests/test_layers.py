@@ -145,9 +145,8 @@ def orphans(root: Path) -> list[str]:
 def sources() -> Sources:
     found = {}
     for folder, prefix in (("fastrl", "fastrl"), ("kernels", "fastrl.kernels"), ("bench", "fastrl.bench")):
-        for path in sorted(
-            (ROOT / folder).rglob("*.py")
-        ):  # rglob does not follow the two links inside fastrl/
+        # rglob does not follow the two links inside fastrl/
+        for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "fastrl" and parts[0] in ("kernels", "bench"):
                 continue

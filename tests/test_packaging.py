@@ -60,6 +60,7 @@ def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
 
 
 # --- a machine with a GPU ---------------------------------------------------------------------------
+# not needed by an op, a sampler or a benchmark
 FOREIGN = (
     "tyro",
     "trl",
@@ -67,7 +68,7 @@ FOREIGN = (
     "cut_cross_entropy",
     "ruff",
     "mypy",
-)  # not needed by an op, a sampler or a benchmark
+)
 
 
 def test_gpu_check_needs_no_command_line_package():
@@ -84,7 +85,8 @@ def test_gpu_check_needs_no_command_line_package():
 import importlib.util, sys
 class Absent:
     def find_spec(self, name, path, target=None):
-        if name.partition('.')[0] in {FOREIGN!r}: raise ModuleNotFoundError('No module named ' + repr(name), name=name)
+        if name.partition('.')[0] in {FOREIGN!r}:
+            raise ModuleNotFoundError('No module named ' + repr(name), name=name)
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, 'tests/helpers')
 for i, file in enumerate({[str(f) for f in files]!r}):
@@ -222,7 +224,9 @@ def test_building_without_cuda_leaves_its_functions_out(tmp_path):
 # --- the wheel --------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path):
-    """Builds in isolation (only setuptools and pybind11).  Wrong: find_packages, which misses fastrl.kernels."""
+    """Builds in isolation (only setuptools and pybind11).  Wrong: find_packages,
+    which misses fastrl.kernels.
+    """
     copy = tmp_path / "source"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", "demo"

@@ -84,9 +84,8 @@ def test_a_stopped_pipeline_goes_on(tmp_path, monkeypatch):
     straight, stopped = chain(tmp_path, "straight"), chain(tmp_path, "stopped")
     run(straight)
     with monkeypatch.context() as patch:
-        stop_after(
-            patch, 4 + 1 + 2
-        )  # the first stage looks once before its steps and after each; then two steps of the second
+        # the first stage looks once before its steps and after each; then two steps of the second
+        stop_after(patch, 4 + 1 + 2)
         with pytest.raises(
             UserError, match=r"stopped in stage 'grpo'; continue with: fastrl run .*stopped.yaml"
         ):

@@ -63,7 +63,9 @@ Step = Callable[[Sample, Rows, Records, Pages, dict[str, Tensor], int], None]
 
 
 def _stepper(step: Step) -> Callable[..., Tensor]:
-    """Steps of one state, made at the first call; rows are put back, so that every call does the same work."""
+    """Steps of one state, made at the first call; rows are put back,
+    so that every call does the same work.
+    """
     made: list[tuple[Rows, Records, Pages, dict[str, Tensor]]] = []
 
     def call(token: Tensor, logp: Tensor, C: int, page: int) -> Tensor:

@@ -81,7 +81,9 @@ def warped(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def eager(logits: Tensor, row: Tensor, top_k: int, top_p: float) -> tuple[Tensor, ...]:
-    """Filter, softmax, multinomial, gather; the first log-prob and the entropy are those before the filters."""
+    """Filter, softmax, multinomial, gather; the first log-prob and the entropy are those before the
+    filters.
+    """
     log_p = logits.log_softmax(-1)
     p = warped(logits, top_k, top_p).softmax(-1)
     token = torch.multinomial(p, 1)

@@ -69,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from 0 (default: 1)")
     options = parser.parse_args(argv)
     began = time.monotonic()
-    torch.set_num_threads(
-        1
-    )  # threads that wait for each other spin, and are slow on a machine that does anything else
+    # threads that wait for each other spin, and are slow on a machine that does anything else
+    torch.set_num_threads(1)
     folder = fresh(options.output_dir)
     try:
         comparison = compare(

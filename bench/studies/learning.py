@@ -196,7 +196,9 @@ def possible() -> list[str]:
 
 
 def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """What every method on the card game starts from: seed 0 of the recipe, measured with every seed's noise."""
+    """What every method on the card game starts from: seed 0 of the recipe,
+    measured with every seed's noise.
+    """
     start, _ = fit("sft", "cards_sft", folder / START, "--model", str(RECIPES / "cards.config.json"))
     for seed in seeds:
         record(folder / START / f"seed{seed}", partial(margin, start), START, seed)
@@ -212,7 +214,9 @@ def begin_judged(folder: Path, seeds: Sequence[int]) -> list[str]:
 
 
 def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """What reward models of word problems start from: a decoder that has read the training set's solutions."""
+    """What reward models of word problems start from: a decoder that has read the training set's
+    solutions.
+    """
     data = folder / "gsm8k_data"
     if not (data / "groups.jsonl").is_file():
         if GSM8K not in os.environ:
@@ -261,7 +265,9 @@ def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float |
 
 
 def record(run: Path, work: Callable[[Path, int], dict[str, Any]], name: str, seed: int) -> None:
-    """What `work` finds, written beside the run with the commit it ran at; nothing if that was done before."""
+    """What `work` finds, written beside the run with the commit it ran at;
+    nothing if that was done before.
+    """
     if (run / RESULT).is_file():
         return
     run.mkdir(parents=True, exist_ok=True)

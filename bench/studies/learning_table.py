@@ -91,7 +91,9 @@ def _margin(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publish(found: Mapping[str, Any], folder: Path, results: Path | None, readme: Path | None) -> None:
-    """Write learning.json into the runs' folder, learning-<date>.json into `results`, and the README's table."""
+    """Write learning.json into the runs' folder, learning-<date>.json into `results`,
+    and the README's table.
+    """
     text = json.dumps(found, indent=1) + "\n"
     for path in [folder / f"{NAME}.json"] + (
         [results / f"{LEARNING}{found['date'][:10]}.json"] if results else []
@@ -128,9 +130,8 @@ def _policies(found: Mapping[str, Any]) -> str:
         if "gain" in row:
             gain, single = row["gain"], ", ".join(f"{100 * s['gain'][0]:+.1f}" for s in row["seeds"])
             over = "" if gain["over_seeds"] is None else _ends(gain["over_seeds"])
-            known = [
-                s for s in row["seconds"] if s is not None
-            ]  # a resumed run knows the time of its last part only
+            # a resumed run knows the time of its last part only
+            known = [s for s in row["seconds"] if s is not None]
             seconds = f"{sum(known) / len(known):.0f}" if known else ""
             rows.append(
                 (

@@ -113,9 +113,8 @@ class Ours:
         (batch,) = self.source.collect(self.step, self.step).batches
         drawn = time.perf_counter()
         with torch.enable_grad():
-            loss = torch.tensor(
-                self.learner.update(batch, self.step)["loss"]
-            )  # read: the device has finished
+            # read: the device has finished
+            loss = torch.tensor(self.learner.update(batch, self.step)["loss"])
         self.seconds = {"rollout": drawn - began, "update": time.perf_counter() - drawn}
         self.step += 1
         return loss

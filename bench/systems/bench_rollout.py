@@ -87,9 +87,8 @@ class Ours:
 
     def __init__(self, case: Case) -> None:
         G, M = case.sizes("G M")
-        budget = G * sum(
-            p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True)
-        )  # whole pages, and one to spare
+        # whole pages, and one to spare
+        budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))
         self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
         self.params = SamplingParams(n=G, max_new_tokens=M)
         self.lengths = lengths(case)[1] if case.mode == RANDOM else None

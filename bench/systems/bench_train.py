@@ -23,12 +23,13 @@ from fastrl.bench.decoders import LETTERS, QWEN3_06B, QWEN25_05B
 from fastrl.config import Optim
 from fastrl.train.learner import Learner
 
+# dense bf16 FLOP/s; the first that the name holds
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
-}  # dense bf16 FLOP/s; the first that the name holds
+}
 
 CASES = cases(
     f"S N {LETTERS}",

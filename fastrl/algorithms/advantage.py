@@ -94,9 +94,8 @@ def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor
     known, x = ~table.isnan(), table.nan_to_num(0)
     count = known.sum(1, keepdim=True).clamp(min=1)
     n = (count - 1).clamp(min=1)
-    centred = torch.where(
-        known, x - x.sum(1, keepdim=True) / count, 0
-    )  # about the group's mean, for the digits of the sums below
+    # about the group's mean, for the digits of the sums below
+    centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)
     mean = (centred.sum(1, keepdim=True) - centred) / n
     square = centred.square().sum(1, keepdim=True) - centred.square()
     deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
@@ -132,9 +131,8 @@ def _max_at_k(reward: Tensor, group: int, length: Tensor, *, k: int) -> Tensor:
         (_log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)).exp(),
         0,
     )
-    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(
-        min=0
-    )  # (P, G, G); its own place counts 0
+    # (P, G, G); its own place counts 0
+    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(min=0)
     return ((gain * best[:, None, :]).sum(2) * k_of / n).flatten().to(reward.dtype)
 
 
@@ -206,15 +204,16 @@ def _sum_then_normalize(
 def _normalize_then_sum(
     parts: Tensor, weight: Tensor, advantage: Advantage, group: int, length: Tensor
 ) -> Tensor:
-    """Each reward becomes an advantage; their weighted sum is whitened over the samples of the batch (GDPO)."""
+    """Each reward becomes an advantage; their weighted sum is whitened over the samples of the batch
+    (GDPO).
+    """
     known = ~parts.isnan().all(0)
     x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
     n = known.sum()
     mean = torch.where(known, x, 0).sum() / n.clamp(min=1)
     deviation = (torch.where(known, x - mean, 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
-    moved = (
-        x.view(-1, group).ne(0).any(1).repeat_interleave(group)
-    )  # a group that is all equal in every reward stays at 0
+    # a group that is all equal in every reward stays at 0
+    moved = x.view(-1, group).ne(0).any(1).repeat_interleave(group)
     return torch.where(known & moved, (x - mean) / (deviation + 1e-4), 0)
 
 

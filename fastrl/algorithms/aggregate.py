@@ -25,9 +25,8 @@ class Totals:
     max_length: int
 
 
-Aggregate = Callable[
-    [Tensor, Totals], Tensor
-]  # loss tokens of each sample (S,), totals -> weight of its tokens (S,)
+# loss tokens of each sample (S,), totals -> weight of its tokens (S,)
+Aggregate = Callable[[Tensor, Totals], Tensor]
 
 
 def token_mean(length: Tensor, totals: Totals) -> Tensor:

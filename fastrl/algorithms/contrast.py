@@ -57,11 +57,15 @@ class Contrast:
         return self.group
 
     def kept(self, reward: Tensor) -> Tensor:
-        """(P, unit) int64: which of each prompt's completions, whose rewards are (P, G), the loss is about."""
+        """(P, unit) int64: which of each prompt's completions, whose rewards are (P, G),
+        the loss is about.
+        """
         return torch.arange(self.group, device=reward.device).expand(len(reward), self.group)
 
     def units(self, reward: Tensor) -> Tensor:
-        """(P,) int64: how many losses the kept completions of each prompt give, from their rewards (P, unit)."""
+        """(P,) int64: how many losses the kept completions of each prompt give, from their rewards (P,
+        unit).
+        """
         raise NotImplementedError
 
     def scores(self, tokens: Tokens) -> tuple[Scores, Tensor]:
@@ -82,10 +86,11 @@ def _extremes(reward: Tensor) -> Tensor:
     return torch.stack([best, worst], 1)
 
 
+# rewards (P, G) -> kept (P, 2)
 PAIRINGS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "extremes": _extremes,
     "all": None,
-}  # rewards (P, G) -> kept (P, 2)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

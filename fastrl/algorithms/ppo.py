@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,8 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.algorithms.aggregate import token_mean
 from fastrl.algorithms.objective import Algorithm
-from fastrl.algorithms.presets import KL, clip
-from fastrl.config import Ppo
-from fastrl.errors import UserError
+from fastrl.algorithms.presets import clip
 from fastrl.kernels.surrogates import KLS
-from fastrl.methods.grpo.options import choose_algorithm
 
 Sum = Callable[..., list[float]]
 """Numbers -> each summed over all processes: `World.sum`."""
@@ -73,115 +70,11 @@ SEMANTICS: Mapping[str, Mapping[str, Any]] = {  # what other trainers do under t
 }
 
 
-def choose_ppo(config: Ppo) -> ActorCritic:
-    """The row, with the run's own settings.  Raises UserError for options that do not go together."""
-    _check(config)
-    if config.algorithm not in PPO:
-        raise UserError(f"--algorithm: expected one of {', '.join(PPO)}; got {config.algorithm!r}")
-    if config.semantics not in SEMANTICS:
-        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
-    preset = SEMANTICS[config.semantics]
-    coef = KL_COEF if config.kl_coef is None else config.kl_coef
-    inside = config.kl_in == "reward"
-    table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
-    family = replace(
-        config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef
-    )
-    row = cast(ActorCritic, choose_algorithm(family, table))
-    estimator = (config.kl or "k1") if inside else row.kl
-    estimator = KL.get(config.semantics, {}).get(estimator or "", estimator)
-    given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {"kl": estimator}
-    given |= {
-        "gamma": config.gamma,
-        "whiten": config.whiten,
-        "critic": config.critic,
-        "critic_model": config.critic_model,
-    }
-    given |= {"critic_lr": config.critic_lr}
-    given |= {} if config.lam is None else {"lam": config.lam}
-    given |= {} if config.vf_coef is None else {"vf_coef": config.vf_coef}
-    given |= {} if config.value_clip is None else {"value_clip": config.value_clip or math.inf}
-    return replace(row, **given)
-
-
-def _check(config: Ppo) -> None:
-    for option in ("advantage", "scale_rewards", "pass_k"):
-        if getattr(config, option) is not None:
-            spelt = option.replace("_", "-")
-            raise UserError(
-                f"--{spelt}: PPO's advantages come from its critic; leave it out, or run fastrl grpo"
-            )
-    several, own, coef = config.multi_objective_aggregation, config.critic == "separate", config.kl_coef
-    tied, alone = config.critic_lr is None and config.critic_model is None, config.vf_coef is None
-    samples = config.prompts * config.group
-    for name, value, fine, expected in (
-        (
-            "--multi-objective-aggregation",
-            several,
-            several == "sum_then_normalize",
-            "sum_then_normalize, as there are no groups",
-        ),
-        ("--gamma", config.gamma, 0 <= config.gamma <= 1, "a discount in [0, 1]"),
-        ("--lam", config.lam, config.lam is None or 0 <= config.lam <= 1, "a number in [0, 1]"),
-        ("--kl-coef", coef, coef is None or coef >= 0, "0 or more"),
-        ("--kl", config.kl, config.kl is None or coef != 0, "no estimator at --kl-coef 0"),
-        (
-            "--kl-target",
-            config.kl_target,
-            config.kl_target is None or config.kl_target > 0,
-            "a positive number of nats",
-        ),
-        (
-            "--kl-target",
-            config.kl_target,
-            config.kl_target is None or coef != 0,
-            "none at --kl-coef 0, which no factor moves",
-        ),
-        (
-            "--kl-horizon",
-            config.kl_horizon,
-            config.kl_target is None or config.kl_horizon >= samples,
-            f"at least a step's {samples}",
-        ),
-        (
-            "--critic-lr, --critic-model",
-            config.critic,
-            own or tied,
-            "--critic separate, which has an optimizer and weights of its own",
-        ),
-        (
-            "--critic-lr",
-            config.critic_lr,
-            config.critic_lr is None or 0 <= config.critic_lr < math.inf,
-            "0 or more",
-        ),
-        (
-            "--vf-coef",
-            config.vf_coef,
-            alone or not own,
-            "none with --critic separate, whose optimizer is its own; see --critic-lr",
-        ),
-        ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
-        (
-            "--missing-eos-penalty",
-            config.missing_eos_penalty,
-            math.isfinite(config.missing_eos_penalty),
-            "a finite number",
-        ),
-        (
-            "--value-clip",
-            config.value_clip,
-            (config.value_clip or 0) >= 0,
-            "a positive number, or 0 for none",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{name}: expected {expected}, got {value}")
-
-
 # --- rewards and advantages -------------------------------------------------------------------------
 def kl_of_tokens(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
-    """(T,) KL to the reference of each sampled token, nats, by a row of KLS under the policy that sampled it."""
+    """(T,) KL to the reference of each sampled token, nats, by a row of KLS under the policy that
+    sampled it.
+    """
     return KLS[estimator](logp - ref_logp, torch.zeros_like(logp))[0]
 
 
@@ -245,12 +138,13 @@ class Coefficient:
 
 
 # --- the critic's loss ------------------------------------------------------------------------------
+# of `value_loss`: the loss, weighted, and three plain sums over tokens
 VALUE_SUMS = (
     "loss",
     "tokens",
     "clipped",
     "value",
-)  # of `value_loss`: the loss, weighted, and three plain sums over tokens
+)
 
 
 def value_loss(

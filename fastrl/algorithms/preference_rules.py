@@ -120,7 +120,9 @@ def orpo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def _log_odds(x: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(x), x <= 0; at p = 1, where it is infinite, that of the largest p below it."""
+    """log(p / (1 - p)) of p = exp(x), x <= 0; at p = 1, where it is infinite,
+    that of the largest p below it.
+    """
     x = x.clamp(max=-torch.finfo(x.dtype).eps / 2)
     return x - (-torch.expm1(x)).log()
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# what `measure` adds up, in its order
 MEASURES = (
     "loss",
     "center",
@@ -26,7 +27,7 @@ MEASURES = (
     "margin",
     "scores",
     "reward",
-)  # what `measure` adds up, in its order
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +95,8 @@ def plackett_luce(judged: Judged) -> Tensor:
     """
     beats = judged.beats()
     rivals = beats | torch.eye(beats.shape[-1], dtype=torch.bool, device=beats.device)
-    behind = (
-        -judged.gaps()
-    )  # r_j - r_i: the score itself is never in the exponent, so an offset costs no accuracy
+    # r_j - r_i: the score itself is never in the exponent, so an offset costs no accuracy
+    behind = -judged.gaps()
     return torch.where(rivals, behind, -torch.inf).logsumexp(-1).sum(-1)
 
 

@@ -108,9 +108,8 @@ def shared(batch: Batch) -> Shared | None:
     begins = seen[1:] == seen[starts][seq]
     prompt = torch.zeros_like(starts).index_add_(0, seq, begins.long())
     before = starts - torch.roll(starts, 1)  # from a sequence to its neighbour on the left
-    there = (torch.arange(T, device=device) - before[seq]).clamp(
-        0, T - 1
-    )  # the same place there, where it has one
+    # the same place there, where it has one
+    there = (torch.arange(T, device=device) - before[seq]).clamp(0, T - 1)
     other = (batch.tokens != batch.tokens[there]) & begins
     differs = torch.zeros_like(starts).index_add_(0, seq, other.long())
     alike = (differs == 0) & (prompt == torch.roll(prompt, 1)) & (torch.arange(S, device=device) > 0)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# of Rollouts
 _PER_TOKEN = (
     "tokens",
     "completion_mask",
@@ -21,7 +22,7 @@ _PER_TOKEN = (
     "behaviour_logp",
     "entropy",
     "weight_version",
-)  # of Rollouts
+)
 _PER_SEQUENCE = ("prompt_index", "prompt_lengths", "sequence")
 
 

@@ -1,7 +1,13 @@
 """Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
 
-from fastrl.config.methods import TRAINING, Dpo, Grpo, HeldOut, Hybrid, Joint, Ppo, Reward, Sft
+from fastrl.config.dpo import Dpo
+from fastrl.config.grpo import Grpo
+from fastrl.config.hybrid import Hybrid
+from fastrl.config.joint import Joint
+from fastrl.config.ppo import Ppo
+from fastrl.config.reward import HeldOut, Reward
 from fastrl.config.run import Eval, Optim, Run, Sampling, Save
+from fastrl.config.sft import Sft
 from fastrl.config.tools import Evaluate, Generate
 
 __all__ = [
@@ -22,3 +28,14 @@ __all__ = [
     "Save",
     "Sft",
 ]
+
+TRAINING: dict[str, type[Run]] = {
+    "sft": Sft,
+    "reward": Reward,
+    "dpo": Dpo,
+    "grpo": Grpo,
+    "ppo": Ppo,
+    "hybrid": Hybrid,
+    "joint": Joint,
+}
+"""The commands that train, as a pipeline's stages name them."""

@@ -194,7 +194,9 @@ def _take_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _spell(arg: str, known: Mapping[str, Any], prog: str) -> str:
-    """An argument with TRL's spelling replaced by ours.  Raises UsageError for an option that does not exist."""
+    """An argument with TRL's spelling replaced by ours.  Raises UsageError for an option that does not
+    exist.
+    """
     if not arg.startswith("--") or arg == "--":
         return arg
     name, equals, value = arg[2:].partition("=")
@@ -313,9 +315,8 @@ def _coerce(value: Any, kind: Any) -> Any:
     """`value` as the type `kind` of a field; raises ValueError when it is of another type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (
-            value == "None" and type(None) in inner
-        ):  # "None" is what the command line takes
+        # "None" is what the command line takes
+        if value is None or (value == "None" and type(None) in inner):
             return None
         return _coerce(value, next(k for k in inner if k is not type(None)))
     if origin is Literal and value in inner and not isinstance(value, bool):

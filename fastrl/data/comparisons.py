@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.reward import Judged
 from fastrl.data.pairs import prompt_of
 from fastrl.data.rows import Row, encode_all, encode_prompt, read_table
 from fastrl.errors import UserError
@@ -99,16 +98,6 @@ class Packed:
     cu_seqlens: Tensor
     at: Tensor
 
-    def judged(self, score: Tensor, total: float) -> Judged:
-        """The groups with their (N,) scores."""
-        target = torch.tensor(
-            [t for g in self.groups for t in g.target], dtype=score.dtype, device=score.device
-        )
-        margin = torch.tensor([g.margin for g in self.groups], dtype=score.dtype, device=score.device)
-        return Judged(
-            score=score, target=target, sizes=[len(g.target) for g in self.groups], margin=margin, total=total
-        )
-
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
     """The groups' sequences end to end."""
@@ -152,9 +141,8 @@ def _statement(fields: dict[str, Any], where: str, data: str, margins: bool) -> 
     if fields.get("prompt") is not None:
         _said(fields["prompt"], "prompt", where)
     prompt = fields.get("prompt")
-    if name == "pair" and (
-        prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]
-    ):  # else there is no prompt to find
+    # else there is no prompt to find
+    if name == "pair" and (prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]):
         prompt, *completions = prompt_of(Row(where, name, fields))
     margin = fields.get("margin")
     if margin is not None and not margins:

@@ -68,13 +68,11 @@ def _stats(
     logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool
 ) -> list[Tensor]:
     """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
-    rows = (
-        logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
-    )  # the views that TRL passes are not copied
+    # the views that TRL passes are not copied
+    rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
     stats = ops.token_logp(rows, index.reshape(rows.shape[:-1]), temperature=temperature, entropy=entropy)
-    fused = getattr(
-        importlib.import_module(_HOME), "_supports_trl_loss_kernel", None
-    )  # that kernel's results are float32
+    # that kernel's results are float32
+    fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)
     dtype = torch.float32 if fused is not None and fused(logits, index, row_mask) else logits.dtype
     return [
         _masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None

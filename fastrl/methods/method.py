@@ -14,31 +14,38 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm, choose_algorithm
+from fastrl.algorithms import Algorithm
 from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.fusion import Fused, choose_fusion, offline
+from fastrl.algorithms.fusion import Fused
 from fastrl.algorithms.hybrid import Mixed
-from fastrl.algorithms.joint import CoTrained, choose_joint
-from fastrl.algorithms.ppo import ActorCritic, choose_ppo
-from fastrl.algorithms.preference import Preference, choose_preference
+from fastrl.algorithms.joint import CoTrained
+from fastrl.algorithms.ppo import ActorCritic
+from fastrl.algorithms.preference import Preference
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Run, Sft
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner
+from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.dpo.reference import preference_source
+from fastrl.methods.grpo.options import check_rollouts, choose_algorithm
 from fastrl.methods.grpo.prompts import demonstrations, prompts_and_rewards
-from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy, Source, check_rollouts
+from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy, Source
 from fastrl.methods.hybrid.mixture import Known, MixedLearner, Mixture
+from fastrl.methods.hybrid.pair_options import choose_fusion, offline
 from fastrl.methods.hybrid.pairs import Contrasted, FusedLearner, FusedSource
 from fastrl.methods.hybrid.references import demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.joint.batches import JointSource, offline_comparisons
 from fastrl.methods.joint.learner import JOINT_METRICS, JointLearner
+from fastrl.methods.joint.options import choose_joint
 from fastrl.methods.ppo.batches import PpoSource
 from fastrl.methods.ppo.learner import VALUE_METRICS, PpoLearner
-from fastrl.methods.reward.batches import choose_reward_loss, comparisons
+from fastrl.methods.ppo.options import choose_ppo
+from fastrl.methods.reward.batches import comparisons
 from fastrl.methods.reward.learner import REWARD_METRICS, RewardLearner
-from fastrl.methods.sft.learner import SupervisedLearner, choose_supervised
+from fastrl.methods.reward.options import choose_reward_loss
+from fastrl.methods.sft.learner import SupervisedLearner
+from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.adapter import load_model
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import has_tokenizer, load_tokenizer

@@ -48,9 +48,8 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     eos_token_id: tuple[int, ...]
-    extra: dict[str, Any] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # the rest of config.json, kept for saving
+    # the rest of config.json, kept for saving
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:

@@ -39,9 +39,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,)."""
-        return (hidden.to(self.weight.dtype) * self.weight).sum(
-            -1
-        ) + self.bias  # a row's value is the same whatever rows are with it
+        # a row's value is the same whatever rows are with it
+        return (hidden.to(self.weight.dtype) * self.weight).sum(-1) + self.bias
 
 
 class Critic(nn.Module):
@@ -100,9 +99,8 @@ class Critic(nn.Module):
 
     @classmethod
     def _scoring(cls, folder: str, config: dict[str, Any], policy: Any) -> Self:
-        labels = config.get("num_labels") or len(
-            config.get("id2label") or (0, 1)
-        )  # transformers' own default is two
+        # transformers' own default is two
+        labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))
         if labels != 1:
             raise UserError(
                 "--critic-model: expected a model of one label, whose score is a value; "

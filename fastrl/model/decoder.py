@@ -297,7 +297,9 @@ class Decoder(nn.Module):
         weights.write(Path(folder), dict(self.named_parameters()), self.layout(), dtype, max_shard_bytes)
 
     def layout(self) -> weights.Layout:
-        """Each parameter's tensors in a Hugging Face file: their names, and how many of its rows each holds."""
+        """Each parameter's tensors in a Hugging Face file: their names,
+        and how many of its rows each holds.
+        """
         c = self.config
         queries, keys, ffn = (
             c.num_attention_heads * c.head_dim,

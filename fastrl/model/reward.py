@@ -201,9 +201,8 @@ class RewardModel(nn.Module):
     def _trained(
         cls, folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str
     ) -> Self:
-        labels = config.get("num_labels") or len(
-            config.get("id2label") or (0, 1)
-        )  # transformers' own default is two
+        # transformers' own default is two
+        labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))
         if labels != 1:
             raise UserError(
                 f"{folder}: expected a model of one label, whose score is the reward; "

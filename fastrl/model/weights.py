@@ -210,9 +210,10 @@ def write(
     if len(shards) > 1:
         weight_map = {n: file for file, shard in zip(names, shards, strict=True) for n in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    # of an earlier save with another number of shards
     for old in (
         *folder.glob("model*.safetensors"),
         folder / INDEX,
-    ):  # of an earlier save with another number of shards
+    ):
         if old.name not in names and not (old.name == INDEX and len(shards) > 1):
             old.unlink(missing_ok=True)

@@ -119,7 +119,9 @@ def headline(it: Comparison) -> str:
 
 
 def as_text(it: Comparison) -> str:
-    """The comparison for a terminal: every seed, every arm, and the paired differences in percentage points."""
+    """The comparison for a terminal: every seed, every arm, and the paired differences in percentage
+    points.
+    """
     width = max(len(a.name) for s in it.seeds for a in s.arms)
     lines = [
         it.title,

@@ -12,36 +12,44 @@ from collections.abc import Sequence
 from fastrl.report.plots import Picture
 
 CSS = """
-:root { color-scheme: light; --ink: #1f2328; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa; --good: #00664b; --bad: #a63d00 }
+:root { color-scheme: light; --ink: #1f2328; --dim: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
+  --good: #00664b; --bad: #a63d00 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: #fff;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere }
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem }
-h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line) }
+h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; padding-bottom: .25rem;
+  border-bottom: 1px solid var(--line) }
 p { margin: .5rem 0; max-width: 48rem }
 .dim, figcaption, caption { color: var(--dim); font-size: .875rem }
 .lead { font-size: 1.1rem }
-.figures { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.figures { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 figure { margin: 0; max-width: 34rem }
 figure.wide { max-width: 38rem }
 figure img { display: block; width: 100%; height: auto }
 figure h3 { font-size: 1rem; margin: 0 0 .25rem }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem; font-size: .9375rem }
 caption { text-align: left; padding-bottom: .4rem; caption-side: top }
-th, td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line) }
+th, td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0;
+  border-bottom: 1px solid var(--line) }
 thead th { font-weight: 600; white-space: nowrap }
 tbody th { font-weight: 500 }
 .number { text-align: right; font-variant-numeric: tabular-nums }
-.sample { font: .8125rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap }
+.sample { font: .8125rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  white-space: pre-wrap }
 .good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
-pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .75rem; margin: .5rem 0;
+pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .75rem;
+  margin: .5rem 0;
   font: .8125rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap }
 summary { cursor: pointer; padding: .35rem 0 }
 @media (max-width: 44rem) {
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
   tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line) }
   th, td { display: block; border: 0; padding: .1rem 0; text-align: left !important }
-  td[data-label]::before { content: attr(data-label) ": "; color: var(--dim); font: .875rem/1.45 system-ui, sans-serif }
+  td[data-label]::before { content: attr(data-label) ": "; color: var(--dim);
+  font: .875rem/1.45 system-ui, sans-serif }
   td.sample::before { display: block }
   td:empty { display: none }
 }

@@ -105,9 +105,8 @@ def lines(series: Sequence[Series], *, title: str, unit: str, path: Path, percen
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.margins(x=0.02, y=0.08)
-        if (
-            all(v >= 0 for s in series for v in s.y) and axes.get_ylim()[0] < 0
-        ):  # room below zero for what cannot be below it
+        # room below zero for what cannot be below it
+        if all(v >= 0 for s in series for v in s.y) and axes.get_ylim()[0] < 0:
             axes.set_ylim(bottom=0)
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

@@ -35,11 +35,15 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model), or "text"."""
+        """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model),
+        or "text".
+        """
         return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
-        """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside it."""
+        """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside
+        it.
+        """
         rows = [r for r in self.rows if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
         bounds = {end: [r.get(f"{key}_{end}") for r in rows] for end in ("lo", "hi")}
         whole = bool(rows) and all(v is not None for values in bounds.values() for v in values)

@@ -150,10 +150,11 @@ def model_reward(
     return reward_model
 
 
+# before the colon of a name
 MODELS: dict[str, Callable[..., Reward]] = {
     "model": model_reward,
     "implicit": implicit_reward,
-}  # before the colon of a name
+}
 
 
 def score(

@@ -92,7 +92,9 @@ def evaluate(
     weight_version: int = 0,
     world: World | None = None,
 ) -> Evaluation:
-    """Evaluate the sampler's model on the first `prompts` examples of `split` (all of it when it has fewer)."""
+    """Evaluate the sampler's model on the first `prompts` examples of `split` (all of it when it has
+    fewer).
+    """
     world = world or World()
     size = task.size(split)
     if size == 0 or prompts < 1:

@@ -38,6 +38,7 @@ from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
 
 CHUNK = 64  # prompts whose completions are drawn and written together: an interrupted run keeps what it has
+# options that may change over --resume
 FREE = (
     "prompts",
     "output",
@@ -45,7 +46,7 @@ FREE = (
     "device",
     "threads",
     "sampling.max_tokens_in_flight",
-)  # options that may change over --resume
+)
 
 
 def run(config: Generate) -> None:

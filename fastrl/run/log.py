@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 METRICS, SAMPLES, REWARDS = "metrics.jsonl", "samples.jsonl", "rewards.json"
 EVENTS = "events.out.tfevents.*"
+# all a run leaves but its checkpoints
 LOGS = (
     METRICS,
     SAMPLES,
@@ -33,7 +34,7 @@ LOGS = (
     REWARDS,
     "report.html",
     "plots",
-)  # all a run leaves but its checkpoints
+)
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
     "reward": ("reward", ".3f"),

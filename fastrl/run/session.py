@@ -105,7 +105,9 @@ class Session:
 
 
 def set_up(config: Run) -> Session:
-    """Build the session.  Raises UserError for whatever is wrong with the configuration, before any training."""
+    """Build the session.  Raises UserError for whatever is wrong with the configuration,
+    before any training.
+    """
     _check(config)
     set_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -192,9 +194,8 @@ def set_up(config: Run) -> Session:
 
 def _check(config: Run) -> None:
     e = config.eval
-    judged = config.task is not None or isinstance(
-        config, Reward
-    )  # a reward model is judged on a dataset's held-out lines, too
+    # a reward model is judged on a dataset's held-out lines, too
+    judged = config.task is not None or isinstance(config, Reward)
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),

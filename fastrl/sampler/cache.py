@@ -14,9 +14,8 @@ from fastrl import ops
 from fastrl.kernels._native.decoder_layer import Paged
 from fastrl.kernels.advance import Pages
 
-Attend = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
+# layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class PagedCache:
@@ -36,9 +35,8 @@ class PagedCache:
             else (0, 1, 1)
         )
         shape = (layers, pages + 1, page, heads, width)
-        self.k = torch.zeros(
-            shape, dtype=model.dtype, device=device
-        )  # zeros: unused slots of a page must be finite
+        # zeros: unused slots of a page must be finite
+        self.k = torch.zeros(shape, dtype=model.dtype, device=device)
         self.v = torch.zeros(shape, dtype=model.dtype, device=device)
         self.paged = list(zip(self.k, self.v, strict=True))  # by layer, (pages, page, K, E)
         self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.paged]  # (slots, K, E)

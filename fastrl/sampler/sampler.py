@@ -231,9 +231,8 @@ class Sampler:
         if self.tokenizer is not None:
             rows = zip(jobs, records.tokens[:S].tolist(), lengths.tolist(), strict=True)
             ids = [row[len(job.prompt) : end] for job, row, end in rows]
-            text = (
-                self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-            )  # of none it makes one empty text
+            # of none it makes one empty text
+            text = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
         return Rollouts(
             tokens=tokens,
             cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
@@ -306,9 +305,8 @@ def _write(state: State, jobs: Sequence[Job], carried: Rollouts | None) -> None:
     records.length[:S] = lengths
     inside = (torch.arange(state.C) < lengths[:, None]).to(state.device)
     new = jobs[0 if carried is None else len(carried) :]
-    prompts = {
-        id(job.prompt): torch.tensor(job.prompt, dtype=torch.int64) for job in new
-    }  # each once, however many samples it has
+    # each once, however many samples it has
+    prompts = {id(job.prompt): torch.tensor(job.prompt, dtype=torch.int64) for job in new}
     fresh = torch.cat([prompts[id(job.prompt)] for job in new] or [torch.empty(0, dtype=torch.int64)]).to(
         state.device
     )

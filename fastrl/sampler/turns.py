@@ -101,9 +101,8 @@ class Conversation:
                 RUNNING,
             )
             spans.append(Span(row, records.tokens[s], length - 1, end - 1))
-        held = [
-            (length - 2) // page + 1 for _, _, length, _ in on
-        ]  # a row that ends is given no page for its newest token
+        # a row that ends is given no page for its newest token
+        held = [(length - 2) // page + 1 for _, _, length, _ in on]
         more = [s.end // page + 1 - h for s, h in zip(spans, held, strict=True)]
         give(engine.cache, rows.table, [row for row, *_ in on], held, more)
         if engine.model.supports_cache:

@@ -54,13 +54,13 @@ ENVIRONMENT = {  # CUDA IPC needs two processes, and its handles are pickled bet
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
 }
-BACKENDS = {
-    "cuda": "ipc"
-}  # device of the trained model -> vLLM's backend for weights that come from the same device
+# device of the trained model -> vLLM's backend for weights that come from the same device
+BACKENDS = {"cuda": "ipc"}
+# vLLM's finish reasons -> ours; what is not here is no completion
 FINISHED = {
     "stop": "stop",
     "length": "length",
-}  # vLLM's finish reasons -> ours; what is not here is no completion
+}
 COLDEST = 0.01  # vLLM raises a lower temperature to this
 SPARE = 256  # tokens of cache beyond the budget, for the pages that vLLM itself keeps
 

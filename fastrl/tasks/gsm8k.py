@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "val", "test")
+# the first that is there; the second holds 900 of the 1319 test questions
 TEST_FILES = (
     "test.jsonl",
     "model_solutions.jsonl",
-)  # the first that is there; the second holds 900 of the 1319 test questions
+)
 INSTRUCTION = (
     "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
 )
@@ -114,7 +115,9 @@ class Gsm8k:
         return last_number(completion) if marked is None and self.last_number else marked
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` makes a small one)."""
+        """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` makes a small
+        one).
+        """
         return None
 
     def _problems(self, split: str) -> tuple[Problem, ...]:

@@ -1,4 +1,6 @@
-"""Tokenizers made here, as ordinary Hugging Face ones: `save_pretrained` writes what `AutoTokenizer` reads."""
+"""Tokenizers made here, as ordinary Hugging Face ones: `save_pretrained` writes what `AutoTokenizer`
+reads.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,8 @@ def char_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
         raise ValueError(f"alphabet: expected different single characters, got {odd or characters}")
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *characters])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    core.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"[\s\S]"), behavior="isolated"
-    )  # not `.`, which misses newlines
+    # not `.`, which misses newlines
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()  # joined without spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False

@@ -93,9 +93,8 @@ class Learner:
         lr = learning_rate(self.optim, step, self.steps)
         try:
             metrics = self._gradients(batch)
-            if (
-                metrics["num_tokens"] == 0
-            ):  # every sample's advantage is 0: AdamW must not step on its momentum alone
+            # every sample's advantage is 0: AdamW must not step on its momentum alone
+            if metrics["num_tokens"] == 0:
                 return metrics | {"grad_norm": 0.0, "learning_rate": lr}
             norm = float(nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
             for name, value in (("loss", metrics["loss"]), ("grad_norm", norm)):
@@ -243,7 +242,9 @@ class Learner:
         return _merge(rows)
 
     def _accumulate_in_float32(self) -> None:
-        """Gradients of low-precision weights move to their float32 master as soon as autograd has made them."""
+        """Gradients of low-precision weights move to their float32 master as soon as autograd has made
+        them.
+        """
 
         def move(master: Tensor) -> Any:
             def hook(weight: Tensor) -> None:

@@ -23,7 +23,9 @@ PAGE = 64  # tokens
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.  Nothing is read on the host."""
+    """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.
+    Nothing is read on the host.
+    """
     lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=q.device)
     return prefix(q, k, v, cu_seqlens, cu_seqlens, scale, max_seqlen), lse
 

@@ -43,10 +43,11 @@ def deterministic() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    # or every torch.empty writes NaN
     fill, settings.fill_uninitialized_memory = (
         settings.fill_uninitialized_memory,
         False,
-    )  # or every torch.empty writes NaN
+    )
     torch.use_deterministic_algorithms(True)
     try:
         yield

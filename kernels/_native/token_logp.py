@@ -85,9 +85,8 @@ def parts(device: str) -> dict[str, Any]:
             if device == "cuda"
             else logits.shape[-1]
         )
-        if (
-            logits.stride(-1) != 1 or logits.shape[-1] > limit
-        ):  # two kernels, for a row that does not fit a cluster of multiprocessors
+        # two kernels, for a row that does not fit a cluster of multiprocessors
+        if logits.stride(-1) != 1 or logits.shape[-1] > limit:
             stats = forward(logits, target, temperature, dentropy.numel() > 0)
             backward_into(out, dlogp, dentropy, logits, target, temperature, *stats[1:])
             return stats

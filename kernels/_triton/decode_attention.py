@@ -226,12 +226,10 @@ def _width(E: int) -> int:
 def _shape(H: int, K: int, E: int, page: int, dtype: torch.dtype) -> dict[str, int]:
     rows = max(ROWS, triton.next_power_of_2(H // K))
     aligned = SPLIT % page == 0 or page % SPLIT == 0
-    pages = (
-        max(1, SPLIT // page) if aligned else triton.next_power_of_2(SPLIT // page + 2)
-    )  # that a split reaches into
-    block = (
-        BLOCK // 2 if dtype == torch.float32 and E > 64 else BLOCK
-    )  # or its products take more registers than there are
+    # that a split reaches into
+    pages = max(1, SPLIT // page) if aligned else triton.next_power_of_2(SPLIT // page + 2)
+    # or its products take more registers than there are
+    block = BLOCK // 2 if dtype == torch.float32 and E > 64 else BLOCK
     return {
         "K": K,
         "G": H // K,

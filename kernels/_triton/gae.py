@@ -23,10 +23,11 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# tokens a program holds at once: a power of two near the mean length, which needs no look at the lengths
 BLOCKS = (
     128,
     2048,
-)  # tokens a program holds at once: a power of two near the mean length, which needs no look at the lengths
+)
 EACH = 8  # of them in one thread
 
 

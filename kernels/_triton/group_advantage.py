@@ -66,9 +66,8 @@ def parts_kernel(reward, parts, S, per_part, PARTS: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def _divisor(parts, n_parts, squares, count, low, high, scale, eps, ddof, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the scale means for groups with these statistics; `squares` are those of the group."""
-    found = (
-        tl.sqrt(squares / tl.maximum(count - ddof, 1.0)) + eps
-    )  # a group that divides by less has no spread
+    # a group that divides by less has no spread
+    found = tl.sqrt(squares / tl.maximum(count - ddof, 1.0)) + eps
     batch = tl.full((), 0.0, tl.float64)
     if scale == BATCH_STD:
         p = tl.arange(0, PARTS)
@@ -150,7 +149,9 @@ def _members(reward, order, begin, end, BY_IDS: tl.constexpr, CHUNK: tl.constexp
 
 @triton.jit
 def _first_from(ids, wanted, S, steps, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each wanted id, the first place in the sorted ids that is not below it (AFTER: that is above it)."""
+    """For each wanted id, the first place in the sorted ids that is not below it (AFTER:
+    that is above it).
+    """
     low = wanted * 0
     high = low + S
     for _ in range(0, steps):

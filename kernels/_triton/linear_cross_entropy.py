@@ -22,9 +22,8 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-LOWEST = tl.constexpr(
-    -1e30
-)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+# stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -91,13 +90,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         z = softcap * _tanh(z / softcap)
     each = (1.0 - smoothing) * (ln - (z - high))
     if SMOOTH:
-        seen = n - tl.where(
-            (lane + (n - 1.0) * BLOCK) < V, 0.0, 1.0
-        )  # the last block may have ended before this lane
+        # the last block may have ended before this lane
+        seen = n - tl.where((lane + (n - 1.0) * BLOCK) < V, 0.0, 1.0)
         sum_d = tl.sum(r + seen * (top - high), 0)
-        sum_d = tl.where(
-            sum_d < 0.5 * LOWEST, float("-inf"), sum_d
-        )  # a banned token has no finite share of the smoothing
+        # a banned token has no finite share of the smoothing
+        sum_d = tl.where(sum_d < 0.5 * LOWEST, float("-inf"), sum_d)
         each += smoothing * (ln - sum_d / V)
     lse = high + ln
     tl.store(loss + t, tl.where(inside, each + z_loss * lse * lse, float("nan")))
@@ -221,9 +218,8 @@ def _specs() -> Iterator[Spec]:
     )
     types |= {"target": "*i64"} | dict.fromkeys(("V", "stride", "out_stride"), "i32")
     fp32, bf16 = torch.float32, torch.bfloat16
-    for (dtype, out), V in itertools.product(
-        ((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)
-    ):  # of the logits, of the gradient
+    # of the logits, of the gradient
+    for (dtype, out), V in itertools.product(((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)):
         for smooth, cap in itertools.product((False, True), repeat=2):
             for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
                 if dtype != out and kernel is forward_kernel:

@@ -27,10 +27,11 @@ from fastrl.kernels._launch import Spec, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
+# tiles; sm_90 has the registers for the wide one, as long as there is no bias
 WIDE, NARROW = (
     "wide",
     "narrow",
-)  # tiles; sm_90 has the registers for the wide one, as long as there is no bias
+)
 TILES = {
     WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
     NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
@@ -42,9 +43,8 @@ OPTIONS = {
 COMBINE = {"num_warps": 4, "enable_fp_fusion": True}
 ROWS = 128  # tokens a program of the second kernel merges
 MAX_SPLITS = 32
-LOWEST = tl.constexpr(
-    -1e30
-)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+# stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 

@@ -91,9 +91,8 @@ def forward(
     T, D = embeds.shape[:-1].numel(), embeds.shape[-1]
     if not delta.numel():
         return delta
-    S, L = (
-        (1, T) if scope == "token" else ball(embeds, cu_seqlens, scope)
-    )  # a token's own ball holds D elements, whichever it is
+    # a token's own ball holds D elements, whichever it is
+    S, L = (1, T) if scope == "token" else ball(embeds, cu_seqlens, scope)
     tiles = Tiles.over(T, S, L, cu_seqlens, max(1, 4 * COUNTERS // D))
     masked = mask.numel() > 0
     with on_device(delta):

@@ -70,9 +70,8 @@ def l1_token(x, g, step, radius):  # type: ignore[no-untyped-def]
     n = tl.sum((size > 0).to(tl.int32), 1)
     i = 0
     while (i < 48) & (tl.max(f, 0) > radius * 2e-7):
-        threshold += tl.where(f > 0, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(
-            tl.float64
-        )  # what is off, the next step sees
+        # what is off, the next step sees
+        threshold += tl.where(f > 0, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(tl.float64)
         rest = over(size, threshold[:, None])
         f = tl.sum(rest, 1).to(tl.float64) - radius
         n = tl.sum((rest > 0).to(tl.int32), 1)
@@ -214,9 +213,8 @@ def probe_kernel(  # type: ignore[no-untyped-def]
     u, _, _, begin, end = find_tile(p, cu, S, L, T, R, PACKED)
     j = tl.arange(0, PROBES)
     bits = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0)) + (j << shift)
-    x = tl.where(bits >= 0, bits, 0x7F800000).to(
-        tl.float32, bitcast=True
-    )  # bit 31 is the sign: nothing is above infinity
+    # bit 31 is the sign: nothing is above infinity
+    x = tl.where(bits >= 0, bits, 0x7F800000).to(tl.float32, bitcast=True)
     x = tl.where(x < INFINITY, x, INFINITY)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros((PROBES,), tl.float64)
@@ -230,9 +228,9 @@ def probe_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["L", "R", "shift"])
-def combine_probes_kernel(
+def combine_probes_kernel(  # type: ignore[no-untyped-def]
     cu, low, partial, L, R, shift, radius: tl.float64, PACKED: tl.constexpr, AT_ONCE: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Per ball: `shift`'s bits of the largest number with f > 0."""
     u = tl.program_id(0)
     own, many, _, _ = find_ball(u, cu, L, R, PACKED)

@@ -45,10 +45,11 @@ DTYPES = (torch.float32,)
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
 WHOLE = {"l2": 16384, "linf": 16384, "l1": 8192}  # the longest row that stays in registers
+# 8 elements a thread: with 16, one program is all that an SM has room for
 OPTIONS = {
     "num_warps": 8,
     "enable_fp_fusion": True,
-}  # 8 elements a thread: with 16, one program is all that an SM has room for
+}
 ROOM = OPTIONS | {"maxnreg": 128}  # or ptxas aims at 64, and less on sm_100, and spills two
 SMALL = tl.constexpr(2.0**-80)
 LEAST = tl.constexpr(TINY)
@@ -78,9 +79,8 @@ def l2_token(x, g, step, radius):  # type: ignore[no-untyped-def]
     gg = squares(g)
     ok = gg < INFINITY
     length = tl.sqrt(tl.where(ok, gg, 0.0))
-    scale = tl.where(length > 1e18, 2.0**-80, 1.0).to(
-        tl.float64
-    )  # or step / length would be less than fp32 can hold
+    # or step / length would be less than fp32 can hold
+    scale = tl.where(length > 1e18, 2.0**-80, 1.0).to(tl.float64)
     a = tl.where(length > LEAST, step / (tl.maximum(length, LEAST) * scale), 0.0)
     y = x + tl.where(ok[:, None], g * scale.to(tl.float32)[:, None] * a.to(tl.float32)[:, None], 0.0)
     yy = squares(y)
@@ -285,7 +285,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
             d = i + lane
             x = load_row(delta, t, delta_stride, d, live, D)
             g = load_row(grad, t, grad_stride, d, use, D)
-            if NORM == L2:  # noqa: SIM108
+            if NORM == L2:
                 y = (x + g * small * a) * factor
             else:
                 y = tl.clamp(x + s * ((g > 0).to(tl.float32) - (g < 0).to(tl.float32)), -r, r)
@@ -395,9 +395,8 @@ def _by_ball(call: _Call, tiles: Tiles, norm: int) -> None:
 
 def rows_at_once(norm: str, block: int) -> int:
     """Rows of `block` columns that a program holds."""
-    return max(
-        1, TILE // (2 if norm == "l1" else 1) // block
-    )  # l1 with two rows of 1024 spills two registers
+    # l1 with two rows of 1024 spills two registers
+    return max(1, TILE // (2 if norm == "l1" else 1) // block)
 
 
 def options(norm: str, block: int) -> dict[str, Any]:

@@ -31,9 +31,8 @@ PROGRAMS = 2048  # at most, whatever the device: the order of the sums is part o
 ADDED = 512  # rows of sums that are added at once
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 COMBINE_OPTIONS = OPTIONS | {"num_warps": 16}
-SUMS = tl.constexpr(
-    len(METRICS)
-)  # one place for each metric; the last, which follows from others, holds the loss
+# one place for each metric; the last, which follows from others, holds the loss
+SUMS = tl.constexpr(len(METRICS))
 LOSS, TOKENS, LARGEST, RATIO, WEIGHT, WEIGHT_SQ = (
     tl.constexpr(METRICS.index(m))
     for m in ("ess", "tokens", "ratio_max", "ratio_mean", "weight_mean", "weight_sq_mean")
@@ -118,9 +117,8 @@ def _block(  # type: ignore[no-untyped-def]
             value, slope = value + kl_coef * kl, slope + kl_coef * kl_slope
     if ENTROPY:
         h = _column(entropy, at, inside, live)
-        value = tl.where(
-            entropy_coef != 0.0, value - entropy_coef * h, value
-        )  # without a weight it is only reported
+        # without a weight it is only reported
+        value = tl.where(entropy_coef != 0.0, value - entropy_coef * h, value)
         tl.store(dentropy + at, w * -entropy_coef, inside)
     tl.store(dlogp + at, slope * w, inside)
     half_square, squared, loss = 0.5 * token_d * token_d, importance * importance, value * w
@@ -302,10 +300,12 @@ def combine_kernel(partial, loss, metrics, programs, ADDED: tl.constexpr):  # ty
 
 
 @triton.jit
-def _drift(
+def _drift(  # type: ignore[no-untyped-def]
     block, start, end, logp, old_logp, mask, MASK: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """The sum of logp - old_logp over a block's live tokens of one sequence, and their number, (ROWS,) each."""
+):
+    """The sum of logp - old_logp over a block's live tokens of one sequence, and their number,
+    (ROWS,) each.
+    """
     at = block * (4 * ROWS) + (tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :])
     inside = tl.full((ROWS, 4), 1, tl.int1)
     if not WHOLE:

@@ -23,10 +23,11 @@ from fastrl.kernels._triton._partials import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns a program holds: dy, x, the weight and its gradient take 64 of a thread's registers
+# elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
 FORWARD, BACKWARD = (
     1024,
     4096,
-)  # elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
+)
 WALK = 4096  # columns at a time of a row that is not held
 WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
 WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone

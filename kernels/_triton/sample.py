@@ -32,12 +32,10 @@ BLOCK = 2048  # 8 elements a thread: whoever holds 4 neighbours draws their one 
 CHUNK = 16384  # of a row, to a program: 640 programs for 64 rows of 152k logits
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ONE_WARP = OPTIONS | {"num_warps": 1}  # for the few numbers that are left of a row
-LOWEST = tl.constexpr(
-    -1e30
-)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
-HOPELESS = tl.constexpr(
-    1e-18
-)  # exp(d) below it wins no race: E / exp(d) is at most 22.9 for the largest logit, E at least 2^-33
+# stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(-1e30)
+# exp(d) below it wins no race: E / exp(d) is at most 22.9 for the largest logit, E at least 2^-33
+HOPELESS = tl.constexpr(1e-18)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG1P = (
     -0.500002384185791,
@@ -48,9 +46,8 @@ LOG1P = (
     0.14275685,
     -0.068338864,
 )
-P1, P2, P3, P4, P5, P6, P7 = (
-    tl.constexpr(p) for p in LOG1P
-)  # log(1 + f) / f = 1 + P1 f + ... on [-1/4, 1/2], to 2.4e-7
+# log(1 + f) / f = 1 + P1 f + ... on [-1/4, 1/2], to 2.4e-7
+P1, P2, P3, P4, P5, P6, P7 = (tl.constexpr(p) for p in LOG1P)
 
 
 # --- the draw ---------------------------------------------------------------------------------------
@@ -128,10 +125,11 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
     top = tl.full((N,), LOWEST, tl.float32)
     s, a, kept = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
+    # of the lane's winner: E, and exp(d) relative to `top`
     e, p = (
         tl.full((N,), 1.0, tl.float32),
         tl.zeros((N,), tl.float32),
-    )  # of the lane's winner: E, and exp(d) relative to `top`
+    )
     token = start + 4 * counter
     for v in range(start, end, BLOCK):
         x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
@@ -158,9 +156,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     scale = tl.exp2((top - m) * k)
     cost = e / tl.maximum(p * scale, HOPELESS)
     least = tl.min(cost, 0)
-    winner = tl.minimum(
-        tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1
-    )  # a row without any may draw the padding
+    # a row without any may draw the padding
+    winner = tl.minimum(tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1)
     if greedy:
         winner = first_of(row, start, end, m, BLOCK)
     tl.store(tokens + pid, winner)
@@ -252,9 +249,8 @@ def forward(
     chunks = triton.cdiv(V, CHUNK)
     parts = torch.empty((5, B * chunks), dtype=torch.float32, device=device)
     tokens = torch.empty(B * chunks, dtype=torch.int32, device=device)
-    top, floor = (
-        floors(logits, temperature, top_k, top_p, min_p) if filtered else (parts, parts)
-    )  # which nobody reads
+    # which nobody reads
+    top, floor = floors(logits, temperature, top_k, top_p, min_p) if filtered else (parts, parts)
     with on_device(logits):
         draw_kernel[(B * chunks,)](
             logits,

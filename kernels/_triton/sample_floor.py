@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
+# columns at once: 16 bytes a thread
 SEARCH = {
     torch.float32: 1024,
     torch.bfloat16: 2048,
     torch.float16: 2048,
-}  # columns at once: 16 bytes a thread
+}
 STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form that say nothing
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; those of what is between 0 and 1 are below
@@ -54,10 +55,12 @@ def mass(x, top, tau, among, bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def threshold(
+def threshold(  # type: ignore[no-untyped-def]
     row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """The largest key such that the logits at or above it weigh at least `limit`: their count, or their MASS."""
+):
+    """The largest key such that the logits at or above it weigh at least `limit`: their count,
+    or their MASS.
+    """
     lane = tl.arange(0, BLOCK)[None, :]
     step = tl.arange(0, 8)[:, None].to(tl.uint32)
     found = tl.full((), 0, tl.uint32)

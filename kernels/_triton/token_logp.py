@@ -26,14 +26,14 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, row_layout, un
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
+# else ptxas aims for 64 or 80 here and there, and spills a few
 OPTIONS = {
     "num_warps": 8,
     "enable_fp_fusion": True,
     "maxnreg": 128,
-}  # else ptxas aims for 64 or 80 here and there, and spills a few
-LOWEST = tl.constexpr(
-    -1e30
-)  # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+}
+# stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
+LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -227,7 +227,9 @@ def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> 
 
 
 def backward_into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-    """The same into `out`, which may be the logits themselves, or a narrower type in the front of their rows."""
+    """The same into `out`, which may be the logits themselves,
+    or a narrower type in the front of their rows.
+    """
     if out.stride(-1) != 1:
         return out.copy_(backward(dlogp, dentropy, logits, *rest))
     logits = unit_rows(logits)

@@ -29,12 +29,13 @@ from runs import (
 )
 from torch import Tensor
 
-from fastrl.algorithms import ALGORITHMS, Totals, choose_algorithm
+from fastrl.algorithms import ALGORITHMS, Totals
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.aggregate import fixed_length, sequence_mean, sequence_sum, token_mean
 from fastrl.batch.types import Batch, Tokens
 from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
+from fastrl.methods.grpo.options import choose_algorithm
 from fastrl.methods.grpo.rollouts import order
 from fastrl.model.decoder import Decoder
 
@@ -195,18 +196,20 @@ EXTRA_EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {
     "gspo+kl": lambda b: OBJECTIVES["gspo"](b) - b.by_sequence(0.1 * (b.logp - b.ref).square()),
 }
 EQUATIONS: dict[str, Callable[[Padded], Tensor]] = {**OBJECTIVES, **EXTRA_EQUATIONS}  # type: ignore[dict-item]
+# so that both branches of every clip are seen
 DRIFTS = {
     "gspo": 1e-3,
     "gspo+kl": 1e-3,
     "luspo": 5e-3,
     "gmpo": 0.06,
-}  # so that both branches of every clip are seen
+}
+# rows under which no sample's gradient is 0
 ALL_MOVE = {
     "sft",
     "reinforce++",
     "reinforce++_baseline",
     *EXTRA,
-}  # rows under which no sample's gradient is 0
+}
 
 
 @pytest.mark.parametrize("name", METHODS)

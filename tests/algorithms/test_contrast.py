@@ -20,13 +20,14 @@ from torch import Tensor
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.aggregate import sequence_sum
 from fastrl.algorithms.contrast import Listwise, OnlinePairs
-from fastrl.algorithms.fusion import FUSIONS, choose_fusion
+from fastrl.algorithms.fusion import FUSIONS
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Optim
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner
 from fastrl.methods.grpo.rollouts import OnPolicy
+from fastrl.methods.hybrid.pair_options import choose_fusion
 
 F64 = torch.float64
 DPO = PREFERENCES["dpo"]
@@ -61,9 +62,8 @@ def test_pairs_of_a_group_are_their_equations(name, anchor, pairing, gap):
     now, batch = groups(model, source, SCORES), source.collect(0, 0).batches[0]
     drift(model, 0.03)
     pairs = [pair for g in now() for pair in ordered(g, anchor == "start", pairing, gap)]
-    rows = [
-        [pair[k] for pair in pairs] for k in (0, 1)
-    ]  # a sum is a sum, whatever its terms: as many equal ones as there are tokens
+    # a sum is a sum, whatever its terms: as many equal ones as there are tokens
+    rows = [[pair[k] for pair in pairs] for k in (0, 1)]
     sides = [side([_spread(x[2], x[3]) for x in xs], [_spread(x[2] - x[1], x[3]) for x in xs]) for xs in rows]
     loss = EQUATIONS[name](*sides).mean()
     metrics, got = gradient(trainer(model, row, 60), batch)
@@ -131,9 +131,8 @@ def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two(scores):
     second.
     """
     model = decoder(dtype=F64)
-    share = 3 / sum(
-        a != b for a, b in zip(scores[::2], scores[1::2], strict=True)
-    )  # pairs are a mean over pairs, GRPO's groups over all
+    # pairs are a mean over pairs, GRPO's groups over all
+    share = 3 / sum(a != b for a, b in zip(scores[::2], scores[1::2], strict=True))
     two = replace(ALGORITHMS["grpo"], aggregate=sequence_sum, surrogate=ALGORITHMS["rloo"].surrogate)
     for beta in (1e-6, 1e-3):
         row = OnlinePairs(preference=DPO.with_params(beta=beta), group=2)

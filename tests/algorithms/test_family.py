@@ -19,13 +19,14 @@ from family import OBJECTIVES, RESTATED, Rect
 from rects import F64, loss_and_slope, pack, rect, vector
 from torch import Tensor
 
-from fastrl.algorithms import ALGORITHMS, Algorithm, choose_algorithm
+from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.algorithms.advantage import ADVANTAGES, COMBINE
 from fastrl.algorithms.correction import CORRECTIONS, merge_mismatch, mismatch
 from fastrl.algorithms.prepare import drop_stale, gamma_weight
 from fastrl.batch.types import Tokens
 from fastrl.config import Grpo
 from fastrl.errors import UserError
+from fastrl.methods.grpo.options import choose_algorithm
 
 
 def want(b: Rect, name: str, correction: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -136,13 +137,11 @@ def test_corrections_weigh_the_policy_term(name, correction):
     columns = {"correction": kappa, "sampler_logp": b.old - s}
     got = loss_and_slope(b, row, **columns)
     torch.testing.assert_close(got[1], torch.where(b.mask, plain[1] * kappa, 0), rtol=1e-10, atol=1e-12)
-    if (
-        name in ("grpo", "rloo") or "sequence" in correction
-    ):  # else a padded loss spreads the mean of the tokens' weights
+    # else a padded loss spreads the mean of the tokens' weights
+    if name in ("grpo", "rloo") or "sequence" in correction:
         torch.testing.assert_close(got, want(b, name, kappa), rtol=1e-10, atol=1e-12)
-    first = replace(
-        b, logp=b.old.nan_to_num(0), old=b.old - s
-    )  # the pass before any update: logp is the trainer's
+    # the pass before any update: logp is the trainer's
+    first = replace(b, logp=b.old.nan_to_num(0), old=b.old - s)
     same = replace(b, logp=first.logp)
     torch.testing.assert_close(
         loss_and_slope(first, row), loss_and_slope(same, row, **columns), rtol=1e-10, atol=1e-12
@@ -215,10 +214,11 @@ def test_vespo_weights(ratio, advantage, phi):
         cu_seqlens=torch.tensor([0, 2]),
         live=2,
     )
+    # the ratio before any update, and as a correction
     for split in (
         (math.log(ratio), 0.0),
         (0.0, math.log(ratio)),
-    ):  # the ratio before any update, and as a correction
+    ):
         at = replace(tokens, correction=vector(math.exp(split[1]), 1.0)).with_(vector(split[0], 0), None)
         assert gamma_weight(at, ALGORITHMS["vespo"].surrogate).tolist() == pytest.approx([phi] * 2, abs=1e-5)
 
@@ -325,9 +325,9 @@ def test_max_at_k_is_an_unbiased_gradient_of_pass_at_k(k):
         )
     assert gradient == pytest.approx(k * (1 - p) ** (k - 1) * p * (1 - p), rel=1e-10)
     R = torch.rand(3, 6, dtype=F64)
-    torch.testing.assert_close(
+    torch.testing.assert_close(  # type: ignore[call-arg]
         advantage(R.flatten(), 6).view(3, 6), RESTATED["max_at_k"](R, R, k), rtol=1e-10, atol=1e-12
-    )  # type: ignore[call-arg]
+    )
 
 
 def test_max_at_k_by_hand():

@@ -32,15 +32,16 @@ from runs import GROUP, PROMPTS, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 
 from fastrl.algorithms import ALGORITHMS
-from fastrl.algorithms.fusion import FUSIONS, Schedule, choose_fusion
-from fastrl.algorithms.fusion import offline as offline_run
+from fastrl.algorithms.fusion import FUSIONS, Schedule
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.config import Hybrid, Optim, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner
 from fastrl.methods.grpo.rollouts import OnPolicy, order
-from fastrl.methods.hybrid.mixture import check_mixture
+from fastrl.methods.hybrid.options import check_mixture
+from fastrl.methods.hybrid.pair_options import choose_fusion
+from fastrl.methods.hybrid.pair_options import offline as offline_run
 from fastrl.methods.hybrid.pairs import FusedLearner
 
 F64 = torch.float64
@@ -156,7 +157,9 @@ def test_gradient_norms_of_both_terms():
 
 
 def test_every_optimizer_step_has_pairs_of_its_own():
-    """Wrong implementations: the same pairs for all minibatches and epochs; pairs numbered by training steps."""
+    """Wrong implementations: the same pairs for all minibatches and epochs;
+    pairs numbered by training steps.
+    """
     source = fused(decoder(), ROW, minibatches=3, epochs=2)
     for step in (0, 1):
         batches = source.collect(step, 0).batches
@@ -254,7 +257,9 @@ def chosen(**changes):
 
 
 def test_options_change_a_row():
-    """Wrong implementations: an option of 0 taken for none; an option that reaches another part of the row."""
+    """Wrong implementations: an option of 0 taken for none; an option that reaches another part of the
+    row.
+    """
     row = chosen(
         algorithm="grpo_dpo",
         preference="ipo",

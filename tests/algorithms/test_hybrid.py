@@ -36,7 +36,6 @@ from fastrl.algorithms.hybrid import (
     SUPERVISED,
     Estimator,
     certain,
-    choose_hybrid,
     phi,
     uncertain,
 )
@@ -44,7 +43,8 @@ from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy, order
-from fastrl.methods.hybrid.mixture import check_mixture, only, weigh_apart
+from fastrl.methods.hybrid.mixture import only, weigh_apart
+from fastrl.methods.hybrid.options import check_mixture, choose_hybrid
 from fastrl.ops import SURROGATES
 from fastrl.parallel.world import World
 
@@ -84,9 +84,8 @@ def test_statistics_of_the_completions_alone(scale):
     model = decoder(dtype=F64)
     source = mixture(model, row, known=(0, 1))
     now, batch = groups(model, source, SCORES, (0, 1)), source.collect(0, 0).batches[0]
-    want = torch.tensor(
-        [a for g in now() for a in g.measured_by_own(scale == "group") if a]
-    )  # samples that move nothing leave the batch
+    # samples that move nothing leave the batch
+    want = torch.tensor([a for g in now() for a in g.measured_by_own(scale == "group") if a])
     torch.testing.assert_close(batch.advantage[batch.cu_seqlens[:-1].long()], want, rtol=1e-6, atol=1e-7)
     flat = row.advantage(torch.tensor([0.5, 0.5, 0.5, 1, 0, 0, 0, nan, nan, nan, nan, 1]), 4)
     assert flat.tolist() == [0, 0, 0, 0.5, *[0] * 8]
@@ -348,7 +347,9 @@ def test_all_solved_and_nothing_to_learn_is_no_step():
 
 
 def test_mu_rises_and_falls():
-    """Wrong implementations: a decay counted from step 0; a warm-up that ends above the peak; a linear decay."""
+    """Wrong implementations: a decay counted from step 0; a warm-up that ends above the peak;
+    a linear decay.
+    """
     row = with_rule("chord", mu=0.8, mu_end=0.1, mu_warmup=4, mu_decay=10)
     got = [
         float(row.rule(torch.zeros(1), torch.ones(1, dtype=torch.bool), step, 99)[0, SUPERVISED])

@@ -29,12 +29,13 @@ from runs import relative, tokenizer, write_model
 import fastrl.trainer
 from fastrl import cli
 from fastrl.algorithms.advantage import ADVANTAGES
-from fastrl.algorithms.joint import Scale, choose_joint
+from fastrl.algorithms.joint import Scale
 from fastrl.algorithms.reward import REWARD_LOSSES, Judged
 from fastrl.config import Joint, Optim
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
 from fastrl.methods.joint.learner import FOLDER
+from fastrl.methods.joint.options import choose_joint
 from fastrl.report.stats import correlation
 from fastrl.run.session import set_up
 
@@ -61,9 +62,10 @@ def test_an_outer_step_is_that_of_the_equations(name, tmp_path):
         (draw.rollouts.tokens[a:b].tolist(), int(n))
         for a, b, n in zip(ends, ends[1:], draw.rollouts.prompt_lengths, strict=False)
     ]
+    # float32
     assert batch.policy.advantage[batch.policy.cu_seqlens[:-1].long()].tolist() == pytest.approx(
         A, rel=1e-5, abs=1e-6
-    )  # float32
+    )
     wanted = policy_gradient(learner.model, sequences, A)
     verdicts = [ORACLE[c["id"] * GROUP + i % GROUP] for i, (_, c) in enumerate(draw.items)]
     ranked = []

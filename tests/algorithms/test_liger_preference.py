@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms.preference import PREFERENCES, TRL_NAMES, Preference
+from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.batch.types import Tokens
+from fastrl.methods.dpo.options import TRL_NAMES
 
 try:
     from liger_kernel import chunked_loss
@@ -144,7 +145,9 @@ FREE: dict[str, tuple[Any, dict[str, Any], Preference]] = {  # Liger's class, it
 
 @pytest.mark.parametrize("case", FREE)
 def test_losses_without_a_reference_are_ligers(case):
-    """Wrong implementations: sums for averages; gamma inside beta; the NLL of both sides, or weighed by beta."""
+    """Wrong implementations: sums for averages; gamma inside beta; the NLL of both sides,
+    or weighed by beta.
+    """
     name, settings, row = FREE[case]
     batch, liger = Batch(), getattr(chunked_loss, name)(compiled=False, **settings)
     compare(

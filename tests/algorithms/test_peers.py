@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms import choose_algorithm
 from fastrl.algorithms.aggregate import Aggregate, Totals, fixed_length, sequence_mean, token_mean
 from fastrl.batch.types import Tokens
 from fastrl.config import Grpo
+from fastrl.methods.grpo.options import choose_algorithm
 
 try:
     from trl import GRPOTrainer, RLOOTrainer
@@ -50,7 +50,9 @@ DOUBLE, SINGLE = {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-5, "atol": 1e-6}
 
 
 class Batch:
-    """B sequences of up to L tokens, some ratios far outside every clip, one token of a tool's in the middle."""
+    """B sequences of up to L tokens, some ratios far outside every clip,
+    one token of a tool's in the middle.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.old = -torch.rand(B, L, dtype=dtype) * 3

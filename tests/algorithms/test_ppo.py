@@ -17,7 +17,6 @@ from fastrl.algorithms.ppo import (
     PPO,
     Coefficient,
     advantages,
-    choose_ppo,
     kl_of_tokens,
     token_rewards,
     value_loss,
@@ -26,13 +25,13 @@ from fastrl.algorithms.ppo import (
 from fastrl.batch.types import Tokens
 from fastrl.config import Ppo
 from fastrl.errors import UserError
+from fastrl.methods.ppo.options import choose_ppo
 from fastrl.parallel.world import World
 
 ALONE = World().sum
 CU = torch.tensor([0, 6, 9, 16, 18], dtype=torch.int32)
-MASK = torch.tensor(
-    [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool
-)  # a tool's token, padding, nothing at all
+# a tool's token, padding, nothing at all
+MASK = torch.tensor([0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
 ENDS = torch.tensor([0, 3, 4, 9, 9], dtype=torch.int32)
 
 
@@ -189,7 +188,9 @@ def test_hand_worked_value_loss():
 
 @pytest.mark.parametrize("clip", [0.2, 0.5, math.inf])
 def test_value_loss_and_gradient_are_those_of_the_equation(clip):
-    """Wrong implementations: a missing half; ties whose gradient counts twice; an infinite range that is NaN."""
+    """Wrong implementations: a missing half; ties whose gradient counts twice;
+    an infinite range that is NaN.
+    """
     generator = torch.Generator().manual_seed(3)
     value, old, returns = (torch.randn(1, 60, generator=generator, dtype=torch.float64) for _ in range(3))
     value[0, :5] = old[0, :5]

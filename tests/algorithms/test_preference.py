@@ -14,13 +14,14 @@ from preferences import BASELINE, EQUATIONS, LABELLED, Side, nls, ours, packed, 
 from runs import decoder, drift, gradient, relative
 from torch import Tensor
 
-from fastrl.algorithms.preference import PREFERENCES, TRL_NAMES, Preference, Scores, choose_preference
+from fastrl.algorithms.preference import PREFERENCES, Preference, Scores
 from fastrl.config import Dpo, Optim
 from fastrl.data.pairs import Judged, Unit
 from fastrl.data.rows import Sample
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
 from fastrl.methods.dpo.batches import PreferenceLearner, Preferred, pack_units
+from fastrl.methods.dpo.options import TRL_NAMES, choose_preference
 
 F64 = torch.float64
 CHOSEN, REJECTED = (5, 1, 3, 8), (2, 7, 3, 1)  # tokens
@@ -292,7 +293,9 @@ def test_a_step_without_good_examples_reports_no_mean_of_them():
 
 # --- options ----------------------------------------------------------------------------------------
 def test_options_change_a_row():
-    """Wrong implementations: an option of 0 taken for none; TRL's names unknown; a row changed for everybody."""
+    """Wrong implementations: an option of 0 taken for none; TRL's names unknown;
+    a row changed for everybody.
+    """
     row = choose_preference(Dpo(model="m", algorithm="simpo", beta=2.5, gamma=0.0, nll_coef=0.2))
     assert (dict(row.params), row.nll) == ({"beta": 2.5, "gamma": 0.0}, 0.2) and PREFERENCES["simpo"].params[
         "gamma"

@@ -16,9 +16,10 @@ from family import Rect
 from rects import F64, loss_and_slope, pack, rect, vector
 from torch import Tensor
 
-from fastrl.algorithms import ALGORITHMS, Algorithm, choose_algorithm
+from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.algorithms.presets import KL, SEMANTICS
 from fastrl.config import Grpo
+from fastrl.methods.grpo.options import choose_algorithm
 
 INF = float("inf")
 
@@ -135,14 +136,12 @@ def test_losses_are_those_of_the_other_trainers(semantics, name):
     """Wrong implementations: the dual clip left out, or on the positive side; CISPO's bound absolute, or of
     another trainer; another reduction; GMPO's sizes taken for bounds of the ratio.
     """
-    for spread in (
-        (2e-3, 1.5) if name == "gspo" else (0.5, 1.5)
-    ):  # of which some tokens, or sequences, are held and some are not
+    # of which some tokens, or sequences, are held and some are not
+    for spread in (2e-3, 1.5) if name == "gspo" else (0.5, 1.5):
         b = rect([5, 2, 8, 3, 6], [1.3, -0.7, -2.1, 0.4, -0.2], spread=spread)
         got = loss_and_slope(b, chosen(semantics, name))
-        torch.testing.assert_close(
-            got, differentiated(LOSSES[semantics, name], b), rtol=1e-8, atol=1e-12
-        )  # its 1e-8 of a count
+        # its 1e-8 of a count
+        torch.testing.assert_close(got, differentiated(LOSSES[semantics, name], b), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +262,8 @@ def test_advantages_are_those_of_the_other_trainers(semantics, name):
     row = chosen(semantics, name)
     assert row.advantage is not None
     got = row.advantage(R.flatten(), 4, L.flatten()).view(3, 4)
-    torch.testing.assert_close(
-        got, ADVANTAGES[semantics, name](), rtol=5e-8, atol=1e-10
-    )  # 1e-8 in a variance of 0.2, or not
+    # 1e-8 in a variance of 0.2, or not
+    torch.testing.assert_close(got, ADVANTAGES[semantics, name](), rtol=5e-8, atol=1e-10)
 
 
 # --- all of them ----------------------------------------------------------------------------------------
@@ -274,7 +272,9 @@ EVERY = [(semantics, name) for semantics, rows in SEMANTICS.items() for name in 
 
 @pytest.mark.parametrize(("semantics", "name"), EVERY)
 def test_the_first_update_is_the_policy_gradient(semantics, name):
-    """Wrong implementations: a preset that names a column that is not there; a bound that holds a ratio of 1."""
+    """Wrong implementations: a preset that names a column that is not there;
+    a bound that holds a ratio of 1.
+    """
     row = chosen(semantics, name)
     assert row != ALGORITHMS[name] or not SEMANTICS[semantics][name]
     b = rect([5, 1, 8, 3], [1.3, -0.7, -2.1, 0.4], spread=0.0)

@@ -14,7 +14,9 @@ NONE = 0  # for prefix.LEAST: nothing is shared
 
 
 def batch_of(*sequences: tuple[str, str]) -> Batch:
-    """Sequences of tokens a = 3, b = 4, ... beside their masks of . and x, each with an advantage of its own."""
+    """Sequences of tokens a = 3, b = 4, ... beside their masks of . and x,
+    each with an advantage of its own.
+    """
     text, mask = "".join(t for t, _ in sequences), "".join(m for _, m in sequences)
     assert len(text) == len(mask)
     T, lengths = len(text), torch.tensor([0, *(len(t) for t, _ in sequences)])

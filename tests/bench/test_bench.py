@@ -248,7 +248,9 @@ def test_a_kernel_that_only_compiles_runs_when_asked_for_and_only_then(monkeypat
 
 
 def test_errors_are_measured_against_float64():
-    """Wrong implementations: an absolute error for gradients; a NaN that passes; a truth computed in float32."""
+    """Wrong implementations: an absolute error for gradients; a NaN that passes;
+    a truth computed in float32.
+    """
     off = rows_of(bench({"off": plain(lambda x: x + 1.25)}, truth=plain(plus_one)))["off"]
     assert (off.error, off.relative_error) == (0.25, 0.125)  # the slice is x = 0, 1
     nan = rows_of(bench({"nan": plain(lambda x: x / 0 * 0)}, truth=plain(plus_one)))["nan"]

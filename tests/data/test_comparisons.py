@@ -12,6 +12,7 @@ from judging import token_groups
 
 from fastrl.data.comparisons import Group, encode_statements, pack, read_statements
 from fastrl.errors import UserError
+from fastrl.methods.reward.learner import judged
 from fastrl.tasks.tokens import char_tokenizer
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstuvwxyz;: ")
@@ -112,11 +113,11 @@ def test_packing_finds_every_score():
     ]
     want = [s[p] for g in made for s, at in zip(g.tokens, g.at, strict=True) for p in at]
     assert packed.tokens[packed.at].tolist() == want
-    judged = packed.judged(torch.arange(len(want), dtype=torch.float64), 3.0)
-    assert list(judged.sizes) == [len(g.target) for g in made] and judged.target.tolist() == [
+    scored = judged(packed, torch.arange(len(want), dtype=torch.float64), 3.0)
+    assert list(scored.sizes) == [len(g.target) for g in made] and scored.target.tolist() == [
         t for g in made for t in g.target
     ]
-    assert judged.margin.tolist() == [g.margin for g in made] and judged.total == 3.0
+    assert scored.margin.tolist() == [g.margin for g in made] and scored.total == 3.0
 
 
 def test_other_names_for_columns(tmp_path):

@@ -19,7 +19,9 @@ MODELS = [(14, 2, 64), (16, 8, 128), (8, 8, 80), (32, 8, 96)]
 
 
 def case(lengths, H, K, E, page=64, dtype=torch.bfloat16, N=None):
-    """Queries, caches whose unused slots are NaN, a shuffled table whose unused entries lie outside, lengths."""
+    """Queries, caches whose unused slots are NaN, a shuffled table whose unused entries lie outside,
+    lengths.
+    """
     B, N = len(lengths), N or max(1, -(-max(lengths) // page))
     q = torch.randn(B, H, E, device="cuda").to(dtype)
     k, v = (torch.randn(B * N, page, K, E, device="cuda").to(dtype) for _ in range(2))

@@ -238,7 +238,9 @@ def test_a_rung_gives_the_same_bits_twice(name):
 
 @pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_2", "varlen_attn"])
 def test_flash_does_not_wait_and_takes_any_bound(name):
-    """Wrong: a longest sequence read from the device, or one that changes the result when it is only a bound."""
+    """Wrong: a longest sequence read from the device, or one that changes the result when it is only a
+    bound.
+    """
     case = packed([300, 17, 200], 14, 2, 64, torch.bfloat16)
     exact = attend(name, *case, longest=300)
     attend(name, *case)

@@ -75,9 +75,8 @@ def test_values(token_logp, V, dtype, offset):
     ours = run(*args)
     for mine, its, right in zip(ours, plain(*args), exact, strict=True):
         within_budget(mine, its, right)
-    if (
-        token_logp != "reference" or not offset
-    ):  # it divides by the temperature before it takes the maximum away
+    # it divides by the temperature before it takes the maximum away
+    if token_logp != "reference" or not offset:
         assert all((a - b).abs().max() <= 1e-5 for a, b in zip(ours[:2], exact[:2], strict=True))
 
 

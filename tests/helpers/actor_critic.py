@@ -123,7 +123,9 @@ def batch_of(made: PpoLearner, **changes: Any) -> Batch:
 
 
 def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The step's metrics, the gradient of the policy's weights and that of the critic's own (or of the head)."""
+    """The step's metrics, the gradient of the policy's weights and that of the critic's own (or of the
+    head).
+    """
     metrics = made._gradients(batch)
     own = [p for n, p in zip(made.names, made.masters, strict=True) if not n.startswith("beside")]
     beside = [p for n, p in zip(made.names, made.masters, strict=True) if n.startswith("beside")]

@@ -15,10 +15,10 @@ from judging import restated
 from runs import REWARDS, decoder, tokenizer, write, write_model
 from torch import Tensor
 
-from fastrl.algorithms.joint import choose_joint
 from fastrl.config import Joint, Optim
 from fastrl.methods.joint.batches import JointSource
 from fastrl.methods.joint.learner import JointLearner
+from fastrl.methods.joint.options import choose_joint
 from fastrl.model.reward import RewardModel
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
@@ -136,10 +136,11 @@ def reward_gradient(
 
 
 # --- over-optimisation in a page: a softmax bandit, and a linear probe for its reward model -----------
+# an answer's length is 0 to 9; longer is better up to 5, and beyond that it is worth nothing
 LONGEST, LIMIT = (
     9,
     5,
-)  # an answer's length is 0 to 9; longer is better up to 5, and beyond that it is worth nothing
+)
 FEATURES = torch.tensor([[n / LONGEST, float(n > LIMIT)] for n in range(LONGEST + 1)], dtype=torch.float64)
 TRUTH = torch.tensor([n / LIMIT if n <= LIMIT else 0.0 for n in range(LONGEST + 1)], dtype=torch.float64)
 

@@ -224,9 +224,8 @@ class Update:
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
-    ipc_handles: list[Tensor] = field(
-        default_factory=list
-    )  # the tensors themselves: there is one process here
+    # the tensors themselves: there is one process here
+    ipc_handles: list[Tensor] = field(default_factory=list)
     tensor_sizes: list[int] = field(default_factory=list)
 
 

@@ -121,9 +121,8 @@ def _center(R: Tensor, L: Tensor) -> Tensor:
 
 
 def _whiten(x: Tensor, L: Tensor) -> Tensor:
-    every = torch.cat(
-        [v.repeat(int(n)) for v, n in zip(x.flatten(), L.flatten(), strict=True)]
-    )  # token by token
+    # token by token
+    every = torch.cat([v.repeat(int(n)) for v, n in zip(x.flatten(), L.flatten(), strict=True)])
     return (x - every.mean()) / (every.var() + 1e-8).sqrt()
 
 

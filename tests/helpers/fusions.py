@@ -33,6 +33,7 @@ from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
 
 NAN = float("nan")
+# ties, a group of equals, a completion without a reward
 SCORES = [
     1.0,
     0.0,
@@ -46,7 +47,7 @@ SCORES = [
     NAN,
     1.0,
     0.75,
-]  # ties, a group of equals, a completion without a reward
+]
 WRONG = [[21], [1], [22, 23, 24, 25, 1]]  # completions of one token, too
 PAIRS = len(PROMPTS)
 COUNT = 2  # offline pairs of an optimizer step
@@ -240,10 +241,10 @@ def compared(g: Group, start: bool) -> list[tuple[float, Tensor, Tensor, int]]:
     `runs`, or the old policy.
     """
     known = [s for s in g.own if s.reward == s.reward]
-    return [
+    return [  # type: ignore[misc]
         (s.reward, (s.logp - (0.9 * s.old - 0.1 if start else s.old)).sum(), s.logp.sum(), len(s.old))
         for s in known
-    ]  # type: ignore[misc]
+    ]
 
 
 def ordered(g: Group, start: bool, pairing: str, gap: float) -> list[tuple[Any, Any]]:

@@ -98,9 +98,8 @@ def judge(backend: str, given: dict[str, Any]) -> Outcome:
     for name, mine in each[0].items():
         budget, right = (each[1][name] - each[2][name]).abs(), each[2][name]
         ulps = 3 if name == "ess" else 1  # a square and a quotient of sums that are rounded
-        allowed = 1.5 * budget + ulps * ULP[torch.float32] * right.abs().clamp(
-            min=1
-        )  # terms of about 1, which may cancel
+        # terms of about 1, which may cancel
+        allowed = 1.5 * budget + ulps * ULP[torch.float32] * right.abs().clamp(min=1)
         assert (mine - right).abs() <= allowed, (name, given["surrogate"], given["kl"], mine, right)
     return ours
 
@@ -150,9 +149,8 @@ def far_drift(backend: str) -> None:
             run(reference, wide(variant(given, name, "token", kl, ()))),
         )
         most = exact[2][0].abs().max()
-        torch.testing.assert_close(
-            ours[2][0].double(), exact[2][0], rtol=1e-6, atol=1e-6 * float(most)
-        )  # two such terms may cancel
+        # two such terms may cancel
+        torch.testing.assert_close(ours[2][0].double(), exact[2][0], rtol=1e-6, atol=1e-6 * float(most))
         torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
         for metric, right in exact[1].items():
             torch.testing.assert_close(ours[1][metric].double(), right, rtol=1e-6, atol=1e-6)
@@ -236,6 +234,7 @@ def algorithm(backend: str, name: str) -> None:
         torch.testing.assert_close(numbers(ours), numbers(theirs), rtol=1e-6, atol=1e-6)
 
 
+# what every implementation passes
 CHECKS = (
     masked_out_tokens_count_for_nothing,
     diverged_tokens_say_so,
@@ -243,4 +242,4 @@ CHECKS = (
     k3_of_a_small_step,
     layouts_give_one_answer,
     nothing_live,
-)  # what every implementation passes
+)

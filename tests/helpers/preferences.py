@@ -20,7 +20,9 @@ from fastrl.batch.types import Tokens
 
 @dataclass
 class Side:
-    """N completions of up to L tokens: log-probs, the reference's, and which tokens there are; each (N, L)."""
+    """N completions of up to L tokens: log-probs, the reference's, and which tokens there are; each (N,
+    L).
+    """
 
     logp: Tensor
     ref: Tensor

@@ -30,12 +30,13 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
 
+# what fastrl.run.log says may differ between two runs of one configuration
 CLOCK = (
     "time",
     "time/",
     "eval/time",
     "perf/",
-)  # what fastrl.run.log says may differ between two runs of one configuration
+)
 REWARDS = '''
 def digits(completions, **columns):
     """Something that a model of random weights can get more or less of."""

@@ -174,7 +174,7 @@ class Calls:
             self.ours += 1
             return linear_logp(*args, **kwargs)
 
-        def seen(
+        def seen(  # type: ignore[no-untyped-def]
             ctx,
             hidden,
             weight,
@@ -185,7 +185,7 @@ class Calls:
             final_logit_softcapping,
             logit_scale,
             outputs,
-        ):  # type: ignore[no-untyped-def]
+        ):
             self.theirs.append(outputs)
             return forward(
                 ctx,
@@ -270,9 +270,8 @@ def both(call: Callable[..., Any], *tensors: Tensor) -> tuple[list[Tensor], list
 
 
 def equal(ours: Any, theirs: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(
-        ours, theirs, **(tolerance or {"rtol": 1e-5, "atol": 1e-5})
-    )  # checks dtypes too
+    # checks dtypes too
+    torch.testing.assert_close(ours, theirs, **(tolerance or {"rtol": 1e-5, "atol": 1e-5}))
 
 
 @needs_trl
@@ -381,7 +380,7 @@ def pretend(monkeypatch) -> ModuleType:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(
+        def forward(  # type: ignore[no-untyped-def]
             ctx,
             last_hidden,
             weight,
@@ -390,7 +389,7 @@ def pretend(monkeypatch) -> ModuleType:
             chunk_size,
             final_logit_softcapping=None,
             logit_scale=1.0,
-        ):  # type: ignore[no-untyped-def]
+        ):
             raise AssertionError("TRL's own was called")
 
     home, trainer = ModuleType("trl.trainer.utils"), ModuleType("trl.trainer.grpo_trainer")
@@ -463,11 +462,21 @@ def test_the_older_signatures_are_served(pretend, with_bias):
         torch.randint(9, (5,)),
     )
     if with_bias:
-        pretend._ChunkedLogProbFunction.forward = staticmethod(
-            lambda ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0: (
-                None
-            )
-        )
+
+        def forward(
+            ctx,
+            last_hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            chunk_size,
+            final_logit_softcapping=None,
+            logit_scale=1.0,
+        ):
+            return None
+
+        pretend._ChunkedLogProbFunction.forward = staticmethod(forward)
     with patched():
         arguments = (bias, target) if with_bias else (target,)
         logp, entropy = pretend._ChunkedLogProbFunction.apply(hidden, weight, *arguments, 2.0, 8)

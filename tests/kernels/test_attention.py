@@ -39,9 +39,8 @@ def test_golden_values():
     q = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1)
     v = torch.tensor([1.0, 2.0, 10.0]).view(3, 1, 1)
     y = ops.attention(q, q, v, torch.tensor([0, 3], dtype=torch.int32)).flatten()
-    torch.testing.assert_close(
-        y, torch.tensor([1.0, 1.7310586, 8.9186304]), atol=1e-5, rtol=0
-    )  # third: (1 + 2 e^2 + 10 e^4) / (1 + e^2 + e^4)
+    # third: (1 + 2 e^2 + 10 e^4) / (1 + e^2 + e^4)
+    torch.testing.assert_close(y, torch.tensor([1.0, 1.7310586, 8.9186304]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

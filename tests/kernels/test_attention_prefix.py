@@ -34,7 +34,9 @@ def case(H=4, K=2, E=8, dtype=torch.float32):
 
 
 def truth(q, k, v, cu, cu_k, scale):
-    """The padded definition: every sequence to the longest, one mask of who sees whom, a softmax in float64."""
+    """The padded definition: every sequence to the longest, one mask of who sees whom,
+    a softmax in float64.
+    """
     n, m = cu.diff(), cu_k.diff()
     L, M, G = int(n.max()), int(m.max()), q.shape[1] // k.shape[1]
     rows = [x.split(lengths.tolist()) for x, lengths in ((q, n), (k, m), (v, m))]

@@ -37,7 +37,9 @@ def run(name, fused, cu, **options):
 
 
 class Library:
-    """What the libraries have in common: packed tensors, int32 ends, lse (H, T); it checks what it is given."""
+    """What the libraries have in common: packed tensors, int32 ends, lse (H, T);
+    it checks what it is given.
+    """
 
     def __init__(self) -> None:
         self.longest: list[int] = []
@@ -243,10 +245,11 @@ def test_the_order_of_the_ladder():
         "sdpa",
         "reference",
     )
+    # which only exact mode picks
     assert set(ops.implementations()["attention"]) == {
         *_backend.order("attention"),
         "exact",
-    }  # which only exact mode picks
+    }
 
 
 def test_the_best_rung_that_is_there_is_named_and_used(monkeypatch):
@@ -265,7 +268,9 @@ def test_the_best_rung_that_is_there_is_named_and_used(monkeypatch):
 
 
 def test_a_rung_with_an_obstacle_gives_way_to_the_next(monkeypatch):
-    """Wrong: float32 or an odd width handed to flash attention; an obstacle that by name falls back silently."""
+    """Wrong: float32 or an odd width handed to flash attention;
+    an obstacle that by name falls back silently.
+    """
     table, q = _backend._table["attention"], torch.zeros(2, 4, 7)
     four = _backend.Implementation(
         {"forward": "four"}, None, "", "", ("cpu",), lambda q: "E=7" if q.shape[-1] % 8 else ""

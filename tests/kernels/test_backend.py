@@ -73,7 +73,9 @@ def test_nesting_and_exceptions_restore():
 
 
 def test_other_threads_see_it():
-    """Autograd runs a CUDA backward in its own threads: a choice per thread would use another backend there."""
+    """Autograd runs a CUDA backward in its own threads: a choice per thread would use another backend
+    there.
+    """
     seen = []
     with ops.use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(_backend.requested("token_logp")))
@@ -180,7 +182,9 @@ def test_without_a_witness_the_implementation_is_called_itself(monkeypatch):
 
 
 def test_a_compiled_graph_holds_the_registered_ops():
-    """Wrong: tracing into the shortcut, which breaks the graph at a data_ptr, or bakes one backend into it."""
+    """Wrong: tracing into the shortcut, which breaks the graph at a data_ptr,
+    or bakes one backend into it.
+    """
     called = []
 
     def backend(graph, inputs):

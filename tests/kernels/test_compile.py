@@ -21,15 +21,17 @@ from fastrl.kernels._launch import Spec
 
 pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
+# odd vocabularies and groups: their rows start anywhere, so no access to them can be wide
 EXEMPT = {
     50257,
     7,
-}  # odd vocabularies and groups: their rows start anywhere, so no access to them can be wide
+}
+# packed sequences, sorted samples, places in records: so do these
 ANYWHERE = {
     "gae.gae",
     "group_advantage.walk",
     "advance.forward",
-}  # packed sequences, sorted samples, places in records: so do these
+}
 
 
 def table(tmp_path, *arguments):

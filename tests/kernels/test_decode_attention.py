@@ -49,7 +49,9 @@ def test_dtypes(dtype, tolerance):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_many_queries_of_one_sequence(backend, index):
-    """Wrong: rows ignored, so that query b reads row b of the table; a query that sees the tokens after it."""
+    """Wrong: rows ignored, so that query b reads row b of the table;
+    a query that sees the tokens after it.
+    """
     T = sum(LENGTHS)
     q, k, v = (torch.randn(T, n, E) for n in (H, K, K))
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)

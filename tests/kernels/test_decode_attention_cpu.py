@@ -66,9 +66,8 @@ def test_the_bits_of_a_query_are_its_own(isa, threads, dtype):
     order = torch.randperm(T)
     for n, page in ((1, 64), (3, 16), (2, 1), (2, 128), (2, 12)):
         threads(n)
-        k_cache, v_cache, table, _ = paged(
-            torch.cat((v, k)), torch.cat((k, v)), [T, T], page
-        )  # ours is the second
+        # ours is the second
+        k_cache, v_cache, table, _ = paged(torch.cat((v, k)), torch.cat((k, v)), [T, T], page)
         rows = torch.ones(T, dtype=torch.int64)
         together = run("cpu", q[order], k_cache, v_cache, table, (order + 1).int(), rows)
         assert torch.equal(together, alone[order]), (n, page)

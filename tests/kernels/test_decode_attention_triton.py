@@ -80,7 +80,9 @@ def test_any_page_size_gives_the_same_bits(page):
 
 
 def test_the_same_launch_for_every_length(monkeypatch):
-    """What a captured graph replays.  Wrong: a grid, a bound or a constant that was taken from the lengths."""
+    """What a captured graph replays.  Wrong: a grid, a bound or a constant that was taken from the
+    lengths.
+    """
     monkeypatch.setattr(kernels, "SPLIT", 16)
     monkeypatch.setattr(kernels, "BLOCK", 16)
     H, K, E, page, most = 2, 1, 16, 8, 45
@@ -114,7 +116,9 @@ class watched:
 
 
 def test_rows_shared_pages_and_lengths_of_zero():
-    """Wrong: rows ignored; a free slot's softmax over nothing; a row of the table read where the length is 0."""
+    """Wrong: rows ignored; a free slot's softmax over nothing;
+    a row of the table read where the length is 0.
+    """
     _, k_cache, v_cache, table, _ = case([100, 70], E=16, page=16)
     rows = torch.tensor([1, 0, 1, 1, 0])
     table = torch.cat((table, table[:1]))

@@ -65,14 +65,15 @@ def test_large_values_that_cancel():
     reward, value, cu, mask = case((400,), masked=False)
     value += 1000
     exact = loop(reward.double(), value.double(), cu.tolist(), mask, 1.0, 1.0)
-    assert (
-        run(reward, value, cu, mask, 1.0, 1.0).advantage - exact
-    ).abs().max() <= 1.3e-4  # half an ulp of 1000, twice
+    # half an ulp of 1000, twice
+    assert (run(reward, value, cu, mask, 1.0, 1.0).advantage - exact).abs().max() <= 1.3e-4
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
 def test_a_nan_stays_in_its_sequence_and_before_its_token(lam):
-    """Wrong: 0 * NaN at a sequence's end or, with lam = 0, one token further than the reward's own advantage."""
+    """Wrong: 0 * NaN at a sequence's end or, with lam = 0, one token further than the reward's own
+    advantage.
+    """
     reward, value, cu, mask = case((30, 200, 20), masked=False)
     clean = run(reward, value, cu, mask, 1.0, lam).advantage
     reward[180] = math.nan

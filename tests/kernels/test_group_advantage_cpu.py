@@ -108,7 +108,9 @@ def test_ids_further_apart_than_int64_holds(isa):
 
 
 def test_large_groups_are_ranked_by_sorting(isa):
-    """Wrong: ties that are not averaged, or NaN ranked, where comparing each with each would take too long."""
+    """Wrong: ties that are not averaged, or NaN ranked, where comparing each with each would take too
+    long.
+    """
     reward = rewards(3 * 2000)
     want = reference(
         reward.double(), torch.empty(0, dtype=torch.int64), 2000, "mean", "std", "rank", 0.0, True, 0.5

@@ -86,9 +86,8 @@ def test_ids_in_any_order(baseline, scale, shape):
     of many in two chunks.
     """
     reward, ids = (x.float() if x.is_floating_point() else x for x in ragged(150))
-    ids[10:145] = torch.where(
-        torch.rand(135) < 0.5, 2**40, ids[10:145]
-    )  # about 70 samples: a group over four programs
+    # about 70 samples: a group over four programs
+    ids[10:145] = torch.where(torch.rand(135) < 0.5, 2**40, ids[10:145])
     judge(reward, ids, baseline, scale, shape)
     if shape == "linear":
         judge(reward[:45], ids[:45].int(), baseline, scale, shape)

@@ -21,13 +21,14 @@ kernels = pytest.importorskip(
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
 )
+# smoothing, softcap, z_loss
 OPTIONS = [
     (0.0, 0.0, 0.0),
     (0.1, 0.0, 0.0),
     (0.0, 30.0, 0.0),
     (0.0, 0.0, 0.01),
     (0.1, 5.0, 0.01),
-]  # smoothing, softcap, z_loss
+]
 
 
 def case(N, V, dtype=torch.float32, offset=0.0):
@@ -176,7 +177,9 @@ def test_is_registered_but_not_chosen():
 
 
 def test_the_grid_and_no_rows(monkeypatch):
-    """Wrong: rows on the grid's second axis, which ends at 65,535; a launch of nothing, which CUDA refuses."""
+    """Wrong: rows on the grid's second axis, which ends at 65,535; a launch of nothing,
+    which CUDA refuses.
+    """
 
     class Recorder:
         def __getitem__(self, grid):

@@ -102,9 +102,8 @@ def test_exp_is_within_one_ulp_and_has_no_bias(isa):
     """
     d = torch.linspace(0, 80, 20001)
     one, target = torch.ones_like(d), torch.zeros(len(d), dtype=torch.long)
-    grad = run("cpu", torch.stack([0 * d, -d], 1), target, one, one, 0 * one)[3][
-        :, 1
-    ].double()  # -p of the second logit
+    # -p of the second logit
+    grad = run("cpu", torch.stack([0 * d, -d], 1), target, one, one, 0 * one)[3][:, 1].double()
     exact = -torch.sigmoid(-d.double())
     error = (grad - exact) / exact / ULP[torch.float32]
     assert error.abs().max() <= 1.3  # exp, 1 / s and their product round once each
@@ -122,7 +121,9 @@ def test_all_logits_below_minus_200(isa):
 
 @pytest.mark.parametrize("V", [7, 1000, 9000])
 def test_minus_infinity_gives_finite_entropy_and_an_exact_zero_gradient(isa, V):
-    """Wrong: 0 * -inf in the entropy; a first block of nothing but -inf that makes NaN of all that follows."""
+    """Wrong: 0 * -inf in the entropy; a first block of nothing but -inf that makes NaN of all that
+    follows.
+    """
     logits, target, tau, dlogp, dentropy = case(3, V)
     logits[:, : V - 2] = -torch.inf
     target[:] = V - 1
@@ -249,9 +250,8 @@ def test_forward_and_gradient_at_once(isa, V, dtype):
                 backward_into_op(dlogp, dentropy, logits, target, tau, *stats[1:])
         ours.append((stats[0].nan_to_num(), stats[1], stats[2] + stats[3], logits.reshape(6, V).clone()))
     for a, b, right in zip(*ours, exact, strict=True):
-        torch.testing.assert_close(
-            a, b, atol=1e-6, rtol=ULP[dtype] if a.ndim > 1 else 1e-6
-        )  # `truth` in double inside, or rounded m
+        # `truth` in double inside, or rounded m
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=ULP[dtype] if a.ndim > 1 else 1e-6)
         within_budget(a, b, right.nan_to_num())
 
 
@@ -390,7 +390,9 @@ NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or sh
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name)
 def test_cuda_sources_compile_without_spills(source, tmp_path):
-    """Wrong: arrays indexed by what is not known at compile time, which live in memory instead of registers."""
+    """Wrong: arrays indexed by what is not known at compile time,
+    which live in memory instead of registers.
+    """
     command = [
         NVCC,
         "-O3",

@@ -197,9 +197,8 @@ def test_pgd_climbs_a_bowl_to_its_analytic_maximum() -> None:
     delta = perturb_init(a, radius=0.5, norm="l2", scope="batch", seed=0).requires_grad_()
     for k in range(200):
         (grad,) = torch.autograd.grad(-(delta - a).square().sum(), delta)
-        perturb_step(
-            delta, grad, step_size=0.25 * 0.95**k, radius=0.5, scope="batch"
-        )  # a leaf that requires grad may be stepped
+        # a leaf that requires grad may be stepped
+        perturb_step(delta, grad, step_size=0.25 * 0.95**k, radius=0.5, scope="batch")
     torch.testing.assert_close(delta.detach(), 0.5 * a / a.norm(), atol=1e-3, rtol=0)
 
 

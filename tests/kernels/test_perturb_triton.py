@@ -21,9 +21,8 @@ from fastrl.kernels._triton._philox import philox4
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these on a GPU")
 BACKEND = "triton"
 balls = pytest.mark.parametrize(("norm", "scope"), p.BALLS)
-cheap = pytest.mark.parametrize(
-    ("norm", "scope"), [b for b in p.BALLS if b[0] != "l1" or b[1] == "token"]
-)  # l1 takes 20 launches
+# l1 takes 20 launches
+cheap = pytest.mark.parametrize(("norm", "scope"), [b for b in p.BALLS if b[0] != "l1" or b[1] == "token"])
 most = pytest.mark.parametrize(("norm", "scope"), [b for b in p.BALLS if b != ("l1", "batch")])
 scopes = pytest.mark.parametrize("scope", p.SCOPES)
 
@@ -149,7 +148,9 @@ def words_kernel(counter, key, out, N: tl.constexpr):
 
 
 def test_philox_words_are_the_references():
-    """Wrong: a signed high product, a key that is not raised; the first counter is Random123's known answer."""
+    """Wrong: a signed high product, a key that is not raised;
+    the first counter is Random123's known answer.
+    """
     counter, key = torch.randint(2**32, (4, 64)), torch.randint(2**32, (2,))
     counter[:, 1] = 2**32 - 1
     out = torch.empty(4, 64, dtype=torch.int64)

@@ -63,7 +63,9 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_fused_op_equals_autograd_through_the_definition(name: str, ratio: str) -> None:
-    """Catches a correction that also multiplies the KL term, and any term missing from the fused derivative."""
+    """Catches a correction that also multiplies the KL term,
+    and any term missing from the fused derivative.
+    """
     case = random_case()
     both = []
     for loss_of in (policy_loss, reference):

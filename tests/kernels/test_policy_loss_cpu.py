@@ -155,6 +155,7 @@ def test_a_row_without_a_twin_runs_its_pytorch_columns(monkeypatch):
 def test_every_row_of_the_tables_has_its_twins():
     assert [row.cpu_id for row in SURROGATES.values()] == list(range(len(SURROGATES)))
     assert [row.triton for row in SURROGATES.values()] == list(SURROGATES)
+    # in csrc/cpu/policy_loss_rows.h's order
     assert list(KLS) == [
         "k1",
         "k2",
@@ -165,7 +166,7 @@ def test_every_row_of_the_tables_has_its_twins():
         "abs",
         "k3_cut",
         "k3+_cut",
-    ]  # in csrc/cpu/policy_loss_rows.h's order
+    ]
 
 
 # --- messages ---------------------------------------------------------------------------------------

@@ -147,7 +147,9 @@ def test_a_surrogate_that_is_not_in_the_table_runs_its_pytorch_columns():
 
 
 def test_the_launch_has_few_programs_and_no_length(monkeypatch):
-    """Wrong: a grid axis that ends at 65,535, partial sums that grow with T, T as a constant to compile for."""
+    """Wrong: a grid axis that ends at 65,535, partial sums that grow with T,
+    T as a constant to compile for.
+    """
 
     class Recorder:
         def __getitem__(self, grid):

@@ -109,9 +109,10 @@ def test_gradcheck(norm):
             torch.rand(E, dtype=torch.float64) + 0.5,
         )
     ]
-    fn = lambda q, k, a, b: ops.rope(
-        q, k, positions[:3], cos, sin, **({"q_norm": a, "k_norm": b} if norm else {})
-    )  # noqa: E731
+
+    def fn(q, k, a, b):
+        return ops.rope(q, k, positions[:3], cos, sin, **({"q_norm": a, "k_norm": b} if norm else {}))
+
     assert torch.autograd.gradcheck(fn, leaves)
 
 
@@ -138,9 +139,8 @@ def test_tables_are_those_of_transformers(scaling):
     )
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1), torch.arange(256)[None])
     ours = rope_tables(32, 1000.0, scaling, 256, torch.float32, "cpu")
-    torch.testing.assert_close(
-        ours[0], cos[0, :, :16], atol=2e-5, rtol=0
-    )  # one ulp of a frequency, 256 positions on
+    # one ulp of a frequency, 256 positions on
+    torch.testing.assert_close(ours[0], cos[0, :, :16], atol=2e-5, rtol=0)
     torch.testing.assert_close(ours[1], sin[0, :, :16], atol=2e-5, rtol=0)
 
 

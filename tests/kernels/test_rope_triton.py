@@ -72,9 +72,8 @@ def test_values_and_gradients(T, H, K, E, norms, dtype):
     ours, its, exact = run(args, ups), reference(args, ups), reference(wide(args), wide(ups))
     for mine, like, right in zip(ours, its, exact, strict=True):
         assert mine.shape == right.shape
-        if (
-            dtype == torch.bfloat16 and mine.numel()
-        ):  # the interpreter truncates each of up to three roundings
+        # the interpreter truncates each of up to three roundings
+        if dtype == torch.bfloat16 and mine.numel():
             assert (mine.double() - right).abs().max() <= 4 * ULP[dtype] * right.abs().max()
         else:
             within_budget(mine, like, right)

@@ -122,9 +122,8 @@ def test_neighbouring_draws_are_independent() -> None:
         (base, draw(logits, position=arange(40_000), seed=1).token),
     ):
         table = torch.bincount(4 * a + b, minlength=16).double() / a.numel()
-        assert (
-            float(((table - 1 / 16) ** 2).sum() * 16 * a.numel()) < 37.7
-        )  # chi-square, 15 degrees of freedom, p = 1e-3
+        # chi-square, 15 degrees of freedom, p = 1e-3
+        assert float(((table - 1 / 16) ** 2).sum() * 16 * a.numel()) < 37.7
 
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:

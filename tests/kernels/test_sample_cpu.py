@@ -209,12 +209,13 @@ def test_chosen_by_default_on_cpu(monkeypatch):
     real = C.sample_forward_cpu
     monkeypatch.setattr(C, "sample_forward_cpu", lambda *a: (seen.append(1), real(*a)))
     monkeypatch.setattr(_backend, "requested", lambda op: None)
+    # the definition takes the rest
     for dtype, runs in (
         (torch.float32, 1),
         (torch.bfloat16, 1),
         (torch.float16, 0),
         (torch.float64, 0),
-    ):  # the definition takes the rest
+    ):
         seen.clear()
         sample(torch.randn(3, 50).to(dtype), **draws.keys(3))
         assert len(seen) == runs

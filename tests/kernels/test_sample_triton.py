@@ -171,7 +171,9 @@ def test_both_files_count_the_same_bits():
 
 # --- the op around them -----------------------------------------------------------------------------
 def test_rows_without_a_distribution_say_so():
-    """Wrong: a token outside the vocabulary where there is nothing to draw; a NaN that spreads to other rows."""
+    """Wrong: a token outside the vocabulary where there is nothing to draw;
+    a NaN that spreads to other rows.
+    """
     logits = torch.randn(4, 203)
     logits[0], logits[1, 17], logits[2, 5] = -torch.inf, torch.nan, torch.inf
     for filters in draws.FILTERS[:4]:

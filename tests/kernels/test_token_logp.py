@@ -143,9 +143,8 @@ def test_batches_views_and_nothing():
     y = torch.randint(8, (2, 5))
     whole = ops.token_logp(z, y).logp
     torch.testing.assert_close(whole, z.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1))
-    torch.testing.assert_close(
-        ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1]
-    )  # the view TRL passes
+    # the view TRL passes
+    torch.testing.assert_close(ops.token_logp(z[:, :-1], y[:, :-1]).logp, whole[:, :-1])
     torch.testing.assert_close(ops.token_logp(z[0].T.contiguous().T, y[0]).logp, whole[0])
     assert ops.token_logp(
         torch.empty(0, 8), torch.empty(0, dtype=torch.int64), entropy=True
@@ -222,9 +221,8 @@ def test_fused_is_forward_then_backward_and_narrow_in_the_front(each_backend, V,
                 else backward_into_op(up, uh, over, y, tau, *stats[1:], dtype) or stats
             )
             ours = front(over, dtype)
-            tolerance = (
-                {"atol": 1e-7, "rtol": 1e-5} if dtype is None else {"atol": 1e-6, "rtol": 2**-7}
-            )  # the interpreter truncates
+            # the interpreter truncates
+            tolerance = {"atol": 1e-7, "rtol": 1e-5} if dtype is None else {"atol": 1e-6, "rtol": 2**-7}
             torch.testing.assert_close(ours.float(), want, **tolerance)
             assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, stats, strict=True))
 

@@ -73,9 +73,8 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     the report; a reference that is trained along; log-probs of the reference computed again although they are
     in the folder.
     """
-    monkeypatch.setattr(
-        fastrl.report.report, "lines", lambda *args, title, **kwargs: Picture("", title, "")
-    )  # drawn in test_report.py
+    # drawn in test_report.py
+    monkeypatch.setattr(fastrl.report.report, "lines", lambda *args, title, **kwargs: Picture("", title, ""))
     result = train(dpo(tmp_path))
     run = Path(tmp_path, "run")
     rows = [r for r in lines(run) if "loss" in r]
@@ -126,7 +125,9 @@ def test_in_exact_mode_the_first_margin_is_exactly_zero(reference, tmp_path, no_
     ids=["dpo", "ipo-live-bfloat16", "kto", "simpo"],
 )
 def test_a_run_resumed_is_the_run(changes, tmp_path, monkeypatch, no_report):
-    """Wrong implementations: a reference made of the resumed weights; pairs or mismatches that begin again."""
+    """Wrong implementations: a reference made of the resumed weights;
+    pairs or mismatches that begin again.
+    """
     straight, resumed = straight_and_resumed(monkeypatch, dpo, tmp_path, 4, steps=8, eval=Eval(), **changes)
     assert_same_run(straight.output_dir, resumed.output_dir, 8)
     first, last = (state(Path(resumed.output_dir, f"checkpoints/step_{n}")) for n in (4, 8))
@@ -136,7 +137,9 @@ def test_a_run_resumed_is_the_run(changes, tmp_path, monkeypatch, no_report):
 
 
 def test_resumed_without_its_file_it_computes_the_reference_of_the_start(tmp_path, monkeypatch, no_report):
-    """Wrong implementation: the reference of a run that lost its file is the checkpoint that it resumes at."""
+    """Wrong implementation: the reference of a run that lost its file is the checkpoint that it resumes
+    at.
+    """
     stopped, straight = (dpo(tmp_path, name, steps=4, eval=Eval()) for name in ("stopped", "straight"))
     train(straight)
     real = Learner.update
@@ -156,14 +159,17 @@ def test_resumed_without_its_file_it_computes_the_reference_of_the_start(tmp_pat
 
 
 def test_precomputed_and_live_references_are_one(tmp_path, no_report):
-    """Wrong implementations: log-probs of the item's neighbour; those of the policy; prompt tokens in them."""
+    """Wrong implementations: log-probs of the item's neighbour; those of the policy;
+    prompt tokens in them.
+    """
     for name, reference in (("before", "precomputed"), ("live", "live")):
         train(dpo(tmp_path, name, reference=reference, steps=4, prompts=9, eval=Eval()))
     a, b = (lines(tmp_path / name) for name in ("before", "live"))
+    # before the first step a pair's rewards are 0 but for rounding, which alone says which is higher;
     for row in (
         a[0],
         b[0],
-    ):  # before the first step a pair's rewards are 0 but for rounding, which alone says which is higher;
+    ):
         del row["rewards/accuracies"]  # it is 0 in exact mode, where there is none
         assert max(abs(row["rewards/chosen"]), abs(row["rewards/rejected"])) < 1e-6
     for x, y in zip(a, b, strict=True):

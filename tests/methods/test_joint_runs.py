@@ -254,8 +254,9 @@ def test_the_oracles_reward_rises_with_a_reward_model_that_learns_along(tmp_path
         {k: sum(r[k] for r in some) / 10 for k in KEYS} for some in (rows[:10], rows[-10:])
     )
     print(first_ten, last_ten)
+    # 0.12; a mean of ten steps deviates by 0.02
     assert last_ten["joint/oracle"] - first_ten["joint/oracle"] > 0.06, (
         first_ten,
         last_ten,
-    )  # 0.12; a mean of ten steps deviates by 0.02
+    )
     assert last_ten["joint/proxy"] > first_ten["joint/proxy"] and last_ten["joint/correlation"] > 0.4

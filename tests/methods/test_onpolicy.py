@@ -18,9 +18,10 @@ from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.batch.types import Rollouts
 from fastrl.config import Grpo
 from fastrl.errors import UserError
+from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.prompts import Scorer, prompts_and_rewards
 from fastrl.methods.grpo.refill import block, further, keep, spread
-from fastrl.methods.grpo.rollouts import check_rollouts, order
+from fastrl.methods.grpo.rollouts import order
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, score, soft_overlong
 from fastrl.sampler import Sampler
@@ -360,7 +361,9 @@ def test_settings_of_the_rollouts_are_refused(changes, name, message):
 
 
 def test_a_run_with_everything(tmp_path, monkeypatch):
-    """Every option of the family in one run, twice.  Wrong implementation: one that the run does not hand on."""
+    """Every option of the family in one run, twice.  Wrong implementation:
+    one that the run does not hand on.
+    """
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
     options = {
         "steps": 2,

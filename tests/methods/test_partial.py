@@ -13,8 +13,9 @@ from runs import GROUP, decoder, on_policy
 from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Grpo
 from fastrl.errors import UserError
+from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.partial import Carry
-from fastrl.methods.grpo.rollouts import OnPolicy, check_rollouts
+from fastrl.methods.grpo.rollouts import OnPolicy
 
 LONG = {"tail": "carry", "tail_share": 0.4, "max_new_tokens": 30}
 

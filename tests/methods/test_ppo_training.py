@@ -163,9 +163,8 @@ def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatch
             torch.testing.assert_close(
                 pad(batch.value, cu), torch.where(mask, value, 0), rtol=1e-4, atol=1e-5
             )
-            A = restated.gae(pad(batch.returns - batch.value, cu), torch.zeros_like(value), mask, 0.0, 0.0)[
-                0
-            ]  # A = return - value
+            # A = return - value
+            A = restated.gae(pad(batch.returns - batch.value, cu), torch.zeros_like(value), mask, 0.0, 0.0)[0]
             torch.testing.assert_close(
                 pad(batch.advantage, cu), restated.whitened(A, mask), rtol=1e-4, atol=1e-5
             )
@@ -374,7 +373,9 @@ def test_four_steps_are_two_and_two(changes, tmp_path, monkeypatch, no_report):
 
 
 def test_a_checkpoint_of_another_critic_is_refused():
-    """Wrong implementations: an error that names a tensor and no option; a head that silently stays at zero."""
+    """Wrong implementations: an error that names a tensor and no option;
+    a head that silently stays at zero.
+    """
     separate, shared = (learner(decoder(), row(critic=kind)) for kind in ("separate", "shared"))
     for one, other in ((separate, shared), (shared, separate)):
         with pytest.raises(

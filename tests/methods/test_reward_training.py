@@ -20,8 +20,9 @@ from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Grpo, HeldOut, Optim, Reward
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
-from fastrl.methods.reward.batches import choose_reward_loss, comparisons, judge_held_out
+from fastrl.methods.reward.batches import comparisons, judge_held_out
 from fastrl.methods.reward.learner import RewardBatch, RewardLearner, micro_batches
+from fastrl.methods.reward.options import choose_reward_loss
 from fastrl.model.reward import RewardModel
 from fastrl.report.report import build
 from fastrl.rewards.functions import load_reward

@@ -24,7 +24,8 @@ from runs import (
 from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Grpo, Sampling
 from fastrl.errors import UserError
-from fastrl.methods.grpo.rollouts import check_rollouts, order
+from fastrl.methods.grpo.options import check_rollouts
+from fastrl.methods.grpo.rollouts import order
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
@@ -195,7 +196,9 @@ def test_metrics_of_a_step():
 
 
 def test_a_process_without_prompts_takes_part():
-    """Wrong implementations: it skips a sum that the others wait in; a reward function is called for nothing."""
+    """Wrong implementations: it skips a sum that the others wait in;
+    a reward function is called for nothing.
+    """
     calls: list[int] = []
 
     class Counting(World):

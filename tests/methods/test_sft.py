@@ -32,7 +32,8 @@ from fastrl.data.rows import Sample
 from fastrl.errors import UserError
 from fastrl.methods.grpo.prompts import demonstrations as from_config
 from fastrl.methods.grpo.rollouts import Demonstrations
-from fastrl.methods.sft.learner import SupervisedLearner, choose_supervised, neftune_noise
+from fastrl.methods.sft.learner import SupervisedLearner, neftune_noise
+from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
 

@@ -67,9 +67,8 @@ def every_op_on(name):
 
 def hugging_face(family="qwen2", **changes):
     """A transformers model whose every parameter, norms and biases included, is random."""
-    config = copy.deepcopy(
-        tiny_config(family, **changes)
-    )  # transformers writes into the mappings it is given
+    # transformers writes into the mappings it is given
+    config = copy.deepcopy(tiny_config(family, **changes))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -107,9 +106,8 @@ def test_parity_with_transformers_both_ways(family, changes, tmp_path):
         model.save_pretrained(tmp_path / "ours")
         again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
         assert not any(info.values()), info
-        own = dict(
-            again.named_parameters()
-        )  # not its logits: GEMMs round differently over weights that a file maps unaligned
+        # not its logits: GEMMs round differently over weights that a file maps unaligned
+        own = dict(again.named_parameters())
         assert all(torch.equal(own[name], parameter) for name, parameter in hf.named_parameters())
 
 

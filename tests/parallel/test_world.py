@@ -49,9 +49,8 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 
 ROOT = Path(__file__).parents[2]
-FIRST_ONLY = [
-    float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)
-]  # the one group of unequal rewards is the first process's
+# the one group of unequal rewards is the first process's
+FIRST_ONLY = [float(i == GROUP * order(3, SEED, 0, 1)[0]) for i in range(12)]
 PREFERENCES = ("dpo", "kto")
 FUSED = {  # one step's offline pairs, minibatch of groups with members, on-policy pairs and lists
     "grpo_dpo": {"norms_every": 1, "pairs": 5},
@@ -59,6 +58,7 @@ FUSED = {  # one step's offline pairs, minibatch of groups with members, on-poli
     "online_dpo": {"pairing": "all"},
     "group_softmax": {"anchor": "old"},
 }
+# others share what processes could get wrong
 ALIKE = (
     "bnpo",
     "two_sided",
@@ -67,7 +67,7 @@ ALIKE = (
     "pass_at_k",
     "max_rl",
     "reinforce++",
-)  # others share what processes could get wrong
+)
 SHARED = {name: row for name, row in METHODS.items() if name not in ALIKE}
 MIXTURES: dict[str, dict[str, Any]] = {  # of hybrids: options of the source
     "hpt": {},
@@ -105,9 +105,8 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     }.items():
         model = decoder()
         step = on_policy(model, ALGORITHMS["grpo"], world=world, **options).collect(0, 0)
-        optim = Optim(
-            lr=1e-2, eps=1e-2, weight_decay=0.1
-        )  # a step without gradient would still decay the weights
+        # a step without gradient would still decay the weights
+        optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
     for critic in ("separate", "shared"):
@@ -290,7 +289,9 @@ def test_sums_and_lists_of_two(two):
 
 
 def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None:
-    """Sampler against trainer is rounding here, 1e-6 nats of it, which the shape of a matrix product changes."""
+    """Sampler against trainer is rounding here, 1e-6 nats of it,
+    which the shape of a matrix product changes.
+    """
     rounding = [k for k in want if k.startswith("sampler_diff")]
     assert [found.pop(k) for k in rounding] == pytest.approx([want[k] for k in rounding], abs=1e-5)
     assert found == pytest.approx({k: v for k, v in want.items() if k not in rounding}, rel=1e-4, abs=1e-6)

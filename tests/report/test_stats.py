@@ -31,7 +31,9 @@ from fastrl.report.stats import (
     ],
 )
 def test_t_quantile_equals_the_tables(df, expected):
-    """Wrong implementation: the normal's 1.96 for three seeds (df 2), or the odd and even series exchanged."""
+    """Wrong implementation: the normal's 1.96 for three seeds (df 2),
+    or the odd and even series exchanged.
+    """
     assert t_quantile(0.975, df) == pytest.approx(expected, rel=1e-7)
 
 
@@ -68,9 +70,8 @@ def test_paired_interval_uses_the_differences():
     """
     before, after = [0.10, 0.50, 0.90, 0.30], [0.12, 0.53, 0.91, 0.34]
     mean, lo, hi = paired_interval(before, after)
-    half = (
-        3.1824463 * math.sqrt(((0.5**2 + 0.5**2 + 1.5**2 + 1.5**2) * 1e-4) / 3) / 2
-    )  # differences 2, 3, 1, 4 hundredths
+    # differences 2, 3, 1, 4 hundredths
+    half = 3.1824463 * math.sqrt(((0.5**2 + 0.5**2 + 1.5**2 + 1.5**2) * 1e-4) / 3) / 2
     assert (mean, lo, hi) == pytest.approx((0.025, 0.025 - half, 0.025 + half), rel=1e-6)
 
 

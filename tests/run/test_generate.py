@@ -1,4 +1,6 @@
-"""`fastrl generate`: a completion of every prompt, in order, the same whatever stands beside it in the file."""
+"""`fastrl generate`: a completion of every prompt, in order,
+the same whatever stands beside it in the file.
+"""
 
 from __future__ import annotations
 
@@ -278,7 +280,9 @@ def nothing(folder: Path) -> None:
 def test_a_file_that_cannot_be_continued_is_refused_and_left_alone(
     model, folder, straight, capsys, change, args, said
 ):
-    """Wrong implementations: a file overwritten; completions of two seeds, or of other prompts, in one file."""
+    """Wrong implementations: a file overwritten; completions of two seeds, or of other prompts,
+    in one file.
+    """
     (folder / "out.jsonl").write_bytes(straight[0])
     (folder / "out.jsonl.config.yaml").write_text(straight[1])
     change(folder)

@@ -68,7 +68,9 @@ def test_time_goes_on_over_a_resume(tmp_path):
 
 
 def test_keep_until_replaces_the_file_in_one_move(tmp_path, monkeypatch):
-    """Wrong implementation: truncate and rewrite in place, which loses the whole file to a crash in between."""
+    """Wrong implementation: truncate and rewrite in place, which loses the whole file to a crash in
+    between.
+    """
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
 

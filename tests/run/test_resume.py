@@ -255,7 +255,9 @@ def test_a_run_that_goes_on_otherwise_says_so(tmp_path, capsys):
 
 
 def test_a_finished_run_can_be_resumed_and_made_longer(tmp_path):
-    """Wrong implementations: a finished run does a step more; another checkpoint of the same step is written."""
+    """Wrong implementations: a finished run does a step more;
+    another checkpoint of the same step is written.
+    """
     config = sft(tmp_path, steps=4, eval=Eval())
     done = train(config)
     written = done.checkpoint.stat().st_mtime_ns

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LONG, PARAMS, agree, as_on_cuda, same  # noqa: F401 - a fixture
+from engines import LONG, PARAMS, agree, same
 from runs import decoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,7 +57,7 @@ class Graph(TorchDispatchMode):
 
 
 @pytest.fixture
-def graphs(as_on_cuda, monkeypatch):  # noqa: F811
+def graphs(as_on_cuda, monkeypatch):
     """Engines as on CUDA, their steps captured and replayed."""
 
     class Stream:

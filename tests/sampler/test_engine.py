@@ -1,4 +1,6 @@
-"""The rollout engine under load: who comes in, which pages they have, and that nothing is lost or mixed up."""
+"""The rollout engine under load: who comes in, which pages they have,
+and that nothing is lost or mixed up.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import random
 
 import pytest
 import torch
-from engines import LONG, PARAMS, PROMPTS, agree, as_on_cuda, same, trainers  # noqa: F401 - a fixture
+from engines import LONG, PARAMS, PROMPTS, agree, same
 from runs import decoder
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +56,9 @@ def test_late_looks_and_padded_steps_change_no_sample(rows, tokens, as_on_cuda):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_greedy_is_transformers_generate(family, tmp_path):
-    """Wrong implementations: any difference in the decoder, its cache or its positions that changes a token."""
+    """Wrong implementations: any difference in the decoder, its cache or its positions that changes a
+    token.
+    """
     model = decoder(family, eos_token_id=None, max_position_embeddings=256)
     model.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -92,7 +96,9 @@ def test_triton_kernels_make_the_same_samples():
 
 # --- pages ------------------------------------------------------------------------------------------
 def test_a_group_has_its_prompt_once(monkeypatch):
-    """Wrong implementations: the prompt's pages, or its forward, once per sample; a page that is left behind."""
+    """Wrong implementations: the prompt's pages, or its forward, once per sample;
+    a page that is left behind.
+    """
     model, taken, forwarded = decoder(), [], []
     take, forward = engine.PagedCache.take, Decoder.forward
     monkeypatch.setattr(engine.PagedCache, "take", lambda self, n: taken.append(n) or take(self, n))

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from engines import agree, as_on_cuda, same  # noqa: F401 - a fixture
+from engines import agree, same
 from runs import decoder
 
 from fastrl.batch.types import Rollouts
@@ -144,7 +144,7 @@ def test_prompts_and_chunks_that_end_with_a_page(chunk):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25])
-def test_rows_at_the_borders_of_buckets(n, as_on_cuda):  # noqa: F811
+def test_rows_at_the_borders_of_buckets(n, as_on_cuda):
     """Wrong implementations: compaction to a bucket that leaves a live row out; equal prompts taken for
     samples of one, with one noise.
     """

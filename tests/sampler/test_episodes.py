@@ -1,4 +1,6 @@
-"""Tasks of several turns: the game that comes with the library, the environment made of it, and a run on it."""
+"""Tasks of several turns: the game that comes with the library, the environment made of it,
+and a run on it.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def test_logp_and_entropy_are_the_trainers(family):
 
 
 def test_the_learner_sees_a_ratio_of_one_on_fresh_rollouts():
-    """Wrong implementation: the learner's shift by one token, or its temperature, differs from the sampler's."""
+    """Wrong implementation: the learner's shift by one token, or its temperature,
+    differs from the sampler's.
+    """
     model = decoder()
     rollouts = generate(model, temperature=1.3)
     ones = torch.ones_like(rollouts.logp)

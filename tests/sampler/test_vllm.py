@@ -146,9 +146,8 @@ def test_what_vllm_is_asked_for(engines):
         "load_format": "dummy",
         "enable_prefix_caching": True,
     }
-    assert llm.options["kv_cache_memory_bytes"] == 2 * 2 * 2 * 8 * 4 * (
-        1000 + adapter.SPARE
-    )  # k and v, layers, heads, width, bytes
+    # k and v, layers, heads, width, bytes
+    assert llm.options["kv_cache_memory_bytes"] == 2 * 2 * 2 * 8 * 4 * (1000 + adapter.SPARE)
     assert os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
 
 

@@ -86,9 +86,8 @@ def test_ties_go_to_the_likelier_answer():
     """
     answer = ["a", "b", "b", "a", None, None, None]
     logp = [-0.1, -0.4, -0.5, -0.9, 0.0, 0.0, 0.0]
-    assert (
-        vote(made([False] * 7, answer=answer, logp=logp)) == 1
-    )  # -0.45 against -0.5, though a's best is better
+    # -0.45 against -0.5, though a's best is better
+    assert vote(made([False] * 7, answer=answer, logp=logp)) == 1
     assert vote(made([False] * 7, answer=answer, logp=[-0.9, *logp[1:3], -0.1, 0, 0, 0])) == 1
     assert vote(made([False] * 7, answer=answer, logp=[-0.1, *logp[1:3], -0.1, 0, 0, 0])) == 0
     assert vote(made([True, False], answer=[None, None])) == 0

@@ -65,7 +65,9 @@ def test_the_last_number(text, answer):
 
 
 def test_comparison_is_exact():
-    """A float comparison takes 0.1 + 0.2 for 0.30000000000000004, and a text comparison tells 18 from 18.00."""
+    """A float comparison takes 0.1 + 0.2 for 0.30000000000000004,
+    and a text comparison tells 18 from 18.00.
+    """
     task, example = Gsm8k(), Example(prompt="", fields={"answer": "3/10"})
     assert task.verify(example, "#### 0.30").correct
     assert not task.verify(example, "#### 0.3000000000000000001").correct
@@ -97,7 +99,9 @@ def real(request):
 
 
 def test_agreement_with_3600_graded_solutions(real):
-    """The release's own labels. Comparing texts instead of numbers disagrees (80,000 and 80000; 3 and 3.0)."""
+    """The release's own labels. Comparing texts instead of numbers disagrees (80,000 and 80000;
+    3 and 3.0).
+    """
     agree, as_text, total = 0, 0, Counter()
     for index, line in enumerate(data_file("gsm8k", "model_solutions.jsonl").open(encoding="utf-8")):
         row = json.loads(line)

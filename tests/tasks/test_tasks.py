@@ -47,7 +47,9 @@ def test_the_documented_task(tmp_path):
 
 
 def test_a_task_with_options_neighbours_and_dataclasses(tmp_path):
-    """Files run with exec() outside sys.modules cannot define dataclasses, nor import what lies beside them."""
+    """Files run with exec() outside sys.modules cannot define dataclasses,
+    nor import what lies beside them.
+    """
     tmp_path.joinpath("beside.py").write_text("BASE = 7")
     tmp_path.joinpath("mine.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass, "

@@ -122,7 +122,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(monkeypatch):
     ],
 )
 def test_learning_rates(schedule, floor, want):
-    """Wrong implementations: a first step of 0, a peak that is never reached, a floor added to the schedule."""
+    """Wrong implementations: a first step of 0, a peak that is never reached,
+    a floor added to the schedule.
+    """
     optim = Optim(lr=3.0, warmup=2, schedule=schedule, floor=floor)
     assert [learning_rate(optim, step, 6) / 3 for step in range(6)] == pytest.approx(want)
     assert learning_rate(optim, 100, 6) == pytest.approx(3 * (1 if schedule == "constant" else floor)), (
@@ -272,7 +274,9 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
 # --- state ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_is_all_that_the_next_step_needs(dtype):
-    """Wrong implementations: moments or their step count left behind; masters rebuilt from rounded weights."""
+    """Wrong implementations: moments or their step count left behind;
+    masters rebuilt from rounded weights.
+    """
     optim = Optim(lr=1e-2, weight_decay=0.1, warmup=2)
     one, other = decoder(dtype=dtype), decoder(dtype=dtype, seed=1)
     a, batch = learner(one, ALGORITHMS["sft"], optim=optim), make_batch("sft", one)

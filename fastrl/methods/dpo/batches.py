@@ -26,9 +26,8 @@ from fastrl.parallel.world import World
 from fastrl.train.learner import Learner
 
 Items = Callable[[Sequence[int]], list[Unit]]
-Reference = Callable[
-    [Sequence[int], Batch], Tensor
-]  # (items, the batch made of them) -> (T,) log-probs of the reference model
+# (items, the batch made of them) -> (T,) log-probs of the reference model
+Reference = Callable[[Sequence[int], Batch], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

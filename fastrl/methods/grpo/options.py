@@ -22,12 +22,13 @@ from fastrl.errors import UserError
 from fastrl.files import nearest
 from fastrl.kernels.surrogates import name_of
 
+# TRL's names -> ops.group_advantage's
 SCALES = {
     "group": "std",
     "batch": "batch_std",
     "range": "range",
     "none": "none",
-}  # TRL's names -> ops.group_advantage's
+}
 
 
 def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -> Algorithm:
@@ -174,3 +175,64 @@ def _with(row: Algorithm, option: str, config: Grpo, **params: Any) -> Algorithm
             f"take an --advantage that has: {fine}"
         )
     return replace(row, advantage=row.advantage.with_params(**params))
+
+
+def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, turns: bool = False) -> None:
+    """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
+    train on.
+    """
+    if config.sampling.temperature == 0:
+        raise UserError(
+            "--sampling.temperature: expected a positive number, got 0; "
+            "greedy samples have no old log-prob to train on"
+        )
+    least, buffer = algorithm.advantage.least if algorithm.advantage else 1, config.overlong_buffer
+    for option, value, fine, expected in (
+        (
+            "--group",
+            config.group,
+            config.group >= least,
+            f"at least {least} completions of a prompt, to compare them",
+        ),
+        (
+            "--minibatches",
+            config.minibatches,
+            1 <= config.minibatches <= config.prompts,
+            f"1 to --prompts ({config.prompts})",
+        ),
+        ("--epochs", config.epochs, config.epochs >= 1, "at least 1"),
+        ("--refill", config.refill, config.refill >= 0, "a number of rounds of 0 or more"),
+        (
+            "--refill",
+            config.refill,
+            config.refill == 0 or config.group >= 2,
+            "0 with --group 1, whose groups never have two rewards",
+        ),
+        (
+            "--tail",
+            config.tail,
+            config.tail != "carry" or processes == 1,
+            "finish or cut with several processes",
+        ),
+        (
+            "--tail",
+            config.tail,
+            config.tail != "carry" or not turns,
+            "finish or cut with a task of several turns",
+        ),
+        (
+            "--tail",
+            config.tail,
+            config.tail != "carry" or config.refill == 0,
+            "finish or cut with --refill, which fills the batch anyway",
+        ),
+        ("--tail-share", config.tail_share, 0 < config.tail_share < 1, "a fraction in (0, 1)"),
+        (
+            "--overlong-buffer",
+            buffer,
+            0 <= buffer <= config.max_new_tokens,
+            f"0 to --max-new-tokens ({config.max_new_tokens})",
+        ),
+    ):
+        if not fine:
+            raise UserError(f"{option}: expected {expected}, got {value}")

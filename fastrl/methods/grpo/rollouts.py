@@ -19,7 +19,6 @@ from fastrl.algorithms.advantage import COMBINE
 from fastrl.batch.types import Batch
 from fastrl.config import Grpo
 from fastrl.data.rows import Sample
-from fastrl.errors import UserError
 from fastrl.methods.grpo.draw import Draw, measure
 from fastrl.methods.grpo.partial import Carry
 from fastrl.methods.grpo.refill import block, further, keep, spread
@@ -59,10 +58,14 @@ class Source(Protocol):
     """What the trainer asks for data."""
 
     def collect(self, step: int, version: int) -> Step:
-        """The data of `step` (counted from 0); `version` is how many optimizer steps the weights have seen."""
+        """The data of `step` (counted from 0); `version` is how many optimizer steps the weights have
+        seen.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep of it: data that is neither used nor a function of the step's number."""
+        """What a checkpoint has to keep of it: data that is neither used nor a function of the step's
+        number.
+        """
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
@@ -188,9 +191,8 @@ class OnPolicy:
         draw, kept = self._fill(step, version)
         whole, told = self._complete(draw, step, version)
         G = self.members
-        mine = {
-            place: i for i, place in enumerate(draw.places) if place in kept
-        }  # this process's groups of the batch
+        # this process's groups of the batch
+        mine = {place: i for i, place in enumerate(draw.places) if place in kept}
         own = [i * G + g for i in mine.values() for g in range(G)]
         batch = self._batch(whole, own, self._advantage(whole, own))
         metrics = measure(draw, self.config.group, version, self.world) | told
@@ -284,9 +286,8 @@ class OnPolicy:
         )
         assert advantage is not None
         apart = config.multi_objective_aggregation != "sum_then_normalize"
-        named = (draw.scored.each if apart else {}) or {
-            "reward": (1.0, draw.scored.reward)
-        }  # summed once, as the log has it
+        # summed once, as the log has it
+        named = (draw.scored.each if apart else {}) or {"reward": (1.0, draw.scored.reward)}
         length = draw.rollouts.lengths.tolist()
         rows = [(draw.places[i // G], length[i], *(values[i] for _, values in named.values())) for i in own]
         if advantage.whole_batch or apart:
@@ -320,9 +321,8 @@ class OnPolicy:
             old_logp=rollouts.logp,
             weight=zeros,
         )
-        batch = (
-            batch if own == list(range(len(rollouts))) else batch.select(own)
-        )  # as many of them may be others, or in another order
+        # as many of them may be others, or in another order
+        batch = batch if own == list(range(len(rollouts))) else batch.select(own)
         batch = replace(batch, advantage=torch.repeat_interleave(advantage, batch.cu_seqlens.diff().long()))
         if self.algorithm.correction is not None and self.config.minibatches * self.config.epochs > 1:
             assert self.trainer is not None
@@ -354,64 +354,3 @@ class OnPolicy:
             return batch
         moves = (batch.advantage[batch.cu_seqlens[:-1].long()] != 0) & (batch.live_ends.diff() > 0)
         return batch if bool(moves.all()) else batch.select(moves.nonzero().squeeze(1).tolist())
-
-
-def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, turns: bool = False) -> None:
-    """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
-    train on.
-    """
-    if config.sampling.temperature == 0:
-        raise UserError(
-            "--sampling.temperature: expected a positive number, got 0; "
-            "greedy samples have no old log-prob to train on"
-        )
-    least, buffer = algorithm.advantage.least if algorithm.advantage else 1, config.overlong_buffer
-    for option, value, fine, expected in (
-        (
-            "--group",
-            config.group,
-            config.group >= least,
-            f"at least {least} completions of a prompt, to compare them",
-        ),
-        (
-            "--minibatches",
-            config.minibatches,
-            1 <= config.minibatches <= config.prompts,
-            f"1 to --prompts ({config.prompts})",
-        ),
-        ("--epochs", config.epochs, config.epochs >= 1, "at least 1"),
-        ("--refill", config.refill, config.refill >= 0, "a number of rounds of 0 or more"),
-        (
-            "--refill",
-            config.refill,
-            config.refill == 0 or config.group >= 2,
-            "0 with --group 1, whose groups never have two rewards",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or processes == 1,
-            "finish or cut with several processes",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or not turns,
-            "finish or cut with a task of several turns",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or config.refill == 0,
-            "finish or cut with --refill, which fills the batch anyway",
-        ),
-        ("--tail-share", config.tail_share, 0 < config.tail_share < 1, "a fraction in (0, 1)"),
-        (
-            "--overlong-buffer",
-            buffer,
-            0 <= buffer <= config.max_new_tokens,
-            f"0 to --max-new-tokens ({config.max_new_tokens})",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{option}: expected {expected}, got {value}")

@@ -24,16 +24,15 @@ from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, Mixed
 from fastrl.batch.types import Batch, Rollouts, Tokens
 from fastrl.config import Hybrid
 from fastrl.data.rows import Sample
-from fastrl.errors import UserError
 from fastrl.methods.grpo.draw import Draw
 from fastrl.methods.grpo.rollouts import OnPolicy
+from fastrl.methods.hybrid.options import check_mixture
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.train.learner import Learner
 
-Known = Callable[
-    [Sequence[int]], Sequence[Sequence[Sample | None]]
-]  # prompts' numbers -> the completions known of each, None for none
+# prompts' numbers -> the completions known of each, None for none
+Known = Callable[[Sequence[int]], Sequence[Sequence[Sample | None]]]
 
 
 # --- the source -------------------------------------------------------------------------------------
@@ -80,9 +79,8 @@ class Mixture(OnPolicy):
         found = self.known(draw.numbers)
         there = torch.tensor([any(samples) for samples in found], dtype=torch.bool, device=device)
         reward = draw.reward.view(P, G)
-        solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(
-            1
-        )  # NaN where nothing is known
+        # NaN where nothing is known
+        solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(1)
         count = self.algorithm.rule(solved, there, step, self.config.steps)
         kinds = [OWN] * G + self.algorithm.others
         rewarded = draw
@@ -277,42 +275,3 @@ def only(tokens: Tokens, kind: int) -> Tokens:
     rows = mine.nonzero().squeeze(1)
     entropy = None if tokens.entropy is None else tokens.entropy[rows]
     return replace(tokens[rows].with_(tokens.logp[rows], entropy), cu_seqlens=ends)
-
-
-def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
-    """Refuse settings that have no meaning with demonstrations in the batch, or with pairs beside it."""
-    apart, alone = "multi_objective_aggregation", not row.others
-    together = config.multi_objective_aggregation == "sum_then_normalize" or row.member is None
-    for name, value, fine, expected in (
-        (
-            "sampling.temperature",
-            config.sampling.temperature,
-            config.sampling.temperature == 1,
-            "1, at which demonstrations and pairs are scored",
-        ),
-        (
-            "refill",
-            config.refill,
-            alone or config.refill == 0,
-            "0: prompts that nobody solves are what demonstrations are for",
-        ),
-        ("tail", config.tail, alone or config.tail != "carry", "finish or cut"),
-        ("task", config.task, alone or not turns, "a task of one turn, as demonstrations are"),
-        ("demo_reward", config.demo_reward, math.isfinite(config.demo_reward), "a finite number"),
-        (
-            "demo_reward",
-            config.demo_reward,
-            row.member is not None or config.demo_reward == 1,
-            "1: no demonstration has a reward here",
-        ),
-        ("solved", config.solved, not math.isnan(config.solved), "a reward"),
-        (
-            "solved",
-            config.solved,
-            not alone or config.solved == 1,
-            "1: this row does not ask which prompts are solved",
-        ),
-        (apart, getattr(config, apart), together, "sum_then_normalize: a demonstration has one reward"),
-    ):
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")

@@ -163,9 +163,8 @@ class JointSource(OnPolicy):
             [text for _, _, text in known],
         )
         reads = self.sampler.tokenizer
-        tokens = [
-            [*reads(text, add_special_tokens=False)["input_ids"], reads.eos_token_id] for text in texts
-        ]  # ended, as completions are
+        # ended, as completions are
+        tokens = [[*reads(text, add_special_tokens=False)["input_ids"], reads.eos_token_id] for text in texts]
         verdicts = self.oracle(prompts, texts, tokens, rows).reward
         read = self.learner.reward.model.groups(
             [(p, said_to(p, text)) for p, text in zip(prompts, texts, strict=True)]

@@ -102,8 +102,9 @@ class JointLearner(Learner):
             return metrics
         try:
             told, *_ = [
-                self.reward.update(batch.comparisons, step) for _ in range(self.algorithm.reward_epochs)
-            ]  # type: ignore[arg-type]
+                self.reward.update(batch.comparisons, step)  # type: ignore[arg-type]
+                for _ in range(self.algorithm.reward_epochs)
+            ]
         except NotFinite as error:
             raise NotFinite(f"the reward model's {error}") from error
         self.calibrate()
@@ -112,9 +113,8 @@ class JointLearner(Learner):
 
     def _scores(self, groups: Sequence[Group]) -> list[float]:
         scores = [score for (score,) in self.reward.scores(groups)]
-        if wrong := [
-            score for score in scores if not math.isfinite(score)
-        ]:  # a NaN would be taken for "not scored"
+        # a NaN would be taken for "not scored"
+        if wrong := [score for score in scores if not math.isfinite(score)]:
             raise UserError(
                 f"the reward model's score of a completion is {wrong[0]}; lower --reward-lr, "
                 "or take another --reward-model"

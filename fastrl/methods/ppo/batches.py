@@ -18,11 +18,12 @@ from fastrl.methods.ppo.learner import PpoLearner
 from fastrl.parallel.world import World
 from fastrl.sampler import Sampler
 
+# logged as critic/NAME/mean, max and min over tokens, as in verl
 SPREADS = (
     "returns",
     "values",
     "advantages",
-)  # logged as critic/NAME/mean, max and min over tokens, as in verl
+)
 
 
 class PpoSource(OnPolicy):
@@ -44,13 +45,14 @@ class PpoSource(OnPolicy):
         self._measured: dict[str, float] = {}
 
     def collect(self, step: int, version: int) -> Step:
-        """The step's batches under the coefficient as it is; what they show of the KL moves it for the next."""
+        """The step's batches under the coefficient as it is;
+        what they show of the KL moves it for the next.
+        """
         if self.row.kl_coef:
             self.learner.algorithm = replace(self.row, kl_coef=self.coefficient.value)
         done = super().collect(step, version)
-        alone = (
-            ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()
-        )  # a group of one has no spread to speak of
+        # a group of one has no spread to speak of
+        alone = ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()
         metrics = {name: x for name, x in done.metrics.items() if name not in alone}
         return replace(done, metrics=metrics | self._measured)
 

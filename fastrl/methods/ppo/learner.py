@@ -153,9 +153,8 @@ class PpoLearner(Learner):
         super().__init__(model, algorithm, optim, **options, beside=self.head)
         own = replace(optim, lr=optim.lr if algorithm.critic_lr is None else algorithm.critic_lr)
         self.critic = None if critic is None else CriticLearner(critic, algorithm, own, **options)
-        self._sums: list[
-            Tensor
-        ] = []  # of the value loss, by micro-batch, where the policy's pass computes it
+        # of the value loss, by micro-batch, where the policy's pass computes it
+        self._sums: list[Tensor] = []
 
     def values(self, batch: Batch) -> Values:
         """The critic's values of the batch."""

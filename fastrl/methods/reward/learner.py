@@ -14,6 +14,7 @@ from fastrl.data.comparisons import Group, Packed, pack
 from fastrl.parallel.device import memory_limited_by
 from fastrl.train.learner import Learner
 
+# of a step, under TRL's names
 REWARD_METRICS = (
     "accuracy",
     "margin",
@@ -21,7 +22,7 @@ REWARD_METRICS = (
     "min_reward",
     "max_reward",
     "centering",
-)  # of a step, under TRL's names
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,19 @@ class RewardBatch:
 
     groups: Sequence[Group]
     total: float
+
+
+def judged(packed: Packed, score: Tensor, total: float) -> Judged:
+    """The groups of `packed` with their (N,) scores; `total` counts the units of the whole optimizer step."""
+    groups = packed.groups
+    target = [t for g in groups for t in g.target]
+    return Judged(
+        score=score,
+        target=torch.tensor(target, dtype=score.dtype, device=score.device),
+        sizes=[len(g.target) for g in groups],
+        margin=torch.tensor([g.margin for g in groups], dtype=score.dtype, device=score.device),
+        total=total,
+    )
 
 
 def micro_batches(
@@ -53,7 +67,7 @@ class RewardLearner(Learner):
 
     def judge(self, packed: Packed, total: float) -> Judged:
         """The groups with the model's scores."""
-        return packed.judged(self.model(packed.tokens, packed.cu_seqlens, packed.at), total)
+        return judged(packed, self.model(packed.tokens, packed.cu_seqlens, packed.at), total)
 
     @torch.no_grad()
     def scores(self, groups: Sequence[Group]) -> list[list[float]]:

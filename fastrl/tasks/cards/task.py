@@ -55,9 +55,8 @@ class Deck(NamedTuple):
     """
 
     problems: tuple[Problem, ...]
-    turns: tuple[
-        int, ...
-    ]  # how many rounds each problem is dealt in: its distinct hands, or `repeats` in train
+    # how many rounds each problem is dealt in: its distinct hands, or `repeats` in train
+    turns: tuple[int, ...]
     starts: tuple[int, ...]  # index of the first example of every round, and the size at the end
     faces: bool  # every hand holds a face card
 
@@ -88,7 +87,9 @@ class Cards:
     test: float = 0.15
     """Share of the problems in the test split, and in those made from it."""
     repeats: int = 64
-    """Rounds of the training split: each deals every problem once more, with another hand and demonstration."""
+    """Rounds of the training split: each deals every problem once more,
+    with another hand and demonstration.
+    """
     seed: int = 0
     """Orders, hands, demonstrations and filler; not which problem is in which split."""
 
