@@ -15,14 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastrl.data.rows import Kinds, Row, Sample, check_value, encode_all
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import shorten
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PAIRED: Kinds = {"pair": ("chosen", "rejected")}
 LABELLED: Kinds = {"pair": ("chosen", "rejected"), "label": ("prompt", "completion", "label")}
@@ -41,7 +39,7 @@ Unit = tuple[Judged, ...]
 
 
 def encode_units(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, paired: bool, max_tokens: int | None = None
+    rows: Sequence[Row], tokenizer: Tokenizer, *, paired: bool, max_tokens: int | None = None
 ) -> list[Unit]:
     """The units of rows read as PAIRED or LABELLED, in order; with `paired` False a pair gives two.
 

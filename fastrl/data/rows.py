@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import as_object, decode, parse_json, read_json_lines, shorten
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
 Turns = Literal["all", "last"]
@@ -178,9 +176,7 @@ def check_value(column: str, value: Any, where: str) -> None:
 
 
 # --- tokens -----------------------------------------------------------------------------------------
-def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None, turns: Turns = "all"
-) -> Sample:
+def encode(row: Row, tokenizer: Tokenizer, *, max_tokens: int | None = None, turns: Turns = "all") -> Sample:
     """The tokens of a row and which of them count in the loss: its completion, end-of-sequence token
     included.
 
@@ -194,7 +190,7 @@ def encode(
 
 def encode_all(
     rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int | None = None,
     turns: Turns = "all",
@@ -247,9 +243,7 @@ def _assemble(
     return Sample(tokens, mask)
 
 
-def encode_prompt(
-    prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt"
-) -> list[int]:
+def encode_prompt(prompt: str | Messages, tokenizer: Tokenizer, *, where: str = "prompt") -> list[int]:
     """The tokens of a prompt, exactly as `encode` puts them before a completion; chat messages end in the
     generation prompt.
 
@@ -267,7 +261,7 @@ def encode_prompt(
     return tokens
 
 
-def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[list[Segment], bool]:
+def _segments(row: Row, tokenizer: Tokenizer, turns: Turns) -> tuple[list[Segment], bool]:
     """The row's text in pieces, and whether a chat template wrote it."""
     if row.kind == "text":
         return [Segment(row.fields["text"], True)], False
@@ -286,7 +280,7 @@ def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tup
 
 
 def _conversation(
-    row: Row, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase, turns: Turns
+    row: Row, messages: Messages, first: int, tokenizer: Tokenizer, turns: Turns
 ) -> list[Segment]:
     """Messages as segments: the assistant's turns from message `first` on are trained, what stands between
     them is not.
@@ -315,7 +309,7 @@ def _conversation(
 
 def _render(
     messages: Messages,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     where: str,
     *,
     generate: bool,
@@ -355,7 +349,7 @@ def _ended(ids: list[int], eos: int, where: str, chat: bool, *, last: bool) -> t
     return ids, [True] * end + [False] * (len(ids) - end)
 
 
-def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[int]]:
     """The tokens of each (text, where it stands)."""
     rows: list[list[int]] = (
         tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
@@ -369,7 +363,7 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -
 
 
 @lru_cache(maxsize=8)
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _beginning(tokenizer: Tokenizer) -> list[int]:
     """[bos] when the tokenizer puts one before every text, else []."""
     alone = tokenizer.encode("")
     return alone[:1] if tokenizer.bos_token_id is not None and alone[:1] == [tokenizer.bos_token_id] else []

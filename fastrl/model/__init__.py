@@ -2,5 +2,6 @@
 
 from fastrl.model.adapter import load_model
 from fastrl.model.decoder import Attend, Decoder, ModelConfig
+from fastrl.model.language import LanguageModel, Tokenizer
 
-__all__ = ["Attend", "Decoder", "ModelConfig", "load_model"]
+__all__ = ["Attend", "Decoder", "LanguageModel", "ModelConfig", "Tokenizer", "load_model"]

@@ -165,6 +165,11 @@ class Adapter(nn.Module):
             return self.head_weight.new_zeros(0, self.config.hidden_size)
         return torch.cat(rows)[torch.cat(taken).argsort()]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings (T, D) of tokens (T,)."""
+        embeddings: Tensor = self.lm.get_input_embeddings()(tokens)
+        return embeddings
+
     def _hidden(self, **inputs: Tensor) -> Tensor:
         return self.lm.base_model(**inputs, use_cache=False).last_hidden_state
 

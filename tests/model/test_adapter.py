@@ -88,6 +88,7 @@ def test_agrees_with_the_decoder_on_its_own_families(tmp_path):
     torch.testing.assert_close(
         model(tokens, cu, positions=shifted), decoder(tokens, cu, positions=shifted), atol=1e-5, rtol=0
     )
+    assert torch.equal(model.embed(tokens), decoder.embed(tokens))
     embeds = decoder.embed(tokens).flip(0)
     torch.testing.assert_close(
         model(tokens, cu, embeds=embeds), decoder(tokens, cu, embeds=embeds), atol=1e-5, rtol=0

@@ -80,8 +80,7 @@ class SupervisedLearner(Learner):
         """(T, D) embeddings with noise, which depends on seed, step and the sequence's place in the step: any
         micro-batch has the same.
         """
-        embed = self.model.embed if hasattr(self.model, "embed") else self.model.lm.get_input_embeddings()
-        x: Tensor = embed(batch.tokens)
+        x: Tensor = self.model.embed(batch.tokens)
         if batch.number is None:
             raise ValueError(
                 "number: expected each sequence's place in the step, got None; NEFTune's noise is keyed by it"
