@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from fastrl.config import TRAINING, Run
+from fastrl.config import Run
+from fastrl.methods import METHODS, options_of
 from fastrl.config.parse import load
 from fastrl.errors import UserError
 from fastrl.files import nearest
@@ -114,12 +115,12 @@ def _stage(
             f"{where}: expected one command with its options, like `sft: {{steps: 100}}`, got {entry!r}"
         )
     command, own = next(iter(entry.items()))
-    if command not in TRAINING:
+    if command not in METHODS:
         raise UserError(
-            f"{where}: unknown command {command!r}{nearest(str(command), TRAINING)}; "
-            f"expected one of {', '.join(TRAINING)}"
+            f"{where}: unknown command {command!r}{nearest(str(command), METHODS)}; "
+            f"expected one of {', '.join(METHODS)}"
         )
-    kind, given = TRAINING[command], dict(own or {})
+    kind, given = options_of(command), dict(own or {})
     name = str(given.pop("name", command))
     if name in {s.name for s in before}:
         raise UserError(

@@ -6,7 +6,7 @@ weights' (optimizer.py); a method that trains two models holds two learners.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.parallel.device import memory_limited_by
 from fastrl.parallel.world import World
-from fastrl.train.objective import Objective, Rows
+from fastrl.train.objective import Objective, P, Rows
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import B, Metrics, State
 
@@ -40,12 +40,14 @@ class Trainable(Protocol[B_contra]):
         """Restore what `state` returned."""
 
 
-def accumulate(objective: Objective[B, Any], batch: B, micro_tokens: int) -> Rows:
-    """Add this process's gradient of the batch to the masters; returns each micro-batch's numbers."""
+def accumulate(
+    loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int
+) -> Rows:
+    """Add the gradient of this process's parts to the masters; returns each part's numbers."""
     numbers: list[Tensor] = []
     with memory_limited_by("--micro-tokens", micro_tokens):
-        for part in objective.split(batch, micro_tokens):
-            loss, row = objective.loss(part)
+        for part in parts:
+            loss, row = loss_of(part)
             loss.backward()
             numbers.append(row)
     return as_rows(numbers)
@@ -63,7 +65,7 @@ def gradients(
     objective: Objective[B, Any], batch: B, weights: MasterWeights, world: World, micro_tokens: int
 ) -> Metrics:
     """Leave the whole step's gradient, all processes included, in the masters; returns the step's metrics."""
-    rows = accumulate(objective, batch, micro_tokens)
+    rows = accumulate(objective.loss, objective.split(batch, micro_tokens), micro_tokens)
     world.sum_gradients(weights.masters)
     return objective.metrics(world.gather(rows))
 

@@ -1,25 +1,23 @@
-"""From what the user named (a task, a dataset, reward functions) to the items that training sources draw
-from.
-"""
+"""Prompts to sample from, and what scores their completions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
 
-from fastrl.config import Dpo, Grpo, Sft
-from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
-from fastrl.data.rows import Row, Sample, encode_all, encode_prompt, read_rows
+from fastrl.config import Grpo
+from fastrl.data.rows import Row, encode_prompt, read_rows
 from fastrl.errors import UserError
-from fastrl.files import shorten
+from fastrl.model.language import Tokenizer
 from fastrl.parallel.device import place
 from fastrl.rewards.functions import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
-from fastrl.tasks import Task, load_task, task_reward
+from fastrl.tasks import Conversation, Task, load_task, task_reward
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 TRAIN = "train"
@@ -46,132 +44,35 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
     return {key: value for key, _, value in split}
 
 
-def demonstrations(
-    config: Sft, task: Task | None, tokenizer: Any, context: int, vocab_size: int
-) -> tuple[Callable[[Sequence[int]], list[Sample]], int, int]:
-    """items(indices), how many there are, and the longest completion to expect; every line of a dataset is
-    checked before training.
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What there is to sample from.
+
+    item   number -> the prompt, and its row's columns; out of `size`
+    score  (prompts, completions, token lists, columns) -> their rewards
+    stop   texts that end a completion, beside the end-of-sequence token
+    game   the task that answers the policy's turns; None where a completion is one turn
     """
-    limit = min(config.max_tokens or context, context)
 
-    def usable(rows: Sequence[Row]) -> list[Sample]:
-        samples = encode_all(rows, tokenizer, max_tokens=limit, turns=config.turns)
-        for row, sample in zip(rows, samples, strict=True):
-            check_tokens(sample.tokens, row.where, vocab_size)
-            check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        return (
-            [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)]
-            if config.sample_weights
-            else samples
-        )
-
-    if config.dataset is not None:
-        known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
-        return lambda indices: [known[i] for i in indices], len(known), limit
-    if task is None:
-        raise UserError(
-            "--dataset or --task: expected one of them, to have demonstrations to train on; got neither"
-        )
-    named: Task = task
-    if named.example(TRAIN, 0).demo is None:
-        raise UserError(f"--task: {named.name} has no demonstrations; give a --dataset")
-
-    def items(indices: Sequence[int]) -> list[Sample]:
-        examples = [named.example(TRAIN, i) for i in indices]
-        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
-        return usable(
-            [
-                Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f)
-                for i, f in zip(indices, fields, strict=True)
-            ]
-        )
-
-    return items, named.size(TRAIN), limit
+    item: Callable[[int], PromptItem]
+    size: int
+    score: Callable[..., Scored]
+    stop: tuple[str, ...] = ()
+    game: Conversation | None = None
 
 
-def preferences(
-    config: Dpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int, *, paired: bool
-) -> tuple[Callable[[Sequence[int]], list[Unit]], int, int]:
-    """items(indices), how many pairs (or labelled examples) there are, and the longest completion to expect.
+def load_prompts(
+    config: Grpo, task: Task | None, tokenizer: Tokenizer, context: int, vocab_size: int
+) -> Prompts:
+    """The prompts and the rewards that the options name; every line of a dataset is checked before training.
 
-    Every line of a dataset is checked before training.
+    context, vocab_size  of the model
     """
-    limit = min(config.max_tokens or context, context)
+    functions = _reward_functions(config, task)
+    weights = _reward_weights(config, len(functions))
+    stop = task.stop if task is not None else ()
+    game = task if isinstance(task, Conversation) else None
 
-    def usable(rows: Sequence[Row]) -> list[Unit]:
-        units = encode_units(rows, tokenizer, paired=paired, max_tokens=limit)
-        each = len(units) // len(rows)  # 2 where pairs were taken apart
-        for i, unit in enumerate(units):
-            where = rows[i // each].where
-            for one in unit:
-                check_tokens(one.sample.tokens, where, vocab_size)
-            check_budget(
-                sum(len(one.sample.tokens) for one in unit),
-                where,
-                config.micro_tokens,
-                "pair" if paired else "sequence",
-            )
-        return units
-
-    if config.dataset is not None:
-        known = usable(
-            read_rows(config.dataset, pairs(config.columns, "--columns"), PAIRED if paired else LABELLED)
-        )
-        return lambda indices: [known[i] for i in indices], len(known), limit
-    if task is None:
-        raise UserError(
-            "--dataset or --task: expected one of them, to have preferences to train on; got neither"
-        )
-    if not hasattr(task, "mistakes"):
-        raise UserError(
-            f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset"
-        )
-    named: Any = task
-    sides = 1 if paired else 2
-
-    def items(indices: Sequence[int]) -> list[Unit]:
-        rows = []
-        for i in [index // sides for index in indices]:
-            example, where = named.example(TRAIN, i), f"{named.name} {TRAIN}[{i}]"
-            wrong = named.mistakes(example, 1, i)
-            if example.demo is None or not wrong:
-                raise UserError(
-                    f"{where}: expected a demonstration and a wrong answer, "
-                    f"got {example.demo!r} and {wrong}; give a --dataset"
-                )
-            rows.append(
-                Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]})
-            )
-        units = usable(rows) if rows else []
-        return units if paired else [units[2 * n + index % 2] for n, index in enumerate(indices)]
-
-    return items, named.size(TRAIN) * sides, limit
-
-
-def prompts_and_rewards(
-    config: Grpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int
-) -> tuple[Callable[[int], PromptItem], int, Callable[..., Scored]]:
-    """prompt(i) -> (prompt, columns), how many there are, and the function that scores completions.
-
-    Every line of a dataset is checked before training.
-    """
-    device, dtype = place(config.device, config.dtype)
-    if VERIFIER in config.reward and task is None:
-        raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
-    named_verifier = VERIFIER in config.reward
-    functions = [
-        task_reward(task) if spec == VERIFIER and task else load_reward(spec, dtype=dtype, device=device)
-        for spec in config.reward
-    ]
-    weights = config.reward_weights or None
-    if weights is not None and len(weights) != max(len(functions), 1):
-        raise UserError(
-            f"--reward-weights: expected one per --reward ({max(len(functions), 1)}), got {len(weights)}"
-        )
-    if weights is not None and not all(map(math.isfinite, weights)):
-        raise UserError(
-            f"--reward-weights: expected finite numbers, got {' '.join(f'{w:g}' for w in weights)}"
-        )
     if config.dataset is not None:
         rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
         if not functions:
@@ -180,24 +81,50 @@ def prompts_and_rewards(
             )
         for row in rows:
             _check_prompt(row, config, tokenizer, context, vocab_size)
+        items = [_item_of_row(row) for row in rows]
+        return Prompts(items.__getitem__, len(items), Scorer(None, functions, weights), stop, game)
 
-        def from_dataset(i: int) -> PromptItem:
-            return rows[i].fields["prompt"], {
-                k: v for k, v in rows[i].fields.items() if k not in ("prompt", "completion")
-            }
-
-        return from_dataset, len(rows), Scorer(None, functions, weights)
     if task is None:
-        raise UserError(
-            "--task or --dataset: expected one of them, to have prompts to sample from; got neither"
-        )
-    named: Task = task
+        raise UserError("--task or --dataset: expected one of them, to have prompts to sample from; got neither")
+    verifier = None if VERIFIER in config.reward else task
+    score = Scorer(verifier, functions, weights)
+    return Prompts(partial(_item_of_task, task), task.size(TRAIN), score, stop, game)
 
-    def from_task(i: int) -> PromptItem:
-        example = named.example(TRAIN, i)
-        return example.prompt, {"example": example, **example.fields}
 
-    return from_task, named.size(TRAIN), Scorer(None if named_verifier else named, functions, weights)
+def _item_of_row(row: Row) -> PromptItem:
+    columns = {name: value for name, value in row.fields.items() if name not in ("prompt", "completion")}
+    return row.fields["prompt"], columns
+
+
+def _item_of_task(task: Task, number: int) -> PromptItem:
+    example = task.example(TRAIN, number)
+    return example.prompt, {"example": example, **example.fields}
+
+
+def _reward_functions(config: Grpo, task: Task | None) -> list[Reward]:
+    """The functions and models that --reward names."""
+    device, dtype = place(config.device, config.dtype)
+    if VERIFIER in config.reward and task is None:
+        raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
+
+    functions = []
+    for spec in config.reward:
+        verifier = task is not None and spec == VERIFIER
+        functions.append(task_reward(task) if verifier else load_reward(spec, dtype=dtype, device=device))
+    return functions
+
+
+def _reward_weights(config: Grpo, functions: int) -> tuple[float, ...] | None:
+    """--reward-weights, one per function; None where none is given."""
+    weights, count = config.reward_weights or None, max(functions, 1)
+    if weights is None:
+        return None
+    if len(weights) != count:
+        raise UserError(f"--reward-weights: expected one per --reward ({count}), got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        listed = " ".join(f"{w:g}" for w in weights)
+        raise UserError(f"--reward-weights: expected finite numbers, got {listed}")
+    return weights
 
 
 class Scorer:
@@ -235,7 +162,7 @@ class Scorer:
         )
 
 
-def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_size: int) -> None:
+def _check_prompt(row: Row, config: Grpo, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:
     if "prompt" not in row.fields:
         raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
     tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)
@@ -243,16 +170,6 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_si
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
     check_tokens(tokens, row.where, vocab_size)
     check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
-
-
-def _weight(row: Row) -> float:
-    value = row.fields.get("weight")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(
-            f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; "
-            "or leave --sample-weights out"
-        )
-    return float(value)
 
 
 def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
