@@ -327,9 +327,7 @@ def _joint(
     policy's start.
     """
     brought = config.reward_model
-    reads = (
-        load_tokenizer(None, brought, task) if brought is not None and has_tokenizer(brought) else tokenizer
-    )
+    reads = load_tokenizer(None, brought) if brought is not None and has_tokenizer(brought) else tokenizer
     learner.reward.model.tokenizer = reads
     offline = offline_comparisons(config, task, reads, learner, device)
     return _on_policy(

@@ -134,7 +134,8 @@ def set_up(config: Run) -> Session:
             f"got {config.model}; run without it"
         )
     model.gradient_checkpointing = config.gradient_checkpointing
-    tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
+    own = None if task is None else task.tokenizer
+    tokenizer = load_tokenizer(config.tokenizer, source_folder, own)
     chosen, sampling = (
         (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
     )
