@@ -160,7 +160,7 @@ def test(run: Path, seed: int) -> Evaluation:
         raise UserError("cards_grpo.yaml: expected a task, got none")
     checkpoint = newest(run)
     model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
-    sampler = Sampler(model, load_tokenizer(None, str(checkpoint), task))
+    sampler = Sampler(model, load_tokenizer(None, str(checkpoint), task.tokenizer))
     done = evaluate(
         sampler,
         task,

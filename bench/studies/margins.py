@@ -53,7 +53,7 @@ def reward_margins(
     """
     task, rows = card_pairs(task_options, split, count)
     model = RewardModel.load(checkpoint)
-    model.tokenizer = load_tokenizer(None, str(checkpoint), task)
+    model.tokenizer = load_tokenizer(None, str(checkpoint), task.tokenizer)
     right = model.score([(r.fields["prompt"], r.fields["chosen"]) for r in rows])
     pairs = [
         ("mixed", r.fields["prompt"], r.fields["rejected"], better)
@@ -76,7 +76,7 @@ def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count:
     task, rows = card_pairs(task_options, split, count)
     model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     out: list[float] = []
-    every = encode_units(rows, load_tokenizer(None, str(checkpoint), task), paired=True)
+    every = encode_units(rows, load_tokenizer(None, str(checkpoint), task.tokenizer), paired=True)
     for first in range(0, len(every), CHUNK):
         units = every[first : first + CHUNK]
         batch = pack_units(units, 1, torch.device("cpu"))

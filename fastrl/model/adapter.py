@@ -1,7 +1,7 @@
 """Any other causal language model of transformers, behind the decoder's interface; and `load_model`, which
-chooses.
+chooses between the two.
 
-Sequences are unpacked into padded batches for the model's own forward, so it is slower than the decoder and
+Sequences are unpacked into padded batches for the model's own forward, so it is slower than the decoder.  It
 has no cache here: the sampler runs the whole sequence again for every token.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastrl.errors import UserError
-from fastrl.model.config import architecture, unsupported
+from fastrl.model.config import Settings, architecture, as_token_ids, unsupported
 from fastrl.model.decoder import Decoder
+from fastrl.model.language import Attend
 from fastrl.model.weights import read_config, read_json
 
 PADDED_TOKENS = 1 << 14  # of one forward pass
-UNBOUNDED = 2**31 - 1  # the context of a model whose config names none
+Source = str | Path | Settings  # a folder, a file, or a parsed config.json
+UNBOUNDED = 2**31 - 1  # the context where a config names none
 
 
 def load_model(
-    source: str | Path | Mapping[str, Any],
+    source: Source,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int | None = None,
@@ -41,13 +43,15 @@ def load_model(
 
     Llama, Qwen2 and Qwen3 become a `Decoder`; every other causal language model, and settings that the
     decoder lacks, an `Adapter`, with a warning that says why.  `seed` fixes the random weights.
-    Raises:  UserError for a path that is not there, a config that no model fits, or weights that do not fit
+    Raises:  UserError for a path that does not exist, a config that no model fits, or weights that do not fit
              the config.
     """
     folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
-    config = (
-        source if isinstance(source, Mapping) else read_config(folder) if folder else _read_file(Path(source))
-    )
+    if isinstance(source, Mapping):
+        config = source
+    else:
+        config = read_config(folder) if folder else _read_file(Path(source))
+
     reason = unsupported(config)
     kind: type[Decoder | Adapter] = Adapter if reason else Decoder
     if reason:
@@ -61,7 +65,8 @@ def load_model(
     return kind.from_config(config, dtype=dtype, device=device, seed=seed)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> Settings:
+    """The config.json, or the YAML of one, at this path."""
     if not path.is_file():
         raise UserError(
             "model: expected a Hugging Face folder, a config.json or a .yaml file, "
@@ -80,7 +85,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What samplers and trainers ask of any model's configuration."""
+    """The model's shape, and its end-of-sequence tokens: a `LanguageConfig`."""
 
     architecture: str
     vocab_size: int
@@ -101,18 +106,24 @@ class Adapter(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm.eval()
-        config, generation = lm.config.get_text_config(), getattr(lm, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None) or config.eos_token_id
-        self.config = AdapterConfig(
-            architecture=type(lm).__name__,
-            vocab_size=self.head_weight.shape[0],
-            hidden_size=self.head_weight.shape[1],
-            max_position_embeddings=getattr(config, "max_position_embeddings", None) or UNBOUNDED,
-            tie_word_embeddings=self.head_weight is lm.get_input_embeddings().weight,
-            eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
-        )
+        self.config = self._shape()
         self._takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
         self._check_head()
+
+    def _shape(self) -> AdapterConfig:
+        config = self.lm.config.get_text_config()
+        generation = getattr(self.lm, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None) or config.eos_token_id
+        context = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+        vocab_size, hidden_size = self.head_weight.shape
+        return AdapterConfig(
+            architecture=type(self.lm).__name__,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            max_position_embeddings=context,
+            tie_word_embeddings=self.head_weight is self.lm.get_input_embeddings().weight,
+            eos_token_id=as_token_ids(eos),
+        )
 
     def forward(
         self,
@@ -120,11 +131,11 @@ class Adapter(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        attend: Callable[..., Tensor] | None = None,
+        attend: Attend | None = None,
         embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states that head_weight turns into logits, (T, D); arguments as `Decoder.forward`, of which
-        `attend` is refused.
+        """Hidden states that head_weight turns into logits, (T, D); arguments as `Decoder.forward`, except
+        that `attend` is refused.
 
         Memory:  a padded batch of up to 16384 tokens at a time.  Reads cu_seqlens on the host.
         """
@@ -135,35 +146,35 @@ class Adapter(nn.Module):
             )
         if positions is not None and not self._takes_positions:
             raise ValueError(f"positions: {self.config.architecture} computes its own; pass None")
-        T = tokens.shape[0]
         if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, T], device=tokens.device)
+            cu_seqlens = torch.tensor([0, tokens.shape[0]], device=tokens.device)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        order = [i for i in lengths.argsort(stable=True).tolist() if lengths[i] > 0]
-        if order and int(lengths.max()) > self.config.max_position_embeddings:
-            raise ValueError(
-                f"cu_seqlens: expected at most {self.config.max_position_embeddings} tokens each, "
-                f"got {int(lengths.max())}"
-            )
-        rows, taken = [], []
-        while order:
-            L = int(lengths[order[-1]])  # longest first: the batch is as wide as its first sequence
-            n = max(1, PADDED_TOKENS // L)
-            some, order = torch.tensor(order[-n:], device=tokens.device), order[:-n]
-            at, last = torch.arange(L, device=tokens.device), lengths[some, None] - 1
-            index, real = starts[some, None] + torch.minimum(at, last), at <= last
-            inputs = (
-                {"input_ids": tokens[index]}
-                if embeds is None
-                else {"inputs_embeds": embeds[index].to(self.dtype)}
-            )
+
+        hidden, taken = [], []
+        for members in self._batches(lengths):
+            index, real = _padded(starts[members], lengths[members])
+            inputs = {"input_ids": tokens[index]}
+            if embeds is not None:
+                inputs = {"inputs_embeds": embeds[index].to(self.dtype)}
             if positions is not None:
                 inputs["position_ids"] = positions[index]
-            rows.append(self._hidden(attention_mask=real.long(), **inputs)[real])
+            hidden.append(self._hidden(attention_mask=real.long(), **inputs)[real])
             taken.append(index[real])
-        if not rows:
+
+        if not hidden:
             return self.head_weight.new_zeros(0, self.config.hidden_size)
-        return torch.cat(rows)[torch.cat(taken).argsort()]
+        return torch.cat(hidden)[torch.cat(taken).argsort()]
+
+    def _batches(self, lengths: Tensor) -> Iterator[Tensor]:
+        """Sequences to forward together, longest first; a batch is as wide as its longest sequence."""
+        context = self.config.max_position_embeddings
+        order = [i for i in lengths.argsort(stable=True).tolist() if lengths[i] > 0]
+        if order and int(lengths.max()) > context:
+            raise ValueError(f"cu_seqlens: expected at most {context} tokens each, got {int(lengths.max())}")
+        while order:
+            n = max(1, PADDED_TOKENS // int(lengths[order[-1]]))
+            yield torch.tensor(order[-n:], device=lengths.device)
+            order = order[:-n]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings (T, D) of tokens (T,)."""
@@ -174,19 +185,16 @@ class Adapter(nn.Module):
         return self.lm.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _check_head(self) -> None:
-        """Refuse a model whose logits are not hidden @ head_weight.T + head_bias: scaled, capped or of
+        """Refuse a model with logits other than hidden @ head_weight.T + head_bias: scaled, capped or of
         another module.
         """
         tokens = torch.arange(min(8, self.config.vocab_size), device=self.device)[None]
         with torch.no_grad():
             theirs = self.lm(input_ids=tokens, use_cache=False).logits.float()
-            ours = nn.functional.linear(
-                self._hidden(input_ids=tokens), self.head_weight, self.head_bias
-            ).float()
-        tolerance = (1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2) * float(
-            theirs.abs().max()
-        )
-        if not torch.allclose(ours, theirs, rtol=0, atol=tolerance):
+            hidden = self._hidden(input_ids=tokens)
+            ours = nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
+        relative = 1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2
+        if not torch.allclose(ours, theirs, rtol=0, atol=relative * float(theirs.abs().max())):
             raise UserError(
                 f"{self.config.architecture}: its logits are not a plain product of hidden states "
                 "and a head, which every loss here needs"
@@ -226,7 +234,7 @@ class Adapter(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Adapter:
-        """Sets `training` for those who ask, and leaves the model itself in evaluation mode."""
+        """Set `training`, and leave the model itself in evaluation mode."""
         super().train(mode)
         self.lm.eval()
         return self
@@ -235,7 +243,7 @@ class Adapter(nn.Module):
     @classmethod
     def from_config(
         cls,
-        config: Mapping[str, Any],
+        config: Settings,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -260,8 +268,9 @@ class Adapter(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Adapter:
-        """The model of a Hugging Face folder, read by transformers.  Raises UserError for weights that are
-        missing or do not fit.
+        """The model of a Hugging Face folder, read by transformers.
+
+        Raises:  UserError for weights that are missing or do not fit.
         """
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -269,16 +278,13 @@ class Adapter(nn.Module):
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: transformers cannot load it: {error}") from error
+
         lm, info = loaded
-        wrong = [
-            f"{kind.removesuffix('_keys')} {name}"
-            for kind in ("missing_keys", "mismatched_keys")
-            for name in info.get(kind, ())
-        ]
+        wrong = []
+        for kind in ("missing_keys", "mismatched_keys"):
+            wrong += [f"{kind.removesuffix('_keys')} {name}" for name in info.get(kind, ())]
         if wrong:
-            raise UserError(
-                f"{folder}: tensors do not fit config.json: {'; '.join(sorted(map(str, wrong))[:5])}"
-            )
+            raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(sorted(wrong)[:5])}")
         return cls(lm.to(device))
 
     def save_pretrained(
@@ -287,3 +293,12 @@ class Adapter(nn.Module):
         """Write the folder with transformers' own save_pretrained, in `dtype` or the model's own."""
         lm = self.lm if dtype in (None, self.dtype) else copy.deepcopy(self.lm).to(dtype)
         lm.save_pretrained(folder, max_shard_size=max_shard_bytes)
+
+
+def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Index (B, L) into the packed tokens of these sequences, which repeats their last token as padding; and
+    where it is real, bool.
+    """
+    last = lengths[:, None] - 1
+    position = torch.arange(int(lengths.max()), device=starts.device)
+    return starts[:, None] + torch.minimum(position, last), position <= last

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from fastrl.errors import UserError
 from fastrl.kernels.rope import SCALINGS
+
+Number = TypeVar("Number", int, float)
+Settings = Mapping[str, Any]  # a parsed config.json
+CAUSAL = "ForCausalLM"  # how the class of a language model ends in config.json
+SCORING = "ForSequenceClassification"  # and the class of a reward model
+DEFAULT_LABELS = (0, 1)  # transformers' own, where config.json has neither num_labels nor id2label
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +23,7 @@ class Family:
     model_type: str
     qkv_bias: bool = False
     qk_norm: bool = False
-    head_dim: int | None = None  # of a config.json that does not say; None: width / heads
+    head_dim: int | None = None  # if config.json has none; None: width / heads
 
 
 FAMILIES = {
@@ -25,6 +31,14 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128),
 }
+REWRITTEN = ("rope_parameters", "dtype", "transformers_version")  # keys that saving writes anew
+DERIVED = {
+    "architecture",
+    "qkv_bias",
+    "qk_norm",
+    "eos_token_id",
+    "extra",
+}  # fields that are no keys of config.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +66,10 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """The typed form of a config.json.  Raises UserError for what is missing, of the wrong type or not
-        supported.
+    def from_dict(cls, config: Settings) -> ModelConfig:
+        """The typed form of a config.json.
+
+        Raises:  UserError for a key that is missing, of the wrong type or not supported.
         """
         reason = unsupported(config)
         if reason:
@@ -62,34 +77,27 @@ class ModelConfig:
                 f"config.json: {reason}.  fastrl.model.adapter.load_model runs other causal language "
                 "models, slower"
             )
+
         family = FAMILIES[architecture(config)]
         theta, scaling = _rope_settings(config)
-        width, heads = (_number(config, key, int) for key in ("hidden_size", "num_attention_heads"))
-        eos = config.get("eos_token_id")
+        eps = _number(config, "rms_norm_eps", float, 1e-6)
+        deviation = _number(config, "initializer_range", float, 0.02)
+        tied = bool(config.get("tie_word_embeddings", False))
+        kept = {key: value for key, value in config.items() if key not in REWRITTEN}
         made = cls(
             architecture=architecture(config),
-            vocab_size=_number(config, "vocab_size", int),
-            hidden_size=width,
-            intermediate_size=_number(config, "intermediate_size", int),
-            num_hidden_layers=_number(config, "num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_key_value_heads=_number(config, "num_key_value_heads", int, heads),
-            head_dim=_number(config, "head_dim", int, family.head_dim or width // heads),
-            max_position_embeddings=_number(config, "max_position_embeddings", int),
-            rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
+            rms_norm_eps=eps,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            initializer_range=_number(config, "initializer_range", float, 0.02),
+            tie_word_embeddings=tied,
+            initializer_range=deviation,
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
-            extra={
-                k: v
-                for k, v in config.items()
-                if k not in ("rope_parameters", "dtype", "transformers_version")
-            },
+            eos_token_id=as_token_ids(config.get("eos_token_id")),
+            extra=kept,
+            **_sizes(config, family),
         )
+
         if made.num_attention_heads % made.num_key_value_heads or made.head_dim % 2:
             raise UserError(
                 "config.json: expected num_key_value_heads to divide num_attention_heads and an even "
@@ -99,65 +107,106 @@ class ModelConfig:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json for transformers 4 and 5: what was read, under this decoder's own numbers."""
-        own_names = {f.name for f in fields(self)} - {
-            "architecture",
-            "qkv_bias",
-            "qk_norm",
-            "eos_token_id",
-            "extra",
+        """A config.json for transformers 4 and 5: the keys that were read, with this decoder's own values."""
+        names = {f.name for f in fields(self)} - DERIVED
+        typed = {name: getattr(self, name) for name in names}
+        fixed = {
+            "architectures": [self.architecture],
+            "model_type": FAMILIES[self.architecture].model_type,
+            "hidden_act": "silu",
         }
-        own = {f: getattr(self, f) for f in own_names}
-        family = FAMILIES[self.architecture]
-        return (
-            self.extra
-            | own
-            | {"architectures": [self.architecture], "model_type": family.model_type, "hidden_act": "silu"}
-        )
+        return self.extra | typed | fixed
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    """The class a config.json asks for: architectures[0], else the one of its model_type, else what it says
-    there.
-    """
-    named = config.get("architectures") or [
-        a for a, f in FAMILIES.items() if f.model_type == config.get("model_type")
-    ]
+def architecture(config: Settings) -> str:
+    """The class that a config.json names: architectures[0], else that of its model_type, else model_type."""
+    model_type = config.get("model_type")
+    named = config.get("architectures")
+    named = named or [name for name, family in FAMILIES.items() if family.model_type == model_type]
     return str(named[0] if named else config.get("model_type", "none"))
 
 
-def unsupported(config: Mapping[str, Any]) -> str:
-    """Why `Decoder` cannot run this config.json, what it can run included; empty when it can."""
+def unsupported(config: Settings) -> str:
+    """Why `Decoder` cannot run this config.json, and what it could run; empty when it can."""
     name = architecture(config)
     if name not in FAMILIES:
         return f"architectures: expected {', '.join(FAMILIES)}; got {name}"
-    kinds = config.get("layer_types") or []
-    layers, window_from = config.get("num_hidden_layers", 0), config.get("max_window_layers", 0)
-    windowed = (
-        config.get("use_sliding_window") and config.get("sliding_window") is not None and window_from < layers
-    )
-    rope_type = (_rope_settings(config)[1] or {}).get("rope_type", "default")
-    partial_rotary = (config.get("rope_parameters") or config).get("partial_rotary_factor", 1.0)
-    features = {  # what it says: what is supported, and whether it is that
-        "layer_types": ("full_attention", all(k == "full_attention" for k in kinds)),
-        "use_sliding_window": ("false", bool(kinds) or not windowed),
-        "attention_bias": ("false", not config.get("attention_bias", False)),
-        "mlp_bias": ("false", not config.get("mlp_bias", False)),
-        "hidden_act": ("silu", config.get("hidden_act", "silu") == "silu"),
-        "attention_dropout": ("0", not config.get("attention_dropout", 0.0)),
-        "partial_rotary_factor": ("1", partial_rotary == 1.0),
-        "quantization_config": ("none", not config.get("quantization_config")),
-        "rope_scaling": (f"rope_type {', '.join(SCALINGS)}", rope_type in SCALINGS),
-    }
-    wrong = [
-        f"{key}: expected {want}, got {config.get(key, rope_type)!r}"
-        for key, (want, fine) in features.items()
-        if not fine
-    ]
+
+    rope_type = _rope_type(config)
+    wrong = []
+    for key, (expected, supports) in FEATURES.items():
+        if not supports(config):
+            wrong.append(f"{key}: expected {expected}, got {config.get(key, rope_type)!r}")
     return "; ".join(wrong)
 
 
-def _rope_settings(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def is_scoring(config: Settings) -> bool:
+    """Whether a config.json is that of a reward model: ...ForSequenceClassification."""
+    return architecture(config).endswith(SCORING)
+
+
+def scoring_body(config: Settings, where: str) -> ModelConfig:
+    """The decoder under the head of a reward model's config.json, without a language-model head.
+
+    Raises:  UserError, naming `where`, for more than one label, and for a config.json this decoder cannot
+             run.
+    """
+    labels = config.get("num_labels") or len(config.get("id2label") or DEFAULT_LABELS)
+    if labels != 1:
+        raise UserError(
+            f"{where}: expected a model of one label, which is its score; config.json has {labels}"
+        )
+    causal = architecture(config).removesuffix(SCORING) + CAUSAL
+    return ModelConfig.from_dict({**config, "architectures": [causal], "tie_word_embeddings": True})
+
+
+def as_token_ids(eos: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a config.json, which holds one, a list, or none."""
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+
+# --- what the decoder supports ----------------------------------------------------------------------
+def _full_attention(config: Settings) -> bool:
+    return all(kind == "full_attention" for kind in config.get("layer_types") or [])
+
+
+def _no_window(config: Settings) -> bool:
+    """True unless some layer has a sliding window; layer_types, where given, says so instead."""
+    if config.get("layer_types") or not config.get("use_sliding_window"):
+        return True
+    first = config.get("max_window_layers", 0)
+    return config.get("sliding_window") is None or first >= config.get("num_hidden_layers", 0)
+
+
+def _full_rotary(config: Settings) -> bool:
+    settings = config.get("rope_parameters") or config
+    return bool(settings.get("partial_rotary_factor", 1.0) == 1.0)
+
+
+def _rope_type(config: Settings) -> str:
+    scaling = _rope_settings(config)[1] or {}
+    return str(scaling.get("rope_type", "default"))
+
+
+FEATURES: dict[
+    str, tuple[str, Callable[[Settings], bool]]
+] = {  # key -> the supported value, and a test of it
+    "layer_types": ("full_attention", _full_attention),
+    "use_sliding_window": ("false", _no_window),
+    "attention_bias": ("false", lambda config: not config.get("attention_bias", False)),
+    "mlp_bias": ("false", lambda config: not config.get("mlp_bias", False)),
+    "hidden_act": ("silu", lambda config: config.get("hidden_act", "silu") == "silu"),
+    "attention_dropout": ("0", lambda config: not config.get("attention_dropout", 0.0)),
+    "partial_rotary_factor": ("1", _full_rotary),
+    "quantization_config": ("none", lambda config: not config.get("quantization_config")),
+    "rope_scaling": (f"rope_type {', '.join(SCALINGS)}", lambda config: _rope_type(config) in SCALINGS),
+}
+
+
+# --- reading keys -----------------------------------------------------------------------------------
+def _rope_settings(config: Settings) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling, from transformers 5's rope_parameters or from the older two keys."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = settings.pop("type", None)
@@ -166,9 +215,24 @@ def _rope_settings(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | N
     return float(theta), None if kind == "default" else settings
 
 
-def _number(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    value = config.get(key)
-    value = default if value is None else value
+def _sizes(config: Settings, family: Family) -> dict[str, int]:
+    """The integer fields of `ModelConfig`."""
+    width = _number(config, "hidden_size", int)
+    heads = _number(config, "num_attention_heads", int)
+    required = ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    return {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        **{name: _number(config, name, int) for name in required},
+        "num_key_value_heads": _number(config, "num_key_value_heads", int, heads),
+        "head_dim": _number(config, "head_dim", int, family.head_dim or width // heads),
+    }
+
+
+def _number(config: Settings, key: str, kind: type[Number], default: Number | None = None) -> Number:
+    value: Any = config.get(key)
+    if value is None:
+        value = default
     try:
         return kind(value)
     except (TypeError, ValueError):

@@ -1,16 +1,15 @@
-"""The critic: what reward is still to be expected, from hidden states.  A head on the policy's, or a decoder
-of its own.
+"""The critic: the reward still to be expected, from hidden states.  A head on the policy's, or a model of its
+own.
 
-Row t of packed hidden states knows the tokens up to t: its value is that of the state after token t, and
+Row t of packed hidden states has seen the tokens up to t: its value is that of the state after token t and
 before token t + 1.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 from fastrl.errors import UserError
 from fastrl.model import weights
 from fastrl.model.adapter import load_model
-from fastrl.model.config import architecture
-from fastrl.model.decoder import Decoder, ModelConfig
-
-CAUSAL, SCORING = "ForCausalLM", "ForSequenceClassification"
+from fastrl.model.config import Settings, is_scoring, scoring_body
+from fastrl.model.decoder import Decoder
+from fastrl.model.language import LanguageModel
 
 
 class ValueHead(nn.Module):
-    """weight (D,) and bias: value = hidden . weight + bias, in the reward's unit; zeros at first, so that no
-    value is invented.
+    """weight (D,) and bias: value = hidden . weight + bias, in the reward's unit.  Zeros at first: a fresh
+    critic expects nothing.
 
     fp32 whatever the hidden states are (float64 for those of a float64 model).
     """
@@ -39,14 +37,14 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,)."""
-        # a row's value is the same whatever rows are with it
+        # summed row by row: a value does not depend on which rows are with it
         return (hidden.to(self.weight.dtype) * self.weight).sum(-1) + self.bias
 
 
 class Critic(nn.Module):
     """A model without its language-model head, and a value head."""
 
-    def __init__(self, body: Any, head: ValueHead) -> None:
+    def __init__(self, body: LanguageModel, head: ValueHead) -> None:
         super().__init__()
         self.body, self.head = body, head
 
@@ -56,65 +54,58 @@ class Critic(nn.Module):
         return values
 
     @classmethod
-    def like(cls, model: Any) -> Self:
-        """One that starts from a copy of the policy's weights."""
+    def like(cls, model: LanguageModel) -> Self:
+        """A critic that starts from a copy of the policy's weights."""
         return cls._around(copy.deepcopy(model))
 
     @classmethod
-    def load(cls, folder: str, policy: Any) -> Self:
-        """One that starts from a folder: a causal language model, or a reward model of one label, whose head
-        is taken over.
+    def load(cls, folder: str, policy: LanguageModel) -> Self:
+        """A critic that starts from a folder: a causal language model, or a reward model of one label, with
+        its head.
 
         Raises:  UserError for no folder, another architecture, more than one label, or a vocabulary or
                  context smaller than the policy's.
         """
         if not Path(folder).is_dir():
             raise UserError(f"--critic-model: expected a model's folder, got {folder}")
+
         config = weights.read_config(Path(folder))
-        scoring = architecture(config).endswith(SCORING)
-        critic = (
-            cls._scoring(folder, config, policy)
-            if scoring
-            else cls._around(load_model(folder, policy.dtype, policy.device))
-        )
+        if is_scoring(config):
+            critic = cls._scoring(folder, config, policy)
+        else:
+            critic = cls._around(load_model(folder, policy.dtype, policy.device))
         critic.body.gradient_checkpointing = policy.gradient_checkpointing
+
         for name in ("vocab_size", "max_position_embeddings"):
-            mine, needed = getattr(critic.body.config, name), getattr(policy.config, name)
-            if mine < needed:
+            size, needed = getattr(critic.body.config, name), getattr(policy.config, name)
+            if size < needed:
                 raise UserError(
                     f"--critic-model: expected a {name} of at least the policy's {needed}, "
-                    f"got {mine} in {folder}"
+                    f"got {size} in {folder}"
                 )
         return critic
 
     @classmethod
-    def _around(cls, model: Any) -> Self:
-        if not model.config.tie_word_embeddings:  # a head that nothing trains and nobody reads
-            if isinstance(model, Decoder):
-                del model.head
-                model.config = replace(model.config, tie_word_embeddings=True)
-            else:
-                model.head_weight.requires_grad_(False)
+    def _around(cls, model: LanguageModel) -> Self:
+        """A zero value head on this model.  An untied language-model head is dropped, or frozen where
+        transformers needs it: no loss trains it.
+        """
+        if isinstance(model, Decoder):
+            model.drop_head()
+        elif not model.config.tie_word_embeddings:
+            model.head_weight.requires_grad_(False)
         return cls(model, ValueHead(model.config.hidden_size, model.dtype, model.device))
 
     @classmethod
-    def _scoring(cls, folder: str, config: dict[str, Any], policy: Any) -> Self:
-        # transformers' own default is two
-        labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))
-        if labels != 1:
-            raise UserError(
-                "--critic-model: expected a model of one label, whose score is a value; "
-                f"{folder} has {labels}"
-            )
-        causal = architecture(config).removesuffix(SCORING) + CAUSAL
-        typed = ModelConfig.from_dict(config | {"architectures": [causal], "tie_word_embeddings": True})
-        body = Decoder._empty(typed, policy.dtype, policy.device)
-        critic = cls(body, ValueHead(typed.hidden_size, policy.dtype, policy.device))
-        row = torch.empty(1, typed.hidden_size, dtype=critic.head.weight.dtype, device=policy.device)
-        parameters, layout = dict(body.named_parameters()), body.layout()
-        weights.read(
-            Path(folder), parameters | {"score": row}, layout | {"score": {"score.weight": 1}}, tied=False
-        )
+    def _scoring(cls, folder: str, config: Settings, policy: LanguageModel) -> Self:
+        shape = scoring_body(config, f"--critic-model: {folder}")
+        body = Decoder.empty(shape, policy.dtype, policy.device)
+        critic = cls(body, ValueHead(shape.hidden_size, policy.dtype, policy.device))
+
+        score = torch.empty(1, shape.hidden_size, dtype=critic.head.weight.dtype, device=policy.device)
+        parameters = dict(body.named_parameters()) | {"score": score}
+        layout = body.layout() | {"score": {"score.weight": 1}}
+        weights.read(Path(folder), parameters, layout, tied=False)
         with torch.no_grad():
-            critic.head.weight.copy_(row[0])
+            critic.head.weight.copy_(score[0])
         return critic

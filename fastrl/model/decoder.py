@@ -6,7 +6,8 @@ are split into Hugging Face's names when a folder is read or written (fastrl.mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,20 @@ from fastrl.kernels._native.decoder_layer import LayerWeights, Paged, decoder_la
 from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model import weights
-from fastrl.model.config import ModelConfig
+from fastrl.model.config import ModelConfig, Settings
+from fastrl.model.language import Attend
 from fastrl.ops import attention, rms_norm, rope, swiglu
 
 __all__ = ["Attend", "Decoder", "ModelConfig"]
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).  One with a method slab(layer) ->
-(k_cache, v_cache, slots) finds each token's key and value there when it is called: rope writes them in its
-own launch.  One with a method paged(layer) -> Paged is the attention of one new token per row over pages,
-which a layer may run in one call with all the rest.
-"""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Angles = tuple[Tensor, Tensor, Tensor]  # positions, cos, sin
 Slab = tuple[Tensor, Tensor, Tensor]  # k_cache, v_cache, slots: a Store without the values
+OUTSIDE_LAYERS = {  # our parameter -> its tensor in a Hugging Face file
+    "embed.weight": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
 
 
 class Linear(nn.Linear):
@@ -73,63 +74,62 @@ class Layer(nn.Module):
         paged: Paged | None = None,
         only_store: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """What the layer adds, and the residual stream it is to be added to; with `only_store` nothing after
-        the keys and values.
+        """What the layer adds, and the residual stream to add it to.
+
+        With `only_store` the layer stops after its keys and values; what it returns is then unspecified.
         """
         config = self.config
         if paged is not None and self._untouched():
             done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
             if done is not None:
                 return done
-        eps, H, K, E = (
-            config.rms_norm_eps,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+
+        eps, E = config.rms_norm_eps, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         x, residual = add_norm(x, residual, self.input_norm, eps)
         q, k, v = self.qkv(x).view(-1, H + 2 * K, E).split((H, K, K), 1)
         norms = {"q_norm": self.q_norm, "k_norm": self.k_norm} if config.qk_norm else {}
         q, k = rope(q, k, *angles, eps=eps, store=None if slab is None else Store(v, *slab), **norms)
         if only_store:
             return x, residual
+
         x = self.out(attend(q, k, v).reshape(-1, H * E))
         x, residual = add_norm(x, residual, self.mlp_norm, eps)
         return self.down(swiglu(self.gate_up(x))), residual
 
     def _untouched(self) -> bool:
-        """Whether the projections are what the layer was built with, and nobody listens to them."""
+        """True if no projection was replaced or hooked, so that one fused call may run the layer."""
         parts = self._modules.values()  # past Module.__getattr__, which would take longer than the rest
         return all(type(p) is Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
 
     def _weights(self) -> LayerWeights:
-        own: Any = self._parameters
-        parts: Any = self._modules
-        qkv, out, gate_up, down = (parts[name]._parameters for name in ("qkv", "out", "gate_up", "down"))
+        norms: Any = self._parameters
+        projections: Any = self._modules
+        qkv, out, gate_up, down = (
+            projections[name]._parameters for name in ("qkv", "out", "gate_up", "down")
+        )
         return LayerWeights(
-            own["input_norm"],
+            norms["input_norm"],
             qkv["weight"],
             qkv["bias"],
-            own.get("q_norm"),
-            own.get("k_norm"),
+            norms.get("q_norm"),
+            norms.get("k_norm"),
             out["weight"],
-            own["mlp_norm"],
+            norms["mlp_norm"],
             gate_up["weight"],
             down["weight"],
         )
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and that sum; without a residual, x is the stream."""
-    return (
-        (rms_norm(x, weight, eps=eps), x)
-        if residual is None
-        else rms_norm(x, weight, eps=eps, residual=residual)
-    )
+    """The norm of x + residual, and that sum; without a residual, the stream is x."""
+    if residual is None:
+        return rms_norm(x, weight, eps=eps), x
+    return rms_norm(x, weight, eps=eps, residual=residual)
 
 
 class Decoder(nn.Module):
-    """A causal language model without its head product: tokens -> hidden states, and `head_weight` beside
+    """A causal language model up to its head: tokens -> hidden states, with `head_weight` to make logits of
     them.
 
     Build one with `from_config` (random weights) or `from_pretrained`.  Set `gradient_checkpointing` to keep
@@ -164,42 +164,39 @@ class Decoder(nn.Module):
 
         Shapes:  tokens (T,) int64;  cu_seqlens (S+1,) int32, None for one sequence;  positions (T,) int64,
                  default 0.. within each sequence;  attend(layer, q, k, v) replaces packed causal attention;
-                 embeds (T, D) replaces the embedding; max_seqlen, tokens of the longest sequence, if known,
-                 spares flash attention blocks that have nothing to do; only_store, for an `attend` with a
-                 slab: leave out what no key or value depends on, and the result with it.
+                 embeds (T, D) replaces the embedding;  max_seqlen, tokens of the longest sequence, if known,
+                 lets flash attention skip empty blocks;  only_store, for an `attend` with a slab: stop after
+                 the last layer's keys and values; the return value is then unspecified.
         """
         T, device = tokens.shape[0], tokens.device
-        whole = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
+        longest = max_seqlen or (T if positions is not None else min(T, self.config.max_position_embeddings))
         if positions is None or attend is None:
-            ends = (
-                torch.tensor([0, T], dtype=torch.int32, device=device) if cu_seqlens is None else cu_seqlens
-            )
-            packed = partial(attention, cu_seqlens=ends, max_seqlen=whole)
+            ends = cu_seqlens
+            if ends is None:
+                ends = torch.tensor([0, T], dtype=torch.int32, device=device)
+            packed = partial(attention, cu_seqlens=ends, max_seqlen=longest)
             if positions is None:
                 starts = torch.repeat_interleave(ends[:-1].long(), ends.diff().long(), output_size=T)
                 positions = torch.arange(T, device=device) - starts
+
         angles = (positions, *self.tables())
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
-        slab_of, paged_of = (
-            getattr(attend, "slab", None),
-            getattr(attend, "paged", None) if serves(x) else None,
-        )
+        slab_of = getattr(attend, "slab", None)
+        paged_of = getattr(attend, "paged", None) if serves(x) else None
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
+
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
-            inputs = (
-                x,
-                residual,
-                angles,
-                attention_i,
-                *(None if f is None else f(i) for f in (slab_of, paged_of)),
-            )
+            slab = None if slab_of is None else slab_of(i)
+            paged = None if paged_of is None else paged_of(i)
+            inputs = (x, residual, angles, attention_i, slab, paged)
             if only_store and i + 1 == len(self.layers):
-                return layer(*inputs, True)[0]
-            x, residual = (
-                checkpoint(layer, *inputs, use_reentrant=False) if keep_inputs_only else layer(*inputs)
-            )
+                return layer(*inputs, only_store=True)[0]
+            if keep_inputs_only:
+                x, residual = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, residual = layer(*inputs)
         return add_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property
@@ -227,18 +224,20 @@ class Decoder(nn.Module):
         between calls.
         """
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self._tables is None or self._tables[0].device != self.device or self._tables[0].dtype != dtype:
+        kept = self._tables
+        if kept is None or kept[0].device != self.device or kept[0].dtype != dtype:
             c = self.config
-            self._tables = rope_tables(
+            kept = rope_tables(
                 c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings, dtype, self.device
             )
-        return self._tables
+            self._tables = kept
+        return kept
 
     # --- making, loading, saving ---
     @classmethod
     def from_config(
         cls,
-        config: Mapping[str, Any] | ModelConfig,
+        config: Settings | ModelConfig,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -251,17 +250,16 @@ class Decoder(nn.Module):
         Raises:  UserError for a config.json this decoder cannot run.
         """
         config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
-        model = cls._empty(config, dtype, device)
+        model = cls.empty(config, dtype, device)
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        depth = (2 * max(1, config.num_hidden_layers)) ** -0.5
+        depth_scale = (2 * max(1, config.num_hidden_layers)) ** -0.5
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                     continue
-                scale = config.initializer_range * (
-                    depth if name.endswith(("out.weight", "down.weight")) else 1.0
-                )
+                into_stream = name.endswith(("out.weight", "down.weight"))
+                scale = config.initializer_range * (depth_scale if into_stream else 1.0)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return model
 
@@ -275,13 +273,10 @@ class Decoder(nn.Module):
         Raises:  UserError naming the file and the tensor that is missing, unknown, truncated or of the wrong
                  shape.
         """
-        model = cls._empty(ModelConfig.from_dict(weights.read_config(Path(folder))), dtype, device)
-        weights.read(
-            Path(folder),
-            dict(model.named_parameters()),
-            model.layout(),
-            tied=model.config.tie_word_embeddings,
-        )
+        folder = Path(folder)
+        model = cls.empty(ModelConfig.from_dict(weights.read_config(folder)), dtype, device)
+        parameters = dict(model.named_parameters())
+        weights.read(folder, parameters, model.layout(), tied=model.config.tie_word_embeddings)
         return model
 
     def save_pretrained(
@@ -297,46 +292,48 @@ class Decoder(nn.Module):
         weights.write(Path(folder), dict(self.named_parameters()), self.layout(), dtype, max_shard_bytes)
 
     def layout(self) -> weights.Layout:
-        """Each parameter's tensors in a Hugging Face file: their names,
-        and how many of its rows each holds.
-        """
+        """Each parameter's tensors in a Hugging Face file: their names, and how many of its rows each has."""
+        of_layer = self._layer_layout()
+        layout: weights.Layout = {}
+        for name, parameter in self.named_parameters():
+            if name in OUTSIDE_LAYERS:
+                layout[name] = {OUTSIDE_LAYERS[name]: parameter.shape[0]}
+                continue
+            _, layer, part = name.split(".", 2)
+            prefix = f"model.layers.{layer}"
+            layout[name] = {f"{prefix}.{stored}": rows for stored, rows in of_layer[part].items()}
+        return layout
+
+    def _layer_layout(self) -> weights.Layout:
+        """`layout` of one layer, by the names inside it."""
         c = self.config
-        queries, keys, ffn = (
-            c.num_attention_heads * c.head_dim,
-            c.num_key_value_heads * c.head_dim,
-            c.intermediate_size,
-        )
-        split = {
-            "input_norm": {"input_layernorm.weight": c.hidden_size},
-            "mlp_norm": {"post_attention_layernorm.weight": c.hidden_size},
+        D, F_ = c.hidden_size, c.intermediate_size
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        heads = {"q": queries, "k": keys, "v": keys}
+        norms = {
+            "input_norm": {"input_layernorm.weight": D},
+            "mlp_norm": {"post_attention_layernorm.weight": D},
             "q_norm": {"self_attn.q_norm.weight": c.head_dim},
             "k_norm": {"self_attn.k_norm.weight": c.head_dim},
-            "qkv.weight": {
-                f"self_attn.{x}_proj.weight": n for x, n in zip("qkv", (queries, keys, keys), strict=True)
-            },
-            "qkv.bias": {
-                f"self_attn.{x}_proj.bias": n for x, n in zip("qkv", (queries, keys, keys), strict=True)
-            },
-            "out.weight": {"self_attn.o_proj.weight": c.hidden_size},
-            "gate_up.weight": {"mlp.gate_proj.weight": ffn, "mlp.up_proj.weight": ffn},
-            "down.weight": {"mlp.down_proj.weight": c.hidden_size},
         }
-        top = {
-            "embed.weight": "model.embed_tokens.weight",
-            "norm": "model.norm.weight",
-            "head": "lm_head.weight",
+        projections = {
+            "out.weight": {"self_attn.o_proj.weight": D},
+            "gate_up.weight": {"mlp.gate_proj.weight": F_, "mlp.up_proj.weight": F_},
+            "down.weight": {"mlp.down_proj.weight": D},
         }
-        found: weights.Layout = {}
-        for name, parameter in self.named_parameters():
-            if name in top:
-                found[name] = {top[name]: parameter.shape[0]}
-                continue
-            _, layer, own = name.split(".", 2)
-            found[name] = {f"model.layers.{layer}.{theirs}": n for theirs, n in split[own].items()}
-        return found
+        for kind in ("weight", "bias"):
+            projections[f"qkv.{kind}"] = {f"self_attn.{x}_proj.{kind}": rows for x, rows in heads.items()}
+        return norms | projections
+
+    def drop_head(self) -> None:
+        """Remove an untied language-model head, which under another head would never be trained."""
+        if not self.config.tie_word_embeddings:
+            del self.head
+            self.config = replace(self.config, tie_word_embeddings=True)
 
     @classmethod
-    def _empty(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    def empty(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """A decoder with uninitialised weights, to be filled."""
         with torch.device("meta"):
             model = cls(config)
         return model.to(dtype).to_empty(device=device)

@@ -14,7 +14,23 @@ from torch import Tensor, nn
 
 from fastrl.data.tokenizer import Tokenizer
 
-__all__ = ["CachedModel", "LanguageConfig", "LanguageModel", "LayeredConfig", "Tokenizer", "has_cache"]
+__all__ = [
+    "Attend",
+    "CachedModel",
+    "LanguageConfig",
+    "LanguageModel",
+    "LayeredConfig",
+    "Tokenizer",
+    "has_cache",
+]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q (T, H, E), k (T, K, E), v (T, K, E)) -> (T, H, E).
+
+With a method slab(layer) -> (k_cache, v_cache, slots), it finds each token's key and value there when it is
+called: rope writes them in its own launch.  With a method paged(layer) -> Paged, it is the attention of one
+new token per row over pages, which a layer may run in one call with everything else.
+"""
 
 
 class LanguageConfig(Protocol):
@@ -87,7 +103,7 @@ class LanguageModel(Protocol):
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        attend: Attend | None = None,
         embeds: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (T, D) of packed tokens (T,), as `Decoder.forward`."""
@@ -135,7 +151,7 @@ class CachedModel(LanguageModel, Protocol):
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        attend: Attend | None = None,
         embeds: Tensor | None = None,
         max_seqlen: int | None = None,
         only_store: bool = False,

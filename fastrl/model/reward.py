@@ -20,15 +20,19 @@ from fastrl.data.comparisons import SEPARATOR, Group, Statement, encode_statemen
 from fastrl.errors import UserError
 from fastrl.files import shorten
 from fastrl.model import weights
-from fastrl.model.adapter import load_model
-from fastrl.model.config import architecture
-from fastrl.model.decoder import Decoder, ModelConfig
+from fastrl.model.adapter import Source, load_model
+from fastrl.model.config import CAUSAL, SCORING, ModelConfig, Settings, is_scoring, scoring_body
+from fastrl.model.decoder import Decoder
+from fastrl.model.language import Tokenizer
 
-CAUSAL, SCORING = "ForCausalLM", "ForSequenceClassification"
 HEAD_SEED = 30_000_001  # the head's own stream of random numbers: the decoder's begins at `seed`
-TRAJECTORY: dict[
-    str, Callable[[Tensor], float]
-] = {  # how probabilities of a completion's steps become one number
+AS_SAVED = ""  # of RewardModel.load: the separator that the folder names
+Text = str | list[dict[str, Any]]
+Sequences = Sequence[list[int] | Text | tuple[Text, Text]]
+"""What a reward model scores: token ids, text, chat messages, or (prompt, completion)."""
+
+# how the probabilities of a completion's steps become one number
+TRAJECTORY: dict[str, Callable[[Tensor], float]] = {
     "min": lambda p: float(p.min()),
     "product": lambda p: float(p.log().sum().exp()),
     "last": lambda p: float(p[-1]),
@@ -39,18 +43,19 @@ class RewardModel(nn.Module):
     """A decoder without its language-model head, and `head` (1, D): reward = hidden state . head, no bias.
 
     steps      the separator between a completion's steps where the model judges each of them; None where it
-               judges the whole
+               judges whole sequences
     tokenizer  what `score` reads text with; may be set later
     """
 
     supports_cache = False
 
-    def __init__(self, body: Decoder, *, tied: bool, steps: str | None = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self, body: Decoder, *, tied: bool, steps: str | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
         super().__init__()
         self.body, self.tied, self.steps, self.tokenizer = body, tied, steps, tokenizer
-        self.head = nn.Parameter(
-            torch.empty(1, body.config.hidden_size, dtype=body.dtype, device=body.device)
-        )
+        head = torch.empty(1, body.config.hidden_size, dtype=body.dtype, device=body.device)
+        self.head = nn.Parameter(head)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, at: Tensor | None = None) -> Tensor:
         """Rewards, (N,): at rows `at` (N,) of the packed tokens (T,), or at every sequence's last token.
@@ -60,14 +65,15 @@ class RewardModel(nn.Module):
         """
         at = cu_seqlens[1:].long() - 1 if at is None else at
         wide = torch.promote_types(self.dtype, torch.float32)
-        return (self.body(tokens, cu_seqlens)[at].to(wide) * self.head.to(wide)).sum(-1)
+        hidden = self.body(tokens, cu_seqlens)[at]
+        return (hidden.to(wide) * self.head.to(wide)).sum(-1)
 
     @torch.no_grad()
     def score(
         self,
-        sequences: Sequence[Any],
+        sequences: Sequences,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         max_tokens: int = 16384,
         trajectory: str = "min",
     ) -> list[float]:
@@ -86,26 +92,28 @@ class RewardModel(nn.Module):
             return [float(r[0]) for r in rewards]
         if trajectory not in TRAJECTORY:
             raise UserError(f"trajectory: expected one of {', '.join(TRAJECTORY)}; got {trajectory!r}")
-        return [TRAJECTORY[trajectory](r.double().sigmoid()) for r in rewards]
+        summary = TRAJECTORY[trajectory]
+        return [summary(r.double().sigmoid()) for r in rewards]
 
     @torch.no_grad()
     def step_scores(
-        self, sequences: Sequence[Any], *, tokenizer: Any = None, max_tokens: int = 16384
+        self, sequences: Sequences, *, tokenizer: Tokenizer | None = None, max_tokens: int = 16384
     ) -> list[Tensor]:
         """Every sequence's rewards, (steps,) on the host, logits; one of them where the model judges whole
         sequences.
         """
         groups = self.groups(sequences, tokenizer)
-        out: list[Tensor] = [torch.empty(0)] * len(groups)
-        lengths = [g.length for g in groups]
-        for some in plan(lengths, max(max_tokens, *lengths, 1)):
-            packed = pack([groups[i] for i in some], self.device)
+        scores: list[Tensor] = [torch.empty(0)] * len(groups)
+        lengths = [group.length for group in groups]
+        for members in plan(lengths, max(max_tokens, *lengths, 1)):
+            packed = pack([groups[i] for i in members], self.device)
             rewards = self(packed.tokens, packed.cu_seqlens, packed.at).cpu()
-            for i, own in zip(some, rewards.split([len(groups[i].target) for i in some]), strict=True):
-                out[i] = own
-        return out
+            steps = [len(groups[i].target) for i in members]
+            for i, reward in zip(members, rewards.split(steps), strict=True):
+                scores[i] = reward
+        return scores
 
-    def groups(self, sequences: Sequence[Any], tokenizer: Any = None) -> list[Group]:
+    def groups(self, sequences: Sequences, tokenizer: Tokenizer | None = None) -> list[Group]:
         """The tokens of every sequence to score, a group each.  Raises UserError as `score` does.
 
         Text that fills the context, as a completion cut off there does, has no room for its end-of-sequence
@@ -117,24 +125,33 @@ class RewardModel(nn.Module):
                 "sequences: expected a list of sequences, "
                 f"got the text {shorten(sequences, 60)} alone; put it into a list"
             )
-        made: list[Group | Statement] = [_read(i, s, self.steps) for i, s in enumerate(sequences)]
-        texts = [m for m in made if isinstance(m, Statement)]
-        if texts and tokenizer is None:
+
+        parsed = [_parse(i, sequence, self.steps) for i, sequence in enumerate(sequences)]
+        statements = [item for item in parsed if isinstance(item, Statement)]
+        encoded: list[Group] = []
+        if tokenizer is not None:
+            encoded = encode_statements(statements, tokenizer, separator=self.steps or SEPARATOR)
+        elif statements:
             raise UserError(
-                f"{texts[0].where}: expected a list of token ids, "
+                f"{statements[0].where}: expected a list of token ids, "
                 "because the reward model has no tokenizer; got text"
             )
-        encoded = iter(encode_statements(texts, tokenizer, separator=self.steps or SEPARATOR))
-        context, V = self.config.max_position_embeddings, self.config.vocab_size
-        groups = [m if isinstance(m, Group) else _endless(next(encoded), context) for m in made]
-        for g in groups:
-            if g.length > context:
-                raise UserError(f"{g.where}: {g.length} tokens, but the reward model's context has {context}")
-            if not 0 <= min(g.tokens[0]) <= max(g.tokens[0]) < V:
-                raise UserError(
-                    f"{g.where}: expected token ids in [0, {V}), got {min(g.tokens[0])} to {max(g.tokens[0])}"
-                )
+
+        context, rest = self.config.max_position_embeddings, iter(encoded)
+        groups = [item if isinstance(item, Group) else _fitted(next(rest), context) for item in parsed]
+        for group in groups:
+            self._check(group)
         return groups
+
+    def _check(self, group: Group) -> None:
+        context, V = self.config.max_position_embeddings, self.config.vocab_size
+        if group.length > context:
+            raise UserError(
+                f"{group.where}: {group.length} tokens, but the reward model's context has {context}"
+            )
+        low, high = min(group.tokens[0]), max(group.tokens[0])
+        if not 0 <= low <= high < V:
+            raise UserError(f"{group.where}: expected token ids in [0, {V}), got {low} to {high}")
 
     # --- what trainers ask of any model ---
     @property
@@ -165,22 +182,43 @@ class RewardModel(nn.Module):
     @classmethod
     def load(
         cls,
-        source: str | Path | Mapping[str, Any],
+        source: Source,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        steps: str | None = AS_SAVED,
     ) -> Self:
         """A reward model's folder as it is; a causal language model (or a config.json: random weights) with a
         fresh head.
 
-        The head is drawn from normal(0, 1/sqrt(D + 1)), by `seed` or torch's global generator.
+        The head is drawn from normal(0, 1/sqrt(D + 1)), by `seed` or torch's global generator.  `steps` and
+        `tokenizer` are the model's attributes; AS_SAVED takes the separator from the folder, and none for a
+        fresh head.
         Raises:  UserError for another architecture, more than one label, and whatever `load_model` refuses.
         Source:  the head's scale: Stiennon et al. 2020 (arXiv 2009.01325).
         """
         folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
         config = weights.read_config(folder) if folder else {}
-        if folder and architecture(config).endswith(SCORING):
-            return cls._trained(folder, config, dtype, device)
+        if folder and is_scoring(config):
+            model = cls._trained(folder, config, dtype, device)
+        else:
+            model = cls._fresh(source, dtype, device, seed)
+
+        model.tokenizer = tokenizer
+        if steps != AS_SAVED:
+            model.steps = steps
+        return model
+
+    @classmethod
+    def _fresh(
+        cls,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int | None,
+    ) -> Self:
         body = load_model(source, dtype=dtype, device=device, seed=seed)
         if not isinstance(body, Decoder):
             raise UserError(
@@ -188,32 +226,21 @@ class RewardModel(nn.Module):
                 f"got {body.config.architecture}"
             )
         tied = body.config.tie_word_embeddings
-        model = cls(_headless(body), tied=tied)
-        fresh = int(torch.randint(2**62, ())) if seed is None else seed + HEAD_SEED
-        generator = torch.Generator().manual_seed(fresh)
+        body.drop_head()
+        model = cls(body, tied=tied)
+
+        head_seed = int(torch.randint(2**62, ())) if seed is None else seed + HEAD_SEED
+        generator = torch.Generator().manual_seed(head_seed)
+        scale = (body.config.hidden_size + 1) ** -0.5
         with torch.no_grad():
-            model.head.copy_(
-                torch.randn(model.head.shape, generator=generator) * (body.config.hidden_size + 1) ** -0.5
-            )
+            model.head.copy_(torch.randn(model.head.shape, generator=generator) * scale)
         return model
 
     @classmethod
-    def _trained(
-        cls, folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str
-    ) -> Self:
-        # transformers' own default is two
-        labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))
-        if labels != 1:
-            raise UserError(
-                f"{folder}: expected a model of one label, whose score is the reward; "
-                f"config.json has {labels}"
-            )
-        causal = architecture(config).removesuffix(SCORING) + CAUSAL
-        typed = ModelConfig.from_dict(config | {"architectures": [causal], "tie_word_embeddings": True})
-        body = Decoder._empty(typed, dtype, device)
-        model = cls(
-            body, tied=bool(config.get("tie_word_embeddings", False)), steps=config.get("step_separator")
-        )
+    def _trained(cls, folder: Path, config: Settings, dtype: torch.dtype, device: torch.device | str) -> Self:
+        body = Decoder.empty(scoring_body(config, str(folder)), dtype, device)
+        tied = bool(config.get("tie_word_embeddings", False))
+        model = cls(body, tied=tied, steps=config.get("step_separator"))
         model.read(folder)
         return model
 
@@ -231,67 +258,57 @@ class RewardModel(nn.Module):
         transformers reads a padded batch at the last token that is not pad_token_id: one that is the
         end-of-sequence token too is left out, so that it refuses to guess.
         """
-        dtype, c = dtype or self.dtype, self.config
-        own = c.to_dict() | {
+        dtype = dtype or self.dtype
+        settings = self.config.to_dict() | {
             "tie_word_embeddings": self.tied,
-            "architectures": [c.architecture.removesuffix(CAUSAL) + SCORING],
-        }
-        own |= {
+            "architectures": [self.config.architecture.removesuffix(CAUSAL) + SCORING],
             "num_labels": 1,
             "id2label": {"0": "LABEL_0"},
             "label2id": {"LABEL_0": 0},
             "pad_token_id": self._padding(),
         }
-        own |= {} if self.steps is None else {"step_separator": self.steps}
-        weights.write_config(Path(folder), own, (), dtype)
+        if self.steps is not None:
+            settings["step_separator"] = self.steps
+        weights.write_config(Path(folder), settings, (), dtype)
         weights.write(Path(folder), dict(self.named_parameters()), self.layout(), dtype, max_shard_bytes)
 
     def layout(self) -> weights.Layout:
         """Each parameter's tensors in a Hugging Face file."""
-        return {f"body.{name}": parts for name, parts in self.body.layout().items()} | {
-            "head": {"score.weight": 1}
-        }
+        body = {f"body.{name}": parts for name, parts in self.body.layout().items()}
+        return body | {"head": {"score.weight": 1}}
 
     def _padding(self) -> int | None:
-        """A token that no sequence ends in, to pad with."""
+        """A token to pad with that ends no sequence, if one is known."""
         ends = {*self.config.eos_token_id, getattr(self.tokenizer, "eos_token_id", None)}
-        known = (getattr(self.tokenizer, "pad_token_id", None), self.config.extra.get("pad_token_id"))
-        return next((p for p in known if p is not None and p not in ends), None)
+        candidates = (getattr(self.tokenizer, "pad_token_id", None), self.config.extra.get("pad_token_id"))
+        return next((token for token in candidates if token is not None and token not in ends), None)
 
 
-def _headless(body: Decoder) -> Decoder:
-    """The decoder without its language-model head, which would be trained by nothing."""
-    if not body.config.tie_word_embeddings:
-        del body.head
-        body.config = replace(body.config, tie_word_embeddings=True)
-    return body
-
-
-def _endless(group: Group, context: int) -> Group:
-    """The encoded sequence, without its last token where that alone exceeds the context."""
+def _fitted(group: Group, context: int) -> Group:
+    """The encoded sequence, without its end-of-sequence token where that alone exceeds the context."""
     (tokens,), (at,) = group.tokens, group.at
-    return (
-        group
-        if len(tokens) != context + 1
-        else replace(group, tokens=[tokens[:-1]], at=[[*at[:-1], context - 1]])
-    )
+    if len(tokens) != context + 1:
+        return group
+    return replace(group, tokens=[tokens[:-1]], at=[[*at[:-1], context - 1]])
 
 
-def _read(i: int, sequence: Any, steps: str | None) -> Group | Statement:
-    """A sequence to score; text is left to the tokenizer."""
+def _parse(i: int, sequence: Any, steps: str | None) -> Group | Statement:
+    """Sequence i of a call: tokens as a group, text as a statement that is still to be tokenised."""
     where = f"sequences[{i}]"
     if steps is None and isinstance(sequence, list) and all(isinstance(t, int) for t in sequence):
         if not sequence:
             raise UserError(f"{where}: expected at least one token, got none")
         return Group(where, [sequence], [[len(sequence) - 1]], [0.0])
+
     prompt, completion = sequence if isinstance(sequence, tuple) and len(sequence) == 2 else (None, sequence)
     if steps is None:
         return Statement(where, "compared", prompt, [completion], [0.0])
+
     last = completion[-1] if isinstance(completion, list) and completion else completion
     text = last.get("content") if isinstance(last, dict) else last
     if prompt is None or not isinstance(text, str):
         raise UserError(
-            f"{where}: expected a pair (prompt, completion), whose steps the model judges; "
+            f"{where}: expected a pair (prompt, completion) with the steps to judge; "
             f"got {shorten(sequence, 80)}"
         )
     parts = text.split(steps)

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json and *.safetensors, one file or shards with their index.
 
-A `Layout` says which tensors of the files make up each parameter of ours: their rows lie end to end.
+A `Layout` says which tensors of the files make up each parameter of ours, their rows end to end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.files import decode, parse_json, shorten
+from fastrl.model.config import Settings
 
 Layout = dict[str, dict[str, int]]
-"""Our parameter -> {Hugging Face tensor: how many of the parameter's rows it holds}, in the order of the
-rows.
-"""
+"""Our parameter -> {Hugging Face tensor: how many of the parameter's rows it holds}, in row order."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older transformers wrote beside the weights
@@ -34,7 +33,7 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older transformers wrote 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, with the end-of-sequence tokens of generation_config.json where that names them.
 
-    Raises UserError for a folder or file that is not there or cannot be parsed.
+    Raises:  UserError for a folder or file that does not exist or cannot be parsed.
     """
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -48,15 +47,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError naming the file when it holds something else."""
+    """The JSON object in a file.  Raises UserError naming the file if it holds anything else."""
     value = parse_json(decode(path.read_bytes(), str(path)), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {shorten(value)}")
     return value
 
 
-def write_config(folder: Path, config: Mapping[str, Any], eos: tuple[int, ...], dtype: torch.dtype) -> None:
-    """config.json in the spelling that transformers 4 and 5 both read, and generation_config.json when `eos`
+def write_config(folder: Path, config: Settings, eos: tuple[int, ...], dtype: torch.dtype) -> None:
+    """config.json in the spelling that transformers 4 and 5 both read; and generation_config.json, if `eos`
     is known.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +63,11 @@ def write_config(folder: Path, config: Mapping[str, Any], eos: tuple[int, ...], 
     _write_json(folder / "config.json", config)
     if eos:
         special = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
-        _write_json(
-            folder / "generation_config.json",
-            special | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)},
-        )
+        special["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+        _write_json(folder / "generation_config.json", special)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -90,37 +87,46 @@ def read(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, *, tied
     Raises:  UserError naming file and tensor: missing, unknown, truncated, of the wrong shape, or a tied head
              that differs.
     """
-    stored = {n: s for n, s in _inventory(folder).items() if not n.endswith(NOT_WEIGHTS)}
-    theirs = {t: p for p, parts in layout.items() for t in parts}
+    stored = {name: at for name, at in _inventory(folder).items() if not name.endswith(NOT_WEIGHTS)}
     head = stored.pop("lm_head.weight", None) if tied else None
-    for name, p in theirs.items():
-        want = (layout[p][name], *parameters[p].shape[1:])
-        if name not in stored:
-            raise UserError(
-                f"{folder}: tensor {name} of shape {want} is missing from its *.safetensors files"
-            )
-        if stored[name].shape != want:
-            raise UserError(
-                f"{stored[name].path}: tensor {name}: expected shape {want} by config.json, "
-                f"got {stored[name].shape}"
-            )
-    for name in stored.keys() - theirs.keys():
-        raise UserError(
-            f"{stored[name].path}: tensor {name} is not part of the model that config.json describes"
-        )
+    _check(folder, stored, parameters, layout)
+
     with torch.no_grad():
-        for p, parts in layout.items():
-            for block, name in zip(parameters[p].split(list(parts.values())), parts, strict=True):
-                block.copy_(_tensor(stored[name].path, name))
+        for name, parts in layout.items():
+            blocks = parameters[name].split(list(parts.values()))
+            for block, part in zip(blocks, parts, strict=True):
+                block.copy_(_tensor(stored[part].path, part))
+
     if head is not None:
-        embedding = next(stored[t] for t in stored if t.endswith("embed_tokens.weight"))
-        if not torch.equal(
-            _tensor(head.path, "lm_head.weight"), _tensor(embedding.path, "model.embed_tokens.weight")
-        ):
+        embedding = next(stored[name] for name in stored if name.endswith("embed_tokens.weight"))
+        of_head = _tensor(head.path, "lm_head.weight")
+        if not torch.equal(of_head, _tensor(embedding.path, "model.embed_tokens.weight")):
             raise UserError(
                 f"{head.path}: tensor lm_head.weight differs from the embedding, "
                 "but config.json says tie_word_embeddings"
             )
+
+
+def _check(
+    folder: Path, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], layout: Layout
+) -> None:
+    """Every tensor of the layout is stored, in its shape, and nothing else."""
+    expected = {part: name for name, parts in layout.items() for part in parts}
+    for part, name in expected.items():
+        shape = (layout[name][part], *parameters[name].shape[1:])
+        if part not in stored:
+            raise UserError(
+                f"{folder}: tensor {part} of shape {shape} is missing from its *.safetensors files"
+            )
+        if stored[part].shape != shape:
+            raise UserError(
+                f"{stored[part].path}: tensor {part}: expected shape {shape} by config.json, "
+                f"got {stored[part].shape}"
+            )
+    for part in stored.keys() - expected.keys():
+        raise UserError(
+            f"{stored[part].path}: tensor {part} is not part of the model that config.json describes"
+        )
 
 
 def _inventory(folder: Path) -> dict[str, Stored]:
@@ -130,20 +136,20 @@ def _inventory(folder: Path) -> dict[str, Stored]:
         paths = [folder / name for name in sorted(set(listed.values()))]
     else:
         listed, paths = {}, [folder / SINGLE]
-    found: dict[str, Stored] = {}
+
+    stored: dict[str, Stored] = {}
     for path in paths:
         if not path.is_file():
-            why = (
-                f"{INDEX} names it"
-                if listed
-                else "convert the weights with transformers' save_pretrained if they are in another format"
-            )
+            why = "convert the weights with transformers' save_pretrained if they are in another format"
+            if listed:
+                why = f"{INDEX} names it"
             raise UserError(f"{path}: weight file is missing ({why})")
-        found |= {name: Stored(path, shape) for name, shape in _header(path).items()}
+        stored |= {name: Stored(path, shape) for name, shape in _header(path).items()}
+
     for name, file in listed.items():
-        if name not in found:
+        if name not in stored:
             raise UserError(f"{folder / file}: tensor {name} is missing, though {INDEX} lists it there")
-    return found
+    return stored
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -178,42 +184,58 @@ def _tensor(path: Path, name: str) -> Tensor:
 
 
 # --- writing ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [first, end) of a parameter: one tensor of a file."""
+
+    parameter: str
+    first: int
+    end: int
+
+
 def write(
     folder: Path, parameters: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Write `parameters` under their names in `layout` as `dtype`: model.safetensors, or shards and an index
     above the limit.
     """
-    shards: list[dict[str, tuple[str, int, int]]] = [{}]  # tensor -> parameter, first and last row
+    shards, total = _shards(parameters, layout, dtype.itemsize, max_shard_bytes)
+    count = len(shards)
+    names = [SINGLE]
+    if count > 1:
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(names, shards, strict=True):
+        tensors = {}
+        for name, block in shard.items():
+            rows = parameters[block.parameter].detach()[block.first : block.end]
+            tensors[name] = rows.to("cpu", dtype, copy=True).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    # what an earlier save with another number of shards left
+    kept = {*names, INDEX} if count > 1 else {*names}
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        if old.name not in kept:
+            old.unlink(missing_ok=True)
+
+
+def _shards(
+    parameters: Mapping[str, Tensor], layout: Layout, itemsize: int, max_bytes: int
+) -> tuple[list[dict[str, Block]], int]:
+    """The tensors of every file, in order, and the bytes of all of them."""
+    shards: list[dict[str, Block]] = [{}]
     filled = total = 0
-    for p, parts in layout.items():
+    for parameter, parts in layout.items():
         first = 0
         for name, rows in parts.items():
-            size = prod((rows, *parameters[p].shape[1:])) * dtype.itemsize
-            if filled and filled + size > max_shard_bytes:
+            size = prod((rows, *parameters[parameter].shape[1:])) * itemsize
+            if filled and filled + size > max_bytes:
                 shards.append({})
                 filled = 0
-            shards[-1][name] = (p, first, first + rows)
+            shards[-1][name] = Block(parameter, first, first + rows)
             first, filled, total = first + rows, filled + size, total + size
-    folder.mkdir(parents=True, exist_ok=True)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for file, shard in zip(names, shards, strict=True):
-        tensors = {
-            n: parameters[p].detach()[a:b].to("cpu", dtype, copy=True).contiguous()
-            for n, (p, a, b) in shard.items()
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {n: file for file, shard in zip(names, shards, strict=True) for n in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    # of an earlier save with another number of shards
-    for old in (
-        *folder.glob("model*.safetensors"),
-        folder / INDEX,
-    ):
-        if old.name not in names and not (old.name == INDEX and len(shards) > 1):
-            old.unlink(missing_ok=True)
+    return shards, total

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, shorten
-from fastrl.model.config import architecture
-from fastrl.model.reward import SCORING, RewardModel
+from fastrl.model.config import is_scoring
+from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.model.weights import read_config
 from fastrl.rewards.implicit import implicit_reward
@@ -136,13 +136,13 @@ def model_reward(
 
     Raises UserError for a folder that holds no trained reward model, or no tokenizer.
     """
-    if not Path(folder).is_dir() or not architecture(read_config(Path(folder))).endswith(SCORING):
+    if not Path(folder).is_dir() or not is_scoring(read_config(Path(folder))):
         raise UserError(
             "--reward: expected the folder of a reward model (`fastrl reward` writes one), "
             f"got model:{folder}"
         )
-    model = RewardModel.load(folder, dtype=dtype, device=device).requires_grad_(False)
-    model.tokenizer = load_tokenizer(None, folder, None)
+    model = RewardModel.load(folder, dtype, device, tokenizer=load_tokenizer(None, folder))
+    model.requires_grad_(False)
 
     def reward_model(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         return model.score(list(zip(prompts, completions, strict=True)))

@@ -50,7 +50,7 @@ def implicit_reward(
             "--reward: expected a policy and its reference, with one vocabulary, "
             f"got {sizes[0]} and {sizes[1]} in {names}"
         )
-    tokenizer = load_tokenizer(None, folders[0], None)
+    tokenizer = load_tokenizer(None, folders[0])
     limit = min(model.config.max_position_embeddings for model in (policy, reference))
 
     def implicit_reward(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:

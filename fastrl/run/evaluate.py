@@ -160,7 +160,7 @@ def run(config: Evaluate) -> None:
     _check_search(config, task)
     reward = None if config.reward is None else load_reward(config.reward, dtype=dtype, device=device)
     model = load_model(config.model, dtype=dtype, device=device)
-    sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task))
+    sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task.tokenizer))
     wanted: dict[str, Any] = {
         "prompts": config.prompts,
         "samples": config.samples,

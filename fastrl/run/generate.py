@@ -60,7 +60,7 @@ def run(config: Generate) -> None:
     set_threads(config.threads)
     device, dtype = place(config.device, config.dtype)
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
-    tokenizer = load_tokenizer(config.tokenizer, config.model, None)
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
     s = config.sampling
     sampler = SAMPLERS[config.sampler](model, tokenizer, s)
     params = SamplingParams(

@@ -224,7 +224,7 @@ def test_what_cannot_be_scored(tmp_path):
             model.score(given)
     model.steps, model.tokenizer = ";", tokenizer()
     with pytest.raises(
-        UserError, match=r"sequences\[0\]: expected a pair \(prompt, completion\), whose steps"
+        UserError, match=r"sequences\[0\]: expected a pair \(prompt, completion\) with the steps"
     ):
         model.score([[4, 1]])
     with pytest.raises(UserError, match="trajectory: expected one of min, product, last; got 'mean'"):
