@@ -19,17 +19,16 @@ from fastrl.config import Grpo, Reward, Run, Sampling
 from fastrl.config.parse import dump
 from fastrl.errors import UserError
 from fastrl.files import read_json_lines
-from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.methods.grpo.rollouts import Source
 from fastrl.methods.method import NAMES, OVER_BATCHES, PARTS, SOURCES, Parts
 from fastrl.model.decoder import Decoder
 from fastrl.model.tokenizer import load_tokenizer
-from fastrl.parallel.device import place, set_threads
-from fastrl.parallel.world import World, join
+from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.parallel.world import World, init_world
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS, Sampler
-from fastrl.tasks import Task
+from fastrl.tasks import Task, load_run_task
 from fastrl.train.learner import Learner
 
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
@@ -79,7 +78,7 @@ class Session:
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, if there is one."""
-        found = checkpoint.whole(Path(self.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(self.config.output_dir))
         return found[-1] if found else None
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -112,8 +111,8 @@ def set_up(config: Run) -> Session:
     set_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else each torch.empty is written twice
-    world = join()
-    device, dtype = place(config.device, config.dtype)
+    world = init_world()
+    device, dtype = resolve_device(config.device, config.dtype)
     resumed = _resume_from(config)
     state, meta = (
         checkpoint.load(resumed) if resumed else ({}, {"step": 0, "version": 0, "command": _command(config)})
@@ -215,7 +214,7 @@ def _check(config: Run) -> None:
 
 
 def _resume_from(config: Run) -> Path | None:
-    found = checkpoint.whole(Path(config.output_dir))
+    found = checkpoint.complete_checkpoints(Path(config.output_dir))
     if not config.resume:
         if found:
             mend = "continue it with --resume, or name another folder"

@@ -17,8 +17,8 @@ from torch import Tensor
 from fastrl.algorithms.preference import Preference
 from fastrl.batch.pack import micro_batches
 from fastrl.batch.types import Batch
-from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.methods.grpo.rollouts import Step, order
 from fastrl.parallel.device import memory_limited_by
@@ -139,7 +139,7 @@ class Preferences:
 
 
 def _unit(sample: Sample) -> Unit:
-    return (Judged(sample, False),)
+    return (LabelledSample(sample, False),)
 
 
 class PreferenceLearner(Learner):

@@ -9,41 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from fastrl.config import Dpo, Grpo, Sft
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import Sample, encode_all, encode_prompt
 from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
-from fastrl.data.rows import Row, Sample, encode_all, encode_prompt, read_rows
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.parallel.device import place
+from fastrl.files import key_values, shorten
+from fastrl.parallel.device import resolve_device
 from fastrl.rewards.functions import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
-from fastrl.tasks import Task, load_task, task_reward
+from fastrl.tasks import Task, task_reward
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 TRAIN = "train"
 VERIFIER = "task"  # the task's verifier among the reward functions
-
-
-def load_run_task(name: str | None, options: Sequence[str]) -> Task | None:
-    """The task named on the command line with its key=value options, or None.  Raises UserError for an option
-    that is not one.
-    """
-    if name is None:
-        return None
-    return load_task(
-        name, **{key: _value(text, key) for key, text in pairs(options, "--task-options").items()}
-    )
-
-
-def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """{"key": "value"} of key=value texts.  Raises UserError naming the option."""
-    split = [text.partition("=") for text in texts]
-    for text, (key, equals, _) in zip(texts, split, strict=True):
-        if not key or not equals:
-            raise UserError(f"{option}: expected key=value, got {text!r}")
-    return {key: value for key, _, value in split}
 
 
 def demonstrations(
@@ -66,7 +46,7 @@ def demonstrations(
         )
 
     if config.dataset is not None:
-        known = usable(read_rows(config.dataset, pairs(config.columns, "--columns")))
+        known = usable(read_rows(config.dataset, key_values(config.columns, "--columns")))
         return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
         raise UserError(
@@ -115,7 +95,7 @@ def preferences(
 
     if config.dataset is not None:
         known = usable(
-            read_rows(config.dataset, pairs(config.columns, "--columns"), PAIRED if paired else LABELLED)
+            read_rows(config.dataset, key_values(config.columns, "--columns"), PAIRED if paired else LABELLED)
         )
         return lambda indices: [known[i] for i in indices], len(known), limit
     if task is None:
@@ -155,7 +135,7 @@ def prompts_and_rewards(
 
     Every line of a dataset is checked before training.
     """
-    device, dtype = place(config.device, config.dtype)
+    device, dtype = resolve_device(config.device, config.dtype)
     if VERIFIER in config.reward and task is None:
         raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
     named_verifier = VERIFIER in config.reward
@@ -173,7 +153,7 @@ def prompts_and_rewards(
             f"--reward-weights: expected finite numbers, got {' '.join(f'{w:g}' for w in weights)}"
         )
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         if not functions:
             raise UserError(
                 "--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none"
@@ -253,29 +233,3 @@ def _weight(row: Row) -> float:
             "or leave --sample-weights out"
         )
     return float(value)
-
-
-def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
-    """Raises UserError, naming `where`, for a token that the model does not have."""
-    if max(tokens) >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer gives token {max(tokens)}, "
-            f"but the model's vocabulary has {vocab_size}; they do not belong together"
-        )
-
-
-def check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
-    """Raises UserError, naming `where`, for what is longer than a micro-batch."""
-    if length > micro_tokens:
-        raise UserError(
-            f"{where}: a {what} of up to {length} tokens exceeds a pass; "
-            f"raise --micro-tokens ({micro_tokens}) to at least {length}"
-        )
-
-
-def _value(text: str, key: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--task-options: {key}: expected a YAML value, got {text!r}") from error
-    return tuple(value) if isinstance(value, list) else value

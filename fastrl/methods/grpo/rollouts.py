@@ -18,7 +18,7 @@ from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
 from fastrl.batch.types import Batch
 from fastrl.config import Grpo
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.draw import Draw, measure
 from fastrl.methods.grpo.partial import Carry
 from fastrl.methods.grpo.refill import block, further, keep, spread

@@ -23,7 +23,7 @@ from fastrl.algorithms.aggregate import token_mean
 from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, Mixed
 from fastrl.batch.types import Batch, Rollouts, Tokens
 from fastrl.config import Hybrid
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.draw import Draw
 from fastrl.methods.grpo.rollouts import OnPolicy
 from fastrl.methods.hybrid.options import check_mixture

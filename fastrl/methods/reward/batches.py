@@ -11,16 +11,17 @@ from torch import Tensor
 
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
+from fastrl.data.check import check_budget, check_tokens
 from fastrl.data.comparisons import Group, Statement, encode_statements, read_statements
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.methods.grpo.prompts import TRAIN, pairs
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.grpo.rollouts import Step, order
 from fastrl.methods.reward.learner import RewardBatch, RewardLearner
 from fastrl.parallel.world import World
 from fastrl.report.stats import Estimate, calibration, share_interval, wilson
 from fastrl.tasks import Task
-from fastrl.tasks.task import bucket, draw
+from fastrl.tasks.task import assign_split, draw
 
 SHOWN = 4  # held-out groups whose completions are written to samples.jsonl
 Items = Callable[[Sequence[int]], list[Group]]  # indices -> groups: a pure function
@@ -193,11 +194,12 @@ def _from_dataset(
     usable: Callable[[Sequence[Statement]], list[Group]],
     world: World,
 ) -> Comparisons:
-    statements = read_statements(path, row.data, pairs(config.columns, "--columns"), margins=row.margin)
+    statements = read_statements(path, row.data, key_values(config.columns, "--columns"), margins=row.margin)
     groups = usable(statements)
     shares = {"held out": config.holdout if config.eval.prompts else 0.0, "train": 1.0}
     homes = [
-        bucket(shares, "reward", s.prompt if s.prompt is not None else s.completions[0]) for s in statements
+        assign_split(shares, "reward", s.prompt if s.prompt is not None else s.completions[0])
+        for s in statements
     ]
     train = [g for g, home in zip(groups, homes, strict=True) if home == "train"]
     held = [
@@ -272,15 +274,6 @@ def _statement(config: Reward, row: RewardLoss, task: Any, split: str, index: in
 
 
 def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:
-    """Refuse a group that the model cannot read, or not in one pass."""
-    top = max(t for tokens in group.tokens for t in tokens)
-    if top >= vocab_size:
-        raise UserError(
-            f"{group.where}: the tokenizer gives token {top}, "
-            f"but the model's vocabulary has {vocab_size}; they do not belong together"
-        )
-    if group.length > micro_tokens:
-        raise UserError(
-            f"{group.where}: {group.length} tokens to compare exceed a pass; "
-            f"raise --micro-tokens from {micro_tokens} to {group.length}"
-        )
+    """Refuse a group with tokens outside the model's vocabulary, or too long for one pass."""
+    check_tokens([t for tokens in group.tokens for t in tokens], group.where, vocab_size)
+    check_budget(group.length, group.where, micro_tokens, "group")
