@@ -26,10 +26,9 @@ import yaml
 from fastrl.config import Run
 from fastrl.methods import METHODS, options_of
 from fastrl.config.parse import load
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.report.page import Html, figures, folded, section, table, text
-from fastrl.report.report import lead, panels, read, write
+from fastrl.report.report import lead, panels, read_run, write_page
 from fastrl.run import checkpoint
 from fastrl.run.session import changed
 from fastrl.trainer import train
@@ -63,23 +62,23 @@ def run(options: Options) -> None:
     """Run what is not done of a pipeline, and write its report.  Raises UserError for whatever is wrong in
     it, before any training.
     """
-    stages = plan(Path(options.file))
+    stages = read_stages(Path(options.file))
     folder = Path(stages[0].config.output_dir).parent
     for stage in stages:
         _check_unchanged(stage)
     for number, stage in enumerate(stages, 1):
-        found = checkpoint.whole(Path(stage.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(stage.config.output_dir))
         if found and found[-1] == stage.last:
             print(f"stage {number} of {len(stages)}, {stage.name}: done before")
             continue
         print(f"stage {number} of {len(stages)}, {stage.name}: fastrl {stage.command}")
         if train(replace(stage.config, resume=bool(found))).interrupted:
             raise UserError(f"stopped in stage {stage.name!r}; continue with: fastrl run {options.file}")
-        report(stages[:number], folder)
-    print(report(stages, folder))
+        write_report(stages[:number], folder)
+    print(write_report(stages, folder))
 
 
-def plan(path: Path) -> list[Stage]:
+def read_stages(path: Path) -> list[Stage]:
     """The stages a file describes, their options resolved.  Raises UserError naming the file and the
     stage.
     """
@@ -180,9 +179,9 @@ def _link(stage: Stage, number: int) -> Html:
     return Html(f'<a href="{folder}/report.html">{text(f"{number}. {stage.name}")}</a>')
 
 
-def report(stages: list[Stage], folder: Path) -> Path:
+def write_report(stages: list[Stage], folder: Path) -> Path:
     """One page over the stages that have begun: what each did, its curves, its options; returns its path."""
-    runs = [(s, read(Path(s.config.output_dir))) for s in stages]
+    runs = [(s, read_run(Path(s.config.output_dir))) for s in stages]
     rows = [
         (
             _link(s, number),
@@ -202,4 +201,4 @@ def report(stages: list[Stage], folder: Path) -> Path:
         for s, r in runs
     ]
     names = ", ".join(s.name for s in stages)
-    return write(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)
+    return write_page(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)

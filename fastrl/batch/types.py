@@ -219,16 +219,3 @@ class Tokens:
     def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:
         """The same tokens under the current policy's log-probs and entropies."""
         return replace(self, logp=logp, entropy=entropy)
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """A conversation with a task so far.
-
-    example      the task's problem (`fastrl.tasks.Example`)
-    said, heard  what the policy said in each turn, and what it heard after each but the last
-    """
-
-    example: Any
-    said: tuple[str, ...]
-    heard: tuple[str, ...]

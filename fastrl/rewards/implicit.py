@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.batch.pack import plan
-from fastrl.data.rows import Row, Sample, encode_all
+from fastrl.data.encode import Sample, encode_all
+from fastrl.data.rows import Row
 from fastrl.errors import UserError
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastrl.batch.types import Transcript
 from fastrl.errors import UserError
 from fastrl.files import call_user
 from fastrl.sampler import Turn
+from fastrl.tasks.task import Transcript
 
 if TYPE_CHECKING:
     from fastrl.tasks import Conversation, Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from fastrl.data.rows import encode_prompt
+from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
 from fastrl.files import shorten
 

@@ -21,8 +21,8 @@ from fastrl.algorithms.fusion import Fused
 from fastrl.algorithms.hybrid import Mixed
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
-from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.methods.dpo.batches import Preferences
 from fastrl.methods.grpo.rollouts import order
 from fastrl.methods.hybrid.mixture import Mixture
@@ -59,7 +59,7 @@ def sample(i: int, completion: list[int]) -> Sample:
 
 
 def pair(i: int) -> Unit:
-    return Judged(sample(i, ANSWERS[i]), True), Judged(sample(i, WRONG[i]), False)
+    return LabelledSample(sample(i, ANSWERS[i]), True), LabelledSample(sample(i, WRONG[i]), False)
 
 
 def anchor(batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.hybrid import HYBRIDS, Mixed
 from fastrl.config import Hybrid, Optim
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.rollouts import order
 from fastrl.methods.hybrid.mixture import MixedLearner, Mixture
 from fastrl.model.decoder import Decoder

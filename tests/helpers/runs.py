@@ -19,7 +19,7 @@ import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World

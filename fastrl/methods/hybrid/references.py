@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastrl.config import Hybrid
-from fastrl.data.rows import Row, Sample, encode_all, read_rows
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import Sample, encode_all
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.methods.grpo.prompts import TRAIN, check_budget, check_tokens, pairs
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.tasks import Task
 
 
@@ -23,7 +25,7 @@ def demonstrations_of_prompts(
     """
     usable = _completed(config, tokenizer, context, vocab_size)
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         if rows[0].kind != "prompt-completion":
             raise UserError(
                 f"{rows[0].where}: expected a completion column, the demonstrations, "
@@ -82,7 +84,7 @@ def pairs_of_prompts(
         return list(zip(samples[::2], samples[1::2], strict=True))
 
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         for row in rows:
             if not {"prompt", "chosen", "rejected"} <= row.fields.keys():
                 raise UserError(
