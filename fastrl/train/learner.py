@@ -13,7 +13,7 @@ from fastrl.algorithms import Algorithm
 from fastrl.algorithms.correction import merge_mismatch, mismatch
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.prefix import shared
-from fastrl.batch.types import Batch, Tokens
+from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.config import Optim
 from fastrl.errors import UserError
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
@@ -33,9 +33,6 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup
     progress = min(1.0, (step - optim.warmup) / max(1, steps - optim.warmup))
     return optim.lr * (optim.floor + (1 - optim.floor) * SHAPES[optim.schedule](progress))
-
-
-OPTIONAL = ("correction", "ref_logp", "sampler_logp", "kind")  # vectors of a batch that may be None
 
 
 class NotFinite(UserError):
@@ -266,21 +263,6 @@ class Learner:
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight:
                 weight.copy_(master)
-
-
-def token_columns(batch: Batch, rows: Tensor) -> Tokens:
-    """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
-    optional: dict[str, Any] = {
-        n: None if getattr(batch, n) is None else getattr(batch, n)[1:] for n in OPTIONAL
-    }
-    return Tokens(
-        old_logp=batch.old_logp[1:],
-        advantage=batch.advantage[1:],
-        weight=batch.weight[1:],
-        cu_seqlens=batch.live_ends,
-        live=rows.numel(),
-        **optional,
-    )
 
 
 def _merge(rows: list[list[float]]) -> dict[str, float]:

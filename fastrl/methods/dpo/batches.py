@@ -8,7 +8,7 @@ number of processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,24 +30,14 @@ Items = Callable[[Sequence[int]], list[Unit]]
 Reference = Callable[[Sequence[int], Batch], Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preferred(Batch):
-    """A batch of preferences: see algorithms/preference.py for what its columns mean.
-
-    baseline  (T,) fp32  KTO's z0, the same number everywhere, nats; None for rows without
-    """
-
-    baseline: Tensor | None = None
-
-
-def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Preferred:
+def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Batch:
     """The batch of `units`, which are `count` over all processes; no reference log-probs yet."""
     judged = [one for unit in units for one in unit]
     lengths = torch.tensor([len(one.sample.tokens) for one in judged], dtype=torch.int64, device=device)
     sign = torch.tensor([1.0 if one.good else -1.0 for one in judged], dtype=torch.float32, device=device)
     tokens = torch.tensor([t for one in judged for t in one.sample.tokens], dtype=torch.int64, device=device)
     zeros = torch.zeros(tokens.shape, device=device)
-    return Preferred(
+    return Batch(
         tokens=tokens,
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
         mask=torch.tensor([m for one in judged for m in one.sample.mask], dtype=torch.bool, device=device),
@@ -179,5 +169,5 @@ def backward_of_units(learner: Learner, batch: Batch, row: Any) -> list[list[flo
 
 def at_baseline(row: Preference, batch: Batch) -> Preference:
     """The row with the batch's z0, where it has one."""
-    baseline: Any = getattr(batch, "baseline", None)
-    return row if baseline is None or not baseline.numel() else row.with_params(baseline=float(baseline[0]))
+    z0 = batch.baseline
+    return row if z0 is None or not z0.numel() else row.with_params(baseline=float(z0[0]))

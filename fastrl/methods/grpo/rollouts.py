@@ -20,7 +20,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Grpo
 from fastrl.data.rows import Sample
 from fastrl.methods.grpo.draw import Draw, measure
-from fastrl.methods.grpo.partial import Carry
+from fastrl.methods.grpo.partial import PartialRollouts
 from fastrl.methods.grpo.refill import block, further, keep, spread
 from fastrl.parallel.device import memory_limited_by
 from fastrl.parallel.world import World
@@ -172,7 +172,7 @@ class OnPolicy:
             reference,
             trainer,
         )
-        self.game, self.carry, self.members = game, Carry(config.group), config.group
+        self.game, self.carry, self.members = game, PartialRollouts(config.group), config.group
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         s = config.sampling
         self.params = SamplingParams(

@@ -16,7 +16,7 @@ from fastrl.algorithms.fusion import Fused
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
-from fastrl.methods.dpo.batches import Preferences, Preferred, backward_of_units
+from fastrl.methods.dpo.batches import Preferences, backward_of_units
 from fastrl.methods.grpo.draw import Draw
 from fastrl.methods.grpo.rollouts import OnPolicy, Step
 from fastrl.methods.hybrid.mixture import MixedLearner, Mixture
@@ -33,7 +33,7 @@ class FusedBatch:
     """
 
     own: Batch
-    pairs: Preferred | None
+    pairs: Batch | None
     coef: float
     measured: bool
 
@@ -69,9 +69,8 @@ class FusedSource:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.rollouts.load_state(state)
 
-    def _weighed(self, number: int, version: int, coef: float) -> Preferred:
+    def _weighed(self, number: int, version: int, coef: float) -> Batch:
         (batch,) = self.pairs.collect(number, version).batches
-        assert isinstance(batch, Preferred)
         return replace(batch, weight=batch.weight * coef)
 
 

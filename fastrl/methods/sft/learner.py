@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms import Algorithm
-from fastrl.batch.types import Batch, Tokens
+from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.methods.sft.options import Supervised
-from fastrl.train.learner import Learner, token_columns
+from fastrl.train.learner import Learner
 
 
 class SupervisedLearner(Learner):
