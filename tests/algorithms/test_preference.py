@@ -15,12 +15,13 @@ from runs import decoder, drift, gradient, relative
 from torch import Tensor
 
 from fastrl.algorithms.preference import PREFERENCES, Preference, Scores
+from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Optim
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
-from fastrl.methods.dpo.batches import PreferenceLearner, Preferred, pack_units
+from fastrl.methods.dpo.batches import PreferenceLearner, pack_units
 from fastrl.methods.dpo.options import TRL_NAMES, choose_preference
 
 F64 = torch.float64
@@ -191,7 +192,7 @@ PAIRS: list[Unit] = [
 ]
 
 
-def a_batch(row: Preference, units: list[Unit] = PAIRS) -> Preferred:
+def a_batch(row: Preference, units: list[Unit] = PAIRS) -> Batch:
     """The pairs, or their completions one by one, with a reference model's log-probs; float64."""
     units = units if row.paired else [(one,) for unit in units for one in unit]
     batch = pack_units(units, len(units), torch.device("cpu"))
