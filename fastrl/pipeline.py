@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import yaml
 
 from fastrl.config import Run
-from fastrl.methods import METHODS, options_of
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
+from fastrl.methods import METHODS, options_of
 from fastrl.report.page import Html, figures, folded, section, table, text
 from fastrl.report.report import lead, panels, read_run, write_page
 from fastrl.run import checkpoint

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import ops
-from fastrl.algorithms.objective import Row
 from fastrl.batch.types import Batch
 from fastrl.config import Run, Sampling
 from fastrl.model.adapter import load_model

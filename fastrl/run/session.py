@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.objective import Row
+from fastrl.algorithms.row import Row
 from fastrl.config import Run
 from fastrl.config.parse import dump
 from fastrl.errors import UserError

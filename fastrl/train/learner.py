@@ -29,8 +29,8 @@ class Trainable(Protocol[B_contra]):
         """Take the optimizer step of a batch; `step` sets the learning rate."""
 
     def companions(self) -> Companions:
-        """Models trained beside the policy.  A checkpoint saves each in a folder of its own, and a resumed run
-        reads it from there.
+        """Models trained beside the policy.  A checkpoint saves each in a folder of its own, and a resumed
+        run reads it from there.
         """
 
     def state(self) -> State:
@@ -40,9 +40,7 @@ class Trainable(Protocol[B_contra]):
         """Restore what `state` returned."""
 
 
-def accumulate(
-    loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int
-) -> Rows:
+def accumulate(loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int) -> Rows:
     """Add the gradient of this process's parts to the masters; returns each part's numbers."""
     numbers: list[Tensor] = []
     with memory_limited_by("--micro-tokens", micro_tokens):
@@ -94,8 +92,8 @@ class Learner(Generic[B]):
     def update(self, batch: B, step: int) -> Metrics:
         """One optimizer step; `step` sets the learning rate.
 
-        Raises:  NotFinite, before any weight is touched, when the loss or the gradient is not finite; UserError
-                 when memory runs out.
+        Raises:  NotFinite, before any weight is touched, when the loss or the gradient is not finite;
+                 UserError when memory runs out.
         """
         try:
             metrics = self.gradients(self.objective, batch, self.weights, self.world, self.micro_tokens)

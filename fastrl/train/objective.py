@@ -1,7 +1,8 @@
 """What an optimizer step minimises: the protocol of an objective, and the policy loss.
 
-An objective cuts a batch into parts that fit a token budget, turns each part into its share of the step's loss,
-and merges the numbers of all parts into the step's metrics.  Objectives compose: one holds another, or several.
+An objective cuts a batch into parts that fit a token budget, turns each part into its share of the step's
+loss, and merges the numbers of all parts into the step's metrics.  Objectives compose: one holds another, or
+several.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.correction import merge_mismatch, mismatch
-from fastrl.algorithms.objective import Row
+from fastrl.algorithms.row import Row
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.prefix import shared
-from fastrl.batch.types import Batch, Tokens
+from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.model.language import LanguageModel
 from fastrl.train.source import Metrics
@@ -37,10 +38,12 @@ class Objective(Protocol[B_contra, P]):
         """The parts of a batch, each of at most `budget` tokens."""
 
     def loss(self, part: P) -> tuple[Tensor, Tensor]:
-        """This part's share of the step's loss, differentiable; and its numbers, (K,) float64, for `metrics`."""
+        """This part's share of the step's loss, differentiable; its numbers, (K,) float64, for `metrics`."""
 
     def metrics(self, rows: Rows) -> Metrics:
-        """The step's metrics, "loss" and "num_tokens" among them, from the numbers of all parts of all processes."""
+        """The step's metrics, "loss" and "num_tokens" among them, from the numbers of all parts of all
+        processes.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ class Scored:
 def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature: float) -> Scored:
     """Run the model over a micro-batch and evaluate the algorithm's loss of its tokens.
 
-    Position t predicts token t + 1, so per-token vectors are shifted by one here and nowhere else.  Prompts that
-    neighbouring sequences share are forwarded once.
+    Position t predicts token t + 1, so per-token vectors are shifted by one here and nowhere else.  Prompts
+    that neighbouring sequences share are forwarded once.
     """
     rows = batch.mask[1:].nonzero().squeeze(1)
     tokens = token_columns(batch, rows)
@@ -191,20 +194,3 @@ def merge_policy(rows: Sequence[Sequence[float]]) -> Metrics:
     clipped = merged["clip_low"] + merged["clip_high"] + merged["clip_cap"]
     total = {"loss": float(table[:, 0].sum()), "num_tokens": merged["tokens"]}
     return merged | total | {"clip_region": clipped}
-
-
-OPTIONAL = ("correction", "ref_logp", "sampler_logp", "kind")  # columns of a batch that may be None
-
-
-def token_columns(batch: Batch, rows: Tensor) -> Tokens:
-    """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the ones that count."""
-    columns = {name: getattr(batch, name) for name in OPTIONAL}
-    optional = {name: None if column is None else column[1:] for name, column in columns.items()}
-    return Tokens(
-        old_logp=batch.old_logp[1:],
-        advantage=batch.advantage[1:],
-        weight=batch.weight[1:],
-        cu_seqlens=batch.live_ends,
-        live=rows.numel(),
-        **optional,
-    )

@@ -1,7 +1,7 @@
 """The weights being trained: float32 masters, AdamW, the learning-rate schedule, clipping.
 
-Gradients of low-precision weights accumulate in their float32 master.  After an optimizer step the masters are
-written back into the weights' own storage, which the sampler reads.
+Gradients of low-precision weights accumulate in their float32 master.  After an optimizer step the masters
+are written back into the weights' own storage, which the sampler reads.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class MasterWeights:
 
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not math.isfinite(value):
-                raise NotFinite(f"step {step + 1}: {name} is {value}; the weights are those of the step before")
+                raise NotFinite(
+                    f"step {step + 1}: {name} is {value}; the weights are those of the step before"
+                )
         if self.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
 
@@ -104,7 +106,9 @@ class MasterWeights:
                 weight.copy_(master)
 
     def state(self) -> State:
-        """All that the next step depends on but the weights, by name; with masters where weights are narrower."""
+        """All that the next step depends on but the weights, by name; with masters where weights are
+        narrower.
+        """
         out: State = {}
         for name, weight, master in zip(self.names, self.weights, self.masters, strict=True):
             if master is not weight:
@@ -114,7 +118,7 @@ class MasterWeights:
         return out
 
     def load_state(self, state: State) -> None:
-        """Restore what `state` returned.  Raises UserError for the state of float32 weights in narrower ones."""
+        """Restore what `state` returned.  Raises UserError for a float32 state in narrower weights."""
         for name, weight, master in zip(self.names, self.weights, self.masters, strict=True):
             exact = state.get(f"master.{name}", weight if master is weight else None)
             if exact is None:
@@ -131,7 +135,7 @@ class MasterWeights:
         self.publish()
 
     def _accumulate_in_float32(self) -> None:
-        """Move gradients of low-precision weights to their float32 master as soon as autograd has made them."""
+        """Move gradients of low-precision weights to their float32 master as soon as they are made."""
 
         def hook_for(master: Tensor) -> Callable[[Tensor], None]:
             def hook(weight: Tensor) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastrl.algorithms.preference import Preference
 from fastrl.batch.types import Batch
+from fastrl.data.encode import Sample
 from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
 from fastrl.errors import UserError
 from fastrl.parallel.world import World
 from fastrl.train.source import State, Step, order
@@ -24,17 +24,7 @@ Reference = Callable[[Sequence[int], Batch], Tensor]  # (indices, their batch) -
 LogProbs = Callable[[Batch], Tensor]  # a batch -> (T,) log-probs of its loss tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preferred(Batch):
-    """A batch of preferences: see algorithms/preference.py for what its columns mean.
-
-    baseline  (T,) fp32  KTO's z0, the same number everywhere, nats; None for rows without
-    """
-
-    baseline: Tensor | None = None
-
-
-def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Preferred:
+def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Batch:
     """The batch of `units`, which are `count` over all processes; no reference log-probs yet."""
     judged = [one for unit in units for one in unit]
     lengths = torch.tensor([len(one.sample.tokens) for one in judged], dtype=torch.int64, device=device)
@@ -44,7 +34,7 @@ def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Prefe
 
     zeros = torch.zeros(tokens.shape, device=device)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Preferred(
+    return Batch(
         tokens=tokens,
         cu_seqlens=ends.to(torch.int32),
         mask=mask,
@@ -93,7 +83,8 @@ class Baseline:
 class Preferences:
     """`count` units a step, out of `size`: pairs, or labelled examples.
 
-    reference  (indices, their batch) -> (T,) log-probs under the reference model; None where the loss has none
+    reference  (indices, their batch) -> (T,) log-probs under the reference model; None where the loss has
+               none
     baseline   what estimates KTO's z0 on a step's prompts; None for losses without
     """
 
@@ -112,7 +103,8 @@ class Preferences:
     ) -> None:
         if algorithm.mismatched and (count < 2 or baseline is None):
             raise UserError(
-                f"--prompts: expected at least 2 to compare each prompt with another's completion, got {count}"
+                "--prompts: expected at least 2 to compare each prompt with another's completion, "
+                f"got {count}"
             )
         self.items, self.size, self.count, self.seed = items, size, count, seed
         self.reference, self.baseline = reference, baseline if algorithm.mismatched else None

@@ -9,11 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.objective import Row
 from fastrl.algorithms.preference import Preference
+from fastrl.algorithms.row import Row
 from fastrl.batch.pack import micro_batches
 from fastrl.batch.types import Batch, Tokens
-from fastrl.methods.dpo.batches import Preferred
 from fastrl.model.language import LanguageModel
 from fastrl.train.objective import Rows, score_tokens
 from fastrl.train.source import Metrics
@@ -61,7 +60,7 @@ class UnitObjective:
 
 def at_baseline(algorithm: UnitLoss, batch: Batch) -> UnitLoss:
     """The algorithm with the batch's z0, where it has one."""
-    baseline = batch.baseline if isinstance(batch, Preferred) else None
-    if not isinstance(algorithm, Preference) or baseline is None or not baseline.numel():
+    z0 = batch.baseline
+    if not isinstance(algorithm, Preference) or z0 is None or not z0.numel():
         return algorithm
-    return algorithm.with_params(baseline=float(baseline[0]))
+    return algorithm.with_params(baseline=float(z0[0]))

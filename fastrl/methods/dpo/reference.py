@@ -41,7 +41,8 @@ def preference_source(
     """The pairs of a run with their reference, as the loss and `--reference` ask for it, and the longest
     sequence to expect, tokens.
 
-    arithmetic(config) -> what the learner computes under, so that the reference's log-probs are computed alike
+    arithmetic(config) -> what the learner computes under, so that the reference's log-probs are computed
+    alike
     """
     config, algorithm = context.config, context.algorithm
     encode = Encoder(config, algorithm.paired, context.tokenizer, context.model.config)

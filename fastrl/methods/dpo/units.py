@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrl.config import Dpo
+from fastrl.data.check import check_budget, check_tokens
 from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
+from fastrl.files import key_values
 from fastrl.methods.dpo.batches import Items
-from fastrl.methods.grpo.prompts import TRAIN, check_budget, check_tokens, pairs
+from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes
@@ -48,14 +50,15 @@ class Encoder:
 
 
 def units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
-    """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before training.
+    """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before
+    training.
 
     Raises:  UserError where there is nothing to compare.
     """
     config = encode.config
     if config.dataset is not None:
         kinds = PAIRED if encode.paired else LABELLED
-        known = encode(read_rows(config.dataset, pairs(config.columns, "--columns"), kinds))
+        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns"), kinds))
         return lambda indices: [known[i] for i in indices], len(known)
 
     if task is None:

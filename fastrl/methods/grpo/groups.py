@@ -91,8 +91,8 @@ class Members:
 def rollout_metrics(groups: SampledGroups, group: int, version: int, world: World) -> Metrics:
     """Means over all processes and all that was sampled, under TRL's names.
 
-    Rewards that do not apply (NaN) are left out.  `group` is completions per prompt, `version` the optimizer steps
-    that the weights have seen.
+    Rewards that do not apply (NaN) are left out.  `group` is completions per prompt, `version` the optimizer
+    steps that the weights have seen.
     """
     rollouts, scored = groups.rollouts, groups.scored
     length = rollouts.lengths.double()

@@ -8,40 +8,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import yaml
-
 from fastrl.config import Grpo
-from fastrl.data.rows import Row, encode_prompt, read_rows
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import encode_prompt
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
+from fastrl.files import key_values
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.device import place
 from fastrl.rewards.functions import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
-from fastrl.tasks import Conversation, Task, load_task, task_reward
+from fastrl.tasks import Conversation, Task, task_reward
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 TRAIN = "train"
 VERIFIER = "task"  # the task's verifier among the reward functions
-
-
-def load_run_task(name: str | None, options: Sequence[str]) -> Task | None:
-    """The task named on the command line with its key=value options, or None.  Raises UserError for an option
-    that is not one.
-    """
-    if name is None:
-        return None
-    return load_task(
-        name, **{key: _value(text, key) for key, text in pairs(options, "--task-options").items()}
-    )
-
-
-def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """{"key": "value"} of key=value texts.  Raises UserError naming the option."""
-    split = [text.partition("=") for text in texts]
-    for text, (key, equals, _) in zip(texts, split, strict=True):
-        if not key or not equals:
-            raise UserError(f"{option}: expected key=value, got {text!r}")
-    return {key: value for key, _, value in split}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +55,7 @@ def load_prompts(
     game = task if isinstance(task, Conversation) else None
 
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         if not functions:
             raise UserError(
                 "--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none"
@@ -85,7 +66,9 @@ def load_prompts(
         return Prompts(items.__getitem__, len(items), Scorer(None, functions, weights), stop, game)
 
     if task is None:
-        raise UserError("--task or --dataset: expected one of them, to have prompts to sample from; got neither")
+        raise UserError(
+            "--task or --dataset: expected one of them, to have prompts to sample from; got neither"
+        )
     verifier = None if VERIFIER in config.reward else task
     score = Scorer(verifier, functions, weights)
     return Prompts(partial(_item_of_task, task), task.size(TRAIN), score, stop, game)
@@ -170,29 +153,3 @@ def _check_prompt(row: Row, config: Grpo, tokenizer: Tokenizer, context: int, vo
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
     check_tokens(tokens, row.where, vocab_size)
     check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)
-
-
-def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
-    """Raises UserError, naming `where`, for a token that the model does not have."""
-    if max(tokens) >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer gives token {max(tokens)}, "
-            f"but the model's vocabulary has {vocab_size}; they do not belong together"
-        )
-
-
-def check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
-    """Raises UserError, naming `where`, for what is longer than a micro-batch."""
-    if length > micro_tokens:
-        raise UserError(
-            f"{where}: a {what} of up to {length} tokens exceeds a pass; "
-            f"raise --micro-tokens ({micro_tokens}) to at least {length}"
-        )
-
-
-def _value(text: str, key: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--task-options: {key}: expected a YAML value, got {text!r}") from error
-    return tuple(value) if isinstance(value, list) else value

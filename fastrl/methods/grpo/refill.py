@@ -1,10 +1,10 @@
 """Dynamic sampling: groups whose rewards are all equal are dropped, and further prompts are sampled until the
 batch is full.
 
-Everything here is a pure function of the step's number and of the rewards, so that a resumed run, and any number
-of processes, draw the same prompts with the same noise.  A run with R rounds of refill owns 1 + R blocks of
-prompts and of sequence numbers per step; a round uses the front of its own block, so that no two samples of a
-run have one number.
+Everything here is a pure function of the step's number and of the rewards, so that a resumed run, and any
+number of processes, draw the same prompts with the same noise.  A run with R rounds of refill owns 1 + R
+blocks of prompts and of sequence numbers per step; a round uses the front of its own block, so that no two
+samples of a run have one number.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def fill(
 
 
 def round_index(step: int, turn: int, refill: int) -> int:
-    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step draws from."""
+    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step uses."""
     return step * (1 + refill) + turn
 
 
 def next_round_size(kept: int, drawn: int, prompts: int) -> int:
-    """Prompts of the next round: what is missing over the share of groups kept so far, at most a whole batch."""
+    """Prompts of the next round: what is missing over the share kept so far, at most a whole batch."""
     return min(prompts, math.ceil((prompts - kept) * drawn / max(kept, 1)))
 
 

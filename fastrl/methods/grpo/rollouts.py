@@ -135,7 +135,9 @@ class Rollouts:
         rollouts = groups.rollouts
         mask = rollouts.completion_mask
         if self.config.overlong_filter:
-            ended = torch.tensor([reason != "length" for reason in rollouts.finish_reason], device=mask.device)
+            ended = torch.tensor(
+                [reason != "length" for reason in rollouts.finish_reason], device=mask.device
+            )
             mask = mask & torch.repeat_interleave(ended, rollouts.cu_seqlens.diff().long())
 
         zeros = torch.zeros_like(rollouts.logp)
@@ -153,8 +155,8 @@ class Rollouts:
     def _minibatches(self, batch: Batch, places: Sequence[int]) -> Iterator[Batch]:
         """Epochs of minibatches of whole groups, each weighed as one optimizer step and pruned.
 
-        Minibatch k holds every M-th of the step's prompts, of which this process has those at `places`: the same
-        ones for any number of processes, and about as many in each.  (The prompts come shuffled.)
+        Minibatch k holds every M-th of the step's prompts, of which this process has those at `places`: the
+        same ones for any number of processes, and about as many in each.  (The prompts come shuffled.)
         """
         count = self.config.minibatches
         size = len(batch) // max(len(places), 1)

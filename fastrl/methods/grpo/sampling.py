@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-
 from fastrl.batch.types import Rollouts
 from fastrl.config import Grpo
 from fastrl.methods.grpo.groups import SampledGroups
-from fastrl.methods.grpo.partial import Carry
+from fastrl.methods.grpo.partial import PartialRollouts
 from fastrl.methods.grpo.prompts import PromptItem, Prompts
 from fastrl.methods.grpo.refill import round_index
 from fastrl.parallel.device import memory_limited_by
@@ -24,18 +23,19 @@ from fastrl.train.source import State, order
 class GroupSampler:
     """Samples `config.group` completions of every prompt and scores them.
 
-    Prompts come from a seeded permutation, and a sequence's noise is keyed by its number, so a round is a function
-    of step and turn alone.  Groups that are still unfinished wait for the next step where `config.tail` is carry.
+    Prompts come from a seeded permutation, and a sequence's noise is keyed by its number, so a round is a
+    function of step and turn alone.  Groups that are still unfinished wait for the next step where
+    `config.tail` is carry.
     """
 
     def __init__(self, config: Grpo, sampler: Sampler, prompts: Prompts, world: World) -> None:
         self.config, self.sampler, self.prompts, self.world = config, sampler, prompts, world
-        self.pending = Carry(config.group)
+        self.pending = PartialRollouts(config.group)
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         self.params = sampling_params(config, prompts)
 
     def round(self, step: int, turn: int, count: int, version: int, before: int = 0) -> SampledGroups:
-        """Round `turn` of a step: this process's share of `count` prompts, after `before` groups of the step."""
+        """Round `turn` of a step: this process's share of `count` prompts; `before` groups came before."""
         config, prompts = self.config, self.prompts
         first = round_index(step, turn, config.refill) * config.prompts
         share = self.world.share(count)
@@ -86,9 +86,7 @@ class GroupSampler:
                 carried=self.pending.unfinished(),
             )
 
-    def _score(
-        self, repeated: Sequence[PromptItem], rollouts: Rollouts, dialogue: Dialogue | None
-    ) -> Scored:
+    def _score(self, repeated: Sequence[PromptItem], rollouts: Rollouts, dialogue: Dialogue | None) -> Scored:
         config = self.config
         prompts: list[Any] = [prompt for prompt, _ in repeated]
         columns: list[Mapping[str, Any]] = [c for _, c in repeated]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.contrast import GroupPreference
+from fastrl.algorithms.group_preference import GroupPreference
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
 from fastrl.methods.grpo.groups import SampledGroups
@@ -36,7 +36,7 @@ class Contrast:
         )
 
     def credit(self, groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
-        """The completions that are compared, with their rewards; NaN of one that has none or does not count."""
+        """The completions that are compared, with their rewards; NaN for one that does not count."""
         rollouts, reward = groups.rollouts, groups.reward
         cut = [self.config.overlong_filter and reason == "length" for reason in rollouts.finish_reason]
         gone = (rollouts.lengths == 0) | torch.tensor(cut, dtype=torch.bool, device=reward.device)

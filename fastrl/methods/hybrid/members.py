@@ -19,7 +19,7 @@ from fastrl.algorithms.aggregate import token_mean
 from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, HybridAlgorithm
 from fastrl.batch.types import Batch, Rollouts
 from fastrl.config import Hybrid
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.groups import Members, SampledGroups
 from fastrl.methods.grpo.rollouts import Shaping
 from fastrl.methods.grpo.shaping import group_advantages, keep, policy_shaping
@@ -56,9 +56,7 @@ class Joining:
             prune=self.prune,
         )
 
-    def extend(
-        self, groups: SampledGroups, step: int, version: int
-    ) -> tuple[SampledGroups, Metrics]:
+    def extend(self, groups: SampledGroups, step: int, version: int) -> tuple[SampledGroups, Metrics]:
         """The groups with their members and supervised sequences, and how the step's prompts are taught."""
         config, algorithm = self.config, self.algorithm
         size, prompts, device = config.group, len(groups.numbers), groups.rollouts.tokens.device
@@ -146,9 +144,9 @@ def weigh_apart(
 
     Policy and supervised tokens are normalised separately: completions and the demonstrations among them are
     aggregated as the algorithm says, supervised tokens by their mean, and neither counts in the other's
-    denominators.  Each term is then weighed by its share of the prompts, so that the loss is a mean over prompts,
-    whichever way each is taught.  Counts are of the whole optimizer step, all processes included; `group`
-    completions of every prompt are in it.
+    denominators.  Each term is then weighed by its share of the prompts, so that the loss is a mean over
+    prompts, whichever way each is taught.  Counts are of the whole optimizer step, all processes included;
+    `group` completions of every prompt are in it.
     """
     assert batch.kind is not None
     live, first = batch.live_ends.diff(), batch.cu_seqlens[:-1].long()
@@ -178,7 +176,9 @@ def weigh_apart(
 def append_member(
     groups: SampledGroups, samples: Sequence[Sample | None], reward: Sequence[float], version: int
 ) -> SampledGroups:
-    """The groups with one more sequence at the end of each; where there is none, one token that does not count."""
+    """The groups with one more sequence at the end of each; where there is none, one token that does not
+    count.
+    """
     rollouts, prompts = groups.rollouts, len(samples)
     size, ends = groups.size, rollouts.cu_seqlens.tolist()
     rows = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from fastrl.algorithms.contrast import GroupPreference
+from fastrl.algorithms.group_preference import GroupPreference
 from fastrl.algorithms.hybrid import HybridAlgorithm
 from fastrl.config import Hybrid
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.errors import UserError
 from fastrl.methods.dpo.method import METHOD as DPO
 from fastrl.methods.dpo.objective import UnitObjective
@@ -22,10 +21,9 @@ from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_
 from fastrl.methods.hybrid.options import check_mixture
 from fastrl.methods.hybrid.pair_options import choose_fusion, offline
 from fastrl.methods.hybrid.pairs import PolicyAndPairs
-from fastrl.methods.hybrid.references import demonstrations_of_prompts, pairs_of_prompts
+from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.method import Context, Method, arithmetic
 from fastrl.model.language import LanguageModel
-from fastrl.tasks import Conversation
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.source import Source
 
@@ -36,12 +34,14 @@ AnyContext = Context[Hybrid, HybridAlgorithm | GroupPreference, LanguageModel]
 
 # --- demonstrations, or pairs beside rollouts ---------------------------------------------------------
 def _demonstrations(context: HybridContext) -> Known:
-    known = demonstrations_of_prompts(context.config, context.task, context.tokenizer, context.model.config)
+    encode = Encoder(context.config, context.tokenizer, context.model.config)
+    known = demonstrations_of_prompts(encode, context.task)
     return lambda numbers: [(sample,) for sample in known(numbers)]
 
 
 def _pairs(context: HybridContext) -> Known:
-    return pairs_of_prompts(context.config, context.task, context.tokenizer, context.model.config)
+    encode = Encoder(context.config, context.tokenizer, context.model.config)
+    return pairs_of_prompts(encode, context.task)
 
 
 def _nothing(context: HybridContext) -> Known:
@@ -74,7 +74,8 @@ def _hybrid_source(context: HybridContext) -> Source[Any]:
     config, task = context.config, context.task
     if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
         raise UserError(
-            f"--pair-dataset: expected a file of pairs, because task {config.task} has no wrong answers; got none"
+            "--pair-dataset: expected a file of pairs, "
+            f"because task {config.task} has no wrong answers; got none"
         )
     pairs = context.algorithm.pairs
     beside = Context(

@@ -1,4 +1,6 @@
-"""Losses of hybrids: several kinds of tokens in one, and a policy loss with a loss of offline pairs beside it."""
+"""Losses of hybrids: several kinds of tokens in one, and a policy loss with a loss of offline pairs beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.contrast import under_pairs
+from fastrl.algorithms.group_preference import under_pairs
 from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, HybridAlgorithm
 from fastrl.batch.types import Batch, Tokens
 from fastrl.methods.dpo.objective import UnitObjective
@@ -37,15 +39,17 @@ class HybridObjective:
         return self._policy().split(batch, budget)
 
     def loss(self, part: Batch) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss; the policy's numbers, then count and nats of other kinds' tokens."""
+        """The micro-batch's share of the loss; the policy's numbers, then count and nats of other kinds'
+        tokens.
+        """
         scored = score_tokens(self.model, part, self.algorithm, self.temperature)
         tokens = scored.live_tokens
         own = self._policy().measure(scored.loss, only(tokens, OWN))
         return scored.loss, torch.cat([own, _counts(tokens)])
 
     def metrics(self, rows: Rows) -> Metrics:
-        """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent where
-        it has none.
+        """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent
+        where it has none.
         """
         metrics = self._policy().metrics([row[:-4] for row in rows])
         members, member_nll, taught, nll = (math.fsum(row[i] for row in rows) for i in range(-4, 0))
@@ -64,7 +68,9 @@ class HybridObjective:
 
 
 def _counts(tokens: Tokens) -> Tensor:
-    """Members: how many, and their negative log-likelihood, nats; the same of supervised tokens; (4,) float64."""
+    """Members: how many, and their negative log-likelihood, nats; the same of supervised tokens; (4,)
+    float64.
+    """
     nll = -tokens.logp.double()
     one = torch.ones_like(nll)
     sums = [torch.where(tokens.kind == kind, x, 0).sum() for kind in (MEMBER, SUPERVISED) for x in (one, nll)]
@@ -125,7 +131,7 @@ class Both:
             yield PAIRS, part, batch.coef
 
     def loss(self, part: Term) -> tuple[Tensor, Tensor]:
-        """A term's share of the loss; which term it is, the pairs' coefficient, and the term's own numbers."""
+        """A term's share of the loss; which term it is, the pairs' coefficient, and the term's numbers."""
         term, batch, coef = part
         objective = self.pairs if term == PAIRS else self.policy
         loss, numbers = objective.loss(batch)
@@ -167,8 +173,8 @@ def gradients_by_term(
 def _norms(first: Sequence[Tensor | None], weights: MasterWeights, world: World) -> Metrics:
     """The L2 norm of each term's gradient as it is in the sum, coefficients included.
 
-    `first` is this process's part of the policy's gradient; the sum is in the masters.  That takes no further pass
-    over the data: the pairs' gradient is what the sum has beside the policy's.
+    `first` is this process's part of the policy's gradient; the sum is in the masters.  That takes no further
+    pass over the data: the pairs' gradient is what the sum has beside the policy's.
     """
     masters = weights.masters
     whole = [p.grad for p in masters]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import final
 
-from fastrl.algorithms.fusion import OfflinePairs
+from fastrl.algorithms.hybrid import OfflinePairs
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
 from fastrl.methods.dpo.batches import Preferences
@@ -18,9 +18,7 @@ from fastrl.train.source import State, Step
 class PolicyAndPairs:
     """Rollouts, and with each of their batches the pairs that `fastrl dpo` has at the same optimizer step."""
 
-    def __init__(
-        self, config: Hybrid, rollouts: Rollouts, pairs: Preferences, offline: OfflinePairs
-    ) -> None:
+    def __init__(self, config: Hybrid, rollouts: Rollouts, pairs: Preferences, offline: OfflinePairs) -> None:
         self.config, self.rollouts, self.pairs, self.offline = config, rollouts, pairs, offline
 
     def collect(self, step: int, version: int) -> Step[PolicyAndPairsBatch]:

@@ -1,5 +1,5 @@
-"""Rollouts whose rewards are a judge's, with the comparisons that the verifier makes of them: `fastrl joint`'s
-data.
+"""Rollouts whose rewards are a judge's, with the comparisons that the verifier makes of them: `fastrl
+joint`'s data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Score = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """What labels completions for the judge to learn from: the run's own rewards, which the policy never sees.
+    """What labels completions for the judge to learn from: the run's own rewards, which the policy never
+    sees.
 
     demonstrations  whether each group is compared with its prompt's demonstration, too
     """
@@ -66,8 +67,8 @@ class Oracle:
         )
 
     def comparisons(self, groups: SampledGroups) -> tuple[list[Group], Metrics]:
-        """This process's groups that compare something, and how the judge, before it learns from them, does on
-        them.
+        """This process's groups that compare something, and how the judge, before it learns from them, does
+        on them.
         """
         size, extra = self.config.group, groups.scored.extra
         oracle, proxy = extra.get("oracle", []), extra.get("proxy", [])
@@ -86,9 +87,7 @@ class Oracle:
         tied = sum(not self._compares([y for y in verdicts if not math.isnan(y)]) for _, verdicts in known)
         return useful, self._metrics(proxy, oracle, len(known), tied)
 
-    def _metrics(
-        self, proxy: Sequence[float], oracle: Sequence[float], groups: int, tied: int
-    ) -> Metrics:
+    def _metrics(self, proxy: Sequence[float], oracle: Sequence[float], groups: int, tied: int) -> Metrics:
         """How the judge's rewards go with the oracle's, over all processes."""
         won, pairs = _won(proxy, oracle, self.config.group)
         won, pairs, every, flat = self.world.sum(won, pairs, float(groups), float(tied))
@@ -113,8 +112,8 @@ class Oracle:
         return bool(target) and self.loss.units(target) > 0
 
     def _demonstrated(self, groups: SampledGroups) -> list[tuple[list[Group], list[float]]]:
-        """Of each group: its prompt's demonstration as the reward model reads it, with the oracle's verdict; empty
-        where there is none.
+        """Of each group: its prompt's demonstration as the reward model reads it, with the oracle's verdict;
+        empty where there is none.
         """
         items = groups.items[:: self.config.group]
         known = [(prompt, columns) for prompt, columns in items if columns["example"].demo is not None]
@@ -140,23 +139,19 @@ class ComparisonBuffer:
     buffer   this run's comparisons since the last update, of all processes
     """
 
-    def __init__(
-        self, config: Joint, oracle: Oracle, offline: Comparisons | None, world: World
-    ) -> None:
+    def __init__(self, config: Joint, oracle: Oracle, offline: Comparisons | None, world: World) -> None:
         self.config, self.oracle, self.offline, self.world = config, oracle, offline, world
         self.buffer: list[Group] = []
 
-    def extend(
-        self, groups: SampledGroups, step: int, version: int
-    ) -> tuple[SampledGroups, Metrics]:
+    def extend(self, groups: SampledGroups, step: int, version: int) -> tuple[SampledGroups, Metrics]:
         """The groups as they are; their comparisons go to the buffer."""
         useful, metrics = self.oracle.comparisons(groups)
         self.buffer += self.world.gather(useful)
         return groups, metrics
 
     def due(self, step: int) -> RewardBatch | None:
-        """This process's share of the waiting comparisons, and the offline ones of this update; None where none is
-        due after this step.
+        """This process's share of the waiting comparisons, and the offline ones of this update; None where
+        none is due after this step.
         """
         every = self.config.reward_every
         if (step + 1) % every != 0:
@@ -178,8 +173,8 @@ class JointRollouts:
         self.rollouts, self.comparisons = rollouts, comparisons
 
     def collect(self, step: int, version: int) -> Step[JointBatch]:
-        """The policy's batches; the last one brings the comparisons, in the steps after which the reward model is
-        updated.
+        """The policy's batches; the last one brings the comparisons, in the steps after which the reward
+        model is updated.
         """
         sampled = self.rollouts.collect(step, version)
         batches = [JointBatch(batch) for batch in sampled.batches]
@@ -187,7 +182,9 @@ class JointRollouts:
         return Step(batches, sampled.metrics, sampled.samples)
 
     def state(self) -> State:
-        """The groups that wait for the next step, and the comparisons that wait for the reward model's update."""
+        """The groups that wait for the next step, and the comparisons that wait for the reward model's
+        update.
+        """
         waiting = as_tensors(self.comparisons.buffer)
         return self.rollouts.state() | {f"{BUFFER}{name}": x for name, x in waiting.items()}
 
@@ -206,8 +203,8 @@ def _ranked(where: str, read: Sequence[Group], oracle: Sequence[float]) -> Group
 
 
 def _won(proxy: Sequence[float], oracle: Sequence[float], group: int) -> tuple[float, float]:
-    """Pairs of a group, one better than the other by the oracle: how many the judge has the same way round, and
-    all of them.
+    """Pairs of a group, one better than the other by the oracle: how many the judge has the same way round,
+    and all of them.
     """
     score, target = (torch.tensor(x, dtype=torch.float64) for x in (proxy, oracle))
     sizes = [group] * (len(proxy) // group)

@@ -16,8 +16,8 @@ def under(prefix: str, state: State) -> State:
 
 
 def as_tensors(groups: Sequence[Group]) -> State:
-    """Groups of whole sequences, each scored at its last token: tokens (T,), lengths (S,), target (S,) and sizes
-    (G,) of groups.
+    """Groups of whole sequences, each scored at its last token: tokens (T,), lengths (S,), target (S,) and
+    sizes (G,) of groups.
     """
     sequences = [sequence for g in groups for sequence in g.tokens]
     return {

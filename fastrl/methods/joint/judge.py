@@ -22,7 +22,8 @@ from fastrl.train.source import State
 class Judge:
     """Turns a reward model's scores into rewards: plain numbers without a gradient.
 
-    The first completions it is asked about become its calibration set, at most `size` of them over all processes.
+    The first completions it is asked about become its calibration set, at most `size` of them over all
+    processes.
 
     calibration  that set, empty before it is known
     scale        what standardises scores on it, for the reward model's weights as they are

@@ -1,5 +1,5 @@
-"""Policy and reward model trained in turns: an optimizer step of the policy, and now and then some of the reward
-model.
+"""Policy and reward model trained in turns: an optimizer step of the policy, and now and then some of the
+reward model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class JointBatch:
 
 @final
 class JointLearner:
-    """Holds the learners of a policy and of the judge's reward model; neither's loss reaches the other's weights.
+    """Holds the learners of a policy and of the judge's reward model; neither's loss reaches the other's
+    weights.
 
     epochs  the reward model's optimizer steps per update
     """
@@ -49,7 +50,9 @@ class JointLearner:
         self.policy, self.reward, self.judge, self.epochs = policy, reward, judge, epochs
 
     def update(self, batch: JointBatch, step: int) -> Metrics:
-        """One optimizer step of the policy, and the reward model's update if one is due; see `Learner.update`."""
+        """One optimizer step of the policy, and the reward model's update if one is due; see
+        `Learner.update`.
+        """
         metrics = self.policy.update(batch.policy, step)
         comparisons = batch.comparisons
         if comparisons is None:

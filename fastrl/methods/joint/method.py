@@ -36,9 +36,7 @@ def learner(context: JointContext) -> JointLearner:
     judging = _reward_model(context)
     objective = ScoreObjective(judging, algorithm.reward_loss)
     reward = context.learner(objective, context.weights(judging, lr=algorithm.reward_lr))
-    judge = Judge(
-        judging, size=config.calibration, micro_tokens=config.micro_tokens, world=context.world
-    )
+    judge = Judge(judging, size=config.calibration, micro_tokens=config.micro_tokens, world=context.world)
     return JointLearner(policy, reward, judge, epochs=algorithm.reward_epochs)
 
 
@@ -110,8 +108,8 @@ def _check(config: Joint, prompts: Prompts) -> None:
 
 
 def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None:
-    """The comparisons that make up `offline_share` of an update's groups, ties among the policy's own counted;
-    None at a share of 0.
+    """The comparisons that make up `offline_share` of an update's groups, ties among the policy's own
+    counted; None at a share of 0.
     """
     config = context.config
     own = config.prompts * config.reward_every

@@ -26,7 +26,11 @@ from fastrl.methods.ppo.objective import ActorCriticBatch, Values
 from fastrl.parallel.world import World
 from fastrl.train.source import Metrics, State, Step
 
-SPREADS = ("returns", "values", "advantages")  # logged as critic/NAME/mean, max and min over tokens, as in verl
+SPREADS = (
+    "returns",
+    "values",
+    "advantages",
+)  # logged as critic/NAME/mean, max and min over tokens, as in verl
 OF_GROUPS = ("reward_std", "frac_reward_zero_std")  # the std of one sample is meaningless
 
 
@@ -34,9 +38,9 @@ OF_GROUPS = ("reward_std", "frac_reward_zero_std")  # the std of one sample is m
 class Credit:
     """Advantages per token, from a critic's values, with the KL's coefficient, fixed or adapted.
 
-    A completion's reward stands at its last token that counts.  One that was cut off ends there too (its verifier
-    has judged it as it is), unless config.bootstrap says that it goes on.  A completion without a reward (NaN)
-    leaves the loss.
+    A completion's reward stands at its last token that counts.  One that was cut off ends there too (its
+    verifier has judged it as it is), unless config.bootstrap says that it goes on.  A completion without a
+    reward (NaN) leaves the loss.
     """
 
     config: Ppo
@@ -128,10 +132,11 @@ def _cut(groups: SampledGroups, samples: list[int]) -> Tensor:
 def value_metrics(
     batch: Batch, reward: Tensor, score: Tensor, kl: Tensor | None, world: World
 ) -> tuple[Metrics, float]:
-    """What the critic knew of the batch, and the objective, over all processes; and the completions that count.
+    """What the critic knew of the batch, and the objective, over all processes; and the completions that
+    count.
 
-    Names are TRL's, and verl's for the critic.  objective/kl is nats per completion, k1 summed over its tokens; kl
-    is nats per token, k3.
+    Names are TRL's, and verl's for the critic.  objective/kl is nats per completion, k1 summed over its
+    tokens; kl is nats per token, k3.
     """
     mask, live = batch.mask, batch.live_ends.diff() > 0
     assert batch.returns is not None and batch.value is not None

@@ -57,7 +57,7 @@ class ActorCritic:
         return values_of(self.after, batch, self.policy.micro_tokens)
 
     def update(self, batch: ActorCriticBatch, step: int) -> Metrics:
-        """One optimizer step of the policy, and one of a critic that has an optimizer; see `Learner.update`."""
+        """One optimizer step of the policy, and of a critic with an optimizer; see `Learner.update`."""
         metrics = self.policy.update(batch, step)
         if self.critic is None:
             return metrics

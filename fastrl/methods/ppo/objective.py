@@ -1,4 +1,6 @@
-"""PPO's losses: the policy's, with a value head's beside it where the two share an optimizer, and the critic's."""
+"""PPO's losses: the policy's, with a value head's beside it where the two share an optimizer, and the
+critic's.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ VALUE_METRICS = {  # of an optimizer step -> the name it is logged under: TRL's,
 
 @dataclass(frozen=True, slots=True)
 class ActorCriticBatch:
-    """One optimizer step's tokens, and the weight of the KL in its policy loss, which is adapted from step to step."""
+    """One optimizer step's tokens, and the weight of the KL in its policy loss, which is adapted from step to
+    step.
+    """
 
     tokens: Batch
     kl_coef: float

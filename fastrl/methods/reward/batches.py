@@ -9,8 +9,8 @@ from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
 from fastrl.data.comparisons import Group, Statement, encode_statements, read_statements
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.methods.grpo.prompts import TRAIN, pairs
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.reward.evaluation import judge_held_out, shown
 from fastrl.methods.reward.objective import RewardBatch
 from fastrl.model.language import LanguageConfig, Tokenizer
@@ -114,7 +114,7 @@ def comparable(encode: Encoder, algorithm: RewardLoss, task: Task | None) -> Com
 
 def _of_dataset(encode: Encoder, algorithm: RewardLoss, path: str) -> Comparable:
     config, units = encode.config, algorithm.units
-    columns = pairs(config.columns, "--columns")
+    columns = key_values(config.columns, "--columns")
     statements = read_statements(path, algorithm.data, columns, margins=algorithm.margin)
     groups = encode(statements)
 

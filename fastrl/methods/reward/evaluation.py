@@ -18,8 +18,8 @@ def judge_held_out(
 ) -> tuple[Metrics, dict[str, object]]:
     """Metrics of scored groups, and what rewards.json keeps of them for the report.
 
-    A comparison counts for each pair of a better and a worse completion, a verdict for each score.  Those of one
-    group are not independent: where a group has several, accuracy and its interval are of the groups' own
+    A comparison counts for each pair of a better and a worse completion, a verdict for each score.  Those of
+    one group are not independent: where a group has several, accuracy and its interval are of the groups' own
     accuracies.
     """
     outcomes = [_outcomes(algorithm, g.target, s) for g, s in zip(groups, scores, strict=True)]

@@ -47,9 +47,7 @@ def comparisons(context: RewardContext) -> Comparisons:
     config, algorithm = context.config, context.algorithm
     encode = Encoder(config, context.tokenizer, context.model.config)
     scores = partial(group_scores, context.model, micro_tokens=config.micro_tokens)
-    return Comparisons(
-        config, algorithm, comparable(encode, algorithm, context.task), scores, context.world
-    )
+    return Comparisons(config, algorithm, comparable(encode, algorithm, context.task), scores, context.world)
 
 
 METHOD = Method(

@@ -12,10 +12,12 @@ from torch import Tensor
 from fastrl.algorithms import Algorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Sft
-from fastrl.data.rows import Row, Sample, encode_all, read_rows
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import Sample, encode_all
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.methods.grpo.prompts import TRAIN, check_budget, check_tokens, pairs
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.sft.objective import noise_key
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World
@@ -126,7 +128,7 @@ def demonstrations(encode: Encoder, task: Task | None) -> tuple[Items, int]:
     """
     config = encode.config
     if config.dataset is not None:
-        known = encode(read_rows(config.dataset, pairs(config.columns, "--columns")))
+        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns")))
         return lambda indices: [known[i] for i in indices], len(known)
 
     if task is None:

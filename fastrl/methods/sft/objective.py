@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.batch.types import Batch, Tokens
+from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.methods.sft.options import SupervisedAlgorithm
-from fastrl.train.objective import PolicyObjective, Rows, Scored, spread, token_columns
+from fastrl.train.objective import PolicyObjective, Rows, Scored, spread
 from fastrl.train.source import Metrics
 
 
@@ -52,9 +52,7 @@ class SmoothedObjective:
         loss, stats, tokens = score(hidden, part, rows)
         return Scored(loss, stats, tokens, rows, hidden, rows)
 
-    def _likelihood(
-        self, hidden: Tensor, part: Batch, rows: Tensor
-    ) -> tuple[Tensor, ops.TokenStats, Tokens]:
+    def _likelihood(self, hidden: Tensor, part: Batch, rows: Tensor) -> tuple[Tensor, ops.TokenStats, Tokens]:
         """The plain loss of the tokens `rows`."""
         tokens = token_columns(part, rows)
 
@@ -119,8 +117,8 @@ def noise_key(*parts: int) -> int:
 
 
 def neftune_noise(length: int, width: int, alpha: float, key: int, device: torch.device) -> Tensor:
-    """(L, D) fp32, uniform in +-alpha / sqrt(L D) for a sequence of L tokens, a function of `key` on one kind of
-    device.
+    """(L, D) fp32, uniform in +-alpha / sqrt(L D) for a sequence of L tokens: a function of `key` on one kind
+    of device.
 
     Source:  Jain et al. 2023 (2310.05914); L counts real tokens, the prompt's included.
     """
