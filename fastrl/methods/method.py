@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm
-from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
 from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.fusion import Fused
-from fastrl.algorithms.hybrid import Mixed
-from fastrl.algorithms.joint import CoTrained
-from fastrl.algorithms.ppo import ActorCritic
+from fastrl.algorithms.group_preference import GroupPreference
+from fastrl.algorithms.hybrid import HybridAlgorithm
+from fastrl.algorithms.joint import JointAlgorithm
+from fastrl.algorithms.ppo import ActorCriticAlgorithm
 from fastrl.algorithms.preference import Preference
+from fastrl.algorithms.row import Row
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Run, Sft
 from fastrl.errors import UserError
@@ -45,7 +44,7 @@ from fastrl.methods.reward.batches import comparisons
 from fastrl.methods.reward.learner import REWARD_METRICS, RewardLearner
 from fastrl.methods.reward.options import choose_reward_loss
 from fastrl.methods.sft.learner import SupervisedLearner
-from fastrl.methods.sft.options import choose_supervised
+from fastrl.methods.sft.options import SupervisedAlgorithm, choose_supervised
 from fastrl.model.adapter import load_model
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import has_tokenizer, load_tokenizer
@@ -132,7 +131,7 @@ def _demonstrations(
     tokenizer: Any,
     sampler: Sampler,
     learner: Learner,
-    algorithm: Algorithm,
+    algorithm: SupervisedAlgorithm,
     device: torch.device,
 ) -> tuple[Source, int]:
     shape = learner.model.config
@@ -143,7 +142,7 @@ def _demonstrations(
         items,
         size,
         count=config.prompts,
-        algorithm=algorithm,
+        algorithm=algorithm.policy,
         seed=config.seed,
         device=device,
         world=learner.world,
@@ -158,7 +157,7 @@ def _on_policy(
     tokenizer: Any,
     sampler: Sampler,
     learner: Learner,
-    algorithm: Algorithm,
+    algorithm: Row,
     device: torch.device,
     make: Callable[..., Source] = OnPolicy,
 ) -> tuple[Source, int]:
@@ -214,7 +213,7 @@ def _actor_critic(
     tokenizer: Any,
     sampler: Sampler,
     learner: PpoLearner,
-    algorithm: ActorCritic,
+    algorithm: ActorCriticAlgorithm,
     device: torch.device,
 ) -> tuple[Source, int]:
     return _on_policy(
@@ -242,7 +241,7 @@ def _mixture(
     tokenizer: Any,
     sampler: Sampler,
     learner: Learner,
-    algorithm: Mixed,
+    algorithm: HybridAlgorithm,
     device: torch.device,
 ) -> tuple[Source, int]:
     shape = learner.model.config
@@ -258,7 +257,7 @@ def _fused(
     tokenizer: Any,
     sampler: Sampler,
     learner: Learner,
-    algorithm: Fused,
+    algorithm: HybridAlgorithm,
     device: torch.device,
 ) -> tuple[Source, int]:
     rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
@@ -267,8 +266,9 @@ def _fused(
             "--pair-dataset: expected a file of pairs, "
             f"because task {config.task} has no wrong answers; got none"
         )
+    assert algorithm.pairs is not None
     pairs, _ = preference_source(
-        offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic
+        offline(config), task, tokenizer, learner, algorithm.pairs.preference, device, arithmetic
     )
     assert isinstance(rollouts, Mixture)
     return FusedSource(rollouts, pairs), longest
@@ -280,21 +280,19 @@ def _contrasted(
     tokenizer: Any,
     sampler: Sampler,
     learner: Learner,
-    algorithm: Contrast,
+    algorithm: GroupPreference,
     device: torch.device,
 ) -> tuple[Source, int]:
-    row: Any = algorithm  # it has what is asked of an Algorithm there
-    return _on_policy(config, task, tokenizer, sampler, learner, row, device, make=Contrasted)
+    return _on_policy(config, task, tokenizer, sampler, learner, algorithm, device, make=Contrasted)
 
 
-HYBRID: dict[
-    type, tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]
-] = {  # kind of row -> its source and its learner
-    Mixed: (_mixture, MixedLearner),
-    Fused: (_fused, FusedLearner),
-    OnlinePairs: (_contrasted, PreferenceLearner),
-    Listwise: (_contrasted, PreferenceLearner),
-}
+def _kind(
+    algorithm: HybridAlgorithm | GroupPreference,
+) -> tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]:
+    """A hybrid row's source and learner."""
+    if isinstance(algorithm, GroupPreference):
+        return _contrasted, PreferenceLearner
+    return (_mixture, MixedLearner) if algorithm.pairs is None else (_fused, FusedLearner)
 
 
 def _hybrid(
@@ -306,11 +304,11 @@ def _hybrid(
     algorithm: Any,
     device: torch.device,
 ) -> tuple[Source, int]:
-    return HYBRID[type(algorithm)][0](config, task, tokenizer, sampler, learner, algorithm, device)
+    return _kind(algorithm)[0](config, task, tokenizer, sampler, learner, algorithm, device)
 
 
 def _hybrid_learner(model: Any, algorithm: Any, *others: Any, **named: Any) -> Learner:
-    learner: Learner = HYBRID[type(algorithm)][1](model, algorithm, *others, **named)
+    learner: Learner = _kind(algorithm)[1](model, algorithm, *others, **named)
     return learner
 
 
@@ -320,7 +318,7 @@ def _joint(
     tokenizer: Any,
     sampler: Sampler,
     learner: JointLearner,
-    algorithm: CoTrained,
+    algorithm: JointAlgorithm,
     device: torch.device,
 ) -> tuple[Source, int]:
     """The reward model reads text with its own tokenizer, or with the policy's where it brings none or is the

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm
 from fastrl.algorithms.correction import merge_mismatch, mismatch
+from fastrl.algorithms.row import PolicyRow
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.prefix import shared
 from fastrl.batch.types import Batch, Tokens
@@ -51,7 +51,7 @@ class Learner:
     def __init__(
         self,
         model: Any,
-        algorithm: Algorithm,
+        algorithm: PolicyRow,
         optim: Optim,
         *,
         steps: int,
@@ -60,7 +60,8 @@ class Learner:
         world: World | None = None,
         beside: nn.Module | None = None,
     ) -> None:
-        self.model, self.algorithm, self.optim, self.steps = model, algorithm, optim, steps
+        self.algorithm: PolicyRow = algorithm
+        self.model, self.optim, self.steps = model, optim, steps
         self.micro_tokens, self.temperature, self.world = micro_tokens, temperature, world or World()
         named = [
             *model.named_parameters(),
@@ -114,7 +115,7 @@ class Learner:
         return metrics | {"grad_norm": norm, "learning_rate": lr}
 
     def forward(
-        self, batch: Batch, algorithm: Algorithm | None = None
+        self, batch: Batch, algorithm: PolicyRow | None = None
     ) -> tuple[Tensor, ops.TokenStats, Tokens, Tensor]:
         """The batch's share of the loss, the statistics of its tokens (T-1,), the tokens as the algorithm
         sees them, the live rows.

@@ -14,9 +14,10 @@ from typing import Any
 
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.correction import CORRECTIONS
-from fastrl.algorithms.objective import ALGORITHMS, Algorithm
+from fastrl.algorithms.objective import ALGORITHMS, Algorithm, HoldsPolicy
 from fastrl.algorithms.prepare import drop_stale, gamma_weight, geometric_mean
 from fastrl.algorithms.presets import columns, estimator
+from fastrl.algorithms.row import Row
 from fastrl.config import Grpo, Run
 from fastrl.errors import UserError, nearest
 from fastrl.kernels.surrogates import name_of
@@ -176,7 +177,7 @@ def _with(row: Algorithm, option: str, config: Grpo, **params: Any) -> Algorithm
     return replace(row, advantage=row.advantage.with_params(**params))
 
 
-def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, turns: bool = False) -> None:
+def check_rollouts(config: Grpo, algorithm: Row, *, processes: int = 1, turns: bool = False) -> None:
     """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
     train on.
     """
@@ -185,7 +186,9 @@ def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, tu
             "--sampling.temperature: expected a positive number, got 0; "
             "greedy samples have no old log-prob to train on"
         )
-    least, buffer = algorithm.advantage.least if algorithm.advantage else 1, config.overlong_buffer
+    policy = algorithm.policy if isinstance(algorithm, HoldsPolicy) else algorithm
+    advantage = policy.advantage if isinstance(policy, Algorithm) else None
+    least, buffer = advantage.least if advantage else 1, config.overlong_buffer
     for option, value, fine, expected in (
         (
             "--group",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastrl.algorithms import Totals
 from fastrl.algorithms.aggregate import token_mean
-from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, Mixed
+from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, HybridAlgorithm
 from fastrl.batch.types import Batch, Rollouts, Tokens
 from fastrl.config import Hybrid
 from fastrl.data.rows import Sample
@@ -57,20 +57,20 @@ class Mixture(OnPolicy):
     Raises UserError for settings that have no meaning with demonstrations in the batch.
     """
 
-    algorithm: Mixed
     config: Hybrid
 
     def __init__(
         self,
         config: Hybrid,
         sampler: Any,
-        algorithm: Mixed,
+        algorithm: HybridAlgorithm,
         *,
         known: Known,
         **others: Any,
     ) -> None:
         check_mixture(config, algorithm, turns=others.get("game") is not None)
-        super().__init__(config, sampler, algorithm, **others)
+        super().__init__(config, sampler, algorithm.policy, **others)
+        self.row = algorithm
         self.known, self.rewards = known, (config.demo_reward, config.rejected_reward or 0.0)
         self.members += len(algorithm.others)
 
@@ -81,17 +81,17 @@ class Mixture(OnPolicy):
         reward = draw.reward.view(P, G)
         # NaN where nothing is known
         solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(1)
-        count = self.algorithm.rule(solved, there, step, self.config.steps)
-        kinds = [OWN] * G + self.algorithm.others
+        count = self.row.rule(solved, there, step, self.config.steps)
+        kinds = [OWN] * G + self.row.others
         rewarded = draw
-        for side in range(self.algorithm.others.count(MEMBER)):
+        for side in range(self.row.others.count(MEMBER)):
             samples, counted = [known[side] for known in found], (count[:, MEMBER] > 0).tolist()
             told = [
                 self.rewards[side] if sample and on else math.nan
                 for sample, on in zip(samples, counted, strict=True)
             ]
             rewarded = _longer(rewarded, samples, told, version)
-        supervised = self.algorithm.supervised is not None
+        supervised = self.row.supervised is not None
         whole = (
             _longer(rewarded, [known[0] for known in found], [math.nan] * P, version)
             if supervised
@@ -109,21 +109,21 @@ class Mixture(OnPolicy):
             count[:, kinds].flatten(),
             rewarded,
         )
-        return completed, _told(solved, there, count, self.world) if self.algorithm.others else {}
+        return completed, _told(solved, there, count, self.world) if self.row.others else {}
 
     def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
         """Those of the completions, and of the demonstrations among them; 1 for what is supervised."""
         assert isinstance(draw, Completed)
         group = self.members
-        with_reward = group - (self.algorithm.supervised is not None)
+        with_reward = group - (self.row.supervised is not None)
         rows = [i // group * with_reward + i % group for i in own if i % group < with_reward]
         kind = draw.kind[own]
         advantage = super()._advantage(draw.rewarded, rows)
         out = torch.ones(len(own), dtype=advantage.dtype, device=advantage.device)
         out[kind != SUPERVISED] = advantage
-        if self.algorithm.own_advantage is not None:
+        if self.row.own_advantage is not None:
             reward = draw.reward[own][kind == OWN]
-            out[kind == OWN] = self.algorithm.own_advantage(reward, self.config.group)
+            out[kind == OWN] = self.row.own_advantage(reward, self.config.group)
         return out
 
     def _batch(self, draw: Draw, own: list[int], advantage: Tensor) -> Batch:
@@ -135,21 +135,23 @@ class Mixture(OnPolicy):
 
     def _weigh(self, part: Batch) -> Batch:
         return weigh_apart(
-            part, self.algorithm, self.world, group=self.config.group, max_length=self.config.max_new_tokens
+            part, self.row, self.world, group=self.config.group, max_length=self.config.max_new_tokens
         )
 
     def _live(self, batch: Batch) -> Batch:
         """Without the sequences that do not count, or cannot move anything; their denominators stay."""
-        row, first = self.algorithm, batch.cu_seqlens[:-1].long()
+        policy, first = self.algorithm, batch.cu_seqlens[:-1].long()
         moves = batch.advantage[first] != 0
-        if row.kl_coef or row.entropy_coef:
+        if policy.kl_coef or policy.entropy_coef:
             assert batch.kind is not None
             moves = moves | (batch.kind[first] == OWN)
         moves = moves & (batch.live_ends.diff() > 0)
         return batch if bool(moves.all()) else batch.select(moves.nonzero().squeeze(1).tolist())
 
 
-def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, group: int, max_length: int) -> Batch:
+def weigh_apart(
+    batch: Batch, algorithm: HybridAlgorithm, world: World, *, group: int, max_length: int
+) -> Batch:
     """The batch with its tokens' weights, of which it brings what multiplies them; `group` completions of
     every prompt are in it.
 
@@ -173,7 +175,7 @@ def weigh_apart(batch: Batch, algorithm: Mixed, world: World, *, group: int, max
     ]
     tokens, samples, sft_tokens, sft_samples, own, open_, shut = world.sum(*(float(x.sum()) for x in sums))
     length, prompts = live.to(torch.float32), max(own / group, 1)
-    rl = algorithm.aggregate(
+    rl = algorithm.policy.aggregate(
         length, Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
     ) * (open_ / group / prompts)
     sft = token_mean(
@@ -240,7 +242,7 @@ def _told(solved: Tensor, there: Tensor, count: Tensor, world: World) -> dict[st
 class MixedLearner(Learner):
     """The learner whose metrics tell the policy's own tokens from those of demonstrations."""
 
-    algorithm: Mixed
+    algorithm: HybridAlgorithm
 
     def _measure(self, loss: Tensor, seen: Tokens) -> Tensor:
         assert seen.kind is not None

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.contrast import Contrast, under_pairs
-from fastrl.algorithms.fusion import Fused
+from fastrl.algorithms.group_preference import GroupPreference, under_pairs
+from fastrl.algorithms.hybrid import HybridAlgorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
@@ -44,17 +44,13 @@ class FusedSource:
     """
 
     def __init__(self, rollouts: Mixture, pairs: Preferences) -> None:
-        assert isinstance(rollouts.algorithm, Fused)
-        self.rollouts, self.pairs, self.row, self.config = (
-            rollouts,
-            pairs,
-            rollouts.algorithm,
-            rollouts.config,
-        )
+        assert rollouts.row.pairs is not None
+        self.rollouts, self.pairs, self.config = rollouts, pairs, rollouts.config
+        self.coef = rollouts.row.pairs.coef
 
     def collect(self, step: int, version: int) -> Step:
         drawn, config = self.rollouts.collect(step, version), self.config
-        coef = self.row.coef(step, config.steps)
+        coef = self.coef(step, config.steps)
         every = config.norms_every or 0
         measured = every > 0 and step % every == 0
         batches = []
@@ -78,10 +74,11 @@ class FusedSource:
 class FusedLearner(MixedLearner):
     """The learner whose step is the sum of both terms' gradients."""
 
-    algorithm: Fused
+    algorithm: HybridAlgorithm
 
     def _gradients(self, batch: FusedBatch) -> dict[str, float]:  # type: ignore[override]
-        row = self.algorithm.preference
+        assert self.algorithm.pairs is not None
+        row = self.algorithm.pairs.preference
         own = self._backward(batch.own)
         first = [None if p.grad is None else p.grad.clone() for p in self.masters] if batch.measured else []
         pairs = [] if batch.pairs is None else backward_of_units(self, batch.pairs, row)
@@ -126,7 +123,7 @@ class Contrasted(OnPolicy):
     Raises UserError for settings that have no meaning in it.
     """
 
-    algorithm: Contrast  # type: ignore[assignment]
+    algorithm: GroupPreference  # type: ignore[assignment]
     config: Hybrid
 
     def __init__(self, config: Hybrid, *others: object, **named: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.joint import CoTrained
+from fastrl.algorithms.joint import JointAlgorithm
 from fastrl.algorithms.reward import Judged
 from fastrl.config import HeldOut, Joint, Reward
 from fastrl.data.comparisons import Group
@@ -39,14 +39,13 @@ class JointSource(OnPolicy):
     """
 
     config: Joint
-    algorithm: CoTrained
 
     def __init__(
         self,
         learner: JointLearner,
         config: Joint,
         sampler: Sampler,
-        algorithm: CoTrained,
+        algorithm: JointAlgorithm,
         *,
         score: Callable[..., Scored],
         offline: Comparisons | None = None,
@@ -57,13 +56,14 @@ class JointSource(OnPolicy):
                 "--task: expected a task of one turn, whose completions a reward model can read; "
                 f"got {config.task}"
             )
-        super().__init__(config, sampler, algorithm, score=self._judge, **options)
+        super().__init__(config, sampler, algorithm.policy, score=self._judge, **options)
         if config.demonstrations and getattr(self.prompt(0)[1].get("example"), "demo", None) is None:
             raise UserError(
                 "--demonstrations: expected a --task with demonstrations to compare with; "
                 "leave it out, or give --offline-share"
             )
         self.learner, self.oracle, self.offline = learner, score, offline
+        self.reward_loss = algorithm.reward_loss
         self.buffer: list[Group] = []
         self._read: list[Group] = []  # the step's completions, as the reward model read them
 
@@ -145,7 +145,7 @@ class JointSource(OnPolicy):
 
     def _compares(self, target: Sequence[float]) -> bool:
         """Whether one of them is better than another: ties are not compared."""
-        return bool(target) and self.algorithm.reward_loss.units(target) > 0
+        return bool(target) and self.reward_loss.units(target) > 0
 
     def _demonstrated(self, draw: Draw) -> list[tuple[list[Group], list[float]]]:
         """Of each group: its prompt's demonstration as the reward model reads it, with the oracle's verdict;

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.joint import CoTrained, Scale
+from fastrl.algorithms.joint import JointAlgorithm, Scale
 from fastrl.batch.types import Batch
 from fastrl.config import Optim
 from fastrl.data.comparisons import Group
@@ -49,12 +49,12 @@ class JointLearner(Learner):
     scale        what does it, for the reward model's weights as they are
     """
 
-    algorithm: CoTrained
+    algorithm: JointAlgorithm
 
     def __init__(
         self,
         model: Any,
-        algorithm: CoTrained,
+        algorithm: JointAlgorithm,
         optim: Optim,
         *,
         steps: int,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.ppo import ActorCritic, Coefficient, advantages, kl_of_tokens, token_rewards
+from fastrl.algorithms.ppo import ActorCriticAlgorithm, Coefficient, advantages, kl_of_tokens, token_rewards
 from fastrl.batch.types import Batch
 from fastrl.config import Ppo
 from fastrl.methods.grpo.draw import Draw
@@ -36,11 +36,16 @@ class PpoSource(OnPolicy):
     """
 
     def __init__(
-        self, learner: PpoLearner, config: Ppo, sampler: Sampler, algorithm: ActorCritic, **options: Any
+        self,
+        learner: PpoLearner,
+        config: Ppo,
+        sampler: Sampler,
+        algorithm: ActorCriticAlgorithm,
+        **options: Any,
     ) -> None:
-        super().__init__(config, sampler, algorithm, **options)
+        super().__init__(config, sampler, algorithm.policy, **options)
         self.learner, self.row, self.ppo = learner, algorithm, config
-        start = algorithm.reward_kl_coef or algorithm.kl_coef
+        start = algorithm.reward_kl_coef or algorithm.policy.kl_coef
         self.coefficient = Coefficient(start, config.kl_target, config.kl_horizon)
         self._measured: dict[str, float] = {}
 
@@ -48,8 +53,9 @@ class PpoSource(OnPolicy):
         """The step's batches under the coefficient as it is;
         what they show of the KL moves it for the next.
         """
-        if self.row.kl_coef:
-            self.learner.algorithm = replace(self.row, kl_coef=self.coefficient.value)
+        if self.row.policy.kl_coef:
+            policy = replace(self.row.policy, kl_coef=self.coefficient.value)
+            self.learner.algorithm = replace(self.row, policy=policy)
         done = super().collect(step, version)
         # a group of one has no spread to speak of
         alone = ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.ppo import VALUE_SUMS, ActorCritic, value_loss
+from fastrl.algorithms.ppo import VALUE_SUMS, ActorCriticAlgorithm, value_loss
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.types import Batch
 from fastrl.config import Optim
@@ -56,7 +56,7 @@ def values_of(after: Callable[[Batch], Tensor], batch: Batch, budget: int) -> Va
     return Values(before, last)
 
 
-def _loss(value: Tensor, batch: Batch, rows: Tensor, row: ActorCritic) -> tuple[Tensor, Tensor]:
+def _loss(value: Tensor, batch: Batch, rows: Tensor, row: ActorCriticAlgorithm) -> tuple[Tensor, Tensor]:
     """The value loss of the tokens `rows`, whose values are given, and its VALUE_SUMS."""
     assert batch.value is not None and batch.returns is not None, (
         "a batch without values is no batch of PPO's"
@@ -83,7 +83,7 @@ def _merge(rows: list[list[float]]) -> dict[str, float]:
 class CriticLearner(Learner):
     """Trains a `Critic` of its own; optimizer, schedule, clipping and master weights are `Learner`'s."""
 
-    algorithm: ActorCritic
+    algorithm: ActorCriticAlgorithm
 
     def values(self, batch: Batch) -> Values:
         """The critic's values of the batch."""
@@ -122,12 +122,12 @@ class PpoLearner(Learner):
     optimizer moves them.
     """
 
-    algorithm: ActorCritic
+    algorithm: ActorCriticAlgorithm
 
     def __init__(
         self,
         model: Any,
-        algorithm: ActorCritic,
+        algorithm: ActorCriticAlgorithm,
         optim: Optim,
         *,
         steps: int,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm
+from fastrl.algorithms.row import PolicyRow
 from fastrl.batch.types import Batch, Tokens
-from fastrl.methods.sft.options import Supervised
+from fastrl.methods.sft.options import SupervisedAlgorithm
 from fastrl.train.learner import Learner, token_columns
 
 
@@ -31,11 +31,13 @@ class SupervisedLearner(Learner):
         return super().update(batch, step)
 
     def forward(
-        self, batch: Batch, algorithm: Algorithm | None = None
+        self, batch: Batch, algorithm: PolicyRow | None = None
     ) -> tuple[Tensor, ops.TokenStats, Tokens, Tensor]:
         """As the plain learner's; the loss holds the smoothing and the z-loss, the statistics do not."""
         row = algorithm or self.algorithm
-        if not isinstance(row, Supervised) or not (row.label_smoothing or row.z_loss or row.neftune_alpha):
+        if not isinstance(row, SupervisedAlgorithm) or not (
+            row.label_smoothing or row.z_loss or row.neftune_alpha
+        ):
             return super().forward(batch, algorithm)
         rows = batch.mask[1:].nonzero().squeeze(1)
         tokens, target, model = token_columns(batch, rows), batch.tokens[1:], self.model
@@ -76,7 +78,7 @@ class SupervisedLearner(Learner):
             spread: list[Any] = [None if x is None else blank.index_copy(0, rows, x) for x in seen]
         return (each * tokens.weight).sum(), ops.TokenStats(*spread), tokens, rows
 
-    def _embeds(self, batch: Batch, row: Supervised) -> Tensor:
+    def _embeds(self, batch: Batch, row: SupervisedAlgorithm) -> Tensor:
         """(T, D) embeddings with noise, which depends on seed, step and the sequence's place in the step: any
         micro-batch has the same.
         """
