@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm
 from fastrl.algorithms.correction import merge_mismatch, mismatch
-from fastrl.algorithms.row import Row
+from fastrl.algorithms.row import PolicyRow, Row
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.prefix import shared
 from fastrl.batch.types import Batch, Tokens, token_columns
@@ -47,7 +46,7 @@ class Objective(Protocol[B_contra, P]):
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class TokenScores:
     """One forward pass over a micro-batch of T tokens.
 
     loss    scalar: these tokens' share of the step's loss
@@ -77,7 +76,7 @@ class Scored:
         return self.tokens[self.rows].with_(self.stats.logp[self.rows], entropy)
 
 
-def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature: float) -> Scored:
+def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature: float) -> TokenScores:
     """Run the model over a micro-batch and evaluate the algorithm's loss of its tokens.
 
     Position t predicts token t + 1, so per-token vectors are shifted by one here and nowhere else.  Prompts
@@ -111,7 +110,7 @@ def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature
     )
     if prefix is not None:
         stats = spread(stats, rows, like=tokens.weight)
-    return Scored(loss, stats, tokens, rows, hidden, live)
+    return TokenScores(loss, stats, tokens, rows, hidden, live)
 
 
 def spread(stats: ops.TokenStats, rows: Tensor, like: Tensor) -> ops.TokenStats:
@@ -152,7 +151,7 @@ class PolicyObjective:
     """The loss of an algorithm over packed tokens, and what ops.policy_loss reports of them."""
 
     model: LanguageModel
-    algorithm: Algorithm
+    algorithm: PolicyRow
     temperature: float = 1.0
 
     def split(self, batch: Batch, budget: int) -> Iterable[Batch]:
@@ -164,7 +163,7 @@ class PolicyObjective:
         scored = self.score(part)
         return scored.loss, self.measure(scored.loss, scored.live_tokens)
 
-    def score(self, part: Batch) -> Scored:
+    def score(self, part: Batch) -> TokenScores:
         """A forward pass over a micro-batch."""
         return score_tokens(self.model, part, self.algorithm, self.temperature)
 

@@ -25,6 +25,7 @@ from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts,
 from fastrl.methods.method import Context, Method, arithmetic
 from fastrl.model.language import LanguageModel
 from fastrl.train.learner import Learner, Trainable
+from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
 
 HybridContext = Context[Hybrid, HybridAlgorithm, LanguageModel]
@@ -58,7 +59,8 @@ KNOWN: dict[str, Callable[[HybridContext], Known]] = {  # what an algorithm know
 
 def _hybrid_learner(context: HybridContext) -> Learner[Any]:
     model, algorithm = context.model, context.algorithm
-    objective = HybridObjective(model, algorithm, context.temperature)
+    policy = PolicyObjective(model, algorithm, context.temperature)
+    objective = HybridObjective(policy, algorithm)
     if algorithm.pairs is None:
         return context.learner(objective, context.weights(model))
 

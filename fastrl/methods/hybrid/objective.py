@@ -15,10 +15,9 @@ from fastrl.algorithms.group_preference import under_pairs
 from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, HybridAlgorithm
 from fastrl.batch.types import Batch, Tokens
 from fastrl.methods.dpo.objective import UnitObjective
-from fastrl.model.language import LanguageModel
 from fastrl.parallel.world import World
 from fastrl.train.learner import accumulate
-from fastrl.train.objective import PolicyObjective, Rows, score_tokens
+from fastrl.train.objective import PolicyObjective, Rows
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import Metrics
 
@@ -30,28 +29,25 @@ Term = tuple[float, Batch, float]  # which term it is, its micro-batch, the pair
 class HybridObjective:
     """The loss of every kind of token; metrics tell the policy's own tokens from those of demonstrations."""
 
-    model: LanguageModel
+    policy: PolicyObjective
     algorithm: HybridAlgorithm
-    temperature: float = 1.0
 
     def split(self, batch: Batch, budget: int) -> Iterable[Batch]:
         """Micro-batches of whole sequences."""
-        return self._policy().split(batch, budget)
+        return self.policy.split(batch, budget)
 
     def loss(self, part: Batch) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss; the policy's numbers, then count and nats of other kinds'
-        tokens.
-        """
-        scored = score_tokens(self.model, part, self.algorithm, self.temperature)
-        tokens = scored.live_tokens
-        own = self._policy().measure(scored.loss, only(tokens, OWN))
-        return scored.loss, torch.cat([own, _counts(tokens)])
+        """The micro-batch's share of the loss; the policy's numbers, then those of other kinds of tokens."""
+        scores = self.policy.score(part)
+        tokens = scores.live_tokens
+        own = self.policy.measure(scores.loss, only(tokens, OWN))
+        return scores.loss, torch.cat([own, _counts(tokens)])
 
     def metrics(self, rows: Rows) -> Metrics:
         """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent
         where it has none.
         """
-        metrics = self._policy().metrics([row[:-4] for row in rows])
+        metrics = self.policy.metrics([row[:-4] for row in rows])
         members, member_nll, taught, nll = (math.fsum(row[i] for row in rows) for i in range(-4, 0))
         metrics["num_tokens"] += members + taught
 
@@ -62,9 +58,6 @@ class HybridObjective:
         if members:
             metrics["member_nll"] = member_nll / members
         return metrics
-
-    def _policy(self) -> PolicyObjective:
-        return PolicyObjective(self.model, self.algorithm.policy, self.temperature)
 
 
 def _counts(tokens: Tokens) -> Tensor:

@@ -85,7 +85,7 @@ class HeadedPolicy:
 
     def loss(self, part: ActorCriticBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss; the policy's numbers, then VALUE_SUMS where there is a head."""
-        weighed = replace(self.policy.algorithm, kl_coef=part.kl_coef)
+        weighed = replace(self.algorithm.policy, kl_coef=part.kl_coef)
         policy = replace(self.policy, algorithm=weighed)
         scored = policy.score(part.tokens)
         if self.head is None:

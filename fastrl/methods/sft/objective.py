@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.methods.sft.options import SupervisedAlgorithm
-from fastrl.train.objective import PolicyObjective, Rows, Scored, spread
+from fastrl.train.objective import PolicyObjective, Rows, TokenScores, spread
 from fastrl.train.source import Metrics
 
 
@@ -41,7 +41,7 @@ class SmoothedObjective:
         """The step's metrics."""
         return self.policy.metrics(rows)
 
-    def score(self, part: Batch) -> Scored:
+    def score(self, part: Batch) -> TokenScores:
         """A forward pass; the loss holds the smoothing and the z-loss, the statistics do not."""
         model, rows = self.policy.model, part.mask[1:].nonzero().squeeze(1)
         embeds = self._noisy_embeddings(part) if self.algorithm.neftune_alpha else None
@@ -50,7 +50,7 @@ class SmoothedObjective:
         smoothed = self.algorithm.label_smoothing or self.algorithm.z_loss
         score = self._cross_entropy if smoothed else self._likelihood
         loss, stats, tokens = score(hidden, part, rows)
-        return Scored(loss, stats, tokens, rows, hidden, rows)
+        return TokenScores(loss, stats, tokens, rows, hidden, rows)
 
     def _likelihood(self, hidden: Tensor, part: Batch, rows: Tensor) -> tuple[Tensor, ops.TokenStats, Tokens]:
         """The plain loss of the tokens `rows`."""
