@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ A = TypeVar("A")  # its kind of algorithm
 M = TypeVar("M")  # the model it trains
 
 
+class Parametrised(Protocol):
+    """A module, or a language model."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, with its name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context(Generic[C, A, M]):
     """What a run has before its learner and its source exist."""
@@ -50,14 +57,14 @@ class Context(Generic[C, A, M]):
         return self.sampling.temperature
 
     def weights(
-        self, module: nn.Module, *, lr: float | None = None, head: nn.Module | None = None
+        self, model: Parametrised, *, lr: float | None = None, head: nn.Module | None = None
     ) -> MasterWeights:
-        """A module's parameters, and those of a head trained with it, under the run's optimizer.
+        """A model's parameters, and those of a head trained with it, under the run's optimizer.
 
         lr  peak learning rate, where it is not the run's
         """
         optim = self.config.optim if lr is None else replace(self.config.optim, lr=lr)
-        named = list(module.named_parameters())
+        named = list(model.named_parameters())
         if head is not None:
             named += head.named_parameters("beside")
         return MasterWeights(named, optim, steps=self.config.steps)
@@ -69,7 +76,7 @@ class Context(Generic[C, A, M]):
         return Learner(objective, weights, self.world, self.config.micro_tokens, gradients)
 
     def logp(self, model: LanguageModel, batch: Batch) -> Tensor:
-        """(T,) log-probs of the batch's loss tokens under a model, nats, at the sampling temperature."""
+        """(T,) log-probs of the batch's loss tokens under a model, nats, at the run's temperature."""
         return token_logp(model, batch, micro_tokens=self.config.micro_tokens, temperature=self.temperature)
 
     def start(self) -> LanguageModel:
@@ -113,19 +120,19 @@ class Method(Generic[C, A, M]):
     """One training command.
 
     choose    options -> the algorithm they ask for; refuses options that do not go together
+    load      where the model comes from -> the model that is trained
     learner   what trains, and what its optimizers hold
     source    where its batches come from, and the longest completion to expect, tokens
     metrics   the learner's metrics that are logged -> their names in the log, TRL's where it has them
-    load      where the model comes from -> the model that is trained
     sampling  options -> a row of SAMPLERS, and its settings
     held_out  whether the source evaluates on data of its own that it holds out (see train.source.Evaluable)
     """
 
     choose: Callable[[C], A]
+    load: Callable[[Origin[C, A]], M]
     learner: Callable[[Context[C, A, M]], Trainable[Any]]
     source: Callable[[Context[C, A, M], Any], tuple[Source[Any], int]]
     metrics: Mapping[str, str] = field(default_factory=dict)
-    load: Callable[[Origin[C, A]], M] = language_model
     sampling: Callable[[C], tuple[str, Sampling]] = unsampled
     held_out: bool = False
 

@@ -26,8 +26,8 @@ from fastrl.methods import command_of, method_of
 from fastrl.methods.method import Context, Method, Origin
 from fastrl.model.decoder import Decoder
 from fastrl.model.language import LanguageModel, Tokenizer
-from fastrl.parallel.device import place, set_threads
-from fastrl.parallel.world import World, join
+from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.parallel.world import World, init_world
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS, Sampler
@@ -82,7 +82,7 @@ class Session:
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, if there is one."""
-        found = checkpoint.whole(Path(self.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(self.config.output_dir))
         return found[-1] if found else None
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -109,13 +109,13 @@ class Session:
 
 
 def set_up(config: Run) -> Session:
-    """Build the session.  Raises UserError for whatever is wrong with the configuration, before any training."""
+    """Build the session.  Raises UserError for what is wrong with the configuration, before any training."""
     command = command_of(config)
     method = method_of(command)
     _check(config, method)
     set_threads(config.threads)
     _deterministic()
-    world = join()
+    world = init_world()
 
     resumed = _resume_from(config)
     state, meta = _saved(resumed, config)
@@ -178,7 +178,7 @@ def _context(
     config: Run, method: Method[Any, Any, Any], algorithm: Row, folder: str, world: World
 ) -> Context[Any, Any, Any]:
     """Model, tokenizer, task and sampler of the run, from a folder of weights."""
-    device, dtype = place(config.device, config.dtype)
+    device, dtype = resolve_device(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
     origin = Origin(config, algorithm, folder, dtype, device, task)
     model = method.load(origin)
@@ -247,7 +247,7 @@ def _check(config: Run, method: Method[Any, Any, Any]) -> None:
 
 
 def _resume_from(config: Run) -> Path | None:
-    found = checkpoint.whole(Path(config.output_dir))
+    found = checkpoint.complete_checkpoints(Path(config.output_dir))
     if not config.resume:
         if found:
             mend = "continue it with --resume, or name another folder"

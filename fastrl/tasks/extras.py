@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from fastrl.tasks.task import Example, Task
 
@@ -19,3 +19,13 @@ class TaskWithSteps(TaskWithMistakes, Protocol):
 
     def steps(self, example: Example, completion: str) -> tuple[list[str], list[bool]]:
         """The parts of a completion, and whether all is right up to the end of each."""
+
+
+def has_mistakes(task: Task | None) -> TypeGuard[TaskWithMistakes]:
+    """Whether the task gives wrong answers."""
+    return hasattr(task, "mistakes")
+
+
+def has_steps(task: Task | None) -> TypeGuard[TaskWithSteps]:
+    """Whether the task gives wrong answers and judges steps."""
+    return has_mistakes(task) and hasattr(task, "steps")

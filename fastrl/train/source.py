@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 B = TypeVar("B")  # one optimizer step's batch
-B_co = TypeVar("B_co", covariant=True)
 Metrics = dict[str, float]
 Sample = dict[str, object]  # a line of samples.jsonl
 State = dict[str, Tensor]  # what a checkpoint keeps, by name
@@ -45,14 +44,14 @@ class Step(Generic[B]):
     samples: list[Sample] = field(default_factory=list)
 
 
-class Source(Protocol[B_co]):
+class Source(Protocol[B]):
     """What the trainer asks for data."""
 
-    def collect(self, step: int, version: int) -> Step[B_co]:
+    def collect(self, step: int, version: int) -> Step[B]:
         """The data of `step` (counted from 0); the weights have seen `version` optimizer steps."""
 
     def state(self) -> State:
-        """What a checkpoint has to keep: data that is neither used yet nor a function of the step's number."""
+        """What a checkpoint keeps: data that is neither used yet nor a function of the step's number."""
 
     def load_state(self, state: State) -> None:
         """Restore what `state` returned."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrl.algorithms.preference import Preference
 from fastrl.batch.types import Batch
 from fastrl.data.encode import Sample
-from fastrl.data.pairs import Judged, Unit
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.parallel.world import World
 from fastrl.train.source import State, Step, order
@@ -76,7 +76,7 @@ class Baseline:
     def log_ratio(self, units: Sequence[Unit], device: torch.device) -> float:
         """Summed log-ratio of the mismatched completions of all units but the first, nats."""
         samples = mismatched([unit[0].sample for unit in units], self.limit)[1:]
-        batch = pack_units([(Judged(s, False),) for s in samples if any(s.mask)], 1, device)
+        batch = pack_units([(LabelledSample(s, False),) for s in samples if any(s.mask)], 1, device)
         return float((self.policy(batch) - self.frozen(batch)).double().sum())
 
 

@@ -6,7 +6,7 @@ from fastrl.batch.types import Batch
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.dpo.reference import PreferenceContext, preference_source
-from fastrl.methods.method import Method, arithmetic
+from fastrl.methods.method import Method, arithmetic, language_model
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.source import Source
 
@@ -39,6 +39,7 @@ def source(context: PreferenceContext, learner: Trainable[Batch]) -> tuple[Sourc
 
 METHOD = Method(
     choose=choose_preference,
+    load=language_model,
     learner=learner,
     source=source,
     metrics={name: name for name in METRICS},

@@ -24,7 +24,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Dpo
 from fastrl.data.pairs import Unit
 from fastrl.methods.dpo.batches import Baseline, Items, LogProbs, Preferences, pack_units
-from fastrl.methods.dpo.units import Encoder, units
+from fastrl.methods.dpo.units import Encoder, load_units
 from fastrl.methods.method import Context
 from fastrl.model.language import LanguageModel
 from fastrl.parallel.world import World
@@ -46,7 +46,7 @@ def preference_source(
     """
     config, algorithm = context.config, context.algorithm
     encode = Encoder(config, algorithm.paired, context.tokenizer, context.model.config)
-    items, size = units(encode, context.task)
+    items, size = load_units(encode, context.task)
 
     build = partial(
         Preferences,

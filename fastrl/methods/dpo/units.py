@@ -15,7 +15,7 @@ from fastrl.methods.dpo.batches import Items
 from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
-from fastrl.tasks.extras import TaskWithMistakes
+from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Encoder:
         check_budget(length, where, self.config.micro_tokens, "pair" if self.paired else "sequence")
 
 
-def units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
+def load_units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
     """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before
     training.
 
@@ -65,7 +65,7 @@ def units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
         raise UserError(
             "--dataset or --task: expected one of them, to have preferences to train on; got neither"
         )
-    if not hasattr(task, "mistakes"):
+    if not has_mistakes(task):
         raise UserError(
             f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset"
         )

@@ -12,7 +12,7 @@ from fastrl.methods.grpo.prompts import Prompts, load_prompts
 from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
-from fastrl.methods.method import Context, Method
+from fastrl.methods.method import Context, Method, language_model
 from fastrl.model.language import LanguageModel
 from fastrl.tasks import Conversation
 from fastrl.train.learner import Learner, Trainable
@@ -110,5 +110,10 @@ POLICY_METRICS = {  # ops.policy_loss's diagnostics -> TRL's names; what is left
     "correction_max": "sampling/importance_sampling_ratio/max",
 }
 METHOD = Method(
-    choose=choose_algorithm, learner=learner, source=source, metrics=POLICY_METRICS, sampling=sampling
+    choose=choose_algorithm,
+    load=language_model,
+    learner=learner,
+    source=source,
+    metrics=POLICY_METRICS,
+    sampling=sampling,
 )

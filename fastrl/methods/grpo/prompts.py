@@ -15,7 +15,7 @@ from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.files import key_values
 from fastrl.model.language import Tokenizer
-from fastrl.parallel.device import place
+from fastrl.parallel.device import resolve_device
 from fastrl.rewards.functions import Reward, Scored, load_reward, score
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Conversation, Task, task_reward
@@ -86,14 +86,16 @@ def _item_of_task(task: Task, number: int) -> PromptItem:
 
 def _reward_functions(config: Grpo, task: Task | None) -> list[Reward]:
     """The functions and models that --reward names."""
-    device, dtype = place(config.device, config.dtype)
+    device, dtype = resolve_device(config.device, config.dtype)
     if VERIFIER in config.reward and task is None:
         raise UserError(f"--reward: expected a --task, whose verifier `{VERIFIER}` is; got none")
 
-    functions = []
+    functions: list[Reward] = []
     for spec in config.reward:
-        verifier = task is not None and spec == VERIFIER
-        functions.append(task_reward(task) if verifier else load_reward(spec, dtype=dtype, device=device))
+        if task is not None and spec == VERIFIER:
+            functions.append(task_reward(task))
+        else:
+            functions.append(load_reward(spec, dtype=dtype, device=device))
     return functions
 
 

@@ -22,8 +22,9 @@ from fastrl.methods.hybrid.options import check_mixture
 from fastrl.methods.hybrid.pair_options import choose_fusion, offline
 from fastrl.methods.hybrid.pairs import PolicyAndPairs
 from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts, pairs_of_prompts
-from fastrl.methods.method import Context, Method, arithmetic
+from fastrl.methods.method import Context, Method, arithmetic, language_model
 from fastrl.model.language import LanguageModel
+from fastrl.tasks.extras import has_mistakes
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
@@ -74,7 +75,7 @@ def _hybrid_source(context: HybridContext) -> Source[Any]:
         return sampled
 
     config, task = context.config, context.task
-    if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
+    if not (config.pair_dataset or config.dataset or has_mistakes(task)):
         raise UserError(
             "--pair-dataset: expected a file of pairs, "
             f"because task {config.task} has no wrong answers; got none"
@@ -155,6 +156,7 @@ def source(context: AnyContext, learner: Trainable[Any]) -> tuple[Source[Any], i
 HYBRID_METRICS = ("sft_loss", "member_nll", "off_policy_share", "group_kl", "grad_norm/rl", "grad_norm/pairs")
 METHOD = Method(
     choose=choose_fusion,
+    load=language_model,
     learner=learner,
     source=source,
     metrics=POLICY_METRICS

@@ -64,9 +64,10 @@ def _counts(tokens: Tokens) -> Tensor:
     """Members: how many, and their negative log-likelihood, nats; the same of supervised tokens; (4,)
     float64.
     """
-    nll = -tokens.logp.double()
+    assert tokens.kind is not None
+    kinds, nll = tokens.kind, -tokens.logp.double()
     one = torch.ones_like(nll)
-    sums = [torch.where(tokens.kind == kind, x, 0).sum() for kind in (MEMBER, SUPERVISED) for x in (one, nll)]
+    sums = [torch.where(kinds == kind, x, 0).sum() for kind in (MEMBER, SUPERVISED) for x in (one, nll)]
     return torch.stack(sums).detach()
 
 

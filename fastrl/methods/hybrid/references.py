@@ -15,7 +15,7 @@ from fastrl.files import key_values, shorten
 from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
-from fastrl.tasks.extras import TaskWithMistakes
+from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
 
 Demonstrations = Callable[[Sequence[int]], list[Sample | None]]  # numbers of prompts -> their demonstrations
 Pairs = Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]  # -> their chosen and rejected completions
@@ -60,7 +60,7 @@ class Encoder:
 
 
 def demonstrations_of_prompts(encode: Encoder, task: Task | None) -> Demonstrations:
-    """The demonstration of each prompt of `load_prompts`; None where the task has none or a completion is empty.
+    """The demonstration of each prompt of `load_prompts`; None where there is none, or an empty one.
 
     Every line of a dataset is checked before training.
     """
@@ -106,7 +106,7 @@ def pairs_of_prompts(encode: Encoder, task: Task | None) -> Pairs:
         known = encode.pairs([_pair_of_row(row) for row in rows])
         return lambda numbers: [known[number] for number in numbers]
 
-    if task is None or not hasattr(task, "mistakes"):
+    if not has_mistakes(task):
         raise UserError(
             f"--task: {task and task.name} has no wrong answers beside its demonstrations; "
             "give a --dataset with chosen and rejected"

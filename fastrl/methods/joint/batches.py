@@ -127,8 +127,9 @@ class Oracle:
 
     def _ended(self, text: str) -> list[int]:
         """Tokens of a demonstration, ended as completions are."""
-        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*tokens, self.tokenizer.eos_token_id]
+        eos = self.tokenizer.eos_token_id
+        assert eos is not None
+        return [*self.tokenizer.encode(text, add_special_tokens=False), eos]
 
 
 @final

@@ -14,13 +14,14 @@ from fastrl.methods.joint.batches import ComparisonBuffer, JointRollouts, Oracle
 from fastrl.methods.joint.judge import Judge
 from fastrl.methods.joint.learner import JOINT_METRICS, JointBatch, JointLearner
 from fastrl.methods.joint.options import choose_joint
-from fastrl.methods.method import Context, Method
+from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.reward.batches import Comparisons
 from fastrl.methods.reward.method import comparisons
 from fastrl.methods.reward.objective import ScoreObjective
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import has_tokenizer, load_tokenizer
+from fastrl.tasks.extras import has_mistakes
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
 
@@ -121,7 +122,7 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
         raise UserError(
             f"--offline-share: expected a share that is a group or more of {own} of the policy's, got {share}"
         )
-    if config.offline is None and not hasattr(context.task, "mistakes"):
+    if config.offline is None and not has_mistakes(context.task):
         raise UserError(
             "--offline-share: expected a --task with wrong answers to compare with its demonstrations; "
             "give --offline FILE"
@@ -158,6 +159,7 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
 
 METHOD = Method(
     choose=choose_joint,
+    load=language_model,
     learner=learner,
     source=source,
     metrics=POLICY_METRICS | JOINT_METRICS,

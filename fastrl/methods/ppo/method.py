@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastrl.algorithms.ppo import ActorCriticAlgorithm, Coefficient
 from fastrl.config import Ppo
 from fastrl.methods.grpo.method import POLICY_METRICS, prompts_of, rollouts, sampling
-from fastrl.methods.method import Context, Method
+from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.ppo.batches import Credit, PpoRollouts
 from fastrl.methods.ppo.learner import CRITICS, ActorCritic
 from fastrl.methods.ppo.objective import VALUE_METRICS, ActorCriticBatch, HeadedPolicy, ValueObjective
@@ -74,6 +74,7 @@ def source(context: PpoContext, learner: ActorCritic) -> tuple[Source[ActorCriti
 
 METHOD = Method(
     choose=choose_ppo,
+    load=language_model,
     learner=learner,
     source=source,
     metrics=POLICY_METRICS | VALUE_METRICS,

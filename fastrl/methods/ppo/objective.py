@@ -84,7 +84,7 @@ class HeadedPolicy:
             yield ActorCriticBatch(micro, batch.kl_coef)
 
     def loss(self, part: ActorCriticBatch) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss; the policy's numbers, then VALUE_SUMS where there is a head."""
+        """The micro-batch's share of the loss; the policy's numbers, then VALUE_SUMS of a head."""
         weighed = replace(self.algorithm.policy, kl_coef=part.kl_coef)
         policy = replace(self.policy, algorithm=weighed)
         scored = policy.score(part.tokens)

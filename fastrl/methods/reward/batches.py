@@ -17,7 +17,7 @@ from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.parallel.world import World
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithSteps
-from fastrl.tasks.task import bucket, draw
+from fastrl.tasks.task import assign_split, draw
 from fastrl.train.source import Metrics, Sample, State, Step, order
 
 SHOWN = 4  # held-out groups whose completions are written to samples.jsonl
@@ -124,7 +124,7 @@ def _of_dataset(encode: Encoder, algorithm: RewardLoss, path: str) -> Comparable
     for group, statement in zip(groups, statements, strict=True):
         # Lines of one prompt stay together, so that no held-out prompt is trained on.
         key = statement.completions[0] if statement.prompt is None else statement.prompt
-        if bucket(shares, "reward", key) == "train":
+        if assign_split(shares, "reward", key) == "train":
             train.append(group)
         elif units(group.target):
             held.append((group, statement))

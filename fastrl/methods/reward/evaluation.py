@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.data.comparisons import Group, Statement
-from fastrl.report.stats import Estimate, calibration, share_interval, wilson
+from fastrl.report.stats import Bin, Estimate, calibration, share_interval, wilson
 from fastrl.train.source import Metrics, Sample
 
 Outcome = tuple[float, float]  # log-odds that the model gives something, and 1.0 if it holds, else 0.0
@@ -77,9 +77,7 @@ def _margins(algorithm: RewardLoss, outcomes: Sequence[Sequence[Outcome]]) -> li
     return [log_odds if outcome >= 0.5 else -log_odds for log_odds, outcome in pooled]
 
 
-def _calibration(
-    algorithm: RewardLoss, outcomes: Sequence[Sequence[Outcome]]
-) -> tuple[float, list[tuple[float, float, int]]]:
+def _calibration(algorithm: RewardLoss, outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, list[Bin]]:
     """The expected calibration error, and its bins."""
     pooled = [outcome for own in outcomes for outcome in own]
     claims = [(_sigmoid(log_odds), outcome) for log_odds, outcome in pooled]

@@ -52,9 +52,9 @@ def comparisons(context: RewardContext) -> Comparisons:
 
 METHOD = Method(
     choose=choose_reward_loss,
+    load=load,
     learner=learner,
     source=source,
     metrics={name: name for name in METRICS},
-    load=load,
     held_out=True,
 )

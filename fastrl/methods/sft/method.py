@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastrl.batch.types import Batch
 from fastrl.config import Sft
-from fastrl.methods.method import Context, Method
+from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.sft.batches import Demonstrations, Encoder, demonstrations
 from fastrl.methods.sft.objective import SmoothedObjective
 from fastrl.methods.sft.options import SupervisedAlgorithm, choose_supervised
@@ -47,6 +47,7 @@ def source(context: SftContext, learner: Trainable[Batch]) -> tuple[Source[Batch
 
 METHOD = Method(
     choose=choose_supervised,
+    load=language_model,
     learner=learner,
     source=source,
     metrics={name: name for name in ("loss", "num_tokens", "grad_norm", "learning_rate", "entropy")},
