@@ -7,7 +7,7 @@ gradient reaches what made them.
 
 Batches are as types.Batch says, with these columns: `advantage` is the completion's reward, NaN where it has
 none, `weight` is 1 / units of the whole optimizer step, and `unit` sequences of one prompt lie next to each
-other.  The equations are in docs/fusion.md.
+other.  The equations are in docs/hybrid.md.
 """
 
 from __future__ import annotations

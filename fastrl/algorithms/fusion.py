@@ -3,7 +3,7 @@ demonstrations.
 
 A row is one of three kinds.  `Fused`: a policy loss, and a loss of offline pairs beside it, each with its own
 denominators.  `Mixed` with two sides: the completions of a prompt's pair are members of its group.
-`Contrast`: the group's own completions are the pairs, or a list.  The equations are in docs/fusion.md.
+`Contrast`: the group's own completions are the pairs, or a list.  The equations are in docs/hybrid.md.
 """
 
 from __future__ import annotations

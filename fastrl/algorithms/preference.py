@@ -1,5 +1,5 @@
 """The table of preference losses.  A loss is a row: a rule over what a pair (or a labelled example) scored |
-what a score is | NLL; nothing branches on its name.  Equations and sources are in docs/preference.md.
+what a score is | NLL; nothing branches on its name.  Equations and sources are in docs/dpo.md.
 
 A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or
 without a reference its log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,)
