@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     ROOT.glob("docs/*.md")
 )
-OTHERS = {"--nproc-per-node", "--optim"}  # of torchrun; `--optim.*`, a group
+OTHERS = {"--nproc-per-node", "--optim", "--algorithm.OPTION"}  # of torchrun; groups of options
 COMMAND = re.compile(rf"^fastrl (?:{'|'.join(cli.COMMANDS)})(?: .*)?$", re.MULTILINE)
 
 
@@ -33,11 +33,14 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    """Every option of every command."""
+    """Every option of every command, and of the algorithms that have options of their own."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "400")
-        assert [cli.main([name, "--help"]) for name in cli.COMMANDS] == [0] * len(cli.COMMANDS)
+        for name, command in cli.COMMANDS.items():
+            assert cli.main([name, "--help"]) == 0
+            for algorithm in getattr(command.config, "rows", ()):
+                assert cli.main([name, "--algorithm", algorithm, "--help"]) == 0
     return set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
 
 
