@@ -41,7 +41,7 @@ class Surrogate:
     parameters that make no sense.
 
     `triton` and `cpu_id` are the same formula inside the fused kernels: the name of a function of
-    _triton/surrogates.py, looked up where triton is installed, or a @triton.jit function of your own with
+    _policy_twins.py, which is looked up where triton is installed, or a @triton.jit function of your own with
     the signature of those; and its number in csrc/cpu/policy_loss_rows.h.  The op uses them for rows of
     SURROGATES, with at most three parameters; a row without the twin of the device, and a surrogate that is
     not in the table, run `torch`.

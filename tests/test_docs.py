@@ -80,6 +80,20 @@ def test_every_command_has_a_page(tmp_path):
     assert without_a_page(["grpo"], tmp_path) == ["grpo"]
 
 
+def test_pages_named_in_the_sources_are_there():
+    """Wrong implementation: a page that was renamed, with its old name left in a docstring or a help text."""
+    suffixes = {".py", ".h", ".cpp", ".cu", ".yaml", ".toml"}
+    folders = ("fastrl", "kernels", "csrc", "bench", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in suffixes]
+    named = {
+        (file.relative_to(ROOT).as_posix(), page)
+        for file in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]
+        for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert {(file, page) for file, page in named if not (ROOT / page).exists()} == set()
+
+
 # --- the README -------------------------------------------------------------------------------------
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCREEN = 40  # lines of the first screen

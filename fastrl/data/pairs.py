@@ -7,7 +7,7 @@ with a label.
     {"prompt": ..., "completion": ..., "label": true}    labelled, for losses of single examples; pairs are
     taken apart for them
 
-Prompt and completion are tokenised apart, as everywhere (see rows.py), so that the boundary token is the
+Prompt and completion are tokenised apart, as everywhere (see data.py), so that the boundary token is the
 sampler's, and the same on both sides of a pair.
 """
 

@@ -7,7 +7,7 @@ two,
            step before it takes it: |delta + a g|^2 = |delta|^2 + 2 a <delta, g> + a^2 |g|^2     with a =
            step_size / |g|
 
-linf needs no sums: one launch.  A larger l1 ball is in perturb_l1.py.
+linf needs no sums: one launch.  A larger l1 ball is in _perturb_l1_triton.py.
 
 Elements are fp32, a row's sum is fp32 over BLOCK lanes, sums of rows are fp64.  A row whose squares leave
 fp32's range is summed once more, scaled.  A tile never crosses from one ball into the next: ball u owns the
