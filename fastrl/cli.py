@@ -43,7 +43,7 @@ class Pipeline:
     """
 
     file: Positional[str]
-    """A YAML file; see docs/pipelines.md."""
+    """A YAML file; see docs/run.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

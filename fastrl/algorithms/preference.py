@@ -1,6 +1,6 @@
 """The table of preference losses.  A loss is a row: the rule that turns the scores of a pair (or of a
 labelled example) into a loss | what a score is | the NLL term; nothing branches on its name.  Equations and
-sources are in docs/preference.md.
+sources are in docs/dpo.md.
 
 A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or
 without a reference its log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,)

@@ -10,7 +10,7 @@ a reward: it is a UserError that names the function and shows the sample.
 
     model:FOLDER                       a reward model (`fastrl reward`) scores the completions, on the run's
                                        device
-    implicit:POLICY,REFERENCE          what a policy trained on preferences prefers, see implicit_reward.py
+    implicit:POLICY,REFERENCE          what a policy trained on preferences prefers, see implicit.py
 """
 
 from __future__ import annotations

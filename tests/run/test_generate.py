@@ -343,10 +343,10 @@ def test_tokens_are_counted_by_the_sampler(model, folder, monkeypatch):
     assert sum(counted) == sum(len(json.loads(line)["logp"]) for line in written.splitlines())
 
 
-# --- docs/rollouts.md -------------------------------------------------------------------------------
+# --- docs/generate.md -------------------------------------------------------------------------------
 def test_the_examples_of_the_page_run(capsys):
     """Wrong implementation: a page about an interface of some earlier day."""
-    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
     first, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, object] = {}
     exec(first, names)
