@@ -36,7 +36,7 @@ from fastrl.algorithms.fusion import FUSIONS
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN, OfflinePairs
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.algorithms.schedule import Schedule
-from fastrl.config import Hybrid, Optim, Sampling
+from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
@@ -128,7 +128,7 @@ def test_without_completions_it_is_dpo_exactly(name):
     drift(model, 0.03)
     metrics, got = gradient(trainer(model, row, 20), batch)
     theirs, want = gradient(
-        PreferenceLearner(model, row.pairs.preference, Optim(), steps=10, micro_tokens=20), pairs
+        learner_of(UnitObjective(model, row.pairs.preference), model, micro_tokens=20), pairs
     )
     assert torch.equal(got, want) and metrics["loss"] == metrics["pairs/loss"] == theirs["loss"]
     assert (
