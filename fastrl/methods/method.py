@@ -1,6 +1,4 @@
-"""What each training command is made of: its data source, its row of which table, its learner, the names of
-its metrics.
-"""
+"""What each training command is made of: its data source, its algorithm, its learner."""
 
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
-from fastrl.algorithms.correction import MISMATCH
 from fastrl.algorithms.fusion import Fused
 from fastrl.algorithms.hybrid import Mixed
 from fastrl.algorithms.joint import CoTrained
@@ -36,13 +33,13 @@ from fastrl.methods.hybrid.pair_options import choose_fusion, offline
 from fastrl.methods.hybrid.pairs import Contrasted, FusedLearner, FusedSource
 from fastrl.methods.hybrid.references import demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.joint.batches import JointSource, offline_comparisons
-from fastrl.methods.joint.learner import JOINT_METRICS, JointLearner
+from fastrl.methods.joint.learner import JointLearner
 from fastrl.methods.joint.options import choose_joint
 from fastrl.methods.ppo.batches import PpoSource
-from fastrl.methods.ppo.learner import VALUE_METRICS, PpoLearner
+from fastrl.methods.ppo.learner import PpoLearner
 from fastrl.methods.ppo.options import choose_ppo
 from fastrl.methods.reward.batches import comparisons
-from fastrl.methods.reward.learner import REWARD_METRICS, RewardLearner
+from fastrl.methods.reward.learner import RewardLearner
 from fastrl.methods.reward.options import choose_reward_loss
 from fastrl.methods.sft.learner import SupervisedLearner
 from fastrl.methods.sft.options import choose_supervised
@@ -52,72 +49,6 @@ from fastrl.model.tokenizer import has_tokenizer, load_tokenizer
 from fastrl.sampler import Sampler
 from fastrl.tasks import Conversation, Task
 from fastrl.train.learner import Learner
-
-NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
-    Sft: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-        "entropy": "entropy",
-    },
-    Dpo: {
-        name: name
-        for name in (
-            "loss",
-            "num_tokens",
-            "grad_norm",
-            "learning_rate",
-            "entropy",
-            "nll_loss",
-            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")),
-            "logps/chosen",
-            "logps/rejected",
-        )
-    },
-    Grpo: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-        "ref_kl_k3": "kl",
-        "clip_low": "clip_ratio/low_mean",
-        "clip_high": "clip_ratio/high_mean",
-        "clip_cap": "clip_ratio/cap_mean",
-        "clip_region": "clip_ratio/region_mean",
-        "ratio_mean": "ratio/mean",
-        "ratio_max": "ratio/max",
-        "approx_kl": "approx_kl",
-        "ess": "ess",
-        "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
-        "sampler_diff_max": "sampling/sampling_logp_difference/max",
-        "sampler_kl": "sampler/kl",
-        "sampler_ess": "sampler/ess",
-        "correction_min": "sampling/importance_sampling_ratio/min",
-        "correction_mean": "sampling/importance_sampling_ratio/mean",
-        "correction_max": "sampling/importance_sampling_ratio/max",
-    },
-    Reward: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-    }
-    | {name: name for name in REWARD_METRICS},
-}
-NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
-NAMES[Hybrid] = NAMES[Grpo] | {
-    name: name for name in ("sft_loss", "member_nll", "off_policy_share", "group_kl")
-}
-NAMES[Hybrid] |= {
-    name: name for name in ("grad_norm/rl", "grad_norm/pairs", *(f"pairs/{x}" for x in NAMES[Dpo]))
-}
-NAMES[Joint] = NAMES[Grpo] | JOINT_METRICS
-OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
-    "num_tokens": sum,
-    "ratio_max": max,
-    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
-}
 
 
 def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:

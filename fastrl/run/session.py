@@ -21,11 +21,13 @@ from fastrl.errors import UserError
 from fastrl.files import read_json_lines
 from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.methods.grpo.rollouts import Source
-from fastrl.methods.method import NAMES, OVER_BATCHES, PARTS, SOURCES, Parts
+from fastrl.methods.method import PARTS, SOURCES, Parts
 from fastrl.model.decoder import Decoder
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import place, set_threads
 from fastrl.parallel.world import World, join
+from fastrl.report.metric import Need, over_batches
+from fastrl.report.metrics import LOGGED
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS, Sampler
@@ -85,14 +87,9 @@ class Session:
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
         row = self.learner.algorithm
-        silent = set() if row.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
-        silent |= set() if row.correction else {"correction_min", "correction_mean", "correction_max"}
-        values = {
-            key: [b[key] for b in batches if key in b]
-            for key in NAMES[type(self.config)]
-            if key not in silent
-        }
-        return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
+        has: dict[Need, bool] = {"reference": bool(row.kl_coef), "correction": bool(row.correction)}
+        lacking = [need for need, present in has.items() if not present]
+        return over_batches(LOGGED[_command(self.config)], batches, lacking)
 
     def how_to_resume(self, saved: Path | None) -> str:
         """What to type to continue a run that was stopped."""
@@ -248,7 +245,3 @@ def _evaluated(folder: Path, step: int) -> bool:
 
 def _command(config: Run) -> str:
     return type(config).__name__.lower()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

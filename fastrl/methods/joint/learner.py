@@ -23,12 +23,6 @@ from fastrl.parallel.world import World
 from fastrl.train.learner import Learner, NotFinite
 
 FOLDER = "reward_model"  # the reward model's, inside a checkpoint
-JOINT_METRICS = {  # of an update of the reward model -> the name it is logged under
-    "reward_loss": "joint/loss",
-    "reward_groups": "joint/groups",
-    "reward_grad_norm": "joint/grad_norm",
-    "reward_lr": "joint/lr",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +103,13 @@ class JointLearner(Learner):
             raise NotFinite(f"the reward model's {error}") from error
         self.calibrate()
         metrics["reward_groups"] = batch.comparisons.total
-        return metrics | {f"reward_{old}": told[name] for old, name in _LOGGED if told["num_tokens"]}
+        if not told["num_tokens"]:
+            return metrics
+        return metrics | {
+            "reward_loss": told["loss"],
+            "reward_grad_norm": told["grad_norm"],
+            "reward_lr": told["learning_rate"],
+        }
 
     def _scores(self, groups: Sequence[Group]) -> list[float]:
         scores = [score for (score,) in self.reward.scores(groups)]
@@ -137,9 +137,6 @@ class JointLearner(Learner):
         self.reward.load_state(under("reward.", state))
         held = under("calibration.", state)
         self.calibration, self.scale = as_groups(held), Scale(*held["scale"].tolist())
-
-
-_LOGGED = (("loss", "loss"), ("grad_norm", "grad_norm"), ("lr", "learning_rate"))
 
 
 # --- groups in a checkpoint -------------------------------------------------------------------------

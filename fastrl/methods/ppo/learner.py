@@ -17,16 +17,9 @@ from fastrl.errors import UserError
 from fastrl.model.critic import Critic, ValueHead
 from fastrl.parallel.device import memory_limited_by
 from fastrl.parallel.world import World
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import CRITIC_METRICS
 from fastrl.train.learner import Learner
-
-VALUE_METRICS = {  # of an optimizer step -> the name it is logged under: TRL's, and verl's where TRL has none
-    "policy_loss": "loss/policy_avg",
-    "vf_loss": "loss/value_avg",
-    "vf_clipfrac": "val/clipfrac_avg",
-    "vpred_mean": "critic/vpred_mean",
-    "critic_grad_norm": "critic/grad_norm",
-    "critic_lr": "critic/lr",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +64,7 @@ def _merge(rows: list[list[float]]) -> dict[str, float]:
         if rows
         else dict.fromkeys(VALUE_SUMS, 0.0)
     )
-    n = max(sums["tokens"], 1)
-    return {
-        "vf_loss": sums["loss"],
-        "vf_clipfrac": sums["clipped"] / n,
-        "vpred_mean": sums["value"] / n,
-        "num_tokens": sums["tokens"],
-    }
+    return {"vf_loss": sums["loss"], "num_tokens": sums["tokens"]} | ratios(CRITIC_METRICS, sums)
 
 
 class CriticLearner(Learner):
@@ -229,7 +216,7 @@ class PpoLearner(Learner):
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in VALUE_METRICS if name in metrics}
+    return {row.key: metrics[row.key] for row in CRITIC_METRICS if row.key in metrics}
 
 
 @dataclass(frozen=True, slots=True)

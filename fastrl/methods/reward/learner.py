@@ -12,17 +12,9 @@ from fastrl.algorithms.reward import MEASURES, Judged, RewardLoss
 from fastrl.batch.pack import plan
 from fastrl.data.comparisons import Group, Packed, pack
 from fastrl.parallel.device import memory_limited_by
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import SCORE_METRICS
 from fastrl.train.learner import Learner
-
-# of a step, under TRL's names
-REWARD_METRICS = (
-    "accuracy",
-    "margin",
-    "mean_reward",
-    "min_reward",
-    "max_reward",
-    "centering",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +95,5 @@ def merge(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     table = torch.tensor(rows, dtype=torch.float64)
     n = len(MEASURES)
     sums = dict(zip(MEASURES, table[:, :n].sum(0).tolist(), strict=True))
-    compared, scores = max(sums["compared"], 1.0), max(sums["scores"], 1.0)
-    return {
-        "loss": sums["loss"],
-        "centering": sums["center"],
-        "accuracy": sums["agreed"] / compared,
-        "margin": sums["margin"] / compared,
-        "mean_reward": sums["reward"] / scores,
-        "min_reward": float(table[:, n].min()),
-        "max_reward": float(table[:, n + 1].max()),
-    }
+    ends = {"min_reward": float(table[:, n].min()), "max_reward": float(table[:, n + 1].max())}
+    return {"loss": sums["loss"], "centering": sums["center"]} | ratios(SCORE_METRICS, sums) | ends
