@@ -13,6 +13,8 @@ from torch import Tensor
 from fastrl.batch.types import Rollouts
 from fastrl.methods.grpo.refill import spread
 from fastrl.parallel.world import World
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import ROLLOUT_METRICS
 from fastrl.rewards.functions import Scored
 
 
@@ -97,20 +99,14 @@ def measure(draw: Draw, group: int, version: int, world: World) -> dict[str, flo
         (float(length.max()), -float(length.min()), float(stale.max())) if stale.numel() else (-math.inf,) * 3
     )
     longest, shortest, oldest = world.max(*ends)
-    n = max(total["samples"], 1)
-    return {
-        "reward": _mean(total["reward"], total["known"]),
-        "reward_std": total["reward_std"] / max(total["groups"], 1),
-        "frac_reward_zero_std": total["flat"] / max(total["groups"], 1),
-        "entropy": total["entropy"] / max(total["tokens"], 1),
-        "completions/mean_length": total["tokens"] / n,
+    ends_and_counts = {
         "completions/max_length": longest,
         "completions/min_length": -shortest,
-        "completions/clipped_ratio": total["cut"] / n,
         "rollout/tokens": total["tokens"],
-        "sampler/staleness_mean": total["stale"] / max(total["tokens"], 1),
         "sampler/staleness_max": oldest,
-    } | {k: _mean(total[f"sum/{k}"], total[f"count/{k}"]) for k in parts}
+    }
+    by_function = {k: _mean(total[f"sum/{k}"], total[f"count/{k}"]) for k in parts}
+    return ratios(ROLLOUT_METRICS, total) | ends_and_counts | by_function
 
 
 def _mean(total: float, count: float) -> float:
