@@ -67,7 +67,9 @@ class Metric:
     @property
     def panels(self) -> tuple[str, ...]:
         """Titles of the panels that draw it."""
-        return (self.panel,) if isinstance(self.panel, str) else self.panel
+        if isinstance(self.panel, str):
+            return (self.panel,)
+        return self.panel
 
 
 def ratios(rows: Sequence[Metric], sums: Mapping[str, float]) -> dict[str, float]:
@@ -121,10 +123,17 @@ def progress(rows: Iterable[Metric], metrics: Mapping[str, float]) -> str:
 
 def gists_of(rows: Iterable[Metric], kind: Kind) -> list[tuple[Gist, str]]:
     """What a report on this kind of run gives in its first sentence, in order, with the metrics' names."""
-    found = [(gist, row.name) for row in rows for gist in row.gists if gist.kind == kind]
+    found = []
+    for row in rows:
+        for gist in row.gists:
+            if gist.kind == kind:
+                found.append((gist, row.name))
     return sorted(found, key=lambda pair: pair[0].rank)
 
 
 def kind_of(rows: Iterable[Metric], logged: Collection[str]) -> Kind:
     """What a run that logged these names learned; text where no metric marks anything else."""
-    return next((row.marks for row in rows if row.marks is not None and row.name in logged), "text")
+    for row in rows:
+        if row.marks is not None and row.name in logged:
+            return row.marks
+    return "text"

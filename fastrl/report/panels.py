@@ -81,7 +81,14 @@ def filled_panels(rows: Iterable[Metric] | None = None) -> list[Panel]:
     Raises KeyError for a row that names a panel that is not in PANELS.
     """
     curves: dict[str, dict[str, str]] = {panel.title: {} for panel in PANELS}
-    for row in all_metrics() if rows is None else rows:
+    if rows is None:
+        rows = all_metrics()
+    for row in rows:
         for title in row.panels:
             curves[title][row.label] = row.name
-    return [replace(panel, keys=curves[panel.title]) for panel in PANELS]
+
+    filled = []
+    for panel in PANELS:
+        keys = curves[panel.title]
+        filled.append(replace(panel, keys=keys))
+    return filled

@@ -1,4 +1,4 @@
-"""Metrics as rows: one row takes a number of the learner to the file, the terminal, the panel and the page."""
+"""Metrics as rows: one row takes a number of the learner to the file, the terminal, panel and page."""
 
 from __future__ import annotations
 
