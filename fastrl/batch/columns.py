@@ -72,7 +72,7 @@ def packed_columns(kind: type) -> Mapping[str, Column]:
 class Packed(Protocol):
     """A dataclass of packed sequences."""
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
 
     @property
     def cu_seqlens(self) -> Tensor: ...
@@ -204,7 +204,7 @@ def _count_on(values: Sequence[Tensor]) -> list[Tensor]:
 
 def take_tokens(source: object, kind: type, index: Tensor | slice) -> dict[str, Any]:
     """The per-token columns that `kind` declares, read from `source` at `index`, by name."""
-    taken: dict[str, Any] = {}
+    taken = {}
     for name, declared in columns(kind).items():
         if declared.axis == "T":
             value = getattr(source, name)

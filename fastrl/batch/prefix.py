@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.types import Batch
 
-LEAST = 16  # copying queries, keys and values pays for itself once one token in so many is spared
+MAX_TOKENS_PER_SPARED = 16  # copying queries, keys and values pays once one token in so many is spared
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> its output
 
@@ -158,7 +158,7 @@ def shared(batch: Batch) -> Shared | None:
     prompt = places.count(prefix)
     alike = _like_left_neighbour(batch, places, prompt) & (numbers > 0)
     spared = int(prompt[alike].sum())
-    if LEAST * spared <= batch.tokens.numel():
+    if MAX_TOKENS_PER_SPARED * spared <= batch.tokens.numel():
         return None
 
     # a run of sequences with the same prefix is led by its first
