@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastrl.errors import UserError
+from fastrl.report.metric import Kind, gists_of, kind_of
+from fastrl.report.metrics import all_metrics
 from fastrl.report.page import Html, figures, folded, page, section, table, text, verdict
-from fastrl.report.panels import GISTS, KINDS, PANELS, Panel
+from fastrl.report.panels import Panel, filled_panels
 from fastrl.report.plots import Picture, Series, lines
 from fastrl.report.rewards import held_out_rewards
 
@@ -34,11 +36,12 @@ class RunFiles:
     environment: str
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model),
         or "text".
         """
-        return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
+        logged = {name for row in self.rows for name in row}
+        return kind_of(all_metrics(), logged)
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
         """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside
@@ -138,7 +141,7 @@ def panels(runs: Mapping[str, RunFiles], folder: Path) -> list[tuple[str, Pictur
     `folder`/<title>.png.
     """
     drawn = []
-    for panel in PANELS:
+    for panel in filled_panels():
         found = _curves(panel, runs)
         if found:
             path = folder / (panel.title.lower().replace(" ", "-") + ".png")
@@ -196,20 +199,17 @@ def lead(it: RunFiles) -> str:
     """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    gist = GISTS[it.kind]
-    for label, key, form in gist:
-        y = it.series(key).y
+    for gist, key in gists_of(all_metrics(), it.kind):
+        label, form, y = gist.label, gist.format, it.series(key).y
         if y:
             edge = max(1, min(EDGE, len(y) // 2))
             head, tail = (sum(part) / edge for part in (y[:edge], y[-edge:]))
             ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
             parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
-    for label, key in (
-        (", greedy", "eval/accuracy_greedy"),
-        (", sampled", "eval/accuracy_sampled"),
-        ("", "eval/accuracy"),
-    ):
-        s = it.series(key)
+    for metric in all_metrics():
+        if metric.accuracy is None:
+            continue
+        label, s = metric.accuracy, it.series(metric.name)
         if s.y:
             ends = "" if s.lo is None or s.hi is None else f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
             parts.append(f"Held-out accuracy{label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")

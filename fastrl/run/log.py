@@ -22,6 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from fastrl.report.metric import progress
+from fastrl.report.metrics import all_metrics
+
 METRICS, SAMPLES, REWARDS = "metrics.jsonl", "samples.jsonl", "rewards.json"
 EVENTS = "events.out.tfevents.*"
 # all a run leaves but its checkpoints
@@ -35,15 +38,6 @@ LOGS = (
     "report.html",
     "plots",
 )
-TOKENS_PER_SECOND = "perf/tokens_per_second"
-SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
-    "reward": ("reward", ".3f"),
-    "loss": ("loss", ".4g"),
-    "accuracy": ("accuracy", ".3f"),
-    "pairs right": ("rewards/accuracies", ".3f"),
-    "oracle": ("joint/oracle", ".3f"),
-    "tok/s": (TOKENS_PER_SECOND, ",.0f"),
-}
 PLAIN_LINES, PLAIN_SECONDS = 20, 30.0  # off a terminal: about so many lines a run, and one at least so often
 
 
@@ -128,9 +122,7 @@ class RunLog:
         if not self.enabled:
             return
         self._record(step, metrics)
-        shown = "  ".join(
-            f"{label} {metrics[key]:{form}}" for label, (key, form) in SHOWN.items() if key in metrics
-        )
+        shown = progress(all_metrics(), metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif self._due(step):
