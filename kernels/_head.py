@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import batch_invariant, direct, extension, is_exact, pick, requested, unbuilt
-from fastrl.kernels._launch import unit_rows
+from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, requested, unbuilt
+from fastrl.kernels._native import linear as native
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
 # rows of a chunk from which products run at full speed: half the bytes do then
@@ -105,18 +105,7 @@ def project(
 def input_grad(dlogits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """dx (N, D) in the weight's dtype; written to `out` if given, whose dtype must be that of all three."""
     if compiled(dlogits, weight) and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1)):
-        dlogits, weight = unit_rows(dlogits), unit_rows(weight)
-        out = torch.empty(dlogits.shape[0], weight.shape[1]) if out is None else out
-        places = (
-            out.data_ptr(),
-            out.stride(0),
-            dlogits.data_ptr(),
-            dlogits.stride(0),
-            weight.data_ptr(),
-            weight.stride(0),
-        )
-        extension().linear_input_grad_cpu(*places, *dlogits.shape, weight.shape[1], torch.get_num_threads())
-        return out
+        return native.input_grad(dlogits, weight, out)
     if out is not None:
         return torch.mm(dlogits, weight, out=out)
     if dlogits.dtype == weight.dtype or dlogits.is_cuda:
@@ -137,32 +126,14 @@ def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     if not compiled(dy, x):
         return dy.T @ x
     out = torch.empty(dy.shape[1], x.shape[1])
-    _outer(out, dy, x, add=False)
+    native.weight_grad(out, dy, x, add=False)
     return out
-
-
-def _outer(out: Tensor, dy: Tensor, x: Tensor, *, add: bool) -> None:
-    dy, x = unit_rows(dy), unit_rows(x)
-    (T, N), K, threads = dy.shape, x.shape[1], torch.get_num_threads()
-    extension().linear_weight_grad_cpu(
-        out.data_ptr(),
-        out.stride(0),
-        dy.data_ptr(),
-        dy.stride(0),
-        x.data_ptr(),
-        x.stride(0),
-        T,
-        N,
-        K,
-        add,
-        threads,
-    )
 
 
 def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
     """out (V, D) += dlogits^T x, in place, in the dtype of `out` (float32, or float64 for float64 inputs)."""
     if out.dtype == torch.float32 and out.stride(1) == 1 and compiled(dlogits, x):
-        _outer(out, dlogits, x, add=True)
+        native.weight_grad(out, dlogits, x, add=True)
     elif dlogits.dtype == x.dtype == out.dtype:
         torch.addmm(out, dlogits.T, x, out=out)
     elif dlogits.is_cuda:

@@ -60,6 +60,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def address(x: Tensor) -> int:
+    """Where the elements of `x` lie; 0 for an empty tensor, which is how compiled code sees an absent one."""
+    return x.data_ptr() if x.numel() else 0
+
+
 def row_layout(x: Tensor) -> tuple[int, int, int]:
     """(L, batch, row) of `x` (T, V) or (B, L, V): row t begins t // L times `batch` plus t % L times `row`
     elements after the first.

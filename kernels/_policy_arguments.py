@@ -48,7 +48,7 @@ class Columns(NamedTuple):
     cu_seqlens: Tensor
 
 
-def gather(
+def policy_arguments(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,

@@ -15,72 +15,23 @@ as it is.
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._advance import LENGTH, RUNNING, STOP, Pages, Records, Rows
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import INTS, dims, same_device
+from fastrl.kernels._native import advance as native
 from fastrl.kernels.sample import Sample
 
-RUNNING, STOP, LENGTH = 0, 1, 2  # values of Records.finish
 _DTYPES = {  # of each field
     "rows": (*(torch.int64,) * 6, torch.bool, torch.int32),
     "records": (torch.int64, *(torch.float32,) * 3, torch.bool, torch.int32, torch.int64, torch.int8),
     "pages": (torch.int32, torch.int64, torch.int32),
 }
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
-
-
-class Rows(NamedTuple):
-    """B rows of a batch, each decoding one sequence: where each stands.
-
-    seq     (B,) int64   its row of the records
-    length  (B,) int64   tokens so far, prompt included; the newest has no key and value yet
-    drawn   (B,) int64   tokens drawn so far
-    budget  (B,) int64   tokens that may be drawn
-    until   (B,) int64   longest length
-    last    (B,) int64   its newest token
-    alive   (B,) bool    whether it goes on
-    table   (B, N) int32 its pages, in order; 0 where it has none
-    """
-
-    seq: Tensor
-    length: Tensor
-    drawn: Tensor
-    budget: Tensor
-    until: Tensor
-    last: Tensor
-    alive: Tensor
-    table: Tensor
-
-
-class Records(NamedTuple):
-    """All tokens of S sequences, C columns wide: tokens int64, three fp32 of each draw, whether it was drawn,
-    by which weights.
-
-    length (S,) int64 and finish (S,) int8 are of whole sequences; the last one takes what nobody wants.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-    behaviour_logp: Tensor
-    entropy: Tensor
-    chosen: Tensor
-    version: Tensor
-    length: Tensor
-    finish: Tensor
-
-
-class Pages(NamedTuple):
-    """The allocator: of the stack `free` (P,) int32 the lowest `top` (1,) int64 are free pages; `refs` (P,)
-    int32 are a page's users.
-    """
-
-    free: Tensor
-    top: Tensor
-    refs: Tensor
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -134,48 +85,8 @@ register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-def _compiled(
-    draw: Sample,
-    rows: Rows,
-    records: Records,
-    pages: Pages,
-    stops: Tensor,
-    version: Tensor,
-    total: Tensor,
-    page: int,
-) -> None:
-    """csrc/cpu/advance.cpp, which takes addresses and reads what it writes through before it starts."""
-    for name, group in (("rows", rows), ("records", records), ("pages", pages)):
-        for field, x in zip(group._fields, group, strict=True):
-            if not x.is_contiguous():
-                raise ValueError(f"{name}.{field}: expected a contiguous tensor, got strides {x.stride()}")
-    drawn = (draw.token.long(), *(x.contiguous() for x in draw[1:]))
-    groups = [[x.data_ptr() for x in group] for group in (drawn, rows, records, pages)]
-    (B, N), (S, C) = rows.table.shape, records.tokens.shape
-    extension().advance_cpu(
-        *groups,
-        stops.data_ptr(),
-        stops.numel(),
-        int(version),
-        total.data_ptr(),
-        B,
-        N,
-        S,
-        C,
-        pages.refs.numel(),
-        page,
-    )
-
-
-def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
-    found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
-    live, pages = torch.tensor(found).unbind()
-    return live, pages
-
-
-register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
-register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
+register("need", "cpu", missing=unbuilt("need_cpu"), forward=native.need)
+register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=native.forward)
 register_triton("advance", "advance", "forward")
 
 

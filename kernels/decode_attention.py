@@ -20,9 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import decode_attention as native
 
 COPIED_BYTES = 256 << 20  # of keys and values that the reference copies at a time
 
@@ -87,61 +88,13 @@ register("decode_attention", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-
-
-def _compiled(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """csrc/cpu/decode_attention.cpp, which takes addresses and reads the lengths, the rows and the pages in
-    use before it starts.
-    """
-    (B, H, E), (pages, page, K, _), (R, N), q = q.shape, k_cache.shape, block_table.shape, unit_rows(q)
-    y, table, lengths = (
-        torch.empty(B, H, E, dtype=q.dtype),
-        unit_rows(block_table.int()),
-        lengths.int().contiguous(),
-    )
-    rows = None if rows is None else rows.long().contiguous()
-    _C.decode_attention_cpu(
-        y.data_ptr(),
-        q.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        FLOAT_CODES[q.dtype],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        table.data_ptr(),
-        table.stride(0),
-        lengths.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        scale,
-        B,
-        R,
-        N,
-        H,
-        K,
-        E,
-        pages,
-        page,
-        torch.get_num_threads(),
-    )
-    return y
-
-
 register(
     "decode_attention",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("decode_attention_cpu"),
     exact=("cpu",),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("decode_attention", "decode_attention", "forward", exact=True)
 

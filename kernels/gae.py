@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
+from fastrl.kernels._native import gae as native
 
 
 class Gae(NamedTuple):
@@ -77,34 +78,7 @@ register("gae", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-
-
-def _compiled(
-    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """csrc/cpu/gae.cpp, which takes addresses."""
-    reward, value = (x.to(compute_dtype(reward)).contiguous() for x in (reward, value))
-    ends, mask = cu_seqlens.long().contiguous(), mask.contiguous()
-    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    _C.gae_cpu(
-        reward.data_ptr(),
-        value.data_ptr(),
-        reward.dtype == torch.float64,
-        ends.data_ptr(),
-        mask.data_ptr() if mask.numel() else 0,
-        gamma,
-        lam,
-        advantage.data_ptr(),
-        returns.data_ptr(),
-        reward.shape[0],
-        ends.shape[0] - 1,
-        torch.get_num_threads(),
-    )
-    return advantage, returns
-
-
-register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=_compiled)
+register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=native.forward)
 register_triton("gae", "gae", "forward")
 
 

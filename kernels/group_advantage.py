@@ -29,8 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
+from fastrl.kernels._native import group_advantage as native
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,50 +181,11 @@ register("group_advantage", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-_CODES = tuple({name: i for i, name in enumerate(table)} for table in (BASELINES, SCALES, SHAPES))
-
-
-def codes(baseline: str, scale: str, shape: str) -> tuple[int, int, int]:
-    """What compiled kernels know the rows of the three tables by: their places."""
-    return _CODES[0][baseline], _CODES[1][scale], _CODES[2][shape]
-
-
-def _compiled(
-    reward: Tensor,
-    group: Tensor,
-    size: int,
-    baseline: str,
-    scale: str,
-    shape: str,
-    eps: float,
-    unbiased: bool,
-    tau: float,
-) -> Tensor:
-    """csrc/cpu/group_advantage.cpp, which takes addresses."""
-    reward, group = reward.to(compute_dtype(reward)).contiguous(), group.contiguous()
-    out = torch.empty_like(reward)
-    _C.group_advantage_cpu(
-        reward.data_ptr(),
-        reward.dtype == torch.float64,
-        0 if size else group.data_ptr(),
-        size,
-        *codes(baseline, scale, shape),
-        eps,
-        unbiased,
-        tau,
-        out.data_ptr(),
-        reward.shape[0],
-        torch.get_num_threads(),
-    )
-    return out
-
-
 register(
     "group_advantage",
     "cpu",
     missing=unbuilt("group_advantage_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("group_advantage", "group_advantage", "forward")
 

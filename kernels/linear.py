@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, requested, unbuilt
+from fastrl.kernels._backend import is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
 from fastrl.kernels._head import compiled, input_grad, weight_grad
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import linear as native
+
+ENOUGH = 1 << 20  # multiplications from which a compiled product is worth an autograd.Function
+_NO_BIAS = torch.empty(0)
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -33,41 +37,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 register("linear", "reference", forward=reference)
 
 
-ENOUGH = 1 << 20  # multiplications, from which a product is worth a Function of autograd
-
-
 # --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/linear.cpp takes addresses, sizes and row strides; the output is of the operands' type or fp32.
-_NO_BIAS = torch.empty(0)
-
-
-def _compiled_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x, weight, bias = unit_rows(x), unit_rows(weight), bias.float().contiguous()
-    (M, K), N = x.shape, weight.shape[0]
-    codes = FLOAT_CODES[out.dtype], FLOAT_CODES[x.dtype]
-    if M and N:
-        extension().linear_forward_cpu(
-            out.data_ptr(),
-            out.stride(0),
-            codes[0],
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            weight.stride(0),
-            codes[1],
-            bias.data_ptr() if bias.numel() else 0,
-            M,
-            N,
-            K,
-            torch.get_num_threads(),
-        )
-    return out
-
-
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _compiled_into(torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype), x, weight, bias)
-
-
 register(
     "linear",
     "cpu",
@@ -75,8 +45,8 @@ register(
     missing=unbuilt("linear_forward_cpu"),
     exact=("cpu",),
     default=(torch.float32,),
-    forward=_compiled,
-    into=_compiled_into,
+    forward=native.forward,
+    into=native.into,
 )
 register_triton("linear", "linear", "forward", "into", exact=True)
 
@@ -120,7 +90,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         _setup(ctx, (x, weight, bias), bias)
-        return _compiled(x, weight, bias)
+        return native.forward(x, weight, bias)
 
     backward = staticmethod(_autograd)
 
@@ -154,7 +124,7 @@ def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
             return functional.linear(x, weight, bias)
         b = _NO_BIAS if bias is None else bias
         if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad or b.requires_grad):
-            return _compiled(x, weight, b)
+            return native.forward(x, weight, b)
         enough = x.shape[0] * weight.numel() >= ENOUGH
         return _Compiled.apply(x, weight, b) if enough else functional.linear(x, weight, bias)
     return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
-from fastrl.kernels._native import perturb as _perturb_cpu
+from fastrl.kernels._native import perturb as native
 from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
@@ -188,9 +188,9 @@ register(
     "cpu",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     missing=_MISSING,
-    forward=_perturb_cpu.init,
+    forward=native.init,
 )
-register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
+register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=native.step)
 register_triton("perturb_init", "perturb_init", "forward")
 register_triton("perturb_step", "perturb_step", "forward")
 

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import ends
-from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, gather
+from fastrl.kernels._native import policy_loss as native
+from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, policy_arguments
 from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
 from fastrl.kernels.surrogates import KLS, SURROGATES, Surrogate, bounded
 
@@ -82,7 +83,7 @@ def reference(
     """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the
     surrogate's value.
     """
-    return _by_autograd(*gather(logp, old_logp, advantage, **arguments))
+    return _by_autograd(*policy_arguments(logp, old_logp, advantage, **arguments))
 
 
 def _by_autograd(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,41 +112,12 @@ register("policy_loss", "reference", forward=_fused, columns=_fused)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-# by which csrc/cpu/policy_loss_rows.h knows them
-_KL_IDS = {name: i for i, name in enumerate(("", *KLS), -1)}
-
-
-def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = Columns(*(x.contiguous() for x in c))
-    loss, metrics = c.logp.new_empty(()), c.logp.new_empty(len(METRICS))
-    dlogp, dentropy = torch.empty_like(c.logp), torch.empty_like(c.entropy)
-    sequence_ends = c.cu_seqlens.long() if o.ratio == "sequence" else c.cu_seqlens[:0]
-    _C.policy_loss_cpu(
-        *(x.data_ptr() for x in c[:-1]),
-        sequence_ends.data_ptr(),
-        sequence_ends.shape[0] - 1,
-        loss.data_ptr(),
-        metrics.data_ptr(),
-        dlogp.data_ptr(),
-        dentropy.data_ptr(),
-        SURROGATES[o.surrogate].cpu_id,
-        o.three_params,
-        _KL_IDS[o.kl],
-        o.kl_coef,
-        o.entropy_coef,
-        c.logp.shape[0],
-        torch.get_num_threads(),
-    )
-    return loss, metrics, dlogp, dentropy
-
-
 register(
     "policy_loss",
     "cpu",
     dtypes=(torch.float32,),
     missing=unbuilt("policy_loss_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("policy_loss", "policy_loss", "forward")
 
@@ -282,7 +254,7 @@ def policy_loss(
              (GSPO); MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are
              not provided.
     """
-    row, c, o = gather(
+    row, c, o = policy_arguments(
         logp,
         old_logp,
         advantage,

@@ -15,9 +15,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import rms_norm as native
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -70,79 +71,16 @@ register(
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/rms_norm.cpp takes addresses, sizes and row strides, and an fp32 weight.
-def _compiled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, r = _compiled_add(x, None, weight, eps)
-    return y, r
-
-
-def _compiled_add(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), x, weight = x.shape, unit_rows(x), weight.float().contiguous()
-    other = x if residual is None else unit_rows(residual)
-    y, r = torch.empty(T, D, dtype=x.dtype), torch.empty(T, 1)
-    h = x if residual is None else torch.empty(T, D, dtype=x.dtype)
-    absent = residual is None
-    if D:
-        extension().rms_norm_forward_cpu(
-            y.data_ptr(),
-            0 if absent else h.data_ptr(),
-            r.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            0 if absent else other.data_ptr(),
-            other.stride(0),
-            FLOAT_CODES[x.dtype],
-            weight.data_ptr(),
-            eps,
-            T,
-            D,
-            torch.get_num_threads(),
-        )
-    return y, h, r
-
-
-def _compiled_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return _compiled_add_backward(dy, None, x, weight, r)
-
-
-def _compiled_add_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor
-) -> tuple[Tensor, Tensor]:
-    (T, D), dy, h, wide = h.shape, unit_rows(dy), unit_rows(h), weight.float().contiguous()
-    other = dy if dh is None else unit_rows(dh)
-    dx, dw = torch.empty(T, D, dtype=h.dtype), torch.empty(D)
-    if D:
-        extension().rms_norm_backward_cpu(
-            dx.data_ptr(),
-            dw.data_ptr(),
-            dy.data_ptr(),
-            dy.stride(0),
-            0 if dh is None else other.data_ptr(),
-            other.stride(0),
-            h.data_ptr(),
-            h.stride(0),
-            FLOAT_CODES[h.dtype],
-            wide.data_ptr(),
-            r.data_ptr(),
-            T,
-            D,
-            torch.get_num_threads(),
-        )
-    return dx, dw.to(weight.dtype)
-
-
 register(
     "rms_norm",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rms_norm_forward_cpu"),
     exact=("cpu",),
-    forward=_compiled,
-    add=_compiled_add,
-    backward=_compiled_backward,
-    add_backward=_compiled_add_backward,
+    forward=native.forward,
+    add=native.add,
+    backward=native.backward,
+    add_backward=native.add_backward,
 )
 
 register_triton("rms_norm", "rms_norm", "forward", "add", "backward", "add_backward", exact=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
-from fastrl.kernels._native import rope as _rope_cpu
+from fastrl.kernels._native import rope as native
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
@@ -136,9 +136,9 @@ register(
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rope_forward_cpu"),
     exact=("cpu",),
-    forward=_rope_cpu.forward,
-    backward=_rope_cpu.backward,
-    store=_rope_cpu.store,
+    forward=native.forward,
+    backward=native.backward,
+    store=native.store,
 )
 register_triton("rope", "rope", "forward", "backward", "store", exact=True)
 

@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import is_exact, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import sample as native
 from fastrl.kernels._philox import interleave, philox, split, uniform
 from fastrl.kernels.token_logp import forward_op as token_logp_op
 
@@ -112,44 +113,12 @@ register("sample", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-def _compiled(
-    logits: Tensor,
-    seed: Tensor,
-    sequence: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """csrc/cpu/sample.cpp: addresses, sizes and row strides, and the arithmetic above."""
-    B, V = logits.shape
-    logits = unit_rows(logits)
-    keys = tuple(x.contiguous() for x in (seed, sequence, position, temperature))
-    token = torch.empty(B, dtype=torch.int64)
-    logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
-    out = (token, logp, behaviour_logp, entropy)
-    extension().sample_forward_cpu(
-        logits.data_ptr(),
-        FLOAT_CODES[logits.dtype],
-        logits.stride(0),
-        *(x.data_ptr() for x in (*keys, *out)),
-        B,
-        V,
-        top_k,
-        top_p,
-        min_p,
-        torch.get_num_threads(),
-    )
-    return out
-
-
 register(
     "sample",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("sample_forward_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 
 register_triton("sample", "sample", "forward")

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import COMPILED_ONLY, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._native.token_logp import register_compiled
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import token_logp as native
 
 
 class TokenStats(NamedTuple):
@@ -99,7 +100,22 @@ register(
     backward_into=_backward_into,
     fused_into=_fused_into,
 )
-register_compiled()
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+for _device, _note, _exact in (("cpu", "", ("cpu",)), ("cuda", COMPILED_ONLY, ())):
+    register(
+        "token_logp",
+        _device,
+        dtypes=tuple(FLOAT_CODES),
+        note=_note,
+        missing=unbuilt(f"token_logp_forward_{_device}"),
+        exact=_exact,
+        forward=native.forward,
+        backward=native.backward,
+        backward_into=native.backward_into,
+        fused_into=native.fused_into,
+    )
 register_triton("token_logp", "token_logp", "forward", "backward", "backward_into", "fused_into", exact=True)
 
 

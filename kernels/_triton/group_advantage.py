@@ -17,14 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._group_advantage import BASELINES, SCALES, SHAPES
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BASELINES, SCALES, SHAPES = (
-    ("mean", "leave_one_out", "max", "none"),
-    ("std", "batch_std", "range", "none"),
-    ("linear", "rank", "softmax"),
-)
 MAX_TILE = 1024  # members of a group that are held at once
 # of rewards in a tile of small groups: 16 for each thread, so that 4096 groups of 16 are 128 programs
 BYTES = 2048
