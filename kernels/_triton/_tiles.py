@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 2048  # enough to fill a GPU several times, few enough that each may read the sums of all
-UNITS = tl.constexpr(256)
-PART = tl.constexpr(256)
+BALLS_AT_ONCE = tl.constexpr(256)  # searched for the one that a tile is in
+TILES_AT_ONCE = tl.constexpr(256)  # whose sums are added
 INFINITY = tl.constexpr(float("inf"))
-BIG = tl.constexpr(2.0**160)
 
 
 class Tiles(NamedTuple):
@@ -59,9 +58,9 @@ def find_ball(u, cu, L, R, PACKED: tl.constexpr):  # type: ignore[no-untyped-def
 def find_tile(p, cu, S, L, T, R, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tile p: its ball, the ball's first tile and how many it has, the tile's tokens [begin, end)."""
     if PACKED:
-        lane = tl.arange(0, UNITS)
+        lane = tl.arange(0, BALLS_AT_ONCE)
         u = -1
-        for i in range(0, S, UNITS):
+        for i in range(0, S, BALLS_AT_ONCE):
             at = i + lane
             start = tl.load(cu + at, at < S, 0)
             u += tl.sum(((start // R + at <= p) & (at < S)).to(tl.int32), 0)
@@ -76,9 +75,9 @@ def find_tile(p, cu, S, L, T, R, PACKED: tl.constexpr):  # type: ignore[no-untyp
 @triton.jit
 def total(partial, own, many):  # type: ignore[no-untyped-def]
     """The sum of a ball's tiles, the same in every program."""
-    lane = tl.arange(0, PART)
-    s = tl.zeros((PART,), tl.float64)
-    for i in range(0, many, PART):
+    lane = tl.arange(0, TILES_AT_ONCE)
+    s = tl.zeros((TILES_AT_ONCE,), tl.float64)
+    for i in range(0, many, TILES_AT_ONCE):
         s += tl.load(partial + own + i + lane, i + lane < many, 0.0)
     return tl.sum(s, 0)
 

@@ -6,7 +6,7 @@ kernel that folds each.
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the
                      target
 
-The second kernel of `_linear_logp_triton` merges the shares of a token, as it does there.  Logits that are
+The second kernel of linear_logp.py merges the shares of a token, as it does there.  Logits that are
 written and read within the cache cost no memory traffic; those of a whole row at a time cost 8 bytes each,
 10% of the product at D = 4096, 20% at 2048.
 """

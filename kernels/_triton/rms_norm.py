@@ -2,7 +2,7 @@
 
 A program holds whole rows in registers: one of 1024 to 8192 columns, several of narrower ones.  The backward
 runs on one wave of programs, each of which walks over its share of the rows and keeps its own sum of dy n for
-the weight; the sums are added in a fixed order (_partials_triton).  Rows above 8192 columns are walked over
+the weight; the sums are added in a fixed order (_partials.py).  Rows above 8192 columns are walked over
 twice, the second time from the cache; their weight's gradient then takes a launch of its own.  The width and
 the number of rows are runtime values.
 """

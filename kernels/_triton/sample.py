@@ -1,7 +1,7 @@
 """sample in Triton: a program per chunk of a row reads its logits once, and one per row merges the chunks.
 
 The token is the winner of the race argmin E / exp(d).  Every lane takes four neighbours at a time, whose
-noise is one Philox counter, and keeps the (top, s, a) of what it saw, as in _token_logp_triton, and its own
+noise is one Philox counter, and keeps the (top, s, a) of what it saw, as in token_logp.py, and its own
 winner:
 
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      E, p =
@@ -9,7 +9,7 @@ winner:
 
 A new token replaces the winner if its E' p < E p': products, no division.  The lanes are merged once, at the
 end of the chunk.  How a row is cut depends on V alone, so that its bits depend on nothing but itself.
-Filters take one launch more, before: _sample_floor_triton finds the floor, and only what is not below it
+Filters take one launch more, before: sample_floor.py finds the floor, and only what is not below it
 races.
 """
 
@@ -78,6 +78,14 @@ def faster(e, p, v, e_other, p_other, v_other):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def fastest(e, p, token):  # type: ignore[no-untyped-def]
+    """Of the lanes' winners the least e / p, and its token, the first of equals."""
+    cost = e / tl.maximum(p, HOPELESS)
+    least = tl.min(cost, 0)
+    return least, tl.min(tl.where(cost == least, token, 2147483647), 0)
+
+
+@triton.jit
 def quarters(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Elements 0, 1, 2 and 3 of every four neighbours."""
     even, odd = tl.split(tl.reshape(x, (N, 2, 2)))
@@ -125,11 +133,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
     top = tl.full((N,), LOWEST, tl.float32)
     s, a, kept = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
-    # of the lane's winner: E, and exp(d) relative to `top`
-    e, p = (
-        tl.full((N,), 1.0, tl.float32),
-        tl.zeros((N,), tl.float32),
-    )
+    e, p = tl.full((N,), 1.0, tl.float32), tl.zeros((N,), tl.float32)  # E and exp(d) of the lane's winner
     token = start + 4 * counter
     for v in range(start, end, BLOCK):
         x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
@@ -154,10 +158,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
             e, p, token = faster(e, p, token, unit_exponential(words[i]), share, v + 4 * counter + i)
     m = tl.max(top, 0)
     scale = tl.exp2((top - m) * k)
-    cost = e / tl.maximum(p * scale, HOPELESS)
-    least = tl.min(cost, 0)
-    # a row without any may draw the padding
-    winner = tl.minimum(tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1)
+    least, winner = fastest(e, p * scale, token)
+    winner = tl.minimum(winner, end - 1)  # a row without a winner may draw the padding
     if greedy:
         winner = first_of(row, start, end, m, BLOCK)
     tl.store(tokens + pid, winner)
