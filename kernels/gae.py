@@ -7,7 +7,7 @@ last one:
     advantage[t] = delta[t] + gamma lam next_advantage
     return[t]    = advantage[t] + value[t]
 
-A token that is masked out (an observation) is stepped over: the carries pass it unchanged, its own reward and
+A token that is masked out (an observation) is skipped: the carries pass it unchanged, and its reward and
 value are not read.
 
 The reference solves advantage[t] = b[t] + a[t] advantage[t+1] by doubling: log2 T steps over all tokens, no
@@ -65,8 +65,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     """x with x[t] = b[t] + a[t] x[t+1] and x[T] = 0."""
     step = 1
     while step < b.shape[0]:
-        # after this round (a, b)[t] spans 2 step tokens; where a is 0 a NaN of the next sequence must not
-        # come through
+        # then (a, b)[t] spans 2 step tokens; where a is 0, a NaN of the next sequence must not pass
         reach = a[:-step]
         b = torch.cat([torch.where(reach == 0, b[:-step], b[:-step] + reach * b[step:]), b[-step:]])
         a = torch.cat([reach * a[step:], torch.zeros_like(a[-step:])])
@@ -83,8 +82,7 @@ register_triton("gae", "gae", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
-# on the host
+# defined by its schema: a call of a `custom_op` costs 17 us more on the host
 torch.library.define(
     "fastrl::gae",
     "(Tensor reward, Tensor value, Tensor cu_seqlens, Tensor mask, float gamma, "
@@ -97,7 +95,7 @@ forward_op = torch.ops.fastrl.gae.default
 def _run(
     reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    # here, because torch.compile cannot trace a look at values
+    # in the op: torch.compile cannot trace code that reads values
     ends("cu_seqlens", cu_seqlens, reward.shape[0])
     return pick("gae", reward, "forward")(reward, value, cu_seqlens, mask, gamma, lam)
 

@@ -2,12 +2,13 @@
 
     dx = dy W      dW = dy^T x      db = sum_t dy_t
 
-By default it is torch's own, but for float32 on CPU, where ours is faster: without a gradient from
-`LEAST_ROWS` rows on, with one from `ENOUGH` multiplications.  A library's product chooses its tiles, and how
-a sum is split, by the number of rows: the bits of a row then depend on its company.  The other
-implementations are batch-invariant: an element is a sum over k in one fixed order, in float32, whatever the
-number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients need not have that
-property.
+By default it is torch's own product, except for float32 on CPU, where ours is faster: without a gradient from
+`LEAST_ROWS` rows on, with one from `ENOUGH` multiplications.
+
+A library's product chooses its tiles, and how a sum is split, by the number of rows, so that the bits of a
+row depend on the batch.  The other implementations are batch-invariant: an element is a sum over k in one
+fixed order, in float32, for any number of rows, any place among them and any number of threads.  `exact` mode
+picks them.  Gradients need not have that property.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return pick("linear", x, "forward")(x, weight, bias)
 
 
-# not custom_op, whose wrapper costs as much as the product of a small layer
+# not custom_op: its wrapper costs as much as the product of a small layer
 torch.library.define("fastrl::linear", torch.library.infer_schema(_forward, mutates_args=()))
 torch.library.impl("fastrl::linear", "CompositeExplicitAutograd", _forward)
 forward_op = torch.ops.fastrl.linear.default
@@ -85,7 +86,7 @@ torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setu
 
 
 class _Compiled(torch.autograd.Function):
-    """The compiled product with the same gradient, for a call that needs nothing of torch.library."""
+    """The compiled product with the same gradient, for a call that bypasses torch.library."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -97,8 +98,9 @@ class _Compiled(torch.autograd.Function):
 
 # --- public -----------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks
-    for another, or float32 lies on CPU.
+    """x W^T + b, differentiable in all three.
+
+    It is torch's own product unless exact mode or `use_backend` asks for another, or for float32 on CPU.
 
     Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same
              dtype, rounded once.
@@ -118,13 +120,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
-    if not is_exact() and requested("linear") is None:
-        if not compiled(x, weight, differentiable=True):
-            return functional.linear(x, weight, bias)
-        b = _NO_BIAS if bias is None else bias
-        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad or b.requires_grad):
-            return native.forward(x, weight, b)
-        enough = x.shape[0] * weight.numel() >= ENOUGH
-        return _Compiled.apply(x, weight, b) if enough else functional.linear(x, weight, bias)
-    return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
+    """`linear` without its checks, for models: by default it adds nothing to the cost of torch's own."""
+    if is_exact() or requested("linear") is not None:
+        return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
+    if not compiled(x, weight, differentiable=True):
+        return functional.linear(x, weight, bias)
+
+    b = _NO_BIAS if bias is None else bias
+    differentiated = x.requires_grad or weight.requires_grad or b.requires_grad
+    if not differentiated or not torch.is_grad_enabled():
+        return native.forward(x, weight, b)
+    if x.shape[0] * weight.numel() >= ENOUGH:
+        return _Compiled.apply(x, weight, b)
+    return functional.linear(x, weight, bias)

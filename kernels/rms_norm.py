@@ -1,11 +1,11 @@
-"""Root-mean-square norm, with the residual addition before it when there is one.
+"""Root-mean-square norm, with an optional residual addition before it.
 
-h = x + residual                                   (rounded to the input's dtype, as it is stored)
-r = 1 / sqrt(mean_d h_d^2 + eps)                   one number a row, fp32
-y = round(h r) w                                   normalised in fp32, rounded, then scaled: Hugging Face's
-                                                   order
+h = x + residual                     rounded to the input's dtype, as it is stored
+r = 1 / sqrt(mean_d h_d^2 + eps)     one number a row, fp32
+y = round(h r) w                     normalised in fp32, rounded, then scaled: Hugging Face's order
 
-dh = r (g - n mean_d(g n)) + dresidual_out,  n = h r,  g = dy w;     dw = sum_t dy n
+dh = r (g - n mean_d(g n)) + dresidual_out,   n = h r,  g = dy w
+dw = sum_t dy n
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor
 def reference_add_backward(
     dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded
-    once.
-    """
+    """The gradient of both summands, and of the weight; `dh` is the gradient of the sum as an output."""
     dx, dw = _gradients(dy, h, weight, r)
     return dx.add_(dh).to(h.dtype), dw.to(weight.dtype)
 

@@ -6,8 +6,8 @@
     behaviour_logp = log softmax(d over the survivors)[token]     (nats: what the token was drawn from)
 
 x_v is a Philox word that depends on (seed, sequence, position, v) alone, so a token does not depend on the
-batch it was drawn in.  The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: exp(d)
-is there already, for the sums.
+batch it was drawn in.  The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: they
+have exp(d) already, for the sums.
 
 Filters apply in the order top_k, top_p, min_p, each to the distribution that the one before it left,
 renormalised:
@@ -38,9 +38,7 @@ from fastrl.kernels.token_logp import forward_op as token_logp_op
 
 
 class Sample(NamedTuple):
-    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 (fp64 for fp64
-    logits).
-    """
+    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 or fp64."""
 
     token: Tensor
     logp: Tensor
@@ -168,8 +166,8 @@ def sample(
     Temperature 0 is greedy: the first of the largest logits, with logp and entropy at temperature 1 and
     behaviour_logp 0.
 
-    In exact mode logp and entropy (and behaviour_logp, without filters) are those of `token_logp`, which
-    reads the logits again: the bits that a trainer finds for these logits.
+    In exact mode logp and entropy (and behaviour_logp, without filters) are computed by `token_logp`, which
+    reads the logits again: they have the bits of a trainer's log-probs of the same logits.
 
     Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;
              temperature a float or (B,)
@@ -198,22 +196,18 @@ def sample(
     key = _per_row("seed", seed, B, torch.int64, logits.device)
     if not isinstance(temperature, Tensor) and not temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}")
-    tensors, options = (
-        (logits.detach(), key, sequence.long(), position.long(), tau),
-        (top_k, float(top_p), float(min_p)),
-    )
-    drawn = Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, *options))
-    return (
-        _as_scored(drawn, tensors[0], tau, filtered=0 < top_k < V or top_p < 1 or min_p > 0)
-        if is_exact()
-        else drawn
-    )
+
+    tensors = (logits.detach(), key, sequence.long(), position.long(), tau)
+    run = route(forward_op, "sample", "forward", *tensors)
+    drawn = Sample(*run(*tensors, top_k, float(top_p), float(min_p)))
+    if not is_exact():
+        return drawn
+    filtered = 0 < top_k < V or top_p < 1 or min_p > 0
+    return _as_scored(drawn, tensors[0], tau, filtered)
 
 
 def _as_scored(drawn: Sample, logits: Tensor, temperature: Tensor, filtered: bool) -> Sample:
-    """The draw with the log-prob and the entropy that a trainer computes of these logits: `token_logp` adds
-    up in another order.
-    """
+    """The draw with the log-prob and the entropy of `token_logp`, which adds up in another order."""
     greedy = temperature == 0
     logp, entropy, _, _ = token_logp_op(logits, drawn.token, torch.where(greedy, 1, temperature), True, False)
     behaviour = drawn.behaviour_logp if filtered else torch.where(greedy, 0, logp)

@@ -35,8 +35,7 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
     dgate, dup = out.chunk(2, -1)
     s = gate.sigmoid()
-    # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
-    torch.mul(gate, s, out=dup)
+    torch.mul(gate, s, out=dup)  # silu(gate), which both gradients need
     torch.add(s, dup - dup * s, out=dgate)  # s + g s (1 - s)
     dgate.mul_(up).mul_(dy)
     dup.mul_(dy)

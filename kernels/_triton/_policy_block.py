@@ -30,14 +30,6 @@ def _column(vector, at, inside, live):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _reference_terms(e):  # type: ignore[no-untyped-def]
-    """x = exp(-e) - 1 and k3 = x + e of a log-ratio to the reference, both without loss of digits."""
-    back = surrogates.bounded(-e)
-    _, rest = surrogates.exp_and_rest(back)
-    return rest + back, rest + (back + e)
-
-
-@triton.jit
 def block_sums(  # type: ignore[no-untyped-def]
     first,
     vectors,
@@ -92,9 +84,11 @@ def block_sums(  # type: ignore[no-untyped-def]
     e, k3, h = tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p)
     if REF:
         e = p - _column(ref_logp, at, inside, live)
-        x, k3 = _reference_terms(e)
+        back = surrogates.bounded(-e)
+        _, rest = surrogates.exp_and_rest(back)
+        k3 = rest + (back + e)
         if KL is not None:
-            kl, kl_slope = KL(e, x, k3, token_r)
+            kl, kl_slope = KL(e, rest + back, k3, token_r)
             value, slope = value + kl_coef * kl, slope + kl_coef * kl_slope
     if ENTROPY:
         h = _column(entropy, at, inside, live)
@@ -103,11 +97,11 @@ def block_sums(  # type: ignore[no-untyped-def]
         tl.store(dentropy + at, w * -entropy_coef, inside)
     tl.store(dlogp + at, slope * w, inside)
 
-    flags = (count(live), count(live & low), count(live & high), count(live & cap))
-    ratios = (tl.sum(r, 1), tl.max(r, 1), tl.sum(0.5 * token_d * token_d, 1), tl.sum(-token_d, 1))
-    divergences = (tl.sum(old_k3, 1), tl.sum(e, 1), tl.sum(k3, 1), tl.sum(h, 1))
-    rest = (tl.sum(a, 1), tl.sum(importance, 1), tl.sum(importance * importance, 1), tl.sum(value * w, 1))
-    return flags + ratios + divergences + rest
+    approx_kl, squared, loss = 0.5 * token_d * token_d, importance * importance, value * w
+    tokens = (count(live), count(live & low), count(live & high), count(live & cap))
+    drift = (tl.sum(r, 1), tl.max(r, 1), tl.sum(approx_kl, 1), tl.sum(-token_d, 1), tl.sum(old_k3, 1))
+    means = (tl.sum(e, 1), tl.sum(k3, 1), tl.sum(h, 1), tl.sum(a, 1))
+    return tokens + drift + means + (tl.sum(importance, 1), tl.sum(squared, 1), tl.sum(loss, 1))
 
 
 @triton.jit
