@@ -22,9 +22,7 @@ def angles(positions, cos, sin, t, N, half, lane):  # type: ignore[no-untyped-de
 
 @triton.jit
 def load_heads(of_query, of_key, is_query, ok):  # type: ignore[no-untyped-def]
-    """Each head from where it is.  A select between pointers would hide from the compiler that they are
-    aligned.
-    """
+    """Each head from its tensor; a select between pointers would hide their alignment from the compiler."""
     return tl.where(
         is_query,
         tl.load(of_query, ok & is_query, 0.0).to(tl.float32),

@@ -1,6 +1,4 @@
-"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and how it moves rows and
-adds up sums.
-"""
+"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and adds up sums."""
 
 from __future__ import annotations
 
@@ -11,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 2048  # enough to fill a GPU several times, few enough that each may read the sums of all
-BALLS_AT_ONCE = tl.constexpr(256)  # searched for the one that a tile is in
-TILES_AT_ONCE = tl.constexpr(256)  # whose sums are added
+BALLS_AT_ONCE = tl.constexpr(256)  # balls searched at once for the one that holds a tile
+TILES_AT_ONCE = tl.constexpr(256)  # tiles with sums added at once
 INFINITY = tl.constexpr(float("inf"))
 
 
 class Tiles(NamedTuple):
-    """Tiles of R tokens over S balls: L tokens in each, or what `cu` says."""
+    """Tiles of R tokens over S balls of L tokens each, or with the ends `cu`."""
 
     programs: int
     S: int
@@ -29,7 +27,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def over(cls, T: int, S: int, L: int, cu: Tensor, least: int) -> Tiles:
-        """R is a power of two that depends on the sizes alone: so do the bits of the sums."""
+        """The tiles of T tokens; R, a power of two, depends on sizes alone, as do the bits of the sums."""
         R = max(least, triton.next_power_of_2(triton.cdiv(T, PROGRAMS)))
         packed = L == 0
         return cls(T // R + S if packed else S * triton.cdiv(L, R), S, L, T, R, cu.contiguous(), packed)

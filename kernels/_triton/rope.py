@@ -1,10 +1,10 @@
-"""rope in Triton: queries and keys, with the norm of each head where there is one, in one launch.
+"""rope in Triton: queries and keys, with an optional norm of each head, in one launch.
 
-Queries and keys may be views of one fused projection: they are read where they lie.  A program takes one
-token and some of its heads, queries before keys, so that the angles are loaded once; each head lies in
-registers as its two halves.  The backward without a norm is the forward with the opposite sense.  With one, a
-wave of programs walks over the tokens and each keeps its own sums for the two norm weights, which are added
-in a fixed order (_partials.py).
+Queries and keys may be views of one fused projection: they are read in place.  A program takes one token and
+some of its heads, queries before keys, so that the angles are loaded once; each head lies in registers as its
+two halves.  The backward without a norm is the forward with the opposite sense.  With a norm, a wave of
+programs walks over the tokens, and each keeps its own sums for the two norm weights, which are added in a
+fixed order (_partials.py).
 
 STORE: the same launch copies each token's turned key and its value into paged caches.
 """
