@@ -154,7 +154,11 @@ def set_up(config: Run) -> Session:
     source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
     source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})
     start, other = meta["step"], changed(config) if resumed else {}
-    texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
+    texts = (
+        {"config.yaml": dump(config), "environment.txt": environment.environment_text()}
+        if world.is_main
+        else {}
+    )
     log = RunLog(
         config.output_dir,
         config.steps,

@@ -197,10 +197,8 @@ def _from_dataset(
     statements = read_statements(path, row.data, key_values(config.columns, "--columns"), margins=row.margin)
     groups = usable(statements)
     shares = {"held out": config.holdout if config.eval.prompts else 0.0, "train": 1.0}
-    homes = [
-        assign_split(shares, "reward", s.prompt if s.prompt is not None else s.completions[0])
-        for s in statements
-    ]
+    keys = [s.prompt if s.prompt is not None else s.completions[0] for s in statements]
+    homes = [assign_split(shares, "reward", key) for key in keys]
     train = [g for g, home in zip(groups, homes, strict=True) if home == "train"]
     held = [
         (g, s)
