@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,9 @@ from torch import Tensor
 from fastrl.data.encode import check_known, encode_all, encode_prompt, end_of_sequence
 from fastrl.data.pairs import prompt_of
 from fastrl.data.rows import Row, Text, read_table
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import Json, JsonObject, shorten
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n"  # ends a step; the last step ends in the end-of-sequence token
 
@@ -211,7 +209,7 @@ def _check_text(value: Json, column: str, where: str, *, steps: bool = False) ->
 # --- tokens -----------------------------------------------------------------------------------------
 def encode_statements(
     statements: Sequence[Statement],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int | None = None,
     separator: str = SEPARATOR,
@@ -244,9 +242,7 @@ def _row(s: Statement, completion: Text) -> Row:
     return Row(s.where, kind, {**columns, kind: completion})
 
 
-def _encode_steps(
-    s: Statement, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, separator: str
-) -> Group:
+def _encode_steps(s: Statement, tokenizer: Tokenizer, max_tokens: int | None, separator: str) -> Group:
     """One sequence: every step is tokenised by itself, with its separator.
 
     The last step has the end-of-sequence token instead.

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jinja2 import TemplateError
 
 from fastrl.data.rows import Messages, Row, Text, check_value
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import Json, shorten
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Turns = Literal["all", "last"]
 
@@ -43,9 +41,7 @@ class Segment(NamedTuple):
     trained: bool
 
 
-def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None, turns: Turns = "all"
-) -> Sample:
+def encode(row: Row, tokenizer: Tokenizer, *, max_tokens: int | None = None, turns: Turns = "all") -> Sample:
     """A row's tokens and loss mask: its completion counts, end-of-sequence token included.
 
     `turns` says whether all assistant turns of a conversation count, or only the last.  The end-of-sequence
@@ -60,7 +56,7 @@ def encode(
 
 def encode_all(
     rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int | None = None,
     turns: Turns = "all",
@@ -83,7 +79,7 @@ def encode_all(
     return samples
 
 
-def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt") -> list[int]:
+def encode_prompt(prompt: Text, tokenizer: Tokenizer, *, where: str = "prompt") -> list[int]:
     """A prompt's tokens, the same that `encode` puts before a completion.
 
     Chat messages end in the generation prompt.  Raises UserError naming `where` for an empty prompt, a
@@ -101,7 +97,7 @@ def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, *, where: st
     return tokens
 
 
-def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_sequence(tokenizer: Tokenizer) -> int:
     """The tokenizer's end-of-sequence token.  Raises UserError if it has none."""
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -110,7 +106,7 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # --- segments ---------------------------------------------------------------------------------------
-def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tuple[list[Segment], bool]:
+def _segments(row: Row, tokenizer: Tokenizer, turns: Turns) -> tuple[list[Segment], bool]:
     """The row's text in pieces, and whether a chat template wrote it."""
     if row.kind == "text":
         return [Segment(row.fields["text"], True)], False
@@ -130,7 +126,7 @@ def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tup
 
 
 def _conversation(
-    row: Row, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase, turns: Turns
+    row: Row, messages: Messages, first: int, tokenizer: Tokenizer, turns: Turns
 ) -> list[Segment]:
     """Messages as segments: the assistant's turns from message `first` on are trained, the rest is context.
 
@@ -162,7 +158,7 @@ def _conversation(
 
 def _render(
     messages: Messages,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     where: str,
     *,
     generate: bool,
@@ -224,7 +220,7 @@ def _end(ids: list[int], eos: int, where: str, chat: bool, *, last: bool) -> tup
     return ids, [True] * end + [False] * (len(ids) - end)
 
 
-def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[int]]:
     """The tokens of each (text, location)."""
     if not texts:
         return []
@@ -234,7 +230,7 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -
     return rows
 
 
-def check_known(ids: Sequence[int], text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_known(ids: Sequence[int], text: str, where: str, tokenizer: Tokenizer) -> None:
     """Raises UserError naming `where` if part of `text` became the tokenizer's unknown token."""
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown != tokenizer.eos_token_id and unknown in ids:
@@ -242,7 +238,7 @@ def check_known(ids: Sequence[int], text: str, where: str, tokenizer: PreTrained
 
 
 @lru_cache(maxsize=8)
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _beginning(tokenizer: Tokenizer) -> list[int]:
     """[bos] if the tokenizer puts one before every text, else []."""
     alone = tokenizer.encode("")
     bos = tokenizer.bos_token_id

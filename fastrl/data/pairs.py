@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fastrl.data.encode import Sample, encode_all
 from fastrl.data.rows import Kinds, Row, Text, check_value
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import shorten
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PAIRED: Kinds = {"pair": ("chosen", "rejected")}
 LABELLED: Kinds = {"pair": ("chosen", "rejected"), "label": ("prompt", "completion", "label")}
@@ -40,7 +37,7 @@ Unit = tuple[LabelledSample, ...]
 
 
 def encode_units(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, paired: bool, max_tokens: int | None = None
+    rows: Sequence[Row], tokenizer: Tokenizer, *, paired: bool, max_tokens: int | None = None
 ) -> list[Unit]:
     """The units of rows read as PAIRED or LABELLED, in order; with `paired` False a pair gives two.
 

@@ -205,7 +205,7 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
     differ = changed(config) if resume_step is not None else {}
     texts = {}
     if world.is_main:
-        texts = {"config.yaml": dump(config), "environment.txt": environment.report()}
+        texts = {"config.yaml": dump(config), "environment.txt": environment.environment_text()}
     log = RunLog(
         config.output_dir,
         config.steps,
