@@ -30,6 +30,7 @@ from fastrl.bench.studies.margins import margins, reward_margins
 from fastrl.config import Grpo
 from fastrl.config.parse import load, resolve
 from fastrl.errors import UserError
+from fastrl.methods import options_of
 from fastrl.report.stats import wilson
 from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.run.log import METRICS

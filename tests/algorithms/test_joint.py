@@ -149,10 +149,7 @@ def test_ties_and_what_the_oracle_has_not_judged_are_left_out(tmp_path):
     )
     start = flat(list(learner.judge.model.parameters()))
     told = learner.update(step.batches[-1], 0)
-    assert (
-        torch.equal(flat(list(learner.judge.model.parameters())), start)
-        and "reward_loss" not in told
-    )
+    assert torch.equal(flat(list(learner.judge.model.parameters())), start) and "reward_loss" not in told
 
 
 def test_what_is_said_of_the_reward_model_is_from_before_it_learned(tmp_path):
@@ -182,9 +179,7 @@ def test_comparisons_wait_for_the_update_they_are_due_in(tmp_path):
     """Wrong implementations: those between updates dropped; an update every step; the same ones learned from
     twice.
     """
-    _, it = training(
-        tmp_path, oracle=[float(i % GROUP) for i in range(16)], reward_every=3, minibatches=2
-    )
+    _, it = training(tmp_path, oracle=[float(i % GROUP) for i in range(16)], reward_every=3, minibatches=2)
     made = [it.collect(step, step).batches for step in range(4)]
     assert [[b.comparisons is not None for b in batches] for batches in made] == [[False] * 2] * 2 + [
         [False, True],

@@ -15,6 +15,7 @@ from fastrl.bench.studies.learning_table import RESULT, START, as_text, gather, 
 from fastrl.config import Grpo
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
+from fastrl.methods import options_of
 from fastrl.report.stats import mean_interval, paired_interval, wilson
 
 WHO = {"commit": "abc", "dirty": False, "packages": {"torch": "2"}, "threads": 1}

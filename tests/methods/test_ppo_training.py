@@ -156,9 +156,7 @@ def test_the_coefficient_moves_after_the_batch_it_was_seen_on():
         step = one.collect(1, 1)
         (batch,) = step.batches
         assert (
-            step.metrics["objective/kl_coef"]
-            == batch.kl_coef
-            == pytest.approx(0.2 * (1 + error * 12 / 120))
+            step.metrics["objective/kl_coef"] == batch.kl_coef == pytest.approx(0.2 * (1 + error * 12 / 120))
         )
         moved = learner(decoder(), row(kl="k2", kl_coef=batch.kl_coef))
         same, before = gradients(made, batch), gradients(made, replace(batch, kl_coef=0.2))
