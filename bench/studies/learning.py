@@ -27,9 +27,10 @@ from fastrl.bench.studies.demo import PROMPTS, RECIPES, SAMPLES, command
 from fastrl.bench.studies.gsm8k_reward import prepare
 from fastrl.bench.studies.learning_table import RESULT, START, as_text, gather, publish
 from fastrl.bench.studies.margins import margins, reward_margins
-from fastrl.config import TRAINING, Grpo
+from fastrl.config import Grpo
 from fastrl.config.parse import load, resolve
 from fastrl.errors import UserError
+from fastrl.methods import options_of
 from fastrl.report.stats import wilson
 from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.run.log import METRICS
@@ -254,7 +255,7 @@ def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float |
     once more.
     """
     words = command(name, recipe, "--threads", "1", "--output-dir", str(run), *options)[2:]
-    steps = resolve(TRAINING[name], words[1:]).steps
+    steps = resolve(options_of(name), words[1:]).steps
     last, before = run / "checkpoints" / f"step_{steps}", complete_checkpoints(run)
     if last in before:
         return last, None

@@ -25,11 +25,16 @@ from fastrl.bench import decoders
 from fastrl.bench.common import Bench, Case, Cost, Data, Function, cases, peer
 from fastrl.bench.decoders import LETTERS
 from fastrl.config import Grpo, Optim
-from fastrl.methods.grpo.rollouts import OnPolicy
+from fastrl.methods.grpo.prompts import Prompts
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.sampling import GroupSampler
+from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
 from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.optimizer import MasterWeights
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,;:!?+-*/=()[]<>"
 SPECIAL = 3  # tokens of char_tokenizer that are not characters
@@ -89,22 +94,22 @@ class Ours:
 
     def __init__(self, case: Case) -> None:
         P, G, M = case.sizes("P G M")
-        model, algorithm = decoders.ours(case), ALGORITHMS["grpo"]
-        self.learner = Learner(model, algorithm, OPTIM, steps=1 << 20, micro_tokens=1 << 30)
+        self.model, algorithm, world = decoders.ours(case), ALGORITHMS["grpo"], World()
+        weights = MasterWeights(self.model.named_parameters(), OPTIM, steps=1 << 20)
+        objective = PolicyObjective(self.model, algorithm)
+        self.learner = Learner(objective, weights, world, micro_tokens=1 << 30)
+
         config = Grpo(model="", prompts=P, group=G, max_new_tokens=M, seed=0)
         texts, codec = prompts(case), tokenizer(case)
         codec.eos_token = None  # every completion has M tokens
-        self.source = OnPolicy(
-            config,
-            Sampler(model, codec),
-            algorithm,
-            prompt=lambda i: (texts[i], {}),
+        drawn = Prompts(
+            item=lambda i: (texts[i], {}),
             size=PROMPTS,
             score=lambda prompts, text, tokens, columns: Scored([score(t) for t in tokens]),
-            reference=None,
-            stop=(),
-            world=World(),
         )
+        groups = GroupSampler(config, Sampler(self.model, codec), drawn, world)
+        shaping = policy_shaping(config, algorithm, world)
+        self.source = Rollouts(config, groups, Scorings(), shaping, world)
         self.step = 0
         self.seconds = {"rollout": 0.0, "update": 0.0}
 

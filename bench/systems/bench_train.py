@@ -21,7 +21,10 @@ from fastrl.bench import decoders
 from fastrl.bench.common import Bench, Case, Cost, Data, Draw, Function, cases
 from fastrl.bench.decoders import LETTERS, QWEN3_06B, QWEN25_05B
 from fastrl.config import Optim
+from fastrl.parallel.world import World
 from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.optimizer import MasterWeights
 
 # dense bf16 FLOP/s; the first that the name holds
 PEAKS = {
@@ -58,7 +61,9 @@ def cost(case: Case) -> Cost:
 
 
 def ours(case: Case) -> Function:
-    learner = Learner(decoders.ours(case), ALGORITHMS["sft"], OPTIM, steps=1000, micro_tokens=1 << 30)
+    model = decoders.ours(case)
+    weights = MasterWeights(model.named_parameters(), OPTIM, steps=1000)
+    learner = Learner(PolicyObjective(model, ALGORITHMS["sft"]), weights, World(), micro_tokens=1 << 30)
 
     def step(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         mask = torch.ones_like(tokens, dtype=torch.bool).index_fill_(0, cu_seqlens[:-1].long(), False)

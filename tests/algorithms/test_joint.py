@@ -18,10 +18,11 @@ from cotraining import (
     flat,
     joint,
     policy_gradient,
+    policy_of,
     reward_gradient,
     score_of,
-    source,
     standardised,
+    training,
 )
 from judging import reward_model
 from runs import relative, tokenizer, write_model
@@ -49,9 +50,9 @@ def test_an_outer_step_is_that_of_the_equations(name, tmp_path):
     verdicts; a score at another token than the end; comparisons ranked by the proxy; a reward model that is
     trained before it judges; one loss in both models.
     """
-    it = source(tmp_path, reward_loss=name, center=0.1, calibration=10, optim=PLAIN)
-    learner, judge = it.learner, it.learner.reward.model
-    draw = it._draw(0, 0, 4, 0)
+    learner, it = training(tmp_path, reward_loss=name, center=0.1, calibration=10, optim=PLAIN)
+    policy, judge = policy_of(learner), learner.judge.model
+    draw = it.rollouts.groups.round(0, 0, 4, 0)
     (batch,) = it.collect(0, 0).batches
     tok, text = tokenizer(), draw.rollouts.text
     read = [[*tok(p + t)["input_ids"], tok.eos_token_id] for (p, _), t in zip(draw.items, text, strict=True)]
@@ -66,25 +67,25 @@ def test_an_outer_step_is_that_of_the_equations(name, tmp_path):
     assert batch.policy.advantage[batch.policy.cu_seqlens[:-1].long()].tolist() == pytest.approx(
         A, rel=1e-5, abs=1e-6
     )
-    wanted = policy_gradient(learner.model, sequences, A)
+    wanted = policy_gradient(policy, sequences, A)
     verdicts = [ORACLE[c["id"] * GROUP + i % GROUP] for i, (_, c) in enumerate(draw.items)]
     ranked = []
     for g in range(0, 16, GROUP):
         known = [i for i in range(g, g + GROUP) if not math.isnan(verdicts[i])]
         ranked.append(([read[i] for i in known], [verdicts[i] for i in known]))
     loss, slope = reward_gradient(judge, name, ranked, 0.1)
-    before = [flat(list(m.parameters())) for m in (learner.model, judge)]
+    before = [flat(list(m.parameters())) for m in (policy, judge)]
     told = learner.update(batch, 0)
     assert told["reward_loss"] == pytest.approx(loss, rel=1e-9) and told["reward_groups"] == 2
     for model, start, g, tolerance in (
-        (learner.model, before[0], wanted, 1e-5),
+        (policy, before[0], wanted, 1e-5),
         (judge, before[1], slope, 1e-9),
     ):
         step = flat(list(model.parameters())) - start
         assert relative(step, -1e-2 * g / (g.abs() + 1e-2)) < tolerance and step.norm() > 1e-3
     again = [score_of(judge, tokens).item() for tokens in read[:10]]
     mean = sum(again) / 10
-    assert learner.scale == pytest.approx(
+    assert learner.judge.scale == pytest.approx(
         (mean, math.sqrt(sum((s - mean) ** 2 for s in again) / 10)), rel=1e-9
     )
 
@@ -93,8 +94,10 @@ def test_neither_loss_reaches_the_other_model(tmp_path):
     """Wrong implementations: rewards with a graph, by which the reward model learns to like what the policy
     says; a reward model on the policy's own weights; one optimizer over both.
     """
-    it = source(tmp_path, oracle=[float(i % GROUP) for i in range(16)], optim=Optim(lr=0.1, weight_decay=0.1))
-    learner, judge = it.learner, it.learner.reward.model
+    learner, it = training(
+        tmp_path, oracle=[float(i % GROUP) for i in range(16)], optim=Optim(lr=0.1, weight_decay=0.1)
+    )
+    model, judge = policy_of(learner), learner.judge.model
     for p in judge.parameters():
         assert p.requires_grad
     (batch,) = it.collect(0, 0).batches
@@ -102,21 +105,21 @@ def test_neither_loss_reaches_the_other_model(tmp_path):
         x is not None and x.requires_grad
         for x in (batch.policy.advantage, batch.policy.weight, batch.policy.old_logp)
     )
-    loss = learner.forward(batch.policy)[0]
+    loss = learner.policy.objective.loss(batch.policy)[0]
     assert all(
         g is None
         for g in torch.autograd.grad(loss, list(judge.parameters()), allow_unused=True, retain_graph=True)
     )
-    assert any(g.abs().max() > 0 for g in torch.autograd.grad(loss, list(learner.model.parameters())))
-    policy, reward = flat(list(learner.model.parameters())), flat(list(judge.parameters()))
+    assert any(g.abs().max() > 0 for g in torch.autograd.grad(loss, list(model.parameters())))
+    policy, reward = flat(list(model.parameters())), flat(list(judge.parameters()))
     learner.update(replace(batch, comparisons=None), 0)
     assert torch.equal(flat(list(judge.parameters())), reward) and all(
         p.grad is None for p in judge.parameters()
     )
-    moved = flat(list(learner.model.parameters()))
+    moved = flat(list(model.parameters()))
     assert not torch.equal(moved, policy)
     learner.reward.update(batch.comparisons, 0)
-    assert torch.equal(flat(list(learner.model.parameters())), moved) and not torch.equal(
+    assert torch.equal(flat(list(model.parameters())), moved) and not torch.equal(
         flat(list(judge.parameters())), reward
     )
 
@@ -126,7 +129,7 @@ def test_ties_and_what_the_oracle_has_not_judged_are_left_out(tmp_path):
     """Groups are (1, 0, .5, 0), all 2, (0, -, 1, .25) and (1, -, -, -).  Wrong implementations: a tie for a
     comparison of one with the next; NaN taken for 0, or for worst; a group of ties in the denominator.
     """
-    it = source(tmp_path)
+    _, it = training(tmp_path)
     step = it.collect(0, 0)
     made = step.batches[-1].comparisons
     assert (
@@ -139,27 +142,24 @@ def test_ties_and_what_the_oracle_has_not_judged_are_left_out(tmp_path):
         0.5,
         pytest.approx(sum(x for x in ORACLE if x == x) / 12),
     )
-    nothing = source(tmp_path, oracle=[1.0] * 16)
+    learner, nothing = training(tmp_path, oracle=[1.0] * 16)
     step = nothing.collect(0, 0)
     assert step.batches[-1].comparisons.total == 0 and math.isnan(
         step.metrics["joint/accuracy"] + step.metrics["joint/correlation"]
     )
-    start = flat(list(nothing.learner.reward.model.parameters()))
-    told = nothing.learner.update(step.batches[-1], 0)
-    assert (
-        torch.equal(flat(list(nothing.learner.reward.model.parameters())), start)
-        and "reward_loss" not in told
-    )
+    start = flat(list(learner.judge.model.parameters()))
+    told = learner.update(step.batches[-1], 0)
+    assert torch.equal(flat(list(learner.judge.model.parameters())), start) and "reward_loss" not in told
 
 
 def test_what_is_said_of_the_reward_model_is_from_before_it_learned(tmp_path):
     """By hand, from what samples.jsonl would show.  Wrong implementations: accuracy over groups, or of other
     groups' pairs; correlation of group means; numbers of the updated model.
     """
-    it = source(
+    _, it = training(
         tmp_path, oracle=[0.5, 1.0, 0.0, 0.0, 3.0, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 0.0, 0.0, 1.0, 2.0]
     )
-    draw, m = it._draw(0, 0, 4, 0), it.collect(0, 0).metrics
+    draw, m = it.rollouts.groups.round(0, 0, 4, 0), it.collect(0, 0).metrics
     proxy, oracle = draw.scored.extra["proxy"], draw.scored.extra["oracle"]
     pairs = [
         (i, j) for i in range(16) for j in range(16) if i // GROUP == j // GROUP and oracle[i] > oracle[j]
@@ -179,17 +179,17 @@ def test_comparisons_wait_for_the_update_they_are_due_in(tmp_path):
     """Wrong implementations: those between updates dropped; an update every step; the same ones learned from
     twice.
     """
-    it = source(tmp_path, oracle=[float(i % GROUP) for i in range(16)], reward_every=3, minibatches=2)
+    _, it = training(tmp_path, oracle=[float(i % GROUP) for i in range(16)], reward_every=3, minibatches=2)
     made = [it.collect(step, step).batches for step in range(4)]
     assert [[b.comparisons is not None for b in batches] for batches in made] == [[False] * 2] * 2 + [
         [False, True],
         [False] * 2,
     ]
-    assert made[2][1].comparisons.total == 12 and len(it.buffer) == 4
-    kept = source(tmp_path, reward_every=3)
+    assert made[2][1].comparisons.total == 12 and len(it.comparisons.buffer) == 4
+    _, kept = training(tmp_path, reward_every=3)
     kept.load_state({name: x.clone() for name, x in it.state().items()})
-    assert [(g.tokens, g.at, g.target) for g in kept.buffer] == [
-        (g.tokens, g.at, g.target) for g in it.buffer
+    assert [(g.tokens, g.at, g.target) for g in kept.comparisons.buffer] == [
+        (g.tokens, g.at, g.target) for g in it.comparisons.buffer
     ]
 
 
@@ -260,7 +260,7 @@ def test_demonstrations_are_in_the_reward_models_groups_alone(tmp_path):
     with pytest.raises(
         UserError, match="--demonstrations: expected a --task with demonstrations to compare with"
     ):
-        source(tmp_path, demonstrations=True)
+        training(tmp_path, demonstrations=True)
 
 
 # --- the scale ---------------------------------------------------------------------------------------
@@ -268,24 +268,24 @@ def test_the_scale_of_the_reward_model_does_not_reach_the_policy(tmp_path):
     """Wrong implementations: a scale measured once; measured on the step's own completions, which hides that
     all of them got better; a sample's deviation for the set's; a division by zero.
     """
-    it = source(tmp_path, calibration=9)
+    learner, it = training(tmp_path, calibration=9)
     it.collect(0, 0)
-    learner, kept = it.learner, list(it.learner.calibration)
-    proxy = learner.rewards(kept)
+    judge, kept = learner.judge, list(learner.judge.calibration)
+    proxy = judge.rewards(kept)
     assert (
         len(kept) == 9
         and sum(proxy) == pytest.approx(0, abs=1e-12)
         and sum(r * r for r in proxy) / 9 == pytest.approx(1, rel=1e-12)
     )
-    scale = learner.scale
+    scale = judge.scale
     with torch.no_grad():
-        learner.reward.model.head.mul_(7.0)
-    learner.calibrate()
-    assert learner.scale == pytest.approx([7 * x for x in scale]) and learner.rewards(kept) == pytest.approx(
+        judge.model.head.mul_(7.0)
+    judge.calibrate()
+    assert judge.scale == pytest.approx([7 * x for x in scale]) and judge.rewards(kept) == pytest.approx(
         proxy
     )
     it.collect(1, 1)
-    assert learner.calibration == kept
+    assert judge.calibration == kept
     assert Scale.of([3.0, 3.0])(4.0) == 1.0 and Scale.of([1.0, 3.0])(4.0) == 2.0
 
 
@@ -293,12 +293,12 @@ def test_a_reward_model_that_has_diverged_is_named(tmp_path):
     """Wrong implementations: NaN, which everywhere else says that no reward applies, and leaves the samples
     out; a policy's fault.
     """
-    it = source(tmp_path)
+    learner, it = training(tmp_path)
     (batch,) = it.collect(0, 0).batches
     with torch.no_grad():
-        it.learner.reward.model.head.fill_(math.inf)
+        learner.judge.model.head.fill_(math.inf)
     with pytest.raises(UserError, match=r"the reward model's step 1: loss is nan"):
-        it.learner.update(batch, 0)
+        learner.update(batch, 0)
     with pytest.raises(
         UserError, match=r"the reward model's score of a completion is (nan|-?inf); lower --reward-lr"
     ):
@@ -314,7 +314,7 @@ def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
     run = set_up(joint(tmp_path, steps=40, optim=Optim(lr=0.0), reward_lr=2e-2, prompts=8))
 
     def held_out() -> float:
-        draw = run.source._draw(1000, 0, 32, 0)
+        draw = run.source.rollouts.groups.round(1000, 0, 32, 0)
         proxy, oracle = draw.scored.extra["proxy"], draw.scored.extra["oracle"]
         won = [
             proxy[i] > proxy[j]

@@ -14,7 +14,7 @@ import torch
 from judging import judged, random_groups, restated
 
 from fastrl.algorithms.reward import REWARD_LOSSES, RewardLoss
-from fastrl.methods.reward.learner import merge
+from fastrl.methods.reward.objective import merge
 
 try:
     from trl import RewardTrainer
@@ -33,8 +33,10 @@ def step(row: RewardLoss, groups, dtype=torch.float64):
     it = judged(groups, total=float(sum(row.units(y) for _, y, _ in groups)) or 1.0, dtype=dtype)
     loss, sums = row.measure(it)
     loss.backward()
-    ends = torch.stack([it.score.detach().amin(), it.score.detach().amax()]).double()
-    return loss.item(), it.score.grad, merge([torch.cat([sums, ends]).tolist()])
+    score = it.score.detach()
+    ends = torch.stack([score.amin(), score.amax()]).double()
+    tokens = ends.new_tensor([float(score.numel())])
+    return loss.item(), it.score.grad, merge([torch.cat([sums, ends, tokens]).tolist()])
 
 
 # --- the equations ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from judging import token_groups
 
 from fastrl.data.comparisons import Group, encode_statements, pack, read_statements
 from fastrl.errors import UserError
-from fastrl.methods.reward.learner import judged
+from fastrl.methods.reward.objective import judged
 from fastrl.tasks.tokens import char_tokenizer
 
 TOKENIZER = char_tokenizer("abcdefghijklmnopqrstuvwxyz;: ")

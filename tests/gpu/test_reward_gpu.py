@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from judging import grads, reward_model, token_groups
+from runs import learner_of, leave_gradient
 
 from fastrl.algorithms.reward import REWARD_LOSSES
-from fastrl.config import Optim
-from fastrl.methods.reward.learner import RewardBatch, RewardLearner
+from fastrl.methods.reward.objective import RewardBatch, ScoreObjective
 from fastrl.model.reward import RewardModel
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +47,7 @@ def test_a_step_is_the_cpus_and_the_same_twice(name, deterministic):
     batch = RewardBatch(groups, float(sum(row.units(g.target) for g in groups)))
     model, found = reward_model(), []
     for it in (model, on_gpu(model), on_gpu(model)):
-        metrics = RewardLearner(it, row, Optim(), steps=10, micro_tokens=60)._gradients(batch)
+        metrics = leave_gradient(learner_of(ScoreObjective(it, row), it, micro_tokens=60), batch)
         found.append((metrics["loss"], grads(it).cpu()))
     (a, g), (b, h), (c, again) = found
     assert b == c and torch.equal(h, again)

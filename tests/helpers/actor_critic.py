@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import GROUP, PROMPTS, SCORES, grpo, on_policy
+from contexts import context_of
+from runs import GROUP, PROMPTS, SCORES, TEMPERATURE, grpo, leave_gradient, on_policy, reference
 from torch import Tensor
 
-from fastrl.algorithms.ppo import PPO, ActorCriticAlgorithm
-from fastrl.batch.types import Batch
+from fastrl.algorithms.ppo import PPO, ActorCriticAlgorithm, Coefficient
 from fastrl.config import Optim, Ppo
-from fastrl.methods.ppo.batches import PpoSource
-from fastrl.methods.ppo.learner import PpoLearner
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.sampling import GroupSampler
+from fastrl.methods.ppo import method
+from fastrl.methods.ppo.batches import Credit, PpoRollouts
+from fastrl.methods.ppo.learner import ActorCritic
+from fastrl.methods.ppo.objective import ActorCriticBatch
+from fastrl.model.critic import Critic
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
 
@@ -84,12 +89,12 @@ def learner(
     micro_tokens: int = 10**6,
     world: World | None = None,
     **optim: Any,
-) -> PpoLearner:
-    """A learner whose critic's head is not at zero, where every value would be."""
-    made = PpoLearner(
-        model, of, Optim(**optim), steps=10, micro_tokens=micro_tokens, temperature=0.8, world=world
-    )
-    head = made.critic.model.head if made.critic is not None else made.head
+) -> ActorCritic:
+    """A run's learner, whose critic's head is not at zero, where every value would be."""
+    config = Ppo(model="", steps=10, micro_tokens=micro_tokens, optim=Optim(**optim))
+    made = method.learner(context_of(config, of, model, world=world, temperature=TEMPERATURE))
+
+    head = critic_of(made).head if made.critic is not None else made.head
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=noise) * 0.2)
@@ -97,10 +102,28 @@ def learner(
     return made
 
 
-def source(made: PpoLearner, scores: Any = SCORES, **changes: Any) -> PpoSource:
+def algorithm_of(made: ActorCritic) -> ActorCriticAlgorithm:
+    """The row that the learner trains by."""
+    objective: Any = made.policy.objective
+    return objective.algorithm
+
+
+def policy_of(made: ActorCritic) -> Decoder:
+    """The policy that the learner trains."""
+    objective: Any = made.policy.objective
+    return objective.policy.model
+
+
+def critic_of(made: ActorCritic) -> Critic:
+    """The critic that is a model of its own."""
+    objective: Any = made.critic.objective
+    return objective.critic
+
+
+def source(made: ActorCritic, scores: Any = SCORES, **changes: Any) -> PpoRollouts:
     """Rollouts of the learner's policy for PROMPTS, scored by `scores` whatever they are, `GROUP` of each."""
-    of, world = made.algorithm, made.world
-    plain = on_policy(made.model, of, scores=scores, world=world)
+    of, world = algorithm_of(made), made.policy.world
+    plain = on_policy(policy_of(made), of.policy, scores=scores, world=world)
     options: dict[str, Any] = {
         "model": "",
         "prompts": len(PROMPTS),
@@ -109,36 +132,31 @@ def source(made: PpoLearner, scores: Any = SCORES, **changes: Any) -> PpoSource:
         "seed": 2,
     } | changes
     config = Ppo(**options, sampling=plain.config.sampling)
-    reference = (lambda batch: batch.old_logp * 0.9 - 0.1) if of.needs_reference else None
-    return PpoSource(
-        made,
-        config,
-        plain.sampler,
-        of,
-        prompt=plain.prompt,
-        size=plain.size,
-        score=plain.score,
-        reference=reference,
-        stop=(),
-        world=world,
-        trainer=plain.trainer,
-    )
+
+    start = of.reward_kl_coef or of.policy.kl_coef
+    coefficient = Coefficient(start, config.kl_target, config.kl_horizon)
+    credit = Credit(config, of, made.values, coefficient, world)
+    scorings = Scorings(reference if of.needs_reference else None, plain.scorings.trainer, of.correction)
+    groups = GroupSampler(config, plain.groups.sampler, plain.groups.prompts, world)
+    rollouts = Rollouts(config, groups, scorings, credit.shaping(), world)
+    return PpoRollouts(rollouts, config, bool(of.policy.kl_coef), coefficient)
 
 
-def batch_of(made: PpoLearner, **changes: Any) -> Batch:
+def batch_of(made: ActorCritic, **changes: Any) -> ActorCriticBatch:
     return source(made, **changes).collect(0, 0).batches[0]
 
 
-def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor, Tensor]:
+def gradients(made: ActorCritic, batch: ActorCriticBatch) -> tuple[dict[str, float], Tensor, Tensor]:
     """The step's metrics, the gradient of the policy's weights and that of the critic's own (or of the
     head).
     """
-    metrics = made._gradients(batch)
-    own = [p for n, p in zip(made.names, made.masters, strict=True) if not n.startswith("beside")]
-    beside = [p for n, p in zip(made.names, made.masters, strict=True) if n.startswith("beside")]
+    metrics, weights = leave_gradient(made.policy, batch), made.policy.weights
+    named = list(zip(weights.names, weights.masters, strict=True))
+    own = [p for name, p in named if not name.startswith("beside")]
+    beside = [p for name, p in named if name.startswith("beside")]
     if made.critic is not None:
-        metrics = metrics | made.critic._gradients(batch)
-        beside = made.critic.masters
+        metrics = metrics | leave_gradient(made.critic, batch.tokens)
+        beside = made.critic.weights.masters
     flat = [
         torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
         for some in (own, beside)

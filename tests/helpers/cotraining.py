@@ -9,20 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from contexts import context_of
 from judging import restated
-from runs import REWARDS, decoder, tokenizer, write, write_model
+from runs import REWARDS, decoder, write, write_model
 from torch import Tensor
 
 from fastrl.config import Joint, Optim
-from fastrl.methods.joint.batches import JointSource
+from fastrl.methods.grpo.prompts import Prompts
+from fastrl.methods.joint import method
+from fastrl.methods.joint.batches import JointRollouts
 from fastrl.methods.joint.learner import JointLearner
 from fastrl.methods.joint.options import choose_joint
+from fastrl.model.decoder import Decoder
 from fastrl.model.reward import RewardModel
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
-from fastrl.sampler import Sampler
 
 PROMPTS, GROUP = ("7>5|", "a:63>9|", "2", "Q>1"), 4
 ORACLE = [1.0, 0.0, 0.5, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0, math.nan, 1.0, 0.25, 1.0, math.nan, math.nan, math.nan]
@@ -47,38 +51,35 @@ def joint(folder: Path, name: str = "run", **changes: Any) -> Joint:
     return Joint(**options | changes)
 
 
-def source(
+def training(
     folder: Path,
     oracle: Sequence[float] = ORACLE,
     *,
     dtype: torch.dtype = torch.float64,
     world: World | None = None,
     **changes: Any,
-) -> JointSource:
-    """Rollouts for PROMPTS, judged by `oracle` whatever they are, from a policy and a reward model of random
-    weights.
+) -> tuple[JointLearner, JointRollouts]:
+    """A run's learner and its rollouts for PROMPTS, judged by `oracle` whatever they are, from a policy and a
+    reward model of random weights.
     """
     config = joint(folder, **{"micro_tokens": 10**6, "max_new_tokens": 6} | changes)
-    row, optim = choose_joint(config), replace(config.optim, warmup=0)
-    model, world = decoder(dtype=dtype), world or World()
-    learner = JointLearner(model, row, optim, steps=10, micro_tokens=config.micro_tokens, world=world)
-    learner.reward.model.tokenizer = tokenizer()
+    config = replace(config, steps=10, optim=replace(config.optim, warmup=0))
+    context = context_of(config, choose_joint(config), decoder(dtype=dtype), world=world)
 
     def score(prompts: Sequence[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
         return Scored([oracle[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
-    return JointSource(
-        learner,
-        config,
-        Sampler(model, tokenizer()),
-        row,
-        prompt=lambda i: (PROMPTS[i], {"id": i}),
-        size=len(PROMPTS),
-        score=score,
-        reference=None,
-        stop=(),
-        world=world,
-    )
+    prompts = Prompts(lambda i: (PROMPTS[i], {"id": i}), len(PROMPTS), score)
+    learner = method.learner(context)
+    with mock.patch.object(method, "prompts_of", lambda *given: prompts):
+        it: Any = method.source(context, learner)[0]
+    return learner, it
+
+
+def policy_of(learner: JointLearner) -> Decoder:
+    """The policy that the learner trains."""
+    objective: Any = learner.policy.objective
+    return objective.model
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,9 +14,10 @@ from fastrl.bench.studies.demo import command
 from fastrl.bench.studies.learning import METHODS, answers
 from fastrl.bench.studies.learning_plot import draw
 from fastrl.bench.studies.learning_table import RESULT, START, as_text, gather, publish
-from fastrl.config import TRAINING, Grpo
+from fastrl.config import Grpo
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
+from fastrl.methods import options_of
 from fastrl.report.stats import mean_interval, paired_interval, wilson
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -165,7 +166,7 @@ def test_on_policy_methods_have_one_budget():
     budgets, tasks = set(), set()
     for name, method in METHODS.items():
         words = command(method.command, method.recipe, "--model", "m", *method.options)
-        config = resolve(TRAINING[method.command], words[words.index(method.command) + 1 :])
+        config = resolve(options_of(method.command), words[words.index(method.command) + 1 :])
         if method.start in ("cards", "judged"):
             tasks.add((config.task, config.task_options))
         if isinstance(config, Grpo):

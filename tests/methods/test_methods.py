@@ -19,9 +19,8 @@ from fastrl.algorithms.hybrid import HYBRIDS
 from fastrl.algorithms.ppo import PPO
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.algorithms.reward import REWARD_LOSSES
-from fastrl.config import TRAINING
 from fastrl.config.parse import load
-from fastrl.methods.method import PARTS, Parts
+from fastrl.methods import METHODS, method_of, options_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "fastrl/recipes"
@@ -101,7 +100,7 @@ def entry(page: str, name: str) -> str | None:
 
 
 def test_every_training_command_is_on_a_menu():
-    assert {menu.command for menu in MENUS} == set(TRAINING)
+    assert {menu.command for menu in MENUS} == set(METHODS)
 
 
 @pytest.mark.parametrize(("menu", "name"), ROWS)
@@ -123,8 +122,8 @@ def test_a_row_has_a_recipe(menu, name, tmp_path, capsys):
     shown = capsys.readouterr().out.split("\n", 1)[1]
     assert yaml.safe_load(shown).get("algorithm", "sft") == name
     (tmp_path / "c.yaml").write_text(shown)
-    kind = TRAINING[menu.command]
-    assert PARTS.get(kind, Parts()).choose(load(kind, tmp_path / "c.yaml")) is not None
+    config = load(options_of(menu.command), tmp_path / "c.yaml")
+    assert method_of(menu.command).choose(config) is not None
 
 
 SMALL = ["--steps", "2", "--prompts", "4", "--threads", "1", "--eval.prompts", "0", "--micro-tokens", "256"]

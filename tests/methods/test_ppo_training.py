@@ -12,7 +12,18 @@ from pathlib import Path
 import actor_critic as restated
 import pytest
 import torch
-from actor_critic import batch_of, gradients, learner, pad, ppo, row, source
+from actor_critic import (
+    algorithm_of,
+    batch_of,
+    critic_of,
+    gradients,
+    learner,
+    pad,
+    policy_of,
+    ppo,
+    row,
+    source,
+)
 from runs import TEMPERATURE, assert_same_run, decoder, drift, lines, relative, state, straight_and_resumed
 from support import tiny_config
 
@@ -21,6 +32,7 @@ from fastrl.bench.studies import demo
 from fastrl.config import Eval, Optim, Ppo, Sft
 from fastrl.errors import UserError
 from fastrl.methods.ppo.learner import CRITICS
+from fastrl.methods.ppo.objective import ActorCriticBatch
 from fastrl.model.critic import Critic
 from fastrl.model.decoder import Decoder
 from fastrl.report.panels import filled_panels
@@ -45,9 +57,14 @@ def hidden_of(model, batch) -> torch.Tensor:
 
 def parts(made):
     """The critic's own hidden states and its head."""
-    return (
-        (made.model, made.head) if made.critic is None else (made.critic.model.body, made.critic.model.head)
-    )
+    if made.critic is None:
+        return policy_of(made), made.head
+    return critic_of(made).body, critic_of(made).head
+
+
+def masters(made) -> list[torch.Tensor]:
+    """The policy's and its critic's."""
+    return [*made.policy.weights.masters, *made.critic.weights.masters]
 
 
 def values(made, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +87,8 @@ def test_the_batch_is_that_of_the_equations(critic, bootstrap):
     made = learner(decoder(eos_token_id=[3, 4, 5]), row(critic=critic, gamma=0.9, reward_kl_coef=0.1), 20)
     it = source(made, scores=range(12), bootstrap=bootstrap, missing_eos_penalty=0.75)
     step = it.collect(0, 0)
-    batch = step.batches[0]
-    draw = it._draw(0, 0, 3, 0)
+    batch = step.batches[0].tokens
+    draw = it.rollouts.groups.round(0, 0, 3, 0)
     cut = torch.tensor([r != "stop" for r in draw.rollouts.finish_reason])
     assert 0 < cut.sum() < 12
     cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()
@@ -107,10 +124,11 @@ def test_a_completion_without_a_reward_leaves_the_loss():
     """
     made = learner(decoder(), row())
     scores = [math.nan if i % 4 == 1 else float(i % 3) for i in range(12)]
-    batch = batch_of(made, scores=scores)
+    it = batch_of(made, scores=scores)
+    batch = it.tokens
     assert (batch.live_ends.diff() > 0).tolist() == [i % 4 != 1 for i in range(12)]
     assert batch.weight[batch.mask].sum().item() == pytest.approx(1) and batch.advantage.isfinite().all()
-    assert math.isfinite(made.update(batch, 0)["vf_loss"])
+    assert math.isfinite(made.update(it, 0)["vf_loss"])
 
 
 def test_samples_without_advantage_teach_the_critic():
@@ -118,7 +136,7 @@ def test_samples_without_advantage_teach_the_critic():
     first token.
     """
     batch = batch_of(learner(decoder(), row(whiten=False)), scores=[0.0] * 12)
-    assert len(batch) == 12
+    assert len(batch.tokens) == 12
     m = learner(decoder(), row(whiten=False)).update(batch, 0)
     assert m["vf_loss"] > 0 and m["critic_grad_norm"] > 0
 
@@ -130,16 +148,19 @@ def test_the_coefficient_moves_after_the_batch_it_was_seen_on():
     made = learner(decoder(), row(kl="k2", kl_coef=0.2))
     it = source(made, kl_target=0.5, kl_horizon=120)
     first = it.collect(0, 0)
-    assert first.metrics["objective/kl_coef"] == 0.2 == made.algorithm.kl_coef
+    assert first.metrics["objective/kl_coef"] == 0.2 == first.batches[0].kl_coef
     error = min(max(first.metrics["objective/kl"] / 0.5 - 1, -0.2), 0.2)
     again = source(made, kl_target=0.5, kl_horizon=120)
     again.load_state(it.state())
     for one in (it, again):
+        step = one.collect(1, 1)
+        (batch,) = step.batches
         assert (
-            one.collect(1, 1).metrics["objective/kl_coef"]
-            == made.algorithm.kl_coef
-            == pytest.approx(0.2 * (1 + error * 12 / 120))
+            step.metrics["objective/kl_coef"] == batch.kl_coef == pytest.approx(0.2 * (1 + error * 12 / 120))
         )
+        moved = learner(decoder(), row(kl="k2", kl_coef=batch.kl_coef))
+        same, before = gradients(made, batch), gradients(made, replace(batch, kl_coef=0.2))
+        assert torch.equal(same[1], gradients(moved, batch)[1]) and not torch.equal(same[1], before[1])
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -154,10 +175,10 @@ def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatch
     it = source(made, tail="carry", tail_share=0.8, max_new_tokens=30, minibatches=minibatches, kl_target=0.5)
     sizes = []
     for step in range(5):
-        before, coefficient = [p.clone() for p in (*made.masters, *made.critic.masters)], it.coefficient.value
+        before, coefficient = [p.clone() for p in masters(made)], it.coefficient.value
         data = it.collect(step, step)
-        sizes.append(sum(map(len, data.batches)))
-        for batch in data.batches if minibatches == 1 and sizes[-1] else ():
+        sizes.append(sum(len(batch.tokens) for batch in data.batches))
+        for batch in [b.tokens for b in data.batches] if minibatches == 1 and sizes[-1] else ():
             cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()
             value = values(made, batch)[0].detach()
             torch.testing.assert_close(
@@ -170,9 +191,7 @@ def test_completions_carried_over_are_trained_on_when_their_group_ends(minibatch
             )
         done = [made.update(batch, step) for batch in data.batches]
         assert all(math.isfinite(x) for m in done for x in m.values())
-        same = all(
-            torch.equal(a, b) for a, b in zip(before, (*made.masters, *made.critic.masters), strict=True)
-        )
+        same = all(torch.equal(a, b) for a, b in zip(before, masters(made), strict=True))
         assert same == (sizes[-1] == 0) and (sizes[-1] > 0 or it.coefficient.value == coefficient)
     assert 0 in sizes and max(sizes) > 0
 
@@ -186,14 +205,15 @@ def test_gradients_are_those_of_the_equations(critic):
     """
     of = row(critic=critic, kl="k2", kl_coef=0.05, entropy_coef=0.01, vf_coef=0.3)
     made = learner(decoder(dtype=torch.float64), of, 20)
-    batch = batch_of(made)
-    drift(made.model, 0.02)
+    it = batch_of(made)
+    batch, model = it.tokens, policy_of(made)
+    drift(model, 0.02)
     body, head = parts(made)
     with torch.no_grad():
         head.weight.mul_(1.5)
     cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()
-    hidden = hidden_of(made.model, batch)
-    logps = (hidden @ made.model.head_weight.T / TEMPERATURE).log_softmax(-1)[:, :-1]
+    hidden = hidden_of(model, batch)
+    logps = (hidden @ model.head_weight.T / TEMPERATURE).log_softmax(-1)[:, :-1]
     target = pad(batch.tokens, cu).long()[:, 1:]
     logp, keep = logps.gather(2, target[..., None]).squeeze(2), mask[:, 1:]
     old, A, ref, was, R = (
@@ -210,10 +230,10 @@ def test_gradients_are_those_of_the_equations(critic):
     value = (seen @ head.weight + head.bias)[:, :-1]
     vf = restated.critic(value, was, R, keep, 0.2)
     total = loss + vf if made.critic is not None else loss + 0.3 * vf
-    (metrics, policy, own) = gradients(made, batch)
+    (metrics, policy, own) = gradients(made, it)
     wanted = [
-        list(made.model.parameters()),
-        list(made.critic.model.parameters() if made.critic else made.head.parameters()),
+        list(model.parameters()),
+        list(critic_of(made).parameters() if made.critic else made.head.parameters()),
     ]
     for got, some in zip((policy, own), wanted, strict=True):
         want = torch.autograd.grad(total, some, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -232,10 +252,11 @@ def test_splits_and_order_change_nothing(critic):
     made = learner(decoder(), row(critic=critic))
     whole = batch_of(made)
     split = learner(decoder(), row(critic=critic), 20)
-    torch.testing.assert_close(split.values(whole).before, whole.value, rtol=1e-5, atol=1e-6)
-    drift(made.model, 0.02)
-    drift(split.model, 0.02)
-    shuffled = whole.select(torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist())
+    torch.testing.assert_close(split.values(whole.tokens).before, whole.tokens.value, rtol=1e-5, atol=1e-6)
+    drift(policy_of(made), 0.02)
+    drift(policy_of(split), 0.02)
+    places = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = ActorCriticBatch(whole.tokens.select(places), whole.kl_coef)
     (m, a, b), *others = gradients(made, whole), gradients(split, whole), gradients(made, shuffled)
     for n, c, d in others:
         assert relative(c, a) < 1e-5 and relative(d, b) < 1e-5
@@ -273,9 +294,10 @@ def test_first_update_is_on_policy():
         and m["approx_kl"] < 1e-8
         and m["vf_clipfrac"] == 0
     )
-    live = torch.cat([b.advantage[b.mask] for b in batches[:2]]).double()
+    first, second = (batch.tokens for batch in batches[:2])
+    live = torch.cat([b.advantage[b.mask] for b in (first, second)]).double()
     assert live.mean().abs() < 1e-6 and live.var().item() == pytest.approx(1, rel=1e-5)
-    assert abs(batches[0].advantage[batches[0].mask].mean()) > 1e-3, "one minibatch alone is not white"
+    assert abs(first.advantage[first.mask].mean()) > 1e-3, "one minibatch alone is not white"
 
 
 # --- two optimizers ---------------------------------------------------------------------------------
@@ -287,15 +309,14 @@ def test_a_separate_critic_has_its_own_step():
     for scale in (1.0, 100.0):
         made = learner(decoder(), row(critic_lr=0.1), lr=1e-3, clip=0.1)
         batch = batch_of(made)
-        batch = replace(batch, returns=batch.returns * scale)
-        start = [p.clone() for p in made.critic.model.body.parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(start, made.model.parameters(), strict=True))
+        batch = replace(batch, tokens=replace(batch.tokens, returns=batch.tokens.returns * scale))
+        model, body = policy_of(made), critic_of(made).body
+        start = [p.clone() for p in body.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
         m = made.update(batch, 0)
         assert m["critic_lr"] == 0.1 and m["learning_rate"] == 1e-3 and m["critic_grad_norm"] > 0
-        assert any(
-            not torch.equal(a, b) for a, b in zip(start, made.critic.model.body.parameters(), strict=True)
-        )
-        ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+        assert any(not torch.equal(a, b) for a, b in zip(start, body.parameters(), strict=True))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
 
 
@@ -304,7 +325,8 @@ def test_a_critic_learns_what_is_to_be_expected():
     for critic in KINDS:
         made = learner(decoder(), row(critic=critic, value_clip=math.inf, critic_lr=None), lr=1e-2)
         batch = batch_of(made)
-        batch = replace(batch, advantage=torch.zeros_like(batch.advantage))
+        tokens = replace(batch.tokens, advantage=torch.zeros_like(batch.tokens.advantage))
+        batch = replace(batch, tokens=tokens)
         first, *_, last = [made.update(batch, 0)["vf_loss"] for _ in range(8)]
         assert last < 0.65 * first, critic
 
@@ -339,7 +361,7 @@ def test_any_language_model_as_critic(tmp_path):
     other = decoder(seed=4, tie_word_embeddings=False)
     other.save_pretrained(tmp_path)
     made = learner(decoder(), row(critic_model=str(tmp_path)))
-    body = made.critic.model.body
+    body = critic_of(made).body
     assert not hasattr(body, "head") and torch.equal(body.layers[0].down.weight, other.layers[0].down.weight)
 
 
@@ -380,7 +402,7 @@ def test_a_checkpoint_of_another_critic_is_refused():
     for one, other in ((separate, shared), (shared, separate)):
         with pytest.raises(
             UserError,
-            match=f"--critic: expected {one.algorithm.critic}'s .* resume with the --critic that the "
+            match=f"--critic: expected {algorithm_of(one).critic}'s .* resume with the --critic that the "
             "run began",
         ):
             one.load_state(other.state())

@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from contexts import context_of
 from judging import grads, reward_model, token_groups
-from runs import assert_same_run, grpo, lines, stop_after, tokenizer, write_model
+from runs import (
+    assert_same_run,
+    grpo,
+    learner_of,
+    leave_gradient,
+    lines,
+    stop_after,
+    tokenizer,
+    write_model,
+)
 
 import fastrl.trainer
 from fastrl import cli
@@ -20,14 +30,16 @@ from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Grpo, HeldOut, Optim, Reward
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
-from fastrl.methods.reward.batches import comparisons, judge_held_out
-from fastrl.methods.reward.learner import RewardBatch, RewardLearner, micro_batches
+from fastrl.methods.reward.evaluation import judge_held_out
+from fastrl.methods.reward.method import comparisons
+from fastrl.methods.reward.objective import RewardBatch, ScoreObjective, packs
 from fastrl.methods.reward.options import choose_reward_loss
 from fastrl.model.reward import RewardModel
 from fastrl.report.report import build
 from fastrl.rewards.functions import load_reward
 from fastrl.tasks import Cards
 from fastrl.tasks.cards.mistakes import KINDS, of_each_kind
+from fastrl.train.learner import Learner
 
 
 def run(folder: Path, name: str = "run", **changes) -> Reward:
@@ -46,9 +58,11 @@ def run(folder: Path, name: str = "run", **changes) -> Reward:
     return Reward(**options | changes)
 
 
-def learner(model: RewardModel, name: str, micro_tokens: int = 10**6, **changes) -> RewardLearner:
+def learner(
+    model: RewardModel, name: str, micro_tokens: int = 10**6, optim: Optim | None = None
+) -> Learner[RewardBatch]:
     row = replace(REWARD_LOSSES[name], center=0.1 if REWARD_LOSSES[name].compares else 0.0)
-    return RewardLearner(model, row, changes.pop("optim", Optim()), steps=10, micro_tokens=micro_tokens)
+    return learner_of(ScoreObjective(model, row), model, micro_tokens, optim)
 
 
 def batch(name: str, groups) -> RewardBatch:
@@ -56,7 +70,7 @@ def batch(name: str, groups) -> RewardBatch:
 
 
 def gradient(model: RewardModel, name: str, it: RewardBatch, micro_tokens: int = 10**6):
-    metrics = learner(model, name, micro_tokens)._gradients(it)
+    metrics = leave_gradient(learner(model, name, micro_tokens), it)
     found = grads(model)
     for p in model.parameters():
         p.grad = None
@@ -86,7 +100,7 @@ def test_cutting_order_and_processes_do_not_matter(name):
 
 def test_groups_are_never_split():
     groups = token_groups("bradley_terry", 9)
-    seen = [(some, packed.groups) for some, packed in micro_batches(groups, 40, "cpu")]
+    seen = [(some, packed.groups) for some, packed in packs(groups, 40, "cpu")]
     assert len(seen) > 2 and sorted(i for some, _ in seen for i in some) == list(range(9))
     assert all(list(held) == [groups[i] for i in some] for some, held in seen)
 
@@ -182,18 +196,16 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
     )
     config = run(tmp_path, task=None, dataset=str(data), holdout=0.3)
     model = reward_model()
-    trained, row = learner(model, "bradley_terry"), REWARD_LOSSES["bradley_terry"]
-    source, _ = comparisons(config, None, tokenizer(), None, trained, row, model.device)
-    held = {s.prompt for _, s in source.held_out()}
-    train = {
-        tokenizer().decode(g.tokens[0]).partition(">")[0] + ">" for g in source.items(range(source.size))
-    }
+    row = REWARD_LOSSES["bradley_terry"]
+    data = comparisons(context_of(config, row, model)).data
+    held = {s.prompt for _, s in data.held_out()}
+    train = {tokenizer().decode(g.tokens[0]).partition(">")[0] + ">" for g in data.items(range(data.size))}
     assert 2 <= len(held) < 18 and not held & train and len(held | train) == 20
     with pytest.raises(
         UserError,
         match=r"--holdout: none of the 80 lines .* into the 0% held out; raise it, or turn evaluation off",
     ):
-        comparisons(replace(config, holdout=0.0), None, tokenizer(), None, trained, row, model.device)
+        comparisons(context_of(replace(config, holdout=0.0), row, model))
 
 
 def test_the_task_gives_a_right_answer_against_different_wrong_ones():
