@@ -5,8 +5,9 @@ The game: `a:4K>6|` asks for 6 from a four and a king, and `4,10;10-4=6` is a ri
 so a small decoder with random weights first imitates demonstrations for a few seconds.
 
 Sequences are packed: they lie end to end in one vector of T tokens, and cu_seqlens holds where each one ends.
-`make grpo-loop` runs this page.  tests/recipes/test_grpo_loop.py shows that on a CPU its steps are those of
-`fastrl grpo`: the same weights after every step, bit for bit.
+`make grpo-loop` runs this page in about half a minute on one core; the reward rises from about a half to two
+thirds.  tests/recipes/test_grpo_loop.py shows that on a CPU its steps are those of `fastrl grpo`: the same
+weights after every step, bit for bit.
 """
 
 from __future__ import annotations
