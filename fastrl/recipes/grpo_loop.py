@@ -28,11 +28,13 @@ from fastrl.model import Decoder
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.tasks import Cards, Example
 
+Reward = Callable[[Example, str], float]  # of an answer to a problem
+
 
 def run(
     model: Decoder,
     task: Cards,
-    reward: Callable[[Example, str], float],
+    reward: Reward,
     *,
     steps: int,
     prompts: int = 32,
