@@ -5,8 +5,9 @@ The game: `a:4K>6|` asks for 6 from a four and a king, and `4,10;10-4=6` is a ri
 so a small decoder with random weights first imitates demonstrations for a few seconds.
 
 Sequences are packed: they lie end to end in one vector of T tokens, and cu_seqlens holds where each one ends.
-`make grpo-loop` runs this page.  tests/recipes/test_grpo_loop.py shows that on a CPU its steps are those of
-`fastrl grpo`: the same weights after every step, bit for bit.
+`make grpo-loop` runs this page in about half a minute on one core; the reward rises from about a half to two
+thirds.  tests/recipes/test_grpo_loop.py shows that on a CPU its steps are those of `fastrl grpo`: the same
+weights after every step, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from fastrl.model import Decoder
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.tasks import Cards, Example
 
+Reward = Callable[[Example, str], float]  # of an answer to a problem
+
 
 def run(
     model: Decoder,
     task: Cards,
-    reward: Callable[[Example, str], float],
+    reward: Reward,
     *,
     steps: int,
     prompts: int = 32,

@@ -23,7 +23,7 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards, Example
 
 STEPS, LR, WARMUP = 4, 1e-2, 2
-SIZES = {"prompts": 4, "group": 4, "max_new_tokens": 8, "seed": 3}
+SIZES = {"prompts": 4, "group": 4, "max_new_tokens": 14, "seed": 3}
 METRICS = ("reward", "loss", "grad_norm", "learning_rate")
 Stepped = tuple[dict[str, float], dict[str, Tensor]]  # a step's metrics, and the weights after it
 
@@ -101,7 +101,7 @@ def by_verifier(tmp_path_factory: pytest.TempPathFactory) -> Game:
     folder = tmp_path_factory.mktemp("verifier")
     task = Cards(k=2, reward="ladder")
     model = begin(write_model(folder, hidden_size=32))
-    grpo_loop.imitate(model, task, steps=60, batch=16, lr=2e-2)
+    grpo_loop.imitate(model, task, steps=100, batch=32, lr=2e-2)
     model.save_pretrained(folder / "start")
     config = train(folder, str(folder / "start"), task_options=("k=2", "reward=ladder"), reward=())
     return Game(config, task, lambda example, text: task.verify(example, text).reward)
