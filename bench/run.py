@@ -24,8 +24,7 @@ from fastrl.bench.ledger import Results, Row, identity
 from fastrl.bench.readme import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.parallel.device import place, set_threads
 
 HERE = Path(__file__).parent

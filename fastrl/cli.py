@@ -20,8 +20,7 @@ from tyro.conf import Positional
 from fastrl import __version__
 from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Joint, Ppo, Reward, Sft
 from fastrl.config.parse import UsageError, dump, parse
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130

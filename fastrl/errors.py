@@ -1,5 +1,33 @@
-"""Errors a user can act on."""
+"""Errors a user can act on, and the two checks of options that most of them come from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what was expected, what came and what to do."""
+
+
+def require(option: str, value: object, ok: bool, expected: str) -> None:
+    """Check an option: UserError `option: expected ..., got value` unless `ok`."""
+    if not ok:
+        raise UserError(f"{option}: expected {expected}, got {value}")
+
+
+def choose(name: str, table: Mapping[str, T], option: str) -> T:
+    """The entry of `table` called `name`; UserError naming `option`, the table's keys and the nearest one."""
+    if name not in table:
+        known = ", ".join(table)
+        raise UserError(f"{option}: expected one of {known}; got {name!r}{nearest(name, table)}")
+    return table[name]
+
+
+def nearest(name: str, choices: Collection[str]) -> str:
+    """`; did you mean 'x'?` when one of `choices` is close to `name`, else the empty string."""
+    close = difflib.get_close_matches(name, choices, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

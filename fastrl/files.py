@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -10,12 +9,12 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastrl.errors import UserError
+from fastrl.errors import UserError, nearest
 
 _NOT_THE_USERS = tuple(
     f"{Path(p).resolve()}{os.sep}"
@@ -48,12 +47,6 @@ def load_object(spec: str, option: str) -> Any:
             f"{', '.join(own) or 'nothing'}"
         )
     return getattr(module, name)
-
-
-def nearest(name: str, choices: Collection[str]) -> str:
-    """`; did you mean 'x'?` when one of `choices` is close to `name`, else the empty string."""
-    close = difflib.get_close_matches(name, choices, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def call_user(what: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -25,8 +25,7 @@ import yaml
 
 from fastrl.config import TRAINING, Run
 from fastrl.config.parse import load
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.report.page import Html, figures, folded, section, table, text
 from fastrl.report.report import lead, panels, read, write
 from fastrl.run import checkpoint

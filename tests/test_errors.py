@@ -15,6 +15,7 @@ from runs import REWARDS, sft, tokenizer, write_model
 import fastrl.trainer
 from fastrl import cli
 from fastrl.config import Eval, Save
+from fastrl.errors import UserError, choose, require
 from fastrl.trainer import train
 
 BAD_REWARDS = """
@@ -355,3 +356,31 @@ def test_a_reward_that_fails_later_loses_nothing(folder, tmp_path, monkeypatch, 
     (tmp_path / "later.py").write_text(REWARDS.replace("digits", "later"))
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda it: None)
     assert cli.main([*options.split(), "--output-dir", "out", "--resume"]) == 0
+
+
+# --- the two checks ---------------------------------------------------------------------------------
+def test_a_requirement_that_is_met_says_nothing():
+    """Wrong implementation: `ok` is taken for `bad`."""
+    require("--steps", 3, True, "at least 1")
+
+
+def test_a_requirement_that_is_not_met_names_the_option_and_the_value():
+    with pytest.raises(UserError) as error:
+        require("--steps", 0, False, "at least 1")
+    assert str(error.value) == "--steps: expected at least 1, got 0"
+
+
+def test_the_chosen_entry_is_returned_even_if_it_is_false():
+    """Wrong implementation: `table.get(name) or raise`."""
+    assert choose("none", {"mean": 1, "none": 0}, "--baseline") == 0
+
+
+@pytest.mark.parametrize(
+    "name, ending",
+    [("gpro", "got 'gpro'; did you mean 'grpo'?"), ("xyz", "got 'xyz'")],
+    ids=["near", "far"],
+)
+def test_an_unknown_name_is_refused_with_the_table(name, ending):
+    with pytest.raises(UserError) as error:
+        choose(name, {"grpo": 1, "dapo": 2}, "--algorithm")
+    assert str(error.value) == f"--algorithm: expected one of grpo, dapo; {ending}"

@@ -29,8 +29,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from fastrl.errors import UserError
-from fastrl.files import call_user, load_object, nearest
+from fastrl.errors import UserError, nearest
+from fastrl.files import call_user, load_object
 from fastrl.tasks.cards.task import Cards
 from fastrl.tasks.gsm8k import Gsm8k
 from fastrl.tasks.guess import Guess

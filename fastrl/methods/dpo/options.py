@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.config import Dpo
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 
 TRL_NAMES = {  # its loss_type -> our row
     "sigmoid": "dpo",

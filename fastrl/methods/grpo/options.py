@@ -18,8 +18,7 @@ from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import drop_stale, gamma_weight, geometric_mean
 from fastrl.algorithms.presets import columns, estimator
 from fastrl.config import Grpo, Run
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.kernels.surrogates import name_of
 
 # TRL's names -> ops.group_advantage's

@@ -12,8 +12,7 @@ from fastrl.algorithms.fusion import FUSIONS, Fused
 from fastrl.algorithms.hybrid import HYBRIDS, Mixed
 from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.config import Dpo, Hybrid, Run
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.hybrid.options import RANGES as HYBRID_RANGES
 from fastrl.methods.hybrid.options import choose_hybrid

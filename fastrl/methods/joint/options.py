@@ -9,8 +9,7 @@ from fastrl.algorithms.joint import CoTrained
 from fastrl.algorithms.objective import Algorithm
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Joint
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 from fastrl.methods.grpo.options import choose_algorithm
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from fastrl.algorithms.reward import REWARD_LOSSES, RewardLoss
 from fastrl.config import Reward
-from fastrl.errors import UserError
-from fastrl.files import nearest
+from fastrl.errors import UserError, nearest
 
 
 def choose_reward_loss(config: Reward) -> RewardLoss:
