@@ -11,7 +11,7 @@ ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no 
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo demo-seeds learning test test-slow lint type compile-table bench gpu-check check clean
+.PHONY: demo demo-seeds learning grpo-loop test test-slow lint type compile-table bench gpu-check check clean
 
 demo: $(STAMP)
 	$(PY) -m fastrl.bench.studies.demo --output-dir demo
@@ -21,6 +21,9 @@ demo-seeds: $(STAMP)
 
 learning: $(STAMP)
 	$(PY) -m fastrl.bench.studies.learning --output-dir runs/learning --seeds 3 --results bench/results --readme README.md
+
+grpo-loop: $(STAMP)
+	$(PY) -m fastrl.recipes.grpo_loop
 
 test: $(STAMP)
 	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu" $(TESTS)

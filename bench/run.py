@@ -25,7 +25,7 @@ from fastrl.bench.readme import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
 from fastrl.errors import UserError, nearest
-from fastrl.parallel.device import place, set_threads
+from fastrl.parallel.device import resolve_device, set_threads
 
 HERE = Path(__file__).parent
 FIRST = (  # what matters most, should time run out
@@ -89,7 +89,7 @@ def run(options: Options) -> Results:
     is not there.
     """
     started = time.monotonic()
-    device, _ = place("cuda" if options.gpu_check else options.device, "auto")
+    device, _ = resolve_device("cuda" if options.gpu_check else options.device, "auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     set_threads(options.threads)

@@ -23,11 +23,12 @@ from typing import Any, Protocol
 
 import yaml
 
-from fastrl.config import TRAINING, Run
+from fastrl.config import Run
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
+from fastrl.methods import METHODS, options_of
 from fastrl.report.page import Html, figures, folded, section, table, text
-from fastrl.report.report import lead, panels, read, write
+from fastrl.report.report import lead, panels, read_run, write_page
 from fastrl.run import checkpoint
 from fastrl.run.session import changed
 from fastrl.trainer import train
@@ -61,23 +62,23 @@ def run(options: Options) -> None:
     """Run what is not done of a pipeline, and write its report.  Raises UserError for whatever is wrong in
     it, before any training.
     """
-    stages = plan(Path(options.file))
+    stages = read_stages(Path(options.file))
     folder = Path(stages[0].config.output_dir).parent
     for stage in stages:
         _check_unchanged(stage)
     for number, stage in enumerate(stages, 1):
-        found = checkpoint.whole(Path(stage.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(stage.config.output_dir))
         if found and found[-1] == stage.last:
             print(f"stage {number} of {len(stages)}, {stage.name}: done before")
             continue
         print(f"stage {number} of {len(stages)}, {stage.name}: fastrl {stage.command}")
         if train(replace(stage.config, resume=bool(found))).interrupted:
             raise UserError(f"stopped in stage {stage.name!r}; continue with: fastrl run {options.file}")
-        report(stages[:number], folder)
-    print(report(stages, folder))
+        write_report(stages[:number], folder)
+    print(write_report(stages, folder))
 
 
-def plan(path: Path) -> list[Stage]:
+def read_stages(path: Path) -> list[Stage]:
     """The stages a file describes, their options resolved.  Raises UserError naming the file and the
     stage.
     """
@@ -113,12 +114,12 @@ def _stage(
             f"{where}: expected one command with its options, like `sft: {{steps: 100}}`, got {entry!r}"
         )
     command, own = next(iter(entry.items()))
-    if command not in TRAINING:
+    if command not in METHODS:
         raise UserError(
-            f"{where}: unknown command {command!r}{nearest(str(command), TRAINING)}; "
-            f"expected one of {', '.join(TRAINING)}"
+            f"{where}: unknown command {command!r}{nearest(str(command), METHODS)}; "
+            f"expected one of {', '.join(METHODS)}"
         )
-    kind, given = TRAINING[command], dict(own or {})
+    kind, given = options_of(command), dict(own or {})
     name = str(given.pop("name", command))
     if name in {s.name for s in before}:
         raise UserError(
@@ -178,9 +179,9 @@ def _link(stage: Stage, number: int) -> Html:
     return Html(f'<a href="{folder}/report.html">{text(f"{number}. {stage.name}")}</a>')
 
 
-def report(stages: list[Stage], folder: Path) -> Path:
+def write_report(stages: list[Stage], folder: Path) -> Path:
     """One page over the stages that have begun: what each did, its curves, its options; returns its path."""
-    runs = [(s, read(Path(s.config.output_dir))) for s in stages]
+    runs = [(s, read_run(Path(s.config.output_dir))) for s in stages]
     rows = [
         (
             _link(s, number),
@@ -200,4 +201,4 @@ def report(stages: list[Stage], folder: Path) -> Path:
         for s, r in runs
     ]
     names = ", ".join(s.name for s in stages)
-    return write(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)
+    return write_page(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)

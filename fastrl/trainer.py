@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrl.config import Run
-from fastrl.methods.grpo.rollouts import Evaluable
 from fastrl.methods.method import arithmetic
 from fastrl.report import report
 from fastrl.run.evaluate import evaluate
 from fastrl.run.interrupt import Interrupt
 from fastrl.run.log import REWARDS, replace_text
 from fastrl.run.session import Session, set_up
-from fastrl.train.learner import NotFinite
+from fastrl.train.optimizer import NotFinite
+from fastrl.train.source import Evaluable
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _answers(config: Run, run: Session) -> dict[str, float]:
 
 def _held_out(config: Run, run: Session, source: Evaluable, step: int) -> dict[str, float]:
     """Accuracy and calibration of a reward model; rewards.json keeps what the report draws."""
-    metrics, table, samples = source.evaluate(run.learner)
+    metrics, table, samples = source.evaluate()
     if run.world.is_main:
         replace_text(Path(config.output_dir) / REWARDS, json.dumps({"step": step, **table}))
     run.log.samples(step, samples)

@@ -13,13 +13,12 @@ from fastrl import pipeline
 from fastrl.bench.studies import demo, gsm8k_reward
 from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Sft
 from fastrl.config.parse import load
-from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.model.decoder import Decoder
 from fastrl.recipes import tokenizer as tokenizer_recipe
 from fastrl.report.compare import as_text, build_comparison
 from fastrl.report.stats import mean_interval
 from fastrl.run.evaluate import Evaluation
-from fastrl.tasks import Example, Score
+from fastrl.tasks import Example, Score, load_run_task
 
 COMMANDS = {
     "cards_sft": Sft,

@@ -100,7 +100,7 @@ def density(texts: list[str]) -> float:
 
 
 def large_statements(text: str) -> list[tuple[int, int]]:
-    """(line, nodes) of every statement of a function that is too large; a module's table may be any length."""
+    """(line, nodes) of every statement of a function that is too large; a module's table may be long."""
     inside = {s for f in outermost(ast.parse(text)) for s in ast.walk(f)}
     found = ((s.lineno, own_nodes(s)) for s in inside if isinstance(s, ast.stmt) and not is_docstring(s))
     return sorted((line, n) for line, n in found if n > STATEMENT)
@@ -165,7 +165,7 @@ def test_planted_excesses_are_caught():
 
 
 def test_planted_density_is_caught():
-    """Wrong implementations: nodes of nested statements counted twice, docstrings and comments counted as code."""
+    """Wrong implementations: nested statements counted twice, docstrings and comments as code."""
     packed = "def f():\n    return [" + ", ".join(f"g(x{i})" for i in range(30)) + "]"
     assert large_statements(packed) == [(2, 3 + 30 * 5)]
     assert large_statements("TABLE = [" + ", ".join(f"g(x{i})" for i in range(30)) + "]") == []

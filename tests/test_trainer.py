@@ -18,7 +18,7 @@ from fastrl.config import Eval, Optim, Save
 from fastrl.config.parse import load
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
-from fastrl.run.checkpoint import whole
+from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
 from fastrl.train.learner import Learner
@@ -63,7 +63,9 @@ def test_sft_leaves_a_model_that_transformers_loads(tmp_path):
     )
     assert [r["step"] for r in rows if "eval/accuracy_greedy" in r] == [0, 5, 10, 15, 20]
     assert {"loss", "num_tokens", "grad_norm", "learning_rate", "entropy"} <= trained(rows)[0].keys()
-    assert [whole(run)[-1]] == whole(run) == [result.checkpoint] and result.metrics["loss"] == losses[-1]
+    assert [complete_checkpoints(run)[-1]] == complete_checkpoints(run) == [
+        result.checkpoint
+    ] and result.metrics["loss"] == losses[-1]
     (events,) = run.glob("events.out.tfevents.*")
     board = EventAccumulator(str(events)).Reload()
     assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses) and len(
@@ -153,7 +155,7 @@ def test_the_reference_stays_where_the_run_began(tmp_path, no_report):
 def test_checkpoints_at_an_interval(tmp_path, no_report):
     config = sft(tmp_path, steps=7, save=Save(every=2, keep=2), eval=Eval())
     train(config)
-    assert [p.name for p in whole(Path(config.output_dir))] == ["step_6", "step_7"]
+    assert [p.name for p in complete_checkpoints(Path(config.output_dir))] == ["step_6", "step_7"]
 
 
 def test_bfloat16_trains_with_float32_masters(tmp_path, no_report):
@@ -201,9 +203,9 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(
         UserError, match=f"^step 6: loss is nan; the weights are those of the step before; {where}$"
     ):
         train(config)
-    assert [p.name for p in whole(run)] == (["step_2", "step_4"] if saved else [])
+    assert [p.name for p in complete_checkpoints(run)] == (["step_2", "step_4"] if saved else [])
     assert [r["step"] for r in lines(run)] == [1, 2, 3, 4, 5]
-    assert all(torch.isfinite(v).all() for p in whole(run) for v in state(p).values())
+    assert all(torch.isfinite(v).all() for p in complete_checkpoints(run) for v in state(p).values())
 
 
 def test_nothing_is_started_when_the_evaluation_cannot_be_done(tmp_path, no_report):

@@ -28,14 +28,14 @@ import fastrl.recipes
 from fastrl.config import Grpo
 from fastrl.config.parse import load
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.report.compare import Answer, Arm, Comparison, Seed, as_text, build_comparison
 from fastrl.report.stats import Estimate, mean_interval, paired_interval
-from fastrl.run.checkpoint import whole
+from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.run.evaluate import Evaluation, evaluate, save
 from fastrl.sampler import Sampler
+from fastrl.tasks import load_run_task
 
 RECIPES = Path(fastrl.recipes.__path__[0])
 CORES = min(2, os.cpu_count() or 1)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fresh(folder: Path) -> Path:
     """`folder`, after making sure that no earlier demonstration's runs are in it."""
-    if any(whole(run) for run in folder.glob("seed*/*")):
+    if any(complete_checkpoints(run) for run in folder.glob("seed*/*")):
         number = next(n for n in range(1, 1000) if not folder.with_name(f"{folder.name}-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}-{number}"))
     return folder
@@ -149,7 +149,7 @@ def finish(process: subprocess.Popen[bytes], call: Sequence[str]) -> None:
 
 
 def newest(run: Path) -> Path:
-    return whole(run)[-1]
+    return complete_checkpoints(run)[-1]
 
 
 def test(run: Path, seed: int) -> Evaluation:

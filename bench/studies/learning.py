@@ -31,7 +31,7 @@ from fastrl.config import TRAINING, Grpo
 from fastrl.config.parse import load, resolve
 from fastrl.errors import UserError
 from fastrl.report.stats import wilson
-from fastrl.run.checkpoint import whole
+from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.run.log import METRICS
 
 GSM8K = "FASTRL_GSM8K"  # the environment's variable, as for --task gsm8k
@@ -255,11 +255,11 @@ def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float |
     """
     words = command(name, recipe, "--threads", "1", "--output-dir", str(run), *options)[2:]
     steps = resolve(TRAINING[name], words[1:]).steps
-    last, before = run / "checkpoints" / f"step_{steps}", whole(run)
+    last, before = run / "checkpoints" / f"step_{steps}", complete_checkpoints(run)
     if last in before:
         return last, None
     seconds = call(*words, *["--resume"][: len(before)])
-    if last not in whole(run):
+    if last not in complete_checkpoints(run):
         raise UserError(f"{run}: stopped before step {steps}; the same command goes on from there")
     return last, None if before else seconds
 

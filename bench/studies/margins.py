@@ -15,11 +15,10 @@ from fastrl import ops
 from fastrl.data.pairs import encode_units
 from fastrl.data.rows import Row
 from fastrl.methods.dpo.batches import pack_units
-from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.model.adapter import load_model
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import load_tokenizer
-from fastrl.tasks import Example
+from fastrl.tasks import Example, load_run_task
 from fastrl.tasks.cards.mistakes import of_each_kind
 
 CHUNK = 64  # pairs of one forward pass

@@ -1,75 +1,54 @@
 """Preferences and reinforcement learning in one step: the table of fusions, beside that of hybrids with
 demonstrations.
 
-A row is one of three kinds.  `Fused`: a policy loss, and a loss of offline pairs beside it, each with its own
-denominators.  `Mixed` with two sides: the completions of a prompt's pair are members of its group.
-`Contrast`: the group's own completions are the pairs, or a list.  The equations are in docs/fusion.md.
+A fusion is one of three kinds: a policy loss with a loss of offline pairs beside it, each with denominators
+of its own (`pairs`); a group with the prompt's pair as two more members (`sides=2`); or a group whose own
+completions are compared with each other (`GroupPreference`).  The equations are in docs/fusion.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
-from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
-from fastrl.algorithms.hybrid import HYBRIDS, Estimator, Mixed, Parts, Rule, mix, rise_and_fall
+from fastrl.algorithms.group_preference import GroupPreference, Listwise, OnlinePairs
+from fastrl.algorithms.hybrid import HYBRIDS, Estimator, HybridAlgorithm, OfflinePairs, Parts, Rule
 from fastrl.algorithms.objective import ALGORITHMS
-from fastrl.algorithms.preference import PREFERENCES, Preference
+from fastrl.algorithms.preference import PREFERENCES
 from fastrl.ops import SURROGATES
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The weight of a term over a run: from 0 to `peak` over `warmup` steps, then by half a cosine to `end`
-    over `decay` (0: the rest).
-    """
-
-    peak: float = 1.0
-    end: float = 0.0
-    warmup: int = 0
-    decay: int = 0
-
-    def __call__(self, step: int, steps: int) -> float:
-        return rise_and_fall(step, steps, peak=self.peak, end=self.end, warmup=self.warmup, decay=self.decay)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fused(Mixed):
-    """A row whose loss is its own, and `coef` times `preference`'s on offline pairs, a mean over the pairs of
-    the optimizer step.
-    """
-
-    preference: Preference
-    coef: Schedule = Schedule()
-
-
-def _own(solved: Tensor, there: Tensor, step: int, steps: int, *, rl_coef: float) -> Parts:
+def _own(solved: Tensor, present: Tensor, step: int, steps: int, *, rl_coef: float) -> Parts:
     return rl_coef, 0.0, 0.0
 
 
 _DPO = PREFERENCES["dpo"]
 _AVERAGED = replace(_DPO.with_params(beta=1.0), average=True)
 _UNION = Rule(HYBRIDS["luffy"].rule.compute)
-FUSIONS: dict[str, Mixed | Contrast] = {
-    "grpo_dpo": mix(
-        ALGORITHMS["grpo"], Rule(_own, {"rl_coef": 1.0}), kind=Fused, known="nothing", preference=_DPO
+
+FUSIONS: dict[str, HybridAlgorithm | GroupPreference] = {
+    "grpo_dpo": HybridAlgorithm(
+        policy=ALGORITHMS["grpo"],
+        rule=Rule(_own, {"rl_coef": 1.0}),
+        known="nothing",
+        pairs=OfflinePairs(_DPO),
     ),
-    "grpo_pairs": mix(
-        ALGORITHMS["grpo"], _UNION, member=Estimator(SURROGATES["ratio"], "one"), known="pairs", sides=2
+    "grpo_pairs": HybridAlgorithm(
+        policy=ALGORITHMS["grpo"],
+        rule=_UNION,
+        member=Estimator(SURROGATES["ratio"], "one"),
+        known="pairs",
+        sides=2,
     ),
-    "luffy_pairs": mix(
-        ALGORITHMS["dr_grpo"],
-        _UNION,
-        surrogate=SURROGATES["ratio"],
+    "luffy_pairs": HybridAlgorithm(
+        policy=replace(ALGORITHMS["dr_grpo"], surrogate=SURROGATES["ratio"]),
+        rule=_UNION,
         member=Estimator(SURROGATES["luffy_off"], "one"),
         known="pairs",
         sides=2,
     ),
-    "online_dpo": OnlinePairs(preference=_DPO),
-    "group_softmax": Listwise(preference=_DPO),
-    "group_softmax_norm": Listwise(preference=_AVERAGED),
+    "online_dpo": GroupPreference(preference=_DPO, comparison=OnlinePairs()),
+    "group_softmax": GroupPreference(preference=_DPO, comparison=Listwise()),
+    "group_softmax_norm": GroupPreference(preference=_AVERAGED, comparison=Listwise()),
 }
-
-
-# --- from a run's options to a row ------------------------------------------------------------------

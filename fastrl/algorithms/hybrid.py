@@ -6,47 +6,46 @@ Every gradient of post-training has four parts (UPGE, Lv et al. 2025):
 
 A batch holds sequences of three KINDS: the policy's own completions; demonstrations that are one more member
 of a prompt's group, with an advantage of their own; and demonstrations that are supervised.  The parts are
-columns of the batch: the denominator is `old_logp`, the advantage `advantage`, what stabilises is the
-surrogate's gate times `correction`, and `weight` holds the aggregate.  An `Estimator` says what a
-demonstration has in them; the policy's own tokens are a row of ALGORITHMS.  The equations are in
+columns of the batch: the denominator is `old_logp`, the advantage is `advantage`, the stabiliser is the
+surrogate's gate times `correction`, and `weight` holds the aggregate.  An `Estimator` sets these parts for
+demonstrations; an algorithm of ALGORITHMS does so for the policy's own tokens.  The equations are in
 docs/hybrid.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms.advantage import Advantage
-from fastrl.algorithms.objective import ALGORITHMS, Algorithm
+from fastrl.algorithms.objective import ALGORITHMS, Algorithm, HoldsPolicy
+from fastrl.algorithms.preference import Preference
 from fastrl.algorithms.prepare import Prepare
+from fastrl.algorithms.row import Level
+from fastrl.algorithms.schedule import Schedule, rise_and_fall
 from fastrl.algorithms.sequence import mean
 from fastrl.batch.types import Tokens
 from fastrl.ops import SURROGATES, Surrogate
 
-KINDS = ("own", "member", "supervised")  # what the numbers in `Batch.kind` mean
+KINDS = ("own", "member", "supervised")  # the meaning of the numbers in `Batch.kind`
 OWN, MEMBER, SUPERVISED = range(3)
 
-# log pi_den of each token; "old" is what is recorded, and only the policy's own completions have it
-DENOMINATORS: dict[str, Callable[[Tokens], Tensor]] = {
+DENOMINATORS: dict[str, Callable[[Tokens], Tensor]] = {  # log pi_den of each token
     "policy": lambda tokens: tokens.logp.detach(),  # SFT, REINFORCE
-    "old": lambda tokens: tokens.old_logp,  # PPO and its kin
-    "one": lambda tokens: torch.zeros_like(
-        tokens.logp
-    ),  # LUFFY, SRFT: nobody knows what wrote the demonstration
+    "old": lambda tokens: tokens.old_logp,  # PPO and its kin; recorded for the policy's completions alone
+    "one": lambda tokens: torch.zeros_like(tokens.logp),  # LUFFY, SRFT: the author's policy is unknown
 }
 
 
 # --- one kind's part of the loss --------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """What demonstrations of one kind have for the four parts.
+    """The four parts of the gradient for demonstrations of one kind.
 
     surrogate    what is maximised, its gate included
     denominator  a row of DENOMINATORS
@@ -74,7 +73,7 @@ class Estimator:
 
 
 def phi(tokens: Tokens, surrogate: Surrogate) -> Tensor:
-    """CHORD: p (1 - p) of each token, greatest where the policy is in doubt."""
+    """CHORD: p (1 - p) of each token, largest where the policy is unsure."""
     p = tokens.logp.detach().exp()
     return p * (1 - p)
 
@@ -85,8 +84,8 @@ def certain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
 
 
 def uncertain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
-    """SRFT, the policy's own tokens: exp(H) / 10 where the advantage is positive, else 1; times what they are
-    corrected by.
+    """SRFT, the policy's own tokens: exp(H) / 10 where the advantage is positive, else 1; times their
+    correction.
     """
     weight = torch.where(tokens.advantage > 0, 0.1 * mean(_entropy(tokens), tokens).exp(), 1.0)
     return weight if tokens.correction is None else weight * tokens.correction
@@ -94,7 +93,7 @@ def uncertain(tokens: Tokens, surrogate: Surrogate) -> Tensor:
 
 def _entropy(tokens: Tokens) -> Tensor:
     if tokens.entropy is None:
-        raise ValueError("entropy: expected (N,), got None; SRFT weighs by it")
+        raise ValueError("entropy: expected (N,), got None; SRFT's weights depend on it")
     return tokens.entropy.detach()
 
 
@@ -103,34 +102,36 @@ def _sign(reward: Tensor, group: int, length: Tensor) -> Tensor:
     return torch.where(reward.isnan(), 0, torch.where(reward > 0, 1.0, -1.0)).to(reward.dtype)
 
 
-# --- what a prompt's sequences count ----------------------------------------------------------------
+# --- how much each kind of a prompt's sequences counts ------------------------------------------------
 Parts = tuple[Tensor | float, Tensor | float, Tensor | float]  # by KINDS
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How much the kinds of a prompt's sequences count: `compute(solved (P,), there (P,), step, steps,
-    **params)`, of each kind.
+    """The coefficient of each kind of a prompt's sequences: `compute(solved (P,), present (P,), step, steps,
+    **params)`, by KINDS.
 
-    solved  share of the prompt's completions that are right, NaN where none was scored;  there  whether it
-            has a demonstration
-    A kind that counts 0 leaves the batch, and its denominators.
+    solved   share of the prompt's completions that are right, NaN where none was scored
+    present  whether the prompt has a demonstration
+    A kind with coefficient 0 leaves the batch, and its denominators.
     """
 
     compute: Callable[..., Parts]
     params: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, solved: Tensor, there: Tensor, step: int, steps: int) -> Tensor:
-        own, member, supervised = self.compute(solved, there, step, steps, **self.params)
-        one, known = torch.ones_like(solved), there.to(solved.dtype)
+    def __call__(self, solved: Tensor, present: Tensor, step: int, steps: int) -> Tensor:
+        """(P, 3) coefficients."""
+        own, member, supervised = self.compute(solved, present, step, steps, **self.params)
+        one, known = torch.ones_like(solved), present.to(solved.dtype)
         return torch.stack([own * one, member * known, supervised * known], 1)
 
 
-def _gate(solved: Tensor, there: Tensor, step: int, steps: int, *, gate: float, sft_coef: float) -> Parts:
-    shut = there & (solved <= gate)
+def _gate(solved: Tensor, present: Tensor, step: int, steps: int, *, gate: float, sft_coef: float) -> Parts:
+    shut = present & (solved <= gate)
     return (~shut).to(solved.dtype), 0.0, sft_coef * shut
 
 
+# (own, supervised) by the eighths of a prompt's completions that are right
 SOFT = (
     (0.0, 1.0),
     (0.0, 1.0),
@@ -144,43 +145,35 @@ SOFT = (
 )
 
 
-def _soft(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
-    """By eighths of completions solved; a prompt that nothing is known of, or without a demonstration, is
-    left to its rewards.
-    """
-    alone = ~there | solved.isnan()
+def _soft(solved: Tensor, present: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
+    """By SOFT; a prompt without a reward or a demonstration is trained by its rewards alone."""
+    alone = ~present | solved.isnan()
     eighth = torch.where(alone, 1, solved).mul(8).floor().long()
     own, supervised = solved.new_tensor(SOFT)[eighth].unbind(1)
     return own, 0.0, sft_coef * supervised
 
 
-def _union(solved: Tensor, there: Tensor, step: int, steps: int) -> Parts:
+def _union(solved: Tensor, present: Tensor, step: int, steps: int) -> Parts:
     return 1.0, 1.0, 0.0
 
 
-def _all(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
+def _all(solved: Tensor, present: Tensor, step: int, steps: int, *, sft_coef: float) -> Parts:
     return 1.0, 1.0, sft_coef
 
 
-def _fixed(solved: Tensor, there: Tensor, step: int, steps: int, *, sft_coef: float, rl_coef: float) -> Parts:
+def _fixed(
+    solved: Tensor, present: Tensor, step: int, steps: int, *, sft_coef: float, rl_coef: float
+) -> Parts:
     return rl_coef, 0.0, sft_coef
 
 
-def _mu(solved: Tensor, there: Tensor, step: int, steps: int, *, mu: float) -> Parts:
+def _mu(solved: Tensor, present: Tensor, step: int, steps: int, *, mu: float) -> Parts:
     return 1 - mu, 0.0, mu
-
-
-def rise_and_fall(step: int, steps: int, *, peak: float, end: float, warmup: float, decay: float) -> float:
-    """From 0 to the peak over `warmup` steps, then by half a cosine to `end` over `decay` (0: the rest of
-    `steps`).
-    """
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (decay or max(steps - warmup, 1)))))
-    return peak * step / warmup if step < warmup else end + (peak - end) * fall
 
 
 def _schedule(
     solved: Tensor,
-    there: Tensor,
+    present: Tensor,
     step: int,
     steps: int,
     *,
@@ -194,28 +187,43 @@ def _schedule(
 
 
 # --- the table --------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixed(Algorithm):
-    """A row: an algorithm for the policy's own completions, and what becomes of the demonstrations.
+@dataclass(frozen=True, slots=True)
+class OfflinePairs:
+    """A loss of offline pairs beside the policy's loss, a mean over the pairs of the optimizer step.
 
-    rule           how much each kind of a prompt's sequences counts
+    preference  a row of PREFERENCES
+    coef        its weight over the run
+    """
+
+    preference: Preference
+    coef: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridAlgorithm(HoldsPolicy):
+    """A row: an algorithm for the policy's own completions, and the use made of demonstrations or pairs.
+
+    policy         trains the policy's own completions; KL and entropy bonus are of their tokens
+    rule           the coefficient of each kind of a prompt's sequences
     member         demonstrations that join their prompt's group, aggregated like completions; None for none
     supervised     demonstrations with an advantage of 1, a mean over their tokens of the whole step; None for
                    none
     own_advantage  advantage of the completions, where it is not the group's
-    known          what is known of a prompt, a row of commands.KNOWN: a demonstration, or a chosen and a
-                   rejected completion
-    sides          how many of these join its group as members
-    The loss is a mean over prompts, each taught as the rule says.  KL and entropy bonus are of the policy's
-    own tokens.
+    known          what is known of a prompt: "demonstrations", "pairs" of a chosen and a rejected completion,
+                   or "nothing"
+    sides          how many of the known completions join the prompt's group as members
+    pairs          a loss of offline pairs beside this one; None for none
+    The loss is a mean over prompts, each with the rule's coefficients.
     """
 
+    policy: Algorithm
     rule: Rule
     member: Estimator | None = None
     supervised: Estimator | None = None
     own_advantage: Advantage | None = None
-    known: str = "demonstrations"
+    known: Literal["demonstrations", "pairs", "nothing"] = "demonstrations"
     sides: int = 1
+    pairs: OfflinePairs | None = None
 
     @property
     def others(self) -> list[int]:
@@ -225,60 +233,61 @@ class Mixed(Algorithm):
     @property
     def estimators(self) -> dict[int, Estimator]:
         """The demonstrations' parts of the loss, by kind."""
-        return {
-            kind: part
-            for kind, part in ((MEMBER, self.member), (SUPERVISED, self.supervised))
-            if part is not None
-        }
+        parts = {MEMBER: self.member, SUPERVISED: self.supervised}
+        return {kind: part for kind, part in parts.items() if part is not None}
 
     @property
-    def level(self) -> Literal["token", "sequence"]:
+    def level(self) -> Level:
+        """See `Algorithm.level`."""
         whole = any(part.whole for part in self.estimators.values())
-        return "sequence" if whole else Algorithm.level.fget(self)  # type: ignore[attr-defined]
+        return "sequence" if whole else self.policy.level
 
-    def _policy_loss(self, tokens: Tokens, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of every kind, and the metrics of the policy's own tokens."""
-        if tokens.kind is None:
-            raise ValueError("kind: expected (N,), whose token each is; got None")
-        loss, metrics = Algorithm._policy_loss(self, tokens, tokens.kind == OWN)
+    def loss(self, tokens: Tokens) -> Tensor:
+        """The share of the step's loss of tokens of every kind, differentiable in their logp and entropy."""
+        loss = self._of_policy(tokens)[0]
+        assert tokens.kind is not None, "_of_policy() has refused that"
         for kind, part in self.estimators.items():
             loss = loss + part.loss(tokens, tokens.kind == kind)
-        return loss, metrics
+        return loss
+
+    def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Diagnostics of the policy's own tokens (see `ops.policy_loss`)."""
+        return self._of_policy(tokens)[1]
+
+    def _of_policy(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        if tokens.kind is None:
+            raise ValueError("kind: expected the kind (N,) of each token's sequence, got None")
+        return self.policy.evaluate(tokens, tokens.kind == OWN)
 
 
-def mix(base: Algorithm, rule: Rule, kind: type[Mixed] | None = None, **columns: Any) -> Mixed:
-    """A row, of a kind of Mixed, whose own completions are trained by `base`, with some columns changed."""
-    return (kind or Mixed)(**{f.name: getattr(base, f.name) for f in fields(Algorithm)} | columns, rule=rule)
-
-
+_GRPO, _DR_GRPO = ALGORITHMS["grpo"], ALGORITHMS["dr_grpo"]
+_UNCLIPPED = replace(_DR_GRPO, surrogate=SURROGATES["ratio"])
 _NLL = Estimator(SURROGATES["pg"], "policy")  # -A logp with an advantage of 1
-_UNCLIPPED: dict[str, Any] = {"surrogate": SURROGATES["ratio"]}
-HYBRIDS: dict[str, Mixed] = {
-    "hpt": mix(
-        ALGORITHMS["dr_grpo"], Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL
+
+HYBRIDS: dict[str, HybridAlgorithm] = {
+    "hpt": HybridAlgorithm(
+        policy=_UNCLIPPED, rule=Rule(_gate, {"gate": 0.0, "sft_coef": 1.0}), supervised=_NLL
     ),
-    "hpt_soft": mix(ALGORITHMS["dr_grpo"], Rule(_soft, {"sft_coef": 1.0}), **_UNCLIPPED, supervised=_NLL),
-    "luffy": mix(
-        ALGORITHMS["dr_grpo"], Rule(_union), **_UNCLIPPED, member=Estimator(SURROGATES["luffy_off"], "one")
+    "hpt_soft": HybridAlgorithm(policy=_UNCLIPPED, rule=Rule(_soft, {"sft_coef": 1.0}), supervised=_NLL),
+    "luffy": HybridAlgorithm(
+        policy=_UNCLIPPED, rule=Rule(_union), member=Estimator(SURROGATES["luffy_off"], "one")
     ),
-    "srft": mix(
-        ALGORITHMS["grpo"],
-        Rule(_all, {"sft_coef": 1.0}),
-        prepare=(uncertain,),
+    "srft": HybridAlgorithm(
+        policy=replace(_GRPO, prepare=(uncertain,)),
+        rule=Rule(_all, {"sft_coef": 1.0}),
         own_advantage=Advantage(_sign, least=1),
         member=Estimator(SURROGATES["ratio"], "one"),
         supervised=Estimator(SURROGATES["pg"], "policy", certain, whole=True),
     ),
-    "chord": mix(
-        ALGORITHMS["grpo"],
-        Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}),
+    "chord": HybridAlgorithm(
+        policy=_GRPO,
+        rule=Rule(_schedule, {"mu": 0.9, "mu_end": 0.05, "mu_warmup": 0.0, "mu_decay": 0.0}),
         supervised=_NLL,
     ),
-    "chord_phi": mix(
-        ALGORITHMS["grpo"], Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)
+    "chord_phi": HybridAlgorithm(
+        policy=_GRPO, rule=Rule(_mu, {"mu": 0.1}), supervised=Estimator(SURROGATES["pg"], "policy", phi)
     ),
-    "mixed": mix(ALGORITHMS["grpo"], Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL),
+    "mixed": HybridAlgorithm(
+        policy=_GRPO, rule=Rule(_fixed, {"sft_coef": 1.0, "rl_coef": 1.0}), supervised=_NLL
+    ),
 }
-
-
-# --- from a run's options to a row ------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""A policy and its reward model trained in turns: a row of the family, with what the reward model learns by.
+"""A policy and its reward model trained in turns: an algorithm for the policy, and the reward model's loss.
 See docs/joint.md.
 
-Sampling has no derivative, and the reward must have none either: a policy's loss that reaches the reward
-model teaches it to like what the policy says already.  So rewards are plain numbers here, on a scale that is
-measured anew whenever the reward model has moved.
+Sampling has no derivative, and the reward must have none either: a policy loss that reaches the reward model
+would teach it to prefer the policy's own completions.  So rewards are constants here, on a scale that is
+measured again after each update of the reward model.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import NamedTuple, Self
 
-from fastrl.algorithms.objective import Algorithm
+from fastrl.algorithms.objective import Algorithm, HoldsPolicy
 from fastrl.algorithms.reward import RewardLoss
 
 
 class Scale(NamedTuple):
-    """What takes a reward model's scores to mean 0 and deviation 1 on the calibration set."""
+    """Shift and scale of a reward model's scores, to mean 0 and deviation 1 on the calibration set."""
 
     mean: float = 0.0
     deviation: float = 1.0
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> Self:
-        """The scale of these scores, all the set there is; where they are all equal only their mean is taken
-        off.
-        """
+        """The scale of the calibration set's scores; where all are equal, only their mean is subtracted."""
         deviation = pstdev(scores)
         return cls(fmean(scores), deviation if deviation > 0 else 1.0)
 
@@ -37,15 +35,17 @@ class Scale(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CoTrained(Algorithm):
-    """A method whose rewards come from a model that is trained along.
+class JointAlgorithm(HoldsPolicy):
+    """A method that trains the model its rewards come from.
 
+    policy                 trains the policy on the reward model's rewards
     reward_loss            scores of compared completions -> the reward model's loss
-    reward_model, seed     where the reward model starts, and what a fresh head is drawn by
-    reward_lr              its peak learning rate; None: the policy's
+    reward_model, seed     the reward model's initial weights; the seed of a fresh head
+    reward_lr              its peak learning rate; None is the policy's
     reward_epochs          its optimizer steps per update
     """
 
+    policy: Algorithm
     reward_loss: RewardLoss
     reward_model: str
     seed: int = 0

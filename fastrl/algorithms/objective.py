@@ -1,6 +1,6 @@
-"""The table of methods.  A method is a row: advantage | ratio | prepare | surrogate | aggregate | KL |
-correction; nothing branches on its name.  The equations of the rows and their sources are in docs/methods.md;
-what other trainers do under the same names is in presets.py.
+"""The table of policy algorithms.  An algorithm is a row: advantage | ratio | prepare | surrogate |
+aggregate | KL | correction; nothing branches on its name.  The equations of the rows and their sources are in
+docs/methods.md; what other trainers do under the same names is in presets.py.
 
 Everything here is plain PyTorch on (N,) vectors of loss tokens; the vocabulary lives in `ops.linear_loss`.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -18,13 +17,14 @@ from fastrl.algorithms.advantage import ADVANTAGES, Advantage
 from fastrl.algorithms.aggregate import Aggregate, fixed_length, sequence_mean, sequence_sum, token_mean
 from fastrl.algorithms.correction import Correction
 from fastrl.algorithms.prepare import Prepare, gamma_weight, geometric_mean
+from fastrl.algorithms.row import Level
 from fastrl.batch.types import Tokens
 from fastrl.ops import SURROGATES, Surrogate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """One method.
+    """One policy algorithm.
 
     advantage     rewards of a group -> advantage of each sample; None for supervised tokens, whose advantage
                   is 1
@@ -35,14 +35,14 @@ class Algorithm:
     entropy_coef  weight of the entropy bonus
     correction    importance weight of the sampler against the trainer (a row of CORRECTIONS); None trusts the
                   recorded log-probs
-    prepare       what whole sequences say about their tokens before the surrogate, in this order: see
+    prepare       token weights computed from whole sequences before the surrogate, in this order: see
                   prepare.py
     """
 
     surrogate: Surrogate
     aggregate: Aggregate
     advantage: Advantage | None = None
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Level = "token"
     kl: str | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
@@ -51,34 +51,31 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probs of a reference model are asked for."""
+        """Whether the loss uses log-probs of a reference model."""
         return bool(self.kl_coef)
 
     @property
-    def level(self) -> Literal["token", "sequence"]:
+    def level(self) -> Level:
         """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
-        whole = (
-            self.ratio == "sequence"
-            or self.prepare
-            or (self.correction is not None and self.correction.level != "token")
-        )
-        return "sequence" if whole else "token"
+        by_sequence = self.correction is not None and self.correction.level != "token"
+        return "sequence" if self.ratio == "sequence" or self.prepare or by_sequence else "token"
 
     def corrected(self, tokens: Tokens) -> Tokens:
-        """The tokens with their correction; where the batch brings none, `tokens.logp` is the trainer's
-        before any update on it.
+        """The tokens with their correction.  Where the batch brings none, `tokens.logp` must be the trainer's
+        before any update on the batch.
         """
         return tokens if self.correction is None or tokens.correction is not None else self.correction(tokens)
 
     def loss(self, tokens: Tokens) -> Tensor:
         """These tokens' share of the step's loss, differentiable in their logp and entropy."""
-        return self._policy_loss(tokens)[0]
+        return self.evaluate(tokens)[0]
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Diagnostics of these tokens (see `ops.policy_loss`), the same for every method."""
-        return self._policy_loss(tokens)[1]
+        """Diagnostics of these tokens (see `ops.policy_loss`), the same for every algorithm."""
+        return self.evaluate(tokens)[1]
 
-    def _policy_loss(self, tokens: Tokens, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(self, tokens: Tokens, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of the tokens that `mask` (N,) selects; None selects all."""
         tokens = self.corrected(tokens)
         for prepare in self.prepare:
             tokens = replace(tokens, correction=prepare(tokens, self.surrogate))
@@ -98,6 +95,45 @@ class Algorithm:
             entropy=tokens.entropy,
             entropy_coef=self.entropy_coef,
         )
+
+
+class HoldsPolicy:
+    """The answers of a row that holds an algorithm for the policy, where they are the algorithm's own."""
+
+    __slots__ = ()
+    policy: Algorithm
+
+    @property
+    def level(self) -> Level:
+        """See `Algorithm.level`."""
+        return self.policy.level
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss uses log-probs of a reference model."""
+        return self.policy.needs_reference
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL to the reference model in the policy's loss."""
+        return self.policy.kl_coef
+
+    @property
+    def correction(self) -> Correction | None:
+        """Importance weight of the sampler against the trainer."""
+        return self.policy.correction
+
+    def corrected(self, tokens: Tokens) -> Tokens:
+        """See `Algorithm.corrected`."""
+        return self.policy.corrected(tokens)
+
+    def loss(self, tokens: Tokens) -> Tensor:
+        """These tokens' share of the step's loss, differentiable in their logp and entropy."""
+        return self.policy.loss(tokens)
+
+    def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Diagnostics of the policy's tokens (see `ops.policy_loss`)."""
+        return self.policy.metrics(tokens)
 
 
 def _clip(low: float, high: float, cap: float = math.inf) -> Surrogate:

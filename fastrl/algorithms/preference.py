@@ -1,5 +1,6 @@
-"""The table of preference losses.  A loss is a row: a rule over what a pair (or a labelled example) scored |
-what a score is | NLL; nothing branches on its name.  Equations and sources are in docs/preference.md.
+"""The table of preference losses.  A loss is a row: the rule that turns the scores of a pair (or of a
+labelled example) into a loss | what a score is | the NLL term; nothing branches on its name.  Equations and
+sources are in docs/preference.md.
 
 A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or
 without a reference its log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,)
@@ -7,8 +8,8 @@ vectors of sequences, differentiated through `ops.linear_loss(level="sequence")`
 log-prob is its sequence's scalar, and the vocabulary is never seen.
 
 Batches are as types.Batch says, with these columns: `advantage` is +1 for tokens of chosen and desirable
-completions and -1 for the others, `weight` is 1 / units of the whole optimizer step; a pair's two sequences
-lie next to each other, the chosen one first.
+completions and -1 for the others; `weight` is 1 / units of the whole optimizer step; a pair's two sequences
+are adjacent, the chosen one first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from fastrl.algorithms.preference_rules import (
     simpo,
     sppo,
 )
+from fastrl.algorithms.row import WithoutKl
 from fastrl.batch.types import Tokens
 
 # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
@@ -58,7 +60,7 @@ SUMS = (
 
 
 class Scores(NamedTuple):
-    """What S sequences of a micro-batch say: each (S,).
+    """What the loss needs to know of S sequences: each (S,).
 
     score   nats: summed log-prob over the reference's, or the log-prob alone
     logp    nats, summed
@@ -75,19 +77,18 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preference:
+class Preference(WithoutKl):
     """One loss.
 
-    rule       what two scores cost, or with `paired` False what one score and its label cost
-    params     the rule's parameters; `beta` also scales the rewards that are reported.  A `baseline` among
-               them is KTO's z0, which the learner fills in at every step
+    rule       the loss of two scores, or with `paired` False of one score and its label
+    params     the rule's parameters; `beta` also scales the rewards that are logged.  A `baseline` among them
+               is KTO's z0, which the learner sets at every step
     paired     pairs of a chosen and a rejected completion, or single completions labelled good or bad
-    reference  whether a score is measured against a reference model
-    average    scores are divided by the completion's tokens
-    transform  of the scores before that: f' of an f-divergence (f-DPO); None is the reverse KL
+    reference  whether scores are log-ratios to a reference model
+    average    whether scores are divided by the completion's tokens
+    transform  f' of an f-divergence (f-DPO), applied to the scores first; None is the reverse KL
     tail       weight of tokens beyond the length of the pair's shorter completion (LD-DPO)
-    nll        weight of the chosen completion's cross-entropy, nats per token of it, added to each pair's
-               loss
+    nll        weight of the chosen completion's cross-entropy, nats per token, added to each pair's loss
     """
 
     rule: Rule
@@ -99,15 +100,19 @@ class Preference:
     tail: float = 1.0
     nll: float = 0.0
 
-    # what a learner asks of any row: see objective.Algorithm
-    level: ClassVar[Literal["sequence"]] = "sequence"
-    ratio: ClassVar[Literal["sequence"]] = "sequence"
-    kl_coef: ClassVar[float] = 0.0
-    correction: ClassVar[None] = None
+    @property
+    def level(self) -> Literal["sequence"]:
+        """Every token of a sequence is needed at once."""
+        return "sequence"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss uses log-probs of a reference model."""
+        return self.reference
 
     @property
     def unit(self) -> int:
-        """Sequences that a loss is about: 2 of a pair, or 1; a micro-batch holds whole units."""
+        """Sequences of one loss term: 2 of a pair, or 1; a micro-batch holds whole units."""
         return 2 if self.paired else 1
 
     @property
@@ -128,13 +133,12 @@ class Preference:
         """The loss of each pair, (S/2,), or of each example, (S,)."""
         score = s.score if self.transform is None else self.transform(s.score)
         score = score / s.length if self.average else score
-        value = self.rule(*(score.view(-1, 2).unbind(1) if self.paired else (score, s.good)), **self.params)
+        sides = score.view(-1, 2).unbind(1) if self.paired else (score, s.good)
+        value = self.rule(*sides, **self.params)
         return value - self.nll * (s.logp / s.length)[:: self.unit] if self.nll else value
 
     def scores(self, tokens: Tokens) -> Scores:
-        """The sequences' sums, in float64 before they are rounded:
-        a difference of long sums loses nothing.
-        """
+        """The sequences' sums, taken in float64: a difference of long sums loses no digits."""
         if tokens.cu_seqlens is None:
             raise ValueError(
                 "cu_seqlens: expected the ends of whole sequences, got None; "
@@ -144,13 +148,13 @@ class Preference:
             raise ValueError(
                 "ref_logp: expected the reference model's log-probs, got None; this row compares with them"
             )
-        ends = tokens.cu_seqlens.long()
-        each = (
-            tokens.logp - tokens.ref_logp if self.reference and tokens.ref_logp is not None else tokens.logp
-        )
+        ends, each = tokens.cu_seqlens.long(), tokens.logp
+        if self.reference and tokens.ref_logp is not None:
+            each = tokens.logp - tokens.ref_logp
         if self.tail != 1.0:
             each = each * self._tail_weight(ends, each.numel()).to(each.dtype)
-        first = ends[:-1].clamp(max=max(each.numel() - 1, 0))  # of a sequence without tokens, some token
+        # empty sequences get an arbitrary valid index (masked later)
+        first = ends[:-1].clamp(max=max(each.numel() - 1, 0))
         return Scores(
             score=_sum(each, ends),
             logp=_sum(tokens.logp, ends),
@@ -163,39 +167,32 @@ class Preference:
         length = ends.diff()
         # where each sequence's tail begins
         shorter = ends[:-1] + length.view(-1, 2).amin(1).repeat_interleave(2)
-        return torch.where(
-            torch.arange(tokens, device=ends.device) < shorter.repeat_interleave(length, output_size=tokens),
-            1.0,
-            self.tail,
-        )
+        limit = shorter.repeat_interleave(length, output_size=tokens)
+        place = torch.arange(tokens, device=ends.device)
+        return torch.where(place < limit, 1.0, self.tail)
 
-    # --- what is reported ---
     def measure(self, tokens: Tokens) -> Tensor:
-        """Sums over these sequences, float64, in the order of SUMS:
-        what `merge` makes a step's metrics of.
-        """
+        """Sums over these sequences for `merge`, float64, in the order of SUMS."""
         return self.sums(self.scores(tokens), tokens.entropy)
 
     def sums(self, s: Scores, token_entropy: Tensor | None) -> Tensor:
-        """`measure` of sequences whose scores are known, and of the entropies of all their tokens."""
+        """`measure` from the sequences' scores and the entropy of each of their tokens."""
         reward = self.params["beta"] * (s.score / s.length if self.average else s.score)
         sides = reward.view(-1, 2).unbind(1) if self.paired else (reward.new_zeros(0), reward.new_zeros(0))
         entropy = s.logp.new_zeros(()) if token_entropy is None else token_entropy.sum()
         nll = torch.where(s.good, -s.logp / s.length, 0).sum()
         units = s.length.new_tensor(s.length.numel() // self.unit)
         out = [units, s.length.sum(), entropy, nll, (sides[0] > sides[1]).sum()]
-        for there in (s.good, ~s.good):
-            out += [there.sum(), torch.where(there, reward, 0).sum(), torch.where(there, s.logp, 0).sum()]
+        for side in (s.good, ~s.good):
+            out += [side.sum(), torch.where(side, reward, 0).sum(), torch.where(side, s.logp, 0).sum()]
         return torch.stack([x.double() for x in out])
 
     def merge(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """A step's metrics under TRL's names, from `measure` of every micro-batch of every process."""
-        total = (
-            dict(zip(SUMS, map(math.fsum, zip(*rows, strict=True)), strict=True))
-            if rows
-            else dict.fromkeys(SUMS, 0.0)
-        )
+        sums = map(math.fsum, zip(*rows, strict=True)) if rows else [0.0] * len(SUMS)
+        total = dict(zip(SUMS, sums, strict=True))
         out = {"num_tokens": total["tokens"]}
+
         for side, name in (("good", "chosen"), ("bad", "rejected")):
             if n := total[f"n_{side}"]:  # a step may have no example of one label
                 out |= {
@@ -207,6 +204,7 @@ class Preference:
         if total["units"]:
             out |= {"rewards/accuracies": total["accurate"] / total["units"]} if self.paired else {}
             out["entropy"] = total["entropy"] / total["tokens"]
+
         if total["n_good"]:
             out["nll_loss"] = total["nll"] / total["n_good"]
         return out

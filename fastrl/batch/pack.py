@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fastrl.batch.types import Batch
+from fastrl.batch.columns import P, select
 from fastrl.errors import UserError
 
 
 def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[list[int]]:
-    """Indices of the sequences in each micro-batch: first-fit decreasing, no micro-batch above `budget`
-    tokens.
+    """Indices of the sequences in each micro-batch: first-fit decreasing, at most `budget` tokens each.
 
     Raises UserError for a sequence (`what` it is) longer than the budget: attention needs it whole.
     """
@@ -32,20 +31,17 @@ def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[
     return [sorted(b) for b in bins]
 
 
-def micro_batches(batch: Batch, budget: int, unit: int = 1) -> Iterator[Batch]:
-    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the whole
-    batch.
+def micro_batches(batch: P, budget: int, unit: int = 1) -> Iterator[P]:
+    """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the batch.
 
     `unit` sequences that lie next to each other (the two of a pair) stay together.
     """
-    lengths, what = (
-        batch.cu_seqlens.diff().tolist(),
-        "a sequence" if unit == 1 else f"{unit} sequences that belong together,",
-    )
-    units = plan([sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)], budget, what)
-    groups = [[unit * u + i for u in group for i in range(unit)] for group in units]
-    if len(groups) == 1:
+    lengths = batch.cu_seqlens.diff().tolist()
+    what = "a sequence" if unit == 1 else f"{unit} sequences that belong together,"
+    totals = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
+    bins = plan(totals, budget, what)
+    if len(bins) == 1:
         yield batch
         return
-    for samples in groups:
-        yield batch.select(samples)
+    for units in bins:
+        yield select(batch, [unit * u + i for u in units for i in range(unit)])

@@ -1,15 +1,16 @@
-"""Sequences that begin alike, as the G completions of one prompt do: their common beginning is forwarded
-once.
+"""Common prefixes: sequences that begin alike, as the G completions of one prompt do, forward it once.
 
-Norms, projections and MLP run on the U tokens that are different; attention alone sees every sequence whole,
-its queries, keys and values copied from them, and its outputs are kept once.  With prompts of N tokens and
-completions of M that saves (G - 1) N of the G (N + M) tokens in every matrix product, forward and backward.
+Norms, projections and MLP run on the U distinct tokens.  Only attention sees every sequence whole: its
+queries, keys and values are copied from the distinct tokens, and its outputs are kept once.  With prompts of
+N tokens and completions of M that saves (G - 1) N of the G (N + M) tokens in every matrix product, forward
+and backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +20,21 @@ from fastrl.batch.types import Batch
 
 LEAST = 16  # copying queries, keys and values pays for itself once one token in so many is spared
 
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> its output
+
+
+class Attending(Protocol):
+    """A model that leaves attention to the caller (`Decoder`)."""
+
+    def __call__(self, tokens: Tensor, cu_seqlens: None, *, positions: Tensor, attend: Attend) -> Tensor: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Copies:
     """Rows of an array (U, ...) by index (N,), some of them several times.
 
-    parts   places 0..N-1, cut so that none takes a row twice: the gradients of copies are added part by part,
-            always in that order
+    parts   places 0..N-1, cut so that no part takes a row twice: the gradients of copies are added part by
+            part, always in that order
     """
 
     index: Tensor
@@ -52,7 +61,7 @@ class _Take(torch.autograd.Function):
         return x.index_select(0, copies.index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,), copies = grads, ctx.copies
         out = grad.new_zeros(ctx.shape)
         for part in copies.parts:
@@ -62,13 +71,13 @@ class _Take(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A batch with its common beginnings taken once.
+    """A batch with its common prefixes taken once.
 
     tokens, positions   (U,)   what is forwarded
-    row                 (T,)   where each token of the batch is among them; a sequence's last loss token,
-                        which predicts nothing, is not
+    row                 (T,)   where each token of the batch is among them; undefined for a sequence's last
+                        loss token, which predicts nothing and is left out
     rank                (T,)   how many sequences before it share the token
-    whole               the tokens of all sequences, from the U
+    whole               the tokens of all sequences, copied from the U
     first               (U,)   the place of each of the U in `whole`
     cu_seqlens          (S+1,) int32, ends of the sequences in `whole`, of at most max_seqlen tokens
     """
@@ -85,49 +94,75 @@ class Shared:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the U tokens, for `Decoder.forward`."""
         q, k, v = (self.whole.take(x) for x in (q, k, v))
-        return ops.attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen).index_select(0, self.first)
+        out = ops.attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
+        return out.index_select(0, self.first)
 
-    def hidden(self, model: Any, rows: Tensor) -> Tensor:
+    def hidden(self, model: Attending, rows: Tensor) -> Tensor:
         """Hidden states of the batch's tokens `rows`, (N, D)."""
         hidden = model(self.tokens, None, positions=self.positions, attend=self.attend)
         return Copies.of(self.row[rows], self.rank[rows]).take(hidden)
 
 
-def shared(batch: Batch) -> Shared | None:
-    """What neighbouring sequences have in common before their first loss token, taken once; None when that is
-    next to nothing.
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the tokens of a packed batch are.
 
-    Only whole beginnings of the same length are compared: those of one prompt.  Waits for the device.
+    sequence, position  (T,)  the token's sequence, and its place in it
+    prefix              (T,)  bool: before its sequence's first loss token
+    starts, lengths     (S,)
     """
-    cu, device = batch.cu_seqlens.long(), batch.tokens.device
-    S, T = len(batch), batch.tokens.numel()
-    starts, lengths = cu[:-1], cu.diff()
-    seq = torch.repeat_interleave(torch.arange(S, device=device), lengths, output_size=T)
-    position = torch.arange(T, device=device) - starts[seq]
-    seen = torch.cat([cu.new_zeros(1), batch.mask.cumsum(0)])  # loss tokens before each place
-    begins = seen[1:] == seen[starts][seq]
-    prompt = torch.zeros_like(starts).index_add_(0, seq, begins.long())
-    before = starts - torch.roll(starts, 1)  # from a sequence to its neighbour on the left
-    # the same place there, where it has one
-    there = (torch.arange(T, device=device) - before[seq]).clamp(0, T - 1)
-    other = (batch.tokens != batch.tokens[there]) & begins
-    differs = torch.zeros_like(starts).index_add_(0, seq, other.long())
-    alike = (differs == 0) & (prompt == torch.roll(prompt, 1)) & (torch.arange(S, device=device) > 0)
+
+    sequence: Tensor
+    position: Tensor
+    prefix: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Places:
+        ends, T = batch.cu_seqlens.long(), batch.tokens.numel()
+        starts, lengths = ends[:-1], ends.diff()
+        numbers = torch.arange(len(batch), device=ends.device)
+        sequence = torch.repeat_interleave(numbers, lengths, output_size=T)
+        position = torch.arange(T, device=ends.device) - starts[sequence]
+        loss_tokens = torch.cat([ends.new_zeros(1), batch.mask.cumsum(0)])  # before each place
+        prefix = loss_tokens[1:] == loss_tokens[starts][sequence]
+        return cls(sequence, position, prefix, starts, lengths)
+
+    def count(self, chosen: Tensor) -> Tensor:
+        """(S,) int64: how many tokens of each sequence are chosen (T,)."""
+        return torch.zeros_like(self.starts).index_add_(0, self.sequence, chosen.long())
+
+
+def shared(batch: Batch) -> Shared | None:
+    """The prefixes that neighbouring sequences have in common, taken once; None when they are too short.
+
+    Only whole prefixes of the same length, all tokens before the first loss token, are compared: those of one
+    prompt.  Waits for the device.
+    """
+    T, numbers = batch.tokens.numel(), torch.arange(len(batch), device=batch.tokens.device)
+    places = _Places.of(batch)
+    prompt = places.count(places.prefix)
+    alike = _like_left_neighbour(batch, places, prompt) & (numbers > 0)
     if LEAST * int(prompt[alike].sum()) <= T:
         return None
-    leader = torch.where(alike, 0, torch.arange(S, device=device)).cummax(0).values
-    rank = torch.where(begins, seq - leader[seq], 0)
-    last = (position == lengths[seq] - 1) & ~begins
+
+    # a run of sequences with the same prefix is led by its first
+    leader = torch.where(alike, 0, numbers).cummax(0).values
+    rank = torch.where(places.prefix, places.sequence - leader[places.sequence], 0)
+    last = (places.position == places.lengths[places.sequence] - 1) & ~places.prefix
+
     kept = (rank == 0) & ~last
     number = kept.cumsum(0) - 1
-    row = torch.where(begins, number[starts[leader[seq]] + position], number)
+    led_by = places.starts[leader[places.sequence]]
+    row = torch.where(places.prefix, number[led_by + places.position], number)
+
     stays = (~last).nonzero().squeeze(1)
-    ends = torch.cat(
-        [cu.new_zeros(1), (lengths - torch.zeros_like(lengths).index_add_(0, seq, last.long())).cumsum(0)]
-    )
+    lengths = places.lengths - places.count(last)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return Shared(
         tokens=batch.tokens[kept],
-        positions=position[kept],
+        positions=places.position[kept],
         row=row,
         rank=rank,
         whole=Copies.of(row[stays], rank[stays]),
@@ -135,3 +170,12 @@ def shared(batch: Batch) -> Shared | None:
         cu_seqlens=ends.to(torch.int32),
         max_seqlen=int(ends.diff().max()),
     )
+
+
+def _like_left_neighbour(batch: Batch, places: _Places, prompt: Tensor) -> Tensor:
+    """(S,) bool: the sequence's prefix, of `prompt` tokens, is that of the sequence on its left."""
+    back = places.starts - torch.roll(places.starts, 1)  # from a sequence to its neighbour on the left
+    here = torch.arange(batch.tokens.numel(), device=back.device)
+    neighbour = (here - back[places.sequence]).clamp(0, here.numel() - 1)
+    differs = places.count((batch.tokens != batch.tokens[neighbour]) & places.prefix)
+    return (differs == 0) & (prompt == torch.roll(prompt, 1))

@@ -1,29 +1,20 @@
 """What flows between the stages: sampler -> Rollouts -> Batch -> learner.
 
-Everything is packed: T tokens of S sequences lie end to end, and `cu_seqlens` (S+1,) marks their ends.
-A per-token vector is indexed by the token it speaks of: `logp[t]` is the log-probability of `tokens[t]`
-given the tokens before it in the same sequence.
+Everything is packed: T tokens of S sequences lie end to end, and `cu_seqlens` (S+1,) marks their ends.  A
+per-token column is indexed by the token it describes: `logp[t]` is the log-probability of `tokens[t]` given
+the tokens before it in the same sequence.  A new column is one field here, with its axis (see columns.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-# of Rollouts
-_PER_TOKEN = (
-    "tokens",
-    "completion_mask",
-    "logp",
-    "behaviour_logp",
-    "entropy",
-    "weight_version",
-)
-_PER_SEQUENCE = ("prompt_index", "prompt_lengths", "sequence")
+from fastrl.batch import columns
+from fastrl.batch.columns import column, rows_of, take_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,26 +32,26 @@ class Rollouts:
     entropy          (T,)   fp32    nats, of the distribution `logp` refers to; NaN where the sampler does not
                      know it
     weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
-    finish_reason           "stop" or "length", one per sequence; "unfinished" where a later call is to go on
-    text                    decoded completions, None without a tokenizer
+    finish_reason    (S,)           "stop" or "length"; "unfinished" where a later call resumes the sequence
+    text             (S,)           decoded completions, None without a tokenizer
     sequence         (S,)   int64   each sequence's number, the key of its randomness; None where the sampler
                      has none
 
     logp, behaviour_logp and entropy are 0, and weight_version is -1, where completion_mask is False.
     """
 
-    tokens: Tensor
+    tokens: Tensor = field(metadata=column("T"))
     cu_seqlens: Tensor
-    completion_mask: Tensor
-    prompt_index: Tensor
-    prompt_lengths: Tensor
-    logp: Tensor
-    behaviour_logp: Tensor
-    entropy: Tensor
-    weight_version: Tensor
-    finish_reason: list[str]
-    text: list[str] | None = None
-    sequence: Tensor | None = None
+    completion_mask: Tensor = field(metadata=column("T"))
+    prompt_index: Tensor = field(metadata=column("S", within_call=True))
+    prompt_lengths: Tensor = field(metadata=column("S"))
+    logp: Tensor = field(metadata=column("T"))
+    behaviour_logp: Tensor = field(metadata=column("T"))
+    entropy: Tensor = field(metadata=column("T"))
+    weight_version: Tensor = field(metadata=column("T"))
+    finish_reason: list[str] = field(metadata=column("S"))
+    text: list[str] | None = field(default=None, metadata=column("S"))
+    sequence: Tensor | None = field(default=None, metadata=column("S"))
 
     def __len__(self) -> int:
         return len(self.finish_reason)
@@ -72,50 +63,18 @@ class Rollouts:
 
     def select(self, samples: Sequence[int]) -> Rollouts:
         """The rollouts of the named sequences, in the order given."""
-        ends = self.cu_seqlens.tolist()
-        parts = [torch.arange(ends[i], ends[i + 1], device=self.tokens.device) for i in samples]
-        take = torch.cat(parts) if parts else self.tokens.new_empty(0)
-        rows = torch.tensor(list(samples), dtype=torch.int64, device=self.tokens.device)
-        cu = torch.cat([rows.new_zeros(1), self.cu_seqlens.diff().long()[rows].cumsum(0)]).to(torch.int32)
-        taken: dict[str, Any] = {name: getattr(self, name)[take] for name in _PER_TOKEN}
-        taken |= {
-            name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in _PER_SEQUENCE
-        }
-        reasons, text = self.finish_reason, self.text
-        said = None if text is None else [text[i] for i in samples]
-        return replace(self, cu_seqlens=cu, finish_reason=[reasons[i] for i in samples], text=said, **taken)
+        return columns.select(self, samples)
 
     @staticmethod
     def join(parts: Sequence[Rollouts]) -> Rollouts:
         """The sequences of several calls as those of one, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        columns: dict[str, Any] = {
-            f.name: [getattr(part, f.name) for part in parts] for f in fields(Rollouts)
-        }
-        for name, base in (
-            ("cu_seqlens", [int(p.cu_seqlens[-1]) for p in parts]),
-            ("prompt_index", [_prompts(p) for p in parts]),
-        ):
-            starts = [sum(base[:i]) for i in range(len(parts))]
-            columns[name] = [x + start for x, start in zip(columns[name], starts, strict=True)]
-        columns["cu_seqlens"] = [x if i == 0 else x[1:] for i, x in enumerate(columns["cu_seqlens"])]
-        joined: dict[str, Any] = {}
-        for name, values in columns.items():
-            if isinstance(values[0], Tensor):
-                joined[name] = torch.cat(values)
-            else:
-                joined[name] = None if None in values else [x for part in values for x in part]
-        return Rollouts(**joined)
+        return columns.join(parts)
 
     def completions(self) -> list[list[int]]:
         """Completion tokens of every sequence, as Python lists (synchronises with the device)."""
         tokens, ends, prompts = self.tokens.tolist(), self.cu_seqlens.tolist(), self.prompt_lengths.tolist()
-        return [tokens[a + p : b] for a, b, p in zip(ends[:-1], ends[1:], prompts, strict=True)]
-
-
-def _prompts(rollouts: Rollouts) -> int:
-    return int(rollouts.prompt_index.amax()) + 1 if len(rollouts) else 0
+        spans = zip(ends[:-1], ends[1:], prompts, strict=True)
+        return [tokens[start + prompt : end] for start, end, prompt in spans]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,25 +93,27 @@ class Batch:
     value      (T,)   fp32    what a critic expected before the token when it was sampled, in the reward's
                unit; else None
     returns    (T,)   fp32    what it should have expected; else None
-    kind       (T,)   int64   whose token it is (fastrl.algorithms.hybrid.KINDS), or None where all are of one
-               kind
-    number     (T,)   int64   the sequence's place among those of the step, all processes included, or None
-               where nobody asks
+    kind       (T,)   int64   kind of sequence the token belongs to (fastrl.algorithms.hybrid.KINDS), or None
+               where all are of one kind
+    number     (T,)   int64   the sequence's place among those of the step, all processes included; None
+               unless noise is keyed by position (NEFTune)
+    baseline   (T,)   fp32    KTO's z0, the same number everywhere, nats; None for other losses
     """
 
-    tokens: Tensor
+    tokens: Tensor = field(metadata=column("T"))
     cu_seqlens: Tensor
-    mask: Tensor
-    advantage: Tensor
-    old_logp: Tensor
-    weight: Tensor
-    correction: Tensor | None = None
-    ref_logp: Tensor | None = None
-    sampler_logp: Tensor | None = None
-    value: Tensor | None = None
-    returns: Tensor | None = None
-    kind: Tensor | None = None
-    number: Tensor | None = None
+    mask: Tensor = field(metadata=column("T"))
+    advantage: Tensor = field(metadata=column("T"))
+    old_logp: Tensor = field(metadata=column("T"))
+    weight: Tensor = field(metadata=column("T"))
+    correction: Tensor | None = field(default=None, metadata=column("T"))
+    ref_logp: Tensor | None = field(default=None, metadata=column("T"))
+    sampler_logp: Tensor | None = field(default=None, metadata=column("T"))
+    value: Tensor | None = field(default=None, metadata=column("T"))
+    returns: Tensor | None = field(default=None, metadata=column("T"))
+    kind: Tensor | None = field(default=None, metadata=column("T"))
+    number: Tensor | None = field(default=None, metadata=column("T"))
+    baseline: Tensor | None = field(default=None, metadata=column("T"))
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -165,70 +126,56 @@ class Batch:
 
     def rows(self, samples: Sequence[int]) -> Tensor:
         """Indices into T of the named sequences' tokens, in the order given, int64."""
-        ends = self.cu_seqlens.tolist()
-        parts = [torch.arange(ends[i], ends[i + 1], device=self.tokens.device) for i in samples]
-        return torch.cat(parts) if parts else self.tokens.new_empty(0)
+        return rows_of(self.cu_seqlens.tolist(), samples, self.tokens.device)
 
     def select(self, samples: Sequence[int]) -> Batch:
         """The batch of the named sequences, in the order given."""
-        take = self.rows(samples)
-        lengths = self.cu_seqlens.diff()[list(samples)]
-        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-        per_token = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cu_seqlens"}
-        taken: dict[str, Any] = {k: None if v is None else v[take] for k, v in per_token.items()}
-        return replace(self, cu_seqlens=cu, **taken)
+        return columns.select(self, samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """The N loss tokens of a micro-batch, as an algorithm sees them: vectors, no vocabulary.
 
+    Its columns are those of a `Batch` by the same names.
+
     logp, entropy          (N,)   under the policy being trained, nats; what the loss is differentiated by
     old_logp               (N,)   nats
     advantage, weight      (N,)   see `Batch`
     correction, ref_logp, sampler_logp, kind   (N,)   or None
     cu_seqlens             (S+1,) int32, ends of the sequences among the `live` tokens; None in a token-level
-                           chunk,
-                                  which may cut a sequence in two
+                           chunk, which may cut a sequence in two
     live                   how many of the tokens count in the loss
     """
 
-    old_logp: Tensor
-    advantage: Tensor
-    weight: Tensor
-    correction: Tensor | None = None
-    ref_logp: Tensor | None = None
-    sampler_logp: Tensor | None = None
-    kind: Tensor | None = None
+    old_logp: Tensor = field(metadata=column("T"))
+    advantage: Tensor = field(metadata=column("T"))
+    weight: Tensor = field(metadata=column("T"))
+    correction: Tensor | None = field(default=None, metadata=column("T"))
+    ref_logp: Tensor | None = field(default=None, metadata=column("T"))
+    sampler_logp: Tensor | None = field(default=None, metadata=column("T"))
+    kind: Tensor | None = field(default=None, metadata=column("T"))
     cu_seqlens: Tensor | None = None
     live: int = 0
+    # of the policy as it is now, so no columns of the batch: `with_` sets them
     logp: Tensor = field(default_factory=lambda: torch.empty(0))
     entropy: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Tokens:
-        """The tokens at `rows` (int64 indices); sequence ends survive only when every live token is asked
-        for.
+        """The tokens at `rows` (int64 indices), without log-probs and entropies of the policy.
+
+        Sequence ends survive only when every live token is asked for.
         """
-        whole = rows.numel() == self.live
-        names = ("old_logp", "advantage", "weight", "correction", "ref_logp", "sampler_logp", "kind")
-        taken: dict[str, Any] = {
-            n: None if getattr(self, n) is None else getattr(self, n)[rows] for n in names
-        }
-        return Tokens(**taken, cu_seqlens=self.cu_seqlens if whole else None, live=rows.numel())
+        complete = rows.numel() == self.live
+        taken = take_tokens(self, Tokens, rows)
+        return Tokens(**taken, cu_seqlens=self.cu_seqlens if complete else None, live=rows.numel())
 
     def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:
         """The same tokens under the current policy's log-probs and entropies."""
         return replace(self, logp=logp, entropy=entropy)
 
 
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """A conversation with a task so far.
-
-    example      the task's problem (`fastrl.tasks.Example`)
-    said, heard  what the policy said in each turn, and what it heard after each but the last
-    """
-
-    example: Any
-    said: tuple[str, ...]
-    heard: tuple[str, ...]
+def token_columns(batch: Batch, rows: Tensor) -> Tokens:
+    """The batch's tokens 1..T-1 as an algorithm sees them; `rows` are the live ones."""
+    taken = take_tokens(batch, Tokens, slice(1, None))
+    return Tokens(**taken, cu_seqlens=batch.live_ends, live=rows.numel())

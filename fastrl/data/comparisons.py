@@ -1,15 +1,16 @@
-"""What reward models learn from: lines of a dataset to groups of scored sequences, with TRL's columns.
+"""Data of reward models: lines of a dataset, with TRL's columns, to groups of sequences with targets.
 
-    {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}   a pair; "margin" beside them is how far apart
-    their rewards should be {"prompt", "completions", "scores"} or "ranks" for "scores"  a ranked group; the
-    best rank is the lowest, equal ones are ties
-    {"prompt", "completion", "label"}                            a completion that is right or wrong (or right
-                                                                 with a probability)
+    {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}   a pair; "margin" beside them is the distance
+                                                                 that their rewards should have
+    {"prompt", "completions", "scores"}                          a ranked group; equal scores are ties
+    {"prompt", "completions", "ranks"}                           the same by rank: the lowest is the best
+    {"prompt", "completion", "label"}                            a completion that is right or wrong, or
+                                                                 right with a probability
     {"prompt", "completions", "labels"}                          a completion's steps, each right or wrong
 
-Prompts and completions are text, or lists of chat messages through the tokenizer's chat template; a reward is
-read at a sequence's last token, its end-of-sequence token, or at the last token of every step.  A line that
-cannot be used is an error that names it.
+Prompts and completions are text, or lists of chat messages through the tokenizer's chat template.  A reward
+is read at a sequence's last token, its end-of-sequence token, or at the last token of every step.  A line
+that cannot be used is an error that names it.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrl.data.encode import check_known, encode_all, encode_prompt, end_of_sequence
 from fastrl.data.pairs import prompt_of
-from fastrl.data.rows import Row, encode_all, encode_prompt, read_table
+from fastrl.data.rows import Row, Text, read_table
+from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
-from fastrl.files import shorten
+from fastrl.files import Json, JsonObject, shorten
 
-SEPARATOR = "\n"  # what ends a step; the last step ends in the end-of-sequence token
+SEPARATOR = "\n"  # ends a step; the last step ends in the end-of-sequence token
 
 
 class Form(NamedTuple):
-    """A way to write a group down: its columns, and what a loss must learn from to take it (see
-    `RewardLoss.data`).
-    """
+    """A way to write a group down: its columns, and which losses read it (see `RewardLoss.data`)."""
 
     columns: tuple[str, ...]
     data: str
 
 
-FORMS = {  # the first form whose columns are all there
+FORMS = {  # the first form with all its columns present wins
     "pair": Form(("chosen", "rejected"), "compared"),
     "scores": Form(("prompt", "completions", "scores"), "compared"),
     "ranks": Form(("prompt", "completions", "ranks"), "compared"),
@@ -51,28 +52,29 @@ FORMS = {  # the first form whose columns are all there
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A line of a dataset, or an example of a task, before it is tokens.
+    """A line of a dataset, or an example of a task, before it is tokenised.
 
-    prompt       text or messages; None where the completions hold it already
-    completions  texts or messages: a group's; or the texts of one completion's steps
+    prompt       text or messages; None if the completions contain it
+    completions  a group's texts or messages; or the texts of one completion's steps
+    target       a number per completion, or per step
     """
 
     where: str
     data: str
-    prompt: Any
-    completions: list[Any]
+    prompt: Text | None
+    completions: Sequence[Text]
     target: list[float]
     margin: float | None = None
-    columns: Mapping[str, Any] | None = None
+    columns: Mapping[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences whose scores are compared or judged together.
+    """Sequences with scores that are compared or judged together.
 
-    tokens   each sequence's tokens
-    at       for each sequence, the positions of its tokens at which a score is read
-    target   one number per score, in order (see `Judged`)
+    tokens  each sequence's tokens
+    at      for each sequence, the positions of the tokens at which a score is read
+    target  one number per score, in order (see fastrl.algorithms.reward)
     """
 
     where: str
@@ -89,8 +91,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Groups on a device: tokens (T,), cu_seqlens (S+1,) int32, and the rows (N,) of T at which scores are
-    read.
+    """Groups on a device.
+
+    tokens      (T,)
+    cu_seqlens  (S+1,) int32
+    at          (N,) the rows of T at which scores are read
     """
 
     groups: Sequence[Group]
@@ -101,16 +106,19 @@ class Packed:
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
     """The groups' sequences end to end."""
-    sequences = [s for g in groups for s in g.tokens]
-    ends = [0]
-    for sequence in sequences:
-        ends.append(ends[-1] + len(sequence))
-    places = [
-        start + p for start, at in zip(ends, (a for g in groups for a in g.at), strict=False) for p in at
-    ]
-    tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
-    cu = torch.tensor(ends, dtype=torch.int32, device=device)
-    return Packed(groups, tokens, cu, torch.tensor(places, dtype=torch.int64, device=device))
+    tokens: list[int] = []
+    ends, rows = [0], []
+    for group in groups:
+        for sequence, at in zip(group.tokens, group.at, strict=True):
+            rows += [ends[-1] + position for position in at]
+            tokens += sequence
+            ends.append(len(tokens))
+    return Packed(
+        groups,
+        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+        at=torch.tensor(rows, dtype=torch.int64, device=device),
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -119,134 +127,139 @@ def read_statements(
 ) -> list[Statement]:
     """Every line of a .jsonl, .json or .parquet file, all in one of the FORMS for `data`.
 
-    Raises UserError naming the line: other columns, values of another type, a margin where `margins` says
-    that none is taken.
+    Raises UserError naming the line for other columns, values of another type, and a margin unless `margins`.
     """
     return [_statement(fields, where, data, margins) for where, fields in read_table(path, columns)]
 
 
-def _statement(fields: dict[str, Any], where: str, data: str, margins: bool) -> Statement:
-    fitting = {name: form.columns for name, form in FORMS.items() if form.data == data}
-    name = next((n for n, columns in fitting.items() if all(c in fields for c in columns)), None)
-    if name is None:
-        wanted = " or ".join(" + ".join(columns) for columns in fitting.values())
-        got = ", ".join(map(repr, fields)) or "none"
-        raise UserError(
-            f"{where}: expected the columns {wanted}; "
-            f"got {got} (other columns need another --algorithm, or --columns)"
-        )
-    completions, target = _judged(name, fields, where)
-    for text in completions:
-        _said(text, "completions", where, steps=data == "steps")
-    if fields.get("prompt") is not None:
-        _said(fields["prompt"], "prompt", where)
+def _statement(fields: JsonObject, where: str, data: str, margins: bool) -> Statement:
+    form = _form(fields, where, data)
+    completions, target = _completions(form, fields, where)
+    for completion in completions:
+        _check_text(completion, "completions", where, steps=data == "steps")
     prompt = fields.get("prompt")
-    # else there is no prompt to find
-    if name == "pair" and (prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]):
-        prompt, *completions = prompt_of(Row(where, name, fields))
+    if prompt is not None:
+        _check_text(prompt, "prompt", where)
+
+    # sides that differ from the beginning contain no common prompt
+    if form == "pair" and (prompt is not None or fields["chosen"][:1] == fields["rejected"][:1]):
+        prompt, *completions = prompt_of(Row(where, form, fields))
+
     margin = fields.get("margin")
-    if margin is not None and not margins:
-        raise UserError(
-            f"{where}: margin: expected none, which this --algorithm takes no notice of; "
-            "use bradley_terry, or drop the column"
-        )
     if margin is not None:
+        if not margins:
+            advice = "use bradley_terry, or drop the column"
+            raise UserError(f"{where}: margin: expected none, this --algorithm ignores it; {advice}")
         _number(margin, "margin", where)
     return Statement(where, data, prompt, completions, target, margin, fields)
 
 
-def _judged(name: str, fields: dict[str, Any], where: str) -> tuple[list[Any], list[float]]:
-    """A line's completions and what is said of them."""
-    if name == "pair":
+def _form(fields: JsonObject, where: str, data: str) -> str:
+    """The form of a line, a key of FORMS."""
+    forms = {name: form.columns for name, form in FORMS.items() if form.data == data}
+    for name, columns in forms.items():
+        if all(column in fields for column in columns):
+            return name
+    wanted = " or ".join(" + ".join(columns) for columns in forms.values())
+    present = ", ".join(map(repr, fields)) or "none"
+    raise UserError(
+        f"{where}: expected the columns {wanted}; "
+        f"got {present} (other columns need another --algorithm, or --columns)"
+    )
+
+
+def _completions(form: str, fields: JsonObject, where: str) -> tuple[Sequence[Text], list[float]]:
+    """A line's completions and their targets."""
+    if form == "pair":
         return [fields["chosen"], fields["rejected"]], [1.0, 0.0]
-    if name == "verdict":
+    if form == "verdict":
         return [fields["completion"]], [_number(fields["label"], "label", where, lo=0.0, hi=1.0)]
-    column = FORMS[name].columns[-1]
+
+    column = FORMS[form].columns[-1]
     completions, values = fields["completions"], fields[column]
-    fine = isinstance(completions, list) and isinstance(values, list)
-    if not fine or not completions or len(completions) != len(values):
-        raise UserError(
-            f"{where}: completions, {column}: expected two lists of one length, at least 1; "
-            f"got {shorten(values, 80)}"
-        )
-    bounds = {"lo": 0.0, "hi": 1.0} if name == "steps" else {}
-    numbers = [_number(v, column, where, **bounds) for v in values]
-    return completions, [-v for v in numbers] if name == "ranks" else numbers
+    ok = isinstance(completions, list) and isinstance(values, list)
+    if not ok or not completions or len(completions) != len(values):
+        expected, got = "two lists of one length, at least 1", shorten(values, 80)
+        raise UserError(f"{where}: completions, {column}: expected {expected}; got {got}")
+
+    bounds = {"lo": 0.0, "hi": 1.0} if form == "steps" else {}
+    numbers = [_number(value, column, where, **bounds) for value in values]
+    return completions, [-v for v in numbers] if form == "ranks" else numbers
 
 
-def _number(value: Any, column: str, where: str, lo: float = -math.inf, hi: float = math.inf) -> float:
+def _number(value: Json, column: str, where: str, lo: float = -math.inf, hi: float = math.inf) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value) or not lo <= value <= hi:
         kind = "true or false, or a number from 0 to 1" if hi == 1.0 else "a finite number"
         raise UserError(f"{where}: {column}: expected {kind}, got {shorten(value, 80)}")
     return float(value)
 
 
-def _said(value: Any, column: str, where: str, *, steps: bool = False) -> None:
-    messages = (
-        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-    )
-    if not isinstance(value, str) and (steps or not messages):
+def _check_text(value: Json, column: str, where: str, *, steps: bool = False) -> None:
+    """Raises UserError unless `value` is text or, except for a step, a list of messages."""
+    if isinstance(value, str):
+        return
+    is_list = isinstance(value, list) and bool(value)
+    messages = is_list and all(isinstance(m, dict) and "role" in m for m in value)
+    if steps or not messages:
         expected = "the text of a step" if steps else "text or a list of messages"
-        raise UserError(
-            f"{where}: {column}: expected {expected}, got {type(value).__name__} {shorten(value, 80)}"
-        )
+        got = f"{type(value).__name__} {shorten(value, 80)}"
+        raise UserError(f"{where}: {column}: expected {expected}, got {got}")
 
 
 # --- tokens -----------------------------------------------------------------------------------------
 def encode_statements(
     statements: Sequence[Statement],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int | None = None,
     separator: str = SEPARATOR,
 ) -> list[Group]:
-    """The groups' tokens, and the positions at which their scores are read.  Raises UserError as
-    `data.encode_all` does.
+    """The groups' tokens, and the positions at which their scores are read.
+
+    Raises UserError as `encode_all` does.
     """
-    by_steps = [s for s in statements if s.data == "steps"]
-    whole = [s for s in statements if s.data != "steps"]
-    rows = [_row(s, completion) for s in whole for completion in s.completions]
+    scored_at_end = [s for s in statements if s.data != "steps"]
+    rows = [_row(s, completion) for s in scored_at_end for completion in s.completions]
     encoded = iter(encode_all(rows, tokenizer, max_tokens=max_tokens, turns="last") if rows else [])
-    made = {}
-    for s in whole:
+
+    groups = []
+    for s in statements:
+        if s.data == "steps":
+            groups.append(_encode_steps(s, tokenizer, max_tokens, separator))
+            continue
         tokens = [next(encoded).tokens for _ in s.completions]
-        made[id(s)] = Group(s.where, tokens, [[len(t) - 1] for t in tokens], s.target, s.margin or 0.0)
-    for s in by_steps:
-        made[id(s)] = _steps(s, tokenizer, max_tokens, separator)
-    return [made[id(s)] for s in statements]
+        at = [[len(sequence) - 1] for sequence in tokens]
+        groups.append(Group(s.where, tokens, at, s.target, s.margin or 0.0))
+    return groups
 
 
-def _row(s: Statement, completion: Any) -> Row:
+def _row(s: Statement, completion: Text) -> Row:
+    columns = dict(s.columns or {})
     if s.prompt is not None:
-        return Row(
-            s.where, "prompt-completion", {**(s.columns or {}), "prompt": s.prompt, "completion": completion}
-        )
+        fields = {**columns, "prompt": s.prompt, "completion": completion}
+        return Row(s.where, "prompt-completion", fields)
     kind = "text" if isinstance(completion, str) else "messages"
-    return Row(s.where, kind, {**(s.columns or {}), kind: completion})
+    return Row(s.where, kind, {**columns, kind: completion})
 
 
-def _steps(s: Statement, tokenizer: Any, max_tokens: int | None, separator: str) -> Group:
-    """One sequence: every step with its separator tokenised by itself, the last one with the end-of-sequence
-    token instead.
+def _encode_steps(s: Statement, tokenizer: Tokenizer, max_tokens: int | None, separator: str) -> Group:
+    """One sequence: every step is tokenised by itself, with its separator.
+
+    The last step has the end-of-sequence token instead.
     """
-    last, eos = len(s.completions) - 1, tokenizer.eos_token_id
-    if eos is None:
-        raise UserError("tokenizer: expected one with an end-of-sequence token (eos_token), it has none")
-    tokens, at = encode_prompt(s.prompt, tokenizer, where=s.where), []
-    pieces = tokenizer(
-        [c if i == last else c + separator for i, c in enumerate(s.completions)], add_special_tokens=False
-    )["input_ids"]
-    for i, piece in enumerate(pieces):
-        if (
-            tokenizer.unk_token_id is not None
-            and tokenizer.unk_token_id != eos
-            and tokenizer.unk_token_id in piece
-        ):
-            raise UserError(
-                f"{s.where}: the tokenizer has no tokens for part of {shorten(s.completions[i] + separator)}"
-            )
-        tokens = [*tokens, *piece, *([eos] if i == last else [])]
+    eos = end_of_sequence(tokenizer)
+    last = len(s.completions) - 1
+    prompt = "" if s.prompt is None else s.prompt
+    tokens, at = encode_prompt(prompt, tokenizer, where=s.where), []
+    texts = [f"{step}{separator}" if i < last else f"{step}" for i, step in enumerate(s.completions)]
+    pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for i, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
+        check_known(piece, text, s.where, tokenizer)
+        tokens = [*tokens, *piece]
+        if i == last:
+            tokens.append(eos)
         at.append(len(tokens) - 1)
+
     if max_tokens is not None and len(tokens) > max_tokens:
         raise UserError(
             f"{s.where}: {len(tokens)} tokens, but a sequence may have {max_tokens}; "

@@ -1,372 +1,142 @@
-"""What each training command is made of: its data source, its row of which table, its learner, the names of
-its metrics.
-"""
+"""What a training command is: a row that says how options become an algorithm, a learner and its data."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl import ops
-from fastrl.algorithms import Algorithm
-from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
-from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.fusion import Fused
-from fastrl.algorithms.hybrid import Mixed
-from fastrl.algorithms.joint import CoTrained
-from fastrl.algorithms.ppo import ActorCritic
-from fastrl.algorithms.preference import Preference
 from fastrl.batch.types import Batch
-from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Run, Sft
-from fastrl.errors import UserError
-from fastrl.methods.dpo.batches import PreferenceLearner
-from fastrl.methods.dpo.options import choose_preference
-from fastrl.methods.dpo.reference import preference_source
-from fastrl.methods.grpo.options import check_rollouts, choose_algorithm
-from fastrl.methods.grpo.prompts import demonstrations, prompts_and_rewards
-from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy, Source
-from fastrl.methods.hybrid.mixture import Known, MixedLearner, Mixture
-from fastrl.methods.hybrid.pair_options import choose_fusion, offline
-from fastrl.methods.hybrid.pairs import Contrasted, FusedLearner, FusedSource
-from fastrl.methods.hybrid.references import demonstrations_of_prompts, pairs_of_prompts
-from fastrl.methods.joint.batches import JointSource, offline_comparisons
-from fastrl.methods.joint.learner import JOINT_METRICS, JointLearner
-from fastrl.methods.joint.options import choose_joint
-from fastrl.methods.ppo.batches import PpoSource
-from fastrl.methods.ppo.learner import VALUE_METRICS, PpoLearner
-from fastrl.methods.ppo.options import choose_ppo
-from fastrl.methods.reward.batches import comparisons
-from fastrl.methods.reward.learner import REWARD_METRICS, RewardLearner
-from fastrl.methods.reward.options import choose_reward_loss
-from fastrl.methods.sft.learner import SupervisedLearner
-from fastrl.methods.sft.options import choose_supervised
+from fastrl.config import Run, Sampling
 from fastrl.model.adapter import load_model
-from fastrl.model.reward import RewardModel
-from fastrl.model.tokenizer import has_tokenizer, load_tokenizer
+from fastrl.model.language import LanguageModel, Tokenizer
+from fastrl.model.tokenizer import load_tokenizer
+from fastrl.parallel.world import World
 from fastrl.sampler import Sampler
-from fastrl.tasks import Conversation, Task
-from fastrl.train.learner import Learner
+from fastrl.tasks import Task
+from fastrl.train.learner import Gradients, Learner, Trainable, gradients
+from fastrl.train.objective import Objective, token_logp
+from fastrl.train.optimizer import MasterWeights
+from fastrl.train.source import B, Source
 
-NAMES = {  # ops.policy_loss's diagnostics under TRL's names; what a command's table leaves out is not logged
-    Sft: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-        "entropy": "entropy",
-    },
-    Dpo: {
-        name: name
-        for name in (
-            "loss",
-            "num_tokens",
-            "grad_norm",
-            "learning_rate",
-            "entropy",
-            "nll_loss",
-            *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")),
-            "logps/chosen",
-            "logps/rejected",
-        )
-    },
-    Grpo: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-        "ref_kl_k3": "kl",
-        "clip_low": "clip_ratio/low_mean",
-        "clip_high": "clip_ratio/high_mean",
-        "clip_cap": "clip_ratio/cap_mean",
-        "clip_region": "clip_ratio/region_mean",
-        "ratio_mean": "ratio/mean",
-        "ratio_max": "ratio/max",
-        "approx_kl": "approx_kl",
-        "ess": "ess",
-        "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
-        "sampler_diff_max": "sampling/sampling_logp_difference/max",
-        "sampler_kl": "sampler/kl",
-        "sampler_ess": "sampler/ess",
-        "correction_min": "sampling/importance_sampling_ratio/min",
-        "correction_mean": "sampling/importance_sampling_ratio/mean",
-        "correction_max": "sampling/importance_sampling_ratio/max",
-    },
-    Reward: {
-        "loss": "loss",
-        "num_tokens": "num_tokens",
-        "grad_norm": "grad_norm",
-        "learning_rate": "learning_rate",
-    }
-    | {name: name for name in REWARD_METRICS},
-}
-NAMES[Ppo] = NAMES[Grpo] | VALUE_METRICS
-NAMES[Hybrid] = NAMES[Grpo] | {
-    name: name for name in ("sft_loss", "member_nll", "off_policy_share", "group_kl")
-}
-NAMES[Hybrid] |= {
-    name: name for name in ("grad_norm/rl", "grad_norm/pairs", *(f"pairs/{x}" for x in NAMES[Dpo]))
-}
-NAMES[Joint] = NAMES[Grpo] | JOINT_METRICS
-OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {  # the others are averaged
-    "num_tokens": sum,
-    "ratio_max": max,
-    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
-}
+C = TypeVar("C", bound=Run)  # a command's options
+A = TypeVar("A")  # its kind of algorithm
+M = TypeVar("M")  # the model it trains
+
+
+class Parametrised(Protocol):
+    """A module, or a language model."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, with its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context(Generic[C, A, M]):
+    """What a run has before its learner and its source exist."""
+
+    config: C
+    algorithm: A
+    model: M
+    tokenizer: Tokenizer
+    task: Task | None
+    sampler: Sampler
+    sampling: Sampling
+    device: torch.device
+    world: World
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits, in sampling and in the loss."""
+        return self.sampling.temperature
+
+    def weights(
+        self, model: Parametrised, *, lr: float | None = None, head: nn.Module | None = None
+    ) -> MasterWeights:
+        """A model's parameters, and those of a head trained with it, under the run's optimizer.
+
+        lr  peak learning rate, where it is not the run's
+        """
+        optim = self.config.optim if lr is None else replace(self.config.optim, lr=lr)
+        named = list(model.named_parameters())
+        if head is not None:
+            named += head.named_parameters("beside")
+        return MasterWeights(named, optim, steps=self.config.steps)
+
+    def learner(
+        self, objective: Objective[B, Any], weights: MasterWeights, gradients: Gradients = gradients
+    ) -> Learner[B]:
+        """A learner under the run's token budget."""
+        return Learner(objective, weights, self.world, self.config.micro_tokens, gradients)
+
+    def logp(self, model: LanguageModel, batch: Batch) -> Tensor:
+        """(T,) log-probs of the batch's loss tokens under a model, nats, at the run's temperature."""
+        return token_logp(model, batch, micro_tokens=self.config.micro_tokens, temperature=self.temperature)
+
+    def start(self) -> LanguageModel:
+        """The model that the run began with, frozen: a reference is that, also where the run resumes later."""
+        config, model = self.config, self.sampler.model
+        frozen = load_model(config.model, dtype=model.dtype, device=self.device, seed=config.seed)
+        return frozen.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Origin(Generic[C, A]):
+    """Where a run's model comes from: a folder of weights, or a config.json for random ones."""
+
+    config: C
+    algorithm: A
+    folder: str
+    dtype: torch.dtype
+    device: torch.device
+    task: Task | None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the options name, the folder's, or the task's own."""
+        own = None if self.task is None else self.task.tokenizer
+        return load_tokenizer(self.config.tokenizer, self.folder, own)
+
+
+def language_model(origin: Origin[Any, Any]) -> LanguageModel:
+    """A causal language model."""
+    seed = origin.config.seed
+    return load_model(origin.folder, dtype=origin.dtype, device=origin.device, seed=seed)
+
+
+def unsampled(config: Run) -> tuple[str, Sampling]:
+    """A method without rollouts samples for evaluation alone: our own sampler, with its defaults."""
+    return "fastrl", Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[C, A, M]):
+    """One training command.
+
+    choose    options -> the algorithm they ask for; refuses options that do not go together
+    load      where the model comes from -> the model that is trained
+    learner   what trains, and what its optimizers hold
+    source    where its batches come from, and the longest completion to expect, tokens
+    metrics   the learner's metrics that are logged -> their names in the log, TRL's where it has them
+    sampling  options -> a row of SAMPLERS, and its settings
+    held_out  whether the source evaluates on data of its own that it holds out (see train.source.Evaluable)
+    """
+
+    choose: Callable[[C], A]
+    load: Callable[[Origin[C, A]], M]
+    learner: Callable[[Context[C, A, M]], Trainable[Any]]
+    source: Callable[[Context[C, A, M], Any], tuple[Source[Any], int]]
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    sampling: Callable[[C], tuple[str, Sampling]] = unsampled
+    held_out: bool = False
 
 
 def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:
     """What rollouts and learner compute under: exact mode, for a run that asks for it."""
     return ops.exact() if config.exact else contextlib.nullcontext()
-
-
-# --- data sources -----------------------------------------------------------------------------------
-def _demonstrations(
-    config: Sft,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Algorithm,
-    device: torch.device,
-) -> tuple[Source, int]:
-    shape = learner.model.config
-    items, size, longest = demonstrations(
-        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size
-    )
-    source = Demonstrations(
-        items,
-        size,
-        count=config.prompts,
-        algorithm=algorithm,
-        seed=config.seed,
-        device=device,
-        world=learner.world,
-        weighted=config.sample_weights,
-    )
-    return source, longest
-
-
-def _on_policy(
-    config: Grpo,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Algorithm,
-    device: torch.device,
-    make: Callable[..., Source] = OnPolicy,
-) -> tuple[Source, int]:
-    check_rollouts(config, algorithm, processes=learner.world.size, turns=isinstance(task, Conversation))
-    shape = learner.model.config
-    prompt, size, score = prompts_and_rewards(
-        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size
-    )
-    reference: Callable[[Batch], Tensor] | None = None
-    if algorithm.needs_reference:  # the reference is where the run began, not where it resumes
-        frozen = load_model(
-            config.model, dtype=learner.model.dtype, device=device, seed=config.seed
-        ).requires_grad_(False)
-
-        def reference(batch: Batch) -> Tensor:
-            return learner.logp(frozen, batch)
-
-    def trainer(batch: Batch) -> Tensor:
-        return learner.logp(learner.model, batch)
-
-    stop = task.stop if task is not None else ()
-    source = make(
-        config,
-        sampler,
-        algorithm,
-        prompt=prompt,
-        size=size,
-        score=score,
-        reference=reference,
-        trainer=trainer,
-        stop=stop,
-        world=learner.world,
-        game=task if isinstance(task, Conversation) else None,
-    )
-    return source, config.max_new_tokens
-
-
-def _preferences(
-    config: Dpo,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    row: Preference,
-    device: torch.device,
-) -> tuple[Source, int]:
-    return preference_source(config, task, tokenizer, learner, row, device, arithmetic)
-
-
-def _actor_critic(
-    config: Ppo,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: PpoLearner,
-    algorithm: ActorCritic,
-    device: torch.device,
-) -> tuple[Source, int]:
-    return _on_policy(
-        config, task, tokenizer, sampler, learner, algorithm, device, make=partial(PpoSource, learner)
-    )
-
-
-def _demonstrated(*given: Any) -> Known:
-    known = demonstrations_of_prompts(*given)
-    return lambda numbers: [(sample,) for sample in known(numbers)]
-
-
-KNOWN: dict[
-    str, Callable[..., Known]
-] = {  # what a hybrid's row knows of prompts -> (config, task, tokenizer, context, vocabulary) -> it
-    "demonstrations": _demonstrated,
-    "pairs": pairs_of_prompts,
-    "nothing": lambda *given: lambda numbers: [()] * len(numbers),
-}
-
-
-def _mixture(
-    config: Hybrid,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Mixed,
-    device: torch.device,
-) -> tuple[Source, int]:
-    shape = learner.model.config
-    known = KNOWN[algorithm.known](config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    return _on_policy(
-        config, task, tokenizer, sampler, learner, algorithm, device, make=partial(Mixture, known=known)
-    )
-
-
-def _fused(
-    config: Hybrid,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Fused,
-    device: torch.device,
-) -> tuple[Source, int]:
-    rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
-    if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
-        raise UserError(
-            "--pair-dataset: expected a file of pairs, "
-            f"because task {config.task} has no wrong answers; got none"
-        )
-    pairs, _ = preference_source(
-        offline(config), task, tokenizer, learner, algorithm.preference, device, arithmetic
-    )
-    assert isinstance(rollouts, Mixture)
-    return FusedSource(rollouts, pairs), longest
-
-
-def _contrasted(
-    config: Hybrid,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Contrast,
-    device: torch.device,
-) -> tuple[Source, int]:
-    row: Any = algorithm  # it has what is asked of an Algorithm there
-    return _on_policy(config, task, tokenizer, sampler, learner, row, device, make=Contrasted)
-
-
-HYBRID: dict[
-    type, tuple[Callable[..., tuple[Source, int]], Callable[..., Any]]
-] = {  # kind of row -> its source and its learner
-    Mixed: (_mixture, MixedLearner),
-    Fused: (_fused, FusedLearner),
-    OnlinePairs: (_contrasted, PreferenceLearner),
-    Listwise: (_contrasted, PreferenceLearner),
-}
-
-
-def _hybrid(
-    config: Hybrid,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: Learner,
-    algorithm: Any,
-    device: torch.device,
-) -> tuple[Source, int]:
-    return HYBRID[type(algorithm)][0](config, task, tokenizer, sampler, learner, algorithm, device)
-
-
-def _hybrid_learner(model: Any, algorithm: Any, *others: Any, **named: Any) -> Learner:
-    learner: Learner = HYBRID[type(algorithm)][1](model, algorithm, *others, **named)
-    return learner
-
-
-def _joint(
-    config: Joint,
-    task: Task | None,
-    tokenizer: Any,
-    sampler: Sampler,
-    learner: JointLearner,
-    algorithm: CoTrained,
-    device: torch.device,
-) -> tuple[Source, int]:
-    """The reward model reads text with its own tokenizer, or with the policy's where it brings none or is the
-    policy's start.
-    """
-    brought = config.reward_model
-    reads = load_tokenizer(None, brought) if brought is not None and has_tokenizer(brought) else tokenizer
-    learner.reward.model.tokenizer = reads
-    offline = offline_comparisons(config, task, reads, learner, device)
-    return _on_policy(
-        config,
-        task,
-        tokenizer,
-        sampler,
-        learner,
-        algorithm,
-        device,
-        make=partial(JointSource, learner, offline=offline),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a command trains, if it is no language model: how it is loaded, which row of which table, and its
-    learner.
-    """
-
-    load: Callable[..., Any] = load_model
-    choose: Callable[..., Any] = choose_algorithm
-    learner: Callable[..., Any] = Learner
-
-
-PARTS: dict[type, Parts] = {
-    Sft: Parts(choose=choose_supervised, learner=SupervisedLearner),
-    Dpo: Parts(choose=choose_preference, learner=PreferenceLearner),
-    Ppo: Parts(choose=choose_ppo, learner=PpoLearner),
-    Hybrid: Parts(choose=choose_fusion, learner=_hybrid_learner),
-    Joint: Parts(choose=choose_joint, learner=JointLearner),
-    Reward: Parts(RewardModel.load, choose_reward_loss, RewardLearner),
-}
-SOURCES: dict[type, Callable[..., tuple[Source, int]]] = {
-    Sft: _demonstrations,
-    Dpo: _preferences,
-    Grpo: _on_policy,
-    Ppo: _actor_critic,
-    Hybrid: _hybrid,
-    Joint: _joint,
-    Reward: comparisons,
-}

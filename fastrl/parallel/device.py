@@ -12,7 +12,7 @@ from fastrl.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and compute dtype that `--device` and `--dtype` mean here.  Raises UserError for a device
     that is not there.
     """

@@ -67,7 +67,7 @@ class World:
         return x.tolist()
 
 
-def join() -> World:
+def init_world() -> World:
     """Enter the process group torchrun describes in the environment; alone without one.
 
     Tensors on CUDA go through nccl, and everything on CPU, plain numbers above all, through gloo.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrl.report.page import Html, figures, paragraph, section, table, text, verdict
-from fastrl.report.plots import Row, intervals
-from fastrl.report.report import panels, prompt_text, read, set_up, write
+from fastrl.report.plots import IntervalRow, intervals
+from fastrl.report.report import panels, prompt_text, read_run, setup_section, write_page
 from fastrl.report.stats import Estimate, mean_interval
 
 
@@ -83,12 +83,12 @@ class Comparison:
 def build_comparison(it: Comparison, out: str | Path) -> Path:
     """Write report.html and plots/ of a comparison into `out`; returns the path of report.html."""
     out = Path(out)
-    runs = {name: read(Path(folder)) for name, folder in it.runs.items()}
+    runs = {name: read_run(Path(folder)) for name, folder in it.runs.items()}
     title = f"Accuracy on {it.prompts:,} unseen prompts"
     picture = intervals(
         _rows(it), title=title, unit="answers correct, 95% interval", path=out / "plots" / "accuracy.png"
     )
-    return write(
+    return write_page(
         out,
         it.title,
         headline(it),
@@ -97,7 +97,7 @@ def build_comparison(it: Comparison, out: str | Path) -> Path:
         ),
         section("Curves", figures(panels(runs, out / "plots"))),
         section("Answers before and after", _answers(it)),
-        set_up(runs) if runs else Html(""),
+        setup_section(runs) if runs else Html(""),
     )
 
 
@@ -163,11 +163,11 @@ def _pooled_arms(it: Comparison) -> dict[str, dict[str, Estimate]]:
     return pooled
 
 
-def _rows(it: Comparison) -> list[Row]:
+def _rows(it: Comparison) -> list[IntervalRow]:
     arms = _by_arm(it)
     several = len(it.seeds) > 1
     return [
-        Row(
+        IntervalRow(
             label=name,
             estimates=estimates,
             singles={

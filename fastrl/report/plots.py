@@ -71,7 +71,7 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class IntervalRow:
     """One line of an interval plot: a label, an estimate per kind, and single values (seeds) drawn faintly
     behind it.
     """
@@ -126,7 +126,7 @@ def lines(series: Sequence[Series], *, title: str, unit: str, path: Path, percen
     return Picture(uri, f"{title}, {unit}. " + " ".join(_words(s, percent) for s in series), "; ".join(notes))
 
 
-def intervals(rows: Sequence[Row], *, title: str, unit: str, path: Path) -> Picture:
+def intervals(rows: Sequence[IntervalRow], *, title: str, unit: str, path: Path) -> Picture:
     """Fractions with their 95% intervals, one row per label and one mark per kind, saved to `path` (PNG)."""
     kinds = list(dict.fromkeys(k for row in rows for k in row.estimates))
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):

@@ -24,7 +24,7 @@ EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFiles:
     """What a run folder holds, read."""
 
     folder: Path
@@ -73,7 +73,11 @@ def run(config: ReportOptions) -> None:
     if not config.output:
         raise UserError(f"report: comparing {len(folders)} folders needs --output FOLDER")
     names = {f.name: f for f in folders}
-    print(compare(names if len(names) == len(folders) else {str(f): f for f in folders}, Path(config.output)))
+    print(
+        compare_runs(
+            names if len(names) == len(folders) else {str(f): f for f in folders}, Path(config.output)
+        )
+    )
 
 
 def build(folder: str | Path, out: Path | None = None) -> Path:
@@ -81,10 +85,10 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
 
     Raises:  UserError for a folder without metrics.jsonl, an empty one, or a line in it that is not JSON.
     """
-    it, out = read(Path(folder)), out or Path(folder)
+    it, out = read_run(Path(folder)), out or Path(folder)
     pictures = panels({"": it}, out / "plots")
     name = it.folder.resolve().name
-    return write(
+    return write_page(
         out,
         f"Run report: {name}",
         lead(it),
@@ -100,18 +104,22 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
     )
 
 
-def compare(folders: Mapping[str, Path], out: Path) -> Path:
+def compare_runs(folders: Mapping[str, Path], out: Path) -> Path:
     """Write a report of the curves of several runs, name -> folder, into `out`; returns the path of its
     report.html.
     """
-    runs = {name: read(folder) for name, folder in folders.items()}
+    runs = {name: read_run(folder) for name, folder in folders.items()}
     lead = f"{len(runs)} runs: {', '.join(runs)}."
-    return write(
-        out, "Comparison of runs", lead, section("Curves", figures(panels(runs, out / "plots"))), set_up(runs)
+    return write_page(
+        out,
+        "Comparison of runs",
+        lead,
+        section("Curves", figures(panels(runs, out / "plots"))),
+        setup_section(runs),
     )
 
 
-def read(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """The files of a run folder.  Raises UserError where it is none."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
@@ -120,10 +128,12 @@ def read(folder: Path) -> Run:
     if not rows:
         raise UserError(f"{metrics}: holds no step yet")
     samples = _json_lines(folder / "samples.jsonl")
-    return Run(folder, rows, samples, *(_text(folder / name) for name in ("config.yaml", "environment.txt")))
+    return RunFiles(
+        folder, rows, samples, *(_text(folder / name) for name in ("config.yaml", "environment.txt"))
+    )
 
 
-def panels(runs: Mapping[str, Run], folder: Path) -> list[tuple[str, Picture]]:
+def panels(runs: Mapping[str, RunFiles], folder: Path) -> list[tuple[str, Picture]]:
     """Every panel some run has values for, drawn with one curve per run and metric and saved as
     `folder`/<title>.png.
     """
@@ -141,14 +151,14 @@ def panels(runs: Mapping[str, Run], folder: Path) -> list[tuple[str, Picture]]:
     return drawn
 
 
-def set_up(runs: Mapping[str, Run]) -> Html:
+def setup_section(runs: Mapping[str, RunFiles]) -> Html:
     """The section with every run's configuration and environment."""
     texts = [folded(f"{name}: resolved configuration", it.config) for name, it in runs.items()]
     first = next(iter(runs.values()))
     return section("Set-up", *texts, folded("Environment", first.environment))
 
 
-def write(out: Path, title: str, lead: str, *sections: Html) -> Path:
+def write_page(out: Path, title: str, lead: str, *sections: Html) -> Path:
     """Write the page as `out`/report.html."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.html"
@@ -166,7 +176,7 @@ def prompt_text(prompt: object) -> str:
 
 
 # --- the parts --------------------------------------------------------------------------------------
-def _curves(panel: Panel, runs: Mapping[str, Run]) -> list[Series]:
+def _curves(panel: Panel, runs: Mapping[str, RunFiles]) -> list[Series]:
     """A panel's curves of runs by name: a colour per run, a dash per metric; of one run without a name, a
     colour per metric.
 
@@ -182,7 +192,7 @@ def _curves(panel: Panel, runs: Mapping[str, Run]) -> list[Series]:
     return [s for s in curves if s.y]
 
 
-def lead(it: Run) -> str:
+def lead(it: RunFiles) -> str:
     """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
     last = it.rows[-1]
     parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
@@ -206,7 +216,7 @@ def lead(it: Run) -> str:
     return " ".join(parts)
 
 
-def _samples(it: Run) -> list[Html]:
+def _samples(it: RunFiles) -> list[Html]:
     """The answers of the first and of the last step that recorded any."""
     steps = sorted({r["step"] for r in it.samples})
     parts = []
@@ -241,7 +251,7 @@ def _value(reward: object) -> str:
     return f"{reward:.3g}" if isinstance(reward, int | float) else ""
 
 
-def _metrics(it: Run) -> Html:
+def _metrics(it: RunFiles) -> Html:
     keys = [
         k
         for k in dict.fromkeys(k for r in it.rows for k in r)

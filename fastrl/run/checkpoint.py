@@ -64,7 +64,7 @@ def save(
             _discard(final)
         os.rename(partial, final)
         _sync_folder(root)
-        for old in whole(run)[:-keep] if keep else []:
+        for old in complete_checkpoints(run)[:-keep] if keep else []:
             _discard(old)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -73,7 +73,7 @@ def save(
     return final
 
 
-def whole(run: Path) -> list[Path]:
+def complete_checkpoints(run: Path) -> list[Path]:
     """The run's finished checkpoints, oldest first."""
     found = [(int(m[1]), p) for p in (run / "checkpoints").glob("step_*") if (m := _NAME.fullmatch(p.name))]
     return [p for _, p in sorted(found)]

@@ -15,17 +15,16 @@ from fastrl.batch.types import Rollouts
 from fastrl.config import Evaluate
 from fastrl.errors import UserError
 from fastrl.files import call_user
-from fastrl.methods.grpo.prompts import load_run_task
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
-from fastrl.parallel.device import place, set_threads
+from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World
 from fastrl.report.stats import Estimate, share_interval, wilson
 from fastrl.rewards.functions import Reward, load_reward, score
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.tasks import Example, Score, Task
+from fastrl.tasks import Example, Score, Task, load_run_task
 
 EVAL_SEED = 20_000_003  # the noise of evaluations, never the training's
 
@@ -153,7 +152,7 @@ def mean_logp(rollouts: Rollouts) -> list[float]:
 def run(config: Evaluate) -> None:
     """The command `fastrl eval`."""
     set_threads(config.threads)
-    device, dtype = place(config.device, config.dtype)
+    device, dtype = resolve_device(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
     if task is None:
         raise UserError("--task: expected a task to evaluate on, got none")

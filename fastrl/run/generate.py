@@ -27,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fastrl.batch.types import Rollouts
 from fastrl.config import Generate
 from fastrl.config.parse import dump, load
-from fastrl.data.rows import encode_prompt
+from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
 from fastrl.files import as_object, decode, parse_json, read_json_lines, shorten
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
-from fastrl.parallel.device import place, set_threads
+from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.run.log import replace_text
 from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
@@ -58,7 +58,7 @@ def run(config: Generate) -> None:
     """
     _check_output(config)
     set_threads(config.threads)
-    device, dtype = place(config.device, config.dtype)
+    device, dtype = resolve_device(config.device, config.dtype)
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     s = config.sampling

@@ -7,30 +7,33 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
-from fastrl.config import Grpo, Reward, Run, Sampling
+from fastrl.algorithms.correction import MISMATCH
+from fastrl.algorithms.row import Row
+from fastrl.config import Run
 from fastrl.config.parse import dump
 from fastrl.errors import UserError
 from fastrl.files import read_json_lines
-from fastrl.methods.grpo.prompts import load_run_task
-from fastrl.methods.grpo.rollouts import Source
-from fastrl.methods.method import NAMES, OVER_BATCHES, PARTS, SOURCES, Parts
+from fastrl.methods import command_of, method_of
+from fastrl.methods.method import Context, Method, Origin
 from fastrl.model.decoder import Decoder
-from fastrl.model.tokenizer import load_tokenizer
-from fastrl.parallel.device import place, set_threads
-from fastrl.parallel.world import World, join
+from fastrl.model.language import LanguageModel, Tokenizer
+from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.parallel.world import World, init_world
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS, Sampler
-from fastrl.tasks import Task
-from fastrl.train.learner import Learner
+from fastrl.tasks import Task, load_run_task
+from fastrl.train.learner import Trainable
+from fastrl.train.source import Source
 
 SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 
@@ -44,13 +47,15 @@ class Session:
     """
 
     config: Run
+    method: Method[Any, Any, Any]
+    algorithm: Row
     world: World
-    model: Any
-    tokenizer: Any
+    model: LanguageModel
+    tokenizer: Tokenizer
     task: Task | None
     sampler: Sampler
-    learner: Learner
-    source: Source
+    learner: Trainable[Any]
+    source: Source[Any]
     log: RunLog
     start: int
     evaluated: bool
@@ -61,142 +66,168 @@ class Session:
         """Write a checkpoint (the first process does; all wait)."""
         path = None
         if self.world.is_main:
-            meta = {"version": self.version, "command": _command(self.config)}
-            folder = Path(self.config.output_dir)
-            state = self.learner.state() | {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
+            source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
             path = checkpoint.save(
-                folder,
+                Path(self.config.output_dir),
                 step,
                 self.model,
                 self.tokenizer,
-                state,
-                meta,
+                self.learner.state() | source,
+                {"version": self.version, "command": command_of(self.config)},
                 keep=self.config.save.keep,
-                others=self.learner.others(),
+                others=self.learner.companions(),
             )
         self.world.barrier()
         return path
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, if there is one."""
-        found = checkpoint.whole(Path(self.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(self.config.output_dir))
         return found[-1] if found else None
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
-        row = self.learner.algorithm
-        silent = set() if row.kl_coef else {"ref_kl_k3"}  # 0 without a reference model is no measurement
-        silent |= set() if row.correction else {"correction_min", "correction_mean", "correction_max"}
-        values = {
-            key: [b[key] for b in batches if key in b]
-            for key in NAMES[type(self.config)]
-            if key not in silent
-        }
-        return {NAMES[type(self.config)][k]: OVER_BATCHES.get(k, _mean)(v) for k, v in values.items() if v}
+        silent = set() if self.algorithm.kl_coef else {"ref_kl_k3"}  # 0 without a reference is no measurement
+        if not self.algorithm.correction:
+            silent |= {"correction_min", "correction_mean", "correction_max"}
+
+        metrics = {}
+        for key, name in self.method.metrics.items():
+            values = [batch[key] for batch in batches if key in batch]
+            if values and key not in silent:
+                metrics[name] = OVER_BATCHES.get(key, _mean)(values)
+        return metrics
 
     def how_to_resume(self, saved: Path | None) -> str:
         """What to type to continue a run that was stopped."""
         if saved is None:
             return "nothing was saved, because no step was done"
         return (
-            f"continue with: fastrl {_command(self.config)} --config "
+            f"continue with: fastrl {command_of(self.config)} --config "
             f"{shlex.quote(f'{self.config.output_dir}/config.yaml')} --resume"
         )
 
 
 def set_up(config: Run) -> Session:
-    """Build the session.  Raises UserError for whatever is wrong with the configuration,
-    before any training.
-    """
-    _check(config)
+    """Build the session.  Raises UserError for what is wrong with the configuration, before any training."""
+    command = command_of(config)
+    method = method_of(command)
+    _check(config, method)
     set_threads(config.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else each torch.empty is written twice
-    world = join()
-    device, dtype = place(config.device, config.dtype)
+    _deterministic()
+    world = init_world()
+
     resumed = _resume_from(config)
-    state, meta = (
-        checkpoint.load(resumed) if resumed else ({}, {"step": 0, "version": 0, "command": _command(config)})
+    state, meta = _saved(resumed, config)
+    algorithm = method.choose(config)
+    context = _context(config, method, algorithm, str(resumed or config.model), world)
+
+    learner = method.learner(context)
+    if resumed:
+        for name, (other, _) in learner.companions().items():
+            other.read(resumed / name)
+        learner.load_state(state)
+    source, longest = method.source(context, learner)
+    source.load_state({k.removeprefix(SOURCE): x for k, x in state.items() if k.startswith(SOURCE)})
+
+    start = meta["step"]
+    log = _open_log(config, start if resumed else None, world)
+    evaluated = world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)
+    return Session(
+        config=config,
+        method=method,
+        algorithm=algorithm,
+        world=world,
+        model=context.model,
+        tokenizer=context.tokenizer,
+        task=context.task,
+        sampler=context.sampler,
+        learner=learner,
+        source=source,
+        log=log,
+        start=start,
+        evaluated=world.max(float(evaluated))[0] > 0,
+        version=meta["version"],
+        max_new_tokens=longest,
     )
-    if meta["command"] != _command(config):
+
+
+def _deterministic() -> None:
+    """Two runs give the same bits."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else each torch.empty is written twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The checkpoint's tensors and its meta data; those of a run that has not begun where there is none."""
+    command = command_of(config)
+    if resumed is None:
+        return {}, {"step": 0, "version": 0, "command": command}
+
+    state, meta = checkpoint.load(resumed)
+    if meta["command"] != command:
         raise UserError(
             f"--resume: {config.output_dir} holds a run of fastrl {meta['command']}; "
             "continue it with that, or name another folder"
         )
-    parts = PARTS.get(type(config), Parts())
-    algorithm = parts.choose(config)
+    return state, meta
+
+
+def _context(
+    config: Run, method: Method[Any, Any, Any], algorithm: Row, folder: str, world: World
+) -> Context[Any, Any, Any]:
+    """Model, tokenizer, task and sampler of the run, from a folder of weights."""
+    device, dtype = resolve_device(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
-    source_folder = str(resumed or config.model)
-    model = parts.load(source_folder, dtype=dtype, device=device, seed=config.seed)
+    origin = Origin(config, algorithm, folder, dtype, device, task)
+    model = method.load(origin)
     if config.exact and not isinstance(model, Decoder):
         raise UserError(
             "--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), "
             f"got {config.model}; run without it"
         )
     model.gradient_checkpointing = config.gradient_checkpointing
-    own = None if task is None else task.tokenizer
-    tokenizer = load_tokenizer(config.tokenizer, source_folder, own)
-    chosen, sampling = (
-        (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
-    )
-    sampler = SAMPLERS[chosen](model, tokenizer, sampling)
-    learner = parts.learner(
-        model,
-        algorithm,
-        config.optim,
-        steps=config.steps,
-        micro_tokens=config.micro_tokens,
-        temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0,
+
+    tokenizer = origin.tokenizer
+    name, sampling = method.sampling(config)
+    return Context(
+        config=config,
+        algorithm=algorithm,
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        sampler=SAMPLERS[name](model, tokenizer, sampling),
+        sampling=sampling,
+        device=device,
         world=world,
     )
-    if resumed:
-        for name, (other, _) in learner.others().items():
-            other.read(resumed / name)
-        learner.load_state(state)
-    source, length = SOURCES[type(config)](config, task, tokenizer, sampler, learner, algorithm, device)
-    source.load_state({name.removeprefix(SOURCE): x for name, x in state.items() if name.startswith(SOURCE)})
-    start, other = meta["step"], changed(config) if resumed else {}
-    texts = {"config.yaml": dump(config), "environment.txt": environment.report()} if world.is_main else {}
+
+
+def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
+    """The run's log; a resumed run is told of options that are not what it began with."""
+    differ = changed(config) if resume_step is not None else {}
+    texts = {}
+    if world.is_main:
+        texts = {"config.yaml": dump(config), "environment.txt": environment.report()}
     log = RunLog(
         config.output_dir,
         config.steps,
-        name=_command(config),
-        resume_step=start if resumed else None,
+        name=command_of(config),
+        resume_step=resume_step,
         texts=texts,
         enabled=world.is_main,
     )
-    if other:
-        log.message(
-            "resumed with other options: "
-            + ", ".join(f"{k} {now}, which was {was}" for k, (was, now) in other.items())
-        )
-    evaluated = (
-        world.max(
-            float(world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start))
-        )[0]
-        > 0
-    )
-    return Session(
-        config,
-        world,
-        model,
-        tokenizer,
-        task,
-        sampler,
-        learner,
-        source,
-        log,
-        start,
-        evaluated,
-        meta["version"],
-        length,
-    )
+    if differ:
+        listed = ", ".join(f"{option} {now}, which was {was}" for option, (was, now) in differ.items())
+        log.message(f"resumed with other options: {listed}")
+    return log
 
 
-def _check(config: Run) -> None:
+def _check(config: Run, method: Method[Any, Any, Any]) -> None:
     e = config.eval
     # a reward model is judged on a dataset's held-out lines, too
-    judged = config.task is not None or isinstance(config, Reward)
+    judged = config.task is not None or method.held_out
     for option, value, fine, expected in (
         ("--steps", config.steps, config.steps >= 0, "0 or more"),
         ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
@@ -216,7 +247,7 @@ def _check(config: Run) -> None:
 
 
 def _resume_from(config: Run) -> Path | None:
-    found = checkpoint.whole(Path(config.output_dir))
+    found = checkpoint.complete_checkpoints(Path(config.output_dir))
     if not config.resume:
         if found:
             mend = "continue it with --resume, or name another folder"
@@ -247,8 +278,11 @@ def _evaluated(folder: Path, step: int) -> bool:
     return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)
 
 
-def _command(config: Run) -> str:
-    return type(config).__name__.lower()
+OVER_BATCHES: dict[str, Callable[[Sequence[float]], float]] = {  # the others are averaged
+    "num_tokens": sum,
+    "ratio_max": max,
+    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
+}
 
 
 def _mean(values: Sequence[float]) -> float:

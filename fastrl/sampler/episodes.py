@@ -7,11 +7,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, cast
 
-from fastrl.batch.types import Transcript
 from fastrl.errors import UserError
 from fastrl.files import call_user
 from fastrl.model.language import Tokenizer
 from fastrl.sampler.turns import Turn
+from fastrl.tasks.task import Transcript
 
 if TYPE_CHECKING:
     from fastrl.tasks import Conversation, Example
@@ -23,7 +23,9 @@ class Dialogue:
     rewards  (S,) the sum of the task's rewards for each sequence's turns so far
     """
 
-    def __init__(self, task: Conversation, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    def __init__(self, task: Conversation, tokenizer: Tokenizer | None, examples: Sequence[Example]) -> None:
+        if tokenizer is None:
+            raise UserError("--tokenizer: a task of several turns reads text, and the run has no tokenizer")
         self.task, self.tokenizer, self.examples = task, tokenizer, examples
         self.rewards = [0.0] * len(examples)
 
@@ -70,6 +72,4 @@ def dialogue(task: object, tokenizer: Tokenizer | None, examples: Sequence[Examp
     """
     if not hasattr(task, "step"):
         return None
-    if tokenizer is None:
-        raise UserError("--tokenizer: a task of several turns reads text, and the run has no tokenizer")
     return Dialogue(cast("Conversation", task), tokenizer, examples)

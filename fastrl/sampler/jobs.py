@@ -68,16 +68,10 @@ def carried_jobs(carried: Rollouts | None, params: SamplingParams) -> list[Job]:
     jobs = []
     for i, number in enumerate(numbers):
         start, end, index = ends[i], ends[i + 1], prompt_index[i]
-        job = Job(
-            prompt=tokens[start : start + prompt_lengths[i]],
-            index=index,
-            length=end - start,
-            drawn=drawn_before[end] - drawn_before[start],
-            budget=params.max_new_tokens,
-            number=number,
-            origin=("carried", index),
-        )
-        jobs.append(job)
+        prompt = tokens[start : start + prompt_lengths[i]]
+        drawn = drawn_before[end] - drawn_before[start]
+        origin = ("carried", index)
+        jobs.append(Job(prompt, index, end - start, drawn, params.max_new_tokens, number, origin))
     return jobs
 
 

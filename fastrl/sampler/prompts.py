@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from fastrl.data.rows import Messages, encode_prompt
+from fastrl.data.encode import encode_prompt
+from fastrl.data.rows import Messages
 from fastrl.errors import UserError
 from fastrl.files import shorten
 from fastrl.model.language import Tokenizer

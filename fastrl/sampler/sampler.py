@@ -225,24 +225,28 @@ class Sampler:
         device, S, records = self.model.device, len(jobs), state.records
         lengths = records.length[:S]
         inside = torch.arange(state.C, device=device) < lengths[:, None]
-        chosen, version = records.chosen[:S][inside], records.version[:S][inside]
+        columns = (column[:S][inside] for column in records[:6])
+        tokens, logp, behaviour_logp, entropy, chosen, version = columns
+
         numbers = [(job.index, len(job.prompt), job.number) for job in jobs]
-        prompt_index, prompt_lengths, sequence = (
-            torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, 3).T.contiguous()
-        )
+        by_job = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, 3)
+        prompt_index, prompt_lengths, sequence = by_job.T.contiguous()
+        reasons = [REASONS[code] for code in records.finish[:S].tolist()]
+        versions = torch.where(chosen, version.long(), -1)
+        text = self._text(records.tokens[:S], lengths, jobs)
         return Rollouts(
-            tokens=records.tokens[:S][inside],
+            tokens=tokens,
             cu_seqlens=_ends(lengths),
             completion_mask=chosen,
             prompt_index=prompt_index,
             prompt_lengths=prompt_lengths,
             sequence=sequence,
-            logp=records.logp[:S][inside],
-            behaviour_logp=records.behaviour_logp[:S][inside],
-            entropy=records.entropy[:S][inside],
-            weight_version=torch.where(chosen, version.long(), -1),
-            text=self._text(records.tokens[:S], lengths, jobs),
-            finish_reason=[REASONS[code] for code in records.finish[:S].tolist()],
+            logp=logp,
+            behaviour_logp=behaviour_logp,
+            entropy=entropy,
+            weight_version=versions,
+            text=text,
+            finish_reason=reasons,
         )
 
     def _text(self, tokens: Tensor, lengths: Tensor, jobs: Sequence[Job]) -> list[str] | None:

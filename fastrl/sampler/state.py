@@ -21,6 +21,7 @@ STOPS = 16  # stop tokens that the buffer holds before it is made anew
 def empty_rows(B: int, N: int, pad_row: int, device: torch.device) -> Rows:
     """B rows that decode nothing: one token long, with the record `pad_row`, on page 0."""
     zeros = torch.zeros(B, dtype=torch.int64, device=device)
+    table = torch.zeros(B, N, dtype=torch.int32, device=device)
     return Rows(
         seq=zeros + pad_row,
         length=zeros + 1,
@@ -29,7 +30,7 @@ def empty_rows(B: int, N: int, pad_row: int, device: torch.device) -> Rows:
         until=zeros + 1,
         last=zeros.clone(),
         alive=zeros.bool(),
-        table=torch.zeros(B, N, dtype=torch.int32, device=device),
+        table=table,
     )
 
 

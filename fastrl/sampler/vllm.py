@@ -262,21 +262,29 @@ def _rollouts(
         tokens += [*row, *completion.tokens]
         ends.append(len(tokens))
 
+    def numbered(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
     lengths = [len(c.tokens) for c in completions]
-    prompt_lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
     logp = packed([c.logp for c in completions], 0.0, torch.float32)
+    entropy = packed([[torch.nan] * n for n in lengths], 0.0, torch.float32)
+    chosen = packed([[True] * n for n in lengths], False, torch.bool)
+    versions = packed([[version] * n for n in lengths], -1, torch.int64)
+    prompt_lengths = [len(row) for row in rows]
+    reasons = [c.reason for c in completions]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
     return Rollouts(
-        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor(ends).to(device, torch.int32),
-        completion_mask=packed([[True] * n for n in lengths], False, torch.bool),
-        prompt_index=torch.tensor(index, dtype=torch.int64, device=device),
-        prompt_lengths=prompt_lengths,
+        tokens=numbered(tokens),
+        cu_seqlens=cu_seqlens,
+        completion_mask=chosen,
+        prompt_index=numbered(index),
+        prompt_lengths=numbered(prompt_lengths),
         logp=logp,
         behaviour_logp=logp.clone(),
-        entropy=packed([[torch.nan] * n for n in lengths], 0.0, torch.float32),
-        weight_version=packed([[version] * n for n in lengths], -1, torch.int64),
-        finish_reason=[c.reason for c in completions],
-        sequence=torch.arange(numbers.start, numbers.stop, device=device),
+        entropy=entropy,
+        weight_version=versions,
+        finish_reason=reasons,
+        sequence=numbered(numbers),
         text=text,
     )
 

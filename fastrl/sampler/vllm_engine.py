@@ -1,5 +1,4 @@
-"""The installed vLLM: its names, what is asked of its engine, and how it reads the trained model's weights.
-"""
+"""The installed vLLM: its names, what is asked of its engine, and how it reads the model's weights."""
 
 from __future__ import annotations
 
@@ -112,8 +111,7 @@ class Client:
 
 
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The weights under Hugging Face's names: fused parameters as views of their rows, without a tied head.
-    """
+    """The weights under Hugging Face's names: fused ones as views of their rows, without a tied head."""
     parameters = dict(model.named_parameters())
     for name, parts in model.layout().items():
         blocks = parameters[name].detach().split(list(parts.values()))

@@ -1,8 +1,8 @@
 """GSM8K: grade-school word problems with one exact number as the answer (Cobbe et al., arXiv 2110.14168).
 
 The data is a folder with train.jsonl, lines of {"question": ..., "answer": "... #### 72"}, and for the test
-split test.jsonl or model_solutions.jsonl (both of the data set's release).  The folder is an option, or the
-environment variable FASTRL_GSM8K.
+split test.jsonl or model_solutions.jsonl (both are in the data set's release).  The folder is an option, or
+the environment variable FASTRL_GSM8K.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from fastrl.errors import UserError
+from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines, shorten
-from fastrl.tasks.task import Example, Prompt, Score, bucket
+from fastrl.tasks.task import Example, Prompt, Score, assign_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "val", "test")
-# the first that is there; the second holds 900 of the 1319 test questions
-TEST_FILES = (
-    "test.jsonl",
-    "model_solutions.jsonl",
-)
+# the first that exists; the second holds 900 of the 1319 test questions
+TEST_FILES = ("test.jsonl", "model_solutions.jsonl")
 INSTRUCTION = (
     "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
 )
-MARKERS = (  # what introduces an answer; of the first that occurs, its last place counts
+MARKERS = (  # what introduces an answer: the first of these that occurs, at its last occurrence
     re.compile(r"####"),
     re.compile(r"^[ \t]*A:", re.MULTILINE),
     re.compile(r"\\boxed\{"),
     re.compile(r"\bthe (?:final )?answer is:?", re.IGNORECASE),
 )
-# bounded: no number is expensive
+# digits are bounded, so that no number is expensive
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30}"
 _NUMBER = re.compile(
-    r"(?P<sign>[-\u2212]?)(?:\$ "
-    rf"?)?(?P<sign2>[-\u2212]?)(?P<top>{_DIGITS})(?:/(?P<bottom>[1-9][0-9]{{0,29}}))?(?![0-9]|[.,/][0-9])"
+    r"(?P<sign>[-\u2212]?)(?:\$ ?)?(?P<sign2>[-\u2212]?)"
+    rf"(?P<top>{_DIGITS})(?:/(?P<bottom>[1-9][0-9]{{0,29}}))?"
+    r"(?![0-9]|[.,/][0-9])"
 )
 _ANYWHERE = re.compile(rf"(?<![0-9.,]){_NUMBER.pattern}")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator marks in the data set's own solutions
@@ -56,13 +54,13 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gsm8k:
-    """The task.  train and val share train.jsonl, by a hash of the question; test is the data set's own."""
+    """The task: train and val split train.jsonl by a hash of the question; test is the data set's own."""
 
     name: ClassVar[str] = "gsm8k"
     stop: ClassVar[tuple[str, ...]] = ()
 
     folder: str | None = None
-    """Where the files are; FASTRL_GSM8K when not given."""
+    """Folder of the files; FASTRL_GSM8K when not given."""
     val: float = 0.05
     """Share of train.jsonl in the validation split."""
     chat: bool = False
@@ -70,25 +68,25 @@ class Gsm8k:
     annotations: bool = False
     """Keep the <<48/2=24>> marks in demonstrations."""
     last_number: bool = False
-    """Take the last number of a completion that marks no answer."""
+    """Where a completion marks no answer, take its last number."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val < 1:
-            raise UserError(f"gsm8k: val: expected a share of at least 0 and below 1, got {self.val}")
+        require("gsm8k: val", self.val, 0 <= self.val < 1, "a share of at least 0 and below 1")
 
     def size(self, split: str) -> int:
-        """How many problems `split` has.  Raises UserError for an unknown or empty split, missing files and
-        malformed lines.
+        """Number of problems in `split`.
+
+        Raises UserError for an unknown or empty split, missing files and malformed lines.
         """
         return len(self._problems(split))
 
     def example(self, split: str, index: int) -> Example:
         """Problem `index` of `split`, in file order.  Raises IndexError outside [0, size(split))."""
         problems = self._problems(split)
-        if not 0 <= index < len(problems):
-            raise IndexError(
-                f"index: expected 0 <= index < {len(problems)}, the size of {split!r}; got {index}"
-            )
+        size = len(problems)
+        if not 0 <= index < size:
+            raise IndexError(f"index: expected 0 <= index < {size}, the size of {split!r}; got {index}")
+
         question, solution, answer = problems[index]
         prompt: Prompt = f"Question: {question}\nAnswer:\n"
         if self.chat:
@@ -100,11 +98,12 @@ class Gsm8k:
         """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.
         Total.
         """
-        answer, marked = self.answer(completion), extract(completion) is not None
+        answer = self.answer(completion)
         if answer is None:
-            return Score(
-                reward=0.0, correct=False, well_formed=False, message="no number marked as the answer"
-            )
+            nothing = "no number marked as the answer"
+            return Score(reward=0.0, correct=False, well_formed=False, message=nothing)
+
+        marked = extract(completion) is not None
         correct = answer == Fraction(example.fields["answer"])
         message = "correct" if correct else f"expected {example.fields['answer']}, got {answer}"
         return Score(reward=float(correct), correct=correct, well_formed=marked, message=message)
@@ -115,7 +114,7 @@ class Gsm8k:
         return last_number(completion) if marked is None and self.last_number else marked
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` makes a small
+        """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` trains a small
         one).
         """
         return None
@@ -125,9 +124,7 @@ class Gsm8k:
             raise UserError(f"gsm8k: expected a split of {', '.join(SPLITS)}; got {split!r}")
         given = self.folder or os.environ.get("FASTRL_GSM8K")
         if not given:
-            raise UserError(
-                "gsm8k: set FASTRL_GSM8K (or the option folder) to the folder that holds train.jsonl"
-            )
+            raise UserError("gsm8k: set FASTRL_GSM8K or the option folder to the folder of train.jsonl")
         problems = _split(Path(given).expanduser(), split, self.val)
         if not problems:
             raise UserError(f"gsm8k: split {split!r} is empty (val={self.val}, files in {given})")
@@ -135,17 +132,18 @@ class Gsm8k:
 
 
 def extract(text: str) -> Fraction | None:
-    """The number `text` marks as its answer: after its last `####`, else `A:`, `\\boxed{`, `the answer is`;
-    else None.
+    """The number that `text` marks as its answer, or None.
 
-    A marker without a number behind it is no answer.  $, thousands commas, a unit, a percent sign and a final
-    period are ignored.
+    The marker is the last `####`, or else the last `A:`, `\\boxed{`, or `the answer is`; a marker without a
+    number after it marks no answer.  $, thousands commas, a unit, a percent sign and a final period are
+    ignored.
     """
     for marker in MARKERS:
-        places = [found.end() for found in marker.finditer(text)]
-        if places:
-            found = _NUMBER.match(text, places[-1] + _blanks(text, places[-1]))
-            return _value(found) if found else None
+        ends = [match.end() for match in marker.finditer(text)]
+        if ends:
+            start = ends[-1] + _blanks(text, ends[-1])
+            number = _NUMBER.match(text, start)
+            return _value(number) if number else None
     return None
 
 
@@ -160,19 +158,21 @@ def _blanks(text: str, start: int) -> int:
     return len(rest) - len(rest.lstrip(" \t*=:"))
 
 
-def _value(found: re.Match[str]) -> Fraction:
-    value = Fraction(found["top"].replace(",", "")) / int(found["bottom"] or 1)
-    return -value if found["sign"] or found["sign2"] else value
+def _value(number: re.Match[str]) -> Fraction:
+    value = Fraction(number["top"].replace(",", "")) / int(number["bottom"] or 1)
+    return -value if number["sign"] or number["sign2"] else value
 
 
 @lru_cache(maxsize=8)
 def _split(folder: Path, split: str, val: float) -> tuple[Problem, ...]:
     if split == "test":
-        return _read(
-            next((folder / name for name in TEST_FILES if (folder / name).is_file()), folder / TEST_FILES[0])
-        )
+        files = [folder / name for name in TEST_FILES]
+        present = [file for file in files if file.is_file()]
+        return _read((present or files)[0])
+
     shares = {"val": val, "train": 1 - val}
-    return tuple(p for p in _read(folder / "train.jsonl") if bucket(shares, "gsm8k", p.question) == split)
+    problems = _read(folder / "train.jsonl")
+    return tuple(p for p in problems if assign_split(shares, "gsm8k", p.question) == split)
 
 
 def _read(file: Path) -> tuple[Problem, ...]:
@@ -183,8 +183,7 @@ def _read(file: Path) -> tuple[Problem, ...]:
             raise UserError(f"{where}: expected a question and an answer, both text; got {shorten(row)}")
         answer = extract(solution)
         if answer is None:
-            raise UserError(
-                f"{where}: expected an answer that ends in #### and a number, got {shorten(solution[-60:])}"
-            )
+            end = shorten(solution[-60:])
+            raise UserError(f"{where}: expected an answer that ends in #### and a number, got {end}")
         problems.append(Problem(question, solution, answer))
     return tuple(problems)

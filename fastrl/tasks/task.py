@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-
-from fastrl.batch.types import Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Prompt = str | list[dict[str, Any]]
+Message = dict[str, Any]  # a chat message: "role", "content", and what else the chat template reads
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +19,8 @@ class Example:
     """A problem.
 
     prompt   text, or a list of chat messages
-    demo     a right completion without its end-of-sequence token, or None when the task knows none
-    fields   what the verifier needs, JSON types only; reward functions get it as a column
+    demo     a correct completion without its end-of-sequence token, or None when the task has none
+    fields   what the verifier needs, JSON types only; reward functions get each field as a column
     """
 
     prompt: Prompt
@@ -31,8 +30,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What the verifier says of one completion: `well_formed` means it has the form of an answer, right or
-    wrong.
+    """The verifier's verdict on one completion.
+
+    well_formed  the completion has the form of an answer, right or wrong
     """
 
     reward: float
@@ -41,14 +41,30 @@ class Score:
     message: str = ""
 
 
-class Task(Protocol):
-    """One task; a class with these members in a user's own file is as good as the built-in ones.
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A conversation with a task so far.
 
-    One that also has `mistakes(example, count, index) -> list[str]`, up to `count` wrong completions of
-    example `index` of a split, gives preference pairs: the demonstration is the chosen one.  One that has
-    `steps(example, completion) -> (texts, right)` as well, the parts of a completion and whether all is right
-    up to the end of each, gives process rewards.  With `answer(completion)`, what a completion comes down to
-    (None for nothing), samples can vote.
+    said   what the policy wrote in each turn
+    heard  what the task answered after each turn but the last
+    """
+
+    example: Example
+    said: tuple[str, ...]
+    heard: tuple[str, ...]
+
+
+class Task(Protocol):
+    """One task; a class with these members in a user's own file works like the built-in ones.
+
+    Optional members:
+
+    mistakes(example, count, index) -> list[str]   up to `count` wrong completions of example `index` of a
+        split: gives preference pairs, with the demonstration as the chosen completion
+    steps(example, completion) -> (texts, right)   the parts of a completion, and for each part whether
+        everything is right up to its end: gives process rewards
+    answer(completion)                             what a completion comes down to, None for nothing: lets
+        samples vote
     """
 
     @property
@@ -57,10 +73,10 @@ class Task(Protocol):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts that end a completion, beside the end-of-sequence token."""
+        """Texts that end a completion, besides the end-of-sequence token."""
 
     def size(self, split: str) -> int:
-        """How many examples `split` has.  Raises UserError for a split the task does not have."""
+        """Number of examples in `split`.  Raises UserError for a split that the task does not have."""
 
     def example(self, split: str, index: int) -> Example:
         """Example `index` in [0, size(split)) of `split`: a pure function of the task's options and these
@@ -71,53 +87,61 @@ class Task(Protocol):
         """The score of `completion`.  Total: never raises, whatever the text, in bounded time."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The task's own tokenizer, or None when it is at home in any."""
+        """The task's own tokenizer, or None when any model's tokenizer will do."""
 
 
 @runtime_checkable
 class Conversation(Protocol):
-    """What a task of several turns has beside the members of `Task`."""
+    """What a task of several turns has besides the members of `Task`."""
 
     def step(
         self, transcripts: Sequence[Transcript]
     ) -> tuple[Sequence[str], Sequence[float], Sequence[bool]]:
-        """Observations, rewards and whether it is over, one each for conversations whose policy has just
-        ended a turn with a stop.
+        """(observations, rewards, done), one each per conversation in which the policy just ended a turn.
 
-        A sequence's reward is the sum over its turns.  `verify` then sees the whole conversation after the
+        A sequence's reward is the sum over its turns.  `verify` later sees the whole conversation after the
         prompt.
         """
 
 
 def draw(*parts: object) -> int:
-    """A number in [0, 2^64) that depends on `parts` alone: the same in every process and Python version,
-    unlike hash().
+    """A pseudo-random number in [0, 2^64), a function of `parts` alone.
+
+    Unlike hash(), it is the same in every process and Python version.
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-def bucket(shares: dict[str, float], *key: object) -> str:
-    """The name in `shares` (fractions that sum to 1) that content `key` belongs to; every run and seed agree
-    on it.
+def assign_split(shares: Mapping[str, float], *key: object) -> str:
+    """The split that content `key` belongs to, the same in every run and for every seed.
+
+    `shares` holds the splits' fractions, which sum to 1.
     """
-    place = draw("split", *key) / 2**64
+    position = draw("split", *key) / 2**64
     for name, share in shares.items():
-        if place < share:
+        if position < share:
             return name
-        place -= share
+        position -= share
     return name
 
 
 def task_reward(task: Task) -> Callable[..., list[float]]:
-    """The task's verifier as a reward function (see fastrl.rewards.functions), named after the task; it reads
-    the column `example`.
+    """The task's verifier as a reward function (see fastrl.rewards.functions), named after the task.
+
+    It reads the column `example`.
     """
 
     def verify(
-        completions: Sequence[Any], example: Sequence[Example], log_extra: Any, log_metric: Any
+        completions: Sequence[str | list[Message]],
+        example: Sequence[Example],
+        log_extra: Callable[[str, list[str]], None],
+        log_metric: Callable[[str, float], None],
     ) -> list[float]:
-        said = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        scores = [task.verify(e, text) for e, text in zip(example, said, strict=True)]
+        scores = []
+        for problem, completion in zip(example, completions, strict=True):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            scores.append(task.verify(problem, text))
+
         log_extra("message", [s.message for s in scores])
         for name in ("correct", "well_formed"):
             log_metric(name, sum(getattr(s, name) for s in scores) / max(len(scores), 1))

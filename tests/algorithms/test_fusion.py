@@ -32,9 +32,10 @@ from runs import GROUP, PROMPTS, SEED, decoder, drift, gradient, relative
 from runs import learner as plain_learner
 
 from fastrl.algorithms import ALGORITHMS
-from fastrl.algorithms.fusion import FUSIONS, Schedule
-from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN
+from fastrl.algorithms.fusion import FUSIONS
+from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN, OfflinePairs
 from fastrl.algorithms.preference import PREFERENCES
+from fastrl.algorithms.schedule import Schedule
 from fastrl.config import Hybrid, Optim, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner
@@ -66,7 +67,7 @@ def test_both_terms_are_their_equations(name, step):
     coefficient applied twice.
     """
     model = decoder(dtype=F64)
-    row = replace(ROW, preference=PREFERENCES[name], coef=Schedule(peak=0.7, end=0.1))
+    row = replace(ROW, pairs=OfflinePairs(PREFERENCES[name], Schedule(peak=0.7, end=0.1)))
     source = fused(model, row)
     now, batch = groups(model, source.rollouts, SCORES, step), source.collect(step, 0).batches[0]
     drift(model, 0.03)
@@ -98,7 +99,7 @@ def test_without_pairs_it_is_grpo_exactly():
     """At a coefficient of 0.  Wrong implementations: pairs forwarded all the same, whose zeros change a sum's
     order; completions that are weighed by a share of something.
     """
-    model, row = decoder(), replace(ROW, coef=Schedule(0.0, 0.0))
+    model, row = decoder(), replace(ROW, pairs=OfflinePairs(PREFERENCES["dpo"], Schedule(0.0, 0.0)))
     ours = fused(model, row).collect(0, 0).batches[0]
     theirs = drawn_by(OnPolicy, model, ALGORITHMS["grpo"], SCORES).collect(0, 0).batches[0]
     drift(model, 0.03)
@@ -115,14 +116,14 @@ def test_without_completions_it_is_dpo_exactly(name):
     """Wrong implementations: a scaled loss for a scaled weight at a coefficient of 1; gradients added to
     zeros in another order.
     """
-    model, row = decoder(), only_pairs(replace(ROW, preference=PREFERENCES[name], coef=CONSTANT))
+    model, row = decoder(), only_pairs(replace(ROW, pairs=OfflinePairs(PREFERENCES[name], CONSTANT)))
     batch = fused(model, row).collect(2, 0).batches[0]
     assert len(batch.own) == 0
     pairs = offline(row).collect(2, 0).batches[0]
     drift(model, 0.03)
     metrics, got = gradient(trainer(model, row, 20), batch)
     theirs, want = gradient(
-        PreferenceLearner(model, row.preference, Optim(), steps=10, micro_tokens=20), pairs
+        PreferenceLearner(model, row.pairs.preference, Optim(), steps=10, micro_tokens=20), pairs
     )
     assert torch.equal(got, want) and metrics["loss"] == metrics["pairs/loss"] == theirs["loss"]
     assert (
@@ -142,7 +143,7 @@ def test_gradient_norms_of_both_terms():
     without its coefficient; a gradient left from the measurement.
     """
     model = decoder()
-    row = replace(ROW, coef=Schedule(0.5, 0.5))
+    row = replace(ROW, pairs=OfflinePairs(PREFERENCES["dpo"], Schedule(0.5, 0.5)))
     batches = [fused(model, row, norms_every=every).collect(2, 0).batches[0] for every in (2, 3, 0)]
     assert [b.measured for b in batches] == [True, False, False]
     drift(model, 0.03)
@@ -174,7 +175,7 @@ def test_pairs_train_where_no_reward_differs():
     """Wrong implementations: a step skipped because the rollouts have no signal; one taken, on AdamW's
     momentum, without any.
     """
-    model, still = decoder(), replace(ROW, coef=Schedule(0.0, 0.0))
+    model, still = decoder(), replace(ROW, pairs=OfflinePairs(PREFERENCES["dpo"], Schedule(0.0, 0.0)))
     before = [p.clone() for p in model.parameters()]
     batch = fused(model, still, [1.0] * 12).collect(0, 0).batches[0]
     assert trainer(model, still).update(batch, 0)["num_tokens"] == 0
@@ -221,7 +222,7 @@ def test_members_are_their_equations(name, known, scores):
 def test_without_pairs_members_leave_grpo_as_it_is(name):
     """Wrong implementation: the empty places of a pair in the group's mean or in a denominator."""
     model, row = decoder(), FUSIONS[name]
-    base = replace(ALGORITHMS["grpo" if name == "grpo_pairs" else "dr_grpo"], surrogate=row.surrogate)
+    base = replace(ALGORITHMS["grpo" if name == "grpo_pairs" else "dr_grpo"], surrogate=row.policy.surrogate)
     batches = [
         s.collect(0, 0).batches[0]
         for s in (members(model, row, known=()), drawn_by(OnPolicy, model, base, SCORES))
@@ -270,18 +271,18 @@ def test_options_change_a_row():
         kl_coef=0.1,
         rl_coef=0.5,
     )
-    assert (row.preference.params["beta"], row.preference.rule, row.coef) == (
+    assert (row.pairs.preference.params["beta"], row.pairs.preference.rule, row.pairs.coef) == (
         0.5,
         PREFERENCES["ipo"].rule,
         Schedule(0.0, 0.0, 3, 0),
     )
-    assert (row.surrogate, row.kl_coef, row.rule.params) == (
+    assert (row.policy.surrogate, row.policy.kl_coef, row.rule.params) == (
         ALGORITHMS["dapo"].surrogate,
         0.1,
         {"rl_coef": 0.5},
     )
     assert (
-        chosen(algorithm="grpo_dpo", nll_coef=0.25).preference.nll == 0.25
+        chosen(algorithm="grpo_dpo", nll_coef=0.25).pairs.preference.nll == 0.25
         and chosen(algorithm="grpo_dpo") == ROW
     )
     assert chosen(algorithm="luffy_pairs", gamma=0.5).member.surrogate.params == {"gamma": 0.5}

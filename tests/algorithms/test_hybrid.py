@@ -87,7 +87,7 @@ def test_statistics_of_the_completions_alone(scale):
     # samples that move nothing leave the batch
     want = torch.tensor([a for g in now() for a in g.measured_by_own(scale == "group") if a])
     torch.testing.assert_close(batch.advantage[batch.cu_seqlens[:-1].long()], want, rtol=1e-6, atol=1e-7)
-    flat = row.advantage(torch.tensor([0.5, 0.5, 0.5, 1, 0, 0, 0, nan, nan, nan, nan, 1]), 4)
+    flat = row.policy.advantage(torch.tensor([0.5, 0.5, 0.5, 1, 0, 0, 0, nan, nan, nan, nan, 1]), 4)
     assert flat.tolist() == [0, 0, 0, 0.5, *[0] * 8]
     if scale == "none":
         drift(model, 0.03)
@@ -276,7 +276,8 @@ def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
     """
     model, row = decoder(), with_rule("chord_phi", mu=0.0) if name == "chord_phi" else HYBRIDS[name]
     base = replace(
-        ALGORITHMS["grpo" if row.advantage.params["scale"] == "std" else "dr_grpo"], surrogate=row.surrogate
+        ALGORITHMS["grpo" if row.policy.advantage.params["scale"] == "std" else "dr_grpo"],
+        surrogate=row.policy.surrogate,
     )
     source = mixture(model, row, known=NONE)
     other = OnPolicy.__new__(OnPolicy)
@@ -405,7 +406,8 @@ def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; --rl that loses the hybrid's own part."""
     row = choose_hybrid(Hybrid(model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1))
     assert row.rule.params == {"gate": 0.25, "sft_coef": 0.0} and row.supervised == HYBRIDS["hpt"].supervised
-    assert (row.surrogate, row.aggregate, row.kl, row.kl_coef) == (
+    policy = row.policy
+    assert (policy.surrogate, policy.aggregate, policy.kl, policy.kl_coef) == (
         ALGORITHMS["dapo"].surrogate,
         ALGORITHMS["dapo"].aggregate,
         "k3",
@@ -414,7 +416,7 @@ def test_options_change_a_row():
     assert choose_hybrid(Hybrid(model="m", algorithm="luffy", gamma=0.5)).member.surrogate.params == {
         "gamma": 0.5
     }
-    assert choose_hybrid(Hybrid(model="m", algorithm="srft", rl="dr_grpo")).prepare == (uncertain,)
+    assert choose_hybrid(Hybrid(model="m", algorithm="srft", rl="dr_grpo")).policy.prepare == (uncertain,)
     assert (
         choose_hybrid(Hybrid(model="m", rl="gspo")).level == "sequence"
         and choose_hybrid(Hybrid(model="m")).level == "token"

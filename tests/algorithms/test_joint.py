@@ -460,7 +460,7 @@ def test_the_command_line(capsys):
         8,
     )
     row = choose_joint(config)
-    assert (row.reward_model, row.reward_loss.center, row.surrogate.params["high"]) == ("r", 0.1, 0.28)
+    assert (row.reward_model, row.reward_loss.center, row.policy.surrogate.params["high"]) == ("r", 0.1, 0.28)
     assert choose_joint(replace(config, reward_model=None)).reward_model == "m"
     assert cli.main(["joint", *args, "--dry-run"]) == 0
     assert "reward_loss: plackett_luce" in capsys.readouterr().out

@@ -243,21 +243,29 @@ def test_options_change_the_row():
         0.0,
         True,
     )
-    assert (default.gamma, default.lam, default.value_clip, default.surrogate.params["cap"]) == (
+    assert (default.gamma, default.lam, default.value_clip, default.policy.surrogate.params["cap"]) == (
         1.0,
         0.95,
         0.2,
         math.inf,
     )
     loss = chosen(kl_in="loss", kl_coef=0.2)
-    assert (loss.kl, loss.kl_coef, loss.reward_kl_coef) == ("k2", 0.2, 0.0)
+    assert (loss.policy.kl, loss.policy.kl_coef, loss.reward_kl_coef) == ("k2", 0.2, 0.0)
     assert not chosen(kl_coef=0.0).needs_reference
     verl = chosen(semantics="verl", kl="k3", kl_in="loss")
-    assert (verl.surrogate.params["cap"], verl.value_clip, verl.lam, verl.kl) == (3.0, 0.5, 1.0, "k3_cut")
+    assert (verl.policy.surrogate.params["cap"], verl.value_clip, verl.lam, verl.policy.kl) == (
+        3.0,
+        0.5,
+        1.0,
+        "k3_cut",
+    )
     assert chosen(semantics="verl", lam=0.9, value_clip=0.0).lam == 0.9
     assert chosen(value_clip=0.0).value_clip == math.inf and chosen(value_clip=0.3).value_clip == 0.3
     bounds = chosen(epsilon=0.1, epsilon_high=0.3, delta=2.0, entropy_coef=0.01)
-    assert bounds.surrogate.params == {"low": 0.1, "high": 0.3, "cap": 2.0} and bounds.entropy_coef == 0.01
+    assert (
+        bounds.policy.surrogate.params == {"low": 0.1, "high": 0.3, "cap": 2.0}
+        and bounds.policy.entropy_coef == 0.01
+    )
     assert chosen(critic="shared", vf_coef=0.5).vf_coef == 0.5 and chosen(critic_lr=1e-3).critic_lr == 1e-3
 
 

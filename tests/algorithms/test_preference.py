@@ -15,12 +15,13 @@ from runs import decoder, drift, gradient, relative
 from torch import Tensor
 
 from fastrl.algorithms.preference import PREFERENCES, Preference, Scores
+from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Optim
-from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
-from fastrl.methods.dpo.batches import PreferenceLearner, Preferred, pack_units
+from fastrl.methods.dpo.batches import PreferenceLearner, pack_units
 from fastrl.methods.dpo.options import TRL_NAMES, choose_preference
 
 F64 = torch.float64
@@ -178,17 +179,20 @@ def sample(prompt: list[int], completion: list[int]) -> Sample:
 
 
 PAIRS: list[Unit] = [
-    (Judged(sample([3, 4, 5], [6, 7, 1]), True), Judged(sample([3, 4, 5], [8, 1]), False)),
-    (Judged(sample([9], [10, 11, 12, 13, 1]), True), Judged(sample([9], [14, 1]), False)),
-    (Judged(sample([15, 16], [1]), True), Judged(sample([15, 16], [17, 18, 19, 20, 1]), False)),
+    (LabelledSample(sample([3, 4, 5], [6, 7, 1]), True), LabelledSample(sample([3, 4, 5], [8, 1]), False)),
+    (LabelledSample(sample([9], [10, 11, 12, 13, 1]), True), LabelledSample(sample([9], [14, 1]), False)),
     (
-        Judged(sample([21, 22, 23, 24], [25, 26, 1]), True),
-        Judged(sample([21, 22, 23, 24], [27, 28, 1]), False),
+        LabelledSample(sample([15, 16], [1]), True),
+        LabelledSample(sample([15, 16], [17, 18, 19, 20, 1]), False),
+    ),
+    (
+        LabelledSample(sample([21, 22, 23, 24], [25, 26, 1]), True),
+        LabelledSample(sample([21, 22, 23, 24], [27, 28, 1]), False),
     ),
 ]
 
 
-def a_batch(row: Preference, units: list[Unit] = PAIRS) -> Preferred:
+def a_batch(row: Preference, units: list[Unit] = PAIRS) -> Batch:
     """The pairs, or their completions one by one, with a reference model's log-probs; float64."""
     units = units if row.paired else [(one,) for unit in units for one in unit]
     batch = pack_units(units, len(units), torch.device("cpu"))

@@ -9,7 +9,8 @@ import pytest
 from support import data_file
 from tokenizers import processors
 
-from fastrl.data.rows import Row, encode, encode_prompt, read_rows
+from fastrl.data.encode import encode, encode_prompt
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.tasks.tokens import char_tokenizer, train_bpe
 
@@ -240,7 +241,7 @@ def test_renamed_columns(tmp_path):
         UserError, match="'question' cannot be read as 'answer': the row has a column of that name"
     ):
         read_rows(path, {"question": "answer"})
-    with pytest.raises(UserError, match="expected each column to be read as another one"):
+    with pytest.raises(UserError, match="expected a different new name for each column"):
         read_rows(path, {"question": "prompt", "answer": "prompt"})
 
 

@@ -14,7 +14,7 @@ import torch
 from runs import GROUP, PROMPTS, SCORES, grpo, on_policy
 from torch import Tensor
 
-from fastrl.algorithms.ppo import PPO, ActorCritic
+from fastrl.algorithms.ppo import PPO, ActorCriticAlgorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Optim, Ppo
 from fastrl.methods.ppo.batches import PpoSource
@@ -71,12 +71,19 @@ def critic(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: floa
 
 
 # --- what the tests of PPO share ----------------------------------------------------------------------
-def row(**changes: Any) -> ActorCritic:
-    return replace(PPO["ppo"], **changes)
+def row(**changes: Any) -> ActorCriticAlgorithm:
+    """The ppo row with changes of its own fields, or of its policy's."""
+    base = PPO["ppo"]
+    own = {name: changes.pop(name) for name in [*changes] if hasattr(base, name) and name != "kl_coef"}
+    return replace(base, policy=replace(base.policy, **changes), **own)
 
 
 def learner(
-    model: Decoder, of: ActorCritic, micro_tokens: int = 10**6, world: World | None = None, **optim: Any
+    model: Decoder,
+    of: ActorCriticAlgorithm,
+    micro_tokens: int = 10**6,
+    world: World | None = None,
+    **optim: Any,
 ) -> PpoLearner:
     """A learner whose critic's head is not at zero, where every value would be."""
     made = PpoLearner(

@@ -16,13 +16,12 @@ from preferences import Side
 from runs import BUDGET, GROUP, PROMPTS, SEED, reference
 from torch import Tensor
 
-from fastrl.algorithms.contrast import Contrast
-from fastrl.algorithms.fusion import Fused
-from fastrl.algorithms.hybrid import Mixed
+from fastrl.algorithms.group_preference import GroupPreference
+from fastrl.algorithms.hybrid import HybridAlgorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
-from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.methods.dpo.batches import Preferences
 from fastrl.methods.grpo.rollouts import order
 from fastrl.methods.hybrid.mixture import Mixture
@@ -59,7 +58,7 @@ def sample(i: int, completion: list[int]) -> Sample:
 
 
 def pair(i: int) -> Unit:
-    return Judged(sample(i, ANSWERS[i]), True), Judged(sample(i, WRONG[i]), False)
+    return LabelledSample(sample(i, ANSWERS[i]), True), LabelledSample(sample(i, WRONG[i]), False)
 
 
 def anchor(batch: Batch) -> Tensor:
@@ -109,18 +108,20 @@ def on_policy(
     )
 
 
-def fused(model: Decoder, row: Fused, scores: Sequence[float] = SCORES, **changes: Any) -> FusedSource:
+def fused(
+    model: Decoder, row: HybridAlgorithm, scores: Sequence[float] = SCORES, **changes: Any
+) -> FusedSource:
     """Those, and COUNT offline pairs for each of their batches."""
     rollouts = on_policy(Mixture, model, row, scores, known=lambda some: [()] * len(some), **changes)
     return FusedSource(rollouts, offline(row))
 
 
-def offline(row: Fused) -> Preferences:
-    known = (lambda indices, batch: anchor(batch)) if row.preference.reference else None
+def offline(row: HybridAlgorithm) -> Preferences:
+    known = (lambda indices, batch: anchor(batch)) if row.pairs.preference.reference else None
     return Preferences(
         lambda some: [pair(i) for i in some],
         PAIRS,
-        row.preference,
+        row.pairs.preference,
         count=COUNT,
         seed=SEED,
         device=CPU,
@@ -131,7 +132,7 @@ def offline(row: Fused) -> Preferences:
 
 def members(
     model: Decoder,
-    row: Mixed,
+    row: HybridAlgorithm,
     scores: Sequence[float] = SCORES,
     known: Sequence[int] = (0, 2),
     **changes: Any,
@@ -148,7 +149,9 @@ def members(
     return on_policy(Mixture, model, row, scores, known=lambda some: [sides(i) for i in some], **changes)
 
 
-def contrasted(model: Decoder, row: Contrast, scores: Sequence[float] = SCORES, **changes: Any) -> Contrasted:
+def contrasted(
+    model: Decoder, row: GroupPreference, scores: Sequence[float] = SCORES, **changes: Any
+) -> Contrasted:
     return on_policy(Contrasted, model, row, scores, **changes)
 
 

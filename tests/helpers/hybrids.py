@@ -17,9 +17,9 @@ from runs import BUDGET, GROUP, PROMPTS, SEED, reference
 from torch import Tensor
 
 from fastrl.algorithms.correction import CORRECTIONS
-from fastrl.algorithms.hybrid import HYBRIDS, Mixed
+from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm
 from fastrl.config import Hybrid, Optim
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.methods.grpo.rollouts import order
 from fastrl.methods.hybrid.mixture import MixedLearner, Mixture
 from fastrl.model.decoder import Decoder
@@ -37,7 +37,7 @@ def demonstration(i: int) -> Sample:
 
 def mixture(
     model: Decoder,
-    row: Mixed,
+    row: HybridAlgorithm,
     scores: Sequence[float] = SCORES,
     known: Sequence[int] = (0, 1, 2),
     world: World | None = None,
@@ -74,14 +74,16 @@ def mixture(
 
 
 def learner(
-    model: Decoder, row: Mixed, micro_tokens: int = 10**6, world: World | None = None
+    model: Decoder, row: HybridAlgorithm, micro_tokens: int = 10**6, world: World | None = None
 ) -> MixedLearner:
     return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens, world=world)
 
 
-def corrected(name: str, correction: str | None) -> Mixed:
+def corrected(name: str, correction: str | None) -> HybridAlgorithm:
     """The row, with a correction by its name."""
-    return replace(HYBRIDS[name], correction=None if correction is None else CORRECTIONS[correction])
+    row = HYBRIDS[name]
+    bounded = None if correction is None else CORRECTIONS[correction]
+    return replace(row, policy=replace(row.policy, correction=bounded))
 
 
 # --- the equations ----------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ OBJECTIVES: dict[
 }
 
 
-def with_rule(name: str, **params: float) -> Mixed:
+def with_rule(name: str, **params: float) -> HybridAlgorithm:
     """A row whose rule has other parameters."""
     row = HYBRIDS[name]
     return replace(row, rule=replace(row.rule, params={**row.rule.params, **params}))

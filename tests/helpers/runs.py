@@ -19,8 +19,12 @@ import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
-from fastrl.data.rows import Sample
-from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy
+from fastrl.data.encode import Sample
+from fastrl.methods.grpo.prompts import Prompts
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.sampling import GroupSampler
+from fastrl.methods.grpo.shaping import policy_shaping
+from fastrl.methods.sft.batches import Demonstrations
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
@@ -29,6 +33,8 @@ from fastrl.run.interrupt import Interrupt
 from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.optimizer import MasterWeights
 
 # what fastrl.run.log says may differ between two runs of one configuration
 CLOCK = (
@@ -204,7 +210,7 @@ def on_policy(
     world: World | None = None,
     trainer: Any = reference,
     **changes: Any,
-) -> OnPolicy:
+) -> Rollouts:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
     options: dict[str, Any] = {
         "model": "",
@@ -219,19 +225,23 @@ def on_policy(
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
         return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
-    kl = reference if algorithm.kl_coef else None
-    return OnPolicy(
-        config,
-        Sampler(model),
-        algorithm,
-        prompt=lambda i: (PROMPTS[i], {"id": i}),
-        size=len(PROMPTS),
-        score=score,
-        reference=kl,
-        stop=(),
-        world=world or World(),
-        trainer=trainer,
-    )
+    prompts = Prompts(lambda i: (PROMPTS[i], {"id": i}), len(PROMPTS), score)
+    scorings = Scorings(reference if algorithm.kl_coef else None, trainer, algorithm.correction)
+    return rollouts_of(config, Sampler(model), prompts, algorithm, scorings, world or World())
+
+
+def rollouts_of(
+    config: Grpo,
+    sampler: Any,
+    prompts: Prompts,
+    algorithm: Algorithm,
+    scorings: Scorings | None = None,
+    world: World | None = None,
+) -> Rollouts:
+    """Rollouts with the policy's own shaping."""
+    world = world or World()
+    groups = GroupSampler(config, sampler, prompts, world)
+    return Rollouts(config, groups, scorings or Scorings(), policy_shaping(config, algorithm, world), world)
 
 
 def make_batch(name: str, model: Decoder, **changes: Any) -> Batch:
@@ -261,27 +271,40 @@ def learner(
     optim: Optim | None = None,
     world: World | None = None,
     temperature: float | None = None,
-) -> Learner:
+) -> Learner[Batch]:
+    """A learner of the policy loss."""
     temperature = temperature or (1.0 if algorithm.advantage is None else TEMPERATURE)
-    return Learner(
-        model,
-        algorithm,
-        optim or Optim(),
-        steps=10,
-        micro_tokens=micro_tokens,
-        temperature=temperature,
-        world=world,
+    objective = PolicyObjective(model, algorithm, temperature)
+    return learner_of(objective, model, micro_tokens=micro_tokens, optim=optim, world=world)
+
+
+def learner_of(
+    objective: Any,
+    model: Any,
+    micro_tokens: int = 10**6,
+    optim: Optim | None = None,
+    world: World | None = None,
+    steps: int = 10,
+    **named: Any,
+) -> Learner[Any]:
+    """A learner of any objective, of a model's parameters."""
+    weights = MasterWeights(model.named_parameters(), optim or Optim(), steps=steps)
+    return Learner(objective, weights, world or World(), micro_tokens, **named)
+
+
+def leave_gradient(trained: Learner[Any], batch: Any) -> dict[str, float]:
+    """Leave a batch's whole gradient in the masters; the step's metrics."""
+    return trained.gradients(
+        trained.objective, batch, trained.weights, trained.world, trained.micro_tokens
     )
 
 
-def gradient(trained: Learner, batch: Batch) -> tuple[dict[str, float], Tensor]:
+def gradient(trained: Learner[Any], batch: Any) -> tuple[dict[str, float], Tensor]:
     """The step's metrics, and its whole gradient as one vector."""
-    metrics = trained._gradients(batch)
-    grads = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained.masters]
-    )
-    for p in trained.masters:
-        p.grad = None
+    metrics = leave_gradient(trained, batch)
+    masters = trained.weights.masters
+    grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in masters])
+    trained.weights.clear()
     return metrics, grads
 
 

@@ -32,8 +32,8 @@ from fastrl import cli
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.config import Dpo, Eval, Optim, Sft
 from fastrl.config.parse import load
-from fastrl.data.pairs import Judged, Unit
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
+from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner, Preferences, mismatch, pack_units
 from fastrl.methods.dpo.reference import FILE, drawn, precompute
@@ -60,10 +60,10 @@ def units(n: int, single: bool = False) -> list[Unit]:
     for i in range(n):
         prompt, sides = [3 + i] * (1 + i % 3), ([10 + i, 1], [20 + i % 7] * (1 + i % 4) + [1])
         both = [
-            Judged(Sample(prompt + c, [False] * len(prompt) + [True] * len(c)), good)
+            LabelledSample(Sample(prompt + c, [False] * len(prompt) + [True] * len(c)), good)
             for c, good in zip(sides, (True, False), strict=True)
         ]
-        made.append((Judged(both[i % 2].sample, i % 3 == 0),) if single else (both[0], both[1]))
+        made.append((LabelledSample(both[i % 2].sample, i % 3 == 0),) if single else (both[0], both[1]))
     return made
 
 

@@ -14,7 +14,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Grpo
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import check_rollouts
-from fastrl.methods.grpo.partial import Carry
+from fastrl.methods.grpo.partial import PartialRollouts
 from fastrl.methods.grpo.rollouts import OnPolicy
 
 LONG = {"tail": "carry", "tail_share": 0.4, "max_new_tokens": 30}
@@ -46,7 +46,7 @@ def test_every_completion_is_trained_on_once_and_whole():
             draw.items[i - i % GROUP][1]["id"] for i in range(len(draw.items))
         ]
     assert len(set(sizes)) > 1 and versions[2] > 3, "groups were held back, and finished by later weights"
-    held = {s for h in carrying.carry.held for s in h.rollouts.sequence.tolist()}
+    held = {s for h in carrying.carry.pending for s in h.rollouts.sequence.tolist()}
     assert sorted([s for s, _ in drawn] + sorted(held)) == list(range(5 * 3 * GROUP))
     whole = {}
     for step in range(5):
@@ -68,10 +68,10 @@ def test_what_is_held_survives_a_checkpoint():
     """Wrong implementations: a part of the rollouts that is not kept; groups in another order."""
     carrying = source()
     carrying.collect(0, 0)
-    kept, again = carrying.carry, Carry(GROUP)
-    assert kept.held
+    kept, again = carrying.carry, PartialRollouts(GROUP)
+    assert kept.pending
     again.load_state(kept.state(), None, torch.device("cpu"))
-    for a, b in zip(kept.held, again.held, strict=True):
+    for a, b in zip(kept.pending, again.pending, strict=True):
         assert (
             a.item == b.item
             and a.rollouts.finish_reason == b.rollouts.finish_reason
@@ -87,9 +87,9 @@ def test_what_is_held_survives_a_checkpoint():
             "sequence",
         ):
             assert torch.equal(getattr(a.rollouts, name), getattr(b.rollouts, name)), name
-    empty = Carry(GROUP)
+    empty = PartialRollouts(GROUP)
     empty.load_state({}, None, torch.device("cpu"))
-    assert empty.held == [] and empty.unfinished() is None
+    assert empty.pending == [] and empty.unfinished() is None
 
 
 def test_what_does_not_go_with_it_is_refused():

@@ -12,9 +12,9 @@ import pytest
 from runs import tokenizer
 
 from fastrl.config import Grpo, Sft
-from fastrl.data.rows import encode_prompt
+from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import Scorer, demonstrations, load_run_task, pairs, prompts_and_rewards
+from fastrl.methods.grpo.prompts import Scorer, demonstrations, prompts_and_rewards
 from fastrl.tasks import Cards, Example, Score
 
 CONTEXT, VOCABULARY = 48, 31
@@ -38,27 +38,6 @@ def learn(config: Sft, task: Any = None, context: int = CONTEXT, vocabulary: int
 
 def ask(config: Grpo, task: Any = None, context: int = CONTEXT, vocabulary: int = VOCABULARY):
     return prompts_and_rewards(config, task, tokenizer(), context, vocabulary)
-
-
-# --- options ----------------------------------------------------------------------------------------
-def test_task_options_are_yaml():
-    """Wrong implementations: every value a string; a list that cannot be hashed."""
-    assert load_run_task("cards", ("k=2", "targets=[1,20]", "limit=null", "rules=ab")) == Cards(
-        k=2, targets=(1, 20), limit=None, rules="ab"
-    )
-    assert load_run_task(None, ()) is None
-    assert pairs(["a=b=c", "d="], "--columns") == {"a": "b=c", "d": ""}
-
-
-@pytest.mark.parametrize("text", ["k", "=2"])
-def test_an_option_without_a_value(text):
-    with pytest.raises(UserError, match=f"--task-options: expected key=value, got '{text}'"):
-        load_run_task("cards", (text,))
-
-
-def test_an_option_that_is_no_yaml():
-    with pytest.raises(UserError, match=r"--task-options: k: expected a YAML value, got '\[2'"):
-        load_run_task("cards", ("k=[2",))
 
 
 # --- demonstrations ---------------------------------------------------------------------------------
@@ -125,10 +104,10 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     with pytest.raises(
         UserError,
         match=rf"d.jsonl:1: .* token {token}, but the model's vocabulary has {token}; "
-        r"they do not belong together",
+        r"use the tokenizer that belongs to the model",
     ):
         learn(Sft(model="m", dataset=data), vocabulary=token)
-    with pytest.raises(UserError, match=r"cards train\[0\]: .* they do not belong together"):
+    with pytest.raises(UserError, match=r"cards train\[0\]: .* use the tokenizer that belongs to the model"):
         learn(Sft(model="m"), Cards(k=2), vocabulary=token)[0]([0])
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import fastrl.trainer
 from fastrl.batch.types import Batch
 from fastrl.config import Eval, Optim, Sft
-from fastrl.data.rows import Sample
+from fastrl.data.encode import Sample
 from fastrl.errors import UserError
 from fastrl.methods.grpo.prompts import demonstrations as from_config
 from fastrl.methods.grpo.rollouts import Demonstrations

@@ -42,7 +42,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Eval, HeldOut, Optim, Reward, Run
 from fastrl.methods.grpo.rollouts import Evaluable, order
-from fastrl.parallel.world import World, join
+from fastrl.parallel.world import World, init_world
 from fastrl.run.evaluate import evaluate
 from fastrl.run.session import set_up
 from fastrl.sampler import Sampler
@@ -212,7 +212,7 @@ def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torc
 
 
 def child(folder: Path) -> None:
-    world = join()
+    world = init_world()
     found = findings(world, folder)
     r = world.rank
     found["world"] = (world.sum(r + 1, 0.5), world.max(-r, r), world.gather(["a"] * r), world.is_main)
@@ -278,7 +278,7 @@ def test_a_world_of_one_is_the_identity():
 
 def test_joining_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join() == World()
+    assert init_world() == World()
 
 
 def test_sums_and_lists_of_two(two):

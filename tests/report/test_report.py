@@ -17,7 +17,7 @@ from fastrl.errors import UserError
 from fastrl.report.page import table, text
 from fastrl.report.panels import PANELS
 from fastrl.report.plots import COLOURS, Series, lines, smooth
-from fastrl.report.report import _curves, build, compare, read, run
+from fastrl.report.report import _curves, build, compare_runs, read_run, run
 
 VOID = {"meta", "img", "br", "hr", "link"}
 
@@ -171,7 +171,7 @@ def test_a_verdict_is_what_the_run_has_of_one(tmp_path):
 def test_metrics_that_were_not_finite_are_counted(tmp_path):
     page = Page(build(grpo(tmp_path / "run")).read_text(encoding="utf-8"))
     assert "Not finite" in page.words
-    assert read(tmp_path / "run").series("loss").x == [1, 3, 4, 5, 6]
+    assert read_run(tmp_path / "run").series("loss").x == [1, 3, 4, 5, 6]
 
 
 def test_a_line_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
@@ -179,19 +179,19 @@ def test_a_line_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
     it = grpo(tmp_path / "run")
     with (it / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "rew')
-    assert read(it).rows[-1]["step"] == 6
+    assert read_run(it).rows[-1]["step"] == 6
     with (it / "metrics.jsonl").open("a") as file:
         file.write('\n{"step": 8}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:8: not JSON"):
-        read(it)
+        read_run(it)
     (it / "metrics.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match=r'metrics\.jsonl:1: expected an object with an integer "step"'):
-        read(it)
+        read_run(it)
     (it / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no step yet"):
-        read(it)
+        read_run(it)
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
-        read(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_run_keeps_its_colour_in_every_figure(tmp_path):
@@ -199,7 +199,7 @@ def test_a_run_keeps_its_colour_in_every_figure(tmp_path):
     no such metric.
     """
     sft = folder(tmp_path / "sft", [{"step": s, "loss": 2.0 / s, "learning_rate": 0.1} for s in range(1, 5)])
-    path = compare({"GRPO": grpo(tmp_path / "grpo"), "SFT": sft}, tmp_path / "both")
+    path = compare_runs({"GRPO": grpo(tmp_path / "grpo"), "SFT": sft}, tmp_path / "both")
     page = Page(path.read_text(encoding="utf-8"))
     drawn = {
         str(i["alt"]).split(",")[0]: base64.b64decode(str(i["src"]).split(",")[1]).decode()
@@ -214,9 +214,9 @@ def test_metrics_are_named_where_there_are_several(tmp_path):
     """Wrong implementations: a legend of one curve, because other runs have more metrics than this one; two
     curves without names.
     """
-    one = {"": read(folder(tmp_path / "one", [{"step": s, "grad_norm": 1.0} for s in range(3)]))}
+    one = {"": read_run(folder(tmp_path / "one", [{"step": s, "grad_norm": 1.0} for s in range(3)]))}
     two = {
-        "": read(
+        "": read_run(
             folder(
                 tmp_path / "two", [{"step": s, "grad_norm": 1.0, "grad_norm/pairs": 0.5} for s in range(3)]
             )

@@ -33,7 +33,7 @@ def save(run: Path, step: int, keep: int = 0) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    return [int(p.name.removeprefix("step_")) for p in checkpoint.whole(run)]
+    return [int(p.name.removeprefix("step_")) for p in checkpoint.complete_checkpoints(run)]
 
 
 def test_a_checkpoint_is_a_hugging_face_folder_and_the_trainers_state(tmp_path):
@@ -118,7 +118,9 @@ def test_death_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
             die_at(patch, moment)
             save(run, 2, keep=1)
         assert steps(run) in ([1], [1, 2], [2])
-        assert [checkpoint.load(path)[1]["step"] for path in checkpoint.whole(run)] == steps(run)
+        assert [checkpoint.load(path)[1]["step"] for path in checkpoint.complete_checkpoints(run)] == steps(
+            run
+        )
         save(run, 3, keep=1)
         assert steps(run) == [3] and [p.name for p in (run / "checkpoints").iterdir()] == ["step_3"], (
             "what was left behind is gone"
@@ -148,7 +150,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, er
         r"earlier checkpoints are untouched",
     ):
         save(tmp_path, 2, keep=1)
-    assert steps(tmp_path) == [1] and checkpoint.load(checkpoint.whole(tmp_path)[0])
+    assert steps(tmp_path) == [1] and checkpoint.load(checkpoint.complete_checkpoints(tmp_path)[0])
 
 
 # --- damage -----------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_kill_nine_in_the_middle_of_a_checkpoint(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = Path(killed.output_dir, "checkpoints")
-    assert [p.name for p in checkpoint.whole(Path(killed.output_dir))] == ["step_3"]
+    assert [p.name for p in checkpoint.complete_checkpoints(Path(killed.output_dir))] == ["step_3"]
     assert (kept / ".step_6.partial/model.safetensors").exists() and lines(killed.output_dir)[-1]["step"] == 6
     train(straight)
     assert train(replace(killed, resume=True)).steps == 9
@@ -232,7 +232,7 @@ def test_dying_in_an_evaluation_costs_no_step_and_no_evaluation(tmp_path, monkey
         patch.setattr(fastrl.trainer, "evaluate", evaluate)
         with pytest.raises(MemoryError):
             train(dying)
-    assert [p.name for p in checkpoint.whole(Path(dying.output_dir))] == ["step_3"]
+    assert [p.name for p in checkpoint.complete_checkpoints(Path(dying.output_dir))] == ["step_3"]
     train(replace(dying, resume=True))
     assert_same_run(straight.output_dir, dying.output_dir, 9)
 

@@ -18,7 +18,7 @@ from fastrl import ops
 from fastrl.algorithms import ALGORITHMS
 from fastrl.batch.types import Batch, Rollouts
 from fastrl.config import Optim
-from fastrl.data.rows import encode_prompt
+from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
 from fastrl.model.adapter import Adapter
 from fastrl.model.decoder import Decoder, Layer

@@ -11,9 +11,9 @@ from itertools import combinations_with_replacement
 import pytest
 
 from fastrl.errors import UserError
-from fastrl.tasks.cards.rules import RANKS, hands, number_sets, reachable, solutions, translate, write
+from fastrl.tasks.cards.rules import RANKS, hands, number_sets, reachable, solutions, translate, write_answer
 from fastrl.tasks.cards.task import ALPHABET, REWARDS, SPLITS, Cards
-from fastrl.tasks.task import Example, bucket
+from fastrl.tasks.task import Example, assign_split
 
 RULE_VALUES = {"b": list(range(1, 14)), "a": [min(n, 10) for n in range(1, 14)]}
 
@@ -206,9 +206,9 @@ def test_fractions_are_exact():
     """A float verifier rejects 8/(3-8/3) = 24; so does one that reads `8/1/3` only from the left."""
     task = Cards(k=4, fractions=True, limit=None)
     example, answer = problem("3838", "a", 24), "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=24"
-    assert [write((3, 8, 3, 8), way) for way in solutions((3, 3, 8, 8), 24, fractions=True, limit=None)] == [
-        answer
-    ]
+    assert [
+        write_answer((3, 8, 3, 8), way) for way in solutions((3, 3, 8, 8), 24, fractions=True, limit=None)
+    ] == [answer]
     assert not solutions((3, 3, 8, 8), 24, limit=None)
     assert task.verify(example, answer).correct
     assert not task.verify(example, "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=8/3").correct, (
@@ -313,7 +313,7 @@ def test_a_split_by_cards_leaks():
     for cards in combinations_with_replacement(RANKS, 3):
         numbers = tuple(sorted(translate("".join(cards), "a")))
         for target in (t for t in reachable(numbers) if 1 <= t <= 40):
-            found[bucket(shares, sorted(cards), target)].add((numbers, target))
+            found[assign_split(shares, sorted(cards), target)].add((numbers, target))
     assert leaks(found["train"], found["test"]) > 0.3
 
 

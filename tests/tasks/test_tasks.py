@@ -8,8 +8,8 @@ import pytest
 
 import fastrl.tasks
 from fastrl.errors import UserError
-from fastrl.tasks import TASKS, Cards, Example, Gsm8k, load_task, task_reward
-from fastrl.tasks.task import bucket, draw
+from fastrl.tasks import TASKS, Cards, Example, Gsm8k, load_run_task, load_task, task_reward
+from fastrl.tasks.task import assign_split, draw
 
 DOCUMENTED = textwrap.dedent(fastrl.tasks.__doc__.partition("in a file:\n")[2])
 
@@ -125,6 +125,26 @@ def test_draw_and_bucket_are_the_same_everywhere():
     """hash() of text differs in every process."""
     assert draw("a", 1) == 4115538386074285390
     shares = {"val": 0.1, "test": 0.2, "train": 0.7}
-    found = [bucket(shares, i) for i in range(5000)]
+    found = [assign_split(shares, i) for i in range(5000)]
     assert all(abs(found.count(name) / 5000 - share) < 0.02 for name, share in shares.items())
     assert Example(prompt="x") == Example(prompt="x", demo=None, fields={})
+
+
+# --- options ----------------------------------------------------------------------------------------
+def test_task_options_are_yaml():
+    """Wrong implementations: every value a string; a list that cannot be hashed."""
+    assert load_run_task("cards", ("k=2", "targets=[1,20]", "limit=null", "rules=ab")) == Cards(
+        k=2, targets=(1, 20), limit=None, rules="ab"
+    )
+    assert load_run_task(None, ()) is None
+
+
+@pytest.mark.parametrize("text", ["k", "=2"])
+def test_an_option_without_a_value(text):
+    with pytest.raises(UserError, match=f"--task-options: expected key=value, got '{text}'"):
+        load_run_task("cards", (text,))
+
+
+def test_an_option_that_is_no_yaml():
+    with pytest.raises(UserError, match=r"--task-options: k: expected a YAML value, got '\[2'"):
+        load_run_task("cards", ("k=[2",))

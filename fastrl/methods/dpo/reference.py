@@ -11,9 +11,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,72 +23,79 @@ from fastrl.algorithms.preference import Preference
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo
 from fastrl.data.pairs import Unit
-from fastrl.methods.dpo.batches import Items, Preferences, pack_units
-from fastrl.methods.grpo.prompts import preferences
-from fastrl.methods.grpo.rollouts import order
-from fastrl.model.adapter import load_model
+from fastrl.methods.dpo.batches import Baseline, Items, LogProbs, Preferences, pack_units
+from fastrl.methods.dpo.units import Encoder, load_units
+from fastrl.methods.method import Context
+from fastrl.model.language import LanguageModel
 from fastrl.parallel.world import World
-from fastrl.tasks import Task
-from fastrl.train.learner import Learner
+from fastrl.train.source import order
 
+PreferenceContext = Context[Dpo, Preference, LanguageModel]
 FILE = "reference.safetensors"
 CHUNK = 1024  # units tokenised and packed at a time
 
 
 def preference_source(
-    config: Dpo,
-    task: Task | None,
-    tokenizer: Any,
-    learner: Learner,
-    row: Preference,
-    device: torch.device,
-    arithmetic: Callable[[Dpo], AbstractContextManager[None]],
+    context: PreferenceContext, arithmetic: Callable[[Dpo], AbstractContextManager[None]]
 ) -> tuple[Preferences, int]:
-    """The pairs of a run with their reference, as the row and `--reference` ask for it, and the longest
-    sequence to expect.
+    """The pairs of a run with their reference, as the loss and `--reference` ask for it, and the longest
+    sequence to expect, tokens.
 
-    arithmetic(config) -> what the learner will compute under, so that the reference's log-probs are computed
+    arithmetic(config) -> what the learner computes under, so that the reference's log-probs are computed
     alike
     """
-    model, world = learner.model, learner.world
-    shape = model.config
-    items, size, longest = preferences(
-        config, task, tokenizer, shape.max_position_embeddings, shape.vocab_size, paired=row.paired
+    config, algorithm = context.config, context.algorithm
+    encode = Encoder(config, algorithm.paired, context.tokenizer, context.model.config)
+    items, size = load_units(encode, context.task)
+
+    build = partial(
+        Preferences,
+        items,
+        size,
+        algorithm,
+        count=config.prompts,
+        seed=config.seed,
+        device=context.device,
+        world=context.world,
     )
-    options: dict[str, Any] = {"count": config.prompts, "seed": config.seed, "device": device, "world": world}
-    if not row.reference:
-        return Preferences(items, size, row, **options), longest
-    live = config.reference == "live" or row.mismatched
+    if not algorithm.reference:
+        return build(), encode.longest
 
-    @cache
-    def frozen() -> Any:  # before the first step, the model itself is the reference
-        if not live and not config.resume:
-            return model
-        return load_model(config.model, dtype=model.dtype, device=device, seed=config.seed).requires_grad_(
-            False
-        )
-
-    def logp(batch: Batch) -> Tensor:
-        with arithmetic(config):
-            return learner.logp(frozen(), batch)
-
+    live = config.reference == "live" or algorithm.mismatched
+    frozen = _frozen_logp(context, arithmetic, live)
     if live:
-        options |= {
-            "frozen": logp,
-            "policy": lambda batch: learner.logp(model, batch),
-            "limit": min(longest, config.micro_tokens),
-        }
-        return Preferences(items, size, row, reference=lambda indices, batch: logp(batch), **options), longest
+        limit = min(encode.longest, config.micro_tokens)
+        baseline = Baseline(lambda batch: context.logp(context.model, batch), frozen, limit)
+        return build(reference=lambda indices, batch: frozen(batch), baseline=baseline), encode.longest
+
     known = precompute(
         Path(config.output_dir),
         items,
         drawn(size, config.seed, config.steps * config.prompts),
-        logp,
-        model=f"{identity(config.model, config.seed, model.dtype)} exact={config.exact}",
-        device=device,
-        world=world,
+        frozen,
+        model=f"{identity(config.model, config.seed, context.model.dtype)} exact={config.exact}",
+        device=context.device,
+        world=context.world,
     )
-    return Preferences(items, size, row, reference=known, **options), longest
+    return build(reference=known), encode.longest
+
+
+def _frozen_logp(
+    context: PreferenceContext, arithmetic: Callable[[Dpo], AbstractContextManager[None]], live: bool
+) -> LogProbs:
+    """Log-probs under the model that the run began with."""
+    config = context.config
+
+    @cache
+    def frozen() -> LanguageModel:
+        # Before the first step the model itself is the reference.
+        return context.model if not live and not config.resume else context.start()
+
+    def logp(batch: Batch) -> Tensor:
+        with arithmetic(config):
+            return context.logp(frozen(), batch)
+
+    return logp
 
 
 class Precomputed:

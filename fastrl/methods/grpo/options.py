@@ -176,16 +176,18 @@ def _with(row: Algorithm, option: str, config: Grpo, **params: Any) -> Algorithm
     return replace(row, advantage=row.advantage.with_params(**params))
 
 
-def check_rollouts(config: Grpo, algorithm: Algorithm, *, processes: int = 1, turns: bool = False) -> None:
+def check_rollouts(config: Grpo, *, least: int = 1, processes: int = 1, turns: bool = False) -> None:
     """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
     train on.
+
+    least  completions of a prompt that the algorithm needs
     """
     if config.sampling.temperature == 0:
         raise UserError(
             "--sampling.temperature: expected a positive number, got 0; "
             "greedy samples have no old log-prob to train on"
         )
-    least, buffer = algorithm.advantage.least if algorithm.advantage else 1, config.overlong_buffer
+    buffer = config.overlong_buffer
     for option, value, fine, expected in (
         (
             "--group",

@@ -1,106 +1,105 @@
-"""Partial rollouts: groups of which some completions are unfinished wait, and go on with the next step's
-weights.
-"""
+"""Partial rollouts: a group with unfinished completions waits, and the next step's weights resume it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastrl.batch.columns import as_tensors, from_tensors
 from fastrl.batch.types import Rollouts
 from fastrl.sampler.state import REASONS, UNFINISHED
 
-_TENSORS = (
-    "tokens",
-    "cu_seqlens",
-    "completion_mask",
-    "prompt_lengths",
-    "sequence",
-    "logp",
-    "behaviour_logp",
-    "entropy",
-    "weight_version",
-)
+
+class Decodes(Protocol):
+    """What is asked of a tokenizer here."""
+
+    def batch_decode(self, ids: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A group that is not done: the dataset's item, and its rollouts so far."""
+class PendingGroup:
+    """A group with unfinished completions: the dataset's item, and its rollouts so far."""
 
     item: int
     rollouts: Rollouts
 
     @property
     def unfinished(self) -> list[int]:
-        """Which of its sequences are to go on."""
+        """Which of its sequences a later call resumes."""
         return [i for i, reason in enumerate(self.rollouts.finish_reason) if reason == REASONS[UNFINISHED]]
 
 
-class Carry:
-    """The groups held from step to step.  A group is trained on in the step in which its last completion
-    ends.
+class PartialRollouts:
+    """The groups kept from step to step, of `group` sequences each.
 
-    Its earlier tokens keep the log-probs and the weight version they were drawn with.
+    A group is trained on in the step in which its last completion ends.  Its earlier tokens keep the
+    log-probs and the weight version they were drawn with.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
-        self.held: list[Held] = []
+        self.pending: list[PendingGroup] = []
 
     def unfinished(self) -> Rollouts | None:
-        """What the next call is to go on with; None for nothing."""
-        return Rollouts.join([h.rollouts.select(h.unfinished) for h in self.held]) if self.held else None
+        """Unfinished sequences to resume in the next call, or None."""
+        if not self.pending:
+            return None
+        return Rollouts.join([group.rollouts.select(group.unfinished) for group in self.pending])
 
     def sort(self, drawn: Rollouts, items: Sequence[int]) -> tuple[list[int], Rollouts]:
-        """Items and rollouts of the groups that are done: held ones first, then of `items`, whose samples end
-        `drawn`; hold the others.
+        """Return finished groups (pending ones first) and keep unfinished ones for the next step.
+
+        `drawn` holds the resumed sequences, in the order of `unfinished`, then the new groups of `items`.
         """
         groups, first = [], 0
-        for held in self.held:
-            left = held.unfinished
-            went_on = {i: drawn.select([first + k]) for k, i in enumerate(left)}
-            whole = Rollouts.join([went_on.get(i) or held.rollouts.select([i]) for i in range(self.group)])
-            groups.append(Held(held.item, whole))
-            first += len(left)
-        groups += [
-            Held(item, drawn.select(range(a, a + self.group)))
-            for item, a in zip(items, range(first, len(drawn), self.group), strict=True)
-        ]
-        done = [g for g in groups if not g.unfinished]
-        self.held = [g for g in groups if g.unfinished]
-        same = [replace(g.rollouts, prompt_index=torch.zeros_like(g.rollouts.prompt_index)) for g in done]
-        return [g.item for g in done], Rollouts.join(same) if same else drawn.select([])
+        for pending in self.pending:
+            groups.append(self._resumed(pending, drawn, first))
+            first += len(pending.unfinished)
+        for item, start in zip(items, range(first, len(drawn), self.group), strict=True):
+            groups.append(PendingGroup(item, drawn.select(range(start, start + self.group))))
+
+        self.pending = [group for group in groups if group.unfinished]
+        done = [group for group in groups if not group.unfinished]
+        if not done:
+            return [], drawn.select([])
+        # `join` counts on from group to group: each is one prompt of the step
+        single = [replace(g.rollouts, prompt_index=torch.zeros_like(g.rollouts.prompt_index)) for g in done]
+        return [group.item for group in done], Rollouts.join(single)
+
+    def _resumed(self, pending: PendingGroup, drawn: Rollouts, first: int) -> PendingGroup:
+        """The group with its unfinished sequences as they are now: from `first` on in `drawn`."""
+        places = {i: first + k for k, i in enumerate(pending.unfinished)}
+        sequences = []
+        for i in range(self.group):
+            resumed = i in places
+            sequences.append(drawn.select([places[i]]) if resumed else pending.rollouts.select([i]))
+        return PendingGroup(pending.item, Rollouts.join(sequences))
 
     def state(self) -> dict[str, Tensor]:
-        """The held groups as tensors, for a checkpoint."""
-        if not self.held:
+        """The pending groups as tensors, for a checkpoint."""
+        if not self.pending:
             return {}
-        rollouts = Rollouts.join([h.rollouts for h in self.held])
+        rollouts = Rollouts.join([group.rollouts for group in self.pending])
         codes = torch.tensor([REASONS.index(reason) for reason in rollouts.finish_reason])
-        return {name: getattr(rollouts, name) for name in _TENSORS} | {
-            "finish": codes,
-            "items": torch.tensor([h.item for h in self.held]),
-        }
+        items = torch.tensor([group.item for group in self.pending])
+        return as_tensors(rollouts) | {"finish": codes, "items": items}
 
-    def load_state(self, state: dict[str, Tensor], tokenizer: Any, device: torch.device) -> None:
+    def load_state(self, state: dict[str, Tensor], tokenizer: Decodes | None, device: torch.device) -> None:
         """What `state` returned."""
-        self.held = []
+        self.pending = []
         if not state:
             return
-        tensors: dict[str, Any] = {name: state[name].to(device) for name in _TENSORS}
         reasons = [REASONS[code] for code in state["finish"].tolist()]
-        rollouts = Rollouts(
-            **tensors,
-            prompt_index=torch.zeros(len(reasons), dtype=torch.int64, device=device),
-            finish_reason=reasons,
-        )
+        prompts = torch.zeros(len(reasons), dtype=torch.int64, device=device)
+        rollouts = from_tensors(Rollouts, state, device, prompt_index=prompts, finish_reason=reasons)
         if tokenizer is not None:
-            rollouts = replace(
-                rollouts, text=tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True)
-            )
-        for i, item in enumerate(state["items"].tolist()):
-            self.held.append(Held(item, rollouts.select(range(i * self.group, (i + 1) * self.group))))
+            text = tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True)
+            rollouts = replace(rollouts, text=text)
+
+        for place, item in enumerate(state["items"].tolist()):
+            samples = range(place * self.group, (place + 1) * self.group)
+            self.pending.append(PendingGroup(item, rollouts.select(samples)))

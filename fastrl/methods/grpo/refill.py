@@ -10,32 +10,49 @@ samples of a run have one number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+G = TypeVar("G")  # the groups of a round
 
-def block(step: int, turn: int, refill: int) -> int:
-    """The block of `prompts` prompts, and of prompts x group sequence numbers, that round `turn` of a step
-    draws from.
+
+def fill(
+    sample: Callable[[int, int, int], G], useful: Callable[[G], list[bool]], *, prompts: int, rounds: int
+) -> tuple[list[G], list[int]]:
+    """Every round of a step, and the places of the groups that make its batch.
+
+    sample(turn, count, before)  groups of `count` prompts; `before` groups were sampled in earlier rounds
+    useful(groups)               which of them, of all processes, teach something
     """
+    drawn = [sample(0, prompts, 0)]
+    flags = useful(drawn[0])
+
+    while sum(flags) < prompts and len(drawn) <= rounds:
+        count = next_round_size(sum(flags), len(flags), prompts)
+        drawn.append(sample(len(drawn), count, len(flags)))
+        flags += useful(drawn[-1])
+    return drawn, first_useful(flags, prompts)
+
+
+def round_index(step: int, turn: int, refill: int) -> int:
+    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step uses."""
     return step * (1 + refill) + turn
 
 
-def further(kept: int, drawn: int, prompts: int) -> int:
-    """Prompts of the next round: what is missing, divided by the share of groups kept so far, and at most a
-    whole batch.
-    """
+def next_round_size(kept: int, drawn: int, prompts: int) -> int:
+    """Prompts of the next round: what is missing over the share kept so far, at most a whole batch."""
     return min(prompts, math.ceil((prompts - kept) * drawn / max(kept, 1)))
 
 
-def spread(reward: Tensor, group: int) -> Tensor:
+def has_signal(reward: Tensor, group: int) -> Tensor:
     """(P,) bool: which groups have two different rewards; NaN is none."""
     table = reward.view(-1, group)
     return table.nan_to_num(-torch.inf).amax(1) > table.nan_to_num(torch.inf).amin(1)
 
 
-def keep(useful: Sequence[bool], prompts: int) -> list[int]:
+def first_useful(useful: Sequence[bool], prompts: int) -> list[int]:
     """Which groups make the batch: the first `prompts` useful ones, in the order they were drawn."""
-    return [i for i, fine in enumerate(useful) if fine][:prompts]
+    return [i for i, ok in enumerate(useful) if ok][:prompts]

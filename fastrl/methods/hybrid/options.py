@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from fastrl.algorithms.advantage import of_completions
-from fastrl.algorithms.hybrid import HYBRIDS, Mixed
-from fastrl.algorithms.objective import ALGORITHMS, Algorithm
+from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm
+from fastrl.algorithms.objective import ALGORITHMS
 from fastrl.algorithms.presets import columns as preset
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
@@ -26,7 +26,7 @@ RANGES = {  # option -> what it may be, and in words
 }
 
 
-def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
+def choose_hybrid(config: Hybrid, rows: Mapping[str, HybridAlgorithm] = HYBRIDS) -> HybridAlgorithm:
     """The row of `rows`, with the run's own settings where it has them.  Raises UserError for options that do
     not go together.
     """
@@ -40,8 +40,7 @@ def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
         row = _with(row, name, float(value), config.algorithm, rows)
-    changed = with_options(row, config)
-    assert isinstance(changed, Mixed) and changed.advantage is not None
+    changed = replace(row, policy=with_options(row.policy, config))
     if config.group_statistics == "union":
         return changed
     if row.member is None or row.sides != 1:
@@ -50,10 +49,13 @@ def choose_hybrid(config: Hybrid, rows: Mapping[str, Mixed] = HYBRIDS) -> Mixed:
             f"--group-statistics: {config.algorithm} has no demonstration in a group; "
             f"take an --algorithm that has: {fine}"
         )
-    return replace(changed, advantage=of_completions(changed.advantage))
+    assert changed.policy.advantage is not None
+    return replace(
+        changed, policy=replace(changed.policy, advantage=of_completions(changed.policy.advantage))
+    )
 
 
-def _base(row: Mixed, config: Hybrid) -> Mixed:
+def _base(row: HybridAlgorithm, config: Hybrid) -> HybridAlgorithm:
     """The row with the algorithm of `--rl` for the policy's own completions."""
     if config.rl is None:
         if config.semantics != "paper":
@@ -65,11 +67,12 @@ def _base(row: Mixed, config: Hybrid) -> Mixed:
     if config.rl not in rows:
         raise UserError(f"--rl: expected one of {', '.join(rows)}; got {config.rl!r}")
     base = replace(rows[config.rl], **preset(config.semantics, config.rl))
-    columns = {f.name: getattr(base, f.name) for f in fields(Algorithm)}
-    return replace(row, **columns | {"prepare": (*base.prepare, *row.prepare)})
+    return replace(row, policy=replace(base, prepare=(*base.prepare, *row.policy.prepare)))
 
 
-def _with(row: Mixed, name: str, value: float, algorithm: str, rows: Mapping[str, Mixed]) -> Mixed:
+def _with(
+    row: HybridAlgorithm, name: str, value: float, algorithm: str, rows: Mapping[str, HybridAlgorithm]
+) -> HybridAlgorithm:
     if name in row.rule.params:
         return replace(row, rule=replace(row.rule, params={**row.rule.params, name: value}))
     if row.member is not None and name in row.member.surrogate.params:
@@ -87,7 +90,7 @@ def _with(row: Mixed, name: str, value: float, algorithm: str, rows: Mapping[str
     )
 
 
-def check_mixture(config: Hybrid, row: Mixed, *, turns: bool = False) -> None:
+def check_mixture(config: Hybrid, row: HybridAlgorithm, *, turns: bool = False) -> None:
     """Refuse settings that have no meaning with demonstrations in the batch, or with pairs beside it."""
     apart, alone = "multi_objective_aggregation", not row.others
     together = config.multi_objective_aggregation == "sum_then_normalize" or row.member is None

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from fastrl.algorithms.contrast import Contrast, Listwise, OnlinePairs
-from fastrl.algorithms.fusion import FUSIONS, Fused
-from fastrl.algorithms.hybrid import HYBRIDS, Mixed
+from fastrl.algorithms.fusion import FUSIONS
+from fastrl.algorithms.group_preference import GroupPreference, Listwise, OnlinePairs
+from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm, OfflinePairs
 from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.config import Dpo, Hybrid, Run
 from fastrl.errors import UserError, nearest
@@ -17,23 +17,25 @@ from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.hybrid.options import RANGES as HYBRID_RANGES
 from fastrl.methods.hybrid.options import choose_hybrid
 
-_MIXED: dict[str, Mixed] = HYBRIDS | {name: row for name, row in FUSIONS.items() if isinstance(row, Mixed)}
+_MIXED: dict[str, HybridAlgorithm] = HYBRIDS | {
+    name: row for name, row in FUSIONS.items() if isinstance(row, HybridAlgorithm)
+}
 
 
 def _rows(kind: type, fits: Callable[[Any], bool] = lambda row: True) -> tuple[str, ...]:
     return tuple(name for name, row in FUSIONS.items() if isinstance(row, kind) and fits(row))
 
 
-_PAIRS = _rows(Fused)
+_PAIRS = _rows(HybridAlgorithm, lambda row: row.pairs is not None)
 
 
-_ONLINE = _rows(OnlinePairs)
+_ONLINE = _rows(GroupPreference, lambda row: isinstance(row.comparison, OnlinePairs))
 
 
-_LISTS = _rows(Listwise)
+_LISTS = _rows(GroupPreference, lambda row: isinstance(row.comparison, Listwise))
 
 
-_MEMBERS = _rows(Mixed, lambda row: row.sides == 2)
+_MEMBERS = _rows(HybridAlgorithm, lambda row: row.sides == 2)
 
 
 Check = tuple[tuple[str, ...], Callable[[Any], bool], str]
@@ -100,12 +102,12 @@ FOREIGN = (  # options of a policy's surrogate and advantage, or of demonstratio
 _DEFAULTS = {f.name: f.default for f in fields(Hybrid)}
 
 
-def choose_fusion(config: Hybrid) -> Mixed | Contrast:
+def choose_fusion(config: Hybrid) -> HybridAlgorithm | GroupPreference:
     """The row of HYBRIDS or FUSIONS, with the run's own settings where it has them.
 
     Raises UserError for options that do not go together.
     """
-    rows: Mapping[str, Mixed | Contrast] = HYBRIDS | FUSIONS
+    rows: Mapping[str, HybridAlgorithm | GroupPreference] = HYBRIDS | FUSIONS
     if config.algorithm not in rows:
         near = nearest(config.algorithm, rows)
         raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}{near}")
@@ -121,18 +123,20 @@ def choose_fusion(config: Hybrid) -> Mixed | Contrast:
         if not fine(value):
             raise UserError(f"{option}: expected {expected}, got {value}")
     row = rows[config.algorithm]
-    return _CHOOSE[type(row)](row, config)
+    if isinstance(row, HybridAlgorithm):
+        return _mixed(row, config) if row.pairs is None else _fused(row.pairs, config)
+    return _online(row, config) if isinstance(row.comparison, OnlinePairs) else _listwise(row, config)
 
 
-def _fused(row: Fused, config: Hybrid) -> Mixed:
+def _fused(pairs: OfflinePairs, config: Hybrid) -> HybridAlgorithm:
     chosen = choose_hybrid(config, _MIXED)
     names = {"peak": "pair_coef", "end": "pair_coef_end", "warmup": "pair_warmup", "decay": "pair_decay"}
     given = {key: value for key, name in names.items() if (value := getattr(config, name)) is not None}
-    assert isinstance(chosen, Fused)
-    return replace(chosen, preference=_pair_loss(config), coef=replace(row.coef, **given))
+    coef = replace(pairs.coef, **given)
+    return replace(chosen, pairs=OfflinePairs(_pair_loss(config), coef))
 
 
-def _mixed(row: Mixed, config: Hybrid) -> Mixed:
+def _mixed(row: HybridAlgorithm, config: Hybrid) -> HybridAlgorithm:
     if config.members == "chosen" and config.rejected_reward is not None:
         raise UserError(
             "--rejected-reward: expected --members both, "
@@ -141,7 +145,7 @@ def _mixed(row: Mixed, config: Hybrid) -> Mixed:
     return replace(choose_hybrid(config, _MIXED), sides=1 if config.members == "chosen" else row.sides)
 
 
-def _contrast(row: Contrast, config: Hybrid) -> Contrast:
+def _contrast(row: GroupPreference, config: Hybrid) -> GroupPreference:
     for name in FOREIGN:
         if getattr(config, name) != _DEFAULTS[name]:
             option = f"--{name.replace('_', '-')}"
@@ -154,14 +158,14 @@ def _contrast(row: Contrast, config: Hybrid) -> Contrast:
             f"--semantics: {config.algorithm} is of no other trainer; leave it out, got {config.semantics}"
         )
     given = {
-        name: value
-        for name in ("pairing", "gap", "tau", "anchor")
-        if (value := getattr(config, name)) is not None
+        name: value for name in ("pairing", "gap", "tau") if (value := getattr(config, name)) is not None
     }
-    return replace(row, group=config.group, **given)
+    anchor = config.anchor or row.anchor
+    comparison: Any = row.comparison
+    return replace(row, group=config.group, anchor=anchor, comparison=replace(comparison, **given))
 
 
-def _online(row: OnlinePairs, config: Hybrid) -> Contrast:
+def _online(row: GroupPreference, config: Hybrid) -> GroupPreference:
     preference = _pair_loss(config)
     if preference.tail != 1.0:
         raise UserError(
@@ -173,17 +177,9 @@ def _online(row: OnlinePairs, config: Hybrid) -> Contrast:
     return _contrast(replace(row, preference=preference), config)
 
 
-def _listwise(row: Listwise, config: Hybrid) -> Contrast:
+def _listwise(row: GroupPreference, config: Hybrid) -> GroupPreference:
     beta = {} if config.beta is None else {"beta": config.beta}
     return _contrast(replace(row, preference=row.preference.with_params(**beta)), config)
-
-
-_CHOOSE: dict[type, Callable[[Any, Hybrid], Mixed | Contrast]] = {
-    Fused: _fused,
-    Mixed: _mixed,
-    OnlinePairs: _online,
-    Listwise: _listwise,
-}
 
 
 def _pair_loss(config: Hybrid) -> Preference:

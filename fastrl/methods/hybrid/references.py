@@ -3,131 +3,154 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastrl.config import Hybrid
-from fastrl.data.rows import Row, Sample, encode_all, read_rows
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import Sample, encode_all
+from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
-from fastrl.files import shorten
-from fastrl.methods.grpo.prompts import TRAIN, check_budget, check_tokens, pairs
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
+from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
+from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
+
+Demonstrations = Callable[[Sequence[int]], list[Sample | None]]  # numbers of prompts -> their demonstrations
+Pairs = Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]  # -> their chosen and rejected completions
 
 
-def demonstrations_of_prompts(
-    config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
-) -> Callable[[Sequence[int]], list[Sample | None]]:
-    """items(indices) -> the demonstration of each prompt of `prompts_and_rewards`, None where the task has
-    none or a completion is empty.
+class Pair(NamedTuple):
+    """A prompt's two completions; None for one that is not known."""
+
+    where: str
+    prompt: object
+    chosen: object
+    rejected: object
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns rows of prompts with completions into samples, and refuses what the model cannot take."""
+
+    config: Hybrid
+    tokenizer: Tokenizer
+    model: LanguageConfig
+
+    def __call__(self, rows: Sequence[Row]) -> list[Sample | None]:
+        """The samples of rows, None where a completion is empty."""
+        context = self.model.max_position_embeddings
+        limit = min(self.config.max_tokens or context, context)
+
+        known = [row for row in rows if row.fields["completion"]]
+        samples = encode_all(known, self.tokenizer, max_tokens=limit)
+        for row, sample in zip(known, samples, strict=True):
+            check_tokens(sample.tokens, row.where, self.model.vocab_size)
+            check_budget(len(sample.tokens), row.where, self.config.micro_tokens)
+
+        present = iter(samples)
+        return [next(present) if row.fields["completion"] else None for row in rows]
+
+    def pairs(self, pairs: Sequence[Pair]) -> list[tuple[Sample | None, ...]]:
+        """The chosen and the rejected completion of each prompt."""
+        rows = [row for pair in pairs for row in _sides(pair)]
+        samples = self(rows)
+        return list(zip(samples[::2], samples[1::2], strict=True))
+
+
+def demonstrations_of_prompts(encode: Encoder, task: Task | None) -> Demonstrations:
+    """The demonstration of each prompt of `load_prompts`; None where there is none, or an empty one.
 
     Every line of a dataset is checked before training.
     """
-    usable = _completed(config, tokenizer, context, vocab_size)
+    config = encode.config
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         if rows[0].kind != "prompt-completion":
             raise UserError(
                 f"{rows[0].where}: expected a completion column, the demonstrations, "
                 f"got {', '.join(rows[0].fields)}"
             )
-        all_of_them = usable(rows)
-        return lambda indices: [all_of_them[i] for i in indices]
+        known = encode(rows)
+        return lambda numbers: [known[number] for number in numbers]
+
     if task is None:
         raise UserError(
             "--task or --dataset: expected one of them, to have demonstrations to learn from; got neither"
         )
-    named: Task = task
-
-    def items(indices: Sequence[int]) -> list[Sample | None]:
-        examples = [named.example(TRAIN, i) for i in indices]
-        fields = [{"prompt": e.prompt, "completion": e.demo} for e in examples]
-        return usable(
-            [
-                Row(f"{named.name} {TRAIN}[{i}]", "prompt-completion", f)
-                for i, f in zip(indices, fields, strict=True)
-            ]
-        )
-
-    return items
+    return _demonstrations_of(task, encode)
 
 
-def pairs_of_prompts(
-    config: Hybrid, task: Task | None, tokenizer: Any, context: int, vocab_size: int
-) -> Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]:
-    """items(indices) -> the chosen and the rejected completion of each prompt of `prompts_and_rewards`, None
-    for one that is empty.
+def _demonstrations_of(task: Task, encode: Encoder) -> Demonstrations:
+    def demonstrations(numbers: Sequence[int]) -> list[Sample | None]:
+        rows = []
+        for number in numbers:
+            example = task.example(TRAIN, number)
+            fields = {"prompt": example.prompt, "completion": example.demo}
+            rows.append(Row(f"{task.name} {TRAIN}[{number}]", "prompt-completion", fields))
+        return encode(rows)
+
+    return demonstrations
+
+
+def pairs_of_prompts(encode: Encoder, task: Task | None) -> Pairs:
+    """The chosen and the rejected completion of each prompt of `load_prompts`, None for one that is empty.
 
     A dataset has them in its columns, and every line is checked before training; a task's are a demonstration
     and a wrong answer.
     """
-    usable = _completed(config, tokenizer, context, vocab_size)
-
-    def sides(pairs: Sequence[tuple[str, Any, tuple[Any, Any]]]) -> list[tuple[Sample | None, ...]]:
-        rows = []
-        for where, prompt, both in pairs:
-            for name, side in zip(("chosen", "rejected"), both, strict=True):
-                if side and type(side) is not type(prompt):
-                    raise UserError(
-                        f"{where}: {name}: expected what follows the prompt, "
-                        f"text or messages like it, got {shorten(side, 80)}"
-                    )
-                rows.append(
-                    Row(f"{where}: {name}", "prompt-completion", {"prompt": prompt, "completion": side or ""})
-                )
-            if both[0] and both[0] == both[1]:
-                raise UserError(
-                    f"{where}: chosen, rejected: expected two different completions, "
-                    f"got {shorten(both[0], 80)} twice"
-                )
-        samples = usable(rows)
-        return list(zip(samples[::2], samples[1::2], strict=True))
-
+    config = encode.config
     if config.dataset is not None:
-        rows = read_rows(config.dataset, pairs(config.columns, "--columns"))
-        for row in rows:
-            if not {"prompt", "chosen", "rejected"} <= row.fields.keys():
-                raise UserError(
-                    f"{row.where}: expected the columns prompt, chosen and rejected, "
-                    f"got {', '.join(row.fields)}"
-                )
-        known = sides(
-            [
-                (row.where, row.fields["prompt"], (row.fields["chosen"], row.fields["rejected"]))
-                for row in rows
-            ]
-        )
-        return lambda indices: [known[i] for i in indices]
-    if task is None or not hasattr(task, "mistakes"):
+        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
+        known = encode.pairs([_pair_of_row(row) for row in rows])
+        return lambda numbers: [known[number] for number in numbers]
+
+    if not has_mistakes(task):
         raise UserError(
             f"--task: {task and task.name} has no wrong answers beside its demonstrations; "
             "give a --dataset with chosen and rejected"
         )
-    named: Any = task
+    return _pairs_of(task, encode)
 
-    def items(indices: Sequence[int]) -> list[tuple[Sample | None, ...]]:
+
+def _pair_of_row(row: Row) -> Pair:
+    fields = row.fields
+    if not {"prompt", "chosen", "rejected"} <= fields.keys():
+        raise UserError(
+            f"{row.where}: expected the columns prompt, chosen and rejected, got {', '.join(fields)}"
+        )
+    return Pair(row.where, fields["prompt"], fields["chosen"], fields["rejected"])
+
+
+def _pairs_of(task: TaskWithMistakes, encode: Encoder) -> Pairs:
+    def pairs(numbers: Sequence[int]) -> list[tuple[Sample | None, ...]]:
         found = []
-        for i in indices:
-            example = named.example(TRAIN, i)
-            wrong = named.mistakes(example, 1, i)
-            found.append(
-                (f"{named.name} {TRAIN}[{i}]", example.prompt, (example.demo, wrong[0] if wrong else None))
+        for number in numbers:
+            example = task.example(TRAIN, number)
+            wrong = task.mistakes(example, 1, number)
+            where = f"{task.name} {TRAIN}[{number}]"
+            found.append(Pair(where, example.prompt, example.demo, wrong[0] if wrong else None))
+        return encode.pairs(found)
+
+    return pairs
+
+
+def _sides(pair: Pair) -> list[Row]:
+    """A row for each side.  Raises UserError for sides that do not fit their prompt, or are equal."""
+    rows = []
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if side and type(side) is not type(pair.prompt):
+            raise UserError(
+                f"{pair.where}: {name}: expected what follows the prompt, text or messages like it, "
+                f"got {shorten(side, 80)}"
             )
-        return sides(found)
+        fields = {"prompt": pair.prompt, "completion": side or ""}
+        rows.append(Row(f"{pair.where}: {name}", "prompt-completion", fields))
 
-    return items
-
-
-def _completed(
-    config: Hybrid, tokenizer: Any, context: int, vocab_size: int
-) -> Callable[[Sequence[Row]], list[Sample | None]]:
-    """The samples of rows of prompts with completions, None where a completion is empty."""
-    limit = min(config.max_tokens or context, context)
-
-    def usable(rows: Sequence[Row]) -> list[Sample | None]:
-        known = [row for row in rows if row.fields["completion"]]
-        for row, sample in zip(known, samples := encode_all(known, tokenizer, max_tokens=limit), strict=True):
-            check_tokens(sample.tokens, row.where, vocab_size)
-            check_budget(len(sample.tokens), row.where, config.micro_tokens)
-        there = iter(samples)
-        return [next(there) if row.fields["completion"] else None for row in rows]
-
-    return usable
+    if pair.chosen and pair.chosen == pair.rejected:
+        raise UserError(
+            f"{pair.where}: chosen, rejected: expected two different completions, "
+            f"got {shorten(pair.chosen, 80)} twice"
+        )
+    return rows

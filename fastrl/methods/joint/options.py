@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from fastrl.algorithms.joint import CoTrained
-from fastrl.algorithms.objective import Algorithm
+from fastrl.algorithms.joint import JointAlgorithm
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Joint
 from fastrl.errors import UserError, nearest
 from fastrl.methods.grpo.options import choose_algorithm
 
 
-def choose_joint(config: Joint) -> CoTrained:
+def choose_joint(config: Joint) -> JointAlgorithm:
     """The family's row with the reward model's part.  Raises UserError for options that do not go
     together.
     """
@@ -46,8 +45,8 @@ def choose_joint(config: Joint) -> CoTrained:
     ):
         if not fine:
             raise UserError(f"--{name.replace('_', '-')}: expected {expected}; got {getattr(config, name)}")
-    return CoTrained(
-        **{f.name: getattr(base, f.name) for f in fields(Algorithm)},
+    return JointAlgorithm(
+        policy=base,
         reward_model=config.reward_model or config.model,
         seed=config.seed,
         reward_loss=replace(REWARD_LOSSES[config.reward_loss], center=config.center),

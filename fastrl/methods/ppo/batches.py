@@ -3,158 +3,185 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
-from fastrl.algorithms.ppo import ActorCritic, Coefficient, advantages, kl_of_tokens, token_rewards
+from fastrl.algorithms.ppo import (
+    ActorCriticAlgorithm,
+    Coefficient,
+    advantages,
+    kl_of_tokens,
+    token_rewards,
+)
 from fastrl.batch.types import Batch
 from fastrl.config import Ppo
-from fastrl.methods.grpo.draw import Draw
-from fastrl.methods.grpo.rollouts import OnPolicy, Step
-from fastrl.methods.ppo.learner import PpoLearner
+from fastrl.methods.grpo.groups import SampledGroups
+from fastrl.methods.grpo.rollouts import Rollouts, Shaping
+from fastrl.methods.grpo.shaping import policy_shaping
+from fastrl.methods.ppo.objective import ActorCriticBatch, Values
 from fastrl.parallel.world import World
-from fastrl.sampler import Sampler
+from fastrl.train.source import Metrics, State, Step
 
-# logged as critic/NAME/mean, max and min over tokens, as in verl
 SPREADS = (
     "returns",
     "values",
     "advantages",
-)
+)  # logged as critic/NAME/mean, max and min over tokens, as in verl
+OF_GROUPS = ("reward_std", "frac_reward_zero_std")  # the std of one sample is meaningless
 
 
-class PpoSource(OnPolicy):
-    """`OnPolicy` with a critic: advantages per token from the learner's values, and the KL's coefficient,
-    fixed or adapted.
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Advantages per token, from a critic's values, with the KL's coefficient, fixed or adapted.
 
     A completion's reward stands at its last token that counts.  One that was cut off ends there too (its
     verifier has judged it as it is), unless config.bootstrap says that it goes on.  A completion without a
     reward (NaN) leaves the loss.
     """
 
-    def __init__(
-        self, learner: PpoLearner, config: Ppo, sampler: Sampler, algorithm: ActorCritic, **options: Any
-    ) -> None:
-        super().__init__(config, sampler, algorithm, **options)
-        self.learner, self.row, self.ppo = learner, algorithm, config
-        start = algorithm.reward_kl_coef or algorithm.kl_coef
-        self.coefficient = Coefficient(start, config.kl_target, config.kl_horizon)
-        self._measured: dict[str, float] = {}
+    config: Ppo
+    algorithm: ActorCriticAlgorithm
+    values: Callable[[Batch], Values]
+    coefficient: Coefficient
+    world: World
 
-    def collect(self, step: int, version: int) -> Step:
-        """The step's batches under the coefficient as it is;
-        what they show of the KL moves it for the next.
-        """
-        if self.row.kl_coef:
-            self.learner.algorithm = replace(self.row, kl_coef=self.coefficient.value)
-        done = super().collect(step, version)
-        # a group of one has no spread to speak of
-        alone = ("reward_std", "frac_reward_zero_std") if self.ppo.group == 1 else ()
-        metrics = {name: x for name, x in done.metrics.items() if name not in alone}
-        return replace(done, metrics=metrics | self._measured)
+    def shaping(self) -> Shaping:
+        """The policy's shaping, with this credit; every sequence stays, as the critic learns from all."""
+        base = policy_shaping(self.config, self.algorithm.policy, self.world)
+        return replace(base, credit=self.scores, columns=self.columns, prune=lambda batch: batch)
 
-    def state(self) -> dict[str, Tensor]:
-        """The groups that were carried over, and the KL's coefficient."""
-        return super().state() | {"kl_coef": torch.tensor(self.coefficient.value, dtype=torch.float64)}
+    def scores(self, groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
+        """The rewards of the samples, less the penalty of those that were cut off."""
+        cut = _cut(groups, samples)
+        return samples, groups.reward[samples] - self.config.missing_eos_penalty * cut
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def columns(
+        self, batch: Batch, groups: SampledGroups, samples: list[int], score: Tensor
+    ) -> tuple[Batch, Metrics]:
+        """The batch with values, returns and advantages; what they show of the KL moves its coefficient."""
+        algorithm = self.algorithm
+        known = torch.repeat_interleave(~score.isnan(), batch.cu_seqlens.diff().long())
+        batch = replace(batch, mask=batch.mask & known)
+
+        kl = None
+        if batch.ref_logp is not None:
+            kl = kl_of_tokens(batch.old_logp, batch.ref_logp, algorithm.reward_kl)
+        inside = kl if algorithm.reward_kl_coef else None
+        coef, ends = self.coefficient.value, batch.live_ends
+        reward = token_rewards(score.nan_to_num(0), inside, coef, ends, batch.mask)
+
+        values = self.values(batch)
+        end = torch.zeros_like(score)
+        if self.config.bootstrap:  # a completion that was cut off goes on
+            end = _cut(groups, samples) * algorithm.gamma * values.last
+        going_on = reward + token_rewards(end.to(reward.dtype), None, 0.0, ends, batch.mask)
+
+        advantage, returns = advantages(
+            going_on, values.before, batch.cu_seqlens, batch.mask, algorithm, self.world.sum
+        )
+        batch = replace(batch, advantage=advantage, value=values.before, returns=returns)
+        metrics, completions = value_metrics(batch, reward, score, kl, self.world)
+        if algorithm.needs_reference:
+            metrics["objective/kl_coef"] = coef
+            self.coefficient.observe(metrics["objective/kl"], completions)
+        return batch, metrics
+
+
+@final
+class PpoRollouts:
+    """Rollouts, each batch with the KL's coefficient as it was when they were sampled."""
+
+    def __init__(self, rollouts: Rollouts, config: Ppo, in_loss: bool, coefficient: Coefficient) -> None:
+        self.rollouts, self.config = rollouts, config
+        self.in_loss, self.coefficient = in_loss, coefficient
+
+    def collect(self, step: int, version: int) -> Step[ActorCriticBatch]:
+        """The step's batches under the coefficient as it is."""
+        kl_coef = self.coefficient.value if self.in_loss else 0.0
+        sampled = self.rollouts.collect(step, version)
+
+        metrics = sampled.metrics
+        if self.config.group == 1:
+            metrics = {name: x for name, x in metrics.items() if name not in OF_GROUPS}
+        batches = [ActorCriticBatch(batch, kl_coef) for batch in sampled.batches]
+        return Step(batches, metrics, sampled.samples)
+
+    def state(self) -> State:
+        """The groups that wait for the next step, and the KL's coefficient."""
+        value = torch.tensor(self.coefficient.value, dtype=torch.float64)
+        return self.rollouts.state() | {"kl_coef": value}
+
+    def load_state(self, state: State) -> None:
         """Restore what `state` returned."""
         state = dict(state)
         if "kl_coef" in state:
             self.coefficient.value = float(state.pop("kl_coef"))
-        super().load_state(state)
-
-    def _advantage(self, draw: Draw, own: list[int]) -> Tensor:
-        """The scores of the samples `own`, which `_batch` turns into advantages."""
-        score = draw.reward[own]
-        cut = self._cut(draw, own)
-        return score - self.ppo.missing_eos_penalty * cut
-
-    def _batch(self, draw: Draw, own: list[int], advantage: Tensor) -> Batch:
-        batch = super()._batch(draw, own, advantage)
-        known = torch.repeat_interleave(~advantage.isnan(), batch.cu_seqlens.diff().long())
-        batch = replace(batch, mask=batch.mask & known)
-        kl = (
-            None
-            if batch.ref_logp is None
-            else kl_of_tokens(batch.old_logp, batch.ref_logp, self.row.reward_kl)
-        )
-        inside = kl if self.row.reward_kl_coef else None
-        reward = token_rewards(
-            advantage.nan_to_num(0), inside, self.coefficient.value, batch.live_ends, batch.mask
-        )
-        values = self.learner.values(batch)
-        end = (
-            self._cut(draw, own) * self.row.gamma * values.last
-            if self.ppo.bootstrap
-            else torch.zeros_like(advantage)
-        )
-        going_on = reward + token_rewards(end.to(reward.dtype), None, 0.0, batch.live_ends, batch.mask)
-        found, returns = advantages(
-            going_on, values.before, batch.cu_seqlens, batch.mask, self.row, self.world.sum
-        )
-        batch = replace(batch, advantage=found, value=values.before, returns=returns)
-        self._measured = measure(batch, reward, advantage, kl, self.world)
-        if self.row.needs_reference:
-            self._measured["objective/kl_coef"] = self.coefficient.value
-            self.coefficient.observe(self._measured["objective/kl"], self._measured["objective/completions"])
-        del self._measured["objective/completions"]
-        return batch
-
-    def _cut(self, draw: Draw, own: list[int]) -> Tensor:
-        """(S,) 1 for the samples `own` that were cut off, 0 for those that ended."""
-        reasons = draw.rollouts.finish_reason
-        return torch.tensor([float(reasons[i] != "stop") for i in own], device=draw.reward.device)
-
-    def _live(self, batch: Batch) -> Batch:
-        """Every sample: the critic learns from those without advantage too."""
-        return batch
+        self.rollouts.load_state(state)
 
 
-def measure(batch: Batch, reward: Tensor, score: Tensor, kl: Tensor | None, world: World) -> dict[str, float]:
-    """What the critic knew of the batch, and the objective, over all processes: under TRL's names, and verl's
-    for the critic.
+def _cut(groups: SampledGroups, samples: list[int]) -> Tensor:
+    """(S,) 1 for the samples that were cut off, 0 for those that ended."""
+    reasons = groups.rollouts.finish_reason
+    return torch.tensor([float(reasons[i] != "stop") for i in samples], device=groups.reward.device)
 
-    objective/kl is nats per completion, k1 summed over its tokens; kl is nats per token, k3.
+
+def value_metrics(
+    batch: Batch, reward: Tensor, score: Tensor, kl: Tensor | None, world: World
+) -> tuple[Metrics, float]:
+    """What the critic knew of the batch, and the objective, over all processes; and the completions that
+    count.
+
+    Names are TRL's, and verl's for the critic.  objective/kl is nats per completion, k1 summed over its
+    tokens; kl is nats per token, k3.
     """
     mask, live = batch.mask, batch.live_ends.diff() > 0
+    assert batch.returns is not None and batch.value is not None
     columns = {"returns": batch.returns, "values": batch.value, "advantages": batch.advantage}
-    picked = {name: cast(Tensor, columns[name])[mask].double() for name in SPREADS}
-    n, completions, scores, rewards, *sums = world.sum(
-        *(float(x.sum()) for x in (mask, live, score[live].double(), reward.double(), *picked.values()))
-    )
-    ends = world.max(
-        *(float(f(x)) if x.numel() else -math.inf for x in picked.values() for f in (torch.max, _lowest))
-    )
+    picked = {name: columns[name][mask].double() for name in SPREADS}
+
+    summed = (mask, live, score[live].double(), reward.double(), *picked.values())
+    n, completions, scores, rewards, *sums = world.sum(*(float(x.sum()) for x in summed))
     mean = {name: total / max(n, 1) for name, total in zip(SPREADS, sums, strict=True)}
-    out = {f"critic/{name}/mean": x for name, x in mean.items()}
-    for i, name in enumerate(SPREADS):
-        out |= {f"critic/{name}/max": ends[2 * i], f"critic/{name}/min": -ends[2 * i + 1]}
+
+    metrics = _spreads(picked, mean, world)
+    metrics["critic/vf_explained_var"] = _explained(picked, mean, world)
+    count = max(completions, 1)
+    metrics |= {"objective/scores": scores / count, "objective/rlhf_reward": rewards / count}
+    if kl is None or batch.ref_logp is None:
+        return metrics, completions
+
+    drift = (batch.old_logp - batch.ref_logp)[mask].double()
+    k1, k3 = world.sum(float(drift.sum()), float((torch.expm1(-drift) + drift).sum()))
+    metrics |= {
+        "objective/kl": k1 / count,
+        "kl": k3 / max(n, 1),
+        "objective/non_score_reward": (rewards - scores) / count,
+    }
+    return metrics, completions
+
+
+def _spreads(picked: dict[str, Tensor], mean: Metrics, world: World) -> Metrics:
+    """Mean, max and min over tokens of each column."""
+    ends = [
+        (float(x.max()), float(-x.min())) if x.numel() else (-math.inf, -math.inf) for x in picked.values()
+    ]
+    extremes = world.max(*(end for pair in ends for end in pair))
+
+    metrics = {f"critic/{name}/mean": x for name, x in mean.items()}
+    for name, highest, lowest in zip(SPREADS, extremes[::2], extremes[1::2], strict=True):
+        metrics |= {f"critic/{name}/max": highest, f"critic/{name}/min": -lowest}
+    return metrics
+
+
+def _explained(picked: dict[str, Tensor], mean: Metrics, world: World) -> float:
+    """The share of the returns' variance that the values explain; NaN where there is none."""
     gap = picked["returns"] - picked["values"]
     offset = mean["returns"] - mean["values"]
     spread, missed = world.sum(
         float((picked["returns"] - mean["returns"]).square().sum()), float((gap - offset).square().sum())
     )
-    out["critic/vf_explained_var"] = 1 - missed / spread if spread > 0 else math.nan
-    count = max(completions, 1)
-    out |= {
-        "objective/scores": scores / count,
-        "objective/rlhf_reward": rewards / count,
-        "objective/completions": completions,
-    }
-    if kl is None or batch.ref_logp is None:
-        return out
-    e = (batch.old_logp - batch.ref_logp)[mask].double()
-    k1, k3 = world.sum(float(e.sum()), float((torch.expm1(-e) + e).sum()))
-    return out | {
-        "objective/kl": k1 / count,
-        "kl": k3 / max(n, 1),
-        "objective/non_score_reward": (rewards - scores) / count,
-    }
-
-
-def _lowest(x: Tensor) -> Tensor:
-    return -x.min()
+    return 1 - missed / spread if spread > 0 else math.nan

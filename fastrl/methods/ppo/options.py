@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from fastrl.algorithms.ppo import KL_COEF, PPO, SEMANTICS, ActorCritic
+from fastrl.algorithms.ppo import KL_COEF, PPO, SEMANTICS, ActorCriticAlgorithm
 from fastrl.algorithms.presets import KL
 from fastrl.config import Ppo
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import choose_algorithm
 
 
-def choose_ppo(config: Ppo) -> ActorCritic:
+def choose_ppo(config: Ppo) -> ActorCriticAlgorithm:
     """The row, with the run's own settings.  Raises UserError for options that do not go together."""
     _check(config)
     if config.algorithm not in PPO:
@@ -23,14 +23,16 @@ def choose_ppo(config: Ppo) -> ActorCritic:
     preset = SEMANTICS[config.semantics]
     coef = KL_COEF if config.kl_coef is None else config.kl_coef
     inside = config.kl_in == "reward"
-    table = {config.algorithm: replace(PPO[config.algorithm], **preset)}
+    row = replace(PPO[config.algorithm], **preset.row)
+    table = {config.algorithm: replace(row.policy, **preset.policy)}
     family = replace(
         config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef
     )
-    row = cast(ActorCritic, choose_algorithm(family, table))
-    estimator = (config.kl or "k1") if inside else row.kl
+    policy = choose_algorithm(family, table)
+    estimator = (config.kl or "k1") if inside else policy.kl
     estimator = KL.get(config.semantics, {}).get(estimator or "", estimator)
-    given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {"kl": estimator}
+    given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {}
+    given["policy"] = policy if inside else replace(policy, kl=estimator)
     given |= {
         "gamma": config.gamma,
         "whiten": config.whiten,

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from fastrl.algorithms import ALGORITHMS, Algorithm
+from fastrl.algorithms.objective import HoldsPolicy
 from fastrl.config import Sft
 from fastrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Supervised(Algorithm):
-    """The `sft` row with its options; what they do is said in `fastrl.config.Sft`."""
+class SupervisedAlgorithm(HoldsPolicy):
+    """Cross-entropy with the options of `fastrl.config.Sft`.
 
+    policy  the loss of supervised tokens
+    seed    of the noise on the embeddings
+    """
+
+    policy: Algorithm = ALGORITHMS["sft"]
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     neftune_alpha: float = 0.0
     seed: int = 0
 
 
-def choose_supervised(config: Sft) -> Supervised:
+def choose_supervised(config: Sft) -> SupervisedAlgorithm:
     """The row of a run's options.  Raises UserError for one that is out of range."""
     if config.exact and (config.label_smoothing or config.z_loss):
         raise UserError(
@@ -45,5 +51,9 @@ def choose_supervised(config: Sft) -> Supervised:
     ):
         if not fine:
             raise UserError(f"{option}: expected {expected}, got {value}")
-    options = {name: getattr(config, name) for name in ("label_smoothing", "z_loss", "neftune_alpha", "seed")}
-    return Supervised(**{f.name: getattr(ALGORITHMS["sft"], f.name) for f in fields(Algorithm)}, **options)
+    return SupervisedAlgorithm(
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        neftune_alpha=config.neftune_alpha,
+        seed=config.seed,
+    )

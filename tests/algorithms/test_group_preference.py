@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.aggregate import sequence_sum
-from fastrl.algorithms.contrast import Listwise, OnlinePairs
 from fastrl.algorithms.fusion import FUSIONS
+from fastrl.algorithms.group_preference import GroupPreference, Listwise, OnlinePairs
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Optim
@@ -37,8 +37,16 @@ def trainer(model, row, micro_tokens=10**6):
     return PreferenceLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
 
 
-def online(name="dpo", **columns) -> OnlinePairs:
-    return OnlinePairs(**{"preference": PREFERENCES[name], "group": GROUP} | columns)
+def online(name="dpo", anchor="start", group=GROUP, **pairs) -> GroupPreference:
+    return pairs_of(PREFERENCES[name], group, anchor, **pairs)
+
+
+def pairs_of(preference, group, anchor="start", **pairs) -> GroupPreference:
+    return GroupPreference(preference=preference, comparison=OnlinePairs(**pairs), group=group, anchor=anchor)
+
+
+def list_of(preference, tau=0.5, group=2, anchor="start") -> GroupPreference:
+    return GroupPreference(preference=preference, comparison=Listwise(tau), group=group, anchor=anchor)
 
 
 def gradient_of(loss, model):
@@ -135,7 +143,7 @@ def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two(scores):
     share = 3 / sum(a != b for a, b in zip(scores[::2], scores[1::2], strict=True))
     two = replace(ALGORITHMS["grpo"], aggregate=sequence_sum, surrogate=ALGORITHMS["rloo"].surrogate)
     for beta in (1e-6, 1e-3):
-        row = OnlinePairs(preference=DPO.with_params(beta=beta), group=2)
+        row = pairs_of(DPO.with_params(beta=beta), 2)
         mine = contrasted(model, row, scores, group=2).collect(0, 0).batches[0]
         theirs = on_policy(OnPolicy, model, two, scores, group=2).collect(0, 0).batches[0]
         g, h = (
@@ -154,7 +162,7 @@ def test_one_pair_at_any_beta_is_grpo_of_two_times_a_number():
     """
     model, scores, beta = decoder(dtype=F64), [1.0, 0.0] * 6, 0.7
     two = replace(ALGORITHMS["grpo"], aggregate=sequence_sum, surrogate=ALGORITHMS["rloo"].surrogate)
-    row = OnlinePairs(preference=DPO.with_params(beta=beta), group=2)
+    row = pairs_of(DPO.with_params(beta=beta), 2)
     source = contrasted(model, row, scores, group=2, prompts=1)
     g = gradient(trainer(model, row), source.collect(0, 0).batches[0])[1]
     h = gradient(
@@ -175,9 +183,7 @@ def test_a_list_is_its_equation(average, beta, tau, anchor):
     rewards without their temperature; a mean over completions; sums for means.
     """
     model = decoder(dtype=F64)
-    row = Listwise(
-        preference=replace(DPO.with_params(beta=beta), average=average), tau=tau, group=GROUP, anchor=anchor
-    )
+    row = list_of(replace(DPO.with_params(beta=beta), average=average), tau, GROUP, anchor)
     source = contrasted(model, row)
     now, batch = groups(model, source, SCORES), source.collect(0, 0).batches[0]
     drift(model, 0.03)
@@ -189,7 +195,7 @@ def test_a_list_is_its_equation(average, beta, tau, anchor):
     )
 
 
-def lists(reward: Tensor, score: Tensor, row: Listwise) -> tuple[Tensor, Tensor]:
+def lists(reward: Tensor, score: Tensor, row: GroupPreference) -> tuple[Tensor, Tensor]:
     """The row's loss of completions of one token each, by their log-ratios, and its gradient by them."""
     leaf = score.clone().requires_grad_()
     n = len(score)
@@ -208,7 +214,7 @@ def lists(reward: Tensor, score: Tensor, row: Listwise) -> tuple[Tensor, Tensor]
 def test_a_list_of_two_with_one_target_is_dpo():
     """Wrong implementations: the temperature on the wrong side; a target that is the worse one."""
     score = torch.tensor([0.5, -0.3], dtype=F64)
-    row = Listwise(preference=DPO, tau=1e-3)
+    row = list_of(DPO, 1e-3)
     loss, grad = lists(torch.tensor([1.0, 0.0], dtype=F64), score, row)
     assert loss.item() == pytest.approx(0.653947, abs=1e-6) and grad.tolist() == pytest.approx(
         [-0.048001, 0.048001], abs=1e-6
@@ -225,7 +231,7 @@ def test_the_gradient_of_a_list_is_target_minus_choice():
     target.
     """
     reward, beta, tau = torch.tensor([0.2, 1.0, 0.5, 0.5], dtype=F64), 0.3, 0.25
-    row = Listwise(preference=DPO.with_params(beta=beta), tau=tau, group=4)
+    row = list_of(DPO.with_params(beta=beta), tau, 4)
     w = (reward / tau).softmax(0)
     _, grad = lists(reward, torch.zeros(4, dtype=F64), row)
     torch.testing.assert_close(grad, -beta * (w - 0.25))
@@ -294,7 +300,7 @@ def test_completions_that_do_not_count_are_compared_with_none():
         cu_seqlens=torch.tensor([0, 1, 2, 2, 3], dtype=torch.int32),
         live=3,
     ).with_(score, None)
-    _, reward = online(pairing="all", group=4).scores(tokens)
+    reward = online(pairing="all", group=4).compared(tokens).reward
     torch.testing.assert_close(reward, torch.tensor([[1.0, 0.0, NAN, 0.5]], dtype=F64), equal_nan=True)
 
 
@@ -349,7 +355,14 @@ def test_options_change_a_row():
             group=6,
         )
     )
-    assert (row.preference.params, row.pairing, row.gap, row.anchor, row.group, row.unit) == (
+    assert (
+        row.preference.params,
+        row.comparison.pairing,
+        row.comparison.gap,
+        row.anchor,
+        row.group,
+        row.unit,
+    ) == (
         {"beta": 0.5},
         "all",
         0.0,
@@ -359,7 +372,7 @@ def test_options_change_a_row():
     )
     assert not row.needs_reference and FUSIONS["online_dpo"].needs_reference
     row = choose_fusion(Hybrid(model="m", algorithm="group_softmax_norm", beta=2.0, tau=0.1))
-    assert (row.preference.params, row.preference.average, row.tau, row.group) == (
+    assert (row.preference.params, row.preference.average, row.comparison.tau, row.group) == (
         {"beta": 2.0},
         True,
         0.1,

@@ -1,0 +1,97 @@
+"""Units to learn preferences from: pairs or labelled examples, of a dataset or a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastrl.config import Dpo
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
+from fastrl.data.rows import Row, read_rows
+from fastrl.errors import UserError
+from fastrl.files import key_values
+from fastrl.methods.dpo.batches import Items
+from fastrl.methods.grpo.prompts import TRAIN
+from fastrl.model.language import LanguageConfig, Tokenizer
+from fastrl.tasks import Task
+from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns rows into units of a run, and refuses what its model cannot take."""
+
+    config: Dpo
+    paired: bool
+    tokenizer: Tokenizer
+    model: LanguageConfig
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        context = self.model.max_position_embeddings
+        return min(self.config.max_tokens or context, context)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Unit]:
+        """The units of rows.  Raises UserError, naming the row, for one that cannot be trained on."""
+        encoded = encode_units(rows, self.tokenizer, paired=self.paired, max_tokens=self.longest)
+        each = len(encoded) // len(rows)  # 2 where pairs were taken apart
+        for i, unit in enumerate(encoded):
+            self._check(unit, rows[i // each].where)
+        return encoded
+
+    def _check(self, unit: Unit, where: str) -> None:
+        for one in unit:
+            check_tokens(one.sample.tokens, where, self.model.vocab_size)
+
+        length = sum(len(one.sample.tokens) for one in unit)
+        check_budget(length, where, self.config.micro_tokens, "pair" if self.paired else "sequence")
+
+
+def load_units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
+    """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before
+    training.
+
+    Raises:  UserError where there is nothing to compare.
+    """
+    config = encode.config
+    if config.dataset is not None:
+        kinds = PAIRED if encode.paired else LABELLED
+        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns"), kinds))
+        return lambda indices: [known[i] for i in indices], len(known)
+
+    if task is None:
+        raise UserError(
+            "--dataset or --task: expected one of them, to have preferences to train on; got neither"
+        )
+    if not has_mistakes(task):
+        raise UserError(
+            f"--task: {task.name} has no wrong answers to prefer its demonstrations to; give a --dataset"
+        )
+    sides = 1 if encode.paired else 2
+    return _units_of(task, encode, sides), task.size(TRAIN) * sides
+
+
+def _units_of(task: TaskWithMistakes, encode: Encoder, sides: int) -> Items:
+    """A task's demonstrations against its mistakes; with two `sides` each pair is two labelled examples."""
+
+    def items(indices: Sequence[int]) -> list[Unit]:
+        rows = [_pair(task, index // sides) for index in indices]
+        encoded = encode(rows) if rows else []
+        if sides == 1:
+            return encoded
+        return [encoded[2 * n + index % 2] for n, index in enumerate(indices)]
+
+    return items
+
+
+def _pair(task: TaskWithMistakes, index: int) -> Row:
+    example, where = task.example(TRAIN, index), f"{task.name} {TRAIN}[{index}]"
+    wrong = task.mistakes(example, 1, index)
+    if example.demo is None or not wrong:
+        raise UserError(
+            f"{where}: expected a demonstration and a wrong answer, "
+            f"got {example.demo!r} and {wrong}; give a --dataset"
+        )
+    return Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]})

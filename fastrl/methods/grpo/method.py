@@ -1,0 +1,119 @@
+"""`fastrl grpo`: reinforcement learning from verified rewards, the GRPO family."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from fastrl.algorithms import Algorithm
+from fastrl.batch.types import Batch
+from fastrl.config import Grpo, Sampling
+from fastrl.methods.grpo.options import check_rollouts, choose_algorithm
+from fastrl.methods.grpo.prompts import Prompts, load_prompts
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.grpo.sampling import GroupSampler
+from fastrl.methods.grpo.shaping import policy_shaping
+from fastrl.methods.method import Context, Method, language_model
+from fastrl.model.language import LanguageModel
+from fastrl.tasks import Conversation
+from fastrl.train.learner import Learner, Trainable
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.source import Source
+
+C = TypeVar("C", bound=Grpo)
+OnPolicyContext = Context[C, Any, LanguageModel]  # of any command whose batches are rollouts
+GrpoContext = Context[Grpo, Algorithm, LanguageModel]
+
+
+def learner(context: GrpoContext) -> Learner[Batch]:
+    """The policy loss."""
+    model = context.model
+    return context.learner(
+        PolicyObjective(model, context.algorithm, context.temperature), context.weights(model)
+    )
+
+
+def source(context: GrpoContext, learner: Trainable[Batch]) -> tuple[Source[Batch], int]:
+    """Rollouts of the policy."""
+    config, algorithm = context.config, context.algorithm
+    shaping = policy_shaping(config, algorithm, context.world)
+    return rollouts(context, prompts_of(context, algorithm), algorithm, shaping), config.max_new_tokens
+
+
+def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prompts:
+    """The run's prompts and rewards, after a look at options that rollouts cannot have.
+
+    algorithm  whose advantage says how many completions of a prompt it needs; None asks for one
+    """
+    config, shape = context.config, context.model.config
+    advantage = None if algorithm is None else algorithm.advantage
+    check_rollouts(
+        config,
+        least=1 if advantage is None else advantage.least,
+        processes=context.world.size,
+        turns=isinstance(context.task, Conversation),
+    )
+    return load_prompts(
+        config, context.task, context.tokenizer, shape.max_position_embeddings, shape.vocab_size
+    )
+
+
+def rollouts(
+    context: OnPolicyContext[C],
+    prompts: Prompts,
+    algorithm: Algorithm | None,
+    shaping: Shaping,
+    *,
+    reference: bool | None = None,
+) -> Rollouts:
+    """Rollouts of the run's policy.
+
+    algorithm  the policy's part of the method; None where completions are compared with each other
+    reference  whether batches need the reference's log-probs; None asks the method's algorithm
+    """
+    config = context.config
+    needed = context.algorithm.needs_reference if reference is None else reference
+    frozen = context.start() if needed else None
+    scorings = Scorings(
+        reference=None if frozen is None else lambda batch: context.logp(frozen, batch),
+        trainer=lambda batch: context.logp(context.model, batch),
+        correction=None if algorithm is None else algorithm.correction,
+    )
+    groups = GroupSampler(config, context.sampler, prompts, context.world)
+    return Rollouts(config, groups, scorings, shaping, context.world)
+
+
+def sampling(config: Grpo) -> tuple[str, Sampling]:
+    """The sampler that the options name, and its settings."""
+    return config.sampler, config.sampling
+
+
+POLICY_METRICS = {  # ops.policy_loss's diagnostics -> TRL's names; what is left out is not logged
+    "loss": "loss",
+    "num_tokens": "num_tokens",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "ref_kl_k3": "kl",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "clip_cap": "clip_ratio/cap_mean",
+    "clip_region": "clip_ratio/region_mean",
+    "ratio_mean": "ratio/mean",
+    "ratio_max": "ratio/max",
+    "approx_kl": "approx_kl",
+    "ess": "ess",
+    "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
+    "sampler_diff_max": "sampling/sampling_logp_difference/max",
+    "sampler_kl": "sampler/kl",
+    "sampler_ess": "sampler/ess",
+    "correction_min": "sampling/importance_sampling_ratio/min",
+    "correction_mean": "sampling/importance_sampling_ratio/mean",
+    "correction_max": "sampling/importance_sampling_ratio/max",
+}
+METHOD = Method(
+    choose=choose_algorithm,
+    load=language_model,
+    learner=learner,
+    source=source,
+    metrics=POLICY_METRICS,
+    sampling=sampling,
+)

@@ -1,0 +1,88 @@
+"""The policy's own shaping of rollouts: advantages from rewards, weights from the algorithm's aggregate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrl.algorithms import Algorithm
+from fastrl.algorithms.advantage import COMBINE
+from fastrl.batch.types import Batch
+from fastrl.config import Grpo
+from fastrl.methods.grpo.groups import SampledGroups
+from fastrl.methods.grpo.rollouts import Shaping
+from fastrl.parallel.world import World
+from fastrl.train.source import Metrics
+from fastrl.train.weighting import weigh
+
+
+def policy_shaping(config: Grpo, algorithm: Algorithm, world: World) -> Shaping:
+    """Every sample of a group is trained on with its advantage."""
+
+    def credit(groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
+        return samples, group_advantages(groups, samples, config, algorithm, world)
+
+    def weighed(part: Batch) -> Batch:
+        return weigh(part, algorithm, world, max_length=config.max_new_tokens)
+
+    def pruned(part: Batch) -> Batch:
+        # With a KL or an entropy term a sample without advantage still has a gradient.
+        return part if algorithm.kl_coef or algorithm.entropy_coef else prune(part)
+
+    return Shaping(extend=unchanged, credit=credit, columns=no_columns, weigh=weighed, prune=pruned)
+
+
+def unchanged(groups: SampledGroups, step: int, version: int) -> tuple[SampledGroups, Metrics]:
+    """The groups as they were sampled."""
+    return groups, {}
+
+
+def no_columns(
+    batch: Batch, groups: SampledGroups, samples: list[int], credit: Tensor
+) -> tuple[Batch, Metrics]:
+    """The batch as it is."""
+    return batch, {}
+
+
+def prune(batch: Batch) -> Batch:
+    """Without the samples whose advantage is 0: their gradient is, too.  Their denominators stay."""
+    first = batch.cu_seqlens[:-1].long()
+    moves = (batch.advantage[first] != 0) & (batch.live_ends.diff() > 0)
+    return keep(batch, moves)
+
+
+def keep(batch: Batch, kept: Tensor) -> Batch:
+    """The batch of the sequences where `kept` (S,) is True."""
+    return batch if bool(kept.all()) else batch.select(kept.nonzero().squeeze(1).tolist())
+
+
+def group_advantages(
+    groups: SampledGroups, samples: list[int], config: Grpo, algorithm: Algorithm, world: World
+) -> Tensor:
+    """(N,) advantages of this process's `samples`; an estimator over the whole batch sees all processes'."""
+    advantage, size = algorithm.advantage, groups.size
+    assert advantage is not None
+    device = groups.rollouts.tokens.device
+
+    # Several rewards apart from each other, or their sum, which was taken once, as the log has it.
+    apart = config.multi_objective_aggregation != "sum_then_normalize"
+    rewards = (groups.scored.each if apart else {}) or {"reward": (1.0, groups.scored.reward)}
+    length = groups.rollouts.lengths.tolist()
+    rows = [
+        (groups.places[i // size], length[i], *(values[i] for _, values in rewards.values())) for i in samples
+    ]
+
+    if advantage.whole_batch or apart:
+        rows = sorted(world.gather(rows), key=lambda row: row[0])
+    if not samples:  # an empty share knows nothing of the rewards
+        return torch.zeros(0, device=device)
+
+    table = torch.tensor(rows, dtype=torch.float32, device=device).view(len(rows), 2 + len(rewards))
+    weight = table.new_tensor([w for w, _ in rewards.values()])
+    combine = COMBINE[config.multi_objective_aggregation]
+    every = combine(table[:, 2:].T.contiguous(), weight, advantage, size, table[:, 1])
+    if len(rows) == len(samples):
+        return every
+
+    local = {groups.places[i // size] for i in samples}
+    return every[[row[0] in local for row in rows]]

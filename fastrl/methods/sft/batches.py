@@ -1,0 +1,162 @@
+"""Supervised batches: demonstrations of a dataset or a task, weighed over the whole optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastrl.algorithms import Algorithm
+from fastrl.batch.types import Batch
+from fastrl.config import Sft
+from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.encode import Sample, encode_all
+from fastrl.data.rows import Row, read_rows
+from fastrl.errors import UserError
+from fastrl.files import key_values, shorten
+from fastrl.methods.grpo.prompts import TRAIN
+from fastrl.methods.sft.objective import noise_key
+from fastrl.model.language import Tokenizer
+from fastrl.parallel.world import World
+from fastrl.tasks import Task
+from fastrl.train.source import State, Step, order
+from fastrl.train.weighting import reweigh, weigh
+
+Items = Callable[[Sequence[int]], list[Sample]]  # indices -> demonstrations: a pure function
+
+
+class Demonstrations:
+    """`count` demonstrations a step, out of `size`; their loss tokens count the same all over the step.
+
+    weighted  whether the demonstrations' own weights count
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        size: int,
+        *,
+        count: int,
+        algorithm: Algorithm,
+        seed: int,
+        device: torch.device,
+        world: World,
+        weighted: bool = False,
+    ) -> None:
+        self.items, self.size, self.count, self.seed = items, size, count, seed
+        self.algorithm, self.weighted = algorithm, weighted
+        self.device, self.world = device, world
+
+    def collect(self, step: int, version: int) -> Step[Batch]:
+        """The demonstrations of `step`, one batch."""
+        chosen = order(self.size, self.seed, step * self.count, self.count)
+        places = self.world.share(self.count)
+        rows = self.items([chosen[place] for place in places])
+        keys = [noise_key(self.seed, step, place) for place in places]
+
+        batch, share = self._pack(rows, keys)
+        batch = weigh(batch, self.algorithm, self.world, max_length=1)
+        return Step([reweigh(batch, share, self.world) if self.weighted else batch])
+
+    def state(self) -> State:
+        """Nothing: the data is a function of the step's number."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """Nothing to restore."""
+
+    def _pack(self, rows: Sequence[Sample], keys: Sequence[int]) -> tuple[Batch, Tensor]:
+        """The batch of `rows`, not yet weighed, and each token's weight among demonstrations (T,)."""
+        device = self.device
+        tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=device)
+        mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=device)
+        lengths = torch.tensor([0, *(len(row.tokens) for row in rows)], device=device)
+        cu_seqlens = lengths.cumsum(0).to(torch.int32)
+        zeros = torch.zeros(tokens.shape, device=device)
+
+        def per_token(values: Sequence[float]) -> Tensor:
+            each = torch.tensor(values, device=device)
+            return torch.repeat_interleave(each, cu_seqlens.diff().long()) if rows else zeros
+
+        share = per_token([row.weight for row in rows])
+        batch = Batch(
+            tokens=tokens,
+            cu_seqlens=cu_seqlens,
+            mask=mask & (share > 0),
+            advantage=torch.ones_like(zeros),
+            old_logp=zeros,
+            weight=zeros,
+            number=per_token(keys),
+        )
+        return batch, share
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns rows into samples of a run, and refuses what its model cannot take."""
+
+    config: Sft
+    tokenizer: Tokenizer
+    context: int
+    vocab_size: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return min(self.config.max_tokens or self.context, self.context)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Sample]:
+        """The samples of rows.  Raises UserError, naming the row, for one that cannot be trained on."""
+        config = self.config
+        samples = encode_all(rows, self.tokenizer, max_tokens=self.longest, turns=config.turns)
+        for row, sample in zip(rows, samples, strict=True):
+            check_tokens(sample.tokens, row.where, self.vocab_size)
+            check_budget(len(sample.tokens), row.where, config.micro_tokens)
+
+        if not config.sample_weights:
+            return samples
+        return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)]
+
+
+def demonstrations(encode: Encoder, task: Task | None) -> tuple[Items, int]:
+    """What there is to imitate, and how much; every line of a dataset is checked before training.
+
+    Raises:  UserError where there is nothing to imitate.
+    """
+    config = encode.config
+    if config.dataset is not None:
+        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns")))
+        return lambda indices: [known[i] for i in indices], len(known)
+
+    if task is None:
+        raise UserError(
+            "--dataset or --task: expected one of them, to have demonstrations to train on; got neither"
+        )
+    if task.example(TRAIN, 0).demo is None:
+        raise UserError(f"--task: {task.name} has no demonstrations; give a --dataset")
+    return _demonstrations_of(task, encode), task.size(TRAIN)
+
+
+def _demonstrations_of(task: Task, encode: Encoder) -> Items:
+    def items(indices: Sequence[int]) -> list[Sample]:
+        rows = []
+        for i in indices:
+            example = task.example(TRAIN, i)
+            fields = {"prompt": example.prompt, "completion": example.demo}
+            rows.append(Row(f"{task.name} {TRAIN}[{i}]", "prompt-completion", fields))
+        return encode(rows)
+
+    return items
+
+
+def _weight(row: Row) -> float:
+    value = row.fields.get("weight")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(
+            f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; "
+            "or leave --sample-weights out"
+        )
+    return float(value)
