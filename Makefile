@@ -1,5 +1,5 @@
 # demo, test, ... build .venv first if it is missing, broken or older than what it was made from.
-# PYTHON is any Python 3.11+.  OP=token_logp limits `make bench`; TESTS=tests/ops limits the tests.
+# PYTHON is any Python 3.11+.  OP=token_logp limits `make bench`; TESTS=tests/kernels limits the tests.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -17,10 +17,10 @@ demo: $(STAMP)
 	$(PY) -m fastrl.bench.studies.demo --output-dir demo
 
 demo-seeds: $(STAMP)
-	$(PY) -m fastrl.bench.studies.demo --output-dir demo --seeds 3
+	$(PY) -m fastrl.bench.studies.demo --output-dir demo --seeds 3 --page docs/results.md
 
 learning: $(STAMP)
-	$(PY) -m fastrl.bench.studies.learning --output-dir runs/learning --seeds 3 --results bench/results --readme README.md
+	$(PY) -m fastrl.bench.studies.learning --output-dir runs/learning --seeds 3 --results bench/results --page docs/results.md
 
 grpo-loop: $(STAMP)
 	$(PY) -m fastrl.recipes.grpo_loop

@@ -41,7 +41,7 @@ class Case:
     mode      FORWARD runs under no_grad, BOTH differentiates too; another name is what a whole step does,
               under no_grad
     level     "tiny" (tests), "quick" (--quick on CPU) or "full"
-    headline  the first full case of its device: all that --gpu-check runs, and what the README shows
+    headline  the first full case of its device: all that --gpu-check runs, and what docs/results.md shows
     shape     letter -> size
     slice     the sizes replaced where errors are measured against float64
     """

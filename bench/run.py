@@ -21,7 +21,7 @@ import torch
 from fastrl.bench.common import Bench, Case
 from fastrl.bench.harness import Plan, left_out, run_bench
 from fastrl.bench.ledger import Results, Row, identity
-from fastrl.bench.readme import section
+from fastrl.bench.results_page import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
 from fastrl.errors import UserError, nearest

@@ -134,7 +134,7 @@ void advance_cpu(const std::vector<Address>& draw, const std::vector<Address>& r
 // alive (B,) bool; length, until (B,) int64  ->  rows alive, pages that they may come to need
 std::array<int64_t, 2> need_cpu(Address alive, Address length, Address until, int64_t B, int64_t page);
 
-// --- decoder_layer: the layer in model.py, one new token a row, all fp32 -----------------------------------
+// --- decoder_layer: the layer in model/decoder.py, one new token a row, all fp32 -------------------------------------
 struct LayerWeights {  // 0 where the layer has none
   Address input_norm, qkv, qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down;
 };

@@ -1,6 +1,6 @@
-"""The command `fastrl`: which commands there are, and what becomes of their errors.
+"""The command `fastrl`: the table of its commands, and how their errors are reported.
 
-Only the command that runs is imported: --help, --dry-run and usage errors never wait for torch.
+Only the command that runs is imported, so that --help, --dry-run and usage errors never wait for torch.
 
 Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted.
 """
@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tyro.conf import Positional
 
@@ -28,22 +27,23 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Write report.html and plots/ from the files of a run; several folders are compared in one report."""
+    """Write report.html and plots/ from the files of a run; several runs are compared in one report."""
 
     folders: Positional[tuple[str, ...]]
     """Run folders."""
     output: str | None = None
-    """Folder to write to; defaults to the run's own, and must be given for a comparison."""
+    """Folder to write to; defaults to the run's own folder, required for a comparison."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Run the stages of a file one after the other, each from the last one's checkpoint; again, to go on
-    where it stopped.
+    """Run the stages of a file in order, each from the checkpoint of the one before.
+
+    A pipeline that was stopped continues when it is run again.
     """
 
     file: Positional[str]
-    """A YAML file; see docs/pipelines.md."""
+    """A YAML file; see docs/run.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Bench:
     """Time the kernels against their peers and against the hardware's limit."""
 
     ops: Positional[tuple[str, ...]] = ()
-    """Names of ops; none means all."""
+    """Names of ops; without any, all."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
@@ -62,16 +62,18 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Env:
-    """Print versions, devices and the backend of each op: what a bug report needs."""
+    """Print versions, devices and the backend of each op, for a bug report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: the dataclass that holds its options, and "module:function" to call with an instance of
-    it.
+    """A command.
+
+    config  the dataclass of its options
+    target  "module:function", called with an instance of it
     """
 
-    config: type[Any]
+    config: type[object]
     target: str
 
 
@@ -93,63 +95,58 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command of the command line and return its exit code; whatever fails becomes one line on
-    standard error.
-    """
+    """Run one command and return its exit code; a failure becomes one line on standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
-    except SystemExit as stop:  # tyro has said why
+    except SystemExit as stop:  # tyro has printed the reason
         return stop.code if isinstance(stop.code, int) else 2
     except UsageError as error:
         return _fail(args, str(error), code=2, usage=True)
     except KeyboardInterrupt:
         return _fail(args, "interrupted", code=INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has gone, as in `fastrl generate | head`
+    except BrokenPipeError:  # the reader of our output has exited, as in `fastrl generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except UserError as error:
         return _fail(args, str(error))
     except OSError as error:
-        return _fail(
-            args, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        )
-    except (
-        Exception
-    ) as error:  # the outermost frame: a bug of ours must still end in one line that says what to do
-        return _fail(
-            args,
-            f"internal error: {type(error).__name__}: "
-            f"{_one_line(error)} (run again with --debug for the traceback)",
-        )
+        named = error.filename and error.strerror
+        return _fail(args, f"{error.filename}: {error.strerror}" if named else str(error))
+    except Exception as error:  # the outermost frame: even a bug must end in one line with advice
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return _fail(args, f"internal error: {message} (run again with --debug for the traceback)")
 
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        _say(_overview())
+        _print(_overview())
         return 0 if args else 2
     if args[0] == "--version":
-        _say(f"fastrl {__version__}")
+        _print(f"fastrl {__version__}")
         return 0
+
     name, *rest = args
     if name not in COMMANDS:
-        raise UsageError(
-            f"unknown command {name!r}"
-            + (nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}")
-        )
+        advice = nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command {name!r}{advice}")
     command = COMMANDS[name]
-    asked = parse(command.config, rest, prog=f"fastrl {name}", quiet=_rank() != 0)
-    if asked.dry_run:
-        _say(f"# fastrl {name}\n{dump(asked.config)}".rstrip())
+    parsed = parse(command.config, rest, prog=f"fastrl {name}", quiet=_rank() != 0)
+    if parsed.dry_run:
+        _print(f"# fastrl {name}\n{dump(parsed.config)}".rstrip())
         return 0
+
     module, _, function = command.target.partition(":")
-    result = getattr(importlib.import_module(module), function)(asked.config)
+    result = getattr(importlib.import_module(module), function)(parsed.config)
     return int(getattr(result, "exit_code", 0))
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {(c.config.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()]
+    lines = []
+    for name, command in COMMANDS.items():
+        summary = (command.config.__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:<{width}}  {summary}")
     return "\n".join(
         [
             "usage: fastrl COMMAND [OPTIONS]",
@@ -160,12 +157,12 @@ def _overview() -> str:
             *lines,
             "",
             "`fastrl COMMAND --help` shows a command's options; "
-            "every one of them can also stand in a file given by --config.",
+            "each of them can also be set in a file given by --config.",
         ]
     )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if _rank() == 0:
         print(text)
 
@@ -173,20 +170,17 @@ def _say(text: str) -> None:
 def _fail(args: Sequence[str], message: str, *, code: int = 1, usage: bool = False) -> int:
     """Report a failure on standard error.
 
-    Under torchrun every rank makes the same usage error, so rank 0 speaks for all; another failure may be one
-    rank's alone.
+    Under torchrun every rank makes the same usage error, so only rank 0 reports it; any other failure may be
+    that of a single rank.
     """
     if usage and _rank() != 0:
         return code
     if "--debug" in args:
         traceback.print_exc()
     rank = f"[rank {_rank()}] " if _rank() else ""
-    print(f"{rank}fastrl: {'interrupted' if code == INTERRUPTED else f'error: {message}'}", file=sys.stderr)
+    outcome = "interrupted" if code == INTERRUPTED else f"error: {message}"
+    print(f"{rank}fastrl: {outcome}", file=sys.stderr)
     return code
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _rank() -> int:

@@ -1,40 +1,40 @@
-"""`fastrl run pipeline.yaml`: stages one after the other, each from the checkpoint of the one before, and one
-report over all.
+"""`fastrl run pipeline.yaml`: stages in order, each from the checkpoint of the one before, and one report.
 
     output_dir: runs/cards
     shared: {task: cards, task_options: [k=3], seed: 0}        # options of every stage that has them
     stages:
       - sft: {model: tiny.json, steps: 300, optim: {lr: 3e-3}}
-      - grpo: {steps: 100, group: 8}                           # model: {sft}, unless it says another
+      - grpo: {steps: 100, group: 8}                           # model: {sft} by default
       - grpo: {name: longer, model: "{grpo}", max_new_tokens: 64}
 
-`{name}` in a text is the last checkpoint of the stage of that name, which is the command's unless `name` says
-another.  A pipeline that was stopped goes on where it was: stages that are done are left alone, one that is
-half done resumes.
+`{name}` in a text stands for the last checkpoint of the stage of that name; a stage is named after its
+command unless `name` is given.  A pipeline that was stopped continues: finished stages are left alone, and an
+unfinished one resumes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import yaml
 
 from fastrl.config import Run
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
+from fastrl.files import Json, JsonObject
 from fastrl.methods import METHODS, options_of
 from fastrl.report.page import Html, figures, folded, section, table, text
-from fastrl.report.report import lead, panels, read_run, write_page
+from fastrl.report.report import RunFiles, panels, read_run, summary, write_page
 from fastrl.run import checkpoint
 from fastrl.run.session import changed
 from fastrl.trainer import train
 
 KEYS = ("output_dir", "shared", "stages")
-NAMED = re.compile(r"\{([^{}]*)\}")
+REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 
 class Options(Protocol):
@@ -46,44 +46,53 @@ class Options(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: its name, its command, and the run it is."""
+    """One stage: its name, its command, and the run's configuration."""
 
     name: str
     command: str
     config: Run
 
     @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
     def last(self) -> Path:
         """Its checkpoint when it is done."""
-        return Path(self.config.output_dir) / "checkpoints" / f"step_{self.config.steps}"
+        return self.folder / "checkpoints" / f"step_{self.config.steps}"
 
 
 def run(options: Options) -> None:
-    """Run what is not done of a pipeline, and write its report.  Raises UserError for whatever is wrong in
-    it, before any training.
+    """Run the unfinished stages of a pipeline, and write its report.
+
+    Raises UserError, before any training, for whatever is wrong in the file.
     """
     stages = read_stages(Path(options.file))
-    folder = Path(stages[0].config.output_dir).parent
+    folder = stages[0].folder.parent
     for stage in stages:
         _check_unchanged(stage)
+
     for number, stage in enumerate(stages, 1):
-        found = checkpoint.complete_checkpoints(Path(stage.config.output_dir))
-        if found and found[-1] == stage.last:
-            print(f"stage {number} of {len(stages)}, {stage.name}: done before")
+        progress = f"stage {number} of {len(stages)}, {stage.name}"
+        checkpoints = checkpoint.complete_checkpoints(stage.folder)
+        if checkpoints and checkpoints[-1] == stage.last:
+            print(f"{progress}: done before")
             continue
-        print(f"stage {number} of {len(stages)}, {stage.name}: fastrl {stage.command}")
-        if train(replace(stage.config, resume=bool(found))).interrupted:
+        print(f"{progress}: fastrl {stage.command}")
+        if train(replace(stage.config, resume=bool(checkpoints))).interrupted:
             raise UserError(f"stopped in stage {stage.name!r}; continue with: fastrl run {options.file}")
         write_report(stages[:number], folder)
     print(write_report(stages, folder))
 
 
+# --- the file ---------------------------------------------------------------------------------------
 def read_stages(path: Path) -> list[Stage]:
-    """The stages a file describes, their options resolved.  Raises UserError naming the file and the
-    stage.
+    """The stages that a file describes, their options resolved.
+
+    Raises UserError naming the file and the stage.
     """
     if not path.is_file():
-        raise UserError(f"{path}: expected a pipeline's YAML file, which is not there")
+        raise UserError(f"{path}: expected a pipeline's YAML file, got no file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -95,110 +104,111 @@ def read_stages(path: Path) -> list[Stage]:
     for key in tree:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
-    folder, shared = Path(str(tree.get("output_dir", "runs/pipeline"))), tree.get("shared") or {}
+
+    folder = Path(str(tree.get("output_dir", "runs/pipeline")))
+    shared = tree.get("shared") or {}
     stages: list[Stage] = []
     for number, entry in enumerate(tree["stages"], 1):
-        stages.append(_stage(f"{path}: stage {number}", entry, shared, folder, number, stages))
+        stages.append(_stage(f"{path}: stage {number}", entry, shared, folder, stages))
     return stages
 
 
 def _stage(
-    where: str, entry: Any, shared: Mapping[str, Any], folder: Path, number: int, before: list[Stage]
+    where: str, entry: Json, shared: Mapping[str, Json], folder: Path, before: Sequence[Stage]
 ) -> Stage:
-    if (
-        not isinstance(entry, dict)
-        or len(entry) != 1
-        or not isinstance(next(iter(entry.values())), dict | None)
-    ):
-        raise UserError(
-            f"{where}: expected one command with its options, like `sft: {{steps: 100}}`, got {entry!r}"
-        )
-    command, own = next(iter(entry.items()))
-    if command not in METHODS:
-        raise UserError(
-            f"{where}: unknown command {command!r}{nearest(str(command), METHODS)}; "
-            f"expected one of {', '.join(METHODS)}"
-        )
-    kind, given = options_of(command), dict(own or {})
+    """The stage that follows those `before`; its resolved options are written to a file, which is parsed."""
+    command, given = _entry(where, entry)
     name = str(given.pop("name", command))
     if name in {s.name for s in before}:
-        raise UserError(
-            f"{where}: a second stage is called {name!r}; give it another name, like `name: {name}-2`"
-        )
+        example = f"`name: {name}-2`"
+        raise UserError(f"{where}: a second stage is called {name!r}; give it another name, like {example}")
     if "output_dir" in given or "resume" in given:
         raise UserError(
-            f"{where}: output_dir and resume are the pipeline's own: "
-            f"stages lie side by side in {folder}, and resume by themselves"
+            f"{where}: output_dir and resume: expected none, the pipeline sets both "
+            f"(stages lie side by side in {folder}); leave them out"
         )
+
+    config = options_of(command)
+    known = {f.name for f in fields(config)}
+    options = {key: value for key, value in shared.items() if key.split(".")[0] in known}
     policies = [s for s in before if s.command != "reward"]
-    known = {f.name for f in fields(kind)}
-    options = {k: v for k, v in shared.items() if k.split(".")[0] in known} | (
-        {"model": f"{{{policies[-1].name}}}"} if policies else {}
-    )
-    options |= given | {"output_dir": str(folder / f"{number}-{name}")}
+    if policies:
+        options["model"] = f"{{{policies[-1].name}}}"
+    stem = f"{len(before) + 1}-{name}"
+    options |= given | {"output_dir": str(folder / stem)}
+
     checkpoints = {s.name: str(s.last) for s in before}
-    file = folder / "stages" / f"{number}-{name}.yaml"
+    resolved = _resolve(options, checkpoints, where)
+    file = folder / "stages" / f"{stem}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        yaml.safe_dump(_filled(options, checkpoints, where), sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
-    return Stage(name, command, load(kind, file))
+    file.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return Stage(name, command, load(config, file))
 
 
-def _filled(value: Any, checkpoints: Mapping[str, str], where: str) -> Any:
-    """`value` with {name} replaced by that stage's checkpoint, in every text in it."""
+def _entry(where: str, entry: Json) -> tuple[str, JsonObject]:
+    """A stage's command and a copy of its options."""
+    options = None
+    ok = isinstance(entry, dict) and len(entry) == 1
+    if ok:
+        ((command, options),) = entry.items()
+    if not ok or not isinstance(options, dict | None):
+        example = "`sft: {steps: 100}`"
+        raise UserError(f"{where}: expected one command with its options, like {example}, got {entry!r}")
+    if command not in METHODS:
+        near, known = nearest(str(command), METHODS), ", ".join(METHODS)
+        raise UserError(f"{where}: unknown command {command!r}{near}; expected one of {known}")
+    return command, dict(options or {})
+
+
+def _resolve(value: Json, checkpoints: Mapping[str, str], where: str) -> Json:
+    """`value` with {name} in every text in it replaced by that stage's checkpoint."""
     if isinstance(value, dict):
-        return {k: _filled(v, checkpoints, where) for k, v in value.items()}
+        return {key: _resolve(item, checkpoints, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(v, checkpoints, where) for v in value]
+        return [_resolve(item, checkpoints, where) for item in value]
     if not isinstance(value, str):
         return value
-    for name in NAMED.findall(value):
+    for name in REFERENCE.findall(value):
         if name not in checkpoints:
-            known = ", ".join(checkpoints) or "none"
-            raise UserError(
-                f"{where}: {value!r} names stage {name!r}{nearest(name, checkpoints)}; "
-                f"stages before it: {known}"
-            )
-    return NAMED.sub(lambda m: checkpoints[m[1]], value)
+            near, known = nearest(name, checkpoints), ", ".join(checkpoints) or "none"
+            raise UserError(f"{where}: {value!r} names stage {name!r}{near}; stages before it: {known}")
+    return REFERENCE.sub(lambda match: checkpoints[match[1]], value)
 
 
 def _check_unchanged(stage: Stage) -> None:
-    """Refuse to go on from a stage that was begun with other options."""
+    """Refuse to continue a stage that was begun with other options."""
     for key, (was, now) in changed(stage.config).items():
         raise UserError(
-            f"stage {stage.name!r}: {stage.config.output_dir} was begun with {key} = {was}, "
-            f"now it is {now}; name another output_dir, "
-            "or remove that folder"
+            f"stage {stage.name!r}: {stage.folder} was begun with {key} = {was}, now it is {now}; "
+            "name another output_dir, or remove that folder"
         )
+
+
+# --- the report -------------------------------------------------------------------------------------
+def write_report(stages: Sequence[Stage], folder: Path) -> Path:
+    """Write one page over the stages that have begun and return its path.
+
+    It holds what each stage did, its curves and its options.
+    """
+    rows: list[tuple[object, ...]] = []
+    details = []
+    for number, stage in enumerate(stages, 1):
+        files = read_run(stage.folder)
+        steps = f"{files.rows[-1]['step']} of {stage.config.steps}"
+        rows.append((_link(stage, number), f"fastrl {stage.command}", steps, summary(files)))
+        details.append(_details(stage, files, folder / "plots" / stage.name))
+
+    overview = section("Stages", table(("Stage", "Command", "Steps", "Result"), rows))
+    names = ", ".join(stage.name for stage in stages)
+    title = f"Pipeline: {folder.resolve().name}"
+    return write_page(folder, title, f"{len(stages)} stages: {names}.", overview, *details)
+
+
+def _details(stage: Stage, files: RunFiles, plots: Path) -> Html:
+    pictures = figures(panels({"": files}, plots))
+    return section(stage.name, pictures, folded("Configuration", files.config))
 
 
 def _link(stage: Stage, number: int) -> Html:
-    folder = text(Path(stage.config.output_dir).name)
+    folder = text(stage.folder.name)
     return Html(f'<a href="{folder}/report.html">{text(f"{number}. {stage.name}")}</a>')
-
-
-def write_report(stages: list[Stage], folder: Path) -> Path:
-    """One page over the stages that have begun: what each did, its curves, its options; returns its path."""
-    runs = [(s, read_run(Path(s.config.output_dir))) for s in stages]
-    rows = [
-        (
-            _link(s, number),
-            f"fastrl {s.command}",
-            f"{r.rows[-1]['step']} of {s.config.steps}",
-            lead(r),
-        )
-        for number, (s, r) in enumerate(runs, 1)
-    ]
-    parts = [section("Stages", table(("Stage", "Command", "Steps", "Result"), rows))]
-    parts += [
-        section(
-            f"{s.name}",
-            figures(panels({"": r}, folder / "plots" / s.name)),
-            folded("Configuration", r.config),
-        )
-        for s, r in runs
-    ]
-    names = ", ".join(s.name for s in stages)
-    return write_page(folder, f"Pipeline: {folder.resolve().name}", f"{len(stages)} stages: {names}.", *parts)

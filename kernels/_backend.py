@@ -6,13 +6,13 @@ An op file registers its implementations under the op's public name, each as nam
     register("token_logp", "reference", forward=_forward, backward=_backward)
 
 and its torch.library body asks `pick("token_logp", logits, "forward")` for the one to call.  A public
-function calls what `route` gives it: that registered op, or the picked implementation itself where nobody
-would see the difference.  An op that several libraries can run (attention) names each of them, and the order
-in which they are tried, with `ladder`.
+function calls what `route` returns: that registered op, or the picked implementation itself where the
+difference cannot be observed.  An op that several libraries can run (attention) gives each of them a name,
+and the order in which they are tried, with `ladder`.
 
 In exact mode (`exact`) every op between tokens and log-probs runs an implementation that is registered as
-batch-invariant: the bits of a row follow from that row alone, not from how many rows there are, its place
-among them, padding, chunks or threads.
+batch-invariant: the bits of a row depend on that row alone, not on the number of rows, its place among them,
+padding, chunks or threads.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
-# also runs there, slowly, under TRITON_INTERPRET=1: for tests, and only when asked for by name
 INTERPRETED = (
     "triton",
     "cpu",
-)
-COMPILED_ONLY = (
-    "compiled only"  # builds, but has never run on the hardware it is for: not chosen unless asked for
-)
+)  # under TRITON_INTERPRET=1, slowly: for tests, and only when asked for by name
 ASKED_BY = "FASTRL_BACKEND"
-PLAIN = (Tensor, torch.nn.Parameter)  # what has no __torch_dispatch__ of its own
-EXACT_ONLY = (
-    "exact mode only"  # batch-invariant, and not what is fastest: chosen in exact mode, and when asked for
-)
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ of their own
+
+# builds, but has never run on the hardware it is for: chosen only when asked for
+COMPILED_ONLY = "compiled only"
+# batch-invariant, but not the fastest: chosen in exact mode, and when asked for
+EXACT_ONLY = "exact mode only"
 NOT_BY_DEFAULT = (COMPILED_ONLY, EXACT_ONLY)
+
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
 
@@ -55,18 +54,15 @@ class Implementation:
     note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
     missing: str  # why it cannot be used in this process; empty when it can
     devices: tuple[str, ...]
-    # why it cannot take a tensor of its devices and dtypes; empty when it can
-    obstacle: Callable[[Tensor], str] | None
+    obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes, or ""
     exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
-    default: tuple[torch.dtype, ...] | None = (
-        None  # the dtypes for which it may be chosen by default; None: all that it takes
-    )
+    default: tuple[torch.dtype, ...] | None = None  # dtypes for which it may be chosen by default; None: all
 
 
 _table: dict[str, dict[str, Implementation]] = {}
-_ladders: dict[str, tuple[str, ...]] = {}  # of the ops with names of their own; BACKENDS for the others
-_asked: list[Asked] = []  # of the whole process: autograd runs a CUDA backward in threads of its own
-_exact: list[None] = []  # of the whole process, too: an entry for every `exact` block that is open
+_ladders: dict[str, tuple[str, ...]] = {}  # ops with implementation names of their own; others use BACKENDS
+_asked: list[Asked] = []  # for the whole process: autograd runs a CUDA backward in threads of its own
+_exact: list[None] = []  # for the whole process too: one entry for every open `exact` block
 
 
 def register(
@@ -86,16 +82,20 @@ def register(
 
     `devices` is needed for a name that is not in BACKENDS.
     """
-    where = DEVICES[backend] if devices is None else devices
     _table.setdefault(op, {})[backend] = Implementation(
-        parts, dtypes, note, missing, where, obstacle, exact, default
+        parts=parts,
+        dtypes=dtypes,
+        note=note,
+        missing=missing,
+        devices=DEVICES[backend] if devices is None else devices,
+        obstacle=obstacle,
+        exact=exact,
+        default=default,
     )
 
 
 def ladder(op: str, *names: str) -> None:
-    """The order in which the implementations of `op` are tried,
-    where it has some under names of their own.
-    """
+    """Set the order in which the implementations of `op` are tried; their names may be their own."""
     _ladders[op] = names
 
 
@@ -105,27 +105,25 @@ def order(op: str) -> tuple[str, ...]:
 
 
 def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> None:
-    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`, for
-    the dtypes it lists.
+    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`.
 
-    `exact` says that it is batch-invariant.  Where triton is not installed (it has no wheels outside Linux)
-    the implementation is listed as missing.
+    It takes the module's DTYPES.  `exact` says that it is batch-invariant.  Where triton is not installed (it
+    has no wheels outside Linux) the implementation is listed as missing.
     """
     try:
-        twin = importlib.import_module(f"fastrl.kernels._triton.{module}")
+        implementation = importlib.import_module(f"fastrl.kernels._triton.{module}")
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("triton"):
             raise
         register(op, "triton", missing="triton is not installed")
         return
-    where = ("cuda", "cpu") if exact else ()
     register(
         op,
         "triton",
-        dtypes=twin.DTYPES,
+        dtypes=implementation.DTYPES,
         note=COMPILED_ONLY,
-        exact=where,
-        **{part: getattr(twin, part) for part in parts},
+        exact=("cuda", "cpu") if exact else (),
+        **{part: getattr(implementation, part) for part in parts},
     )
 
 
@@ -151,15 +149,13 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 
 def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
-    """The function that runs `part` of `op` where nobody asks for anything: the first that fits."""
+    """The function that runs `part` of `op` by default, exact mode aside: the first that fits."""
     table = _table[op]
     for name in order(op):
         impl = table.get(name)
-        if (
-            impl is None
-            or impl.note in NOT_BY_DEFAULT
-            or (impl.default is not None and x.dtype not in impl.default)
-        ):
+        if impl is None or impl.note in NOT_BY_DEFAULT:
+            continue
+        if impl.default is not None and x.dtype not in impl.default:
             continue
         if not _obstacle(impl, name, x, part):
             return impl.parts[part]
@@ -169,33 +165,32 @@ def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 def route(
     registered: Callable[..., Any], op: str, part: str, x: Tensor, *others: Tensor | None
 ) -> Callable[..., Any]:
-    """What runs `part` of `op` on `x` and `others`, all of its tensors: `registered`, its torch.library op,
-    or the picked function.
+    """What runs `part` of `op` on `x` and `others`, which are all of its tensors.
 
-    A call of a `custom_op` takes 20 us on the host, more than the arithmetic of a decode step's norm.
+    Returns `registered`, the torch.library op, or the picked function itself: a call of a `custom_op` takes
+    20 us on the host, more than the arithmetic of a decode step's norm.
     """
     return pick(op, x, part) if direct(x, *others) else registered
 
 
 def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
-    """Whether an op on these needs nothing of torch.library; a `differentiable` one may have a gradient
-    taken.
+    """Whether an op on these tensors can bypass torch.library.
 
-    It does while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch transform
-    or a profiler, which shows ops by name, and for a tensor subclass, a gradient to be taken, or a view that
-    the dispatcher would have to negate.
+    It cannot while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch
+    transform or a profiler, which shows ops by name; nor for a tensor subclass, a gradient to be taken
+    (unless the caller is `differentiable` itself), or a view that the dispatcher would have to negate.
     """
     if torch.compiler.is_compiling():
         return False
+
     c = torch._C
     if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._are_functorch_transforms_active():
         return False
-    if (
-        forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or c._get_tracing_state() is not None
-    ):
+    if forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
+    if c._get_tracing_state() is not None:
+        return False
+
     grad = not differentiable and torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (type(x) not in PLAIN or (grad and x.requires_grad) or x.is_neg()):
@@ -203,8 +198,13 @@ def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
     return True
 
 
+def transformed() -> bool:
+    """Whether torch.compile traces, or a functorch transform is active."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
-    """The function that runs `part` of `op` in exact mode where nobody asks for anything."""
+    """The function that runs `part` of `op` by default in exact mode."""
     table, where = _table[op], x.device.type
     names = [n for n in dict.fromkeys((*order(op), *table)) if n in table and where in table[n].exact]
     reasons = {n: _obstacle(table[n], n, x, part) for n in names}
@@ -219,12 +219,12 @@ def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Batch-invariant arithmetic inside the `with` block, in every thread of the process: slower, and the
-    same bits for a token whatever it is computed beside, so that log-probs recorded while sampling equal the
-    trainer's own bit for bit.
+    """Run batch-invariant arithmetic inside the `with` block, in every thread of the process.
 
-    Gradients are right, and need not have that property.  An op that has no such implementation for a dtype
-    and device raises RuntimeError when called: float64 has none, and float16 none on CPU.
+    It is slower, and gives a token the same bits whatever it is batched with: log-probs recorded while
+    sampling equal the trainer's own bit for bit.  Gradients are correct but need not have that property.  An
+    op without such an implementation for a dtype and device raises RuntimeError when called: float64 has
+    none, and float16 none on CPU.
     """
     _exact.append(None)
     try:
@@ -245,7 +245,7 @@ def requested(op: str) -> str | None:
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
-    # asking for what is not there raises inside, which takes three times as long
+    # os.environ.get raises and catches a KeyError inside, which takes three times as long
     if ASKED_BY not in os.environ:
         return None
     name = os.environ[ASKED_BY]
@@ -253,14 +253,12 @@ def requested(op: str) -> str | None:
 
 
 def asked() -> tuple[object, ...]:
-    """All that is asked for: as long as this is equal, the same tensors are given the same
-    implementations.
-    """
+    """All requests in force: while this value is unchanged, the same tensors get the same implementations."""
     return is_exact(), tuple(_asked), os.environ.get(ASKED_BY)
 
 
 def overruled() -> bool:
-    """Whether a backend is asked for by name, whatever the op."""
+    """Whether a backend is asked for by name, for any op."""
     return bool(_asked) or bool(os.environ.get(ASKED_BY))
 
 
@@ -269,9 +267,9 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
     """Run `ops` (all of them when none is named) on one backend inside the `with` block, in every thread of
     the process.
 
-    The name may also be one that the named ops have of their own, as in use_backend("varlen_attn",
-    "attention").  Raises ValueError for an unknown backend or op.  An op the backend cannot run raises
-    RuntimeError when called.
+    The name may also be an implementation of the named ops, as in use_backend("varlen_attn", "attention").
+    Raises ValueError for an unknown backend or op.  An op that the backend cannot run raises RuntimeError
+    when called.
     """
     for op in ops:
         if op not in _table:
@@ -286,22 +284,21 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
 
 
 def backend(device: str | None = None) -> dict[str, str]:
-    """Which implementation each op uses on `device` ("cpu" or "cuda"; default: where the tensors of this
-    machine live).
-    """
+    """Which implementation each op uses on `device`, "cpu" or "cuda"; default: CUDA where there is a GPU."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {}
-    for op, table in sorted(_table.items()):
-        name = requested(op) or next(
-            b
-            for b in order(op)
-            if b in table
-            and kind in table[b].devices
-            and not table[b].missing
-            and table[b].note not in NOT_BY_DEFAULT
-        )
-        chosen[op] = name
-    return chosen
+    return {op: requested(op) or _by_default(op, kind) for op in sorted(_table)}
+
+
+def _by_default(op: str, kind: str) -> str:
+    """The first implementation of `op` that may be chosen on devices of this kind."""
+    table = _table[op]
+    for name in order(op):
+        impl = table.get(name)
+        if impl is None or kind not in impl.devices or impl.missing:
+            continue
+        if impl.note not in NOT_BY_DEFAULT:
+            return name
+    raise RuntimeError(f"{op}: no implementation on {kind}")
 
 
 def implementations() -> dict[str, dict[str, str]]:
@@ -337,7 +334,7 @@ def unbuilt(function: str) -> str:
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
-    # not on the ladder: only asked for, or of exact mode
+    # implementations that are not on the ladder: chosen when asked for, or in exact mode
     aside = (n for op in ops for n in _table[op] if n not in order(op))
     names = list(dict.fromkeys((*BACKENDS, *aside, *(n for op in ops for n in order(op)))))
     if name not in names:

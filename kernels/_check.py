@@ -1,4 +1,4 @@
-"""Shape, dtype and range checks whose messages a user can act on: argument, what was expected, what came."""
+"""Checks of shapes, dtypes and ranges; a message names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dims(name: str, x: Tensor, spec: str, dtype: tuple[torch.dtype, ...], **know
     letters, shape = spec.split(), x.shape
     fits = len(shape) == len(letters)
     if fits and known:
-        # a generator expression would cost more than the rest of the check
+        # all() over a generator would cost more than the rest of the check
         for a, n in zip(letters, shape, strict=True):
             fits = fits and known.get(a, n) == n
     if not fits:
@@ -50,24 +50,24 @@ def same_device(**tensors: Tensor | None) -> None:
         if first is None:
             first = x.device
         elif x.device != first:
-            where = {n: x.device for n, x in tensors.items() if x is not None}
-            raise ValueError(
-                "expected all tensors on one device, got "
-                + ", ".join(f"{n} on {d}" for n, d in where.items())
-            )
+            places = [f"{n} on {x.device}" for n, x in tensors.items() if x is not None]
+            raise ValueError(f"expected all tensors on one device, got {', '.join(places)}")
 
 
 def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
-    """The number of sequences S of (S+1,) int32 ends.  The values are not read: that would wait for the
-    device.
+    """The number of sequences S of (S+1,) int ends.
+
+    Raises ValueError for ends that do not go from 0 to T.  The values are checked on CPU only: reading them
+    on CUDA would wait for the device.
     """
     (n,) = dims(name, cu_seqlens, "S+1", INTS)
     if n < 1:
         raise ValueError(f"{name}: expected shape (S+1,) with at least one entry, got ({n},)")
-    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # free to read
-    if readable and (
-        int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or bool((cu_seqlens.diff() < 0).any())
-    ):
+
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return n - 1
+    complete = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == T
+    if not complete or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(
             f"{name}: expected non-decreasing ends from 0 to T={T}, got {cu_seqlens.tolist()[:8]}"
         )
@@ -75,9 +75,7 @@ def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
 
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
-    """Raise ValueError where a gradient of `op`, which has none, would be asked for:
-    not zero without a word.
-    """
+    """Raise ValueError where a gradient of `op` is needed: it has none, and must not silently give zero."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x.requires_grad:

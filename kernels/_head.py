@@ -1,15 +1,16 @@
-"""The three products of a linear layer and of the vocabulary, which is chunked by a byte budget: y = x W^T,
-dx = dy W, dW += dy^T x.
+"""The three products of a linear layer and of the head, in chunks of rows that fit a byte budget.
 
-They accumulate in float32 whatever the operands are.  CUDA multiplies bfloat16 operands into float32 outputs
+    y = x W^T        dx = dy W        dW += dy^T x
+
+They accumulate in float32 for operands of any dtype.  CUDA multiplies bfloat16 operands into float32 outputs
 directly; CPU matrix products have no such output type, so there the operands are widened, a tile of the
-vocabulary at a time, never all of W.  Chunks share one buffer of logits: fresh pages for every chunk cost the
-CPU as much as a fifth of a product.
+vocabulary at a time, never all of W.  Chunks share one buffer of logits: on CPU, fresh pages for every chunk
+cost as much as a fifth of a product.
 
-On CPU the products of float32 are csrc/cpu/linear.cpp's.  torch's are MKL's, which stays below the width of
-processors that are not Intel's; oneDNN's, which torch carries for its compiler, are as fast as ours, but sum
-all of K in one chain, twice as far from float64 as MKL's, and are thousands of times slower where the weight
-is a slice.  bench/kernels/bench_linear.py has all three.
+On CPU the products of float32 are those of csrc/cpu/linear.cpp.  torch calls MKL, which does not use the full
+vector width of processors by other makers.  oneDNN, which torch carries for its compiler, is as fast as ours,
+but sums all of K in one chain, twice as far from float64 as MKL, and is thousands of times slower where the
+weight is a slice.  bench/kernels/bench_linear.py times all three.
 """
 
 from __future__ import annotations
@@ -19,15 +20,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import batch_invariant, direct, extension, is_exact, pick, requested, unbuilt
-from fastrl.kernels._launch import unit_rows
+from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, requested, unbuilt
+from fastrl.kernels._native import linear as native
 
-LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # of logits, at most, unless the caller says
-# rows of a chunk from which products run at full speed: half the bytes do then
-ENOUGH_ROWS = {
-    "cpu": 128,
-    "cuda": 4096,
-}
+LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # default budget of logits
+# rows from which products run at full speed: a chunk of so many takes half of the default budget
+ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}
 ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
 LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
 _TILE = 4096  # vocabulary rows widened at a time on CPU
@@ -41,8 +39,9 @@ def logits_budget(device: torch.device, budget: int | None = None) -> int:
 
 
 def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None = None) -> int:
-    """Rows of logits of one chunk, at least one: what the caller's budget holds, or of the default no more
-    than is useful.
+    """Rows of logits in one chunk, at least one.
+
+    They fill the caller's budget; of the default budget they take no more than is useful.
     """
     most = logits_budget(device, budget) // (V * itemsize)
     useful = most if budget else max(most // 2, ENOUGH_ROWS.get(device.type, 128))
@@ -50,25 +49,24 @@ def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None =
 
 
 def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised logits (rows, V); on CUDA every row begins at a multiple of 16 elements, which cuBLAS and
-    wide loads want.
+    """Uninitialised logits (rows, V).
+
+    On CUDA every row starts at a multiple of 16 elements, which cuBLAS and wide loads need.
     """
-    return torch.empty(rows, V + (-V % 16 if device.type == "cuda" else 0), dtype=dtype, device=device)[:, :V]
+    padding = -V % 16 if device.type == "cuda" else 0
+    return torch.empty(rows, V + padding, dtype=dtype, device=device)[:, :V]
 
 
 def compiled(x: Tensor, weight: Tensor, *, differentiable: bool = False) -> bool:
-    """Whether products of x (T, .) and weight are the compiled ones by default; a `differentiable` caller
-    sees to the gradient.
+    """Whether products of x (T, .) and weight are the compiled ones by default.
+
+    differentiable=True: the caller implements the backward.
     """
-    fits = (
-        x.shape[0] >= LEAST_ROWS and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-    )
-    return (
-        fits
-        and _BUILT
-        and requested("linear") in ASKED_FOR
-        and direct(x, weight, differentiable=differentiable)
-    )
+    if not _BUILT or x.shape[0] < LEAST_ROWS or not x.is_cpu or not weight.is_cpu:
+        return False
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or requested("linear") not in ASKED_FOR:
+        return False
+    return direct(x, weight, differentiable=differentiable)
 
 
 # --- products ---------------------------------------------------------------------------------------
@@ -77,46 +75,39 @@ def project(
 ) -> Tensor:
     """Logits (N, V) of `dtype`, accumulated in float32; written to `out` if given.
 
-    In exact mode, and in float32 on CPU, they come from `linear`'s batch-invariant kernel, in rows that begin
-    alike with and without an `out`.
+    In exact mode, and in float32 on CPU, they come from the batch-invariant kernel of `linear`, and rows are
+    aligned in the same way with and without an `out`.
     """
     if is_exact() or (dtype == torch.float32 and compiled(x, weight)):
         out = logits_buffer(x.shape[0], weight.shape[0], dtype, x.device) if out is None else out
         run = pick if is_exact() else batch_invariant
         return run("linear", x, "into")(out, x, weight, weight.new_empty(0) if bias is None else bias)
+
     if x.dtype == dtype:
         logits = x @ weight.T if out is None else torch.mm(x, weight.T, out=out)
+    elif x.is_cuda and out is None:
+        logits = torch.mm(x, weight.T, out_dtype=dtype)
     elif x.is_cuda:
-        logits = (
-            torch.mm(x, weight.T, out_dtype=dtype)
-            if out is None
-            else torch.mm(x, weight.T, out_dtype=dtype, out=out)
-        )
+        logits = torch.mm(x, weight.T, out_dtype=dtype, out=out)
     else:
-        logits = (
-            torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device) if out is None else out
-        )
-        wide = x.to(dtype)
-        for v, w in _tiles(weight, dtype):
-            torch.mm(wide, w.T, out=logits[:, v : v + w.shape[0]])
+        logits = _widened_product(x, weight, dtype, out)
     return logits if bias is None else logits.add_(bias)
 
 
+def _widened_product(x: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    wide = x.to(dtype)
+    for v, w in _tiles(weight, dtype):
+        torch.mm(wide, w.T, out=out[:, v : v + w.shape[0]])
+    return out
+
+
 def input_grad(dlogits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx (N, D) in the weight's dtype; written to `out` if given, whose dtype must be that of all three."""
-    if compiled(dlogits, weight) and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1)):
-        dlogits, weight = unit_rows(dlogits), unit_rows(weight)
-        out = torch.empty(dlogits.shape[0], weight.shape[1]) if out is None else out
-        places = (
-            out.data_ptr(),
-            out.stride(0),
-            dlogits.data_ptr(),
-            dlogits.stride(0),
-            weight.data_ptr(),
-            weight.stride(0),
-        )
-        extension().linear_input_grad_cpu(*places, *dlogits.shape, weight.shape[1], torch.get_num_threads())
-        return out
+    """dx (N, D) in the weight's dtype; written to `out` if given, where all three are of one dtype."""
+    writable = out is None or (out.dtype == torch.float32 and out.stride(1) == 1)
+    if writable and compiled(dlogits, weight):
+        return native.input_grad(dlogits, weight, out)
     if out is not None:
         return torch.mm(dlogits, weight, out=out)
     if dlogits.dtype == weight.dtype or dlogits.is_cuda:
@@ -137,32 +128,14 @@ def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     if not compiled(dy, x):
         return dy.T @ x
     out = torch.empty(dy.shape[1], x.shape[1])
-    _outer(out, dy, x, add=False)
+    native.weight_grad(out, dy, x, add=False)
     return out
-
-
-def _outer(out: Tensor, dy: Tensor, x: Tensor, *, add: bool) -> None:
-    dy, x = unit_rows(dy), unit_rows(x)
-    (T, N), K, threads = dy.shape, x.shape[1], torch.get_num_threads()
-    extension().linear_weight_grad_cpu(
-        out.data_ptr(),
-        out.stride(0),
-        dy.data_ptr(),
-        dy.stride(0),
-        x.data_ptr(),
-        x.stride(0),
-        T,
-        N,
-        K,
-        add,
-        threads,
-    )
 
 
 def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
     """out (V, D) += dlogits^T x, in place, in the dtype of `out` (float32, or float64 for float64 inputs)."""
     if out.dtype == torch.float32 and out.stride(1) == 1 and compiled(dlogits, x):
-        _outer(out, dlogits, x, add=True)
+        native.weight_grad(out, dlogits, x, add=True)
     elif dlogits.dtype == x.dtype == out.dtype:
         torch.addmm(out, dlogits.T, x, out=out)
     elif dlogits.is_cuda:
@@ -175,17 +148,17 @@ def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
 
 
 def gradient_dtype(logits: Tensor, head: Tensor) -> torch.dtype:
-    """What the gradient of `logits` is written as, over them: CUDA multiplies operands of one dtype, so it is
-    rounded once for both.
+    """The dtype in which the gradient of `logits` is written over them.
+
+    CUDA multiplies operands of one dtype, so there it is rounded once, for both products.
     """
     return head.dtype if logits.is_cuda else logits.dtype
 
 
 def accumulator(weight: Tensor) -> Tensor:
-    """Zeros to accumulate a gradient like `weight` in: float32, or float64 for float64."""
-    return torch.zeros(
-        weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
-    )
+    """Zeros in which to accumulate a gradient like `weight`: float32, or float64 for float64."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -195,11 +168,11 @@ def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
 
 # --- gradients over chunks --------------------------------------------------------------------------
 class HeadGrads:
-    """The gradients of hidden, weight and bias, gathered over chunks of rows; None where one is not wanted.
+    """The gradients of hidden, weight and bias, accumulated over chunks of rows; None where not wanted.
 
-    hidden   in its own dtype, 0 at rows that no chunk brings; in float32 when `partial`: a share that is
-             still to be summed
-    weight   float32, or `weight_grad`, which is added to
+    hidden   in its own dtype, 0 at rows of no chunk; in float32 when `partial`, as it is still to be summed
+             over the processes of a group
+    weight   float32, or `weight_grad`, to which it is added
     """
 
     def __init__(
@@ -219,9 +192,7 @@ class HeadGrads:
         self.bias = accumulator(bias) if wanted[2] and bias is not None else None
 
     def add(self, rows: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
-        """Take in a chunk: its rows of hidden, their values, the gradient of their logits (of
-        `gradient_dtype`).
-        """
+        """Add a chunk: its rows, their hidden states `x`, and the gradient of their logits."""
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
@@ -230,19 +201,16 @@ class HeadGrads:
             add_weight_grad(self.weight, dlogits, x)
 
     def _add_hidden(self, out: Tensor, rows: slice | Tensor, dlogits: Tensor) -> None:
-        if out.dtype == dlogits.dtype == self.head.dtype:
-            if isinstance(rows, slice):
-                input_grad(dlogits, self.head, out[rows])
-                return
+        if isinstance(rows, slice) and out.dtype == dlogits.dtype == self.head.dtype:
+            input_grad(dlogits, self.head, out[rows])
+            return
+
+        if out.dtype == self.head.dtype:
             dx = input_grad(dlogits, self.head)
-        elif out.dtype == self.head.dtype:
-            dx = input_grad(dlogits, self.head)
-        else:  # the share of a shard
-            dx = (
-                torch.mm(dlogits, self.head, out_dtype=out.dtype)
-                if out.is_cuda
-                else _tiled_input_grad(dlogits, self.head).to(out.dtype)
-            )
+        elif out.is_cuda:  # the share of a shard, which stays in float32
+            dx = torch.mm(dlogits, self.head, out_dtype=out.dtype)
+        else:
+            dx = _tiled_input_grad(dlogits, self.head).to(out.dtype)
         if isinstance(rows, slice):
             out[rows] = dx
         else:
@@ -251,11 +219,11 @@ class HeadGrads:
 
 # --- rows without a gradient ------------------------------------------------------------------------
 def live_rows(*derivatives: Tensor) -> Tensor | None:
-    """The rows (N',) whose derivatives are not all zero, or None to take all.
+    """The rows (N',) with a derivative that is not zero, or None to take all.
 
-    None unless they are at least an eighth fewer; and None on CUDA, where counting them would wait for the
-    device.  A row of zero derivative adds exact zeros to the gradients: leaving it out changes them by the
-    order of the sums at most.
+    None unless they are at least an eighth fewer, and None on CUDA, where counting them would wait for the
+    device.  A row of zero derivatives adds exact zeros to the gradients: without it they change by the order
+    of their sums at most.
     """
     if derivatives[0].device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -267,8 +235,9 @@ def live_rows(*derivatives: Tensor) -> Tensor | None:
 
 
 def compact(logits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the live rows to the front, in place: the moves that are needed, and no more; those rows, and
-    which each one was.
+    """Move the live rows to the front, in place, with as few moves as possible.
+
+    Returns the logits of the live rows, and the former number of each.
     """
     n = live.numel()
     order = torch.arange(logits.shape[0], device=live.device)

@@ -1,8 +1,8 @@
-"""What every kernel's launcher needs: rows side by side, its tensors' device made current, the compiles it
-asks for as data.
+"""What the launchers of kernels share: contiguous rows, the tensors' device made current, and the compiles
+they ask for as data.
 
-`bench/compile_table.py` compiles each `Spec` for GPUs that need not be there, and shows registers, spills and
-load widths.
+`bench/compile_table.py` compiles each `Spec` for GPUs that need not be present, and shows registers, spills
+and load widths.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Spec:
     case: str
     types: dict[str, str]  # argument -> "*bf16", "i32", ...
     constants: dict[str, int | bool]
-    divisible: bool  # whether V and the strides are multiples of 16 too, which 16-byte loads need
-    wide: tuple[str, ...] = ()  # what must then move 16 bytes at a time: "load", "store"
+    divisible: bool  # sizes and strides are multiples of 16 too, which 16-byte accesses need
+    wide: tuple[str, ...] = ()  # accesses that must move 16 bytes at a time: "load", "store"
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
-    archs: tuple[int, ...] = (80, 90, 100)  # where it is used
+    archs: tuple[int, ...] = (80, 90, 100)  # the architectures that run it
 
     @property
     def signature(self) -> dict[str, str]:
@@ -38,16 +38,14 @@ class Spec:
 
     @property
     def hints(self) -> tuple[str, ...]:
-        """The arguments that are multiples of 16; a launch does not look at those it was told not to
-        specialize.
-        """
-        blind = getattr(self.kernel, "do_not_specialize", None) or ()
-        looked_at = {n: kind for n, kind in self.signature.items() if n not in blind}
-        return tuple(
-            n
-            for n, kind in looked_at.items()
-            if kind.startswith("*") or (self.divisible and kind in ("i32", "i64"))
-        )
+        """The arguments that the compiler may take for multiples of 16."""
+        unspecialized = getattr(self.kernel, "do_not_specialize", None) or ()
+        names = []
+        for name, kind in self.signature.items():
+            aligned = kind.startswith("*") or (self.divisible and kind in ("i32", "i64"))
+            if aligned and name not in unspecialized:
+                names.append(name)
+        return tuple(names)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -56,14 +54,17 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """`x` (..., V) with the elements of a row side by side: itself when they are, else a copy."""
+    """`x` (..., V) with contiguous rows: itself if they are, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def address(x: Tensor) -> int:
+    """Where the elements of `x` lie; 0 for an empty tensor, which is how compiled code sees an absent one."""
+    return x.data_ptr() if x.numel() else 0
+
+
 def row_layout(x: Tensor) -> tuple[int, int, int]:
-    """(L, batch, row) of `x` (T, V) or (B, L, V): row t begins t // L times `batch` plus t % L times `row`
-    elements after the first.
-    """
+    """(L, batch, row) of `x` (T, V) or (B, L, V): row t starts at element t // L * batch + t % L * row."""
     if x.ndim == 2:
         return max(x.shape[0], 1), 0, x.stride(0)
     return max(x.shape[1], 1), x.stride(0), x.stride(1)

@@ -1,6 +1,4 @@
-"""What the implementations of perturb share: the (T, D) rows of a tensor, and the balls as ends of runs of
-tokens.
-"""
+"""What the implementations of perturb share: the (T, D) rows of a tensor, and the tokens of each ball."""
 
 from __future__ import annotations
 
@@ -12,21 +10,19 @@ NORM_CODES = {"l2": 0, "linf": 1, "l1": 2}  # in kernels
 
 
 def rows(x: Tensor) -> Tensor:
-    """`x` (..., D) as (T, D) with the elements of a row side by side: a view where there is one,
-    else a copy.
-    """
+    """`x` (..., D) as (T, D) with contiguous rows: a view if possible, else a copy."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def write_back(flat: Tensor, x: Tensor) -> None:
-    """Copy what was written to `rows(x)` into `x`, unless that was a view."""
+    """Copy `flat`, the rows of `x`, into `x`, unless they are a view of it."""
     if flat.data_ptr() != x.data_ptr():
         x.copy_(flat.view(x.shape))
 
 
 def ball(x: Tensor, cu_seqlens: Tensor, scope: str) -> tuple[int, int]:
-    """The number of balls and the tokens of each; packed sequences, of any length, have 0."""
+    """The number of balls and the tokens of each; 0 tokens for packed sequences, whose lengths differ."""
     T = x.shape[:-1].numel()
     if scope == "token":
         return T, 1

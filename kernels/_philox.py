@@ -3,7 +3,7 @@
 A word depends on its counter and key alone, never on the batch it was drawn in, and integer arithmetic gives
 the same bits on every device.  A 32-bit word lives in an int64 tensor here.
 
-Whoever draws owns a part of the counter space:
+Each op that draws owns a part of the counter space:
 
     sample         counter (v // 4, position, sequence low, sequence high), word v % 4;  key (seed low, seed
                    high)
@@ -32,8 +32,7 @@ def philox(counter: Counter, key: tuple[Word, Word]) -> tuple[Tensor, Tensor, Te
     a, b, c, d = counter
     k0, k1 = key
     for i in range(ROUNDS):
-        # int64 products wrap, which keeps all 64 bits; what an arithmetic shift or a key sum leaves above bit
-        # 31 is masked away
+        # int64 products wrap, which keeps all 64 bits; bits above 31 left by shifts and sums are masked away
         p, q = a * _MULTIPLY[0], c * _MULTIPLY[1]
         a, b = ((q >> 32) ^ b ^ (k0 + i * _BUMP[0])) & MASK, q & MASK
         c, d = ((p >> 32) ^ d ^ (k1 + i * _BUMP[1])) & MASK, p & MASK

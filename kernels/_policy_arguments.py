@@ -1,6 +1,4 @@
-"""The arguments of policy_loss, checked and brought into one form: flat vectors of one dtype, empty where
-absent.
-"""
+"""The arguments of policy_loss, checked and in one form: flat vectors of one dtype, empty where absent."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, sam
 from fastrl.kernels.surrogates import KLS, SURROGATES, Surrogate, name_of
 
 RATIOS = ("token", "sequence")
-PARAMS = 3  # that a surrogate inside a compiled kernel can have
+PARAMS = 3  # parameters that a surrogate inside a kernel can have
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is not a tensor."""
+    """The arguments that are not tensors."""
 
     surrogate: str  # empty for one that is not in the table
     params: tuple[float, ...]
@@ -30,7 +28,7 @@ class Options:
 
     @property
     def three_params(self) -> tuple[float, ...]:
-        """The parameters as the kernels take them: filled up with 0."""
+        """The parameters as the kernels take them: padded with 0."""
         return (*self.params, *(0.0,) * (PARAMS - len(self.params)))
 
 
@@ -48,7 +46,7 @@ class Columns(NamedTuple):
     cu_seqlens: Tensor
 
 
-def gather(
+def policy_arguments(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
@@ -65,7 +63,10 @@ def gather(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Surrogate, Columns, Options]:
-    """The arguments of `policy_loss`.  Raises what it says it raises."""
+    """Check the arguments of `policy_loss`, and bring them into one form.
+
+    Raises:  ValueError or TypeError naming the argument.
+    """
     if isinstance(surrogate, str):
         one_of("surrogate", surrogate, SURROGATES)
     row = SURROGATES[surrogate] if isinstance(surrogate, str) else surrogate
@@ -85,8 +86,10 @@ def gather(
     )
     _needs("kl_coef", kl_coef, kl=kl, ref_logp=ref_logp)
     _needs("entropy_coef", entropy_coef, entropy=entropy)
-    dtype, none = compute_dtype(logp), logp.new_empty(0, dtype=compute_dtype(logp))
-    c = Columns(
+
+    dtype = compute_dtype(logp)
+    none = logp.new_empty(0, dtype=dtype)
+    columns = Columns(
         logp=_flat(logp, dtype, none),
         entropy=_flat(entropy, dtype, none),
         old_logp=_constant(old_logp, dtype, none),
@@ -97,13 +100,17 @@ def gather(
         mask=_flat(mask, torch.bool, none),
         cu_seqlens=_sequence_ends(cu_seqlens, logp) if ratio == "sequence" else none,
     )
+
     name = (surrogate if isinstance(surrogate, str) else name_of(row)) or ""
-    params = tuple(row.params[p] for p in SURROGATES[name].params) if name else ()
-    return (
-        row,
-        c,
-        Options(name, params, ratio, kl if kl and kl_coef else "", float(kl_coef), float(entropy_coef)),
+    options = Options(
+        surrogate=name,
+        params=tuple(row.params[p] for p in SURROGATES[name].params) if name else (),
+        ratio=ratio,
+        kl=kl if kl and kl_coef else "",
+        kl_coef=float(kl_coef),
+        entropy_coef=float(entropy_coef),
     )
+    return row, columns, options
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype, none: Tensor) -> Tensor:
@@ -118,16 +125,18 @@ def _constant(x: Tensor | None, dtype: torch.dtype, none: Tensor) -> Tensor:
 
 
 def _check(logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, **floats: Tensor | None) -> None:
-    """Shapes, dtypes and devices; what is as it should be is seen at a glance,
-    because small calls are many.
-    """
+    """Check shapes, dtypes and devices; correct arguments pass quickly, because small calls are frequent."""
     padded = isinstance(logp, Tensor) and logp.ndim == 2
     dims("logp", logp, "B L" if padded else "T", FLOATS)
     sizes = dict(zip("BL" if padded else "T", logp.shape, strict=True))
     for name, x in {**floats, "mask": mask}.items():
+        if x is None:
+            continue
         dtypes = (torch.bool,) if name == "mask" else FLOATS
-        if x is not None and not (isinstance(x, Tensor) and x.shape == logp.shape and x.dtype in dtypes):
+        ok = isinstance(x, Tensor) and x.shape == logp.shape and x.dtype in dtypes
+        if not ok:
             dims(name, x, " ".join(sizes), dtypes, **sizes)
+
     if any(x is not None and x.device != logp.device for x in (mask, cu_seqlens, *floats.values())):
         same_device(logp=logp, mask=mask, cu_seqlens=cu_seqlens, **floats)
     if padded and cu_seqlens is not None:
@@ -135,7 +144,7 @@ def _check(logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, **float
 
 
 def _sequence_ends(cu_seqlens: Tensor | None, logp: Tensor) -> Tensor:
-    """The ends given, or those of the rows of (B, L)."""
+    """`cu_seqlens`, or the ends of the rows of (B, L)."""
     if logp.ndim == 2:
         return torch.arange(0, logp.numel() + 1, max(logp.shape[1], 1), device=logp.device)
     if cu_seqlens is None:

@@ -1,6 +1,4 @@
-"""What policy_loss reports about a batch: one fixed row of numbers, and how the rows of several batches
-combine.
-"""
+"""The metrics of policy_loss: one fixed row of numbers for a batch, and how the rows of several combine."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from fastrl.kernels.surrogates import KLS, Gate
 
-# means over live tokens, unless it says otherwise; r is the ratio the surrogate sees, d and e are per token
+# means over live tokens, unless noted; r is the ratio that the surrogate sees, d and e are per token
 METRICS = (
     "tokens",  # live tokens, a count
     "clip_low",  # fraction held at the lower bound (clip: of tokens with a negative advantage)
@@ -33,7 +31,7 @@ METRICS = (
 _MAX = METRICS.index("ratio_max")
 
 
-def measure(
+def policy_metrics(
     d: Tensor,
     token_d: Tensor,
     e: Tensor | None,
@@ -43,11 +41,11 @@ def measure(
     entropy: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """The metrics (M,) of T tokens in the order of METRICS; `d` as the surrogate sees it, correction, entropy
-    and mask empty where absent.
+    """The metrics (M,) of T tokens in the order of METRICS.
 
-    Masked-out rows hold finite numbers.  One stack and one sum, because each small call costs more than its
-    arithmetic.
+    `d` is the log-ratio that the surrogate sees; correction, entropy and mask are empty where absent.
+    Masked-out rows hold finite numbers.  There is one stack and one sum, because each small call costs more
+    than its arithmetic.
     """
     none = torch.zeros_like(d)
     live = mask.to(d.dtype) if mask.numel() else torch.ones_like(d)
@@ -57,23 +55,10 @@ def measure(
     old_k3 = KLS["k3"](-token_d, d)[0]
     weight = r * correction if correction.numel() else r
     h = entropy if entropy.numel() else none
-    each = [
-        live,
-        low,
-        high,
-        cap,
-        r,
-        none,
-        0.5 * token_d.square(),
-        -token_d,
-        old_k3,
-        k1,
-        k3,
-        h,
-        advantage,
-        weight,
-        weight.square(),
-    ]
+
+    clipped = [low, high, cap]
+    drift = [0.5 * token_d.square(), -token_d, old_k3, k1, k3]  # approx_kl to ref_kl_k3
+    each = [live, *clipped, r, none, *drift, h, advantage, weight, weight.square()]
     sums = (torch.stack(each) * live).sum(1)
     n = sums[:1]
     mean = sums / n.clamp(min=1)
@@ -82,8 +67,9 @@ def measure(
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of a whole batch from those of its parts (chunks, micro-batches, ranks): exactly what one
-    call would give.
+    """The metrics of a whole batch from those of its parts (chunks, micro-batches, ranks).
+
+    They are exactly what one call would give.
     """
     rows = torch.stack([torch.stack([part[name] for name in METRICS]) for part in parts])
     tokens = rows[:, :1]

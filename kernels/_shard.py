@@ -1,5 +1,5 @@
-"""A vocabulary split over the processes of a group: each holds some rows of the head's weight, all hold the
-hidden states.
+"""A vocabulary split over the processes of a group: each holds some rows of the head's weight, and all hold
+the hidden states.
 
     m = max_r m_r        w_r = exp(log s_r + m_r - m)        s = sum_r w_r
     z_target - m = sum_r [target in shard r] (logp_r + log s_r + m_r - m)
@@ -22,8 +22,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The vocabulary rows [first, first + here) of `total`; `most` is the size of the largest shard, which
-    sets everybody's chunks.
+    """The vocabulary rows [first, first + here) of `total`.
+
+    `most` is the size of the largest shard: it sets the chunks of all processes.
     """
 
     group: Any
@@ -34,9 +35,9 @@ class Shard:
 
     @classmethod
     def of(cls, weight: Tensor, group: Any) -> Shard:
-        """This process's shard.  Waits for the device once: the sizes are gathered from the group.
+        """This process's shard.  Waits for the device once, to gather the sizes of all shards.
 
-        Raises: TypeError or ValueError for what is not a group of this process.
+        Raises:  TypeError for what is not a group, ValueError for a group without this process.
         """
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
@@ -52,14 +53,15 @@ class Shard:
         return cls(group, sum(found[:rank]), found[rank], max(found), sum(found))
 
     def local(self, target: Tensor) -> Tensor:
-        """Targets as this shard counts them; those of other shards lie outside [0, here)."""
+        """Targets counted from this shard's first row; those of other shards lie outside [0, here)."""
         return target.long() - self.first
 
     def combine(
         self, target: Tensor, logp: Tensor, entropy: Tensor, m: Tensor, log_s: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The statistics of the whole vocabulary, the same on every rank, from those of this shard; `target`
-        holds global ids.
+        """The statistics of the whole vocabulary, the same on every rank, from those of this shard.
+
+        `target` holds global ids.
         """
         m_all = m.clone()
         dist.all_reduce(m_all, dist.ReduceOp.MAX, group=self.group)
@@ -67,16 +69,19 @@ class Shard:
         empty = m == -torch.inf
         log_w = torch.where(empty & (m_all > -torch.inf), -torch.inf, log_s + (m - m_all))
         w = log_w.exp()
+
         here = (target >= self.first) & (target < self.first + self.here)
         shares = [w, torch.where(here, torch.where(empty, -torch.inf, logp + log_w), 0)]
         if entropy.numel():
             shares.append(torch.where(w > 0, w * (entropy - log_w), torch.where(w == 0, 0, w)))
         summed = torch.stack(shares)
         dist.all_reduce(summed, group=self.group)
+
         log_s_all = summed[0].log()
         inside = (target >= 0) & (target < self.total)
         logp_all = torch.where(inside, summed[1] - log_s_all, torch.nan)
-        return logp_all, log_s_all + summed[2] / summed[0] if entropy.numel() else entropy, m_all, log_s_all
+        entropy_all = log_s_all + summed[2] / summed[0] if entropy.numel() else entropy
+        return logp_all, entropy_all, m_all, log_s_all
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over the group, in place."""

@@ -1,86 +1,37 @@
-"""End a decode step on the device: what was drawn goes into the records, and every row learns whether and
-where it goes on.
+"""End a decode step on the device: record what was drawn, end rows, and give pages to those that go on.
 
-For each row b that is alive, of sequence s = seq[b] with c = length[b] tokens so far:
+For each live row b, of sequence s = seq[b] with c = length[b] tokens so far:
 
     records[s, c] = the draw;   length[b] += 1;  drawn[b] += 1;  last[b] = token
-    the row ends as `stop` if the token is one of `stops`, else as `length` if drawn[b] = budget[b] or
-    length[b] = until[b] a row that goes on, and whose newest token is the first of a page, gets the next free
-    page for it
 
-Rows that are not alive change nothing.  The host looks at none of this: a captured graph of the step runs it
-as it is.
+    the row ends as `stop` if the token is one of `stops`,
+    else as `length` if drawn[b] = budget[b] or length[b] = until[b]
+
+    a row that goes on gets the next free page if its newest token is the first of a page
+
+Other rows change nothing.  The host reads none of this, so a captured graph can hold the step.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._advance import LENGTH, RUNNING, STOP, Pages, Records, Rows
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import INTS, dims, same_device
+from fastrl.kernels._native import advance as native
 from fastrl.kernels.sample import Sample
 
-RUNNING, STOP, LENGTH = 0, 1, 2  # values of Records.finish
-_DTYPES = {  # of each field
+_DTYPES = {  # of the fields, in order
     "rows": (*(torch.int64,) * 6, torch.bool, torch.int32),
     "records": (torch.int64, *(torch.float32,) * 3, torch.bool, torch.int32, torch.int64, torch.int8),
     "pages": (torch.int32, torch.int64, torch.int32),
 }
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
-
-
-class Rows(NamedTuple):
-    """B rows of a batch, each decoding one sequence: where each stands.
-
-    seq     (B,) int64   its row of the records
-    length  (B,) int64   tokens so far, prompt included; the newest has no key and value yet
-    drawn   (B,) int64   tokens drawn so far
-    budget  (B,) int64   tokens that may be drawn
-    until   (B,) int64   longest length
-    last    (B,) int64   its newest token
-    alive   (B,) bool    whether it goes on
-    table   (B, N) int32 its pages, in order; 0 where it has none
-    """
-
-    seq: Tensor
-    length: Tensor
-    drawn: Tensor
-    budget: Tensor
-    until: Tensor
-    last: Tensor
-    alive: Tensor
-    table: Tensor
-
-
-class Records(NamedTuple):
-    """All tokens of S sequences, C columns wide: tokens int64, three fp32 of each draw, whether it was drawn,
-    by which weights.
-
-    length (S,) int64 and finish (S,) int8 are of whole sequences; the last one takes what nobody wants.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-    behaviour_logp: Tensor
-    entropy: Tensor
-    chosen: Tensor
-    version: Tensor
-    length: Tensor
-    finish: Tensor
-
-
-class Pages(NamedTuple):
-    """The allocator: of the stack `free` (P,) int32 the lowest `top` (1,) int64 are free pages; `refs` (P,)
-    int32 are a page's users.
-    """
-
-    free: Tensor
-    top: Tensor
-    refs: Tensor
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -94,37 +45,42 @@ def reference(
     total: Tensor,
     page: int,
 ) -> None:
-    """The definition, in PyTorch, without a look at any value."""
-    alive, S, C = rows.alive.clone(), *records.tokens.shape
+    """The definition; reads no value on the host."""
+    S, C = records.tokens.shape
+    alive = rows.alive.clone()
     seq = torch.where(alive, rows.seq, S - 1)
     place = seq * C + torch.where(alive, rows.length, 0)
     values = (draw.token, draw.logp, draw.behaviour_logp, draw.entropy, alive, version.expand_as(seq))
     for record, value in zip(records[:6], values, strict=True):
         record.view(-1).index_copy_(0, place, value.to(record.dtype))
+
     rows.length.add_(alive)
     rows.drawn.add_(alive)
     rows.last.copy_(torch.where(alive, draw.token, rows.last))
     total.add_(alive.sum())
+
     stopped = (draw.token[:, None] == stops).any(1)
     ended = alive & (stopped | (rows.drawn >= rows.budget) | (rows.length >= rows.until))
     records.length.index_copy_(0, seq, rows.length)
-    records.finish.index_copy_(
-        0, seq, torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING).to(torch.int8)
-    )
+    finish = torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING)
+    records.finish.index_copy_(0, seq, finish.to(torch.int8))
     rows.alive.logical_and_(~ended)
+
     newest = rows.length - 1
     needy = rows.alive & (newest % page == 0)
     rank = needy.cumsum(0)
     given = pages.free[torch.where(needy, pages.top - rank, 0)]
     column = torch.where(needy, newest // page, 0)[:, None]
-    rows.table.scatter_(1, column, torch.where(needy, given, rows.table.gather(1, column)[:, 0])[:, None])
-    # page 0 belongs to nobody, for good
+    kept = rows.table.gather(1, column)[:, 0]
+    rows.table.scatter_(1, column, torch.where(needy, given, kept)[:, None])
+    # page 0 is never given to a row
     pages.refs.index_copy_(0, torch.where(needy, given, 0).long(), torch.ones_like(given))
     pages.top.sub_(rank[-1:])
 
 
 def reference_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """The definition of `need`; its last token never has a key."""
+    """The definition of `need`."""
+    # the last token of a sequence never needs a key
     pages = (until - 2) // page - (length - 1) // page
     return alive.sum(), torch.where(alive, pages, 0).sum()
 
@@ -134,48 +90,8 @@ register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-def _compiled(
-    draw: Sample,
-    rows: Rows,
-    records: Records,
-    pages: Pages,
-    stops: Tensor,
-    version: Tensor,
-    total: Tensor,
-    page: int,
-) -> None:
-    """csrc/cpu/advance.cpp, which takes addresses and reads what it writes through before it starts."""
-    for name, group in (("rows", rows), ("records", records), ("pages", pages)):
-        for field, x in zip(group._fields, group, strict=True):
-            if not x.is_contiguous():
-                raise ValueError(f"{name}.{field}: expected a contiguous tensor, got strides {x.stride()}")
-    drawn = (draw.token.long(), *(x.contiguous() for x in draw[1:]))
-    groups = [[x.data_ptr() for x in group] for group in (drawn, rows, records, pages)]
-    (B, N), (S, C) = rows.table.shape, records.tokens.shape
-    extension().advance_cpu(
-        *groups,
-        stops.data_ptr(),
-        stops.numel(),
-        int(version),
-        total.data_ptr(),
-        B,
-        N,
-        S,
-        C,
-        pages.refs.numel(),
-        page,
-    )
-
-
-def _compiled_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    alive, length, until = alive.contiguous(), length.contiguous(), until.contiguous()
-    found = extension().need_cpu(alive.data_ptr(), length.data_ptr(), until.data_ptr(), alive.numel(), page)
-    live, pages = torch.tensor(found).unbind()
-    return live, pages
-
-
-register("need", "cpu", missing=unbuilt("need_cpu"), forward=_compiled_need)
-register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=_compiled)
+register("need", "cpu", missing=unbuilt("need_cpu"), forward=native.need)
+register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=native.forward)
 register_triton("advance", "advance", "forward")
 
 
@@ -191,11 +107,12 @@ def advance(
     total: Tensor,
     page: int,
 ) -> None:
-    """Record `draw` and move `rows`, `records` and `pages` on by one token, in place; add the number of
-    tokens to `total` (1,) int64.
+    """Record `draw` and advance `rows`, `records` and `pages` by one token, in place.
+
+    The number of tokens drawn is added to `total`.
 
     Shapes:  those of `Rows` (B rows), `Records`, `Pages` and `Sample`;  stops (n,) int64;  version (1,)
-             int64, of the weights.
+             int64, of the weights;  total (1,) int64.
     Memory:  the Triton kernel allocates nothing and is one launch of one program.  There must be a free page
              for every row.
     Raises:  ValueError or TypeError naming the argument.  No values are read.  Not traced by torch.compile,
@@ -221,8 +138,9 @@ def advance(
 
 
 def _check(name: str, group: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Raise ValueError or TypeError naming the field that is not of its dtype or shape; at once for all,
-    because a step is short.
+    """Raise ValueError or TypeError naming the field with a wrong shape or dtype.
+
+    Correct fields are compared all at once: a step is short.
     """
     dtypes = _DTYPES[name]
     if tuple(map(_dtype, group)) == dtypes and tuple(map(_shape, group)) == shapes:
@@ -235,8 +153,7 @@ def _check(name: str, group: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
 
 
 def need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """How many rows are alive, and how many pages they have not taken yet but may come to need, both ()
-    int64.
+    """How many rows are alive, and how many more pages they may need, both () int64.
 
     Shapes:  alive (B,) bool;  length, until (B,) int64, as in `Rows`.
     Raises:  ValueError or TypeError naming the argument.

@@ -1,14 +1,15 @@
 """Causal attention of packed sequences: a token sees itself and the tokens before it in its own sequence.
 
-    s_ij = scale q_i . k_j  for j <= i,      lse_i = log sum_j exp s_ij,      p_ij = exp(s_ij - lse_i),
-                            y_i = sum_j p_ij v_j
-    ds_ij = p_ij (dy_i . v_j - dy_i . y_i);  dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i;
-    dv_j = sum_i p_ij dy_i
+    s_ij = scale q_i . k_j  for j <= i       lse_i = log sum_j exp s_ij       p_ij = exp(s_ij - lse_i)
+    y_i = sum_j p_ij v_j
 
-H query heads share K key/value heads, H / K neighbours to one.  Kept for the backward: y and lse, never p.
+    ds_ij = p_ij (dy_i . v_j - dy_i . y_i)
+    dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij dy_i
 
-With a past (`cu_seqlens_k`) the queries are the last tokens of their sequence: token i of them sees j <= i +
-keys - queries.
+H query heads share K key/value heads, each by H / K neighbours.  The backward keeps y and lse, never p.
+
+With a past (`cu_seqlens_k`) the queries are the last tokens of their sequence: query i sees the keys
+j <= i + keys - queries.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fastrl.kernels._attention.padded import PADDED, padded
 from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 
-# one block of scores of the reference: stays in a core's own cache, 3x faster than 16 MiB at length 1024
+# a block of scores of the reference: it stays in a core's own cache, 3x faster than 16 MiB at length 1024
 SCORES_BYTES = 2 << 20
 
 
@@ -36,14 +37,12 @@ def _sequences(H: int, dtype: torch.dtype) -> Callable[[int], int]:
 
 
 def _rows(H: int, L: int, dtype: torch.dtype) -> int:
-    """Query rows of one sequence whose scores fit the byte budget."""
+    """Query rows of one sequence with scores that fit the byte budget."""
     return min(L, max(16, SCORES_BYTES // (dtype.itemsize * H * L)))
 
 
 def _scores(q: Tensor, k: Tensor, first: int, scale: float) -> Tensor:
-    """Masked scores (n K, G rows, keys) of queries (n, K, G, rows, E), the first of which is token `first` of
-    its sequence.
-    """
+    """Masked scores (n K, G rows, keys) of queries (n, K, G, rows, E) from token `first` of a sequence on."""
     n, K, G, rows, E = q.shape
     keys = first + rows
     mask = torch.full((rows, keys), -torch.inf, dtype=q.dtype, device=q.device).triu_(first + 1).repeat(G, 1)
@@ -53,7 +52,7 @@ def _scores(q: Tensor, k: Tensor, first: int, scale: float) -> Tensor:
 def reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """The definition, on padded batches, block by block of query rows: y (T, H, E) and lse (T, H)."""
+    """The definition, on padded batches, by blocks of query rows: y (T, H, E) and lse (T, H)."""
     (T, H, E), K, dtype = q.shape, k.shape[1], compute_dtype(q)
     y, lse = q.new_empty(T, H, E), q.new_empty(T, H, dtype=dtype)
     for batch in padded(cu_seqlens, _sequences(H, dtype)):
@@ -85,7 +84,7 @@ def reference_backward(
     scale: float,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, from probabilities recomputed block by block."""
+    """The gradients of q, k and v, from probabilities recomputed by blocks."""
     (_, H, E), K, dtype = q.shape, k.shape[1], lse.dtype
     delta = (dy.to(dtype) * y.to(dtype)).sum(-1)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -95,22 +94,17 @@ def reference_backward(
         queries, dout = (batch.take(x, dtype).reshape(*shape, E) for x in (q, dy))
         keys, values = (batch.take(x, dtype).reshape(n * K, L, E) for x in (k, v))
         norm, minus = batch.take_lse(lse).reshape(shape), batch.take(delta, dtype).reshape(shape)
+
         dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         rows = _rows(H, L, dtype)
         for a in range(0, L, rows):
             b = min(a + rows, L)
             query, dblock = (x[..., a:b, :].reshape(n * K, -1, E) for x in (queries, dout))
-            p = (
-                _scores(queries[..., a:b, :], keys, a, scale)
-                .sub_(norm[..., a:b].reshape(n * K, -1, 1))
-                .exp_()
-            )
+            p = _scores(queries[..., a:b, :], keys, a, scale)
+            p.sub_(norm[..., a:b].reshape(n * K, -1, 1)).exp_()
             dv[:, :b] += _over_rows(p, dblock, H // K)
-            ds = (
-                torch.bmm(dblock, values[:, :b].transpose(1, 2))
-                .sub_(minus[..., a:b].reshape(n * K, -1, 1))
-                .mul_(p)
-            )
+            ds = torch.bmm(dblock, values[:, :b].transpose(1, 2))
+            ds.sub_(minus[..., a:b].reshape(n * K, -1, 1)).mul_(p)
             dq[..., a:b, :] = torch.bmm(ds, keys[:, :b]).mul_(scale).view(*shape[:3], b - a, E)
             dk[:, :b] += _over_rows(ds, query, H // K).mul_(scale)
         for out, x in zip(grads, (dq, dk, dv), strict=True):
@@ -119,12 +113,12 @@ def reference_backward(
 
 
 def _over_rows(p: Tensor, x: Tensor, G: int) -> Tensor:
-    """p^T x, (n K, keys, E): each query head first, then their sum, which rounds half as much as one long
-    reduction.
+    """p^T x, (n K, keys, E).
+
+    Each query head is reduced by itself first: their sum then rounds half as much as one long reduction.
     """
-    heads = torch.bmm(
-        p.view(p.shape[0] * G, -1, p.shape[2]).transpose(1, 2), x.reshape(p.shape[0] * G, -1, x.shape[2])
-    )
+    n = p.shape[0] * G
+    heads = torch.bmm(p.view(n, -1, p.shape[2]).transpose(1, 2), x.reshape(n, -1, x.shape[2]))
     return heads if G == 1 else heads.view(-1, G, *heads.shape[1:]).sum(1)
 
 
@@ -138,8 +132,8 @@ register(
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# The ladder: whatever of it is installed, best first.  On CPU torch's own flash attention runs each padded
-# batch: blocked in cache, causal blocks skipped, shared heads allowed.
+# The ladder: the libraries that are installed, best first.  On CPU torch's own flash attention runs each
+# padded batch: blocked in cache, causal blocks skipped, shared heads allowed.
 for _name, _rung in (FLASH | PADDED).items():
     register("attention", _name, **_rung)
 register(
@@ -184,7 +178,7 @@ def backward_op(
 def prefix_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int
 ) -> Tensor:
-    """y (T, H, E) of the last tokens of each sequence; no gradient."""
+    """y (T, H, E) of the last tokens of each sequence; it has no gradient."""
     return pick("attention", q, "prefix")(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen)
 
 
@@ -228,16 +222,18 @@ def attention(
     max_seqlen: int | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention within each packed sequence, differentiable in q, k and v where they have the same
-    tokens.
+    """Causal attention within each packed sequence, differentiable in q, k and v.
+
+    With `cu_seqlens_k` the queries are new tokens at the ends of their sequences, as in the continuation of a
+    prompt; this has no gradient.
 
     Shapes:  q (T, H, E), k and v (T, K, E) bf16|fp16|fp32|fp64, K divides H;  cu_seqlens (S+1,) int32, empty
-             sequences allowed;  scale defaults to E^-1/2;  max_seqlen, if known, spares some kernels a look
-             at the lengths  ->  (T, H, E).  With cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each
-                             sequence's past before its T new tokens, which are its
-             last; max_seqlen then counts keys.  Without a gradient: for the continuation of a prompt.
+             sequences allowed;  scale defaults to E^-1/2;  max_seqlen, if known, lets some kernels skip
+             reading the lengths;  cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each sequence's past
+             and its new tokens, and max_seqlen counts keys
+             ->  (T, H, E).
     Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch
-             of sequences at a time and read cu_seqlens on the host, which waits for the device on CUDA.
+             of sequences at a time, and read cu_seqlens on the host, which waits for the device on CUDA.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
     """
@@ -256,22 +252,23 @@ def attention(
     ends("cu_seqlens", cu_seqlens, T)
     scale = E**-0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
-        return route(forward_op, "attention", "forward", q, k, v, cu_seqlens)(
-            q, k, v, cu_seqlens, scale, max_seqlen or 0
-        )[0]
+        run = route(forward_op, "attention", "forward", q, k, v, cu_seqlens)
+        return run(q, k, v, cu_seqlens, scale, max_seqlen or 0)[0]
     _check_past(cu_seqlens, cu_seqlens_k, T_k)
     no_gradient("attention with cu_seqlens_k", q=q, k=k, v=v)
     return prefix_op(q, k, v, cu_seqlens, cu_seqlens_k, scale, max_seqlen or 0)
 
 
 def _check_past(cu_seqlens: Tensor, cu_seqlens_k: Tensor, T_k: int) -> None:
-    """Raise ValueError unless each sequence has at least the keys of its own queries."""
+    """Raise ValueError unless each sequence has at least as many keys as queries."""
     S = ends("cu_seqlens_k", cu_seqlens_k, T_k)
     if cu_seqlens.numel() != S + 1:
         raise ValueError(f"cu_seqlens_k: expected the ends of S={cu_seqlens.numel() - 1} sequences, got {S}")
-    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
-        at = int((cu_seqlens_k.diff() < cu_seqlens.diff()).nonzero()[0])
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    short = cu_seqlens_k.diff() < cu_seqlens.diff()
+    if bool(short.any()):
+        at = int(short.nonzero()[0])
         queries, keys = int(cu_seqlens.diff()[at]), int(cu_seqlens_k.diff()[at])
         raise ValueError(
             f"cu_seqlens_k: expected at least the {queries} tokens of sequence {at}'s queries, "

@@ -1,18 +1,17 @@
 """Attention of single query tokens over paged key/value caches.
 
-    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b,   k_bj = k_cache[block_table[rows_b, j // page], j
-    % page]
+    y_b = softmax_j(scale q_b . k_bj) v_b,  j < lengths_b
+    k_bj = k_cache[block_table[rows_b, j // page], j % page]
 
-H query heads share K key/value heads.  A query of length 0 (a free slot of the batch) gets zeros.  No
-gradient.
+H query heads share K key/value heads.  A query of length 0 (a free slot of the batch) gets zeros.  The op has
+no gradient.
 
-Decoding has one query per row of the table.  With `rows` several tokens of one sequence, each with its own
-length, attend over the same pages: a prompt that is continued, or a whole sequence scored by the kernel that
+Decoding has one query per row of the table.  With `rows`, several tokens of one sequence attend over the same
+pages, each with its own length: a prompt that is continued, or a whole sequence scored by the kernel that
 sampled it.
 
-The compiled kernels take the keys in blocks that start at fixed positions, so that the bits of a query's
-output depend on that query, its keys and its values only: not on the rest of the batch, and not on where the
-pages lie.
+The kernels take the keys in blocks that start at fixed positions, so that the bits of a query's output depend
+on that query, its keys and its values only: not on the rest of the batch, nor on where the pages lie.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import decode_attention as native
 
 COPIED_BYTES = 256 << 20  # of keys and values that the reference copies at a time
 
@@ -37,12 +37,10 @@ def reference(
     rows: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The definition, over a copy of the pages in use: up to the longest sequence on CPU, all of the table on
-    CUDA.
-    """
+    """The definition, over a copy of the pages: as many as the longest sequence has on CPU, all on CUDA."""
     (B, H, E), (_, page, K, _), N = q.shape, k_cache.shape, block_table.shape[1]
     longest = N * page
-    if lengths.device.type == "cpu":  # free to read here; on CUDA it would wait for the device
+    if lengths.device.type == "cpu":  # reading them on CUDA would wait for the device
         least, longest = (int(lengths.min()), int(lengths.max())) if B else (0, 0)
         if least < 0 or longest > N * page:
             raise ValueError(_range(longest if least >= 0 else least, N, page))
@@ -59,7 +57,7 @@ def reference(
 def _dense(
     q: Tensor, table: Tensor, lengths: Tensor, k_cache: Tensor, v_cache: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """A query for each row of `table`; what lies past a length is not read, or masked: it may be NaN."""
+    """One query for each row of `table`; what lies past a length may be NaN, and is masked."""
     (B, H, E), K, dtype = q.shape, k_cache.shape[2], compute_dtype(q)
     k, v = (
         c.index_select(0, table.flatten()).view(B, -1, K, E)[:, :longest].to(dtype)
@@ -87,68 +85,19 @@ register("decode_attention", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-
-
-def _compiled(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """csrc/cpu/decode_attention.cpp, which takes addresses and reads the lengths, the rows and the pages in
-    use before it starts.
-    """
-    (B, H, E), (pages, page, K, _), (R, N), q = q.shape, k_cache.shape, block_table.shape, unit_rows(q)
-    y, table, lengths = (
-        torch.empty(B, H, E, dtype=q.dtype),
-        unit_rows(block_table.int()),
-        lengths.int().contiguous(),
-    )
-    rows = None if rows is None else rows.long().contiguous()
-    _C.decode_attention_cpu(
-        y.data_ptr(),
-        q.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        FLOAT_CODES[q.dtype],
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        table.data_ptr(),
-        table.stride(0),
-        lengths.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        scale,
-        B,
-        R,
-        N,
-        H,
-        K,
-        E,
-        pages,
-        page,
-        torch.get_num_threads(),
-    )
-    return y
-
-
 register(
     "decode_attention",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("decode_attention_cpu"),
     exact=("cpu",),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("decode_attention", "decode_attention", "forward", exact=True)
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
-# on the host
+# defined by its schema: a call of a `custom_op` costs 17 us more on the host
 torch.library.define(
     "fastrl::decode_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, Tensor? rows, "
@@ -186,14 +135,14 @@ def decode_attention(
     rows: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of query tokens over their sequences' caches, in which their own keys and values are already
-    stored.
+    """Attention of query tokens over the caches of their sequences, which hold their own keys and values too.
 
     Shapes:  q (B, H, E) bf16|fp16|fp32|fp64;  k_cache, v_cache (pages, page, K, E) of q's dtype, contiguous,
-             K divides H; block_table (R, N) int32: the page of each `page` tokens;  lengths (B,) int32, at
-             most N page: the keys a query sees, itself included;  rows (B,) int: the row of block_table each
-             query reads, None for row b, and R = B  ->  (B, H, E).  Entries of block_table and slots of a
-             page past a length may hold anything.
+             K divides H;  block_table (R, N) int32: the page of each `page` tokens;  lengths (B,) int32, at
+             most N page: the keys that a query sees, its own included;  rows (B,) int: the row of block_table
+             that each query reads; None for R = B, query b reading row b
+             ->  (B, H, E).
+             Entries of block_table, and slots of a page, past a length may hold anything.
     Memory:  the kernels: on CUDA, (E + 2) fp32 numbers for each query head and split of its keys.  The
              reference copies the pages in use.  Not differentiable.
     Raises:  ValueError or TypeError naming the argument (lengths, rows and pages are read on CPU only).

@@ -7,7 +7,7 @@ last one:
     advantage[t] = delta[t] + gamma lam next_advantage
     return[t]    = advantage[t] + value[t]
 
-A token that is masked out (an observation) is stepped over: the carries pass it unchanged, its own reward and
+A token that is masked out (an observation) is skipped: the carries pass it unchanged, and its reward and
 value are not read.
 
 The reference solves advantage[t] = b[t] + a[t] advantage[t+1] by doubling: log2 T steps over all tokens, no
@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
+from fastrl.kernels._native import gae as native
 
 
 class Gae(NamedTuple):
@@ -64,8 +65,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     """x with x[t] = b[t] + a[t] x[t+1] and x[T] = 0."""
     step = 1
     while step < b.shape[0]:
-        # after this round (a, b)[t] spans 2 step tokens; where a is 0 a NaN of the next sequence must not
-        # come through
+        # then (a, b)[t] spans 2 step tokens; where a is 0, a NaN of the next sequence must not pass
         reach = a[:-step]
         b = torch.cat([torch.where(reach == 0, b[:-step], b[:-step] + reach * b[step:]), b[-step:]])
         a = torch.cat([reach * a[step:], torch.zeros_like(a[-step:])])
@@ -77,40 +77,12 @@ register("gae", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-
-
-def _compiled(
-    reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """csrc/cpu/gae.cpp, which takes addresses."""
-    reward, value = (x.to(compute_dtype(reward)).contiguous() for x in (reward, value))
-    ends, mask = cu_seqlens.long().contiguous(), mask.contiguous()
-    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    _C.gae_cpu(
-        reward.data_ptr(),
-        value.data_ptr(),
-        reward.dtype == torch.float64,
-        ends.data_ptr(),
-        mask.data_ptr() if mask.numel() else 0,
-        gamma,
-        lam,
-        advantage.data_ptr(),
-        returns.data_ptr(),
-        reward.shape[0],
-        ends.shape[0] - 1,
-        torch.get_num_threads(),
-    )
-    return advantage, returns
-
-
-register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=_compiled)
+register("gae", "cpu", missing=unbuilt("gae_cpu"), forward=native.forward)
 register_triton("gae", "gae", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
-# on the host
+# defined by its schema: a call of a `custom_op` costs 17 us more on the host
 torch.library.define(
     "fastrl::gae",
     "(Tensor reward, Tensor value, Tensor cu_seqlens, Tensor mask, float gamma, "
@@ -123,7 +95,7 @@ forward_op = torch.ops.fastrl.gae.default
 def _run(
     reward: Tensor, value: Tensor, cu_seqlens: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    # here, because torch.compile cannot trace a look at values
+    # in the op: torch.compile cannot trace code that reads values
     ends("cu_seqlens", cu_seqlens, reward.shape[0])
     return pick("gae", reward, "forward")(reward, value, cu_seqlens, mask, gamma, lam)
 

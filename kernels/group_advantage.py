@@ -12,10 +12,9 @@
     shape "rank":    A = 2 rank / (K - 1) - 1, ranks 0 .. K-1 from worst to best, ties averaged
     shape "softmax": A = K softmax(R / tau) - 1
 
-rank and softmax are advantages by themselves: baseline, scale, eps and unbiased do not enter them.  K counts
-the group's scored samples.  A NaN reward is "not scored": it enters no statistic and gets 0.  Where a group's
-scored rewards are all equal (one scored sample included) every shape, baseline and scale gives exactly 0, so
-rounding never turns into a signal.
+rank and softmax ignore baseline, scale, eps and unbiased.  K counts the group's scored samples.  A NaN reward
+is "not scored": it enters no statistic and gets 0.  Where a group's scored rewards are all equal (one scored
+sample included) every shape, baseline and scale gives exactly 0, so rounding never turns into a signal.
 
 Moments are taken in two passes and float64: rewards of 1000 +- 1e-3 keep all their digits.
 """
@@ -29,20 +28,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
+from fastrl.kernels._native import group_advantage as native
 
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Samples sorted by group, their rewards and what the statistics need; every field is (S,) float64 but
-    the first three.
+    """Samples sorted by group, their rewards and statistics; (S,) float64 but the first three.
 
-    A statistic of a group is repeated for each of its samples, so the columns of the tables are elementwise.
+    A statistic of a group is repeated for each of its samples: the functions of the tables are elementwise.
     """
 
     of: Tensor  # (S,) int64, dense group number
-    offsets: Tensor  # (S+1,) int64, ends of the groups; groups beyond the last are empty
+    offsets: Tensor  # (S+1,) int64, ends of the groups; groups after the last are empty
     scored: Tensor  # (S,) bool
     reward: Tensor  # 0 where not scored
     count: Tensor
@@ -62,7 +61,7 @@ class _Options(NamedTuple):
     tau: float
 
 
-# --- the tables -------------------------------------------------------------------------------------
+# --- the tables, in the order of _group_advantage.py ------------------------------------------------
 BASELINES: dict[str, Callable[[_Groups], Tensor]] = {  # what is subtracted from the reward
     "mean": lambda g: g.mean,
     "leave_one_out": lambda g: g.mean - (g.reward - g.mean) / (g.count - 1),
@@ -149,14 +148,11 @@ def reference(
 def _statistics(reward: Tensor, of: Tensor) -> _Groups:
     offsets, scored = _offsets(of), ~reward.isnan()
     count = _segments(scored.double(), "sum", offsets)[of]
-    low, high = (
-        _segments(torch.where(scored, reward, far), how, offsets)[of]
-        for how, far in (("min", torch.inf), ("max", -torch.inf))
-    )
+    low = _segments(torch.where(scored, reward, torch.inf), "min", offsets)[of]
+    high = _segments(torch.where(scored, reward, -torch.inf), "max", offsets)[of]
     reward = torch.where(scored, reward, 0)
-    return _Groups(
-        of, offsets, scored, reward, count, _segments(reward, "sum", offsets)[of] / count, low, high
-    )
+    mean = _segments(reward, "sum", offsets)[of] / count
+    return _Groups(of, offsets, scored, reward, count, mean, low, high)
 
 
 def _runs(starts: Tensor) -> Tensor:
@@ -165,14 +161,12 @@ def _runs(starts: Tensor) -> Tensor:
 
 
 def _offsets(of: Tensor) -> Tensor:
-    """(S+1,) where each run of the sorted numbers `of` starts; searchsorted, because counting would wait for
-    the device.
-    """
+    """(S+1,) where each run of the sorted numbers `of` starts, without waiting for the device."""
     return torch.searchsorted(of, torch.arange(of.shape[0] + 1, device=of.device))
 
 
 def _segments(x: Tensor, how: str, offsets: Tensor) -> Tensor:
-    # "unsafe" skips a check that would wait for the device
+    # unsafe skips a check that would wait for the device
     return torch.segment_reduce(x, how, offsets=offsets, unsafe=True)
 
 
@@ -180,57 +174,17 @@ register("group_advantage", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-_CODES = tuple({name: i for i, name in enumerate(table)} for table in (BASELINES, SCALES, SHAPES))
-
-
-def codes(baseline: str, scale: str, shape: str) -> tuple[int, int, int]:
-    """What compiled kernels know the rows of the three tables by: their places."""
-    return _CODES[0][baseline], _CODES[1][scale], _CODES[2][shape]
-
-
-def _compiled(
-    reward: Tensor,
-    group: Tensor,
-    size: int,
-    baseline: str,
-    scale: str,
-    shape: str,
-    eps: float,
-    unbiased: bool,
-    tau: float,
-) -> Tensor:
-    """csrc/cpu/group_advantage.cpp, which takes addresses."""
-    reward, group = reward.to(compute_dtype(reward)).contiguous(), group.contiguous()
-    out = torch.empty_like(reward)
-    _C.group_advantage_cpu(
-        reward.data_ptr(),
-        reward.dtype == torch.float64,
-        0 if size else group.data_ptr(),
-        size,
-        *codes(baseline, scale, shape),
-        eps,
-        unbiased,
-        tau,
-        out.data_ptr(),
-        reward.shape[0],
-        torch.get_num_threads(),
-    )
-    return out
-
-
 register(
     "group_advantage",
     "cpu",
     missing=unbuilt("group_advantage_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("group_advantage", "group_advantage", "forward")
 
 
 # --- registration -----------------------------------------------------------------------------------
-# defined by its schema: a call of a `custom_op`, which is ready for autograd and mutation, costs 17 us more
-# on the host
+# defined by its schema: a call of a `custom_op` costs 17 us more on the host
 torch.library.define(
     "fastrl::group_advantage",
     "(Tensor reward, Tensor group, int size, str baseline, str scale, str shape, float eps, "
@@ -274,18 +228,17 @@ def group_advantage(
     unbiased: bool = True,
     tau: float = 0.5,
 ) -> Tensor:
-    """Advantage of each sample within its group, unitless (in the reward's unit with scale="none"); not
-    differentiable.
+    """Advantage of each sample within its group, without unit (in the reward's unit with scale="none").
 
     `unbiased` divides the variance by K - 1 instead of K; `eps` is added to std and batch_std; `tau` is the
-    softmax's temperature.  For advantages that are no group's business (plain REINFORCE) use the rewards
-    themselves: here a group of one always gets 0.
+    softmax's temperature.  A group of one always gets 0: for plain REINFORCE use the rewards themselves.  Not
+    differentiable.
 
     Shapes:  reward (S,) bf16|fp16|fp32|fp64, NaN where not scored;  group (S,) int ids of 0 or more in any
-             order, or the size of
-             contiguous groups  ->  (S,) fp32 (fp64 for fp64 rewards).
-             A size is one launch (two with batch_std); ids are sorted first, without a look at their values
-             on the host.
+             order, or the size of contiguous groups
+             ->  (S,) fp32 (fp64 for fp64 rewards).
+             A size is one launch (two with batch_std); ids are sorted first, without reading them on the
+             host.
     Memory:  nothing beside the result; a few (S,) int64 vectors to sort ids with.  The reference: a dozen
              (S,) float64 vectors.
     Raises:  ValueError or TypeError naming the argument.

@@ -2,12 +2,13 @@
 
     dx = dy W      dW = dy^T x      db = sum_t dy_t
 
-By default it is torch's own, but for float32 on CPU, where ours is faster: without a gradient from
-`LEAST_ROWS` rows on, with one from `ENOUGH` multiplications.  A library's product chooses its tiles, and how
-a sum is split, by the number of rows: the bits of a row then depend on its company.  The other
-implementations are batch-invariant: an element is a sum over k in one fixed order, in float32, whatever the
-number of rows, the place among them, and the threads.  `exact` mode picks them.  Gradients need not have that
-property.
+By default it is torch's own product, except for float32 on CPU, where ours is faster: without a gradient from
+`LEAST_ROWS` rows on, with one from `ENOUGH` multiplications.
+
+A library's product chooses its tiles, and how a sum is split, by the number of rows, so that the bits of a
+row depend on the batch.  The other implementations are batch-invariant: an element is a sum over k in one
+fixed order, in float32, for any number of rows, any place among them and any number of threads.  `exact` mode
+picks them.  Gradients need not have that property.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, requested, unbuilt
+from fastrl.kernels._backend import is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
 from fastrl.kernels._head import compiled, input_grad, weight_grad
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import linear as native
+
+ENOUGH = 1 << 20  # multiplications from which a compiled product is worth an autograd.Function
+_NO_BIAS = torch.empty(0)
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -33,41 +38,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 register("linear", "reference", forward=reference)
 
 
-ENOUGH = 1 << 20  # multiplications, from which a product is worth a Function of autograd
-
-
 # --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/linear.cpp takes addresses, sizes and row strides; the output is of the operands' type or fp32.
-_NO_BIAS = torch.empty(0)
-
-
-def _compiled_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x, weight, bias = unit_rows(x), unit_rows(weight), bias.float().contiguous()
-    (M, K), N = x.shape, weight.shape[0]
-    codes = FLOAT_CODES[out.dtype], FLOAT_CODES[x.dtype]
-    if M and N:
-        extension().linear_forward_cpu(
-            out.data_ptr(),
-            out.stride(0),
-            codes[0],
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            weight.stride(0),
-            codes[1],
-            bias.data_ptr() if bias.numel() else 0,
-            M,
-            N,
-            K,
-            torch.get_num_threads(),
-        )
-    return out
-
-
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _compiled_into(torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype), x, weight, bias)
-
-
 register(
     "linear",
     "cpu",
@@ -75,8 +46,8 @@ register(
     missing=unbuilt("linear_forward_cpu"),
     exact=("cpu",),
     default=(torch.float32,),
-    forward=_compiled,
-    into=_compiled_into,
+    forward=native.forward,
+    into=native.into,
 )
 register_triton("linear", "linear", "forward", "into", exact=True)
 
@@ -86,7 +57,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return pick("linear", x, "forward")(x, weight, bias)
 
 
-# not custom_op, whose wrapper costs as much as the product of a small layer
+# not custom_op: its wrapper costs as much as the product of a small layer
 torch.library.define("fastrl::linear", torch.library.infer_schema(_forward, mutates_args=()))
 torch.library.impl("fastrl::linear", "CompositeExplicitAutograd", _forward)
 forward_op = torch.ops.fastrl.linear.default
@@ -115,20 +86,21 @@ torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setu
 
 
 class _Compiled(torch.autograd.Function):
-    """The compiled product with the same gradient, for a call that needs nothing of torch.library."""
+    """The compiled product with the same gradient, for a call that bypasses torch.library."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         _setup(ctx, (x, weight, bias), bias)
-        return _compiled(x, weight, bias)
+        return native.forward(x, weight, bias)
 
     backward = staticmethod(_autograd)
 
 
 # --- public -----------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable in all three.  Torch's own product, unless exact mode or `use_backend` asks
-    for another, or float32 lies on CPU.
+    """x W^T + b, differentiable in all three.
+
+    It is torch's own product unless exact mode or `use_backend` asks for another, or for float32 on CPU.
 
     Shapes:  x (T, K), weight (N, K), bias (N,) of one dtype, bf16|fp16|fp32|fp64  ->  (T, N) of the same
              dtype, rounded once.
@@ -148,13 +120,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` without its checks: what a model calls, which by default costs nothing beside torch's own."""
-    if not is_exact() and requested("linear") is None:
-        if not compiled(x, weight, differentiable=True):
-            return functional.linear(x, weight, bias)
-        b = _NO_BIAS if bias is None else bias
-        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad or b.requires_grad):
-            return _compiled(x, weight, b)
-        enough = x.shape[0] * weight.numel() >= ENOUGH
-        return _Compiled.apply(x, weight, b) if enough else functional.linear(x, weight, bias)
-    return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
+    """`linear` without its checks, for models: by default it adds nothing to the cost of torch's own."""
+    if is_exact() or requested("linear") is not None:
+        return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
+    if not compiled(x, weight, differentiable=True):
+        return functional.linear(x, weight, bias)
+
+    b = _NO_BIAS if bias is None else bias
+    differentiated = x.requires_grad or weight.requires_grad or b.requires_grad
+    if not differentiated or not torch.is_grad_enabled():
+        return native.forward(x, weight, b)
+    if x.shape[0] * weight.numel() >= ENOUGH:
+        return _Compiled.apply(x, weight, b)
+    return functional.linear(x, weight, bias)

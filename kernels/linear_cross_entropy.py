@@ -5,11 +5,11 @@
     dloss/dz_v = (1 + 2 z_loss lse) p_v - (1 - eps) 1[v = target] - eps / V
 
 With reduction "mean" and "sum" the gradient is formed in the forward: three products, nothing recomputed.
-With "none" every token has its own upstream gradient, and the logits are computed again in the backward.
+With "none" every token has its own upstream gradient, and the backward recomputes the logits.
 
-Without label smoothing, softcap and z-loss a row is token_logp's with dlogp = -dloss, and runs on that op's
-kernels: C++ on CPU, on CUDA one read for value and gradient.  The implementations registered here are the
-rows with those options.
+Without label smoothing, softcap and z-loss a row is one of token_logp with dlogp = -dloss, and runs on the
+kernels of that op: C++ on CPU, on CUDA one read for value and gradient.  The implementations registered here
+are for rows with those options.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ def reference(
     softcap: float,
     z_loss: float,
 ) -> Tensor:
-    """The definition, through materialised float64 logits, differentiable by autograd."""
+    """The definition, through float64 logits, differentiable by autograd."""
     z = hidden.double() @ weight.double().T
     z = z if bias is None else z + bias.double()
     z = softcap * torch.tanh(z / softcap) if softcap else z
     lse = z.logsumexp(-1)
     live = target != ignore_index
     at = z.gather(1, torch.where(live, target, 0)[:, None].long()).squeeze(1)
-    loss = (
-        (1 - smoothing) * (lse - at) + (smoothing * (lse - z.mean(-1)) if smoothing else 0) + z_loss * lse**2
-    )
+    smoothed = smoothing * (lse - z.mean(-1)) if smoothing else 0
+    loss = (1 - smoothing) * (lse - at) + smoothed + z_loss * lse**2
     loss = torch.where(live, loss, 0)
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / live.sum()}[reduction]
 
@@ -83,8 +82,9 @@ def rows_fused_into(
     softcap: float,
     z_loss: float,
 ) -> Tensor:
-    """Loss (N,); the gradient for an upstream gradient `dloss` (N,) goes to `out`, which may lie over the
-    logits, which end as scratch.
+    """Loss (N,); writes the gradient for an upstream gradient `dloss` (N,) to `out`.
+
+    `out` may lie over the logits, whose memory is used as scratch.
     """
     loss, m, log_s = rows_forward(logits, target, smoothing, softcap, z_loss)
     z = logits.to(m.dtype)
@@ -123,14 +123,12 @@ class _Options(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether a row is token_logp's."""
+        """Whether the rows are those of token_logp."""
         return not (self.smoothing or self.softcap or self.z_loss)
 
 
 def _live(target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
-    """The rows that count, which alone reach a product; finding them, unless they are given, waits for the
-    device once.
-    """
+    """The rows that count, int64.  Finding them, unless they are given, waits for the device once."""
     if mask is None:
         mask = target != ignore_index
     return mask.nonzero().squeeze(1) if mask.dtype == torch.bool else mask
@@ -139,20 +137,18 @@ def _live(target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
 def _rows_forward(logits: Tensor, target: Tensor, o: _Options) -> Tensor:
     """Loss (N,) of rows of logits."""
     if o.plain:
-        return forward_token_op(
-            logits, target, torch.ones_like(target, dtype=compute_dtype(logits)), False, False
-        )[0].neg_()
-    return pick("linear_cross_entropy", logits, "forward")(logits, target, o.smoothing, o.softcap, o.z_loss)[
-        0
-    ]
+        ones = torch.ones_like(target, dtype=compute_dtype(logits))
+        return forward_token_op(logits, target, ones, False, False)[0].neg_()
+    forward = pick("linear_cross_entropy", logits, "forward")
+    return forward(logits, target, o.smoothing, o.softcap, o.z_loss)[0]
 
 
 def _rows_fused(logits: Tensor, target: Tensor, dloss: Tensor, o: _Options, dtype: torch.dtype) -> Tensor:
     """Loss (N,); the gradient is left in `front(logits, dtype)`."""
     if o.plain:
-        return fused_token_op(logits, target, torch.ones_like(dloss), -dloss, dloss.new_empty(0), dtype)[
-            0
-        ].neg_()
+        no_entropy = dloss.new_empty(0)
+        stats = fused_token_op(logits, target, torch.ones_like(dloss), -dloss, no_entropy, dtype)
+        return stats[0].neg_()
     into = pick("linear_cross_entropy", logits, "fused_into")
     return into(front(logits, dtype), logits, target, dloss, o.smoothing, o.softcap, o.z_loss)
 
@@ -167,20 +163,18 @@ def _walk(
     wanted: Sequence[bool],
     o: _Options,
 ) -> tuple[Tensor, HeadGrads]:
-    """Loss (T,), 0 at ignored rows, and what is `wanted` of the gradients for the upstream gradient `dloss`
-    (T,).
-    """
+    """Loss (T,), 0 at ignored rows, and the `wanted` gradients for the upstream gradient `dloss` (T,)."""
     loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(o.logits_dtype, torch.float32))
-    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted)
+    given_bias = bias if bias.numel() else None
+    grads = HeadGrads(hidden, weight, given_bias, wanted)
     buffer = logits_buffer(min(o.rows, live.numel()), weight.shape[0], o.logits_dtype, hidden.device)
     asked = requested("linear_cross_entropy")
-    # the rows without options are this op's too
+
+    # a backend asked for this op runs its plain rows too
     with use_backend(asked, "token_logp") if asked else contextlib.nullcontext():
         for part in live.split(o.rows) if live.numel() else ():
             x, y = hidden[part], target[part]
-            logits = project(
-                x, weight, bias if bias.numel() else None, o.logits_dtype, buffer[: part.numel()]
-            )
+            logits = project(x, weight, given_bias, o.logits_dtype, buffer[: part.numel()])
             if not any(wanted):
                 loss.index_copy_(0, part, _rows_forward(logits, y, o))
                 continue
@@ -192,8 +186,8 @@ def _walk(
 
 def _results(grads: HeadGrads, *like: Tensor) -> tuple[Tensor, ...]:
     """The gradients in the dtypes of hidden, weight and bias; empty where not wanted."""
-    found = zip((grads.hidden, grads.weight, grads.bias), like, strict=True)
-    return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g, x in found)
+    pairs = zip((grads.hidden, grads.weight, grads.bias), like, strict=True)
+    return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g, x in pairs)
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -213,8 +207,9 @@ def forward_op(
     logits_dtype: torch.dtype,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (scalar, or (T,) for "none") and, where `wanted`, the gradients of hidden, weight and bias for an
-    upstream gradient of 1.
+    """Loss, scalar or (T,) for "none", and the `wanted` gradients of hidden, weight and bias.
+
+    The gradients are for an upstream gradient of 1.
     """
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
     live = _live(target, mask, ignore_index)
@@ -222,8 +217,9 @@ def forward_op(
     stat = torch.promote_types(logits_dtype, torch.float32)
     share = torch.full((1,), 1 / max(count, 1), dtype=stat, device=hidden.device).expand(hidden.shape[0])
     loss, grads = _walk(hidden, weight, bias, target, live, share, wanted, o)
-    out = loss if reduction == "none" else loss.sum() / count if count else loss.sum() * torch.nan
-    return out, *_results(grads, hidden, weight, bias)  # type: ignore[return-value]
+    if reduction != "none":
+        loss = loss.sum() / count if count else loss.sum() * torch.nan
+    return loss, *_results(grads, hidden, weight, bias)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fastrl::linear_cross_entropy_backward", mutates_args=())
@@ -242,7 +238,7 @@ def backward_op(
     logits_dtype: torch.dtype,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, where `wanted`, for a per-token upstream gradient (T,); the logits are computed again."""
+    """The `wanted` gradients for a per-token upstream gradient (T,); recomputes the logits."""
     o = _Options(ignore_index, smoothing, softcap, z_loss, logits_dtype, rows)
     grads = _walk(hidden, weight, bias, target, _live(target, mask, ignore_index), dloss, wanted, o)[1]
     return _results(grads, hidden, weight, bias)  # type: ignore[return-value]
@@ -317,10 +313,10 @@ def linear_cross_entropy(
     """Cross-entropy (nats), differentiable in hidden, weight and bias.
 
     Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int, `ignore_index` where a token does
-             not count;  bias (V,); mask, which then says instead of `ignore_index` what counts: (T,) bool, or
-             (N,) int64 distinct rows
+             not count;  bias (V,);  mask (T,) bool, or (N,) int64 distinct rows: the tokens that count, in
+             place of `ignore_index`
              ->  a scalar, or (T,) with 0 at ignored tokens for reduction "none"; fp32 (fp64 for fp64 inputs).
-             "mean" divides by the tokens that count (NaN when none does, as in PyTorch).
+             "mean" divides by the number of tokens that count (NaN when there is none, as in PyTorch).
     Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients,
              in the forward.  Finding the rows that count waits for the device once; rows given as int64
              `mask` do not.

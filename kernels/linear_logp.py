@@ -1,10 +1,10 @@
-"""Log-probability and entropy of each target token, from hidden states and the head's weight, without the (T,
-V) logits.
+"""Log-probability and entropy of each target token, from hidden states and the head's weight, without the
+(T, V) logits.
 
     logits = hidden weight^T + bias, a chunk of rows at a time; the rest is `token_logp`.
 
-Forward 2 T D V FLOPs; backward recomputes the logits, 6 T D V more.  A loss that is known when the log-probs
-are computed should use `linear_loss` instead, which never recomputes: 6 T D V in all.
+The forward takes 2 T D V FLOPs, the backward, which recomputes the logits, 6 T D V more.  A loss that is
+known when the log-probs are computed should use `linear_loss`, which recomputes nothing: 6 T D V in all.
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ if TYPE_CHECKING:
 def reference(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition, through materialised float64 logits: logp and entropy, both (T,), differentiable by
-    autograd.
-    """
+    """The definition, through float64 logits: logp and entropy, both (T,), differentiable by autograd."""
     z = hidden.double() @ weight.double().T
     z = (z if bias is None else z + bias.double()) / temperature.double()[:, None]
     log_p = z.log_softmax(-1)
-    return log_p.gather(1, target[:, None].long()).squeeze(1), -(
-        log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)
-    ).sum(-1)
+    logp = log_p.gather(1, target[:, None].long()).squeeze(1)
+    return logp, -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)).sum(-1)
 
 
 # --- the chunks -------------------------------------------------------------------------------------
@@ -53,34 +50,35 @@ def forward_chunks(
     rows: int,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s, each (T,); an absent bias is empty; `rows` per
-    chunk of logits.
+    """logp, entropy (empty unless asked for), m and log s, each (T,), in chunks of `rows`.
+
+    An absent bias is empty.
     """
     T = hidden.shape[0]
     stat = torch.promote_types(logits_dtype, torch.float32)
-    logp, h, m, log_s = (
-        torch.empty(n, dtype=stat, device=hidden.device) for n in (T, T if entropy else 0, T, T)
-    )
+    sizes = (T, T if entropy else 0, T, T)
+    logp, h, m, log_s = (torch.empty(n, dtype=stat, device=hidden.device) for n in sizes)
+    given_bias = bias if bias.numel() else None
     buffer = logits_buffer(min(rows, T), weight.shape[0], logits_dtype, hidden.device)
+
     for a in range(0, T, rows):
         part = slice(a, min(a + rows, T))
-        logits = project(
-            hidden[part], weight, bias if bias.numel() else None, logits_dtype, buffer[: part.stop - a]
-        )
-        found = row_stats(logits, target[part], temperature[part], entropy, shard)
-        logp[part], m[part], log_s[part] = found[0], found[2], found[3]
+        logits = project(hidden[part], weight, given_bias, logits_dtype, buffer[: part.stop - a])
+        stats = row_stats(logits, target[part], temperature[part], entropy, shard)
+        logp[part], m[part], log_s[part] = stats[0], stats[2], stats[3]
         if entropy:
-            h[part] = found[1]
+            h[part] = stats[1]
     return logp, h, m, log_s
 
 
 def row_stats(
     logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, m and log s of rows of logits, of the whole vocabulary when the logits are a shard's."""
+    """logp, entropy, m and log s of rows of logits; for the logits of a shard, of the whole vocabulary."""
     if shard is None:
         return forward_op(logits, target, temperature, entropy, False)
-    return shard.combine(target, *forward_op(logits, shard.local(target), temperature, entropy, False))
+    stats = forward_op(logits, shard.local(target), temperature, entropy, False)
+    return shard.combine(target, *stats)
 
 
 def backward_chunks(
@@ -99,18 +97,17 @@ def backward_chunks(
     wanted: Sequence[bool],
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias (empty where not wanted); the logits are computed again, chunk by
-    chunk.
-    """
+    """Gradients of hidden, weight and bias (empty where not wanted); recomputes the logits by chunks."""
     live = live_rows(dlogp, dentropy) if dentropy.numel() else live_rows(dlogp)
     N = hidden.shape[0] if live is None else live.numel()
     target = target if shard is None else shard.local(target)
-    grads = HeadGrads(hidden, weight, bias if bias.numel() else None, wanted, partial=shard is not None)
+    given_bias = bias if bias.numel() else None
+    grads = HeadGrads(hidden, weight, given_bias, wanted, partial=shard is not None)
     buffer = logits_buffer(min(rows, N), weight.shape[0], logits_dtype, hidden.device)
     for a in range(0, N, rows):
         part: slice | Tensor = slice(a, min(a + rows, N)) if live is None else live[a : a + rows]
         x = hidden[part]
-        logits = project(x, weight, bias if bias.numel() else None, logits_dtype, buffer[: x.shape[0]])
+        logits = project(x, weight, given_bias, logits_dtype, buffer[: x.shape[0]])
         h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
         dtype = gradient_dtype(logits, weight)
         backward_into_op(
@@ -119,8 +116,9 @@ def backward_chunks(
         grads.add(part, x, front(logits, dtype))
     if shard is not None and grads.hidden is not None:
         shard.sum(grads.hidden)
-    found = zip((grads.hidden, grads.weight, grads.bias), (hidden, weight, bias), strict=True)
-    dhidden, dweight, dbias = (x.new_empty(0) if g is None else g.to(x.dtype) for g, x in found)
+
+    pairs = zip((grads.hidden, grads.weight, grads.bias), (hidden, weight, bias), strict=True)
+    dhidden, dweight, dbias = (x.new_empty(0) if g is None else g.to(x.dtype) for g, x in pairs)
     return dhidden, dweight, dbias
 
 

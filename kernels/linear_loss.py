@@ -1,14 +1,15 @@
-"""Any loss of per-token log-probs and entropies, from hidden states and the head's weight, its gradient
+"""Any loss of per-token log-probs and entropies, from hidden states and the head's weight, with its gradient
 computed in the forward.
 
-For each chunk of live rows:  logits = x W^T  ->  logp, entropy  ->  loss(logp, entropy, rows) and its
-                              derivative by both
-  ->  the logits overwritten by their gradient  ->  dx = dlogits W,  dW += dlogits^T x.
+For each chunk of live rows:
 
-Three products of 2 N D V FLOPs for N live rows, nothing recomputed, one chunk of logits alive at a time.
-Masked rows leave before the first product and, on CPU, rows whose derivative is zero (clipped tokens) before
-the other two.  A sequence-level loss needs every log-prob before any derivative: its logits are kept when
-they fit `logits_bytes`, and recomputed (a fourth product) when not.
+    logits = x W^T  ->  logp, entropy  ->  loss(logp, entropy, rows) and its derivative by both
+    ->  the logits overwritten by their gradient  ->  dx = dlogits W,  dW += dlogits^T x
+
+These are three products of 2 N D V FLOPs for N live rows; nothing is recomputed, and one chunk of logits is
+alive at a time.  Masked rows are dropped before the first product and, on CPU, rows of zero derivative
+(clipped tokens) before the other two.  A sequence-level loss needs every log-prob before any derivative: its
+logits are kept when they fit `logits_bytes`, and recomputed (a fourth product) when not.
 """
 
 from __future__ import annotations
@@ -55,9 +56,7 @@ def reference(
     temperature: Tensor,
     entropy: bool,
 ) -> Tensor:
-    """The definition: materialised float64 logits, one call of the loss on the live rows, gradients by
-    autograd.
-    """
+    """The definition: float64 logits, one call of the loss on the live rows, gradients by autograd."""
     logp, h = linear_reference(hidden, weight, target, bias, temperature)
     rows = mask.nonzero().squeeze(1)
     return loss(logp[rows], h[rows] if entropy else None, rows)
@@ -66,9 +65,9 @@ def reference(
 # --- the chunks -------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class _Chunk:
-    """N rows on their way through: what the forward leaves for the gradient."""
+    """N rows after their forward: what their gradient needs."""
 
-    at: slice | Tensor  # where they are in (T,) vectors: a slice when every row is live, which copies nothing
+    at: slice | Tensor  # their place in (T,) vectors: a slice when every row is live, which copies nothing
     x: Tensor
     logits: Tensor | None
     logp: Tensor
@@ -79,7 +78,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The arguments of one call that autograd has no business with."""
+    """Non-differentiable arguments of one call."""
 
     target: Tensor
     rows: Tensor
@@ -91,7 +90,7 @@ class _Call:
     level: str
     weight_grad: Tensor | None
     logits_bytes: int | None
-    grads: bool  # False under no_grad, where inputs may still say that they require grad
+    grads: bool  # False under no_grad, where inputs may still have requires_grad=True
     shard: Shard | None
 
 
@@ -102,28 +101,23 @@ class _Pass:
         self, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
     ) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
-        stat = compute_dtype(hidden)
-        T = hidden.shape[0]
+        stat, T = compute_dtype(hidden), hidden.shape[0]
         self.loss = hidden.new_zeros((), dtype=stat)
         self.logp, self.lse = (hidden.new_zeros(T, dtype=stat) for _ in range(2))
         self.entropy = hidden.new_zeros(T if call.entropy else 0, dtype=stat)
-        self.grads = HeadGrads(
-            hidden, weight, bias, needs, weight_grad=call.weight_grad, partial=call.shard is not None
-        )
-        # as these logits count them
+        partial = call.shard is not None
+        self.grads = HeadGrads(hidden, weight, bias, needs, weight_grad=call.weight_grad, partial=partial)
+        # counted from the first row of these logits
         self.target = call.target if call.shard is None else call.shard.local(call.target)
         self.differentiate = any(needs)
+
+        rows, itemsize, budget = call.rows.numel(), call.dtype.itemsize, call.logits_bytes
         most = weight.shape[0] if call.shard is None else call.shard.most
-        self.size = chunk_rows(most, call.dtype.itemsize, hidden.device, call.logits_bytes)
-        kept = call.rows.numel() * most * call.dtype.itemsize <= logits_budget(
-            hidden.device, call.logits_bytes
-        )
-        self.keep = call.level == "token" or kept
-        alive = (
-            call.rows.numel()
-            if call.level == "sequence" and kept and self.differentiate
-            else min(self.size, call.rows.numel())
-        )
+        self.size = chunk_rows(most, itemsize, hidden.device, budget)  # rows of a chunk
+        all_fit = rows * most * itemsize <= logits_budget(hidden.device, budget)
+        self.keep = call.level == "token" or all_fit
+        keep_all = call.level == "sequence" and all_fit and self.differentiate
+        alive = rows if keep_all else min(self.size, rows)
         self.buffer = logits_buffer(alive, weight.shape[0], call.dtype, hidden.device)
 
     def run(self) -> None:
@@ -132,10 +126,10 @@ class _Pass:
         if call.level == "token":
             for a in starts:
                 chunk = self.forward(a)
-                self.backward(
-                    chunk, *self.derivative(call.rows[a : a + self.size], chunk.logp, chunk.entropy)
-                )
+                derivatives = self.derivative(call.rows[a : a + self.size], chunk.logp, chunk.entropy)
+                self.backward(chunk, *derivatives)
             return
+
         chunks = [self.forward(a) for a in starts]
         if chunks:
             logp, entropy = torch.cat([c.logp for c in chunks]), torch.cat([c.entropy for c in chunks])
@@ -144,7 +138,7 @@ class _Pass:
                 self.backward(chunk, dlogp[a : a + self.size], dentropy[a : a + self.size])
 
     def project(self, x: Tensor, a: int = 0) -> Tensor:
-        """The logits of x, in the buffer; from its row `a` on when all of them are kept there."""
+        """The logits of x, in the buffer: from its row `a` on when it holds all logits."""
         first = a if a + x.shape[0] <= self.buffer.shape[0] else 0
         return project(x, self.weight, self.bias, self.call.dtype, self.buffer[first : first + x.shape[0]])
 
@@ -162,9 +156,7 @@ class _Pass:
         return _Chunk(at, x, logits if self.keep else None, logp, h, m, log_s)
 
     def derivative(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        """Add these rows' loss, and return its derivative by logp and by entropy (empty when there is
-        none).
-        """
+        """Add the loss of these rows; returns its derivative by logp, and by entropy (empty without one)."""
         call = self.call
         if not self.differentiate:
             self.loss += call.loss(logp, entropy if call.entropy else None, rows)
@@ -180,14 +172,9 @@ class _Pass:
     def backward(self, chunk: _Chunk, dlogp: Tensor, dentropy: Tensor) -> None:
         if not self.differentiate:
             return
-        at, x, logits, entropy, m, log_s = (
-            chunk.at,
-            chunk.x,
-            chunk.logits,
-            chunk.entropy,
-            chunk.m,
-            chunk.log_s,
-        )
+        at, x, logits = chunk.at, chunk.x, chunk.logits
+        entropy, m, log_s = chunk.entropy, chunk.m, chunk.log_s
+
         live = live_rows(dlogp, dentropy) if dentropy.numel() else live_rows(dlogp)
         if live is not None:
             if logits is not None:
@@ -195,11 +182,11 @@ class _Pass:
             at = live + at.start if isinstance(at, slice) else at[live]
             entropy, dentropy = (v[live] if v.numel() else v for v in (entropy, dentropy))
             x, dlogp, m, log_s = x[live], dlogp[live], m[live], log_s[live]
+
         logits = self.project(x) if logits is None else logits
         dtype = gradient_dtype(logits, self.weight)
-        backward_into_op(
-            dlogp, dentropy, logits, self.target[at], self.call.temperature[at], entropy, m, log_s, dtype
-        )
+        target, temperature = self.target[at], self.call.temperature[at]
+        backward_into_op(dlogp, dentropy, logits, target, temperature, entropy, m, log_s, dtype)
         self.grads.add(at, x, front(logits, dtype))
 
 
@@ -227,11 +214,11 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scaled copy: a second backward finds the gradient unchanged."""
+    """A scaled copy, so that a second backward finds the gradient unchanged."""
     if grad.dtype == dtype or torch.compiler.is_compiling():
         return (grad * dloss.to(grad.dtype)).to(dtype)
-    # rounded on its way out
-    return torch.mul(grad, dloss.to(grad.dtype), out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    return torch.mul(grad, dloss.to(grad.dtype), out=out)  # rounded as it is written
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -251,23 +238,22 @@ def linear_loss(
     logits_bytes: int | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenStats]:
-    """The sum of `loss` over chunks of rows, with the gradients of hidden, weight and bias computed along the
-    way.
+    """The sum of `loss` over chunks of rows; computes the gradients of hidden, weight and bias along the way.
 
-    `loss(logp, entropy, rows)` gets the log-probs and entropies (nats; None unless asked for) of N rows and
-    their int64 indices into T, and returns these rows' scalar contribution, already divided by global
+    `loss(logp, entropy, rows)` takes the log-probs and entropies (nats; None unless asked for) of N rows and
+    their int64 indices into T, and returns the scalar contribution of these rows, already divided by global
     denominators: the sum over chunks is the loss.  It is plain PyTorch, differentiated by torch.func.vjp.  A
-    tensor it closes over is a constant: one that requires grad is refused.  With `level="sequence"` it is
-    called once, with every live row, in order.
+    tensor that it closes over is a constant: one that requires grad is refused.  With `level="sequence"` it
+    is called once, with every live row, in order.
 
     Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or
              (T,); mask (T,) bool, or (N,) int64 distinct live rows (a bool mask on CUDA waits for the device
              once, to count them)
              ->  loss scalar, TokenStats (T,), detached, 0 where masked; fp32 (fp64 for fp64 inputs).
              With a `group` of processes, weight, bias and weight_grad are this process's part of the
-             vocabulary, in the order of the ranks and of any size; all else is the same on every process, the
-             loss and the gradient of hidden too.  The processes wait for the device once, to learn each
-             other's sizes.
+             vocabulary, of any size and in the order of the ranks; everything else is the same on every
+             process, as are the loss and the gradient of hidden.  The processes wait for the device once, to
+             exchange their sizes.
     Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), one
              float32 gradient of the weight, one gradient of hidden.  `weight_grad`, a float32 (V, D) buffer,
              takes the weight's gradient instead, added during the forward, so that micro-batches share it;
@@ -276,24 +262,29 @@ def linear_loss(
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     one_of("level", level, LEVELS)
-    if not torch.compiler.is_compiling():  # which cannot look into a closure
+    if not torch.compiler.is_compiling():  # which cannot inspect a closure
         _refuse_gradients(loss)
     if weight_grad is not None:
-        dims(
-            "weight_grad",
-            weight_grad,
-            "V D",
-            (accumulator(weight[:0]).dtype,),
-            V=weight.shape[0],
-            D=weight.shape[1],
-        )
+        V, D = weight.shape
+        dims("weight_grad", weight_grad, "V D", (accumulator(weight[:0]).dtype,), V=V, D=D)
         same_device(weight=weight, weight_grad=weight_grad)
+
     rows = _live_rows(mask, hidden)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
     shard = None if group is None else Shard.of(weight, group)
-    grads = torch.is_grad_enabled()
     call = _Call(
-        target, rows, mask is None, tau, loss, entropy, dtype, level, weight_grad, logits_bytes, grads, shard
+        target=target,
+        rows=rows,
+        all_live=mask is None,
+        temperature=tau,
+        loss=loss,
+        entropy=entropy,
+        dtype=dtype,
+        level=level,
+        weight_grad=weight_grad,
+        logits_bytes=logits_bytes,
+        grads=torch.is_grad_enabled(),
+        shard=shard,
     )
     value, logp, h, lse = _LinearLoss.apply(hidden, weight, bias, call)
     return value, TokenStats(logp, h if entropy else None, lse)
@@ -307,7 +298,7 @@ def _live_rows(mask: Tensor | None, hidden: Tensor) -> Tensor:
 
 
 def _refuse_gradients(loss: Loss) -> None:
-    """A closed-over tensor would silently get no gradient."""
+    """Raise ValueError if `loss` closes over a tensor that requires grad: it would silently get none."""
     if not callable(loss):
         raise TypeError(f"loss: expected a function of (logp, entropy, rows), got {type(loss).__name__}")
     closure = getattr(loss, "__closure__", None) or ()

@@ -2,22 +2,21 @@
 
     delta <- project(delta + step_size u)        u: the direction that raises the loss most per unit of norm
 
-    norm   ball                 u                                                        project
-    l2     |delta|_2 <= radius  g / |g|_2                                                delta min(1, radius /
-           |delta|_2)
-    linf   |delta_i| <= radius  sign g                                                   clamp to +- radius
-    l1     |delta|_1 <= radius  sign g where |g| is largest, shared by its ties, else 0  soft threshold (the
-           Euclidean projection)
+    norm   ball                 u                                     project
+    l2     |delta|_2 <= radius  g / |g|_2                             delta min(1, radius / |delta|_2)
+    linf   |delta_i| <= radius  sign g                                clamp to +- radius
+    l1     |delta|_1 <= radius  sign g where |g| is largest, else 0,  soft threshold,
+                                shared among ties                     the Euclidean projection
 
 A ball holds the live elements of one token, of one sequence, or of the whole batch: the scope.  Masked-out
 tokens are exactly 0.  A token whose gradient is not finite moves as if its gradient were 0.  A targeted
 attack passes the negated gradient.
 
-`out=` receives embeds + delta, formed in fp32, in the same launch: what the next forward pass takes.
+`out=` receives embeds + delta, formed in fp32, in the same launch: the input of the next forward pass.
 
-The start is (2 u - 1) radius / c with Philox uniforms u and c = sqrt(n), 1, n for l2, linf, l1 and n live
-elements in the ball: a cube that fits inside the ball (FreeLB's start), so no sum is needed and the bits are
-the same on every device.
+The start is (2 u - 1) radius / c with Philox uniforms u, n live elements in the ball, and c = sqrt(n), 1, n
+for l2, linf, l1: a cube that fits inside the ball (FreeLB's start), so no sum is needed and the bits are the
+same on every device.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
-from fastrl.kernels._native import perturb as _perturb_cpu
+from fastrl.kernels._native import perturb as native
 from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
 
@@ -40,9 +39,7 @@ _NEWTON_STEPS = 48
 
 
 class _Balls(NamedTuple):
-    """Which tokens share a ball: sums and maxima over it, repeated for each token.  No offsets: each token
-    has its own.
-    """
+    """Sums and maxima over the tokens of a ball, repeated for each; without offsets each token is a ball."""
 
     offsets: Tensor | None
     of: Tensor | None
@@ -54,11 +51,9 @@ class _Balls(NamedTuple):
         return self._reduce(x, "max")
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
-        return (
-            x
-            if self.offsets is None
-            else torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True)[self.of]
-        )
+        if self.offsets is None:
+            return x
+        return torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True)[self.of]
 
 
 # --- the norms --------------------------------------------------------------------------------------
@@ -84,11 +79,10 @@ def _l1_direction(g: Tensor, balls: _Balls) -> Tensor:
 
 
 def _l1_project(delta: Tensor, radius: float, balls: _Balls) -> Tensor:
-    """Soft threshold at the root of f(x) = sum max(|delta| - x, 0) - radius, which is convex and falls
-    piecewise linearly.
+    """Soft threshold at the root of f(x) = sum max(|delta| - x, 0) - radius, convex and piecewise linear.
 
-    Newton from 0 never overshoots, and each step cuts f times the number of elements above x by 4 or more: 48
-    steps divide it by 10^28.  No sort, hence the same bits in every run.
+    Newton's steps from 0 never overshoot, and each divides f times the number of elements above x by 4 or
+    more: 48 steps divide it by 10^28.  Nothing is sorted, so the bits are the same in every run.
     """
     size = delta.abs().double()
     total = balls.total(size.sum(1))
@@ -98,12 +92,11 @@ def _l1_project(delta: Tensor, radius: float, balls: _Balls) -> Tensor:
         f = balls.total(torch.where(above, size - threshold[:, None], 0).sum(1)) - radius
         step = torch.where(f > 0, f / balls.total(above.sum(1).double()), 0)
         threshold = threshold + step
-        # free to look here, and usually 5 steps do
+        # reading a value is free on CPU, and usually 5 steps suffice
         if delta.device.type == "cpu" and not bool((step > threshold * 1e-15).any()):
             break
-    return torch.where(
-        (total > radius)[:, None], delta.sign() * (size - threshold[:, None]).clamp_(min=0), delta
-    ).to(delta.dtype)
+    shrunk = delta.sign() * (size - threshold[:, None]).clamp_(min=0)
+    return torch.where((total > radius)[:, None], shrunk, delta).to(delta.dtype)
 
 
 class _Norm(NamedTuple):
@@ -149,7 +142,7 @@ def reference_step(
     embeds: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """The definition: moves `delta` in place, then writes embeds + delta to `out` where they are given."""
+    """The definition: move `delta` in place, then write embeds + delta to `out` where they are given."""
     D = delta.shape[-1]
     live, balls = _live(delta, mask), _balls(delta, cu_seqlens, scope)
     g = grad.reshape(-1, D).to(delta.dtype)
@@ -162,21 +155,20 @@ def reference_step(
 
 
 def _live(x: Tensor, mask: Tensor) -> Tensor:
-    return (
-        mask.reshape(-1)
-        if mask.numel()
-        else torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
-    )
+    if mask.numel():
+        return mask.reshape(-1)
+    return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
 
 
 def _balls(x: Tensor, cu_seqlens: Tensor, scope: str) -> _Balls:
     if scope == "token":
         return _Balls(None, None)
     T = x.shape[:-1].numel()
-    length = T if scope == "batch" else x.shape[-2]  # the rows of (B, L, D)
-    offsets = (
-        cu_seqlens.long() if cu_seqlens.numel() else torch.arange(0, T + 1, max(length, 1), device=x.device)
-    )
+    if cu_seqlens.numel():
+        offsets = cu_seqlens.long()
+    else:
+        length = T if scope == "batch" else x.shape[-2]  # the rows of (B, L, D)
+        offsets = torch.arange(0, T + 1, max(length, 1), device=x.device)
     return _Balls(offsets, torch.searchsorted(offsets[1:], torch.arange(T, device=x.device), right=True))
 
 
@@ -188,9 +180,9 @@ register(
     "cpu",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     missing=_MISSING,
-    forward=_perturb_cpu.init,
+    forward=native.init,
 )
-register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=_perturb_cpu.step)
+register("perturb_step", "cpu", dtypes=(torch.float32,), missing=_MISSING, forward=native.step)
 register_triton("perturb_init", "perturb_init", "forward")
 register_triton("perturb_step", "perturb_step", "forward")
 
@@ -234,7 +226,7 @@ def _(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds=None
 
 
 def _check_ends(x: Tensor, cu_seqlens: Tensor) -> None:
-    if cu_seqlens.numel():  # here, because torch.compile cannot trace a look at values
+    if cu_seqlens.numel():  # in the op: torch.compile cannot trace code that reads values
         ends("cu_seqlens", cu_seqlens, x.shape[0])
 
 
@@ -249,8 +241,9 @@ def perturb_init(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A random start inside the ball, in embedding units, a function of `seed` and the shape; not
-    differentiable.
+    """A random start inside the ball, in embedding units: a function of `seed` and the shape.
+
+    Not differentiable.
 
     Shapes:  embeds (T, D) or (B, L, D), read for its shape, dtype and device only;  cu_seqlens (S+1,) int32
              with (T, D) and scope="sequence" (the rows of (B, L, D) are sequences);  mask (T,) or (B, L)
@@ -276,11 +269,11 @@ def perturb_step(
     embeds: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`delta` after one ascent step and projection, in embedding units; changed in place and returned, not
-    differentiable.
+    """`delta` after one ascent step and projection, in embedding units; changed in place, and returned.
 
-    `delta` may be the leaf whose gradient `grad` is.  With `embeds` and `out`, embeds + delta is written to
-    `out` as well; `out` may be `embeds`.  Keep it in fp32: bf16 swallows what is below 2^-9 of an embedding.
+    `delta` may be the leaf of which `grad` is the gradient.  With `embeds` and `out`, embeds + delta is also
+    written to `out`, which may be `embeds`.  Keep delta in fp32: bf16 drops what is below 2^-9 of an
+    embedding.  Not differentiable.
 
     Shapes:  delta (T, D) or (B, L, D) fp32|fp64;  grad, embeds, out like delta, any float;  cu_seqlens, mask
              as in `perturb_init`.
@@ -303,8 +296,12 @@ def perturb_step(
                 f"got {x.dtype} {tuple(x.shape)}"
             )
     same_device(delta=delta, grad=grad, embeds=embeds, out=out)
-    plus = (None, None) if embeds is None or out is None else (embeds.detach(), out.detach())
-    step_op(delta.detach(), grad.detach(), ends_, live, float(step_size), float(radius), norm, scope, *plus)
+    tensors = (delta.detach(), grad.detach(), ends_, live)
+    numbers = (float(step_size), float(radius), norm, scope)
+    if embeds is None or out is None:
+        step_op(*tensors, *numbers, None, None)
+    else:
+        step_op(*tensors, *numbers, embeds.detach(), out.detach())
     return delta
 
 
@@ -318,7 +315,7 @@ def _arguments(
     norm: str,
     scope: str,
 ) -> tuple[Tensor, Tensor]:
-    """Check what the two ops share; the sequence ends and the mask, empty where absent or not needed."""
+    """Check the arguments that both ops take; returns the sequence ends and the mask, empty where absent."""
     padded = isinstance(x, Tensor) and x.ndim == 3
     dims(name, x, "B L D" if padded else "T D", dtypes)
     one_of("norm", norm, NORMS)
@@ -336,8 +333,9 @@ def _arguments(
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(f"mask: expected bool {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
     same_device(**{name: x}, cu_seqlens=cu_seqlens, mask=mask)
-    needed = scope == "sequence" and cu_seqlens is not None
-    return (
-        cu_seqlens if needed else torch.empty(0, dtype=torch.int32, device=x.device),  # type: ignore[return-value]
-        torch.empty(0, dtype=torch.bool, device=x.device) if mask is None else mask,
-    )
+
+    if scope != "sequence" or cu_seqlens is None:
+        cu_seqlens = torch.empty(0, dtype=torch.int32, device=x.device)
+    if mask is None:
+        mask = torch.empty(0, dtype=torch.bool, device=x.device)
+    return cu_seqlens, mask

@@ -1,4 +1,4 @@
-"""The policy loss of a packed batch: one formula, whose parts are rows of tables.
+"""The policy loss of a packed batch: one formula, with its parts taken from tables.
 
     loss = sum_t weight_t ( -correction_t S_t + kl_coef KL_t - entropy_coef H_t )
 
@@ -13,9 +13,10 @@ moves one for one with the token's own logp (GSPO-token): advantages may differ 
 they do not this is GSPO.
 
 Masked-out tokens are replaced before anything is computed: whatever they hold, they add exactly 0.
+
 The fused op computes loss, metrics and both derivatives at once: one pass on CPU (csrc/cpu/policy_loss.cpp),
-one kernel and its second stage in Triton.  A surrogate that is not in the table takes the same formula
-through autograd.
+one kernel and its second stage in Triton.  A surrogate that is not in the table runs the same formula through
+autograd.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, transformed, unbuilt
 from fastrl.kernels._check import ends
-from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, gather
-from fastrl.kernels._policy_metrics import METRICS, measure, merge_metrics
+from fastrl.kernels._native import policy_loss as native
+from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, policy_arguments
+from fastrl.kernels._policy_metrics import METRICS, merge_metrics, policy_metrics
 from fastrl.kernels.surrogates import KLS, SURROGATES, Surrogate, bounded
 
 __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics", "policy_loss", "reference"]
@@ -37,14 +39,15 @@ __all__ = ["KLS", "METRICS", "RATIOS", "SURROGATES", "Surrogate", "merge_metrics
 
 # --- reference --------------------------------------------------------------------------------------
 def _formula(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (T,), its derivative with respect to logp (T,), NaN where the surrogate does not state one, and
-    the metrics (M,).
+    """Loss (T,), its derivative with respect to logp (T,), and the metrics (M,).
+
+    The derivative is NaN where the surrogate does not state one.
     """
     mask = c.mask
     if mask.numel():
-        c = c._replace(
-            **{n: torch.where(mask, x, 0) for n, x in zip(c._fields[:7], c, strict=False) if x.numel()}
-        )
+        columns = zip(c._fields[:7], c, strict=False)
+        c = c._replace(**{name: torch.where(mask, x, 0) for name, x in columns if x.numel()})
+
     token_d = c.logp - c.old_logp
     d = bounded(_sequence_mean(token_d, c) if o.ratio == "sequence" else token_d)
     value, slope = row.torch(d, c.logp, c.advantage, **row.params)
@@ -52,20 +55,22 @@ def _formula(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, Tensor, Te
     if c.correction.numel():
         value, slope = value * c.correction, slope * c.correction
     loss, slope = -value, -slope
+
     e = c.logp - c.ref_logp if c.ref_logp.numel() else None
     if o.kl and e is not None:
         kl, kl_slope = KLS[o.kl](e, bounded(token_d))
         loss, slope = loss + o.kl_coef * kl, slope + o.kl_coef * kl_slope
     if o.entropy_coef and c.entropy.numel():
         loss = loss - o.entropy_coef * c.entropy
+
     with torch.no_grad():
         gate = row.gate(d.exp(), c.advantage, **row.params) if row.gate else None
-        metrics = measure(d, token_d, e, gate, c.advantage, c.correction, c.entropy, mask)
+        metrics = policy_metrics(d, token_d, e, gate, c.advantage, c.correction, c.entropy, mask)
     return loss * c.weight, slope * c.weight, metrics
 
 
 def _sequence_mean(d: Tensor, c: Columns) -> Tensor:
-    """Each token's sequence mean of d over live tokens, with the derivative of the token's own d."""
+    """The mean of d over the live tokens of each token's sequence; it has the derivative of the token's d."""
     T, cu = d.shape[0], c.cu_seqlens.long()
     of = torch.searchsorted(cu[1:], torch.arange(T, device=d.device), right=True)
     fixed = d.detach()
@@ -82,7 +87,7 @@ def reference(
     """The definition of `policy_loss`, with its arguments: plain PyTorch, differentiable through the
     surrogate's value.
     """
-    return _by_autograd(*gather(logp, old_logp, advantage, **arguments))
+    return _by_autograd(*policy_arguments(logp, old_logp, advantage, **arguments))
 
 
 def _by_autograd(row: Surrogate, c: Columns, o: Options) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,54 +103,21 @@ def _fused(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = replace(named, params=dict(zip(named.params, o.params, strict=True)))
     loss, slope, metrics = _formula(row, c, o)
     weight = torch.where(c.mask, c.weight, 0) if c.mask.numel() else c.weight
-    return (
-        loss.sum(),
-        metrics,
-        slope,
-        weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0),
-    )
+    dentropy = weight * -o.entropy_coef if c.entropy.numel() else c.entropy.new_empty(0)
+    return loss.sum(), metrics, slope, dentropy
 
 
-# "columns": of rows without a twin on the device
+# "columns" serves surrogates without an implementation in the device's kernel
 register("policy_loss", "reference", forward=_fused, columns=_fused)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-_C = extension()
-# by which csrc/cpu/policy_loss_rows.h knows them
-_KL_IDS = {name: i for i, name in enumerate(("", *KLS), -1)}
-
-
-def _compiled(c: Columns, o: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = Columns(*(x.contiguous() for x in c))
-    loss, metrics = c.logp.new_empty(()), c.logp.new_empty(len(METRICS))
-    dlogp, dentropy = torch.empty_like(c.logp), torch.empty_like(c.entropy)
-    sequence_ends = c.cu_seqlens.long() if o.ratio == "sequence" else c.cu_seqlens[:0]
-    _C.policy_loss_cpu(
-        *(x.data_ptr() for x in c[:-1]),
-        sequence_ends.data_ptr(),
-        sequence_ends.shape[0] - 1,
-        loss.data_ptr(),
-        metrics.data_ptr(),
-        dlogp.data_ptr(),
-        dentropy.data_ptr(),
-        SURROGATES[o.surrogate].cpu_id,
-        o.three_params,
-        _KL_IDS[o.kl],
-        o.kl_coef,
-        o.entropy_coef,
-        c.logp.shape[0],
-        torch.get_num_threads(),
-    )
-    return loss, metrics, dlogp, dentropy
-
-
 register(
     "policy_loss",
     "cpu",
     dtypes=(torch.float32,),
     missing=unbuilt("policy_loss_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 register_triton("policy_loss", "policy_loss", "forward")
 
@@ -169,15 +141,15 @@ def _forward(
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = Columns(logp, entropy, old_logp, advantage, weight, ref_logp, correction, mask, cu_seqlens)
-    if ratio == "sequence":  # here, because torch.compile cannot trace a look at values
+    if ratio == "sequence":  # in the op: torch.compile cannot trace code that reads values
         ends("cu_seqlens", cu_seqlens, logp.shape[0])
     row = SURROGATES[surrogate]
-    twin = row.triton if logp.is_cuda else row.cpu_id
-    run = pick("policy_loss", logp, "forward" if twin is not None else "columns")
+    in_kernel = row.triton if logp.is_cuda else row.cpu_id
+    run = pick("policy_loss", logp, "columns" if in_kernel is None else "forward")
     return run(c, Options(surrogate, tuple(params), ratio, kl, kl_coef, entropy_coef))
 
 
-# not custom_op, whose wrapper costs as much as the arithmetic of ten thousand tokens
+# not custom_op: its wrapper costs as much as the arithmetic of ten thousand tokens
 torch.library.define("fastrl::policy_loss", torch.library.infer_schema(_forward, mutates_args=()))
 torch.library.impl("fastrl::policy_loss", "CompositeExplicitAutograd", _forward)
 forward_op = torch.ops.fastrl.policy_loss.default
@@ -200,7 +172,9 @@ def _run(
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Not register_autograd: torch.func.vjp, under which linear_loss calls this, does not go through a
+    """The op with its gradient.
+
+    It is not registered with register_autograd: linear_loss calls it under torch.func.vjp, which ignores a
     registered backward.
     """
 
@@ -221,9 +195,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 class _Transformed(_PolicyLoss):
-    """The form that torch.func and torch.compile ask for.  It takes 25 us longer to start, which the other
-    one saves.
-    """
+    """The form that torch.func and torch.compile require; a call of it takes 25 us longer."""
 
     @staticmethod
     def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -238,7 +210,7 @@ class _Transformed(_PolicyLoss):
 
 def _differentiable(c: Columns, o: Options) -> tuple[Tensor, ...]:
     """Loss and metrics first."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if transformed():
         return _Transformed.apply(c.logp, c.entropy, c[2:], o)
     if torch.is_grad_enabled():
         return _PolicyLoss.apply(c.logp, c.entropy, c[2:], o)
@@ -263,8 +235,9 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (a sum over tokens, in nats times advantage) and its metrics; differentiable in `logp` and
-    `entropy`, in nothing else.
+    """The loss (a sum over tokens, in nats times advantage) and its metrics.
+
+    It is differentiable in `logp` and `entropy` only.
 
     `surrogate` is a row of SURROGATES or its name; `token_weight` holds the aggregate with its denominators,
     counted over the whole optimizer step; `correction` (sampler against trainer) multiplies the surrogate
@@ -275,14 +248,14 @@ def policy_loss(
              counts; None counts all)
              ->  loss () and metrics () in fp32 (fp64 for fp64 logp).
     Memory:  the derivative, (T,), kept for the backward, and one more with an entropy; in Triton, a third
-             where the ratio is per sequence.  A surrogate without a twin on the device, and float64, take
-             about forty (T,) vectors while they run.
+             where the ratio is per sequence.  Float64, and surrogates that the device's kernel does not
+             have, take about forty (T,) vectors while they run.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO); Yu et al. 2025 (DAPO); Zheng et al. 2025
              (GSPO); MiniMax 2025 (CISPO); SAPO 2511.20347; Yan et al. 2025 (LUFFY).  Second derivatives are
              not provided.
     """
-    row, c, o = gather(
+    row, c, o = policy_arguments(
         logp,
         old_logp,
         advantage,

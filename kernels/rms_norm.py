@@ -1,11 +1,11 @@
-"""Root-mean-square norm, with the residual addition before it when there is one.
+"""Root-mean-square norm, with an optional residual addition before it.
 
-h = x + residual                                   (rounded to the input's dtype, as it is stored)
-r = 1 / sqrt(mean_d h_d^2 + eps)                   one number a row, fp32
-y = round(h r) w                                   normalised in fp32, rounded, then scaled: Hugging Face's
-                                                   order
+h = x + residual                     rounded to the input's dtype, as it is stored
+r = 1 / sqrt(mean_d h_d^2 + eps)     one number a row, fp32
+y = round(h r) w                     normalised in fp32, rounded, then scaled: Hugging Face's order
 
-dh = r (g - n mean_d(g n)) + dresidual_out,  n = h r,  g = dy w;     dw = sum_t dy n
+dh = r (g - n mean_d(g n)) + dresidual_out,   n = h r,  g = dy w
+dw = sum_t dy n
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import rms_norm as native
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -52,9 +53,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor
 def reference_add_backward(
     dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of both summands, of which `dh` arrives at the sum itself, and of the weight; rounded
-    once.
-    """
+    """The gradient of both summands, and of the weight; `dh` is the gradient of the sum as an output."""
     dx, dw = _gradients(dy, h, weight, r)
     return dx.add_(dh).to(h.dtype), dw.to(weight.dtype)
 
@@ -70,79 +69,16 @@ register(
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/rms_norm.cpp takes addresses, sizes and row strides, and an fp32 weight.
-def _compiled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, r = _compiled_add(x, None, weight, eps)
-    return y, r
-
-
-def _compiled_add(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), x, weight = x.shape, unit_rows(x), weight.float().contiguous()
-    other = x if residual is None else unit_rows(residual)
-    y, r = torch.empty(T, D, dtype=x.dtype), torch.empty(T, 1)
-    h = x if residual is None else torch.empty(T, D, dtype=x.dtype)
-    absent = residual is None
-    if D:
-        extension().rms_norm_forward_cpu(
-            y.data_ptr(),
-            0 if absent else h.data_ptr(),
-            r.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            0 if absent else other.data_ptr(),
-            other.stride(0),
-            FLOAT_CODES[x.dtype],
-            weight.data_ptr(),
-            eps,
-            T,
-            D,
-            torch.get_num_threads(),
-        )
-    return y, h, r
-
-
-def _compiled_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return _compiled_add_backward(dy, None, x, weight, r)
-
-
-def _compiled_add_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor
-) -> tuple[Tensor, Tensor]:
-    (T, D), dy, h, wide = h.shape, unit_rows(dy), unit_rows(h), weight.float().contiguous()
-    other = dy if dh is None else unit_rows(dh)
-    dx, dw = torch.empty(T, D, dtype=h.dtype), torch.empty(D)
-    if D:
-        extension().rms_norm_backward_cpu(
-            dx.data_ptr(),
-            dw.data_ptr(),
-            dy.data_ptr(),
-            dy.stride(0),
-            0 if dh is None else other.data_ptr(),
-            other.stride(0),
-            h.data_ptr(),
-            h.stride(0),
-            FLOAT_CODES[h.dtype],
-            wide.data_ptr(),
-            r.data_ptr(),
-            T,
-            D,
-            torch.get_num_threads(),
-        )
-    return dx, dw.to(weight.dtype)
-
-
 register(
     "rms_norm",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rms_norm_forward_cpu"),
     exact=("cpu",),
-    forward=_compiled,
-    add=_compiled_add,
-    backward=_compiled_backward,
-    add_backward=_compiled_add_backward,
+    forward=native.forward,
+    add=native.add,
+    backward=native.backward,
+    add_backward=native.add_backward,
 )
 
 register_triton("rms_norm", "rms_norm", "forward", "add", "backward", "add_backward", exact=True)

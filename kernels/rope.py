@@ -1,13 +1,12 @@
 """Rotary position embedding of queries and keys, after their per-head norm when the model has one.
 
-    n   = round(x / sqrt(mean_e x_e^2 + eps)) w                     only with q_norm / k_norm (Qwen3), per
-        head
-    y_1 = n_1 cos - n_2 sin,   y_2 = n_2 cos + n_1 sin              n = (n_1, n_2), the two halves of a head
+    n   = round(x / sqrt(mean_e x_e^2 + eps)) w           of each head, only with q_norm / k_norm (Qwen3)
+    y_1 = n_1 cos - n_2 sin,   y_2 = n_2 cos + n_1 sin    n = (n_1, n_2), the two halves of a head
 
 cos and sin are rows `positions` of tables (N, E/2).  The rotation runs in fp32 and rounds once; its backward
-turns back by the same angle, so without a norm nothing but the angles is kept.
+turns back by the same angle, so without a norm only the angles are kept.
 
-While sampling, the turned keys and their values also go to their slots of a paged cache.
+While sampling, the turned keys and their values are also written to their slots of a paged cache.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ from torch import Tensor
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
-from fastrl.kernels._native import rope as _rope_cpu
+from fastrl.kernels._native import rope as native
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
 
 class Store(NamedTuple):
-    """Where a token's key and value are kept: `slots` (T,) int64 rows of caches (N, K, E), no two alike; v
-    (T, K, E).
-    """
+    """Where to store keys and values: v (T, K, E), and distinct `slots` (T,) int64 of caches (N, K, E)."""
 
     v: Tensor
     k_cache: Tensor
@@ -86,23 +83,29 @@ def reference_backward(
     k_norm: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and of the two norm weights (empty without one); q and k are read only with a
-    norm.
+    """The gradients of q, k and of the two norm weights (empty without one).
+
+    q and k are read only with a norm.
     """
     c, s = _angles(positions, cos, sin, compute_dtype(dq))
-    (gq, wq), (gk, wk) = (
-        _norm_backward(_rotate(d, c, s, c.dtype, -1.0), x, w, eps)
-        if w.numel()
-        else (_rotate(d, c, s, d.dtype, -1.0), w.new_empty(0))
-        for d, x, w in ((dq, q, q_norm), (dk, k, k_norm))
-    )
+    gq, wq = _turn_back(dq, q, q_norm, c, s, eps)
+    gk, wk = _turn_back(dk, k, k_norm, c, s, eps)
     return gq.to(dq.dtype), gk.to(dk.dtype), wq, wk
 
 
+def _turn_back(
+    dy: Tensor, x: Tensor, weight: Tensor, c: Tensor, s: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of heads `x` and of their norm's weight."""
+    if weight.numel():
+        return _norm_backward(_rotate(dy, c, s, c.dtype, -1.0), x, weight, eps)
+    return _rotate(dy, c, s, dy.dtype, -1.0), weight.new_empty(0)
+
+
 def _angles(positions: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return cos.index_select(0, positions)[:, None].to(dtype), sin.index_select(0, positions)[:, None].to(
-        dtype
-    )
+    c = cos.index_select(0, positions)[:, None].to(dtype)
+    s = sin.index_select(0, positions)[:, None].to(dtype)
+    return c, s
 
 
 def reference_store(
@@ -136,9 +139,9 @@ register(
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("rope_forward_cpu"),
     exact=("cpu",),
-    forward=_rope_cpu.forward,
-    backward=_rope_cpu.backward,
-    store=_rope_cpu.store,
+    forward=native.forward,
+    backward=native.backward,
+    store=native.store,
 )
 register_triton("rope", "rope", "forward", "backward", "store", exact=True)
 
@@ -247,12 +250,11 @@ def rope(
     """Queries and keys turned by their positions' angles, differentiable in q, k and the norm weights.
 
     Shapes:  q (T, H, E), k (T, K, E) bf16|fp16|fp32|fp64;  positions (T,) int in [0, N);  cos, sin (N, E/2)
-             from `rope_tables`; q_norm, k_norm (E,): RMS norm of each head first;  store: write the turned
-             keys, and their values, to a cache too (under no_grad; slots are not checked)  ->  (q, k) like
-             the inputs.
-    Memory:  angles are kept for the backward, and q and k where there is a norm.
-    Raises:  ValueError or TypeError naming the argument; a position past the tables (the values are read on
-             CPU only).
+             from `rope_tables`;  q_norm, k_norm (E,): RMS norm of each head first;  store: also write the
+             turned keys, and their values, to a cache (under no_grad; slots are not checked)
+             ->  (q, k) like the inputs.
+    Memory:  the angles are kept for the backward, and q and k where there is a norm.
+    Raises:  ValueError or TypeError naming the argument; for a position outside the tables on CPU only.
     Source:  Su et al. 2021, "RoFormer"; halves as in Llama's Hugging Face weights, not interleaved pairs.
     """
     T, _, E = dims("q", q, "T H E", FLOATS)
@@ -266,29 +268,24 @@ def rope(
         if weight is not None:
             dims(name, weight, "E", FLOATS, E=E)
     same_device(q=q, k=k, positions=positions, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    # elsewhere this would wait or break a graph
+    # reading values on CUDA would wait for the device, and in torch.compile break the graph
     readable = T and positions.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         low, high = map(int, positions.aminmax())
         if not 0 <= low <= high < N:
             raise ValueError(f"positions: expected values in [0, {N}), got {low} to {high}")
-    absent = q.new_empty(0)
-    turn = (
-        positions,
-        cos,
-        sin,
-        absent if q_norm is None else q_norm,
-        absent if k_norm is None else k_norm,
-        eps,
-    )
+
+    weights = tuple(q.new_empty(0) if w is None else w for w in (q_norm, k_norm))
+    turn = (positions, cos, sin, *weights)
     if store is None:
-        return route(forward_op, "rope", "forward", q, k, *turn[:5])(q, k, *turn)
-    tensors = (q, k, _checked(store, k).v, *turn, *store[1:])
-    return route(store_op, "rope", "store", q, k, *store, *turn[:5])(*tensors)
+        return route(forward_op, "rope", "forward", q, k, *turn)(q, k, *turn, eps)
+    _check_store(store, k)
+    run = route(store_op, "rope", "store", q, k, *store, *turn)
+    return run(q, k, store.v, *turn, eps, *store[1:])
 
 
-def _checked(store: Store, k: Tensor) -> Store:
-    """`store`, when it fits the keys."""
+def _check_store(store: Store, k: Tensor) -> None:
+    """Raise ValueError or TypeError where `store` does not fit the keys."""
     T, K, E = k.shape
     dims("store.v", store.v, "T K E", (k.dtype,), T=T, K=K, E=E)
     N, _, _ = dims("store.k_cache", store.k_cache, "N K E", (k.dtype,), K=K, E=E)
@@ -298,7 +295,6 @@ def _checked(store: Store, k: Tensor) -> Store:
     for name, cache in (("k_cache", store.k_cache), ("v_cache", store.v_cache)):
         if not cache.is_contiguous():
             raise ValueError(f"store.{name}: expected a contiguous cache, got strides {cache.stride()}")
-    return store
 
 
 # --- tables -----------------------------------------------------------------------------------------
@@ -312,11 +308,8 @@ def _linear(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 def _llama3(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
-    low, high, old = (
-        scaling["low_freq_factor"],
-        scaling["high_freq_factor"],
-        scaling["original_max_position_embeddings"],
-    )
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old = scaling["original_max_position_embeddings"]
     turns = old * frequency / (2 * math.pi)  # over the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
@@ -337,11 +330,12 @@ def rope_tables(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, head_dim/2) of every position below `n`: fp32 arithmetic like Hugging Face's, float64
-    for float64.
+    """cos and sin (n, head_dim/2) of every position below `n`.
 
-    `scaling` is a config's rope_scaling: None, or a mapping with rope_type (or type) and that type's numbers.
-    Raises:  ValueError for a scaling type that is not in SCALINGS, or one that lacks a number.
+    The arithmetic is fp32, like Hugging Face's, and float64 for float64.  `scaling` is the rope_scaling of a
+    config: None, or a mapping with rope_type (or type) and the numbers of that type.
+
+    Raises:  ValueError for a scaling type that is not in SCALINGS, or lacks a number.
     """
     kind = "default" if scaling is None else str(scaling.get("rope_type", scaling.get("type", "default")))
     if kind not in SCALINGS:

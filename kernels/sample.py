@@ -6,8 +6,8 @@
     behaviour_logp = log softmax(d over the survivors)[token]     (nats: what the token was drawn from)
 
 x_v is a Philox word that depends on (seed, sequence, position, v) alone, so a token does not depend on the
-batch it was drawn in.  The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: exp(d)
-is there already, for the sums.
+batch it was drawn in.  The same token wins the race argmin_v (E_v / exp(d_v)), which the kernels run: they
+have exp(d) already, for the sums.
 
 Filters apply in the order top_k, top_p, min_p, each to the distribution that the one before it left,
 renormalised:
@@ -29,17 +29,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import extension, is_exact, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import is_exact, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import sample as native
 from fastrl.kernels._philox import interleave, philox, split, uniform
 from fastrl.kernels.token_logp import forward_op as token_logp_op
 
 
 class Sample(NamedTuple):
-    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 (fp64 for fp64
-    logits).
-    """
+    """One draw per row: token (B,) int64; logp, behaviour_logp, entropy (B,) in nats, fp32 or fp64."""
 
     token: Tensor
     logp: Tensor
@@ -112,44 +111,12 @@ register("sample", "reference", forward=reference)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-def _compiled(
-    logits: Tensor,
-    seed: Tensor,
-    sequence: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """csrc/cpu/sample.cpp: addresses, sizes and row strides, and the arithmetic above."""
-    B, V = logits.shape
-    logits = unit_rows(logits)
-    keys = tuple(x.contiguous() for x in (seed, sequence, position, temperature))
-    token = torch.empty(B, dtype=torch.int64)
-    logp, behaviour_logp, entropy = (torch.empty(B, dtype=torch.float32) for _ in range(3))
-    out = (token, logp, behaviour_logp, entropy)
-    extension().sample_forward_cpu(
-        logits.data_ptr(),
-        FLOAT_CODES[logits.dtype],
-        logits.stride(0),
-        *(x.data_ptr() for x in (*keys, *out)),
-        B,
-        V,
-        top_k,
-        top_p,
-        min_p,
-        torch.get_num_threads(),
-    )
-    return out
-
-
 register(
     "sample",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("sample_forward_cpu"),
-    forward=_compiled,
+    forward=native.forward,
 )
 
 register_triton("sample", "sample", "forward")
@@ -199,8 +166,8 @@ def sample(
     Temperature 0 is greedy: the first of the largest logits, with logp and entropy at temperature 1 and
     behaviour_logp 0.
 
-    In exact mode logp and entropy (and behaviour_logp, without filters) are those of `token_logp`, which
-    reads the logits again: the bits that a trainer finds for these logits.
+    In exact mode logp and entropy (and behaviour_logp, without filters) are computed by `token_logp`, which
+    reads the logits again: they have the bits of a trainer's log-probs of the same logits.
 
     Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;
              temperature a float or (B,)
@@ -229,22 +196,18 @@ def sample(
     key = _per_row("seed", seed, B, torch.int64, logits.device)
     if not isinstance(temperature, Tensor) and not temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}")
-    tensors, options = (
-        (logits.detach(), key, sequence.long(), position.long(), tau),
-        (top_k, float(top_p), float(min_p)),
-    )
-    drawn = Sample(*route(forward_op, "sample", "forward", *tensors)(*tensors, *options))
-    return (
-        _as_scored(drawn, tensors[0], tau, filtered=0 < top_k < V or top_p < 1 or min_p > 0)
-        if is_exact()
-        else drawn
-    )
+
+    tensors = (logits.detach(), key, sequence.long(), position.long(), tau)
+    run = route(forward_op, "sample", "forward", *tensors)
+    drawn = Sample(*run(*tensors, top_k, float(top_p), float(min_p)))
+    if not is_exact():
+        return drawn
+    filtered = 0 < top_k < V or top_p < 1 or min_p > 0
+    return _as_scored(drawn, tensors[0], tau, filtered)
 
 
 def _as_scored(drawn: Sample, logits: Tensor, temperature: Tensor, filtered: bool) -> Sample:
-    """The draw with the log-prob and the entropy that a trainer computes of these logits: `token_logp` adds
-    up in another order.
-    """
+    """The draw with the log-prob and the entropy of `token_logp`, which adds up in another order."""
     greedy = temperature == 0
     logp, entropy, _, _ = token_logp_op(logits, drawn.token, torch.where(greedy, 1, temperature), True, False)
     behaviour = drawn.behaviour_logp if filtered else torch.where(greedy, 0, logp)

@@ -1,13 +1,14 @@
-"""The tables behind policy_loss: what a token is rewarded for (surrogates) and what it pays for moving (KL
-estimators).
+"""The tables of policy_loss: surrogates, and estimators of the KL to the reference.
 
-d = logp - old_logp (the sequence's mean of it where the ratio is per sequence), r = exp d, e = logp -
-ref_logp, A the advantage.  An entry gives a value and its derivative with respect to the token's logp, with
-d, e and logp all moving one for one.  The derivative is what the fused op uses; autograd through the value
-(and its detaches) gives the same, which a test checks for every row.
+    d = logp - old_logp, or its mean over the sequence where the ratio is per sequence
+    r = exp d        e = logp - ref_logp        A the advantage
 
-The sizes of d and e are bounded by 20 before any exponential, and their derivatives are not: where the policy
-has drifted far, the gradient is the one at the bound, not 0.
+An entry gives a value and its derivative with respect to the token's logp, where d, e and logp all move one
+for one.  The fused op uses the derivative; autograd through the value (and its detaches) gives the same,
+which a test checks for every row.
+
+|d| and |e| are bounded by 20 before any exponential, and their derivatives are not: where the policy has
+drifted far, the gradient is the one at the bound, not 0.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ def bounded(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """One way to weigh a token by its advantage: `torch(d, logp, advantage, **params) -> (value,
-    derivative)`, all (T,).
+    """One way to weigh a token by its advantage.
 
-    The loss contains -value.  In a surrogate of your own the derivative may be None: autograd then
-    differentiates the value, and detached parts of it count as constants.  `gate(r, advantage, **params)`
-    says which tokens a bound holds, for the clip fractions only; `check(**params)` raises ValueError for
-    parameters that make no sense.
+    torch   `torch(d, logp, advantage, **params) -> (value, derivative)`, all (T,); the loss contains -value.
+            In a surrogate of your own the derivative may be None: autograd then differentiates the value, and
+            its detached parts count as constants.
+    triton  the formula inside the Triton kernel: the name of a function in kernels/_triton/surrogates.py, or
+            a @triton.jit function of your own with the same signature
+    cpu_id  the formula inside the C++ kernel: its number in csrc/cpu/policy_loss_rows.h
+    params  its parameters, at most three inside a kernel
+    gate    `gate(r, advantage, **params)`: which tokens a bound holds, for the clip fractions only
+    check   `check(**params)` raises ValueError for invalid parameters
 
-    `triton` and `cpu_id` are the same formula inside the fused kernels: the name of a function of
-    _policy_twins.py, which is looked up where triton is installed, or a @triton.jit function of your own with
-    the signature of those; and its number in csrc/cpu/policy_loss_rows.h.  The op uses them for rows of
-    SURROGATES, with at most three parameters; a row without the twin of the device, and a surrogate that is
+    Kernels run rows of SURROGATES.  A row without an implementation for the device, and a surrogate that is
     not in the table, run `torch`.
     """
 
@@ -125,7 +127,7 @@ def _luffy_off(d: Tensor, logp: Tensor, advantage: Tensor, *, gamma: float) -> T
 
 
 SURROGATES = {  # name: torch, triton, cpu_id, params
-    "nll": Surrogate(_nll, "nll", 0),  # logp: supervised tokens, whatever their advantage
+    "nll": Surrogate(_nll, "nll", 0),  # logp: supervised tokens; the advantage is ignored
     "pg": Surrogate(_pg, "pg", 1),  # A logp: REINFORCE, RLOO, GPG
     "ratio": Surrogate(_ratio, "ratio", 2),  # r A: importance weighted, unclipped
     # min(min(r, cap) A, clip(r, 1 - low, 1 + high) A): PPO, GRPO, DAPO; with ratio="sequence" GSPO.
@@ -140,21 +142,20 @@ SURROGATES = {  # name: torch, triton, cpu_id, params
     ),
     # stop(clip(r, low, high)) A logp; absolute bounds
     "cispo": Surrogate(_cispo, "cispo", 4, params={"low": 0.0, "high": 5.0}, gate=_cispo_gate),
-    "sapo": Surrogate(
-        _sapo, "sapo", 5, params={"pos": 1.0, "neg": 1.05}
-    ),  # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    # 4/tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    "sapo": Surrogate(_sapo, "sapo", 5, params={"pos": 1.0, "neg": 1.05}),
     "dro": Surrogate(_dro, "dro", 6, params={"beta": 0.1}),  # A logp - beta/2 d^2
-    # A p / (p + gamma): tokens of somebody else's demonstrations
+    # A p / (p + gamma): tokens of demonstrations
     "luffy_off": Surrogate(_luffy_off, "luffy_off", 7, params={"gamma": 0.1}),
 }
 
 
 def name_of(surrogate: Surrogate) -> str | None:
-    """The table's name of a surrogate, whatever its parameters; None for one of the user's own."""
-    return next(
-        (n for n, row in SURROGATES.items() if row.torch is surrogate.torch and row.gate is surrogate.gate),
-        None,
-    )
+    """The name of a surrogate in the table, whatever its parameters; None for one of the user's own."""
+    for name, row in SURROGATES.items():
+        if row.torch is surrogate.torch and row.gate is surrogate.gate:
+            return name
+    return None
 
 
 # --- KL to the reference ----------------------------------------------------------------------------
@@ -200,15 +201,14 @@ def _absolute(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return e.abs(), e.sign()
 
 
-KLS: dict[
-    str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-] = {  # (e, token-level d) -> value, derivative
-    "k1": _k1,  # e; its expected gradient is 0, so it belongs into the reward, not into a loss
+Kl = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (e, token-level d) -> value, derivative
+KLS: dict[str, Kl] = {
+    "k1": _k1,  # e; its expected gradient is 0, so it belongs in the reward, not in a loss
     "k2": _k2,  # e^2 / 2; its gradient is that of KL(policy || reference)
     "k3": _k3,  # exp(-e) - 1 + e, as in the GRPO paper; its gradient is that of KL(reference || policy)
     "k3+": _k3_plus,  # the value of k3 with the gradient of k2
-    "k1_is": _k1_is,  # r k1 and
-    "k3_is": _k3_is,  # r k3: both unbiased when the tokens came from the old policy
+    "k1_is": _k1_is,  # r k1: unbiased when the tokens came from the old policy
+    "k3_is": _k3_is,  # r k3: as well
     "abs": _absolute,  # |e|
     "k3_cut": _k3_cut,  # min(k3, 10), as in verl: no gradient where the policy is furthest
     "k3+_cut": _k3_plus_cut,  # the same with the gradient of k2 where it is not cut off, as in NeMo-RL

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fastrl.kernels._backend import extension, pick, register, register_triton, route, unbuilt
+from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import swiglu as native
 
 
 # --- reference --------------------------------------------------------------------------------------
@@ -34,8 +35,7 @@ def reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
     dgate, dup = out.chunk(2, -1)
     s = gate.sigmoid()
-    # silu(gate), of which dup needs the product with dy, and dgate the difference from 1
-    torch.mul(gate, s, out=dup)
+    torch.mul(gate, s, out=dup)  # silu(gate), which both gradients need
     torch.add(s, dup - dup * s, out=dgate)  # s + g s (1 - s)
     dgate.mul_(up).mul_(dy)
     dup.mul_(dy)
@@ -46,45 +46,14 @@ register("swiglu", "reference", forward=reference, backward=reference_backward)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# csrc/cpu/swiglu.cpp takes addresses, sizes and row strides.
-def _compiled(gate_up: Tensor) -> Tensor:
-    x = unit_rows(gate_up)
-    T, F = x.shape[0], x.shape[1] // 2
-    y = torch.empty(T, F, dtype=x.dtype)
-    if F:
-        extension().swiglu_forward_cpu(
-            y.data_ptr(), x.data_ptr(), x.stride(0), FLOAT_CODES[x.dtype], T, F, torch.get_num_threads()
-        )
-    return y
-
-
-def _compiled_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    x, dy = unit_rows(gate_up), unit_rows(dy)
-    T, F = dy.shape
-    dx = torch.empty(T, 2 * F, dtype=x.dtype)
-    if F:
-        extension().swiglu_backward_cpu(
-            dx.data_ptr(),
-            dy.data_ptr(),
-            dy.stride(0),
-            x.data_ptr(),
-            x.stride(0),
-            FLOAT_CODES[x.dtype],
-            T,
-            F,
-            torch.get_num_threads(),
-        )
-    return dx
-
-
 register(
     "swiglu",
     "cpu",
     dtypes=tuple(FLOAT_CODES),
     missing=unbuilt("swiglu_forward_cpu"),
     exact=("cpu",),
-    forward=_compiled,
-    backward=_compiled_backward,
+    forward=native.forward,
+    backward=native.backward,
 )
 
 register_triton("swiglu", "swiglu", "forward", "backward", exact=True)

@@ -6,8 +6,7 @@
 
     d/dlogits_v = [ dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) ] / temperature
 
-Never z_target - logsumexp: that loses 1e-5 once logits sit at an offset of 1000, which is why m and log s are
-kept apart.
+m and log s are kept apart: z_target - logsumexp loses 1e-5 once logits have an offset of 1000.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import pick, register, register_triton
+from fastrl.kernels._backend import COMPILED_ONLY, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._native.token_logp import register_compiled
+from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._native import token_logp as native
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics: logp (nats), entropy (nats, None unless asked for), lse; fp32, or float64 for
-    float64 inputs.
-    """
+    """Per-token statistics: logp (nats), entropy (nats, None unless asked for), lse; fp32, or float64."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -36,8 +34,9 @@ class TokenStats(NamedTuple):
 def reference(
     logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,); logits (T, V), or (B,
-    L, V) with T = B L.
+    """The definition: logp, entropy (empty unless asked for), m and log s, each (T,).
+
+    Shapes:  logits (T, V), or (B, L, V) with T = B L.
     """
     z = logits.reshape(-1, logits.shape[-1]).to(compute_dtype(logits)) / temperature[:, None]
     m = z.amax(-1) if z.shape[0] else z.new_empty(0)
@@ -63,12 +62,9 @@ def reference_backward(
     m: Tensor,
     log_s: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, of their shape and dtype; `dentropy` is empty when the entropy is not
-    differentiated.
-    """
-    log_p = (
-        logits.reshape(-1, logits.shape[-1]).to(m.dtype) / temperature[:, None] - m[:, None] - log_s[:, None]
-    )
+    """The gradient of the logits, in their shape and dtype; `dentropy` is empty without an entropy."""
+    z = logits.reshape(-1, logits.shape[-1]).to(m.dtype) / temperature[:, None]
+    log_p = z - m[:, None] - log_s[:, None]
     p = log_p.exp()
     g = -dlogp[:, None] * p
     inside = (target >= 0) & (target < logits.shape[-1])
@@ -99,7 +95,22 @@ register(
     backward_into=_backward_into,
     fused_into=_fused_into,
 )
-register_compiled()
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+for _device, _note, _exact in (("cpu", "", ("cpu",)), ("cuda", COMPILED_ONLY, ())):
+    register(
+        "token_logp",
+        _device,
+        dtypes=tuple(FLOAT_CODES),
+        note=_note,
+        missing=unbuilt(f"token_logp_forward_{_device}"),
+        exact=_exact,
+        forward=native.forward,
+        backward=native.backward,
+        backward_into=native.backward_into,
+        fused_into=native.fused_into,
+    )
 register_triton("token_logp", "token_logp", "forward", "backward", "backward_into", "fused_into", exact=True)
 
 
@@ -108,8 +119,9 @@ register_triton("token_logp", "token_logp", "forward", "backward", "backward_int
 def forward_op(
     logits: Tensor, target: Tensor, temperature: Tensor, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s; `inplace` lets the backward overwrite the
-    logits.
+    """logp, entropy (empty unless asked for), m and log s.
+
+    `inplace` lets the backward overwrite the logits.
     """
     return pick("token_logp", logits, "forward")(logits, target, temperature, entropy)
 
@@ -157,8 +169,9 @@ def fused_op(
     dentropy: Tensor,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both at once, for derivatives that are known before the forward: logp, entropy (empty if dentropy is),
-    m and log s.
+    """Forward and backward at once, for derivatives that are known before the forward.
+
+    Returns logp, entropy (empty if dentropy is), m and log s.
     """
     return pick("token_logp", logits, "fused_into")(
         front(logits, dtype), logits, target, temperature, dlogp, dentropy
@@ -218,8 +231,7 @@ def token_logp(
     entropy: bool = False,
     inplace_backward: bool = False,
 ) -> TokenStats:
-    """Log-probability of `target` (nats) and, if asked for, the entropy (nats), both differentiable in
-    `logits`.
+    """Log-probability of `target` (nats) and, if asked for, the entropy (nats); differentiable in `logits`.
 
     Shapes:  logits (T, V) or (B, L, V), bf16|fp16|fp32|fp64;  target (T,) or (B, L) int;  temperature a float
              or (T,) or (B, L)
@@ -227,8 +239,8 @@ def token_logp(
     Memory:  4 (T,) vectors, and one gradient like `logits` in the backward; a view such as logits[:, :-1] is
              not copied.  `inplace_backward` writes the gradient over the logits instead: they must then have
              no other consumer, and a second backward is refused.
-    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN and reads no
-             memory it should not.
+    Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN, and no memory
+             outside of the logits is read.
     Source:  Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
     if isinstance(logits, Tensor) and logits.ndim == 3:
@@ -249,8 +261,9 @@ def token_logp(
 
 
 def row_temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The temperature of every target as one (T,) vector; a Python float must be positive (a tensor's values
-    are not read).
+    """The temperature of every target as one (T,) vector.
+
+    Raises ValueError for a float that is not positive; the values of a tensor are not read.
     """
     if isinstance(temperature, Tensor):
         if temperature.shape != target.shape and temperature.ndim:
@@ -265,8 +278,9 @@ def row_temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dt
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """TRL's name for the log-probability (nats) of `index` under `logits / temperature`, in the dtype of the
-    logits.
+    """The log-probability (nats) of `index` under `logits / temperature`, in the dtype of the logits.
+
+    It has the name and the arguments of TRL's function.
 
     Shapes:  logits (..., V);  index (...) int, or (..., K) for K tokens of each row  ->  shaped like index.
     Raises:  ValueError or TypeError naming the argument.
@@ -276,15 +290,13 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Te
         raise ValueError(
             f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}"
         )
-    # a view of 2 or 3 axes is never copied
+    if not index.numel():
+        return logits.new_empty(index.shape)
+    # a view with 2 or 3 axes is never copied
     rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
-    tau = (
-        temperature.expand(lead).reshape(rows.shape[:-1]) if isinstance(temperature, Tensor) else temperature
-    )
-    columns = index.reshape(*rows.shape[:-1], -1).unbind(-1) if index.numel() else ()
-    logp = (
-        torch.stack([token_logp(rows, c, temperature=tau).logp for c in columns], -1)
-        if columns
-        else logits.new_empty(0)
-    )
+    tau = temperature
+    if isinstance(temperature, Tensor):
+        tau = temperature.expand(lead).reshape(rows.shape[:-1])
+    columns = index.reshape(*rows.shape[:-1], -1).unbind(-1)
+    logp = torch.stack([token_logp(rows, column, temperature=tau).logp for column in columns], -1)
     return logp.view(index.shape).to(logits.dtype)

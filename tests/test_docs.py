@@ -1,5 +1,5 @@
-"""The pages a user reads: what they tell to type is taken by the command line, and what they point to is
-there.
+"""The pages a user reads: the command line accepts what they say to type, their links lead somewhere, their
+code runs.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ import contextlib
 import io
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastrl import cli
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     ROOT.glob("docs/*.md")
 )
-OTHERS = {"--nproc-per-node", "--optim"}  # of torchrun; `--optim.*`, a group
+OTHERS = {"--nproc-per-node", "--optim", "--algorithm.OPTION"}  # of torchrun; groups of options
 COMMAND = re.compile(rf"^fastrl (?:{'|'.join(cli.COMMANDS)})(?: .*)?$", re.MULTILINE)
 
 
@@ -31,11 +33,14 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    """Every option of every command."""
+    """Every option of every command, and of the algorithms that have options of their own."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "400")
-        assert [cli.main([name, "--help"]) for name in cli.COMMANDS] == [0] * len(cli.COMMANDS)
+        for name, command in cli.COMMANDS.items():
+            assert cli.main([name, "--help"]) == 0
+            for algorithm in getattr(command.config, "rows", ()):
+                assert cli.main([name, "--algorithm", algorithm, "--help"]) == 0
     return set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
 
 
@@ -60,5 +65,92 @@ def test_options_and_links_of_a_page_are_there(page, options):
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", text))
     assert {n.replace("_", "-") for n in named} - {o.replace("_", "-") for o in options} <= OTHERS
-    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    links = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def without_a_page(commands: Iterable[str], folder: Path) -> list[str]:
+    return [name for name in commands if not (folder / f"{name}.md").exists()]
+
+
+def test_every_command_has_a_page(tmp_path):
+    """Wrong implementation: a page under another name, such as methods.md for grpo."""
+    assert without_a_page(cli.COMMANDS, ROOT / "docs") == []
+    (tmp_path / "methods.md").touch()
+    assert without_a_page(["grpo"], tmp_path) == ["grpo"]
+
+
+def test_pages_named_in_the_sources_are_there():
+    """Wrong implementation: a page that was renamed, with its old name left in a docstring or a help text."""
+    suffixes = {".py", ".h", ".cpp", ".cu", ".yaml", ".toml"}
+    folders = ("fastrl", "kernels", "csrc", "bench", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in suffixes]
+    named = {
+        (file.relative_to(ROOT).as_posix(), page)
+        for file in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]
+        for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert {(file, page) for file, page in named if not (ROOT / page).exists()} == set()
+
+
+# --- the README -------------------------------------------------------------------------------------
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCREEN = 40  # lines of the first screen
+
+
+def test_the_first_screen_of_the_readme_has_its_parts():
+    """Wrong implementation: a README that grows at the top, with the table of pages out of sight."""
+    screen = "\n".join(README.splitlines()[:SCREEN])
+    for part in ("pip install", "ops.linear_loss", "| I want to ... |", "fastrl grpo", "make demo", "!["):
+        assert part in screen
+    code = screen.partition("```python\n")[2].partition("```")[0].strip()
+    assert len([line for line in code.splitlines() if line]) <= 12
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    """Wrong implementations: new measurements with the old numbers in the README; a number without its
+    line in the tables.
+    """
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = (("`linear_loss`", "liger"), ("`rollout`", "transformers"), ("`grpo`", "trl"))
+    measured = []
+    for op, peer in rows:
+        (line,) = [x for x in results.splitlines() if x.startswith(f"| {op} |") and f"({peer})" in x]
+        measured += re.findall(rf"([\d.]+x) \({peer}\)", line)
+    assert re.findall(r"\*\*([\d.]+x)\*\*", README) == measured
+
+
+def test_the_code_of_the_readme_is_its_before():
+    """Value and gradient of the drop-in code against whole logits.  Wrong implementation: code that has not
+    run since the interface changed.
+    """
+    code = README.partition("```python\n")[2].partition("```")[0]
+    torch.manual_seed(0)
+    tokens, width, vocabulary = 24, 8, 50
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    lm_head = torch.nn.Linear(width, vocabulary, bias=False)
+    target = torch.randint(vocabulary, (tokens,))
+    completion_mask = torch.arange(tokens) % 3 > 0
+    token_weight = torch.full((tokens,), 1 / completion_mask.sum().item())
+    advantage = torch.randn(tokens)
+
+    logp = lm_head(hidden).log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+    old_logp = (logp + 0.3 * torch.randn(tokens)).detach()
+    ratio = (logp - old_logp).exp()
+    per_token = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    expected = -(per_token * token_weight)[completion_mask].sum()
+    wanted = torch.autograd.grad(expected, [hidden, lm_head.weight])
+
+    names: dict[str, object] = {
+        "hidden": hidden,
+        "lm_head": lm_head,
+        "target": target,
+        "completion_mask": completion_mask,
+        "token_weight": token_weight,
+        "advantage": advantage,
+        "old_logp": old_logp,
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    torch.testing.assert_close(names["loss"], expected.detach(), check_stride=False)
+    torch.testing.assert_close([hidden.grad, lm_head.weight.grad], list(wanted))

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
         ([{"sft": {"model": "{grpo}"}}], r"stage 1: '\{grpo\}' names stage 'grpo'; stages before it: none"),
         (
             [{"sft": {"model": model, "output_dir": "x"}}],
-            "stage 1: output_dir and resume are the pipeline's own",
+            "stage 1: output_dir and resume: expected none, the pipeline sets both",
         ),
         ([{"sft": {"model": model, "stebs": 3}}], "unknown key 'stebs'; did you mean 'steps'"),
         ([{"sft": {"steps": 3}}], "required option 'model' is missing"),
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, monkeypatch):
             run(write(tmp_path, *stages))
     with pytest.raises(UserError, match="unknown key 'stage'; did you mean 'stages'"):
         run(write(tmp_path, {"sft": {"model": model}}, stage=[]))
-    with pytest.raises(UserError, match="expected a pipeline's YAML file, which is not there"):
+    with pytest.raises(UserError, match="expected a pipeline's YAML file, got no file"):
         run(tmp_path / "none.yaml")
 
 

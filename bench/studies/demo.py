@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 
 import fastrl.recipes
+from fastrl.bench.results_page import write_block
+from fastrl.bench.studies.demo_table import CONTROL, DEMO, GRPO, START, demo_block
 from fastrl.config import Grpo
 from fastrl.config.parse import load
 from fastrl.errors import UserError
@@ -40,7 +42,6 @@ from fastrl.tasks import load_run_task
 RECIPES = Path(fastrl.recipes.__path__[0])
 CORES = min(2, os.cpu_count() or 1)
 PROMPTS, SAMPLES = 800, 4  # unseen prompts, each another problem, and answers drawn for each
-START, CONTROL, GRPO = "SFT start", "SFT continued", "GRPO"
 FOLDERS = {START: "sft", CONTROL: "sft_continued", GRPO: "grpo"}
 
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output-dir", type=Path, default=Path("demo"), help="where runs and report go (default: demo)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from 0 (default: 1)")
+    parser.add_argument("--page", type=Path, help="page to rewrite the table of, such as docs/results.md")
     options = parser.parse_args(argv)
     began = time.monotonic()
     # threads that wait for each other spin, and are slow on a machine that does anything else
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             [run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)], folder
         )
         page = build_comparison(comparison, folder)
+        if options.page is not None:
+            write_block(options.page, demo_block(comparison), DEMO)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1

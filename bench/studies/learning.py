@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"some of: {', '.join(METHODS)}",
     )
     parser.add_argument("--results", type=Path, help="folder for learning-<date>.json, such as bench/results")
-    parser.add_argument("--readme", type=Path, help="file whose table is written anew from the results")
+    parser.add_argument("--page", type=Path, help="page to rewrite the table of, such as docs/results.md")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()}
         )
         print(as_text(found))
-        publish(found, options.output_dir, options.results, options.readme)
+        publish(found, options.output_dir, options.results, options.page)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"learning: error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The table of what learned: results of single runs to one JSON file, and that file to the README's table."""
+"""What each method learned: results of single runs to one JSON file, and that file to docs/results.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastrl.bench.readme import LEARNING, marks, replace_block
+from fastrl.bench.results_page import LEARNING, marks, write_block
 from fastrl.bench.studies.demo import pooled
+from fastrl.bench.studies.learning_plot import draw
 from fastrl.errors import UserError
 from fastrl.report.stats import Estimate, mean_interval, paired_interval, wilson
 
@@ -90,21 +91,22 @@ def _margin(run: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": mean_interval(run["margin"]), "ranked_right": [right / n, *wilson(right, n)]}
 
 
-def publish(found: Mapping[str, Any], folder: Path, results: Path | None, readme: Path | None) -> None:
-    """Write learning.json into the runs' folder, learning-<date>.json into `results`,
-    and the README's table.
+def publish(found: Mapping[str, Any], folder: Path, results: Path | None, page: Path | None) -> None:
+    """Write learning.json into the runs' folder, learning-<date>.json into `results`, the table into `page`,
+    and learning.svg beside it.
     """
     text = json.dumps(found, indent=1) + "\n"
     for path in [folder / f"{NAME}.json"] + (
         [results / f"{LEARNING}{found['date'][:10]}.json"] if results else []
     ):
         path.write_text(text, encoding="utf-8")
-    if readme is not None:
-        new = "\n".join([marks(NAME)[0], as_text(found), marks(NAME)[1]])
+    if page is not None:
+        begin, end = marks(NAME)
         try:
-            readme.write_text(replace_block(readme.read_text(encoding="utf-8"), new, NAME), encoding="utf-8")
+            write_block(page, f"{begin}\n{as_text(found)}\n{end}", NAME)
+            page.with_name(f"{NAME}.svg").write_text(draw(found), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--readme: {readme}: {error.strerror}") from None
+            raise UserError(f"--page: {page}: {error.strerror}") from None
 
 
 # --- the table --------------------------------------------------------------------------------------

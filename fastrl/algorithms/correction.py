@@ -89,17 +89,6 @@ CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
 
 
 # --- metrics ----------------------------------------------------------------------------------------
-MISMATCH = (
-    "sampler_diff_mean",
-    "sampler_diff_max",
-    "sampler_kl",
-    "sampler_ess",
-    "correction_min",
-    "correction_mean",
-    "correction_max",
-)
-
-
 def mismatch(tokens: Tokens) -> Tensor:
     """(9,) float64: tokens, and sums and extremes of s = logp - recorded and of the correction, for
     `merge_mismatch`.
@@ -118,18 +107,17 @@ def mismatch(tokens: Tokens) -> Tensor:
 
 
 def merge_mismatch(rows: Tensor) -> dict[str, float]:
-    """MISMATCH of a step, from the rows (M, 9) of its micro-batches and processes; none without tokens."""
+    """The step's metrics, from the rows (M, 9) of its micro-batches and processes; none without tokens."""
     rows = rows.cpu()
     n, diff, _, k3, w, w2, _, k, _ = rows.sum(0).tolist()
     if not n:
         return {}
-    values = (
-        diff / n,
-        float(rows[:, 2].max()),
-        k3 / n,
-        w * w / (n * w2),
-        float(rows[:, 6].min()),
-        k / n,
-        float(rows[:, 8].max()),
-    )
-    return dict(zip(MISMATCH, values, strict=True))
+    return {
+        "sampler_diff_mean": diff / n,
+        "sampler_diff_max": float(rows[:, 2].max()),
+        "sampler_kl": k3 / n,
+        "sampler_ess": w * w / (n * w2),
+        "correction_min": float(rows[:, 6].min()),
+        "correction_mean": k / n,
+        "correction_max": float(rows[:, 8].max()),
+    }

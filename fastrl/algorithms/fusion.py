@@ -3,7 +3,7 @@ demonstrations.
 
 A fusion is one of three kinds: a policy loss with a loss of offline pairs beside it, each with denominators
 of its own (`pairs`); a group with the prompt's pair as two more members (`sides=2`); or a group whose own
-completions are compared with each other (`GroupPreference`).  The equations are in docs/fusion.md.
+completions are compared with each other (`GroupPreference`).  The equations are in docs/hybrid.md.
 """
 
 from __future__ import annotations

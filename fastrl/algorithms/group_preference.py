@@ -6,7 +6,7 @@ are constants.
 
 Batches are as types.Batch says, with these columns: `advantage` is the completion's reward, NaN where it has
 none; `weight` is 1 / units of the whole optimizer step; the `unit` sequences of one prompt are adjacent.  The
-equations are in docs/fusion.md.
+equations are in docs/hybrid.md.
 """
 
 from __future__ import annotations

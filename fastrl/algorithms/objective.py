@@ -1,6 +1,6 @@
 """The table of policy algorithms.  An algorithm is a row: advantage | ratio | prepare | surrogate |
 aggregate | KL | correction; nothing branches on its name.  The equations of the rows and their sources are in
-docs/methods.md; what other trainers do under the same names is in presets.py.
+docs/grpo.md; what other trainers do under the same names is in presets.py.
 
 Everything here is plain PyTorch on (N,) vectors of loss tokens; the vocabulary lives in `ops.linear_loss`.
 """

@@ -1,6 +1,6 @@
 """The table of preference losses.  A loss is a row: the rule that turns the scores of a pair (or of a
 labelled example) into a loss | what a score is | the NLL term; nothing branches on its name.  Equations and
-sources are in docs/preference.md.
+sources are in docs/dpo.md.
 
 A completion's score is its log-prob's excess over the reference, sum over its tokens (logp - ref_logp), or
 without a reference its log-prob; `average` divides by its tokens.  Everything here is plain PyTorch on (S,)
@@ -46,6 +46,8 @@ from fastrl.algorithms.preference_rules import (
 )
 from fastrl.algorithms.row import WithoutKl
 from fastrl.batch.types import Tokens
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import PREFERENCE_METRICS
 
 # (chosen, rejected, **params) -> loss of each pair;  of examples: (score, good, **params) -> loss of each
 Rule = Callable[..., Tensor]
@@ -191,22 +193,13 @@ class Preference(WithoutKl):
         """A step's metrics under TRL's names, from `measure` of every micro-batch of every process."""
         sums = map(math.fsum, zip(*rows, strict=True)) if rows else [0.0] * len(SUMS)
         total = dict(zip(SUMS, sums, strict=True))
-        out = {"num_tokens": total["tokens"]}
+        if not self.paired:
+            del total["accurate"]
 
-        for side, name in (("good", "chosen"), ("bad", "rejected")):
-            if n := total[f"n_{side}"]:  # a step may have no example of one label
-                out |= {
-                    f"rewards/{name}": total[f"reward_{side}"] / n,
-                    f"logps/{name}": total[f"logp_{side}"] / n,
-                }
+        # A step may have no example of one label: its metrics are absent then.
+        out = {"num_tokens": total["tokens"]} | ratios(PREFERENCE_METRICS, total)
         if total["n_good"] and total["n_bad"]:
             out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
-        if total["units"]:
-            out |= {"rewards/accuracies": total["accurate"] / total["units"]} if self.paired else {}
-            out["entropy"] = total["entropy"] / total["tokens"]
-
-        if total["n_good"]:
-            out["nll_loss"] = total["nll"] / total["n_good"]
         return out
 
 

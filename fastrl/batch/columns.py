@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from functools import cache
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -46,7 +46,11 @@ def column(axis: Axis, *, within_call: bool = False) -> dict[str, Column]:
 @cache
 def columns(kind: type) -> Mapping[str, Column]:
     """The declared columns of a dataclass, in the order of its fields."""
-    return {f.name: f.metadata["column"] for f in fields(kind) if "column" in f.metadata}
+    declared = {}
+    for f in fields(kind):
+        if "column" in f.metadata:
+            declared[f.name] = f.metadata["column"]
+    return declared
 
 
 @cache
@@ -68,7 +72,7 @@ def packed_columns(kind: type) -> Mapping[str, Column]:
 class Packed(Protocol):
     """A dataclass of packed sequences."""
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
 
     @property
     def cu_seqlens(self) -> Tensor: ...
@@ -95,25 +99,34 @@ class Ragged:
 
     def select(self, samples: Sequence[int]) -> Ragged:
         """The rows of the named sequences, in the order given."""
-        index = rows_of(self.ends.tolist(), samples, self.values.device)
+        ends = self.ends.tolist()
+        index = rows_of(ends, samples, self.values.device)
         lengths = self.ends.diff()[list(samples)]
         return Ragged(self.values[index], _ends_of(lengths))
 
     @staticmethod
     def join(parts: Sequence[Ragged]) -> Ragged:
         """The sequences of all parts, in order."""
-        return Ragged(torch.cat([p.values for p in parts]), join_ends([p.ends for p in parts]))
+        values = [part.values for part in parts]
+        ends = [part.ends for part in parts]
+        return Ragged(torch.cat(values), join_ends(ends))
 
 
 def rows_of(ends: Sequence[int], samples: Sequence[int], device: torch.device) -> Tensor:
     """int64 indices of the rows of the named sequences, in the order given; `ends` are on the host."""
-    parts = [torch.arange(ends[i], ends[i + 1], device=device) for i in samples]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+    parts = []
+    for i in samples:
+        start, end = ends[i], ends[i + 1]
+        parts.append(torch.arange(start, end, device=device))
+    if not parts:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat(parts)
 
 
 def join_ends(parts: Sequence[Tensor]) -> Tensor:
     """The ends (S+1,) of sequences that lie behind each other; waits for no device."""
-    shifted, total = [parts[0]], parts[0][-1]
+    shifted = [parts[0]]
+    total = parts[0][-1]
     for ends in parts[1:]:
         shifted.append(ends[1:] + total)
         total = total + ends[-1]
@@ -180,18 +193,24 @@ def _concatenated(name: str, values: Sequence[object]) -> object:
 
 def _count_on(values: Sequence[Tensor]) -> list[Tensor]:
     """Each part's numbers after those of the parts before it; waits for no device."""
-    counts = [x.amax() + 1 if x.numel() else x.new_zeros(()) for x in values]
-    starts = accumulate(counts[:-1], initial=values[0].new_zeros(()))
-    return [x + start for x, start in zip(values, starts, strict=True)]
+    counted = []
+    start = values[0].new_zeros(())
+    for numbers in values:
+        counted.append(numbers + start)
+        if numbers.numel():
+            start = start + numbers.amax() + 1
+    return counted
 
 
 def take_tokens(source: object, kind: type, index: Tensor | slice) -> dict[str, Any]:
     """The per-token columns that `kind` declares, read from `source` at `index`, by name."""
-    taken: dict[str, Any] = {}
+    taken = {}
     for name, declared in columns(kind).items():
         if declared.axis == "T":
             value = getattr(source, name)
-            taken[name] = None if value is None else value[index]
+            if value is not None:
+                value = value[index]
+            taken[name] = value
     return taken
 
 
@@ -215,8 +234,11 @@ def from_tensors(kind: type[P], tensors: Mapping[str, Tensor], device: torch.dev
         if name not in tensors:
             continue
         values = tensors[name].to(device)
-        ragged = declared.axis == "ragged"
-        found[name] = Ragged(values, tensors[_ends_name(name)].cpu()) if ragged else values
+        if declared.axis == "ragged":
+            ends = tensors[_ends_name(name)]
+            found[name] = Ragged(values, ends.cpu())
+        else:
+            found[name] = values
     return kind(**found, **others)
 
 

@@ -15,19 +15,21 @@ def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > budget:
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for i in longest_first:
+        length = lengths[i]
+        if length > budget:
             raise UserError(
-                f"--micro-tokens: {what} of {lengths[i]} tokens does not fit into {budget}; "
-                f"raise it to at least {lengths[i]}"
+                f"--micro-tokens: {what} of {length} tokens does not fit into {budget}; "
+                f"raise it to at least {length}"
             )
-        spot = next((b for b, free in enumerate(room) if free >= lengths[i]), None)
+        spot = next((b for b, free in enumerate(room) if free >= length), None)
         if spot is None:
             bins.append([])
             room.append(budget)
             spot = len(bins) - 1
         bins[spot].append(i)
-        room[spot] -= lengths[i]
+        room[spot] -= length
     return [sorted(b) for b in bins]
 
 
@@ -38,10 +40,12 @@ def micro_batches(batch: P, budget: int, unit: int = 1) -> Iterator[P]:
     """
     lengths = batch.cu_seqlens.diff().tolist()
     what = "a sequence" if unit == 1 else f"{unit} sequences that belong together,"
-    totals = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
+    firsts = range(0, len(lengths), unit)
+    totals = [sum(lengths[i : i + unit]) for i in firsts]
     bins = plan(totals, budget, what)
     if len(bins) == 1:
         yield batch
         return
     for units in bins:
-        yield select(batch, [unit * u + i for u in units for i in range(unit)])
+        samples = [firsts[u] + k for u in units for k in range(unit)]
+        yield select(batch, samples)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.types import Batch
 
-LEAST = 16  # copying queries, keys and values pays for itself once one token in so many is spared
+MAX_TOKENS_PER_SPARED = 16  # copying queries, keys and values pays once one token in so many is spared
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> its output
 
@@ -62,10 +62,12 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), copies = grads, ctx.copies
+        (grad,) = grads
+        copies = ctx.copies
         out = grad.new_zeros(ctx.shape)
         for part in copies.parts:
-            out.index_add_(0, copies.index[part], grad.index_select(0, part))
+            rows = copies.index[part]
+            out.index_add_(0, rows, grad.index_select(0, part))
         return out, None
 
 
@@ -93,14 +95,17 @@ class Shared:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the U tokens, for `Decoder.forward`."""
-        q, k, v = (self.whole.take(x) for x in (q, k, v))
+        q = self.whole.take(q)
+        k = self.whole.take(k)
+        v = self.whole.take(v)
         out = ops.attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
         return out.index_select(0, self.first)
 
     def hidden(self, model: Attending, rows: Tensor) -> Tensor:
         """Hidden states of the batch's tokens `rows`, (N, D)."""
         hidden = model(self.tokens, None, positions=self.positions, attend=self.attend)
-        return Copies.of(self.row[rows], self.rank[rows]).take(hidden)
+        copies = Copies.of(self.row[rows], self.rank[rows])
+        return copies.take(hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +125,19 @@ class _Places:
 
     @classmethod
     def of(cls, batch: Batch) -> _Places:
-        ends, T = batch.cu_seqlens.long(), batch.tokens.numel()
+        T = batch.tokens.numel()
+        ends = batch.cu_seqlens.long()
         starts, lengths = ends[:-1], ends.diff()
+
         numbers = torch.arange(len(batch), device=ends.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=T)
-        position = torch.arange(T, device=ends.device) - starts[sequence]
-        loss_tokens = torch.cat([ends.new_zeros(1), batch.mask.cumsum(0)])  # before each place
-        prefix = loss_tokens[1:] == loss_tokens[starts][sequence]
+        here = torch.arange(T, device=ends.device)
+        position = here - starts[sequence]
+
+        counted = batch.mask.cumsum(0)
+        before = torch.cat([ends.new_zeros(1), counted])  # loss tokens before each place
+        at_start = before[starts]
+        prefix = counted == at_start[sequence]
         return cls(sequence, position, prefix, starts, lengths)
 
     def count(self, chosen: Tensor) -> Tensor:
@@ -140,42 +151,55 @@ def shared(batch: Batch) -> Shared | None:
     Only whole prefixes of the same length, all tokens before the first loss token, are compared: those of one
     prompt.  Waits for the device.
     """
-    T, numbers = batch.tokens.numel(), torch.arange(len(batch), device=batch.tokens.device)
     places = _Places.of(batch)
-    prompt = places.count(places.prefix)
+    sequence, position, prefix = places.sequence, places.position, places.prefix
+    numbers = torch.arange(len(batch), device=batch.tokens.device)
+
+    prompt = places.count(prefix)
     alike = _like_left_neighbour(batch, places, prompt) & (numbers > 0)
-    if LEAST * int(prompt[alike].sum()) <= T:
+    spared = int(prompt[alike].sum())
+    if MAX_TOKENS_PER_SPARED * spared <= batch.tokens.numel():
         return None
 
     # a run of sequences with the same prefix is led by its first
     leader = torch.where(alike, 0, numbers).cummax(0).values
-    rank = torch.where(places.prefix, places.sequence - leader[places.sequence], 0)
-    last = (places.position == places.lengths[places.sequence] - 1) & ~places.prefix
+    leader_of = leader[sequence]
+    rank = torch.where(prefix, sequence - leader_of, 0)
+    at_end = position == places.lengths[sequence] - 1
+    last = at_end & ~prefix
 
     kept = (rank == 0) & ~last
     number = kept.cumsum(0) - 1
-    led_by = places.starts[leader[places.sequence]]
-    row = torch.where(places.prefix, number[led_by + places.position], number)
+    in_leader = places.starts[leader_of] + position
+    row = torch.where(prefix, number[in_leader], number)
 
     stays = (~last).nonzero().squeeze(1)
+    whole = Copies.of(row[stays], rank[stays])
+    first = kept[stays].nonzero().squeeze(1)
     lengths = places.lengths - places.count(last)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    longest = int(lengths.max())
     return Shared(
         tokens=batch.tokens[kept],
-        positions=places.position[kept],
+        positions=position[kept],
         row=row,
         rank=rank,
-        whole=Copies.of(row[stays], rank[stays]),
-        first=kept[stays].nonzero().squeeze(1),
+        whole=whole,
+        first=first,
         cu_seqlens=ends.to(torch.int32),
-        max_seqlen=int(ends.diff().max()),
+        max_seqlen=longest,
     )
 
 
 def _like_left_neighbour(batch: Batch, places: _Places, prompt: Tensor) -> Tensor:
     """(S,) bool: the sequence's prefix, of `prompt` tokens, is that of the sequence on its left."""
     back = places.starts - torch.roll(places.starts, 1)  # from a sequence to its neighbour on the left
-    here = torch.arange(batch.tokens.numel(), device=back.device)
-    neighbour = (here - back[places.sequence]).clamp(0, here.numel() - 1)
-    differs = places.count((batch.tokens != batch.tokens[neighbour]) & places.prefix)
-    return (differs == 0) & (prompt == torch.roll(prompt, 1))
+    T = batch.tokens.numel()
+    here = torch.arange(T, device=back.device)
+    same_place = here - back[places.sequence]
+    neighbour = batch.tokens[same_place.clamp(0, T - 1)]
+
+    other = (batch.tokens != neighbour) & places.prefix
+    differs = places.count(other)
+    same_length = prompt == torch.roll(prompt, 1)
+    return (differs == 0) & same_length

@@ -72,9 +72,13 @@ class Rollouts:
 
     def completions(self) -> list[list[int]]:
         """Completion tokens of every sequence, as Python lists (synchronises with the device)."""
-        tokens, ends, prompts = self.tokens.tolist(), self.cu_seqlens.tolist(), self.prompt_lengths.tolist()
-        spans = zip(ends[:-1], ends[1:], prompts, strict=True)
-        return [tokens[start + prompt : end] for start, end, prompt in spans]
+        tokens = self.tokens.tolist()
+        ends = self.cu_seqlens.tolist()
+        prompts = self.prompt_lengths.tolist()
+        found = []
+        for start, end, prompt in zip(ends[:-1], ends[1:], prompts, strict=True):
+            found.append(tokens[start + prompt : end])
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +126,13 @@ class Batch:
     def live_ends(self) -> Tensor:
         """(S+1,) int32: where each sequence ends among the tokens that count in the loss."""
         counted = self.mask.long().cumsum(0)
-        return torch.cat([counted.new_zeros(1), counted])[self.cu_seqlens.long()].to(torch.int32)
+        before = torch.cat([counted.new_zeros(1), counted])
+        return before[self.cu_seqlens.long()].to(torch.int32)
 
     def rows(self, samples: Sequence[int]) -> Tensor:
         """Indices into T of the named sequences' tokens, in the order given, int64."""
-        return rows_of(self.cu_seqlens.tolist(), samples, self.tokens.device)
+        ends = self.cu_seqlens.tolist()
+        return rows_of(ends, samples, self.tokens.device)
 
     def select(self, samples: Sequence[int]) -> Batch:
         """The batch of the named sequences, in the order given."""
@@ -166,9 +172,10 @@ class Tokens:
 
         Sequence ends survive only when every live token is asked for.
         """
-        complete = rows.numel() == self.live
+        live = rows.numel()
         taken = take_tokens(self, Tokens, rows)
-        return Tokens(**taken, cu_seqlens=self.cu_seqlens if complete else None, live=rows.numel())
+        ends = self.cu_seqlens if live == self.live else None
+        return Tokens(**taken, cu_seqlens=ends, live=live)
 
     def with_(self, logp: Tensor, entropy: Tensor | None) -> Tokens:
         """The same tokens under the current policy's log-probs and entropies."""

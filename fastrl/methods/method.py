@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from fastrl.model.adapter import load_model
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.world import World
+from fastrl.report.metric import Metric
 from fastrl.sampler import Sampler
 from fastrl.tasks import Task
 from fastrl.train.learner import Gradients, Learner, Trainable, gradients
@@ -123,7 +124,7 @@ class Method(Generic[C, A, M]):
     load      where the model comes from -> the model that is trained
     learner   what trains, and what its optimizers hold
     source    where its batches come from, and the longest completion to expect, tokens
-    metrics   the learner's metrics that are logged -> their names in the log, TRL's where it has them
+    metrics   what the command logs; of the learner's numbers nothing else is
     sampling  options -> a row of SAMPLERS, and its settings
     held_out  whether the source evaluates on data of its own that it holds out (see train.source.Evaluable)
     """
@@ -132,7 +133,7 @@ class Method(Generic[C, A, M]):
     load: Callable[[Origin[C, A]], M]
     learner: Callable[[Context[C, A, M]], Trainable[Any]]
     source: Callable[[Context[C, A, M], Any], tuple[Source[Any], int]]
-    metrics: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[Metric, ...]
     sampling: Callable[[C], tuple[str, Sampling]] = unsampled
     held_out: bool = False
 

@@ -1,4 +1,4 @@
-"""Where a run computes: device, dtype and threads from their options."""
+"""Device, dtype and CPU threads of a run, from their options."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and compute dtype that `--device` and `--dtype` mean here.  Raises UserError for a device
-    that is not there.
+    """The device and compute dtype that `--device` and `--dtype` stand for on this machine.
+
+    Raises UserError for a device that this machine does not have.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        where = torch.device(kind)
-    except RuntimeError:
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N; got {device!r}") from None
-    if where.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N; got {device!r}")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device: {device!r} was asked for, but this machine has no CUDA device; use --device cpu"
-        )
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    auto = torch.bfloat16 if where.type == "cuda" else torch.float32
-    return where, DTYPES.get(dtype, auto)
+    unknown = f"--device: expected auto, cpu, cuda or cuda:N; got {device!r}"
+    if device == "auto":
+        resolved = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            resolved = torch.device(device)
+        except RuntimeError:
+            raise UserError(unknown) from None
+    if resolved.type == "cpu":
+        return resolved, DTYPES.get(dtype, torch.float32)
+    if resolved.type != "cuda":
+        raise UserError(unknown)
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--device: got {device!r}, but this machine has no CUDA device; use --device cpu")
+    if resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    return resolved, DTYPES.get(dtype, torch.bfloat16)
 
 
 def set_threads(threads: int) -> None:
-    """Use this many CPU threads; 0 leaves torch's own choice."""
+    """Use this many CPU threads; 0 keeps torch's default."""
     if threads > 0:
         torch.set_num_threads(threads)
 
@@ -44,16 +48,11 @@ def memory_limited_by(option: str, value: int) -> Iterator[None]:
     """Running out of memory inside the block becomes a UserError that names the option to lower."""
     try:
         yield
-    except (
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch.OutOfMemoryError is a RuntimeError; CPU's allocator raises a plain one
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(
-            error
-        ):
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain RuntimeError
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
             raise
-        said = " ".join(str(error).split())
-        raise UserError(
-            f"out of memory at {option} {value}; "
-            f"try {option} {max(1, value // 2)} ({said.partition('. ')[0]})"
-        ) from error
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        half = max(1, value // 2)
+        raise UserError(f"out of memory at {option} {value}; try {option} {half} ({reason})") from error

@@ -1,7 +1,7 @@
-"""Data parallelism: who this process is, its share of the work, and sums over all processes.
+"""Data parallelism: this process's rank, its share of the work, and sums over all processes.
 
-Under torchrun every process runs the same program; alone, the world has one member and every function is the
-identity.
+Under torchrun every process runs the same program.  A single process is a world of size 1, in which every
+collective is the identity.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """R processes, of which this is number `rank`."""
+    """`size` processes, of which this one is number `rank`."""
 
     rank: int = 0
     size: int = 1
@@ -28,7 +30,7 @@ class World:
         return self.rank == 0
 
     def share(self, n: int) -> range:
-        """This process's contiguous part of n items; parts differ by at most one item."""
+        """This process's contiguous part of n items; the parts' lengths differ by at most one."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def sum(self, *values: float) -> list[float]:
@@ -36,6 +38,7 @@ class World:
         return self._reduce(values, torch_dist.ReduceOp.SUM)
 
     def max(self, *values: float) -> list[float]:
+        """The largest of each value over the processes, in float64."""
         return self._reduce(values, torch_dist.ReduceOp.MAX)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -47,11 +50,11 @@ class World:
                 p.grad = torch.zeros_like(p)
             torch_dist.all_reduce(p.grad)
 
-    def gather(self, rows: list[Any]) -> list[Any]:
+    def gather(self, rows: list[T]) -> list[T]:
         """The lists of all processes, joined in rank order."""
         if self.size == 1:
             return rows
-        parts: list[list[Any]] = [[] for _ in range(self.size)]
+        parts: list[list[T]] = [[] for _ in range(self.size)]
         torch_dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
@@ -68,15 +71,17 @@ class World:
 
 
 def init_world() -> World:
-    """Enter the process group torchrun describes in the environment; alone without one.
+    """Join the process group that torchrun describes in the environment; without one, a world of one process.
 
-    Tensors on CUDA go through nccl, and everything on CPU, plain numbers above all, through gloo.
+    CUDA tensors are reduced by nccl, CPU tensors and plain numbers by gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
     if not torch_dist.is_initialized():
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl"
+        torch_dist.init_process_group(backend)
     return World(torch_dist.get_rank(), size)

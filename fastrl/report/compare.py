@@ -1,6 +1,4 @@
-"""Start, control and method side by side on unseen prompts: the numbers of a demonstration as a page and as
-plain text.
-"""
+"""Start, control and method side by side on unseen prompts, as a page and as plain text."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seed:
-    """One seed: its arms, and the paired difference in sampled accuracy of each later arm to the first, by
-    arm name.
+    """One seed.
+
+    gains  paired difference in sampled accuracy of each later arm to the first, by arm name
     """
 
     seed: int
@@ -54,12 +53,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything a demonstration shows.
+    """The results of a demonstration.
 
-    prompts   unseen prompts each arm answered
-    gains     arm name -> difference to the first arm, paired by prompt, all seeds pooled; None takes the mean
-              of the seeds' own differences with Student's interval over seeds, which also counts how much
-              seeds differ
+    prompts   unseen prompts that each arm answered
+    gains     arm name -> difference to the first arm, paired by prompt, all seeds pooled; None: the mean of
+              the seeds' differences with Student's interval over seeds, which includes the variation between
+              seeds
     runs      curve name -> run folder
     """
 
@@ -77,7 +76,10 @@ class Comparison:
             return self.gains
         if len(self.seeds) == 1:
             return self.seeds[0].gains
-        return {name: mean_interval([s.gains[name].mean for s in self.seeds]) for name in self.seeds[0].gains}
+        pooled = {}
+        for name in self.seeds[0].gains:
+            pooled[name] = mean_interval([s.gains[name].mean for s in self.seeds])
+        return pooled
 
 
 def build_comparison(it: Comparison, out: str | Path) -> Path:
@@ -85,16 +87,15 @@ def build_comparison(it: Comparison, out: str | Path) -> Path:
     out = Path(out)
     runs = {name: read_run(Path(folder)) for name, folder in it.runs.items()}
     title = f"Accuracy on {it.prompts:,} unseen prompts"
-    picture = intervals(
-        _rows(it), title=title, unit="answers correct, 95% interval", path=out / "plots" / "accuracy.png"
-    )
+    unit = "answers correct, 95% interval"
+    picture = intervals(_rows(it), title=title, unit=unit, path=out / "plots" / "accuracy.png")
+    accuracy = figures([(title, picture)], wide=True)
+    notes = [paragraph(note) for note in it.notes]
     return write_page(
         out,
         it.title,
         headline(it),
-        section(
-            "Result", figures([(title, picture)], wide=True), _arms(it), _seeds(it), *map(paragraph, it.notes)
-        ),
+        section("Result", accuracy, _arms(it), _seeds(it), *notes),
         section("Curves", figures(panels(runs, out / "plots"))),
         section("Answers before and after", _answers(it)),
         setup_section(runs) if runs else Html(""),
@@ -102,144 +103,125 @@ def build_comparison(it: Comparison, out: str | Path) -> Path:
 
 
 def headline(it: Comparison) -> str:
-    """What came out, in sentences: each arm's sampled accuracy against the first arm's."""
+    """The result in sentences: each arm's sampled accuracy against the first arm's."""
     first = it.seeds[0].arms[0].name
     seeds = f"mean of {len(it.seeds)} seeds" if len(it.seeds) > 1 else f"seed {it.seeds[0].seed}"
     accuracy = {name: pooled["sampled"].mean for name, pooled in _pooled_arms(it).items()}
-    said = [
-        f"{first}: {accuracy[first]:.1%} of sampled answers to {it.prompts:,} unseen prompts are "
-        f"correct ({seeds})."
-    ]
-    said += [
-        f"{name}: {accuracy[name]:.1%} ({100 * g.mean:+.1f} points; "
-        f"95% interval {100 * g.lo:+.1f} to {100 * g.hi:+.1f})."
-        for name, g in it.pooled().items()
-    ]
-    return " ".join(said)
+    answers = f"sampled answers to {it.prompts:,} unseen prompts are correct"
+    sentences = [f"{first}: {accuracy[first]:.1%} of {answers} ({seeds})."]
+    for name, gain in it.pooled().items():
+        interval = f"95% interval {100 * gain.lo:+.1f} to {100 * gain.hi:+.1f}"
+        sentences.append(f"{name}: {accuracy[name]:.1%} ({100 * gain.mean:+.1f} points; {interval}).")
+    return " ".join(sentences)
 
 
 def as_text(it: Comparison) -> str:
     """The comparison for a terminal: every seed, every arm, and the paired differences in percentage
     points.
     """
-    width = max(len(a.name) for s in it.seeds for a in s.arms)
-    lines = [
-        it.title,
-        headline(it),
-        "",
-        f"{'seed':>5}  {'':<{width}}  {'greedy':>22}  {'sampled':>22}  well-formed  difference, sampled",
-    ]
-    for s in it.seeds:
-        for arm in s.arms:
-            gain = _points(s.gains[arm.name]) if arm.name in s.gains else ""
-            formed = "" if arm.well_formed is None else f"{arm.well_formed:.1%}"
-            row = (
-                f"{s.seed:>5}  {arm.name:<{width}}  {_share(arm.greedy):>22}  {_share(arm.sampled):>22}  "
-                f"{formed:>11}  {gain}"
-            )
-            lines.append(row.rstrip())
+    width = max(len(arm.name) for seed in it.seeds for arm in seed.arms)
+    columns = f"{'greedy':>22}  {'sampled':>22}  well-formed  difference, sampled"
+    lines = [it.title, headline(it), "", f"{'seed':>5}  {'':<{width}}  {columns}"]
+    for seed in it.seeds:
+        for arm in seed.arms:
+            lines.append(f"{seed.seed:>5}  {arm.name:<{width}}  {_arm_line(arm, seed.gains)}".rstrip())
     if len(it.seeds) > 1:
         lines += [f"  all  {name:<{width}}  {_points(gain)} points" for name, gain in it.pooled().items()]
     return "\n".join([*lines, *it.notes])
 
 
+def _arm_line(arm: Arm, gains: Mapping[str, Estimate]) -> str:
+    gain = _points(gains[arm.name]) if arm.name in gains else ""
+    formed = "" if arm.well_formed is None else f"{arm.well_formed:.1%}"
+    return f"{_share(arm.greedy):>22}  {_share(arm.sampled):>22}  {formed:>11}  {gain}"
+
+
 # --- the parts --------------------------------------------------------------------------------------
 def _by_arm(it: Comparison) -> dict[str, list[Arm]]:
     """Each arm's results, one per seed."""
-    names = [a.name for a in it.seeds[0].arms]
-    return {name: [a for s in it.seeds for a in s.arms if a.name == name] for name in names}
+    by_arm: dict[str, list[Arm]] = {arm.name: [] for arm in it.seeds[0].arms}
+    for seed in it.seeds:
+        for arm in seed.arms:
+            by_arm[arm.name].append(arm)
+    return by_arm
 
 
 def _pooled_arms(it: Comparison) -> dict[str, dict[str, Estimate]]:
-    """Accuracy by arm and kind: a single seed's own interval, or the mean over seeds with the interval over
+    """Accuracy by arm and kind: a single seed's own interval, or the mean of the seeds with the interval over
     seeds.
     """
     pooled = {}
     for name, arms in _by_arm(it).items():
-        kinds = {"greedy": [a.greedy for a in arms], "sampled": [a.sampled for a in arms]}
-        pooled[name] = {
-            k: e[0] if len(e) == 1 else mean_interval([x.mean for x in e]) for k, e in kinds.items()
-        }
+        greedy, sampled = [arm.greedy for arm in arms], [arm.sampled for arm in arms]
+        pooled[name] = {"greedy": _pool(greedy), "sampled": _pool(sampled)}
     return pooled
 
 
+def _pool(estimates: Sequence[Estimate]) -> Estimate:
+    if len(estimates) == 1:
+        return estimates[0]
+    return mean_interval([e.mean for e in estimates])
+
+
 def _rows(it: Comparison) -> list[IntervalRow]:
-    arms = _by_arm(it)
-    several = len(it.seeds) > 1
-    return [
-        IntervalRow(
-            label=name,
-            estimates=estimates,
-            singles={
-                "greedy": [a.greedy.mean for a in arms[name]],
-                "sampled": [a.sampled.mean for a in arms[name]],
-            }
-            if several
-            else {},
-        )
-        for name, estimates in _pooled_arms(it).items()
-    ]
+    by_arm = _by_arm(it)
+    rows = []
+    for name, estimates in _pooled_arms(it).items():
+        singles: dict[str, list[float]] = {}
+        if len(it.seeds) > 1:
+            singles["greedy"] = [arm.greedy.mean for arm in by_arm[name]]
+            singles["sampled"] = [arm.sampled.mean for arm in by_arm[name]]
+        rows.append(IntervalRow(label=name, estimates=estimates, singles=singles))
+    return rows
 
 
 def _arms(it: Comparison) -> Html:
     pooled, gains = _pooled_arms(it), it.pooled()
     rows = []
     for name, arms in _by_arm(it).items():
-        formed = [a.well_formed for a in arms if a.well_formed is not None]
-        seconds = [a.seconds for a in arms if a.seconds is not None]
-        rows.append(
-            (
-                name,
-                _share(pooled[name]["greedy"]),
-                _share(pooled[name]["sampled"]),
-                _points(gains[name]) if name in gains else "",
-                f"{sum(formed) / len(formed):.1%}" if formed else "",
-                f"{sum(seconds) / len(seconds):.0f} s" if seconds else "",
-            )
+        formed = [arm.well_formed for arm in arms if arm.well_formed is not None]
+        seconds = [arm.seconds for arm in arms if arm.seconds is not None]
+        row = (
+            name,
+            _share(pooled[name]["greedy"]),
+            _share(pooled[name]["sampled"]),
+            _points(gains[name]) if name in gains else "",
+            f"{sum(formed) / len(formed):.1%}" if formed else "",
+            f"{sum(seconds) / len(seconds):.0f} s" if seconds else "",
         )
+        rows.append(row)
+
     several = len(it.seeds) > 1
-    over = (
-        f"Mean of {len(it.seeds)} seeds with its 95% interval over seeds"
-        if several
-        else f"Seed {it.seeds[0].seed}, 95% intervals"
-    )
+    over = f"Seed {it.seeds[0].seed}, 95% intervals"
+    if several:
+        over = f"Mean of {len(it.seeds)} seeds with its 95% interval over seeds"
     how = "over seeds" if several and it.gains is None else "paired by prompt"
     caption = f"{over}. Difference: points of sampled accuracy to the first row, 95% interval {how}."
-    return table(
-        ("Model", "Greedy", "Sampled", "Difference", "Well-formed", "Training time"),
-        rows,
-        caption=caption,
-        numbers=True,
-    )
+    header = ("Model", "Greedy", "Sampled", "Difference", "Well-formed", "Training time")
+    return table(header, rows, caption=caption, numbers=True)
 
 
 def _seeds(it: Comparison) -> Html:
     if len(it.seeds) < 2:
         return Html("")
-    names = [a.name for a in it.seeds[0].arms]
+    first, *others = [arm.name for arm in it.seeds[0].arms]
     rows = []
-    for s in it.seeds:
-        by_name = {a.name: a for a in s.arms}
-        accuracy = [f"{by_name[n].sampled.mean:.1%}" for n in names]
-        rows.append((f"seed {s.seed}", *accuracy, *(_points(s.gains[n]) for n in names[1:])))
-    header = ("Seed", *names, *(f"{n}: difference" for n in names[1:]))
-    return table(
-        header,
-        rows,
-        caption="Sampled accuracy by seed; differences in percentage points with 95% intervals.",
-        numbers=True,
-    )
+    for seed in it.seeds:
+        sampled = {arm.name: arm.sampled.mean for arm in seed.arms}
+        accuracy = [f"{sampled[name]:.1%}" for name in (first, *others)]
+        gains = [_points(seed.gains[name]) for name in others]
+        rows.append((f"seed {seed.seed}", *accuracy, *gains))
+    header = ("Seed", first, *others, *(f"{name}: difference" for name in others))
+    caption = "Sampled accuracy by seed; differences in percentage points with 95% intervals."
+    return table(header, rows, caption=caption, numbers=True)
 
 
 def _answers(it: Comparison) -> Html:
-    rows = [
-        (
-            prompt_text(a.prompt),
-            Html(f"{text(a.before)}\n{verdict(a.before_correct)}"),
-            Html(f"{text(a.after)}\n{verdict(a.after_correct)}"),
-        )
-        for a in it.answers
-    ]
+    rows = []
+    for answer in it.answers:
+        before = Html(f"{text(answer.before)}\n{verdict(answer.before_correct)}")
+        after = Html(f"{text(answer.after)}\n{verdict(answer.after_correct)}")
+        rows.append((prompt_text(answer.prompt), before, after))
     return table(("Prompt", "Before", "After"), rows, sample=True)
 
 

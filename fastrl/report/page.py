@@ -1,7 +1,6 @@
-"""Self-contained HTML pages: headings, tables, pictures, folded text; escaped, readable on a phone, nothing
-fetched.
+"""Self-contained HTML pages: headings, tables, pictures and folded text, readable on a phone.
 
-What these functions return is `Html`; any other string given to them is text, and is escaped.
+These functions return `Html`.  Any other string passed to them is text, and is escaped.
 """
 
 from __future__ import annotations
@@ -54,64 +53,55 @@ summary { cursor: pointer; padding: .35rem 0 }
   td:empty { display: none }
 }
 """
-
-
-SPACES = "\n\t\u00a0\u2009\u202f\u3000"  # not printable by Python's rule, but they belong into text
+SPACES = "\n\t\u00a0\u2009\u202f\u3000"  # not printable to Python, but part of ordinary text
+REPLACEMENT = "\ufffd"
 
 
 class Html(str):
-    """Markup that is whole and escaped already."""
+    """Markup that is complete and escaped."""
 
 
 def text(value: object) -> Html:
-    """`value` as escaped text; a character no one can see (a control, a lone surrogate) is shown as a
-    replacement mark.
-    """
+    """`value` as escaped text; invisible characters (controls, lone surrogates) become replacement marks."""
     if isinstance(value, Html):
         return value
-    return Html(
-        html.escape(
-            "".join(
-                c if c.isprintable() or c in SPACES else "\ufffd" for c in str(value).replace("\r\n", "\n")
-            )
-        )
-    )
+    characters = str(value).replace("\r\n", "\n")
+    visible = [c if c.isprintable() or c in SPACES else REPLACEMENT for c in characters]
+    return Html(html.escape("".join(visible)))
 
 
 def page(title: str, lead: str, *sections: Html) -> str:
-    """A whole document of one heading, a leading paragraph and `sections`."""
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{text(title)}</title>'
-    )
+    """A whole document: a heading, a leading paragraph and `sections`."""
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{viewport}<title>{text(title)}</title><style>{CSS}</style>'
     body = f'<main><h1>{text(title)}</h1><p class="lead">{text(lead)}</p>{"".join(sections)}</main>'
-    return (
-        "<!DOCTYPE html>\n<html "
-        f'lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>\n'
-    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
 def section(heading: str, *blocks: Html) -> Html:
-    """A second-level heading and what stands under it; nothing at all where no block has content."""
+    """A second-level heading with its blocks; nothing if all blocks are empty."""
     inside = "".join(blocks)
-    return Html(f"<section><h2>{text(heading)}</h2>{inside}</section>" if inside else "")
+    if not inside:
+        return Html("")
+    return Html(f"<section><h2>{text(heading)}</h2>{inside}</section>")
 
 
 def paragraph(value: str) -> Html:
-    """Text in the page's dim small print."""
+    """Text in small, dim print."""
     return Html(f'<p class="dim">{text(value)}</p>')
 
 
 def figures(pictures: Sequence[tuple[str, Picture]], *, wide: bool = False) -> Html:
-    """Pictures with their titles, side by side where there is room."""
+    """Pictures with their titles, side by side if there is room."""
+    if not pictures:
+        return Html("")
     kind = ' class="wide"' if wide else ""
-    cells = [
-        f'<figure{kind}><h3>{text(title)}</h3><img src="{p.uri}" alt="{text(p.alt)}">'
-        + (f"<figcaption>{text(p.note)}</figcaption>" if p.note else "")
-        + "</figure>"
-        for title, p in pictures
-    ]
-    return Html(f'<div class="{"" if wide else "figures"}">{"".join(cells)}</div>' if cells else "")
+    cells = []
+    for title, picture in pictures:
+        image = f'<img src="{picture.uri}" alt="{text(picture.alt)}">'
+        caption = f"<figcaption>{text(picture.note)}</figcaption>" if picture.note else ""
+        cells.append(f"<figure{kind}><h3>{text(title)}</h3>{image}{caption}</figure>")
+    return Html(f'<div class="{"" if wide else "figures"}">{"".join(cells)}</div>')
 
 
 def table(
@@ -122,43 +112,41 @@ def table(
     numbers: bool = False,
     sample: bool = False,
 ) -> Html:
-    """A table whose first column names the row; on a narrow screen each row is a card.
+    """A table; the first column names the row.  On a narrow screen each row is a card.
 
-    numbers right-aligns the other columns; sample sets every cell in the type of the model's answers.
+    numbers  right-align the other columns
+    sample   set every cell in the monospaced type of the model's answers
     """
     if not rows:
         return Html("")
-    kind = ' class="number"' if numbers else ' class="sample"' if sample else ""
-    first = ' class="sample"' if sample else ""
-    top = "".join(
-        f'<th scope="col"{kind if i and numbers else ""}>{text(h)}</th>' for i, h in enumerate(header)
-    )
+    row_kind = ' class="sample"' if sample else ""
+    head_kind = ' class="number"' if numbers else ""
+    cell_kind = head_kind or row_kind
+
+    first, *others = header
+    top = f'<th scope="col">{text(first)}</th>'
+    for label in others:
+        top += f'<th scope="col"{head_kind}>{text(label)}</th>'
+
     lines = []
-    for row in rows:
-        cells = "".join(
-            f'<td{kind} data-label="{text(label)}">{text(value)}</td>'
-            for label, value in zip(header[1:], row[1:], strict=True)
-        )
-        lines.append(f'<tr><th scope="row"{first}>{text(row[0])}</th>{cells}</tr>')
+    for name, *values in rows:
+        cells = f'<th scope="row"{row_kind}>{text(name)}</th>'
+        for label, value in zip(others, values, strict=True):
+            cells += f'<td{cell_kind} data-label="{text(label)}">{text(value)}</td>'
+        lines.append(f"<tr>{cells}</tr>")
     note = f"<caption>{text(caption)}</caption>" if caption else ""
     return Html(f"<table>{note}<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
 
 
 def folded(summary: str, content: str) -> Html:
-    """Preformatted text behind a line to click; nothing for no text."""
-    return Html(
-        f"<details><summary>{text(summary)}</summary><pre>{text(content)}</pre></details>"
-        if content.strip()
-        else ""
-    )
+    """Preformatted text that a click on `summary` unfolds; nothing for empty text."""
+    if not content.strip():
+        return Html("")
+    return Html(f"<details><summary>{text(summary)}</summary><pre>{text(content)}</pre></details>")
 
 
 def verdict(correct: bool | None) -> Html:
-    """Right or wrong, in words and not by colour alone; nothing when unknown."""
-    return Html(
-        ""
-        if correct is None
-        else '<span class="good">correct</span>'
-        if correct
-        else '<span class="bad">wrong</span>'
-    )
+    """`correct` or `wrong`, in words and not by colour alone; nothing when unknown."""
+    if correct is None:
+        return Html("")
+    return Html('<span class="good">correct</span>' if correct else '<span class="bad">wrong</span>')

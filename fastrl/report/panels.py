@@ -1,171 +1,94 @@
-"""What a report draws and says of a run: the plots, and the numbers of its first sentence, as tables of
-metrics' names.
-"""
+"""The plots of a report, in their order; each draws the metrics whose rows name it (see metrics.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
-KINDS = {  # what a run learned -> a metric that only such runs have; "text" has none of them
-    "policy": "reward",
-    "preferences": "logps/chosen",
-    "scores": "mean_reward",
-}
-GISTS = {  # what a run learned -> the metrics its first sentence gives: label, metric, format
-    "policy": (("Reward", "reward", ".3g"), ("Oracle's reward", "joint/oracle", ".3g")),
-    "preferences": (("Preference loss", "loss", ".3g"), ("Reward margin", "rewards/margins", ".3g")),
-    "scores": (("Comparisons won", "accuracy", ".1%"), ("Loss", "loss", ".3g")),
-    "text": (("Cross-entropy", "loss", ".3g"),),
-}
+from fastrl.report.metric import Kind, Metric
+from fastrl.report.metrics import all_metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One plot of a report: its title, its unit, and the metrics it shows by label; drawn where a run has any
-    of them.
+    """One plot of a report: its title and its unit; drawn where a run has any of its metrics.
 
-    of  None for every run; else the runs it is of, by what they learn (`Run.kind`): their losses are not the
-        same quantity
+    of    None for every run; else what the runs it is for have learned (`Run.kind`): their losses are not the
+          same quantity
+    keys  label of a curve -> its metric; filled in by `filled_panels`
     """
 
     title: str
     unit: str
-    keys: Mapping[str, str]
     percent: bool = False
-    of: Literal["text", "policy", "preferences", "scores"] | None = None
+    of: Kind | None = None
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 PANELS = (
-    Panel("Reward", "mean reward of a completion", {"reward": "reward"}),
-    Panel(
-        "Held-out accuracy",
-        "answers correct",
-        {"greedy": "eval/accuracy_greedy", "sampled": "eval/accuracy_sampled"},
-        percent=True,
-    ),
-    Panel("Cross-entropy", "nats per token", {"loss": "loss"}, of="text"),
-    Panel("Policy loss", "loss", {"loss": "loss"}, of="policy"),
-    Panel("Preference loss", "loss", {"loss": "loss"}, of="preferences"),
-    Panel(
-        "Implicit rewards",
-        "beta times the score",
-        {"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
-    ),
-    Panel(
-        "Pairs ranked right",
-        "pairs",
-        {"pairs": "rewards/accuracies", "beside rewards": "pairs/rewards/accuracies"},
-        percent=True,
-    ),
-    Panel("Likelihood", "nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
+    Panel("Reward", "mean reward of a completion"),
+    Panel("Held-out accuracy", "answers correct", percent=True),
+    Panel("Cross-entropy", "nats per token", of="text"),
+    Panel("Policy loss", "loss", of="policy"),
+    Panel("Preference loss", "loss", of="preferences"),
+    Panel("Implicit rewards", "beta times the score"),
+    Panel("Pairs ranked right", "pairs", percent=True),
+    Panel("Likelihood", "nats per completion"),
     # reward models, alone and beside a policy
-    Panel("Reward loss", "loss of a group", {"loss": "loss"}, of="scores"),
-    Panel(
-        "Comparisons won",
-        "comparisons or verdicts",
-        {"training": "accuracy", "held out": "eval/accuracy"},
-        percent=True,
-        of="scores",
-    ),
-    Panel(
-        "Reward margin",
-        "log-odds of the truth",
-        {"training": "margin", "held out": "eval/margin"},
-        of="scores",
-    ),
-    Panel(
-        "Rewards of a step",
-        "reward",
-        {"mean": "mean_reward", "lowest": "min_reward", "highest": "max_reward"},
-        of="scores",
-    ),
-    Panel("Calibration error", "probability (ECE), held out", {"ECE": "eval/ece"}, of="scores"),
-    Panel(
-        "Proxy and oracle",
-        "mean reward of a completion",
-        {"reward model": "joint/proxy", "verifier": "joint/oracle"},
-    ),
-    Panel("Proxy against oracle", "correlation within a step", {"correlation": "joint/correlation"}),
-    Panel(
-        "Fresh comparisons won",
-        "pairs, before they are learned",
-        {"accuracy": "joint/accuracy"},
-        percent=True,
-    ),
-    Panel("Groups without comparison", "groups that are all ties", {"groups": "joint/tied"}, percent=True),
-    Panel("Loss of the reward model", "loss of a group", {"loss": "joint/loss"}),
-    Panel("Scale of the proxy", "reward model's units", {"shift m": "joint/shift", "scale s": "joint/scale"}),
+    Panel("Reward loss", "loss of a group", of="scores"),
+    Panel("Comparisons won", "comparisons or verdicts", percent=True, of="scores"),
+    Panel("Reward margin", "log-odds of the truth", of="scores"),
+    Panel("Rewards of a step", "reward", of="scores"),
+    Panel("Calibration error", "probability (ECE), held out", of="scores"),
+    Panel("Proxy and oracle", "mean reward of a completion"),
+    Panel("Proxy against oracle", "correlation within a step"),
+    Panel("Fresh comparisons won", "pairs, before they are learned", percent=True),
+    Panel("Groups without comparison", "groups that are all ties", percent=True),
+    Panel("Loss of the reward model", "loss of a group"),
+    Panel("Scale of the proxy", "reward model's units"),
     # policies
-    Panel("Entropy", "nats per token", {"entropy": "entropy"}),
-    Panel("Response length", "tokens, mean", {"length": "completions/mean_length"}),
-    Panel(
-        "Clip fraction",
-        "tokens clipped",
-        {"all": "clip_ratio/region_mean", "below": "clip_ratio/low_mean", "above": "clip_ratio/high_mean"},
-        percent=True,
-    ),
-    Panel("KL to the reference", "nats per token", {"KL": "kl"}),
-    Panel("Value loss", "squared error, half", {"loss": "loss/value_avg"}),
-    Panel("Explained variance", "share of the returns' variance", {"critic": "critic/vf_explained_var"}),
-    Panel(
-        "Returns and values",
-        "reward's unit, mean of a token",
-        {"returns": "critic/returns/mean", "values": "critic/values/mean"},
-    ),
-    Panel(
-        "Sampler against trainer",
-        "nats, mean size of the difference",
-        {"log-prob": "sampling/sampling_logp_difference/mean"},
-    ),
-    Panel(
-        "Groups without signal", "groups of equal rewards", {"groups": "frac_reward_zero_std"}, percent=True
-    ),
-    Panel(
-        "Cut-off completions",
-        "completions at the limit",
-        {"cut off": "completions/clipped_ratio"},
-        percent=True,
-    ),
+    Panel("Entropy", "nats per token"),
+    Panel("Response length", "tokens, mean"),
+    Panel("Clip fraction", "tokens clipped", percent=True),
+    Panel("KL to the reference", "nats per token"),
+    Panel("Value loss", "squared error, half"),
+    Panel("Explained variance", "share of the returns' variance"),
+    Panel("Returns and values", "reward's unit, mean of a token"),
+    Panel("Sampler against trainer", "nats, mean size of the difference"),
+    Panel("Groups without signal", "groups of equal rewards", percent=True),
+    Panel("Cut-off completions", "completions at the limit", percent=True),
     # demonstrations, pairs and lists beside rewards
-    Panel(
-        "What teaches a prompt",
-        "prompts",
-        {"demonstration": "hybrid/sft_prompts", "rewards": "hybrid/rl_prompts"},
-        percent=True,
-    ),
-    Panel(
-        "Weights of the terms",
-        "weight in the loss",
-        {"completions": "hybrid/own_coef", "members": "hybrid/member_coef", "supervised": "hybrid/sft_coef"},
-    ),
-    Panel("Demonstrations", "nats per token", {"supervised": "sft_loss", "in the group": "member_nll"}),
-    Panel("Loss of pairs", "nats per pair", {"loss": "pairs/loss"}),
-    Panel("Weight of the pairs", "weight of their loss", {"weight": "hybrid/pair_coef"}),
-    Panel(
-        "Implicit rewards of pairs",
-        "beta times the score",
-        {"chosen": "pairs/rewards/chosen", "rejected": "pairs/rewards/rejected"},
-    ),
-    Panel(
-        "Likelihood of pairs",
-        "nats per completion",
-        {"chosen": "pairs/logps/chosen", "rejected": "pairs/logps/rejected"},
-    ),
-    Panel("Distance from the targets", "nats per group (KL)", {"KL": "group_kl"}),
+    Panel("What teaches a prompt", "prompts", percent=True),
+    Panel("Weights of the terms", "weight in the loss"),
+    Panel("Demonstrations", "nats per token"),
+    Panel("Loss of pairs", "nats per pair"),
+    Panel("Weight of the pairs", "weight of their loss"),
+    Panel("Implicit rewards of pairs", "beta times the score"),
+    Panel("Likelihood of pairs", "nats per completion"),
+    Panel("Distance from the targets", "nats per group (KL)"),
     # every run
-    Panel(
-        "Gradient norm",
-        "L2 norm before clipping",
-        {"all": "grad_norm", "rewards": "grad_norm/rl", "pairs": "grad_norm/pairs"},
-    ),
-    Panel("Gradient norm of the critic", "L2 norm before clipping", {"norm": "critic/grad_norm"}),
-    Panel("Gradient norm of the reward model", "L2 norm before clipping", {"norm": "joint/grad_norm"}),
-    Panel(
-        "Learning rate",
-        "learning rate",
-        {"policy": "learning_rate", "critic": "critic/lr", "reward model": "joint/lr"},
-    ),
-    Panel("Throughput", "tokens per second", {"tokens/s": "perf/tokens_per_second"}),
+    Panel("Gradient norm", "L2 norm before clipping"),
+    Panel("Gradient norm of the critic", "L2 norm before clipping"),
+    Panel("Gradient norm of the reward model", "L2 norm before clipping"),
+    Panel("Learning rate", "learning rate"),
+    Panel("Throughput", "tokens per second"),
 )
+
+
+def filled_panels(rows: Iterable[Metric] | None = None) -> list[Panel]:
+    """The panels with the metrics that they draw, out of `rows`, which are those of all commands by default.
+
+    Raises KeyError for a row that names a panel that is not in PANELS.
+    """
+    curves: dict[str, dict[str, str]] = {panel.title: {} for panel in PANELS}
+    if rows is None:
+        rows = all_metrics()
+    for row in rows:
+        for title in row.panels:
+            curves[title][row.label] = row.name
+
+    filled = []
+    for panel in PANELS:
+        keys = curves[panel.title]
+        filled.append(replace(panel, keys=keys))
+    return filled

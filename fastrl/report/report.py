@@ -1,7 +1,7 @@
 """report.html and plots/ from the files of a run folder, or of several folders side by side.
 
-Reads metrics.jsonl, samples.jsonl, config.yaml and environment.txt (log.py says what is in them); works while
-the run goes on.
+Reads metrics.jsonl, samples.jsonl, config.yaml and environment.txt (described in run/log.py); works while the
+run is under way.
 """
 
 from __future__ import annotations
@@ -14,43 +14,56 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastrl.errors import UserError
+from fastrl.report.metric import Kind, gists_of, kind_of
+from fastrl.report.metrics import all_metrics
 from fastrl.report.page import Html, figures, folded, page, section, table, text, verdict
-from fastrl.report.panels import GISTS, KINDS, PANELS, Panel
+from fastrl.report.panels import Panel, filled_panels
 from fastrl.report.plots import Picture, Series, lines
 from fastrl.report.rewards import held_out_rewards
 
 SHOWN_SAMPLES = 5
 EDGE = 10  # steps averaged at each end of a run for "from ... to ..."
 
+JsonRow = dict[str, Any]  # the object of one line
+
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What a run folder holds, read."""
+    """The contents of a run folder."""
 
     folder: Path
-    rows: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
+    rows: list[JsonRow]
+    samples: list[JsonRow]
     config: str
     environment: str
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """What the run learned: a "policy" from rewards, "preferences", "scores" (a reward model),
         or "text".
         """
-        return next((kind for kind, key in KINDS.items() if any(key in r for r in self.rows)), "text")
+        logged = {name for row in self.rows for name in row}
+        return kind_of(all_metrics(), logged)
 
     def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
-        """The finite values of one metric over steps, with its interval where K_lo and K_hi stand beside
-        it.
-        """
-        rows = [r for r in self.rows if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
-        bounds = {end: [r.get(f"{key}_{end}") for r in rows] for end in ("lo", "hi")}
-        whole = bool(rows) and all(v is not None for values in bounds.values() for v in values)
-        ends: dict[str, Any] = bounds if whole else {}
+        """The finite values of one metric over steps, with its interval if every row has K_lo and K_hi."""
+        rows = [r for r in self.rows if _is_finite(r.get(key))]
+        lo, hi = (self._ends(rows, f"{key}_{end}") for end in ("lo", "hi"))
+        bounded = lo is not None and hi is not None
         return Series(
-            name=name, x=[r["step"] for r in rows], y=[r[key] for r in rows], colour=colour, dash=dash, **ends
+            name=name,
+            x=[r["step"] for r in rows],
+            y=[r[key] for r in rows],
+            lo=lo if bounded else None,
+            hi=hi if bounded else None,
+            colour=colour,
+            dash=dash,
         )
+
+    def _ends(self, rows: Sequence[JsonRow], key: str) -> list[float] | None:
+        ends = [r.get(key) for r in rows]
+        present = [end for end in ends if end is not None]
+        return present if ends and len(present) == len(ends) else None
 
 
 class ReportOptions(Protocol):
@@ -63,7 +76,7 @@ class ReportOptions(Protocol):
 
 
 def run(config: ReportOptions) -> None:
-    """`fastrl report`: one folder gets its own report; several are compared in `output`."""
+    """The command `fastrl report`: one folder gets its own report; several are compared in `output`."""
     folders = [Path(f) for f in config.folders]
     if not folders:
         raise UserError("report: expected a run folder, got none; try `fastrl report runs/latest`")
@@ -72,12 +85,11 @@ def run(config: ReportOptions) -> None:
         return
     if not config.output:
         raise UserError(f"report: comparing {len(folders)} folders needs --output FOLDER")
-    names = {f.name: f for f in folders}
-    print(
-        compare_runs(
-            names if len(names) == len(folders) else {str(f): f for f in folders}, Path(config.output)
-        )
-    )
+
+    named = {f.name: f for f in folders}
+    if len(named) < len(folders):  # two folders of one name
+        named = {str(f): f for f in folders}
+    print(compare_runs(named, Path(config.output)))
 
 
 def build(folder: str | Path, out: Path | None = None) -> Path:
@@ -85,75 +97,50 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
 
     Raises:  UserError for a folder without metrics.jsonl, an empty one, or a line in it that is not JSON.
     """
-    it, out = read_run(Path(folder)), out or Path(folder)
-    pictures = panels({"": it}, out / "plots")
-    name = it.folder.resolve().name
+    files = read_run(Path(folder))
+    out = out or Path(folder)
+    plots = out / "plots"
+    setup = section(
+        "Set-up",
+        folded("Resolved configuration (config.yaml)", files.config),
+        folded("Environment", files.environment),
+    )
     return write_page(
         out,
-        f"Run report: {name}",
-        lead(it),
-        section("Curves", figures(pictures)),
-        section("Held-out rewards", *held_out_rewards(it.folder, out / "plots")),
-        section("Sample answers", *_samples(it)),
-        section("All metrics", _metrics(it)),
-        section(
-            "Set-up",
-            folded("Resolved configuration (config.yaml)", it.config),
-            folded("Environment", it.environment),
-        ),
+        f"Run report: {files.folder.resolve().name}",
+        summary(files),
+        section("Curves", figures(panels({"": files}, plots))),
+        section("Held-out rewards", *held_out_rewards(files.folder, plots)),
+        section("Sample answers", *_samples(files)),
+        section("All metrics", _metrics(files)),
+        setup,
     )
 
 
 def compare_runs(folders: Mapping[str, Path], out: Path) -> Path:
-    """Write a report of the curves of several runs, name -> folder, into `out`; returns the path of its
-    report.html.
-    """
+    """Write a report of several runs' curves, name -> folder, into `out`; returns the path of report.html."""
     runs = {name: read_run(folder) for name, folder in folders.items()}
     lead = f"{len(runs)} runs: {', '.join(runs)}."
-    return write_page(
-        out,
-        "Comparison of runs",
-        lead,
-        section("Curves", figures(panels(runs, out / "plots"))),
-        setup_section(runs),
-    )
-
-
-def read_run(folder: Path) -> RunFiles:
-    """The files of a run folder.  Raises UserError where it is none."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{folder}: expected a run folder, but it has no metrics.jsonl")
-    rows = _json_lines(metrics)
-    if not rows:
-        raise UserError(f"{metrics}: holds no step yet")
-    samples = _json_lines(folder / "samples.jsonl")
-    return RunFiles(
-        folder, rows, samples, *(_text(folder / name) for name in ("config.yaml", "environment.txt"))
-    )
+    curves = section("Curves", figures(panels(runs, out / "plots")))
+    return write_page(out, "Comparison of runs", lead, curves, setup_section(runs))
 
 
 def panels(runs: Mapping[str, RunFiles], folder: Path) -> list[tuple[str, Picture]]:
-    """Every panel some run has values for, drawn with one curve per run and metric and saved as
-    `folder`/<title>.png.
-    """
+    """Every panel with values, drawn with a curve per run and metric and saved as `folder`/<title>.png."""
     drawn = []
-    for panel in PANELS:
-        found = _curves(panel, runs)
-        if found:
-            path = folder / (panel.title.lower().replace(" ", "-") + ".png")
-            drawn.append(
-                (
-                    panel.title,
-                    lines(found, title=panel.title, unit=panel.unit, path=path, percent=panel.percent),
-                )
-            )
+    for panel in filled_panels():
+        curves = _curves(panel, runs)
+        if curves:
+            title = panel.title
+            path = folder / f"{title.lower().replace(' ', '-')}.png"
+            picture = lines(curves, title=title, unit=panel.unit, path=path, percent=panel.percent)
+            drawn.append((title, picture))
     return drawn
 
 
 def setup_section(runs: Mapping[str, RunFiles]) -> Html:
-    """The section with every run's configuration and environment."""
-    texts = [folded(f"{name}: resolved configuration", it.config) for name, it in runs.items()]
+    """The section with every run's configuration and the first run's environment."""
+    texts = [folded(f"{name}: resolved configuration", files.config) for name, files in runs.items()]
     first = next(iter(runs.values()))
     return section("Set-up", *texts, folded("Environment", first.environment))
 
@@ -167,83 +154,94 @@ def write_page(out: Path, title: str, lead: str, *sections: Html) -> Path:
 
 
 def prompt_text(prompt: object) -> str:
-    """A prompt as a person reads it: text as it is, a list of messages as `role: content` lines."""
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        return "\n".join(
-            f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in prompt
-        )
-    return str(prompt)
+    """A prompt for a reader: text as it is, a list of messages as `role: content` lines."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return str(prompt)
+    turns = []
+    for message in prompt:
+        turn = f"{message.get('role')}: {message.get('content')}" if isinstance(message, dict) else message
+        turns.append(str(turn))
+    return "\n".join(turns)
+
+
+def summary(files: RunFiles) -> str:
+    """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
+    last = files.rows[-1]
+    parts = [f"{last['step']} steps in {_duration(last.get('time') or 0)}."]
+    for gist, key in gists_of(all_metrics(), files.kind):
+        label, form, y = gist.label, gist.format, files.series(key).y
+        if y:
+            edge = max(1, min(EDGE, len(y) // 2))
+            head, tail = sum(y[:edge]) / edge, sum(y[-edge:]) / edge
+            ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
+            parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
+
+    for metric in all_metrics():
+        if metric.accuracy is None:
+            continue
+        label, s = metric.accuracy, files.series(metric.name)
+        if s.y:
+            interval = ""
+            if s.lo is not None and s.hi is not None:
+                interval = f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
+            parts.append(f"Held-out accuracy{label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{interval}.")
+    return " ".join(parts)
 
 
 # --- the parts --------------------------------------------------------------------------------------
 def _curves(panel: Panel, runs: Mapping[str, RunFiles]) -> list[Series]:
-    """A panel's curves of runs by name: a colour per run, a dash per metric; of one run without a name, a
-    colour per metric.
+    """A panel's curves by run and metric.
 
-    Metrics are named where runs have more than one of them.
+    Runs differ by colour and metrics by dash; a single run without a name has a colour per metric.  Metrics
+    are named if there is more than one.
     """
-    of = {name: (place, it) for place, (name, it) in enumerate(runs.items()) if panel.of in (None, it.kind)}
-    there = [label for label, key in panel.keys.items() if any(it.series(key).y for _, it in of.values())]
+    shown = []
+    for colour, (run_name, files) in enumerate(runs.items()):
+        if panel.of in (None, files.kind):
+            shown.append((colour, run_name, files))
+    labels = []
+    for label, key in panel.keys.items():
+        if any(files.series(key).y for _, _, files in shown):
+            labels.append(label)
+
     curves = []
-    for run_name, (place, it) in of.items():
-        for i, label in enumerate(there):
-            name = ", ".join(n for n in (run_name, label if len(there) > 1 else "") if n)
-            curves.append(it.series(panel.keys[label], name, colour=place if run_name else i, dash=i))
-    return [s for s in curves if s.y]
+    for colour, run_name, files in shown:
+        for i, label in enumerate(labels):
+            metric = label if len(labels) > 1 else ""
+            name = ", ".join(part for part in (run_name, metric) if part)
+            series = files.series(panel.keys[label], name, colour=colour if run_name else i, dash=i)
+            if series.y:
+                curves.append(series)
+    return curves
 
 
-def lead(it: RunFiles) -> str:
-    """A run in a few sentences: steps, time, reward or loss, held-out accuracy."""
-    last = it.rows[-1]
-    parts = [f"{last['step']} steps in {_minutes(last.get('time') or 0)}."]
-    gist = GISTS[it.kind]
-    for label, key, form in gist:
-        y = it.series(key).y
-        if y:
-            edge = max(1, min(EDGE, len(y) // 2))
-            head, tail = (sum(part) / edge for part in (y[:edge], y[-edge:]))
-            ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
-            parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
-    for label, key in (
-        (", greedy", "eval/accuracy_greedy"),
-        (", sampled", "eval/accuracy_sampled"),
-        ("", "eval/accuracy"),
-    ):
-        s = it.series(key)
-        if s.y:
-            ends = "" if s.lo is None or s.hi is None else f" [{s.lo[-1]:.1%}, {s.hi[-1]:.1%}]"
-            parts.append(f"Held-out accuracy{label}: {s.y[0]:.1%} → {s.y[-1]:.1%}{ends}.")
-    return " ".join(parts)
-
-
-def _samples(it: RunFiles) -> list[Html]:
-    """The answers of the first and of the last step that recorded any."""
-    steps = sorted({r["step"] for r in it.samples})
-    parts = []
+def _samples(files: RunFiles) -> list[Html]:
+    """The answers of the first and the last step that recorded any."""
+    steps = sorted({row["step"] for row in files.samples})
+    header = ("Prompt", "Answer", "Reward", "Verdict")
+    tables = []
     for step in dict.fromkeys((*steps[:1], *steps[-1:])):
-        rows = [r for r in it.samples if r["step"] == step][:SHOWN_SAMPLES]
-        cells = [
-            (prompt_text(r.get("prompt", "")), r.get("completion", ""), _value(r.get("reward")), _verdict(r))
-            for r in rows
-        ]
-        header = ("Prompt", "Answer", "Reward", "Verdict")
+        rows = [row for row in files.samples if row["step"] == step][:SHOWN_SAMPLES]
+        cells = []
+        for row in rows:
+            prompt, answer = prompt_text(row.get("prompt", "")), row.get("completion", "")
+            cells.append((prompt, answer, _value(row.get("reward")), _verdict(row)))
         width = 4 if any(cell[3] for cell in cells) else 3
-        parts.append(
-            table(header[:width], [cell[:width] for cell in cells], caption=f"Step {step}", sample=True)
-        )
-    return parts
+        caption = f"Step {step}"
+        tables.append(table(header[:width], [cell[:width] for cell in cells], caption=caption, sample=True))
+    return tables
 
 
-def _verdict(row: Mapping[str, Any]) -> Html:
-    """What the verifier said, in its words where it has some; a joint run's oracle, and the label that a
-    reward model was to find.
-    """
-    right = row.get("correct")
-    said = [f"{name} {_value(row[name])}" for name in ("oracle", "target") if _value(row.get(name))]
-    parts = [
-        verdict(None if right is None else bool(right)),
-        text("; ".join([str(row.get("message") or ""), *said]).strip("; ")),
-    ]
+def _verdict(row: JsonRow) -> Html:
+    """The verifier's verdict and message; also a joint run's oracle, and a reward model's target."""
+    correct = row.get("correct")
+    notes = [str(row.get("message") or "")]
+    for name in ("oracle", "target"):
+        value = _value(row.get(name))
+        if value:
+            notes.append(f"{name} {value}")
+    message = text("; ".join(notes).strip("; "))
+    parts = [verdict(None if correct is None else bool(correct)), message]
     return Html(" ".join(part for part in parts if part))
 
 
@@ -251,17 +249,16 @@ def _value(reward: object) -> str:
     return f"{reward:.3g}" if isinstance(reward, int | float) else ""
 
 
-def _metrics(it: RunFiles) -> Html:
-    keys = [
-        k
-        for k in dict.fromkeys(k for r in it.rows for k in r)
-        if k not in ("step", "time") and not k.endswith(("_lo", "_hi"))
-    ]
+def _metrics(files: RunFiles) -> Html:
+    """A table of every metric's first, last, lowest and highest value."""
+    keys = dict.fromkeys(key for row in files.rows for key in row)
     rows = []
     for key in keys:
-        y = it.series(key).y
-        nulls = sum(1 for r in it.rows if key in r and r[key] is None)
-        values = [_number(v) for v in (y[0], y[-1], min(y), max(y))] if y else ["", "", "", ""]
+        if key in ("step", "time") or key.endswith(("_lo", "_hi")):
+            continue
+        y = files.series(key).y
+        values = [_number(v) for v in (y[0], y[-1], min(y), max(y))] if y else [""] * 4
+        nulls = sum(1 for row in files.rows if key in row and row[key] is None)
         rows.append((key, *values, f"{nulls:,}" if nulls else ""))
     header = ("Metric", "First", "Last", "Lowest", "Highest", "Not finite")
     width = 6 if any(row[5] for row in rows) else 5
@@ -272,25 +269,36 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    if minutes:
+        return f"{minutes} min {rest} s"
+    return f"{rest} s"
 
 
 # --- the files --------------------------------------------------------------------------------------
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line without its end is one that is being written, and is
-    left out.
+def read_run(folder: Path) -> RunFiles:
+    """The files of a run folder.  Raises UserError for a folder that is not one."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{folder}: expected a run folder, but it has no metrics.jsonl")
+    rows = _json_lines(metrics)
+    if not rows:
+        raise UserError(f"{metrics}: holds no step yet")
+    samples = _json_lines(folder / "samples.jsonl")
+    return RunFiles(folder, rows, samples, _text(folder / "config.yaml"), _text(folder / "environment.txt"))
+
+
+def _json_lines(path: Path) -> list[JsonRow]:
+    """The objects of a file of JSON lines; a last line without its newline is still being written, and left
+    out.
     """
     text = _text(path)
+    complete = text[: text.rfind("\n") + 1]
     rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
+    for number, line in enumerate(complete.split("\n")[:-1], 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -299,6 +307,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             raise UserError(f'{path}:{number}: expected an object with an integer "step"')
         rows.append(row)
     return rows
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _text(path: Path) -> str:

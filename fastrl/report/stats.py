@@ -1,4 +1,4 @@
-"""Intervals for the numbers of a report: 95% unless asked otherwise.  Plain Python, no torch."""
+"""Confidence intervals for the numbers of a report, 95% by default.  Plain Python, no torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Ends of Wilson's score interval of a proportion; right for independent trials, near 0 and 1 too.
+    """Ends of Wilson's score interval of a proportion of independent trials; also valid near 0 and 1.
 
-    Several answers to one prompt are not independent: use `mean_interval` over the prompts' own means for
-    those.
+    Several answers to one prompt are not independent: for those, use `mean_interval` over the prompts' means.
 
     Raises:  ValueError unless 0 <= successes <= n and n >= 1.
     Source:  Wilson 1927; Brown, Cai & DasGupta 2001, "Interval estimation for a binomial proportion".
@@ -29,17 +28,22 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"wilson: expected 0 <= successes <= n and n >= 1, got successes={successes}, n={n}")
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    p, shrink = successes / n, 1 + z * z / n
+    p = successes / n
+    shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # at 0 and n successes the end is exactly 0 or 1; the subtraction leaves rounding noise there
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+    variance = p * (1 - p) / n + z * z / (4 * n * n)
+    half = z / shrink * math.sqrt(variance)
+
+    # exact at 0 and n successes, where the subtraction would leave rounding noise
+    lo = 0.0 if successes == 0 else centre - half
+    hi = 1.0 if successes == n else centre + half
+    return lo, hi
 
 
 def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     """Mean of independent values (one per prompt, or one per seed) with Student's interval.
 
-    One value has a mean and no interval: its ends are infinite.
+    The interval of a single value is infinite.
 
     Raises:  ValueError for no values.
     """
@@ -53,8 +57,7 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
 
 
 def share_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
-    """`mean_interval` of shares, values from 0 to 1, whose mean can be nothing else: the ends are cut off
-    there.
+    """`mean_interval` of shares, values from 0 to 1, with the ends clipped to [0, 1].
 
     Raises:  ValueError for no values.
     """
@@ -63,17 +66,18 @@ def share_interval(shares: Sequence[float], *, level: float = 0.95) -> Estimate:
 
 
 def paired_interval(before: Sequence[float], after: Sequence[float], *, level: float = 0.95) -> Estimate:
-    """Mean of after - before, pair by pair, with Student's interval: the pairs share a prompt (or a seed).
+    """Mean of after - before with Student's interval, paired: both values of a pair share a prompt (or seed).
 
     Raises:  ValueError for lists of different or zero length.
     """
     if len(before) != len(after):
         raise ValueError(f"paired_interval: expected lists of one length, got {len(before)} and {len(after)}")
-    return mean_interval([b - a for a, b in zip(before, after, strict=True)], level=level)
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return mean_interval(differences, level=level)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation; NaN where one of the two does not vary, or there are fewer than two values.
+    """Pearson's correlation; NaN if one of the two does not vary, or there are fewer than two values.
 
     Raises:  ValueError for lists of different length.
     """
@@ -94,8 +98,7 @@ class Bin(NamedTuple):
 def calibration(
     predicted: Sequence[float], outcome: Sequence[float], *, bins: int = 10
 ) -> tuple[float, list[Bin]]:
-    """Expected calibration error of probabilities, and the `bins` of equal width behind it (empty ones are
-    left out).
+    """Expected calibration error of probabilities, and its bins of equal width without the empty ones.
 
     Raises:  ValueError for lists of different or zero length.
     Source:  Naeini, Cooper & Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian
@@ -108,35 +111,50 @@ def calibration(
         )
     inside: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for p, y in zip(predicted, outcome, strict=True):
-        inside[min(int(p * bins), bins - 1)].append((p, y))
-    found = [Bin(len(b), fmean(p for p, _ in b), fmean(y for _, y in b)) for b in inside if b]
-    return sum(b.size * abs(b.predicted - b.observed) for b in found) / len(predicted), found
+        index = min(int(p * bins), bins - 1)
+        inside[index].append((p, y))
+
+    filled = []
+    for pairs in inside:
+        if pairs:
+            mean_predicted = fmean(p for p, _ in pairs)
+            observed = fmean(y for _, y in pairs)
+            filled.append(Bin(len(pairs), mean_predicted, observed))
+    error = sum(b.size * abs(b.predicted - b.observed) for b in filled)
+    return error / len(predicted), filled
 
 
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with `df` degrees of freedom, for 0.5 <= p < 1, to 1e-9 relative.
 
-    Source:  the finite series of the distribution for integer df, Abramowitz & Stegun 26.7.3 and 26.7.4,
-             bisected.
+    Source:  bisection of the distribution's finite series for integer df, Abramowitz & Stegun 26.7.3 and
+             26.7.4.
     """
     if not 0.5 <= p < 1 or df < 1:
         raise ValueError(f"t_quantile: expected 0.5 <= p < 1 and df >= 1, got p={p}, df={df}")
+    central = 2 * p - 1
     lo, hi = 0.0, 1.0
-    while _central(hi, df) < 2 * p - 1:
+    while _central(hi, df) < central:
         hi *= 2
     for _ in range(60):
         middle = (lo + hi) / 2
-        lo, hi = (middle, hi) if _central(middle, df) < 2 * p - 1 else (lo, middle)
+        if _central(middle, df) < central:
+            lo = middle
+        else:
+            hi = middle
     return hi
 
 
 def _central(t: float, df: int) -> float:
     """Probability that |T| < t."""
     angle = math.atan2(t, math.sqrt(df))
-    odd, cos2 = df % 2, math.cos(angle) ** 2
+    odd = df % 2
+    cos2 = math.cos(angle) ** 2
     term = math.sin(angle) * (math.cos(angle) if odd else 1.0)
     total = 0.0
     for k in range(df // 2):
         total += term
         term *= cos2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
-    return (angle + total) * 2 / math.pi if odd else total
+    if odd:
+        return (angle + total) * 2 / math.pi
+    return total

@@ -1,8 +1,8 @@
-"""Checkpoints: a Hugging Face folder plus the trainer's state, whole or not there at all.
+"""Checkpoints: a Hugging Face folder plus the trainer's state, complete or absent.
 
-A checkpoint is written under a temporary name, synced to disk and renamed, so a crash at any moment leaves
-the checkpoints before it as they were.  `trainer.json` lists every file and its size; one that is missing or
-cut short is named when it is loaded.
+A checkpoint is written under a temporary name, synced to disk and renamed, so that a crash at any moment
+leaves earlier checkpoints as they were.  `trainer.json` lists every file with its size; loading names the
+file that is missing or truncated.
 """
 
 from __future__ import annotations
@@ -13,59 +13,64 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastrl.errors import UserError
+from fastrl.files import JsonObject
 
 META, STATE = "trainer.json", "trainer.safetensors"
-INSTEAD = "remove the folder to use an older checkpoint"
+ADVICE = "remove the folder to use an older checkpoint"
 _NAME = re.compile(r"step_(\d+)")
+
+
+class Savable(Protocol):
+    """A model or a tokenizer."""
+
+    def save_pretrained(self, folder: Path, /) -> object: ...
 
 
 def save(
     run: Path,
     step: int,
-    model: Any,
-    tokenizer: Any,
-    state: dict[str, Tensor],
-    meta: dict[str, Any],
+    model: Savable,
+    tokenizer: Savable | None,
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, object],
     *,
     keep: int = 0,
-    others: Mapping[str, tuple[Any, Any]] | None = None,
+    others: Mapping[str, tuple[Savable, Savable | None]] | None = None,
 ) -> Path:
-    """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps every one).
+    """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps all).
 
-    `state` holds the trainer's tensors, `meta` its plain values; `others` are more models with their
-    tokenizers, by the name of their folder inside it.  Raises UserError, naming the folder, when the disk
-    refuses.
+    state   the trainer's tensors
+    meta    the trainer's plain values
+    others  more models with their tokenizers, by the name of their subfolder
+
+    Raises UserError, naming the folder, when writing fails.
     """
     root = run / "checkpoints"
     final, partial = root / f"step_{step}", root / f".step_{step}.partial"
+    models = {"": (model, tokenizer), **(others or {})}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".*.partial"):
-            shutil.rmtree(left)
+        for leftover in root.glob(".*.partial"):
+            shutil.rmtree(leftover)
+
         partial.mkdir()
-        for folder, (one, reads) in {"": (model, tokenizer), **(others or {})}.items():
-            one.save_pretrained(partial / folder)
-            if reads is not None:
-                reads.save_pretrained(partial / folder)
-        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, partial / STATE)
-        sizes = {
-            str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()
-        }
-        (partial / META).write_text(json.dumps({"step": step, **meta, "files": sizes}, indent=1))
+        _write(partial, models, state, {"step": step, **meta})
         _sync(partial)
         if final.exists():
             _discard(final)
         os.rename(partial, final)
         _sync_folder(root)
-        for old in complete_checkpoints(run)[:-keep] if keep else []:
-            _discard(old)
+
+        if keep:
+            for old in complete_checkpoints(run)[:-keep]:
+                _discard(old)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched"
@@ -74,34 +79,59 @@ def save(
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The run's finished checkpoints, oldest first."""
-    found = [(int(m[1]), p) for p in (run / "checkpoints").glob("step_*") if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    """The run's complete checkpoints, oldest first."""
+    checkpoints = []
+    for path in (run / "checkpoints").glob("step_*"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            checkpoints.append((int(match[1]), path))
+    return [path for _, path in sorted(checkpoints)]
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trainer's tensors and plain values of one checkpoint.  Raises UserError naming the file that is
-    missing or damaged.
+def load(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+    """The trainer's tensors and plain values of a checkpoint.
+
+    Raises UserError naming the file that is missing or damaged.
     """
     try:
         meta = json.loads((path / META).read_text())
-        files = meta.pop("files")
-        sizes = dict(files)
+        sizes = dict(meta.pop("files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path}: {META} is missing or damaged ({error}); {INSTEAD}") from error
+        raise UserError(f"checkpoint {path}: {META} is missing or damaged ({error}); {ADVICE}") from error
+
     for name, size in sizes.items():
-        there = (path / name).stat().st_size if (path / name).exists() else None
-        if there != size:
-            got = "is missing" if there is None else f"has {there} bytes, expected {size}"
-            raise UserError(f"checkpoint {path}: {name} {got}; {INSTEAD}")
+        file = path / name
+        if not file.exists():
+            raise UserError(f"checkpoint {path}: {name} is missing; {ADVICE}")
+        actual = file.stat().st_size
+        if actual != size:
+            raise UserError(f"checkpoint {path}: {name} has {actual} bytes, expected {size}; {ADVICE}")
     try:
         return load_file(path / STATE), meta
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path}: {STATE} is damaged ({error}); {INSTEAD}") from error
+        raise UserError(f"checkpoint {path}: {STATE} is damaged ({error}); {ADVICE}") from error
+
+
+def _write(
+    folder: Path,
+    models: Mapping[str, tuple[Savable, Savable | None]],
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, object],
+) -> None:
+    """Write the files of a checkpoint; trainer.json, which lists the others, comes last."""
+    for name, (model, tokenizer) in models.items():
+        model.save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+    save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, folder / STATE)
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that a crash half-way never leaves a part under it."""
+    """Remove a checkpoint; it is renamed first, so that a crash leaves no partial one under its name."""
     nameless = folder.with_name(f".{folder.name}.discarded.partial")
     os.rename(folder, nameless)
     shutil.rmtree(nameless)

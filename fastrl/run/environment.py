@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, CPU features, threads, and the implementation of each op."""
+"""`fastrl env`, for bug reports: versions, devices, CPU features, threads, and each op's implementation."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ VARIABLES = (
 )
 
 
-def report() -> str:
-    """The text of `fastrl env`."""
+def environment_text() -> str:
+    """The output of `fastrl env`, also a run's environment.txt."""
     parts = {
         "versions": _versions(),
         "devices": _devices(),
         "compiled module": _compiled(),
         "environment": _variables(),
     }
-    blocks = [
-        f"{title}\n" + "\n".join(f"  {k:<22} {v}" for k, v in rows.items()) for title, rows in parts.items()
-    ]
-    return "\n\n".join([*blocks, _table()])
+    blocks = []
+    for title, rows in parts.items():
+        lines = [f"  {name:<22} {value}" for name, value in rows.items()]
+        blocks.append("\n".join([title, *lines]))
+    return "\n\n".join([*blocks, _op_table()])
 
 
 def run(options: object) -> None:
-    """`fastrl env`: print the report."""
-    print(report())
+    """The command `fastrl env`."""
+    print(environment_text())
 
 
 def _versions() -> dict[str, str]:
-    here = {"fastrl": __version__, "python": platform.python_version(), "system": platform.platform()}
-    return here | {name: _version(name) for name in PACKAGES}
+    versions = {"fastrl": __version__, "python": platform.python_version(), "system": platform.platform()}
+    return versions | {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str:
@@ -75,11 +76,15 @@ def _devices() -> dict[str, str]:
     }
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        rows[f"cuda:{i}"] = f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    return rows if torch.cuda.is_available() else rows | {"gpu": "none"}
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        rows[f"cuda:{i}"] = f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {memory}"
+    if not torch.cuda.is_available():
+        rows["gpu"] = "none"
+    return rows
 
 
 def processor() -> str:
+    """The CPU's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -90,9 +95,10 @@ def _compiled() -> dict[str, str]:
     module = extension()
     if module is None:
         return {"fastrl._C": "not built: pip install -e . (or python setup.py build_ext --inplace)"}
+    has_cuda = any(name.endswith("_cuda") for name in dir(module))
     return {
         "fastrl._C": module.__file__,
-        "cuda kernels": "built" if any(name.endswith("_cuda") for name in dir(module)) else "not built",
+        "cuda kernels": "built" if has_cuda else "not built",
         "instruction set": f"{module.cpu_isa()}, of {', '.join(module.cpu_isas())}",
         "threads": module.threads_from() or "one: torch has no OpenMP runtime to share",
     }
@@ -102,16 +108,18 @@ def _variables() -> dict[str, str]:
     return {name: os.environ.get(name, "-") for name in VARIABLES}
 
 
-def _table() -> str:
-    chosen, have = ops.backend(), ops.implementations()
+def _op_table() -> str:
+    """A row per op: the chosen backend, and the state of its implementation on every backend."""
+    chosen, implementations = ops.backend(), ops.implementations()
     rows: list[tuple[str, ...]] = [("op", "chosen", *BACKENDS)]
-    rows += [(op, chosen[op], *(have[op].get(b, "-") for b in BACKENDS)) for op in have]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [
-        f"{op}: {name}: {state}"
-        for op, table in have.items()
-        for name, state in table.items()
-        if name not in BACKENDS
-    ]
-    return "\n".join(lines)
+    notes = []
+    for op, states in implementations.items():
+        rows.append((op, chosen[op], *(states.get(backend, "-") for backend in BACKENDS)))
+        notes += [f"{op}: {name}: {state}" for name, state in states.items() if name not in BACKENDS]
+
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, *notes])

@@ -14,19 +14,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Inside the `with` block, the first SIGINT or SIGTERM asks the loop to stop after its step; a second one
-    ends it at once.
+    """A request to stop, as a context manager around the training loop.
 
-    max_seconds   ask as well once the block has run this long; 0 never
+    The first SIGINT or SIGTERM asks the loop to stop after its step; a second one ends it at once.
+
+    max_seconds   also ask once the block has run this long; 0 means no limit
     """
 
     def __init__(self, max_seconds: float = 0.0) -> None:
-        self.max_seconds, self._signalled = max_seconds, False
+        self.max_seconds = max_seconds
+        self._signalled = False
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
-        self._main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        self._old = {s: signal.signal(s, self._handle) for s in SIGNALS} if self._main else {}
+        # only the main thread may set handlers
+        in_main = threading.current_thread() is threading.main_thread()
+        self._old = {s: signal.signal(s, self._handle) for s in SIGNALS} if in_main else {}
         return self
 
     def __exit__(
@@ -36,9 +39,11 @@ class Interrupt:
             signal.signal(number, handler)
 
     def asked(self, world: World) -> bool:
-        """Whether to stop now; one process's wish is everyone's, so that none waits for another for ever."""
-        late = self.max_seconds > 0 and time.monotonic() - self._began >= self.max_seconds
-        return world.max(float(self._signalled or late))[0] > 0
+        """Whether to stop now: if one process asks, all stop; the others would hang in a collective."""
+        elapsed = time.monotonic() - self._began
+        out_of_time = 0 < self.max_seconds <= elapsed
+        (asked,) = world.max(float(self._signalled or out_of_time))
+        return asked > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:

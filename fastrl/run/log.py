@@ -1,9 +1,9 @@
-"""What a run writes down: metrics.jsonl, samples.jsonl, TensorBoard events, and the progress a person sees.
+"""A run's log: metrics.jsonl, samples.jsonl, TensorBoard events, and progress on the terminal.
 
-metrics.jsonl holds one JSON object a line.  Every line has "step" (int, optimizer steps done) and "time" (s
-since the run began, counted on over a resume); evaluations are lines of their own whose metrics start with
-"eval/".  Whatever depends on the clock is called "time", "time/...", "eval/time" or "perf/...": everything
-else is equal in two runs of one configuration, resumed or not.  JSON has no NaN or infinity: such a number is
+metrics.jsonl holds one JSON object per line.  Every line has "step" (int, optimizer steps done) and "time" (s
+since the run began, continued by a resume); evaluations are lines of their own, with metrics that start with
+"eval/".  Metrics that depend on the clock are named "time", "time/...", "eval/time" or "perf/..."; all others
+are equal in two runs of one configuration, resumed or not.  JSON has no NaN or infinity: such a number is
 written as null.
 """
 
@@ -16,15 +16,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from fastrl.files import Json, JsonObject
+from fastrl.report.metric import progress
+from fastrl.report.metrics import all_metrics
+
 METRICS, SAMPLES, REWARDS = "metrics.jsonl", "samples.jsonl", "rewards.json"
 EVENTS = "events.out.tfevents.*"
-# all a run leaves but its checkpoints
+# everything that a run writes besides checkpoints
 LOGS = (
     METRICS,
     SAMPLES,
@@ -35,27 +39,17 @@ LOGS = (
     "report.html",
     "plots",
 )
-TOKENS_PER_SECOND = "perf/tokens_per_second"
-SHOWN = {  # label -> metric and its format: what fits beside a progress bar, of what the run has
-    "reward": ("reward", ".3f"),
-    "loss": ("loss", ".4g"),
-    "accuracy": ("accuracy", ".3f"),
-    "pairs right": ("rewards/accuracies", ".3f"),
-    "oracle": ("joint/oracle", ".3f"),
-    "tok/s": (TOKENS_PER_SECOND, ",.0f"),
-}
-PLAIN_LINES, PLAIN_SECONDS = 20, 30.0  # off a terminal: about so many lines a run, and one at least so often
+# without a terminal: about this many progress lines per run, and the longest time between two of them, s
+PLAIN_LINES, PLAIN_SECONDS = 20, 30.0
 
 
 class RunLog:
-    """The log of one run; a context manager, so that the files are whole and the terminal is sane whatever
-    happens.
+    """The log of one run; a context manager that closes the files and the progress bar whatever happens.
 
-    folder       created; a new run (resume_step None) moves an earlier one's logs, not its checkpoints, to
-                 folder/previous-N
-    resume_step  continue the files after this step: lines of later steps, and a line cut off by a crash, are
-                 dropped
-    texts        file name -> text, written into the folder: config.yaml, environment.txt
+    folder       created; a new run (resume_step None) moves an earlier run's logs, but not its checkpoints,
+                 to folder/previous-N
+    resume_step  continue the files after this step, without lines of later steps or a truncated last line
+    texts        file name -> text to write into the folder: config.yaml, environment.txt
     quiet        write the files and show nothing
     enabled      False on every rank but the first: all methods do nothing
     """
@@ -76,10 +70,13 @@ class RunLog:
         self._console = console or Console(quiet=quiet, highlight=False)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._began, self._spoken = time.monotonic(), -math.inf
-        self._start, self._clock = resume_step or 0, (-1, 0.0)
+        self._start = resume_step or 0
+        self._began = time.monotonic()
+        self._last_line = -math.inf  # time of the last progress line without a terminal
+        self._first_step: tuple[int, float] | None = None  # this process's first step, and its time
         if not enabled:
             return
+
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             self._set_aside()
@@ -88,6 +85,7 @@ class RunLog:
                 self._began -= keep_until(self.folder / file, resume_step)
         for file, text in (texts or {}).items():
             replace_text(self.folder / file, text)
+
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
         purge = None if resume_step is None else resume_step + 1
@@ -122,23 +120,21 @@ class RunLog:
         self._board.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record optimizer step `step` (counted from 1) and show it.  Raises TypeError for a metric that is
-        no Python number.
+        """Record optimizer step `step` (counted from 1) and show it.
+
+        Raises TypeError for a metric that is not a Python number.
         """
         if not self.enabled:
             return
         self._record(step, metrics)
-        shown = "  ".join(
-            f"{label} {metrics[key]:{form}}" for label, (key, form) in SHOWN.items() if key in metrics
-        )
+        shown = progress(all_metrics(), metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif self._due(step):
-            self._say(f"{self.name} step {step}/{self.total}  {shown}  {self._eta(step)}")
+            self._print(f"{self.name} step {step}/{self.total}  {shown}  {self._eta(step)}")
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record an evaluation of the weights after `step` optimizer steps; "eval/" is put before names
-        without it.
+        """Record an evaluation after `step` optimizer steps; names get the prefix "eval/" if they lack it.
 
         A metric K with K_lo and K_hi beside it is reported and drawn with that interval.
         """
@@ -146,22 +142,21 @@ class RunLog:
             return
         named = {k if k.startswith("eval/") else f"eval/{k}": v for k, v in metrics.items()}
         self._record(step, named)
-        shown = [
-            _with_interval(k, named)
-            for k in named
-            if not k.endswith(("_lo", "_hi")) and not k.startswith("eval/time")
-        ]
-        self._say(f"{self.name} eval at step {step}  " + "  ".join(shown))
+        shown = []
+        for key in named:
+            if not key.endswith(("_lo", "_hi")) and not key.startswith("eval/time"):
+                shown.append(_with_interval(key, named))
+        self._print(f"{self.name} eval at step {step}  " + "  ".join(shown))
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Mapping[str, Json]]) -> None:
         """Append sample completions (prompt, completion, reward, ...) of `step` to samples.jsonl."""
         if self.enabled:
             _append(self._samples, [{"step": step, **row} for row in rows])
 
     def message(self, text: str) -> None:
-        """Tell the person at the terminal; above the progress bar where there is one."""
+        """Print a line on the terminal, above the progress bar if there is one."""
         if self.enabled:
-            self._say(text)
+            self._print(text)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
@@ -176,30 +171,32 @@ class RunLog:
             self._board.add_scalar(key, value, step)
 
     def _due(self, step: int) -> bool:
-        """Whether a plain log line is due: the first step, the last, and a bounded number between."""
+        """Whether to print a progress line: at the first step, the last, and a bounded number between."""
         now = time.monotonic()
         every = max(1, math.ceil(self.total / PLAIN_LINES))
-        due = (
-            self._spoken == -math.inf
-            or step >= self.total
-            or step % every == 0
-            or now - self._spoken >= PLAIN_SECONDS
-        )
-        self._spoken = now if due else self._spoken
+        overdue = now - self._last_line >= PLAIN_SECONDS  # always at the first step
+        due = overdue or step >= self.total or step % every == 0
+        if due:
+            self._last_line = now
         return due
 
     def _eta(self, step: int) -> str:
-        """Time to the end at the pace since this process's first step, which also paid for warming up."""
+        """Time to the end at the pace since this process's first step, whose own time includes warming up."""
         now = time.monotonic()
-        if self._clock[0] < 0:
-            self._clock = (step, now)
-        done, seconds = step - self._clock[0], now - self._clock[1]
-        return f"ETA {_duration(seconds / done * max(0, self.total - step))}" if done > 0 else ""
+        if self._first_step is None:
+            self._first_step = (step, now)
+        first, began = self._first_step
+        done = step - first
+        if done <= 0:
+            return ""
+        left = max(0, self.total - step)
+        return f"ETA {_duration((now - began) / done * left)}"
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
     def _set_aside(self) -> None:
+        """Move an earlier run's logs to the first free previous-N."""
         old = [path for pattern in LOGS for path in self.folder.glob(pattern)]
         if self.folder / METRICS not in old:
             return
@@ -213,21 +210,24 @@ class RunLog:
 
 
 def keep_until(path: Path, step: int) -> float:
-    """Drop the lines of `path` (JSON lines) after `step`, and a cut-off last line; the file is replaced in
-    one move.
+    """Drop the lines of `path` (JSON lines) after `step`, and a truncated last line, atomically.
 
-    Returns the "time" of the last line kept, s; 0 where there is none.
+    Returns the "time" of the last line kept, s, or 0 without one.
     """
     if not path.exists():
         return 0.0
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [(line, row) for line in lines if (row := _row(line)) is not None and row["step"] <= step]
-    replace_text(path, "".join(line + "\n" for line, _ in rows))
-    return max((float(row.get("time", 0.0)) for _, row in rows), default=0.0)
+    kept, seconds = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = _row(line)
+        if row is not None and row["step"] <= step:
+            kept.append(f"{line}\n")
+            seconds = max(seconds, float(row.get("time", 0.0)))
+    replace_text(path, "".join(kept))
+    return seconds
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    """Write a file so that a crash leaves either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -236,7 +236,8 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: str) -> JsonObject | None:
+    """The object of a line, or None unless it is one with a step."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -244,13 +245,14 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _append(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+def _append(file: TextIO, rows: Iterable[Mapping[str, Json]]) -> None:
     for row in rows:
-        file.write(json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False, default=str) + "\n")
+        finite = {key: _finite(value) for key, value in row.items()}
+        file.write(json.dumps(finite, allow_nan=False, default=str) + "\n")
     file.flush()
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Json) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

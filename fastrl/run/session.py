@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastrl.algorithms.correction import MISMATCH
-from fastrl.algorithms.row import Row
+from fastrl.algorithms.row import Loggable
 from fastrl.config import Run
 from fastrl.config.parse import dump
 from fastrl.errors import UserError
@@ -28,6 +27,7 @@ from fastrl.model.decoder import Decoder
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World, init_world
+from fastrl.report.metric import Need, over_batches
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS, Sampler
@@ -48,7 +48,7 @@ class Session:
 
     config: Run
     method: Method[Any, Any, Any]
-    algorithm: Row
+    algorithm: Loggable
     world: World
     model: LanguageModel
     tokenizer: Tokenizer
@@ -87,16 +87,12 @@ class Session:
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
-        silent = set() if self.algorithm.kl_coef else {"ref_kl_k3"}  # 0 without a reference is no measurement
-        if not self.algorithm.correction:
-            silent |= {"correction_min", "correction_mean", "correction_max"}
-
-        metrics = {}
-        for key, name in self.method.metrics.items():
-            values = [batch[key] for batch in batches if key in batch]
-            if values and key not in silent:
-                metrics[name] = OVER_BATCHES.get(key, _mean)(values)
-        return metrics
+        has: dict[Need, bool] = {
+            "reference": bool(self.algorithm.kl_coef),
+            "correction": bool(self.algorithm.correction),
+        }
+        lacking = [need for need, present in has.items() if not present]
+        return over_batches(self.method.metrics, batches, lacking)
 
     def how_to_resume(self, saved: Path | None) -> str:
         """What to type to continue a run that was stopped."""
@@ -175,7 +171,7 @@ def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[s
 
 
 def _context(
-    config: Run, method: Method[Any, Any, Any], algorithm: Row, folder: str, world: World
+    config: Run, method: Method[Any, Any, Any], algorithm: Loggable, folder: str, world: World
 ) -> Context[Any, Any, Any]:
     """Model, tokenizer, task and sampler of the run, from a folder of weights."""
     device, dtype = resolve_device(config.device, config.dtype)
@@ -209,7 +205,7 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
     differ = changed(config) if resume_step is not None else {}
     texts = {}
     if world.is_main:
-        texts = {"config.yaml": dump(config), "environment.txt": environment.report()}
+        texts = {"config.yaml": dump(config), "environment.txt": environment.environment_text()}
     log = RunLog(
         config.output_dir,
         config.steps,
@@ -276,14 +272,3 @@ def _evaluated(folder: Path, step: int) -> bool:
     """
     rows = (row for _, row in read_json_lines(folder / METRICS))
     return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)
-
-
-OVER_BATCHES: dict[str, Callable[[Sequence[float]], float]] = {  # the others are averaged
-    "num_tokens": sum,
-    "ratio_max": max,
-    **dict.fromkeys(MISMATCH, lambda values: values[0]),  # before any weight has changed
-}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,12 +1,11 @@
-"""Packed attention that gives the bits of decode_attention: every token is a query over the pages of its own
-sequence.
+"""Packed attention with the bits of decode_attention: every token is a query over the pages of its sequence.
 
-Keys and values are copied to pages, as a cache would hold them; query t reads the first position + 1 of its
-sequence's.  So a sequence scored by the trainer and the same one sampled a token at a time go through one
-kernel, which is batch-invariant.
+Keys and values are copied to pages, as a cache would hold them; a query at position t reads the first t + 1
+of its sequence.  A sequence scored by the trainer and the same one sampled token by token therefore go
+through one kernel, which is batch-invariant.
 
-The gradients are those of the attention that is the default: its forward runs once more for y and lse, which
-are of its own making.
+The gradients are those of the default attention: its forward runs again, because its backward needs its own y
+and lse.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ PAGE = 64  # tokens
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H, E), and NaN in place of lse (T, H): the backward makes its own.
+    """y (T, H, E), and NaN in place of lse (T, H), which the backward computes itself.
+
     Nothing is read on the host.
     """
     lse = torch.full(q.shape[:2], torch.nan, dtype=compute_dtype(q), device=q.device)
@@ -43,18 +43,21 @@ def prefix(
     first = used.cumsum(0) - used
     pages = k.shape[0] // PAGE + used.numel()  # enough: each sequence leaves less than one page unused
     slots = first[rows_k] * PAGE + position
-    cache = [
-        x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x).view(pages, PAGE, *x.shape[1:])
-        for x in (k, v)
-    ]
+    cache = [_paged(x, slots, pages) for x in (k, v)]
     column = torch.arange(-(-(max_seqlen or k.shape[0]) // PAGE), device=q.device)
     table = (first[:, None] + column).clamp_(max=pages - 1).to(torch.int32)
     lengths = (place + (ends_k.diff() - ends.diff())[rows] + 1).to(torch.int32)
     return pick("decode_attention", q, "forward")(q, *cache, table, lengths, rows, scale)
 
 
+def _paged(x: Tensor, slots: Tensor, pages: int) -> Tensor:
+    """Tokens (T, K, E) copied to their slots of pages (pages, PAGE, K, E); other slots hold anything."""
+    flat = x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x)
+    return flat.view(pages, PAGE, *x.shape[1:])
+
+
 def _within(ends: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Each packed token's sequence, and its place in there."""
+    """The sequence of each packed token, and its place in it."""
     token = torch.arange(T, device=ends.device)
     rows = torch.searchsorted(ends[1:], token, right=True)
     return rows, token - ends[rows]

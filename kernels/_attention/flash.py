@@ -1,17 +1,15 @@
-"""Flash attention of packed sequences on CUDA, by whichever library is installed: the upper rungs of the
-ladder.
+"""Flash attention of packed sequences on CUDA, by the libraries that are installed: the top of the ladder.
 
-    flash_attn_4   flash-attn-4 (CuTe DSL); only where its backward can be deterministic, which leaves out
-                   Hopper
+    flash_attn_4   flash-attn-4 (CuTe DSL), where its backward can be deterministic: not on Hopper
     flash_attn_2   flash-attn
-    varlen_attn    the flash attention inside torch, that of torch.nn.attention.varlen
+    varlen_attn    the flash attention inside torch, as called by torch.nn.attention.varlen
 
-All three take the ends of keys and of queries apart, and lay the causal mask flush with the last of both.
+All three take the ends of queries and of keys separately, and align the causal mask with the last of both.
 
-Each rung calls its library's forward and backward themselves, because the op around them has its own
-autograd.  They agree on what is kept: y, and the natural logarithm lse, (H, T) for them and (T, H) here.  The
-backward is deterministic on every rung.  No rung is given pages: paged calls of varlen_attn are wrong in
-several builds (pytorch issue 194167), and decoding has a kernel of its own.
+Each is called by its forward and its backward, because the op around them has its own autograd.  They keep
+the same: y, and the natural logarithm lse, (H, T) for them and (T, H) here.  The backward is deterministic in
+all three.  None is given pages: paged calls of varlen_attn are wrong in several builds (pytorch issue
+194167), and decoding has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -29,25 +27,20 @@ from fastrl.kernels._launch import on_device, unit_rows
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 256  # of a head
-OLDEST = {"flash-attn": (2, 7), "flash-attn-4": (4, 0)}  # earlier ones name their arguments otherwise
+OLDEST = {"flash-attn": (2, 7), "flash-attn-4": (4, 0)}  # earlier ones have other names of arguments
 Call = Callable[..., tuple[Tensor, ...]]
 
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's own backward kernels choose their deterministic form inside: it is asked of the whole process,
-    not of a call.
-    """
+    """Ask torch's backward kernels for their deterministic form, which is a setting of the whole process."""
     settings: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    # or every torch.empty writes NaN
-    fill, settings.fill_uninitialized_memory = (
-        settings.fill_uninitialized_memory,
-        False,
-    )
+    fill = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # or every torch.empty would write NaN
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -57,8 +50,8 @@ def deterministic() -> Iterator[None]:
 
 
 # --- libraries --------------------------------------------------------------------------------------
-# forward(q, k, v, ends, longest, scale, keys) -> y, lse (H, T), with the ends of the keys where those are not
-# the queries'; backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
+# forward(q, k, v, ends, longest, scale, keys) -> y, lse (H, T), where `keys` are the ends of the keys if they
+# differ; backward(dy, q, k, v, y, lse (H, T), ends, longest, scale) -> dq, dk, dv
 def flash4(interface: Any) -> tuple[Call, Call]:
     """flash_attn.cute.interface."""
 
@@ -141,8 +134,9 @@ def flash2(interface: Any) -> tuple[Call, Call]:
 
 
 def varlen(aten: Any) -> tuple[Call, Call]:
-    """torch.ops.aten, whose two ops are what torch.nn.attention.varlen calls; these also take shared heads in
-    torch 2.10 and 2.11.
+    """The two ops of torch.ops.aten that torch.nn.attention.varlen calls.
+
+    In torch 2.10 and 2.11 only the ops take shared heads.
     """
 
     def forward(
@@ -164,7 +158,7 @@ def varlen(aten: Any) -> tuple[Call, Call]:
         longest: int,
         scale: float,
     ) -> tuple[Tensor, ...]:
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is 0
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # for a dropout of 0
         unused = torch.empty(0, device=q.device)
         with deterministic():
             return aten._flash_attention_backward(
@@ -185,10 +179,10 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
         T, H, _ = q.shape
         if T == 0:
             return torch.empty_like(q), q.new_empty(T, H, dtype=torch.float32)
+        tensors = [unit_rows(x) for x in (q, k, v)]
+        ends = cu_seqlens.int().contiguous()
         with on_device(q):
-            y, lse = call(
-                *(unit_rows(x) for x in (q, k, v)), cu_seqlens.int().contiguous(), max_seqlen or T, scale
-            )
+            y, lse = call(*tensors, ends, max_seqlen or T, scale)
         return y, lse.t().contiguous()
 
     def backward(
@@ -206,11 +200,10 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
         if T == 0:
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tensors = (dy.contiguous(), *(unit_rows(x) for x in (q, k, v)), y, lse.t().contiguous())
+        ends = cu_seqlens.int().contiguous()
         with on_device(q):
-            return tuple(
-                x.contiguous()
-                for x in call_backward(*tensors, cu_seqlens.int().contiguous(), max_seqlen or T, scale)
-            )
+            grads = call_backward(*tensors, ends, max_seqlen or T, scale)
+            return tuple(x.contiguous() for x in grads)
 
     def prefix(
         q: Tensor,
@@ -223,9 +216,10 @@ def parts(library: tuple[Call, Call]) -> dict[str, Callable[..., Any]]:
     ) -> Tensor:
         if q.shape[0] == 0:
             return torch.empty_like(q)
+        tensors = [unit_rows(x) for x in (q, k, v)]
         ends, keys = (x.int().contiguous() for x in (cu_seqlens, cu_seqlens_k))
         with on_device(q):
-            return call(*(unit_rows(x) for x in (q, k, v)), ends, max_seqlen or k.shape[0], scale, keys)[0]
+            return call(*tensors, ends, max_seqlen or k.shape[0], scale, keys)[0]
 
     return {"forward": forward, "backward": backward, "prefix": prefix}
 
@@ -248,9 +242,7 @@ def installed(package: str, module: str) -> tuple[Any, str]:
 
 
 def _takes(majors: tuple[int, ...], reason: str) -> Callable[[Tensor], str]:
-    """The obstacle of a kernel for GPUs of these generations: a width, or a generation, that it does not
-    have.
-    """
+    """The obstacle of a kernel for GPUs of these generations: another generation, or an unsupported width."""
 
     def obstacle(q: Tensor) -> str:
         E, major = q.shape[-1], torch.cuda.get_device_capability(q.device)[0]

@@ -1,5 +1,6 @@
-"""Attention of packed sequences as padded batches of dense ones, for PyTorch's own kernels: the rungs `cpu`
-and `sdpa` of the ladder.
+"""Attention of packed sequences by the dense kernels of PyTorch: `cpu` and `sdpa` of the ladder.
+
+They run on padded batches of sequences of like length.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from fastrl.kernels._attention.prefix import dense
 from fastrl.kernels._check import compute_dtype
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
-# tokens of a sequence from which on CPU it is a batch of its own: a call then costs less than padding
-ALONE = 128
+ALONE = 128  # tokens from which, on CPU, a sequence is a batch of its own: a call costs less than padding
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 Dense = Callable[..., tuple[Tensor, ...]]
 
@@ -33,21 +33,18 @@ class Padded:
     tokens: Tensor  # the packed token of each of `places`
     span: (
         slice | None
-        # where the sequences lie if they are neighbours of one length: packed is padded there, and nothing is
-        # copied
-    )
+    )  # where the sequences lie, if they are neighbours of one length: then nothing is copied
 
     @classmethod
     def alone(cls, start: int, length: int, device: torch.device) -> Padded:
         """One sequence."""
         tokens = torch.arange(start, start + length, device=device)
-        here = tokens - start
         return cls(
-            tokens[None],
-            torch.zeros_like(tokens, dtype=torch.bool)[None],
-            here,
-            tokens,
-            slice(start, start + length),
+            index=tokens[None],
+            padding=torch.zeros_like(tokens, dtype=torch.bool)[None],
+            places=tokens - start,
+            tokens=tokens,
+            span=slice(start, start + length),
         )
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,16 +61,17 @@ class Padded:
         out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
 
     def take_lse(self, lse: Tensor) -> Tensor:
-        """Packed (T, H) as (n, H, L), infinite at the padding, whose probabilities then are 0."""
+        """Packed (T, H) as (n, H, L), infinite at the padding, so that its probabilities are 0."""
         return self.take(lse, lse.dtype).masked_fill(self.padding[:, None], torch.inf)
 
 
 def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded]:
-    """The packed sequences as padded batches of at most at_once(L) sequences of like length (within a power
-    of two), 0 for one alone.
+    """The packed sequences as padded batches, each of lengths within a power of two.
 
-    At most half of a batch is padding.  It repeats the sequence's own last token, so that nothing of another
-    sequence, not even a NaN, can leak in.  Reads cu_seqlens on the host: on CUDA this waits for the device.
+    A batch has at most at_once(L) sequences of up to L tokens; 0 means that each is a batch of its own.  At
+    most half of a batch is padding, which repeats the last token of its sequence: nothing of another
+    sequence, not even a NaN, can leak in.  cu_seqlens is read on the host, which waits for the device on
+    CUDA.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     power, total = lengths.double().log2().ceil(), int(lengths.sum())  # -inf for an empty sequence
@@ -88,9 +86,13 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
             last = lengths[some, None] - 1
             index = starts[some, None] + torch.minimum(at, last)
             places = (at <= last).flatten().nonzero().squeeze(1)
-            whole = some.numel() == lengths.numel() and index.numel() == total
+            contiguous = some.numel() == lengths.numel() and index.numel() == total
             yield Padded(
-                index, at > last, places, index.flatten()[places], slice(0, total) if whole else None
+                index=index,
+                padding=at > last,
+                places=places,
+                tokens=index.flatten()[places],
+                span=slice(0, total) if contiguous else None,
             )
 
 
@@ -98,9 +100,10 @@ def padded(cu_seqlens: Tensor, at_once: Callable[[int], int]) -> Iterator[Padded
 # forward(q (n, H, L, E), k and v (n, K, L, E), scale) -> y, lse (n, H, L);  backward(dy, q, k, v, y, lse,
 # scale) -> dq, dk, dv
 _CPU = "_scaled_dot_product_flash_attention_for_cpu"
-# unlike flash attention it takes float32, any width and any GPU
-_CUDA = "_scaled_dot_product_efficient_attention"
-LSE_MULTIPLE = 32  # to which it pads lse
+_CUDA = (
+    "_scaled_dot_product_efficient_attention"  # unlike flash attention, for float32, any width and any GPU
+)
+LSE_MULTIPLE = 32  # to which _CUDA pads lse
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def cpu_backward(
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Memory-efficient attention, which wants a key head for every query head."""
+    """Memory-efficient attention, which needs a key head for every query head."""
     G, L = q.shape[1] // k.shape[1], q.shape[2]
     k, v = (x.repeat_interleave(G, 1) for x in (k, v))
     y, lse, *_ = getattr(torch.ops.aten, _CUDA)(q, k, v, None, True, 0.0, True, scale=scale)
@@ -147,9 +150,10 @@ def cuda_backward(
             True,
             scale=scale,
         )
-    return dq, *(
-        x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) if G > 1 else x for x in (dk, dv)
-    )
+    if G == 1:
+        return dq, dk, dv
+    shared = [x.view(n, K, G, L, E).sum(2, dtype=torch.float32).to(x.dtype) for x in (dk, dv)]
+    return dq, *shared
 
 
 def _at_once(x: Tensor) -> Callable[[int], int]:
@@ -164,9 +168,8 @@ def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[.
     ) -> tuple[Tensor, Tensor]:
         y, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
         for batch in padded(cu_seqlens, _at_once(q)):
-            for out, x in zip(
-                (y, lse), dense_forward(*(batch.take(x, x.dtype) for x in (q, k, v)), scale), strict=True
-            ):
+            inputs = [batch.take(x, x.dtype) for x in (q, k, v)]
+            for out, x in zip((y, lse), dense_forward(*inputs, scale), strict=True):
                 batch.put(out, x)
         return y, lse
 
@@ -183,8 +186,9 @@ def _packed(dense_forward: Dense, dense_backward: Dense) -> dict[str, Callable[.
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         for batch in padded(cu_seqlens, _at_once(q)):
-            parts = (*(batch.take(x, x.dtype) for x in (dy, q, k, v, y)), batch.take_lse(lse))
-            for out, x in zip(grads, dense_backward(*parts, scale), strict=True):
+            inputs = [batch.take(x, x.dtype) for x in (dy, q, k, v, y)]
+            results = dense_backward(*inputs, batch.take_lse(lse), scale)
+            for out, x in zip(grads, results, strict=True):
                 batch.put(out, x)
         return grads
 

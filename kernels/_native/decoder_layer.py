@@ -1,9 +1,8 @@
-"""A decoder layer for one new token of every row, in one call: what `Layer.forward` of fastrl.model.decoder
-does, by the same kernels.
+"""A decoder layer for one new token of every row, in one call, on CPU.
 
-It defines nothing: csrc/cpu/decoder_layer.cpp calls the kernels of rms_norm, linear, rope, decode_attention
-and swiglu one after the other, with the bits of the ops called one by one.  A layer of a small model takes
-less time than the calls of Python that ask for it.
+csrc/cpu/decoder_layer.cpp calls the kernels of rms_norm, linear, rope, decode_attention and swiglu one after
+the other: the result has the bits of `Layer.forward` in fastrl.model.decoder, which calls the ops.  For a
+small model the Python calls take longer than the arithmetic of the layer.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ _BUILT = not unbuilt("decoder_layer_cpu")
 
 
 class LayerWeights(NamedTuple):
-    """What a layer reads, None where it has none: norms (D,), projections (N, K), the bias of qkv, norms (E,)
-    of heads.
-    """
+    """The weights of a layer, None where absent: norms (D,), projections (N, K), a bias, head norms (E,)."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -36,10 +33,12 @@ class LayerWeights(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """The pages that one query per row attends over: k_cache, v_cache (pages, page, K, E), table (B, N),
-    lengths (B,) int32.
+    """The pages that one query per row attends over.
 
-    Each row's new key and value go to its slot, of `slots` (B,).
+    k_cache, v_cache  (pages, page, K, E)
+    slots             (B,) int64   where the new key and value of each row are stored
+    table             (B, N) int32
+    lengths           (B,) int32
     """
 
     k_cache: Tensor
@@ -50,10 +49,10 @@ class Paged(NamedTuple):
 
 
 def serves(x: Tensor) -> bool:
-    """Whether each op of a layer over x (B, D) would pick the kernel that is called here: nobody asks for
-    another, or for a gradient.
-    """
-    if not _BUILT or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled() or overruled():
+    """Whether each op of a layer over x (B, D) would pick the kernels called here, without a gradient."""
+    if not _BUILT or torch.is_grad_enabled() or overruled():
+        return False
+    if not x.is_cpu or x.dtype != torch.float32:
         return False
     return (is_exact() or x.shape[0] >= LEAST_ROWS) and direct(x)
 
@@ -66,28 +65,36 @@ def decoder_layer(
     paged: Paged,
     eps: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """What the layer adds to the stream, and the stream, both (B, D); None for weights that are not
-    contiguous and fp32, and for pages that are not what `Paged` says: the ops name what is wrong with them.
+    """What the layer adds to the residual stream, and the stream, both (B, D).
 
-    `angles` are positions (B,) int64 and the tables cos and sin.
+    `angles` are positions (B,) int64 and the tables cos and sin.  Returns None for weights that are not
+    contiguous and fp32, and for pages that are not as in `Paged`: the ops then name what is wrong with them.
+
     Raises:  ValueError for a position, slot, page or length out of range.
     """
     for w in weights:
         if w is not None and (w.dtype != torch.float32 or not w.is_contiguous()):
             return None
-    if not _readable(paged, x.shape[0]) or angles[0].shape != x.shape[:1]:
+    if not _is_readable(paged, x.shape[0]) or angles[0].shape != x.shape[:1]:
         return None
-    (B, D), x, (pages, page, K, E), table = x.shape, x.contiguous(), paged.k_cache.shape, paged.table
-    (y, stream), H, F = torch.empty(2, B, D).unbind(), weights.out.shape[1] // E, weights.down.shape[1]
-    place = (*angles, paged.slots, paged.k_cache, paged.v_cache, table, paged.lengths)
+
+    x = x.contiguous()
+    B, D = x.shape
+    pages, page, K, E = paged.k_cache.shape
+    H, F = weights.out.shape[1] // E, weights.down.shape[1]
+    y, stream = torch.empty(2, B, D).unbind()
+
+    table = paged.table
+    tensors = (*angles, paged.slots, paged.k_cache, paged.v_cache, table, paged.lengths)
+    sizes = (len(angles[1]), pages, page, table.stride(0), table.shape[1])
     extension().decoder_layer_cpu(
         y.data_ptr(),
         stream.data_ptr(),
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         [0 if w is None else w.data_ptr() for w in weights],
-        [t.data_ptr() for t in place],
-        (len(angles[1]), pages, page, table.stride(0), table.shape[1]),
+        [t.data_ptr() for t in tensors],
+        sizes,
         E**-0.5,
         eps,
         B,
@@ -101,18 +108,14 @@ def decoder_layer(
     return y, stream
 
 
-def _readable(paged: Paged, B: int) -> bool:
-    """Whether compiled code, which is given addresses, reads in these pages what B rows mean by them."""
+def _is_readable(paged: Paged, B: int) -> bool:
+    """Whether the pages have the dtypes, shapes and strides that compiled code assumes at their addresses."""
     k, v, slots, table, lengths = paged
-    return (
-        k.dtype == v.dtype == torch.float32
-        and table.dtype == lengths.dtype == torch.int32
-        and slots.dtype == torch.int64
-        and k.shape == v.shape
-        and len(table) == len(lengths) == len(slots) == B
-        and k.is_contiguous()
-        and v.is_contiguous()
-        and slots.is_contiguous()
-        and lengths.is_contiguous()
-        and table.stride(1) == 1
-    )
+    if k.dtype != torch.float32 or v.dtype != torch.float32 or slots.dtype != torch.int64:
+        return False
+    if table.dtype != torch.int32 or lengths.dtype != torch.int32:
+        return False
+    if k.shape != v.shape or not len(table) == len(lengths) == len(slots) == B:
+        return False
+    contiguous = all(x.is_contiguous() for x in (k, v, slots, lengths))
+    return contiguous and table.stride(1) == 1

@@ -1,5 +1,6 @@
-"""perturb on CPU: csrc/cpu/perturb.cpp takes addresses, sizes and row strides.  Other floats than fp32 and
-bf16 go by way of fp32.
+"""perturb on CPU: csrc/cpu/perturb.cpp, which takes addresses, sizes and row strides.
+
+It reads fp32 and bf16; other floats are converted to fp32 first.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import extension
-from fastrl.kernels._launch import FLOAT_CODES
+from fastrl.kernels._launch import FLOAT_CODES, address
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of, rows, write_back
 
 
 def _ends(x: Tensor, cu_seqlens: Tensor, scope: str) -> Tensor:
-    """Ends of the balls, int64; empty where each token is one."""
+    """Ends of the balls, int64; empty where every token is a ball of its own."""
     if scope == "token":
         return torch.empty(0, dtype=torch.int64)
     if cu_seqlens.numel():
@@ -22,8 +23,14 @@ def _ends(x: Tensor, cu_seqlens: Tensor, scope: str) -> Tensor:
     return torch.arange(S + 1) * L
 
 
-def _typed(x: Tensor) -> Tensor:
+def _readable(x: Tensor) -> Tensor:
+    """The rows of `x`, converted to fp32 unless the kernel reads its dtype."""
     return rows(x if x.dtype in FLOAT_CODES else x.float())
+
+
+def _layout(x: Tensor | None) -> tuple[int, int, int]:
+    """Address, type and row stride; zeros where it is absent."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), FLOAT_CODES[x.dtype], x.stride(0))
 
 
 def step(
@@ -41,30 +48,36 @@ def step(
     """Move `delta` in place; write embeds + delta to `out` where they are given."""
     if not delta.numel():
         return
-    x, g, ends = rows(delta), _typed(grad), _ends(delta, cu_seqlens, scope)
+    delta_rows = rows(delta)
+    grad_rows = _readable(grad)
+    embeds_rows = None if embeds is None else _readable(embeds)
+    out_rows = None if out is None else _writable(out, delta_rows)
+    ends = _ends(delta, cu_seqlens, scope)
     live = bytes_of(mask)
-    e = None if embeds is None else _typed(embeds)
-    to = None if out is None else rows(out) if out.dtype in FLOAT_CODES else torch.empty_like(x)
+
     extension().perturb_step_cpu(
-        x.data_ptr(),
-        x.stride(0),
-        g.data_ptr(),
-        FLOAT_CODES[g.dtype],
-        g.stride(0),
-        _address(live),
-        _address(ends),
+        delta_rows.data_ptr(),
+        delta_rows.stride(0),
+        *_layout(grad_rows),
+        address(live),
+        address(ends),
         ends.numel() - 1,
-        *x.shape,
+        *delta_rows.shape,
         step_size,
         radius,
         NORM_CODES[norm],
-        *_described(e),
-        *_described(to),
+        *_layout(embeds_rows),
+        *_layout(out_rows),
         torch.get_num_threads(),
     )
-    write_back(x, delta)
-    if to is not None and out is not None:
-        write_back(to, out)
+    write_back(delta_rows, delta)
+    if out is not None and out_rows is not None:
+        write_back(out_rows, out)
+
+
+def _writable(out: Tensor, like: Tensor) -> Tensor:
+    """Rows that the kernel can write for `out`: its own, or fp32 ones to be copied back."""
+    return rows(out) if out.dtype in FLOAT_CODES else torch.empty_like(like)
 
 
 def init(
@@ -72,27 +85,21 @@ def init(
 ) -> Tensor:
     """A start shaped like `embeds`."""
     delta = torch.empty(embeds.shape, dtype=torch.float32)
-    if delta.numel():
-        ends, live, T = _ends(embeds, cu_seqlens, scope), bytes_of(mask), embeds.shape[:-1].numel()
-        extension().perturb_init_cpu(
-            delta.data_ptr(),
-            _address(live),
-            _address(ends),
-            ends.numel() - 1,
-            T,
-            embeds.shape[-1],
-            radius,
-            NORM_CODES[norm],
-            seed,
-            torch.get_num_threads(),
-        )
+    if not delta.numel():
+        return delta
+    ends = _ends(embeds, cu_seqlens, scope)
+    live = bytes_of(mask)
+
+    extension().perturb_init_cpu(
+        delta.data_ptr(),
+        address(live),
+        address(ends),
+        ends.numel() - 1,
+        embeds.shape[:-1].numel(),
+        embeds.shape[-1],
+        radius,
+        NORM_CODES[norm],
+        seed,
+        torch.get_num_threads(),
+    )
     return delta
-
-
-def _described(x: Tensor | None) -> tuple[int, int, int]:
-    """Address, type and row stride; zeros for what is absent."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), FLOAT_CODES[x.dtype], x.stride(0))
-
-
-def _address(x: Tensor) -> int:
-    return x.data_ptr() if x.numel() else 0

@@ -1,6 +1,6 @@
-"""rope on the CPU: csrc/cpu/rope.cpp, which takes addresses and strides, fp32 tables and norm weights.
+"""rope on CPU: csrc/cpu/rope.cpp, which takes addresses and strides, fp32 tables and fp32 norm weights.
 
-It looks at every position and slot before it reads or writes through one.
+It checks every position and slot before it reads or writes through any of them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import extension
-from fastrl.kernels._launch import FLOAT_CODES, unit_rows
+from fastrl.kernels._launch import FLOAT_CODES, address, unit_rows
 
-_C = extension()
+Cache = tuple[Tensor, Tensor, Tensor, Tensor]  # v, k_cache, v_cache, slots
+NO_CACHE = (0,) * 7
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _address(x: Tensor) -> int:
-    return x.data_ptr() if x.numel() else 0
+def _heads(x: Tensor) -> tuple[int, int, int]:
+    """Address, and strides of a token and of a head."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def _turn(
@@ -32,55 +34,47 @@ def _turn(
     k_norm: Tensor,
     eps: float,
     sense: float,
-    cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (T, H, E), K, q, k = q.shape, k.shape[1], unit_rows(q), unit_rows(k)
+    """q and k turned, forwards with a `sense` of 1 and backwards with -1."""
+    q, k = unit_rows(q), unit_rows(k)
+    positions = positions.long().contiguous()
+    cos, sin = _wide(cos), _wide(sin)
+    q_norm, k_norm = _wide(q_norm), _wide(k_norm)
+
+    (T, H, E), K = q.shape, k.shape[1]
     yq, yk = torch.empty(T, H, E, dtype=q.dtype), torch.empty(T, K, E, dtype=k.dtype)
-    positions, cos, sin, q_norm, k_norm = (
-        positions.long().contiguous(),
-        _wide(cos),
-        _wide(sin),
-        _wide(q_norm),
-        _wide(k_norm),
-    )
-    where: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+    if not E:
+        return yq, yk
+
+    destination: tuple[int, ...] = NO_CACHE
     if cache is not None:
-        v, k_cache, v_cache, slots = unit_rows(cache[0]), cache[1], cache[2], cache[3].long().contiguous()
-        where = (
-            v.data_ptr(),
-            v.stride(0),
-            v.stride(1),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            slots.data_ptr(),
-            k_cache.shape[0],
-        )
-    if E:
-        _C.rope_forward_cpu(
-            yq.data_ptr(),
-            yk.data_ptr(),
-            q.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            k.data_ptr(),
-            k.stride(0),
-            k.stride(1),
-            FLOAT_CODES[q.dtype],
-            positions.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[0],
-            _address(q_norm),
-            _address(k_norm),
-            eps,
-            sense,
-            *where,
-            T,
-            H,
-            K,
-            E,
-            torch.get_num_threads(),
-        )
+        v, k_cache, v_cache, slots = cache
+        v, slots = unit_rows(v), slots.long().contiguous()
+        caches = (k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), k_cache.shape[0])
+        destination = (*_heads(v), *caches)
+
+    extension().rope_forward_cpu(
+        yq.data_ptr(),
+        yk.data_ptr(),
+        *_heads(q),
+        *_heads(k),
+        FLOAT_CODES[q.dtype],
+        positions.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[0],
+        address(q_norm),
+        address(k_norm),
+        eps,
+        sense,
+        *destination,
+        T,
+        H,
+        K,
+        E,
+        torch.get_num_threads(),
+    )
     return yq, yk
 
 
@@ -113,7 +107,8 @@ def store(
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same bits, with k and v copied to the `slots` of the caches (slots, K, E), which are contiguous."""
-    return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0, (v, k_cache, v_cache, slots))
+    cache = (v, k_cache, v_cache, slots)
+    return _turn(q, k, positions, cos, sin, q_norm, k_norm, eps, 1.0, cache)
 
 
 def backward(
@@ -129,35 +124,39 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and of the two norm weights (empty without one)."""
-    norms = q_norm.numel() > 0, k_norm.numel() > 0
-    if not any(norms):
+    has_q_norm, has_k_norm = q_norm.numel() > 0, k_norm.numel() > 0
+    if not has_q_norm and not has_k_norm:
         gq, gk = _turn(dq, dk, positions, cos, sin, q_norm, k_norm, eps, -1.0)
         return gq, gk, q_norm.new_empty(0), k_norm.new_empty(0)
-    (T, H, E), K, dq, dk = dq.shape, dk.shape[1], unit_rows(dq), unit_rows(dk)
-    q, k = (unit_rows(x) if used else d for x, d, used in zip((q, k), (dq, dk), norms, strict=True))
+
+    dq, dk = unit_rows(dq), unit_rows(dk)
+    q = unit_rows(q) if has_q_norm else dq  # not read without a norm
+    k = unit_rows(k) if has_k_norm else dk
+    positions = positions.long().contiguous()
+    cos, sin = _wide(cos), _wide(sin)
+    wide_q, wide_k = _wide(q_norm), _wide(k_norm)
+
+    (T, H, E), K = dq.shape, dk.shape[1]
     gq, gk = torch.empty(T, H, E, dtype=dq.dtype), torch.empty(T, K, E, dtype=dk.dtype)
-    wq, wk = (torch.empty(E if used else 0) for used in norms)
-    positions, cos, sin, wide_q, wide_k = (
-        positions.long().contiguous(),
-        _wide(cos),
-        _wide(sin),
-        _wide(q_norm),
-        _wide(k_norm),
-    )
-    strides = [(x.data_ptr(), x.stride(0), x.stride(1)) for x in (dq, dk, q, k)]
-    _C.rope_backward_cpu(
+    wq = torch.empty(E if has_q_norm else 0)
+    wk = torch.empty(E if has_k_norm else 0)
+
+    extension().rope_backward_cpu(
         gq.data_ptr(),
         gk.data_ptr(),
-        _address(wq),
-        _address(wk),
-        *(n for x in strides for n in x),
+        address(wq),
+        address(wk),
+        *_heads(dq),
+        *_heads(dk),
+        *_heads(q),
+        *_heads(k),
         FLOAT_CODES[dq.dtype],
         positions.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[0],
-        _address(wide_q),
-        _address(wide_k),
+        address(wide_q),
+        address(wide_k),
         eps,
         T,
         H,

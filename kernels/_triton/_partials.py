@@ -1,8 +1,7 @@
-"""The second stage of a reduction over rows: the partial sums of P programs, added in a fixed order, so that
-two runs give the same bits.
+"""The second stage of a reduction over rows: the partial sums of P programs, added in a fixed order.
 
-A first stage writes partials (P, D), one row a program; which rows of the input a program took depends on its
-number alone.
+The first stage writes partials (P, D), one row a program, and a program takes rows of the input by its number
+alone, so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 COLUMNS, ROWS = 32, 64  # 128 bytes of each partial; D / 32 programs
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-INTERPRETED_PROGRAMS = 8  # where there is no GPU to fill
+INTERPRETED_PROGRAMS = 8  # without a GPU to fill
 
 
 @triton.jit(do_not_specialize=["P", "D"])
@@ -32,14 +31,10 @@ def combine_kernel(out, partials, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 def programs(x: Tensor, tiles: int, each: int = 2) -> int:
-    """How many programs share `tiles` tiles of work: a wave of `each` on every multiprocessor, if there is
-    enough for it.
-    """
-    wave = (
-        each * torch.cuda.get_device_properties(x.device).multi_processor_count
-        if x.is_cuda
-        else INTERPRETED_PROGRAMS
-    )
+    """How many programs share `tiles` tiles of work: at most a wave of `each` on every multiprocessor."""
+    wave = INTERPRETED_PROGRAMS
+    if x.is_cuda:
+        wave = each * torch.cuda.get_device_properties(x.device).multi_processor_count
     return max(1, min(tiles, wave))
 
 

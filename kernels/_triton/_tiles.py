@@ -1,6 +1,4 @@
-"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and how it moves rows and
-adds up sums.
-"""
+"""Tiles of tokens for the Triton kernels of perturb: how a program finds its own, and adds up sums."""
 
 from __future__ import annotations
 
@@ -11,14 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 2048  # enough to fill a GPU several times, few enough that each may read the sums of all
-UNITS = tl.constexpr(256)
-PART = tl.constexpr(256)
+BALLS_AT_ONCE = tl.constexpr(256)  # balls searched at once for the one that holds a tile
+TILES_AT_ONCE = tl.constexpr(256)  # tiles with sums added at once
 INFINITY = tl.constexpr(float("inf"))
-BIG = tl.constexpr(2.0**160)
 
 
 class Tiles(NamedTuple):
-    """Tiles of R tokens over S balls: L tokens in each, or what `cu` says."""
+    """Tiles of R tokens over S balls of L tokens each, or with the ends `cu`."""
 
     programs: int
     S: int
@@ -30,7 +27,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def over(cls, T: int, S: int, L: int, cu: Tensor, least: int) -> Tiles:
-        """R is a power of two that depends on the sizes alone: so do the bits of the sums."""
+        """The tiles of T tokens; R, a power of two, depends on sizes alone, as do the bits of the sums."""
         R = max(least, triton.next_power_of_2(triton.cdiv(T, PROGRAMS)))
         packed = L == 0
         return cls(T // R + S if packed else S * triton.cdiv(L, R), S, L, T, R, cu.contiguous(), packed)
@@ -59,9 +56,9 @@ def find_ball(u, cu, L, R, PACKED: tl.constexpr):  # type: ignore[no-untyped-def
 def find_tile(p, cu, S, L, T, R, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tile p: its ball, the ball's first tile and how many it has, the tile's tokens [begin, end)."""
     if PACKED:
-        lane = tl.arange(0, UNITS)
+        lane = tl.arange(0, BALLS_AT_ONCE)
         u = -1
-        for i in range(0, S, UNITS):
+        for i in range(0, S, BALLS_AT_ONCE):
             at = i + lane
             start = tl.load(cu + at, at < S, 0)
             u += tl.sum(((start // R + at <= p) & (at < S)).to(tl.int32), 0)
@@ -76,9 +73,9 @@ def find_tile(p, cu, S, L, T, R, PACKED: tl.constexpr):  # type: ignore[no-untyp
 @triton.jit
 def total(partial, own, many):  # type: ignore[no-untyped-def]
     """The sum of a ball's tiles, the same in every program."""
-    lane = tl.arange(0, PART)
-    s = tl.zeros((PART,), tl.float64)
-    for i in range(0, many, PART):
+    lane = tl.arange(0, TILES_AT_ONCE)
+    s = tl.zeros((TILES_AT_ONCE,), tl.float64)
+    for i in range(0, many, TILES_AT_ONCE):
         s += tl.load(partial + own + i + lane, i + lane < many, 0.0)
     return tl.sum(s, 0)
 

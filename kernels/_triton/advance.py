@@ -1,7 +1,6 @@
-"""advance in Triton: one program, a lane a row, in blocks of rows that hand the stack of free pages on to
-each other.
+"""advance in Triton: one program with a lane for each row, in blocks that take pages from the stack in turn.
 
-A step of B rows moves about 100 B bytes: what it costs is its launch, which is why it is one.
+A step of B rows moves about 100 B bytes: its cost is the launch, so there is one only.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 than one split.
 
 A program takes one key head of one query and SPLIT of its tokens; the query heads that share the key head are
-the rows of its matrix products, so that keys and values are read once.  The grid covers the whole table,
-whatever the lengths: they are read from device memory, and a program past its query's length returns, so that
-a captured graph replays right for any lengths.  A query of at most SPLIT tokens is finished by its first
-program; the splits of a longer one are added in their order.  Splits and blocks begin at fixed positions: the
-bits of a query are its own.
+the rows of its matrix products, so that keys and values are read once.  The grid covers the whole table: the
+lengths are read from device memory, and a program past the length of its query returns, so that a captured
+graph is correct for any lengths.  A query of at most SPLIT tokens is finished by its first program; the
+splits of a longer one are added in order.  Splits and blocks start at fixed positions, so that the bits of a
+query do not depend on the batch.
 
-Queries are the fast axis of the grid: those of one group, side by side in a batch, find their shared pages in
-the L2 cache.
+Queries are the fast axis of the grid: those of one group are neighbours in a batch, and find their shared
+pages in the L2 cache.
 
-Bytes of a call beside keys, values and queries: 4 (E + 2) for each query head and split in use, written and
+Beside keys, values and queries a call moves 4 (E + 2) bytes for each query head and split in use, written and
 read once: with SPLIT 256, bf16 and seven heads of 64 to a key head, 6% of the keys and values.
 """
 
@@ -40,15 +40,14 @@ COMBINE = {"num_warps": 2, "enable_fp_fusion": True}
 # --- kernels ----------------------------------------------------------------------------------------
 @triton.jit
 def _slots(table, pages, first, start, last, PAGE: tl.constexpr, PAGES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the tokens of a block are kept; past `last` the table may hold anything, and is not read.
+    """The slots of a block's tokens; past `last` the table may hold anything, and is not read.
 
-    The numbers of whole pages are looked up in `pages`, of the whole split: loads whose address is a load are
-    not pipelined.
+    Whole pages are looked up in `pages`, those of the split: a load with a loaded address is not pipelined.
     """
     position = start + tl.arange(0, BLOCK)
     if PAGE % BLOCK == 0:
-        mine = first // PAGE + tl.arange(0, PAGES) == start // PAGE
-        return tl.sum(tl.where(mine, pages, 0), 0).to(tl.int64) * PAGE + position % PAGE
+        this_page = first // PAGE + tl.arange(0, PAGES) == start // PAGE
+        return tl.sum(tl.where(this_page, pages, 0), 0).to(tl.int64) * PAGE + position % PAGE
     return tl.load(table + position // PAGE, position < last, 0).to(tl.int64) * PAGE + position % PAGE
 
 
@@ -163,21 +162,18 @@ def forward(
     scale: float,
 ) -> Tensor:
     """y (B, H, E); one launch where the table holds at most SPLIT tokens, else two."""
-    (B, H, E), (_, page, K, _), N, q, table = (
-        q.shape,
-        k_cache.shape,
-        block_table.shape[1],
-        unit_rows(q),
-        unit_rows(block_table),
-    )
+    q, table = unit_rows(q), unit_rows(block_table)
+    (B, H, E), (_, page, K, _), N = q.shape, k_cache.shape, table.shape[1]
     y = torch.empty(B, H, E, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    lengths, rows = lengths.contiguous(), None if rows is None else rows.contiguous()
+    lengths = lengths.contiguous()
+    rows = None if rows is None else rows.contiguous()
+
     splits = max(1, triton.cdiv(N * page, SPLIT))
-    several = B * H * splits if splits > 1 else 0
+    partial = B * H * splits if splits > 1 else 0
     partials, tops, totals = (
-        torch.empty(several * n, dtype=torch.float32, device=q.device) for n in (E, 1, 1)
+        torch.empty(partial * n, dtype=torch.float32, device=q.device) for n in (E, 1, 1)
     )
     with on_device(q):
         split_kernel[(B * K, splits)](
@@ -226,9 +222,9 @@ def _width(E: int) -> int:
 def _shape(H: int, K: int, E: int, page: int, dtype: torch.dtype) -> dict[str, int]:
     rows = max(ROWS, triton.next_power_of_2(H // K))
     aligned = SPLIT % page == 0 or page % SPLIT == 0
-    # that a split reaches into
+    # pages that a split reaches into
     pages = max(1, SPLIT // page) if aligned else triton.next_power_of_2(SPLIT // page + 2)
-    # or its products take more registers than there are
+    # the products of wide fp32 heads need registers
     block = BLOCK // 2 if dtype == torch.float32 and E > 64 else BLOCK
     return {
         "K": K,
@@ -244,8 +240,8 @@ def _shape(H: int, K: int, E: int, page: int, dtype: torch.dtype) -> dict[str, i
 
 
 def _options(dtype: torch.dtype, E: int) -> dict[str, int | bool]:
-    """Stages of keys and values: two blocks of bf16 in flight, 36 to 72 KB, one of fp32; eight warps for the
-    products of wide fp32.
+    """Two blocks of bf16 keys and values in flight, 36 to 72 KB, one of fp32; eight warps for wide fp32
+    heads.
     """
     wide = dtype == torch.float32
     return {

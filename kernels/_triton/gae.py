@@ -1,14 +1,14 @@
 """gae in Triton: one program a sequence, blocks of tokens from its end, one launch.
 
-What a token takes from those after it is one number, the state: for a token with reward r and value v,
+What a token needs of those after it is one number, the state.  For a token with reward r and value v,
 
     advantage = r + state - v      state' = gamma (v + lam advantage) = c + a state
     a = gamma lam                  c = gamma (lam r + (1 - lam) v)
 
-and an observation leaves it alone (a = 1, c = 0).  So a block is a scan of (a, c), in which each place holds
-the token *after* its own; the state of the block's first place goes on to the block before it.  v + lam (r -
-v) would be the same c, with an error of the size of v at every step where the values of a long sequence
-cancel.  Where a is 0 a NaN further on must not come back.
+and an observation leaves it unchanged (a = 1, c = 0).  So a block is a scan of (a, c), in which each place
+holds the token *after* its own; the state of the block's first place is carried to the block before it.
+c = gamma (v + lam (r - v)) would be equal, but with an error of the size of v at every step where the values
+of a long sequence cancel.  Where a is 0, a NaN of a later token must not pass.
 """
 
 from __future__ import annotations
@@ -23,18 +23,15 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# tokens a program holds at once: a power of two near the mean length, which needs no look at the lengths
-BLOCKS = (
-    128,
-    2048,
-)
-EACH = 8  # of them in one thread
+# least and most tokens that a program holds: a power of two near the mean length, found without the lengths
+BLOCKS = (128, 2048)
+EACH = 8  # tokens of a thread
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 @triton.jit
 def _before(a_later, c_later, a, c):  # type: ignore[no-untyped-def]
-    """Two steps as one: the scan runs backwards, so what it has so far lies later."""
+    """Two steps as one; the scan runs backwards, so the steps so far are later ones."""
     return a * a_later, tl.where(a == 0, c, c + a * c_later)
 
 

@@ -17,14 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._group_advantage import BASELINES, SCALES, SHAPES
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BASELINES, SCALES, SHAPES = (
-    ("mean", "leave_one_out", "max", "none"),
-    ("std", "batch_std", "range", "none"),
-    ("linear", "rank", "softmax"),
-)
 MAX_TILE = 1024  # members of a group that are held at once
 # of rewards in a tile of small groups: 16 for each thread, so that 4096 groups of 16 are 128 programs
 BYTES = 2048
@@ -148,10 +144,26 @@ def _members(reward, order, begin, end, BY_IDS: tl.constexpr, CHUNK: tl.constexp
 
 
 @triton.jit
+def _moments(reward, order, begin, end, BY_IDS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scored members of a group, their mean, and the lowest and highest reward."""
+    n = tl.zeros((CHUNK,), tl.float64)
+    total = tl.zeros((CHUNK,), tl.float64)
+    low = tl.full((CHUNK,), INF, tl.float64)
+    high = tl.full((CHUNK,), -INF, tl.float64)
+    for j in range(begin, end, CHUNK):
+        x = _members(reward, order, j, end, BY_IDS, CHUNK)
+        n += tl.where(x == x, 1.0, 0.0)
+        total += tl.where(x == x, x, 0.0)
+        low = tl.minimum(low, tl.where(x == x, x, INF))
+        high = tl.maximum(high, tl.where(x == x, x, -INF))
+    count, mean = tl.sum(n, 0), tl.sum(total, 0)
+    mean = mean / tl.maximum(count, 1.0)
+    return count, mean, tl.min(low, 0), tl.max(high, 0)
+
+
+@triton.jit
 def _first_from(ids, wanted, S, steps, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each wanted id, the first place in the sorted ids that is not below it (AFTER:
-    that is above it).
-    """
+    """For each wanted id, the first place in the sorted ids not below it, or, with AFTER, above it."""
     low = wanted * 0
     high = low + S
     for _ in range(0, steps):
@@ -194,8 +206,9 @@ def walk_kernel(  # type: ignore[no-untyped-def]
     starts, ends = place, place
     if BY_IDS:
         at = tl.load(order + place, live, 0)
-        mine = tl.load(ids + place, live, 0)
-        starts, ends = _first_from(ids, mine, S, steps, False), _first_from(ids, mine, S, steps, True)
+        group = tl.load(ids + place, live, 0)
+        starts = _first_from(ids, group, S, steps, False)
+        ends = _first_from(ids, group, S, steps, True)
     else:
         starts = place // G * G
         ends = starts + G
@@ -205,19 +218,7 @@ def walk_kernel(  # type: ignore[no-untyped-def]
     stop = tl.max(tl.where(live, ends, 0), 0)
     while begin < stop:
         end = tl.max(tl.where(live & (starts == begin), ends, 0), 0)
-        n = tl.zeros((CHUNK,), tl.float64)
-        total = tl.zeros((CHUNK,), tl.float64)
-        low = tl.full((CHUNK,), INF, tl.float64)
-        high = tl.full((CHUNK,), -INF, tl.float64)
-        for j in range(begin, end, CHUNK):
-            x = _members(reward, order, j, end, BY_IDS, CHUNK)
-            n += tl.where(x == x, 1.0, 0.0)
-            total += tl.where(x == x, x, 0.0)
-            low = tl.minimum(low, tl.where(x == x, x, INF))
-            high = tl.maximum(high, tl.where(x == x, x, -INF))
-        count, mean = tl.sum(n, 0), tl.sum(total, 0)
-        mean = mean / tl.maximum(count, 1.0)
-        lowest, highest = tl.min(low, 0), tl.max(high, 0)
+        count, mean, lowest, highest = _moments(reward, order, begin, end, BY_IDS, CHUNK)
         if SHAPE == RANK:
             twice = tl.zeros((TILE,), tl.int32)
             for j in range(begin, end, CHUNK):

@@ -1,9 +1,8 @@
-"""linear in Triton with one configuration of tiles for every number of rows: the bits of a row do not depend
-on its company.
+"""linear in Triton, batch-invariant: one configuration of tiles for every number of rows.
 
 A program owns a tile of the output, and adds up its products over all of K in blocks of one size, in order,
-in float32: no split of K, no tile that is chosen by the number of rows, no atomics.  A library that may
-choose is faster when there are few rows.
+in float32: K is not split, tiles are not chosen by the number of rows, and there are no atomics.  A library
+that may choose is faster when there are few rows.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TILE = {
     "num_stages": 3,
     "enable_fp_fusion": True,
 }
-# of float32: whose tensor cores would be TF32
+# for float32, which tensor cores would multiply as TF32
 TILE_FP32 = {
     "BLOCK_M": 64,
     "BLOCK_N": 64,
@@ -85,7 +84,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same into `out`, which may be float32 whatever x is."""
+    """The same into `out`, which may be float32 for x of any dtype."""
     x, weight, bias = unit_rows(x), unit_rows(weight), bias.contiguous()
     (M, K), N = x.shape, weight.shape[0]
     tile = tile_of(x.dtype)

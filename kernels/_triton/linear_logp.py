@@ -3,8 +3,8 @@
 A program owns BLOCK_M tokens and one share of the vocabulary.  Tile after tile it multiplies (tensor cores,
 float32 sums), and folds the tile into four float32 numbers a token:
 
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the
-                     target
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
+    the x of the target
 
 A second kernel merges the shares of a token in a fixed order: two runs give the same bits.  With D <= 1536
 the bytes of a materialised (T, V) cost more than the product; beyond that a library GEMM in front of
@@ -27,11 +27,7 @@ from fastrl.kernels._launch import Spec, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
-# tiles; sm_90 has the registers for the wide one, as long as there is no bias
-WIDE, NARROW = (
-    "wide",
-    "narrow",
-)
+WIDE, NARROW = "wide", "narrow"  # tiles; sm_90 has the registers for the wide one if there is no bias
 TILES = {
     WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
     NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
@@ -154,8 +150,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def fits(hidden: Tensor) -> bool:
-    """Whether this is the form to use: a narrow model in 16 bits, on a GPU with the tensor memory accelerator
-    (or its interpreter).
+    """Whether this form is to be used: for a narrow model in 16 bits, on a GPU with TMA or in the
+    interpreter.
     """
     hopper = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) >= (9, 0)
     return hopper and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
@@ -227,8 +223,9 @@ def merge(
 
 
 def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    """`x` as tiles of (rows, depth) for TMA, which fills with zeros past its ends and wants rows at multiples
-    of 16 bytes.
+    """`x` as tiles (rows, depth) for TMA, which reads zeros past its ends.
+
+    It is copied unless its rows start at multiples of 16 bytes.
     """
     if not x.is_cuda:
         x = x.float()  # the interpreter would multiply the bits of bfloat16 as integers
@@ -238,9 +235,7 @@ def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 
 
 def shares(blocks: int, tiles: int, processors: int) -> int:
-    """Into how many parts the vocabulary is cut: what leaves the fewest processors idle in the last wave, the
-    fewest parts first.
-    """
+    """The number of parts of the vocabulary: the smallest that leaves the fewest processors idle."""
 
     def busy(splits: int) -> float:
         waves = -(-blocks * splits // processors)
@@ -251,9 +246,7 @@ def shares(blocks: int, tiles: int, processors: int) -> int:
 
 @functools.cache
 def _hardware(device: torch.device) -> tuple[bool, int]:
-    """Whether it is sm_90 (or its interpreter), and how many programs run at once: one on each
-    multiprocessor.
-    """
+    """Whether it is sm_90 or the interpreter, and how many programs run at once, one per multiprocessor."""
     if device.type != "cuda":
         return True, 8
     properties = torch.cuda.get_device_properties(device)

@@ -1,14 +1,13 @@
 """linear_logp forward for wide models: library products of tiles that stay in the L2 cache, and a Triton row
-kernel that folds each.
+kernel that reduces each.
 
-    logits[rows, columns] = x W^T      2048 tokens by 4096 of the vocabulary, 32 MiB of float32 in one buffer
-                                       used over and over
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      x of the
-                     target
+    logits[rows, columns] = x W^T   2048 tokens by 4096 of the vocabulary, 32 MiB of float32 in one buffer
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
+    the x of the target
 
-The second kernel of `_linear_logp_triton` merges the shares of a token, as it does there.  Logits that are
-written and read within the cache cost no memory traffic; those of a whole row at a time cost 8 bytes each,
-10% of the product at D = 4096, 20% at 2048.
+The second kernel of linear_logp.py merges the shares of a token.  Logits that are written and read within the
+cache cost no memory traffic; whole rows of them cost 8 bytes a logit, 10% of the product at D = 4096, 20% at
+2048.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 from fastrl.kernels._triton import linear_logp as in_registers
 from fastrl.kernels._triton.linear_logp import LOG2E, LOWEST, merge
 
-# 256 output tiles of 128 x 256: two waves on 132 multiprocessors, 97% of them busy
-ROWS, COLUMNS = (
-    2048,
-    4096,
-)
+ROWS, COLUMNS = 2048, 4096  # 256 output tiles of 128 x 256: two waves on 132 multiprocessors, 97% busy
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,8 +44,9 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row of a tile, columns [v, v + columns) of the vocabulary: its top, s, a and target's logit to
-    parts (4, T) of this share.
+    """One row of a tile, columns [v, v + columns) of the vocabulary.
+
+    Stores its top, s, a and the target's logit to parts (4, T) of this share.
     """
     row, t = tl.program_id(0), first + tl.program_id(0)
     k = LOG2E / tl.load(temperature + t)
@@ -80,9 +76,7 @@ def forward_chunks(
     logits_dtype: torch.dtype,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's forward: logits that never leave the registers where that is faster, else tiles; `rows` of
-    logits are never needed.
-    """
+    """The op's forward: logits in registers where that is faster, else tiles; `rows` is not used."""
     b = bias if bias.numel() else None
     if in_registers.fits(hidden):
         return in_registers.forward(hidden, weight, target, b, temperature, entropy)

@@ -1,5 +1,6 @@
-"""perturb_init in Triton: one launch that only writes.  Every word is the reference's, and so is every
-rounding: fp64 from the word on.
+"""perturb_init in Triton: one launch that only writes.
+
+Every random word is that of the reference, and so is every rounding: fp64 from the word on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastrl.kernels._triton._tiles import Tiles, find_tile, wide
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 OWNER = tl.constexpr(0x70657274)
-COUNTERS = 1024  # a program draws for at once: four numbers each
+COUNTERS = 1024  # that a program draws from at once: four numbers each
 OPTIONS = {"num_warps": 8}
 
 

@@ -1,15 +1,14 @@
-"""perturb_step for l1 in Triton: the steepest direction is the largest gradients, the projection a soft
-threshold x.
+"""perturb_step in Triton for an l1 ball of many tokens: the steepest direction is the largest gradients, the
+projection a soft threshold x.
 
-    f(x) = sum max(|delta| - x, 0) - radius = 0      f is convex, falls, and is linear between neighbouring
-    |delta|
+    f(x) = sum max(|delta| - x, 0) - radius = 0
+    f is convex, falls, and is linear between neighbouring |delta|
 
-One token: Newton from 0 in registers, as in the reference.  A larger ball: 8 passes over delta that fix 4
-bits of the threshold each, by f at 15 numbers at once (fp32 bits order as the numbers do), and one exact step
-from the largest fp32 number with f > 0, whose active set is that of the root.  Nobody waits for a count, and
-the number of launches is always the same.
+8 passes over delta fix 4 bits of the threshold each, by f at 15 numbers at once (the bits of fp32 are ordered
+as the numbers are).  One exact step follows from the largest fp32 number with f > 0, where the same elements
+are above the threshold as at the root.  The host waits for nothing, and the number of launches is fixed.
 
-A threshold is fp64, taken off as two fp32 parts: |delta| - x keeps its digits where the two are close.
+A threshold is fp64, subtracted as two fp32 parts: |delta| - x keeps its digits where the two are close.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels._launch import Spec
-from fastrl.kernels._perturb import TINY
+from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, over
 from fastrl.kernels._triton._tiles import (
     INFINITY,
-    PART,
+    TILES_AT_ONCE,
     Tiles,
     find_ball,
     find_tile,
-    finite,
     load_row,
     store_row,
     total,
@@ -40,50 +38,13 @@ from fastrl.kernels._triton._tiles import (
 TILE, BLOCK = 2048, 1024
 NARROW = 512  # elements compared with 16 numbers at once
 BITS = 4
-AT_ONCE = 128  # tiles whose sums a program adds up at once
+PROBED_AT_ONCE = 128  # tiles whose 16 sums a program adds up at once
 PROBES = tl.constexpr(16)
-SHORT = tl.constexpr(1 - 1e-6)
-LEAST = tl.constexpr(TINY)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 PROBING = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-# --- one token --------------------------------------------------------------------------------------
-@triton.jit
-def over(size, threshold):  # type: ignore[no-untyped-def]
-    """max(size - threshold, 0) for an fp64 threshold."""
-    high = threshold.to(tl.float32)
-    low = (threshold - high.to(tl.float64)).to(tl.float32)
-    return tl.maximum((size - high) - low, 0.0)
-
-
-@triton.jit
-def l1_token(x, g, step, radius):  # type: ignore[no-untyped-def]
-    size = tl.abs(g)
-    top = tl.where(finite(g), tl.max(size, 1), 0.0)
-    chosen = (size == top[:, None]) & (top > LEAST)[:, None]
-    share = (step.to(tl.float32) / tl.maximum(tl.sum(chosen.to(tl.int32), 1), 1).to(tl.float32))[:, None]
-    y = x + tl.where(chosen, tl.where(g > 0, share, -share), 0.0)
-    size = tl.abs(y)
-    f = tl.sum(size, 1).to(tl.float64) - radius
-    threshold = tl.zeros_like(f)
-    n = tl.sum((size > 0).to(tl.int32), 1)
-    i = 0
-    while (i < 48) & (tl.max(f, 0) > radius * 2e-7):
-        # what is off, the next step sees
-        threshold += tl.where(f > 0, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(tl.float64)
-        rest = over(size, threshold[:, None])
-        f = tl.sum(rest, 1).to(tl.float64) - radius
-        n = tl.sum((rest > 0).to(tl.int32), 1)
-        i += 1
-    f = tl.sum(over(size, threshold[:, None]).to(tl.float64), 1) - radius  # the last step, a whole one
-    last = (n > 0) & ((f > 0) | (threshold > 0))
-    threshold += tl.where(last, f.to(tl.float32) / tl.maximum(n, 1).to(tl.float32), 0.0).to(tl.float64)
-    rest = over(size, threshold[:, None])
-    return tl.where(radius == 0.0, 0.0, tl.where(y < 0, -rest, rest))
-
-
-# --- a ball of many tokens --------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["S", "L", "T", "R"])
 def largest_kernel(  # type: ignore[no-untyped-def]
     grad,
@@ -123,9 +84,9 @@ def largest_kernel(  # type: ignore[no-untyped-def]
             n = tl.where(size > m, 1, n + (size == m).to(tl.int32))
             m = tl.maximum(m, size)
             ok &= (size < INFINITY).to(tl.int32)
-        fine = live & (tl.min(ok, 1) != 0)
-        tl.store(usable + t, fine.to(tl.uint8), inside)
-        row = tl.where(fine, tl.max(m, 1), 0.0)
+        ok_rows = live & (tl.min(ok, 1) != 0)
+        tl.store(usable + t, ok_rows.to(tl.uint8), inside)
+        row = tl.where(ok_rows, tl.max(m, 1), 0.0)
         n_row = tl.sum(tl.where(m == row[:, None], n, 0), 1).to(tl.int64)
         many = tl.where(row > high, n_row, many + tl.where(row == high, n_row, 0))
         high = tl.maximum(high, row)
@@ -137,10 +98,10 @@ def largest_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def largest(top, ties, own, many):  # type: ignore[no-untyped-def]
     """The largest |g| of a ball, and how often it occurs."""
-    lane = tl.arange(0, PART)
-    high = tl.zeros((PART,), tl.float32)
-    n = tl.zeros((PART,), tl.int64)
-    for i in range(0, many, PART):
+    lane = tl.arange(0, TILES_AT_ONCE)
+    high = tl.zeros((TILES_AT_ONCE,), tl.float32)
+    n = tl.zeros((TILES_AT_ONCE,), tl.int64)
+    for i in range(0, many, TILES_AT_ONCE):
         at = own + i + lane
         m = tl.load(top + at, i + lane < many, 0.0)
         k = tl.load(ties + at, i + lane < many, 0)
@@ -175,7 +136,7 @@ def move_kernel(  # type: ignore[no-untyped-def]
     """delta after the step, not yet projected."""
     _, own, many, begin, end = find_tile(tl.program_id(0), cu, S, L, T, R, PACKED)
     best, n = largest(top, ties, own, many)
-    share = tl.where(best > LEAST, wide(step) / tl.maximum(n, 1).to(tl.float64), 0.0).to(tl.float32)
+    share = tl.where(best > LEAST_NORM, wide(step) / tl.maximum(n, 1).to(tl.float64), 0.0).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     for first in range(begin, end, ROWS):
         t = first + tl.arange(0, ROWS)
@@ -326,100 +287,75 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def by_ball(call: Any, tiles: Tiles, norm: int) -> None:
-    """Move and project; `call` is _perturb_triton's."""
-    delta, grad, n = call.delta, call.grad, tiles.programs
+def by_ball(call: Call, tiles: Tiles, norm: int) -> None:
+    """Move and project each ball."""
+    delta, grad, programs = call.delta, call.grad, tiles.programs
     T, D = delta.shape
-    new = {"device": delta.device}
-    top, ties = torch.empty(n, dtype=torch.float32, **new), torch.empty(n, dtype=torch.int64, **new)
-    usable, low = torch.empty(T, dtype=torch.uint8, **new), torch.empty(tiles.S, dtype=torch.int32, **new)
-    partial = torch.empty(16 * n, dtype=torch.float64, **new)
+    device = delta.device
+    top = torch.empty(programs, dtype=torch.float32, device=device)
+    ties = torch.empty(programs, dtype=torch.int64, device=device)
+    usable = torch.empty(T, dtype=torch.uint8, device=device)
+    low = torch.empty(tiles.S, dtype=torch.int32, device=device)
+    partial = torch.empty(16 * programs, dtype=torch.float64, device=device)
+
     block = min(BLOCK, max(16, triton.next_power_of_2(D)))
     packed: dict[str, Any] = {"PACKED": tiles.packed}
     wide = packed | {"ROWS": TILE // block, "BLOCK": block} | OPTIONS
-    masked = wide | {"MASKED": call.flags["MASKED"]}
-    where, stride = tiles.numbers[:4], delta.stride(0)
-    found = (call.mask, tiles.cu, top, ties, usable, *where, D)
-    largest_kernel[(n,)](grad, *found, grad.stride(0), **masked)
-    move_kernel[(n,)](delta, grad, *found, stride, grad.stride(0), call.step, **masked)
+    masked = wide | {"MASKED": call.masked}
+    delta_stride, grad_stride, embeds_stride, out_stride = call.strides
+    ends = tiles.numbers[:4]
+
+    gradients = (call.mask, tiles.cu, top, ties, usable, *ends, D)
+    largest_kernel[(programs,)](grad, *gradients, grad_stride, **masked)
+    move_kernel[(programs,)](delta, grad, *gradients, delta_stride, grad_stride, call.step, **masked)
+
     narrow = packed | {"BLOCK": min(NARROW, block)} | PROBING
+    combining = packed | {"AT_ONCE": PROBED_AT_ONCE, "num_warps": 4}
+    found = (tiles.cu, low, partial)
     for shift in range(32 - BITS, -1, -BITS):
-        probe_kernel[(n,)](delta, tiles.cu, low, partial, *where, D, stride, shift, **narrow)
-        combine_probes_kernel[(tiles.S,)](
-            tiles.cu,
-            low,
-            partial,
-            tiles.L,
-            tiles.R,
-            shift,
-            call.radius,
-            **packed,
-            AT_ONCE=AT_ONCE,
-            num_warps=4,
-        )
-    excess_kernel[(n,)](delta, tiles.cu, low, partial, *tiles.numbers, D, stride, **wide)
-    shrink_kernel[(n,)](
+        probe_kernel[(programs,)](delta, *found, *ends, D, delta_stride, shift, **narrow)
+        combine_probes_kernel[(tiles.S,)](*found, tiles.L, tiles.R, shift, call.radius, **combining)
+
+    excess_kernel[(programs,)](delta, *found, *tiles.numbers, D, delta_stride, **wide)
+    shrink_kernel[(programs,)](
         delta,
-        tiles.cu,
-        low,
-        partial,
-        *call.plus,
+        *found,
+        call.embeds,
+        call.out,
         *tiles.numbers,
         D,
-        stride,
-        *(x.stride(0) for x in call.plus),
+        delta_stride,
+        embeds_stride,
+        out_stride,
         call.radius,
-        ADD=call.flags["ADD"],
+        ADD=call.add,
         **wide,
     )
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(
-        (
-            "S",
-            "L",
-            "T",
-            "R",
-            "tiles",
-            "D",
-            "delta_stride",
-            "grad_stride",
-            "embeds_stride",
-            "out_stride",
-            "shift",
-        ),
-        "i32",
-    )
-    pointers = {
-        "delta": "*fp32",
-        "mask": "*u8",
-        "usable": "*u8",
-        "cu": "*i32",
-        "partial": "*fp64",
-        "top": "*fp32",
-        "ties": "*i64",
-    }
-    types = ints | pointers | {"low": "*i32", "step": "fp64", "radius": "fp64"}
+    l1_types = TYPES | {"shift": "i32", "low": "*i32", "top": "*fp32", "ties": "*i64"}
     wide = {"ROWS": TILE // BLOCK, "BLOCK": BLOCK}
     for grad, packed in itertools.product(("*fp32", "*bf16"), (False, True)):
-        given = types | {"grad": grad, "embeds": grad, "out": grad}
+        types = l1_types | {"grad": grad, "embeds": grad, "out": grad}
         masked = wide | {"MASKED": packed}
+        combining = {"AT_ONCE": PROBED_AT_ONCE}
         variants: tuple[tuple[Any, dict[str, Any], tuple[str, ...], dict[str, Any]], ...] = (
             (largest_kernel, masked, ("load",), OPTIONS),
             (move_kernel, masked, ("load", "store"), OPTIONS),
             (probe_kernel, {"BLOCK": NARROW}, ("load",), PROBING),
-            (combine_probes_kernel, {"AT_ONCE": AT_ONCE}, (), {"num_warps": 4}),
+            (combine_probes_kernel, combining, (), {"num_warps": 4}),
             (excess_kernel, wide, ("load",), OPTIONS),
             (shrink_kernel, wide | {"ADD": packed}, ("load", "store"), OPTIONS),
         )
         for kernel, constants, moves, options in variants:
-            if grad == "*fp32" or "grad" in kernel.arg_names or "embeds" in kernel.arg_names:
+            typed = "grad" in kernel.arg_names or "embeds" in kernel.arg_names
+            if grad == "*fp32" or typed:
                 yield Spec(
                     kernel=kernel,
                     case=f"{grad[1:]} D=4096{' packed mask add' * packed}",
-                    types=given,
+                    types=types,
                     constants=constants | {"PACKED": packed},
                     divisible=True,
                     wide=moves,

@@ -1,25 +1,25 @@
-"""perturb_step in Triton.  A ball that is one token fits in a program: one launch.  A larger l2 ball takes
-two,
+"""perturb_step in Triton: l2 balls of many tokens, and rows of linf that do not fit in registers.
+
+Other rows of linf, and balls of one token, are in perturb_token.py; l1 balls of many tokens in perturb_l1.py.
+An l2 ball takes two launches:
 
     sums   per tile of tokens: |g|^2, <delta, g> and |delta|^2, from one read of both, and which tokens have a
            finite gradient
     step   every program adds up its ball's tiles, always in the same order, and knows the length after the
-           step before it takes it: |delta + a g|^2 = |delta|^2 + 2 a <delta, g> + a^2 |g|^2     with a =
-           step_size / |g|
+           step before it takes it:
+           |delta + a g|^2 = |delta|^2 + 2 a <delta, g> + a^2 |g|^2  with a = step_size / |g|
 
-linf needs no sums: one launch.  A larger l1 ball is in _perturb_l1_triton.py.
-
-Elements are fp32, a row's sum is fp32 over BLOCK lanes, sums of rows are fp64.  A row whose squares leave
-fp32's range is summed once more, scaled.  A tile never crosses from one ball into the next: ball u owns the
-tiles from cu[u] // R + u on, for packed sequences, so that nobody has to count.  All sizes are runtime
-values.
+Elements are fp32, a row's sum is fp32 over BLOCK lanes, sums of rows are fp64.  A row whose squares exceed
+fp32's range is summed once more, scaled.  A tile never crosses from one ball into the next: in packed
+sequences ball u owns the tiles from cu[u] // R + u on, so that the host counts nothing.  All sizes are
+runtime values.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -27,127 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
-from fastrl.kernels._perturb import NORM_CODES, TINY, ball, bytes_of, rows, write_back
-from fastrl.kernels._triton import perturb_l1 as l1
-from fastrl.kernels._triton._tiles import (
-    BIG,
-    INFINITY,
-    Tiles,
-    find_tile,
-    finite,
-    load_row,
-    store_row,
-    total,
-    wide,
-)
+from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of, rows, write_back
+from fastrl.kernels._triton import perturb_l1, perturb_token
+from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, shrinkage
+from fastrl.kernels._triton._tiles import INFINITY, Tiles, find_tile, load_row, store_row, total, wide
 
 DTYPES = (torch.float32,)
-L2, LINF = tl.constexpr(0), tl.constexpr(1)
+L2 = tl.constexpr(NORM_CODES["l2"])
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
-WHOLE = {"l2": 16384, "linf": 16384, "l1": 8192}  # the longest row that stays in registers
-# 8 elements a thread: with 16, one program is all that an SM has room for
-OPTIONS = {
-    "num_warps": 8,
-    "enable_fp_fusion": True,
-}
-ROOM = OPTIONS | {"maxnreg": 128}  # or ptxas aims at 64, and less on sm_100, and spills two
-SMALL = tl.constexpr(2.0**-80)
-LEAST = tl.constexpr(TINY)
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS_128_REGISTERS = OPTIONS | {"maxnreg": 128}  # without it ptxas aims at 64 or less, and spills two
 
 
-# --- one token --------------------------------------------------------------------------------------
-@triton.jit
-def squares(x):  # type: ignore[no-untyped-def]
-    """The sum of squares of each row in fp64, beyond fp32's range too; not finite where an element is not."""
-    s = tl.sum(x * x, 1)
-    fits = s < INFINITY
-    sums = s.to(tl.float64)
-    if tl.min(fits.to(tl.int32), 0) == 0:
-        y = x * SMALL
-        sums = tl.where(fits, sums, tl.sum(y * y, 1).to(tl.float64) * BIG)
-    return sums
-
-
-@triton.jit
-def shrinkage(yy, radius):  # type: ignore[no-untyped-def]
-    """radius / sqrt(yy) where that is less than 1."""
-    return tl.where(yy > radius * radius, radius / tl.sqrt(tl.maximum(yy, 1e-300)), 1.0)
-
-
-@triton.jit
-def l2_token(x, g, step, radius):  # type: ignore[no-untyped-def]
-    gg = squares(g)
-    ok = gg < INFINITY
-    length = tl.sqrt(tl.where(ok, gg, 0.0))
-    # or step / length would be less than fp32 can hold
-    scale = tl.where(length > 1e18, 2.0**-80, 1.0).to(tl.float64)
-    a = tl.where(length > LEAST, step / (tl.maximum(length, LEAST) * scale), 0.0)
-    y = x + tl.where(ok[:, None], g * scale.to(tl.float32)[:, None] * a.to(tl.float32)[:, None], 0.0)
-    yy = squares(y)
-    return y * shrinkage(yy, radius).to(tl.float32)[:, None]
-
-
-@triton.jit
-def linf_token(x, g, step, radius):  # type: ignore[no-untyped-def]
-    ok = finite(g)
-    sign = tl.where(ok[:, None], (g > 0).to(tl.float32) - (g < 0).to(tl.float32), 0.0)
-    r = radius.to(tl.float32)
-    return tl.clamp(x + step.to(tl.float32) * sign, -r, r)
-
-
-@triton.jit(do_not_specialize=["T"])
-def token_kernel(  # type: ignore[no-untyped-def]
-    delta,
-    grad,
-    mask,
-    embeds,
-    out,
-    T,
-    D,
-    delta_stride,
-    grad_stride,
-    embeds_stride,
-    out_stride,
-    step: tl.float64,
-    radius: tl.float64,
-    NORM: tl.constexpr,
-    MASKED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK)
-    inside = t < T
-    live = inside
-    if MASKED:
-        live = inside & (tl.load(mask + t, inside, 0) != 0)
-    x = load_row(delta, t, delta_stride, d, live, D)
-    g = load_row(grad, t, grad_stride, d, live, D)
-    step, radius = wide(step), wide(radius)
-    if NORM == L2:
-        y = l2_token(x, g, step, radius)
-    elif NORM == LINF:
-        y = linf_token(x, g, step, radius)
-    else:
-        y = l1.l1_token(x, g, step, radius)
-    store_row(
-        delta,
-        embeds,
-        out,
-        tl.where(live[:, None], y, 0.0),
-        t,
-        delta_stride,
-        embeds_stride,
-        out_stride,
-        d,
-        inside,
-        D,
-        ADD,
-    )
-
-
-# --- a ball of many tokens --------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------
 @triton.jit
 def row_sums(  # type: ignore[no-untyped-def]
     delta,
@@ -265,7 +157,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if NORM == L2:
         gg, dg = total(partial, own, many), total(partial + tiles, own, many)
         length = tl.sqrt(gg)
-        a = tl.where(length > LEAST, step / tl.maximum(length, LEAST), 0.0)
+        a = tl.where(length > LEAST_NORM, step / tl.maximum(length, LEAST_NORM), 0.0)
         yy = total(partial + 2 * tiles, own, many) + 2.0 * a * dg + a * a * gg
         factor = shrinkage(yy, radius)
         factor = tl.where(radius == 0.0, 0.0, factor).to(tl.float32)
@@ -293,27 +185,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-class _Call(NamedTuple):
-    """The rows of one call; `plus` is embeds and out, or delta twice where neither is wanted."""
-
-    delta: Tensor
-    grad: Tensor
-    mask: Tensor
-    plus: tuple[Tensor, Tensor]
-    step: float
-    radius: float
-    flags: dict[str, bool]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (
-            self.delta.shape[1],
-            self.delta.stride(0),
-            self.grad.stride(0),
-            *(x.stride(0) for x in self.plus),
-        )
-
-
 def forward(
     delta: Tensor,
     grad: Tensor,
@@ -329,79 +200,57 @@ def forward(
     """Move `delta` in place; write embeds + delta to `out` where they are given."""
     if not delta.numel():
         return
-    x = rows(delta)
-    to = x if out is None else rows(out)
-    plus = (x, x) if embeds is None else (rows(embeds), to)
-    flags = {"MASKED": mask.numel() > 0, "ADD": embeds is not None}
-    call = _Call(x, rows(grad), bytes_of(mask) if flags["MASKED"] else x, plus, step_size, radius, flags)
-    with on_device(x):
-        if (scope == "token" or norm == "linf") and x.shape[1] <= WHOLE[norm]:
-            _by_token(call, norm)
-        else:
-            tiles = Tiles.over(x.shape[0], *ball(delta, cu_seqlens, scope), cu_seqlens, shape(x.shape[1])[0])
-            (l1.by_ball if norm == "l1" else _by_ball)(call, tiles, NORM_CODES[norm])
-    write_back(x, delta)
-    if out is not None:
-        write_back(to, out)
-
-
-def _by_token(call: _Call, norm: str) -> None:
-    T, D = call.delta.shape
-    block = max(16, triton.next_power_of_2(D))
-    ROWS = rows_at_once(norm, block)
-    token_kernel[(triton.cdiv(T, ROWS),)](
-        call.delta,
-        call.grad,
-        call.mask,
-        *call.plus,
-        T,
-        *call.sizes,
-        call.step,
-        call.radius,
-        NORM=NORM_CODES[norm],
-        ROWS=ROWS,
-        BLOCK=block,
-        **options(norm, block),
-        **call.flags,
+    delta_rows = rows(delta)
+    out_rows = delta_rows if out is None else rows(out)
+    call = Call(
+        delta=delta_rows,
+        grad=rows(grad),
+        mask=bytes_of(mask) if mask.numel() else delta_rows,
+        embeds=delta_rows if embeds is None else rows(embeds),
+        out=delta_rows if embeds is None else out_rows,
+        step=step_size,
+        radius=radius,
+        masked=mask.numel() > 0,
+        add=embeds is not None,
     )
+    T, D = delta_rows.shape
+    alone = scope == "token" or norm == "linf"
+    with on_device(delta_rows):
+        if alone and perturb_token.fits(norm, D):
+            perturb_token.by_token(call, norm)
+        else:
+            S, L = ball(delta, cu_seqlens, scope)
+            tiles = Tiles.over(T, S, L, cu_seqlens, shape(D)[0])
+            by_ball = perturb_l1.by_ball if norm == "l1" else _by_ball
+            by_ball(call, tiles, NORM_CODES[norm])
+    write_back(delta_rows, delta)
+    if out is not None:
+        write_back(out_rows, out)
 
 
-def _by_ball(call: _Call, tiles: Tiles, norm: int) -> None:
+def _by_ball(call: Call, tiles: Tiles, norm: int) -> None:
     T, D = call.delta.shape
     partial = torch.empty(3 * tiles.programs, dtype=torch.float64, device=call.delta.device)
     usable = torch.empty(T, dtype=torch.uint8, device=call.delta.device)
+    inputs = (call.delta, call.grad, call.mask, tiles.cu, partial, usable)
+
     ROWS, block = shape(D)
-    fixed: dict[str, Any] = {
-        "MASKED": call.flags["MASKED"],
-        "PACKED": tiles.packed,
-        "ROWS": ROWS,
-        "BLOCK": block,
-        **OPTIONS,
-    }
-    where = (call.delta, call.grad, call.mask, tiles.cu, partial, usable)
-    sums_kernel[(tiles.programs,)](*where, *tiles.numbers, *call.sizes[:3], **fixed)
+    flags: dict[str, Any] = {"MASKED": call.masked, "PACKED": tiles.packed, "ROWS": ROWS, "BLOCK": block}
+    sums_kernel[(tiles.programs,)](*inputs, *tiles.numbers, D, *call.strides[:2], **flags, **OPTIONS)
     step_kernel[(tiles.programs,)](
-        *where,
-        *call.plus,
+        *inputs,
+        call.embeds,
+        call.out,
         *tiles.numbers,
-        *call.sizes,
+        D,
+        *call.strides,
         call.step,
         call.radius,
         NORM=norm,
-        ADD=call.flags["ADD"],
-        **fixed | ROOM,
+        ADD=call.add,
+        **flags,
+        **OPTIONS_128_REGISTERS,
     )
-
-
-def rows_at_once(norm: str, block: int) -> int:
-    """Rows of `block` columns that a program holds."""
-    # l1 with two rows of 1024 spills two registers
-    return max(1, TILE // (2 if norm == "l1" else 1) // block)
-
-
-def options(norm: str, block: int) -> dict[str, Any]:
-    """Options for rows of `block` columns in registers."""
-    return (OPTIONS if norm != "l1" else ROOM) | {"num_warps": 8 if block <= 4096 else 16}
 
 
 def shape(D: int) -> tuple[int, int]:
@@ -412,29 +261,15 @@ def shape(D: int) -> tuple[int, int]:
 
 # --- what it compiles to ----------------------------------------------------------------------------
 def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(
-        ("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride"),
-        "i32",
-    )
-    types = ints | {
-        "delta": "*fp32",
-        "mask": "*u8",
-        "usable": "*u8",
-        "cu": "*i32",
-        "partial": "*fp64",
-        "step": "fp64",
-        "radius": "fp64",
-    }
-    both = ("load", "store")
     for grad, packed in itertools.product(TRITON_TYPES.values(), (False, True)):
-        given = types | {"grad": grad, "embeds": grad, "out": grad}
-        flags = {"MASKED": packed, "ADD": packed, "PACKED": packed, "ROWS": TILE // BLOCK, "BLOCK": BLOCK}
+        types = TYPES | {"grad": grad, "embeds": grad, "out": grad}
+        flags = {"MASKED": packed, "PACKED": packed, "ROWS": TILE // BLOCK, "BLOCK": BLOCK}
         case = f"{grad[1:]} D=4096{' packed mask add' * packed}"
         yield Spec(
             kernel=sums_kernel,
             case=case,
-            types=given,
-            constants={k: v for k, v in flags.items() if k != "ADD"},
+            types=types,
+            constants=flags,
             divisible=True,
             wide=("load",),
             options=OPTIONS,
@@ -442,31 +277,12 @@ def _specs() -> Iterator[Spec]:
         yield Spec(
             kernel=step_kernel,
             case=case,
-            types=given,
-            constants=flags | {"NORM": 0},
+            types=types,
+            constants=flags | {"ADD": packed, "NORM": NORM_CODES["l2"]},
             divisible=True,
-            wide=both,
-            options=ROOM,
+            wide=("load", "store"),
+            options=OPTIONS_128_REGISTERS,
         )
-        if (grad, packed) in (("*fp32", False), ("*bf16", True)):
-            for (norm, code), block in itertools.product(NORM_CODES.items(), (256, 1024, 4096, 8192, 16384)):
-                if block > WHOLE[norm]:
-                    continue
-                yield Spec(
-                    kernel=token_kernel,
-                    case=f"{norm} {grad[1:]} D={block}{' mask add' * packed}",
-                    types=given,
-                    constants={
-                        "MASKED": packed,
-                        "ADD": packed,
-                        "NORM": code,
-                        "ROWS": rows_at_once(norm, block),
-                        "BLOCK": block,
-                    },
-                    divisible=True,
-                    wide=both,
-                    options=options(norm, block),
-                )
 
 
 COMPILE = tuple(_specs())

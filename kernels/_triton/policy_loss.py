@@ -1,11 +1,11 @@
-"""policy_loss in Triton: one kernel for value, both derivatives and the sums of all metrics, and a tiny one
+"""policy_loss in Triton: one kernel for value, both derivatives and the sums of all metrics, and a small one
 that adds the sums up.
 
-Which surrogate and which KL it is, the kernel does not know: their twins (kernels/_triton/surrogates.py) are
-arguments.  Programs take blocks of tokens in a fixed pattern, keep fp32 sums in their lanes and leave one row
-of them; the second kernel adds the rows in float64, in order.  A sequence's mean log-ratio comes first, from
-one program for each sequence.  Blocks within T are read and written without a mask, 16 bytes at a time; T
-itself is a runtime value and compiles nothing again.
+The kernel does not know the surrogate or the KL: their functions (kernels/_triton/surrogates.py) are
+arguments of its compilation.  Programs take blocks of tokens in a fixed pattern, keep fp32 sums in their
+lanes and store one row of them; the second kernel adds the rows in float64, in order.  With a ratio per
+sequence, one program for each sequence computes its mean log-ratio first.  Blocks within T are read and
+written without a mask, 16 bytes at a time; T itself is a runtime value, so a new T compiles nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor
 from fastrl.kernels._launch import Spec, on_device
 from fastrl.kernels._policy_arguments import Columns, Options
 from fastrl.kernels._policy_metrics import METRICS
-from fastrl.kernels._triton import surrogates as twins
+from fastrl.kernels._triton import surrogates
+from fastrl.kernels._triton._policy_block import block_sums, count, merge, tokens_of
 from fastrl.kernels.surrogates import SURROGATES, Surrogate
 
 DTYPES = (torch.float32,)
 ROWS = 128  # of four tokens: 16 bytes of each vector a thread
 BLOCK = 4 * ROWS
 PROGRAMS = 2048  # at most, whatever the device: the order of the sums is part of the result
-ADDED = 512  # rows of sums that are added at once
+ADDED = 512  # rows of sums added at once
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 COMBINE_OPTIONS = OPTIONS | {"num_warps": 16}
 # one place for each metric; the last, which follows from others, holds the loss
@@ -40,135 +41,6 @@ LOSS, TOKENS, LARGEST, RATIO, WEIGHT, WEIGHT_SQ = (
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-@triton.jit
-def _column(vector, at, inside, live):  # type: ignore[no-untyped-def]
-    """A block of a vector, 0 where a token is masked out or not there."""
-    return tl.where(live, tl.load(vector + at, inside, 0.0), 0.0)
-
-
-@triton.jit
-def _block(  # type: ignore[no-untyped-def]
-    first,
-    logp,
-    old_logp,
-    advantage,
-    weight,
-    ref_logp,
-    correction,
-    entropy,
-    mask,
-    mean,
-    dlogp,
-    dentropy,
-    T,
-    kl_coef,
-    entropy_coef,
-    p0,
-    p1,
-    p2,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    REF: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MASK: tl.constexpr,
-    SEQUENCE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Store the derivatives of one block, and return its sums, (ROWS,) each, in the order of METRICS with the
-    loss at the end.
-    """
-    at = first + (tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :])
-    inside = tl.full((ROWS, 4), 1, tl.int1)  # known when it is compiled: no access is masked
-    if not WHOLE:
-        inside = at < T
-    live = inside
-    if MASK:
-        live = inside & (tl.load(mask + at, inside, 0) != 0)
-    p, a, w = (
-        _column(logp, at, inside, live),
-        _column(advantage, at, inside, live),
-        _column(weight, at, inside, live),
-    )
-    token_d = p - _column(old_logp, at, inside, live)
-    d = twins.bounded(token_d)
-    token_r, old = twins.exp_and_rest(d)
-    old += d - token_d  # 0 but beyond the bound
-    r = token_r
-    if SEQUENCE:
-        d = twins.bounded(_column(mean, at, inside, live))
-        r, _ = twins.exp_and_rest(d)
-    value, slope, low, high, cap = SURROGATE(d, r, p, a, p0, p1, p2)
-    r = tl.where(live, r, 0.0)
-    importance = r
-    if CORRECTION:
-        k = _column(correction, at, inside, live)
-        value, slope, importance = value * k, slope * k, r * k
-    value, slope = -value, -slope
-    e, k3, h = tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p)
-    if REF:
-        e = p - _column(ref_logp, at, inside, live)
-        back = twins.bounded(-e)
-        _, rest = twins.exp_and_rest(back)
-        k3 = rest + (back + e)
-        if KL is not None:
-            kl, kl_slope = KL(e, rest + back, k3, token_r)
-            value, slope = value + kl_coef * kl, slope + kl_coef * kl_slope
-    if ENTROPY:
-        h = _column(entropy, at, inside, live)
-        # without a weight it is only reported
-        value = tl.where(entropy_coef != 0.0, value - entropy_coef * h, value)
-        tl.store(dentropy + at, w * -entropy_coef, inside)
-    tl.store(dlogp + at, slope * w, inside)
-    half_square, squared, loss = 0.5 * token_d * token_d, importance * importance, value * w
-    return (
-        _count(live),
-        _count(live & low),
-        _count(live & high),
-        _count(live & cap),
-        tl.sum(r, 1),
-        tl.max(r, 1),
-        tl.sum(half_square, 1),
-        tl.sum(-token_d, 1),
-        tl.sum(old, 1),
-        tl.sum(e, 1),
-        tl.sum(k3, 1),
-        tl.sum(h, 1),
-        tl.sum(a, 1),
-        tl.sum(importance, 1),
-        tl.sum(squared, 1),
-        tl.sum(loss, 1),
-    )
-
-
-@triton.jit
-def _count(x):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.where(x, 1.0, 0.0), 1)
-
-
-@triton.jit
-def _merge(x, y):  # type: ignore[no-untyped-def]
-    return (
-        x[0] + y[0],
-        x[1] + y[1],
-        x[2] + y[2],
-        x[3] + y[3],
-        x[4] + y[4],
-        tl.maximum(x[5], y[5]),
-        x[6] + y[6],
-        x[7] + y[7],
-        x[8] + y[8],
-        x[9] + y[9],
-        x[10] + y[10],
-        x[11] + y[11],
-        x[12] + y[12],
-        x[13] + y[13],
-        x[14] + y[14],
-        x[15] + y[15],
-    )
-
-
 @triton.jit(do_not_specialize=["T"])
 def token_kernel(  # type: ignore[no-untyped-def]
     logp,
@@ -199,75 +71,53 @@ def token_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
 ):
     own, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    vectors = (logp, old_logp, advantage, weight, ref_logp, correction, entropy, mask, mean)
+    params = (p0, p1, p2)
     none = tl.zeros((ROWS,), tl.float32)
     sums = (none, none, none, none, none, none, none, none, none, none, none, none, none, none, none, none)
     whole = T // (4 * ROWS)
     for i in range(own, whole, programs):
-        sums = _merge(
-            sums,
-            _block(
-                i * (4 * ROWS),
-                logp,
-                old_logp,
-                advantage,
-                weight,
-                ref_logp,
-                correction,
-                entropy,
-                mask,
-                mean,
-                dlogp,
-                dentropy,
-                T,
-                kl_coef,
-                entropy_coef,
-                p0,
-                p1,
-                p2,
-                SURROGATE,
-                KL,
-                REF,
-                CORRECTION,
-                ENTROPY,
-                MASK,
-                SEQUENCE,
-                True,
-                ROWS,
-            ),
+        block = block_sums(
+            i * (4 * ROWS),
+            vectors,
+            dlogp,
+            dentropy,
+            T,
+            kl_coef,
+            entropy_coef,
+            params,
+            SURROGATE,
+            KL,
+            REF,
+            CORRECTION,
+            ENTROPY,
+            MASK,
+            SEQUENCE,
+            True,
+            ROWS,
         )
+        sums = merge(sums, block)
     if (own == whole % programs) & (whole * (4 * ROWS) < T):
-        sums = _merge(
-            sums,
-            _block(
-                whole * (4 * ROWS),
-                logp,
-                old_logp,
-                advantage,
-                weight,
-                ref_logp,
-                correction,
-                entropy,
-                mask,
-                mean,
-                dlogp,
-                dentropy,
-                T,
-                kl_coef,
-                entropy_coef,
-                p0,
-                p1,
-                p2,
-                SURROGATE,
-                KL,
-                REF,
-                CORRECTION,
-                ENTROPY,
-                MASK,
-                SEQUENCE,
-                False,
-                ROWS,
-            ),
+        block = block_sums(
+            whole * (4 * ROWS),
+            vectors,
+            dlogp,
+            dentropy,
+            T,
+            kl_coef,
+            entropy_coef,
+            params,
+            SURROGATE,
+            KL,
+            REF,
+            CORRECTION,
+            ENTROPY,
+            MASK,
+            SEQUENCE,
+            False,
+            ROWS,
         )
+        sums = merge(sums, block)
     to = partial + own * SUMS
     for k in tl.static_range(SUMS):
         tl.store(to + k, tl.max(sums[k], 0) if k == LARGEST else tl.sum(sums[k], 0))
@@ -301,20 +151,18 @@ def combine_kernel(partial, loss, metrics, programs, ADDED: tl.constexpr):  # ty
 
 @triton.jit
 def _drift(  # type: ignore[no-untyped-def]
-    block, start, end, logp, old_logp, mask, MASK: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr
+    block, start, end, logp, old_logp, mask, MASK: tl.constexpr, WITHIN: tl.constexpr, ROWS: tl.constexpr
 ):
-    """The sum of logp - old_logp over a block's live tokens of one sequence, and their number,
-    (ROWS,) each.
-    """
-    at = block * (4 * ROWS) + (tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :])
+    """The sum of logp - old_logp over a block's live tokens of one sequence, and their number; (ROWS,)."""
+    at = tokens_of(block * (4 * ROWS), ROWS)
     inside = tl.full((ROWS, 4), 1, tl.int1)
-    if not WHOLE:
+    if not WITHIN:
         inside = (at >= start) & (at < end)
     live = inside
     if MASK:
         live = inside & (tl.load(mask + at, inside, 0) != 0)
     d = tl.where(live, tl.load(logp + at, inside, 0.0) - tl.load(old_logp + at, inside, 0.0), 0.0)
-    return tl.sum(d.to(tl.float64), 1), _count(live)
+    return tl.sum(d.to(tl.float64), 1), count(live)
 
 
 @triton.jit
@@ -322,17 +170,17 @@ def mean_kernel(logp, old_logp, mask, ends, mean, MASK: tl.constexpr, ROWS: tl.c
     """A sequence's mean of logp - old_logp over live tokens, written for each of its tokens."""
     s = tl.program_id(0)
     start, end = tl.load(ends + s).to(tl.int64), tl.load(ends + s + 1).to(tl.int64)
-    total, count = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float32)
+    total, tokens = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float32)
     for block in range(start // (4 * ROWS), tl.cdiv(end, 4 * ROWS)):
         if (block * (4 * ROWS) >= start) & ((block + 1) * (4 * ROWS) <= end):
             d, n = _drift(block, start, end, logp, old_logp, mask, MASK, True, ROWS)
         else:
             d, n = _drift(block, start, end, logp, old_logp, mask, MASK, False, ROWS)
         total += d
-        count += n
-    value = (tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)).to(tl.float32)
+        tokens += n
+    value = (tl.sum(total, 0) / tl.maximum(tl.sum(tokens, 0), 1.0)).to(tl.float32)
     for block in range(start // (4 * ROWS), tl.cdiv(end, 4 * ROWS)):
-        at = block * (4 * ROWS) + (tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :])
+        at = tokens_of(block * (4 * ROWS), ROWS)
         out = tl.zeros((ROWS, 4), tl.float32) + value
         if (block * (4 * ROWS) >= start) & ((block + 1) * (4 * ROWS) <= end):
             tl.store(mean + at, out)
@@ -390,8 +238,8 @@ def columns(row: Surrogate, kl: str) -> dict[str, Any]:
     """The functions that the token kernel is compiled with."""
     named = isinstance(row.triton, str)
     return {
-        "SURROGATE": getattr(twins, str(row.triton)) if named else row.triton,
-        "KL": twins.KL_TWINS[kl] if kl else None,
+        "SURROGATE": getattr(surrogates, str(row.triton)) if named else row.triton,
+        "KL": surrogates.KLS[kl] if kl else None,
     }
 
 
@@ -445,7 +293,7 @@ def _spec(kernel: Any, case: str, constants: dict[str, Any]) -> Spec:
 def _specs() -> Iterator[Spec]:
     """Every row and every KL once, the headline, and all inputs together."""
     yield from (_token(name, "", "m") for name in SURROGATES)
-    yield from (_token("clip", kl, "mces") for kl in twins.KL_TWINS)
+    yield from (_token("clip", kl, "mces") for kl in surrogates.KLS)
     yield from (_token(name, "k3", "mces") for name in ("sapo", "luffy_off"))
     for masked in (True, False):
         yield _spec(mean_kernel, "m" * masked or "-", {"MASK": masked, "ROWS": ROWS})

@@ -2,8 +2,8 @@
 
 A program holds whole rows in registers: one of 1024 to 8192 columns, several of narrower ones.  The backward
 runs on one wave of programs, each of which walks over its share of the rows and keeps its own sum of dy n for
-the weight; the sums are added in a fixed order (_partials_triton).  Rows above 8192 columns are walked over
-twice, the second time from the cache; their weight's gradient then takes a launch of its own.  The width and
+the weight; the sums are added in a fixed order (_partials.py).  Rows of more than 8192 columns are read
+twice, the second time from the cache, and the gradient of their weight takes another launch.  The width and
 the number of rows are runtime values.
 """
 
@@ -23,11 +23,7 @@ from fastrl.kernels._triton._partials import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns a program holds: dy, x, the weight and its gradient take 64 of a thread's registers
-# elements of a program's tile, at least: loads in flight from 16 and from 2 programs a multiprocessor
-FORWARD, BACKWARD = (
-    1024,
-    4096,
-)
+FORWARD, BACKWARD = 1024, 4096  # least elements of a tile, for 16 and for 2 programs a multiprocessor
 WALK = 4096  # columns at a time of a row that is not held
 WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
 WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone

@@ -1,10 +1,10 @@
-"""rope in Triton: queries and keys, with the norm of each head where there is one, in one launch.
+"""rope in Triton: queries and keys, with an optional norm of each head, in one launch.
 
-Queries and keys may be views of one fused projection: they are read where they lie.  A program takes one
-token and some of its heads, queries before keys, so that the angles are loaded once; each head lies in
-registers as its two halves.  The backward without a norm is the forward with the opposite sense.  With one, a
-wave of programs walks over the tokens and each keeps its own sums for the two norm weights, which are added
-in a fixed order (_partials_triton).
+Queries and keys may be views of one fused projection: they are read in place.  A program takes one token and
+some of its heads, queries before keys, so that the angles are loaded once; each head lies in registers as its
+two halves.  The backward without a norm is the forward with the opposite sense.  With a norm, a wave of
+programs walks over the tokens, and each keeps its own sums for the two norm weights, which are added in a
+fixed order (_partials.py).
 
 STORE: the same launch copies each token's turned key and its value into paged caches.
 """
@@ -20,6 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._triton._heads import (
+    angles,
+    inverse_rms,
+    load_heads,
+    norm_weights,
+    normed_by,
+    store_heads,
+)
 from fastrl.kernels._triton._partials import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,58 +36,6 @@ PROGRAMS = 12  # of a wave on a multiprocessor: two warps each, 4 KB of loads in
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-@triton.jit
-def _angles(positions, cos, sin, t, N, half, lane):  # type: ignore[no-untyped-def]
-    """cos and sin of token t, like `lane`; NaN for a position that the tables do not have."""
-    at = tl.load(positions + t).to(tl.int64)
-    ok = lane < tl.where((at >= 0) & (at < N), half, 0)
-    row = at * half + lane
-    return tl.load(cos + row, ok, float("nan")).to(tl.float32), tl.load(sin + row, ok, float("nan")).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def _load(of_query, of_key, is_query, ok):  # type: ignore[no-untyped-def]
-    """Each head from where it is.  A select between pointers would hide from the compiler that they are
-    aligned.
-    """
-    return tl.where(
-        is_query,
-        tl.load(of_query, ok & is_query, 0.0).to(tl.float32),
-        tl.load(of_key, ok & ~is_query, 0.0).to(tl.float32),
-    )
-
-
-@triton.jit
-def _store(of_query, of_key, x, is_query, ok):  # type: ignore[no-untyped-def]
-    tl.store(of_query, x.to(of_query.dtype.element_ty), ok & is_query)
-    tl.store(of_key, x.to(of_key.dtype.element_ty), ok & ~is_query)
-
-
-@triton.jit
-def _weights(q_norm, k_norm, lane, live, is_query, Q_NORM: tl.constexpr, K_NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The norm weight of each head at `lane`; 0 where there is none."""
-    of_q, of_k = tl.zeros_like(lane).to(tl.float32), tl.zeros_like(lane).to(tl.float32)
-    if Q_NORM:
-        of_q = tl.load(q_norm + lane, live, 0.0).to(tl.float32)
-    if K_NORM:
-        of_k = tl.load(k_norm + lane, live, 0.0).to(tl.float32)
-    return tl.where(is_query, of_q, of_k)
-
-
-@triton.jit
-def _inverse(a, b, half, eps):  # type: ignore[no-untyped-def]
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(a * a + b * b, 1)[:, None] / (2 * half) + eps))
-
-
-@triton.jit
-def _scaled(x, r, w, like):  # type: ignore[no-untyped-def]
-    """Rounded before the weight, and after."""
-    dtype = like.dtype.element_ty
-    return ((x * r).to(dtype).to(tl.float32) * w).to(dtype).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["N"])
 def turn_kernel(  # type: ignore[no-untyped-def]
     q,
@@ -119,20 +75,22 @@ def turn_kernel(  # type: ignore[no-untyped-def]
     key, is_query = head - H, head < H
     lane = tl.arange(0, HALF)[None, :]
     ok = (head < H + K) & (lane < half)
-    c, s = _angles(positions, cos, sin, t, N, half, lane)
+    c, s = angles(positions, cos, sin, t, N, half, lane)
     xq, xk = q + t * q_token + head * q_head + lane, k + t * k_token + key * k_head + lane
-    a, b = _load(xq, xk, is_query, ok), _load(xq + half, xk + half, is_query, ok)
+    a, b = load_heads(xq, xk, is_query, ok), load_heads(xq + half, xk + half, is_query, ok)
     if Q_NORM or K_NORM:
-        r = _inverse(a, b, half, eps)
-        na = _scaled(a, r, _weights(q_norm, k_norm, lane, lane < half, is_query, Q_NORM, K_NORM), q)
-        nb = _scaled(b, r, _weights(q_norm, k_norm, half + lane, lane < half, is_query, Q_NORM, K_NORM), q)
+        r = inverse_rms(a, b, half, eps)
+        na = normed_by(a, r, norm_weights(q_norm, k_norm, lane, lane < half, is_query, Q_NORM, K_NORM), q)
+        nb = normed_by(
+            b, r, norm_weights(q_norm, k_norm, half + lane, lane < half, is_query, Q_NORM, K_NORM), q
+        )
         normed = (is_query & Q_NORM) | (~is_query & K_NORM)
         a, b = tl.where(normed, na, a), tl.where(normed, nb, b)
     s = s * sense
     first, second = (a * c - b * s).to(yq.dtype.element_ty), (b * c + a * s).to(yq.dtype.element_ty)
     to_q, to_k = yq + (t * H + head) * 2 * half + lane, yk + (t * K + key) * 2 * half + lane
-    _store(to_q, to_k, first, is_query, ok)
-    _store(to_q + half, to_k + half, second, is_query, ok)
+    store_heads(to_q, to_k, first, is_query, ok)
+    store_heads(to_q + half, to_k + half, second, is_query, ok)
     if STORE:
         ok = ok & (head >= H)
         to = (tl.load(slots + t).to(tl.int64) * K + key) * 2 * half + lane
@@ -185,25 +143,28 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     live = lane < half
     ok = (head < H + K) & live
     normed = (is_query & Q_NORM) | (~is_query & K_NORM)
-    wa = _weights(q_norm, k_norm, lane, live, is_query, Q_NORM, K_NORM)
-    wb = _weights(q_norm, k_norm, half + lane, live, is_query, Q_NORM, K_NORM)
+    wa = norm_weights(q_norm, k_norm, lane, live, is_query, Q_NORM, K_NORM)
+    wb = norm_weights(q_norm, k_norm, half + lane, live, is_query, Q_NORM, K_NORM)
     sum_a, sum_b = tl.zeros((HEADS, HALF), tl.float32), tl.zeros((HEADS, HALF), tl.float32)
     t = p // blocks
     while t < T:
-        c, s = _angles(positions, cos, sin, t, N, half, lane)
+        c, s = angles(positions, cos, sin, t, N, half, lane)
         uq, uk = dq + t * dq_token + head * dq_head + lane, dk + t * dk_token + key * dk_head + lane
         xq, xk = q + t * q_token + head * q_head + lane, k + t * k_token + key * k_head + lane
-        u, w = _load(uq, uk, is_query, ok), _load(uq + half, uk + half, is_query, ok)
-        a, b = _load(xq, xk, is_query, ok & normed), _load(xq + half, xk + half, is_query, ok & normed)
+        u, w = load_heads(uq, uk, is_query, ok), load_heads(uq + half, uk + half, is_query, ok)
+        a, b = (
+            load_heads(xq, xk, is_query, ok & normed),
+            load_heads(xq + half, xk + half, is_query, ok & normed),
+        )
         da, db = u * c + w * s, w * c - u * s  # turned back
-        r = _inverse(a, b, half, eps)
+        r = inverse_rms(a, b, half, eps)
         na, nb, ga, gb = a * r, b * r, da * wa, db * wb
         sum_a += tl.where(ok, da * na, 0.0)  # the angles are NaN past the head's width
         sum_b += tl.where(ok, db * nb, 0.0)
         mean = tl.sum(tl.where(ok, ga * na + gb * nb, 0.0), 1)[:, None] / (2 * half)
         to_q, to_k = gq + (t * H + head) * 2 * half + lane, gk + (t * K + key) * 2 * half + lane
-        _store(to_q, to_k, tl.where(normed, (ga - na * mean) * r, da), is_query, ok)
-        _store(to_q + half, to_k + half, tl.where(normed, (gb - nb * mean) * r, db), is_query, ok)
+        store_heads(to_q, to_k, tl.where(normed, (ga - na * mean) * r, da), is_query, ok)
+        store_heads(to_q + half, to_k + half, tl.where(normed, (gb - nb * mean) * r, db), is_query, ok)
         t += tl.num_programs(0) // blocks
     e = tl.arange(0, HALF)
     if Q_NORM:
@@ -399,13 +360,13 @@ def _specs() -> Iterator[Spec]:
         types |= {"positions": "*i64", "slots": "*i64", "eps": "fp32", "sense": "fp32"}
         tile = _tile(heads, E)
         options = {n: tile.pop(n) for n in ("num_warps", "enable_fp_fusion")}
-        for kernel, store_ in ((turn_kernel, False), (turn_kernel, True), (backward_kernel, False)):
+        for kernel, stores in ((turn_kernel, False), (turn_kernel, True), (backward_kernel, False)):
             if kernel is backward_kernel and not norm:
                 continue
-            constants = {"Q_NORM": norm, "K_NORM": norm, "STORE": store_, **tile}
+            constants = {"Q_NORM": norm, "K_NORM": norm, "STORE": stores, **tile}
             yield Spec(
                 kernel=kernel,
-                case=f"{name[1:]} heads={heads} E={E}{' norm' * norm}{' store' * store_}",
+                case=f"{name[1:]} heads={heads} E={E}{' norm' * norm}{' store' * stores}",
                 types=types,
                 constants={n: value for n, value in constants.items() if n in kernel.arg_names},
                 divisible=True,

@@ -1,16 +1,15 @@
 """sample in Triton: a program per chunk of a row reads its logits once, and one per row merges the chunks.
 
-The token is the winner of the race argmin E / exp(d).  Every lane takes four neighbours at a time, whose
-noise is one Philox counter, and keeps the (top, s, a) of what it saw, as in _token_logp_triton, and its own
+The token is the winner of the race argmin E / exp(d).  Every lane takes four neighbours at a time, for which
+one Philox counter gives the noise, and keeps the (top, s, a) of what it saw, as in token_logp.py, and its own
 winner:
 
-    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)      E, p =
-                     exp((x - top) / tau), token
+    top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
+    E, p = exp((x - top) / tau) and the token of the winner
 
-A new token replaces the winner if its E' p < E p': products, no division.  The lanes are merged once, at the
-end of the chunk.  How a row is cut depends on V alone, so that its bits depend on nothing but itself.
-Filters take one launch more, before: _sample_floor_triton finds the floor, and only what is not below it
-races.
+A new token replaces the winner if E' p < E p': products, no division.  The lanes are merged once, at the end
+of the chunk.  A row is cut by V alone, so that its bits depend on nothing but itself.  Filters take one more
+launch before: sample_floor.py finds the floor, and only tokens that are not below it race.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from fastrl.kernels._triton._philox import philox4
 from fastrl.kernels._triton.sample_floor import block, floors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 2048  # 8 elements a thread: whoever holds 4 neighbours draws their one counter
+BLOCK = 2048  # 8 elements a thread, two Philox counters
 CHUNK = 16384  # of a row, to a program: 640 programs for 64 rows of 152k logits
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ONE_WARP = OPTIONS | {"num_warps": 1}  # for the few numbers that are left of a row
@@ -75,6 +74,14 @@ def faster(e, p, v, e_other, p_other, v_other):  # type: ignore[no-untyped-def]
     """Of two tokens the one with the smaller e / p, the first of equals: its e, its p and itself."""
     other = e_other * p < e * p_other
     return tl.where(other, e_other, e), tl.where(other, p_other, p), tl.where(other, v_other, v)
+
+
+@triton.jit
+def fastest(e, p, token):  # type: ignore[no-untyped-def]
+    """Of the lanes' winners the least e / p, and its token, the first of equals."""
+    cost = e / tl.maximum(p, HOPELESS)
+    least = tl.min(cost, 0)
+    return least, tl.min(tl.where(cost == least, token, 2147483647), 0)
 
 
 @triton.jit
@@ -125,11 +132,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
     top = tl.full((N,), LOWEST, tl.float32)
     s, a, kept = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
-    # of the lane's winner: E, and exp(d) relative to `top`
-    e, p = (
-        tl.full((N,), 1.0, tl.float32),
-        tl.zeros((N,), tl.float32),
-    )
+    e, p = tl.full((N,), 1.0, tl.float32), tl.zeros((N,), tl.float32)  # E and exp(d) of the lane's winner
     token = start + 4 * counter
     for v in range(start, end, BLOCK):
         x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
@@ -154,10 +157,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
             e, p, token = faster(e, p, token, unit_exponential(words[i]), share, v + 4 * counter + i)
     m = tl.max(top, 0)
     scale = tl.exp2((top - m) * k)
-    cost = e / tl.maximum(p * scale, HOPELESS)
-    least = tl.min(cost, 0)
-    # a row without any may draw the padding
-    winner = tl.minimum(tl.min(tl.where(cost == least, token, 2147483647), 0), end - 1)
+    least, winner = fastest(e, p * scale, token)
+    winner = tl.minimum(winner, end - 1)  # a row without a winner may draw the padding
     if greedy:
         winner = first_of(row, start, end, m, BLOCK)
     tl.store(tokens + pid, winner)
@@ -249,8 +250,9 @@ def forward(
     chunks = triton.cdiv(V, CHUNK)
     parts = torch.empty((5, B * chunks), dtype=torch.float32, device=device)
     tokens = torch.empty(B * chunks, dtype=torch.int32, device=device)
-    # which nobody reads
-    top, floor = floors(logits, temperature, top_k, top_p, min_p) if filtered else (parts, parts)
+    top, floor = parts, parts  # not read without filters
+    if filtered:
+        top, floor = floors(logits, temperature, top_k, top_p, min_p)
     with on_device(logits):
         draw_kernel[(B * chunks,)](
             logits,

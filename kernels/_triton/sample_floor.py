@@ -1,9 +1,9 @@
 """The floor of a row under sample's filters, in Triton: one program per row, no sorting.
 
-A logit is taken as the unsigned integer that orders like it, and the integer at which enough lies at or above
-it (top_k tokens, or top_p of the mass) is found three bits at a time: a pass adds up what lies at or above
-each of eight thresholds, and the digit is how many of them have enough.  fp32 takes 11 passes, bf16 6, fp16
-7, whatever the row holds.
+A logit is mapped to an unsigned integer of the same order.  The largest integer with enough at or above it
+(top_k tokens, or top_p of the mass) is found three bits at a time: a pass adds up what lies at or above each
+of eight thresholds, and the digit is how many of them have enough.  fp32 takes 11 passes, bf16 6, fp16 7, for
+any row.
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ from torch import Tensor
 from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
 
 # columns at once: 16 bytes a thread
-SEARCH = {
-    torch.float32: 1024,
-    torch.bfloat16: 2048,
-    torch.float16: 2048,
-}
-STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form that say nothing
+SEARCH = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}
+STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form, always 0
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; those of what is between 0 and 1 are below
+ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; numbers between 0 and 1 have lower bits
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -41,7 +37,7 @@ def ordered(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def logit(key, STOP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The fp32 that `ordered` made `key` of."""
+    """The fp32 number that `ordered` maps to `key`."""
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, ~key)
     return ((bits >> STOP) << STOP).to(tl.float32, bitcast=True)
 
@@ -58,9 +54,7 @@ def mass(x, top, tau, among, bits):  # type: ignore[no-untyped-def]
 def threshold(  # type: ignore[no-untyped-def]
     row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The largest key such that the logits at or above it weigh at least `limit`: their count,
-    or their MASS.
-    """
+    """The largest key with at least `limit` at or above it: by count of logits, or by MASS."""
     lane = tl.arange(0, BLOCK)[None, :]
     step = tl.arange(0, 8)[:, None].to(tl.uint32)
     found = tl.full((), 0, tl.uint32)
@@ -92,8 +86,9 @@ def floor_kernel(  # type: ignore[no-untyped-def]
     STOP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest logit of a row, and the d below which its tokens are filtered out.  top_p comes as the bits
-    of a double.
+    """The largest logit of a row, and the d below which its tokens are filtered out.
+
+    top_p is passed as the bits of a double.
     """
     b = tl.program_id(0).to(tl.int64)
     row = logits + b * stride

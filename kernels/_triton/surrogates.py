@@ -1,10 +1,10 @@
-"""The tables of policy_loss inside its Triton kernel: one function for each row of SURROGATES and of KLS, and
-the exponential they share.
+"""The surrogates and KL estimators of policy_loss as device functions: one for each row of SURROGATES and of
+KLS, and the exponential that they share.
 
-A surrogate's twin gets d and r as the surrogate sees them, logp, the advantage, and the row's parameters in
-their order, filled up with 0 to three; it returns value, derivative, and whether the token is held at the
-lower bound, the upper bound, the cap.  A KL's twin gets e, x = exp(-e) - 1, k3 = x + e and the token's own r;
-it returns value and derivative.
+A surrogate takes d and r as the formula sees them, logp, the advantage, and the row's parameters in order,
+padded with 0 to three.  It returns the value, the derivative, and whether the token is held at the lower
+bound, at the upper bound, at the cap.  A KL takes e, x = exp(-e) - 1, k3 = x + e and the token's own r; it
+returns the value and the derivative.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _k3_plus_cut(e, x, k3, r):  # type: ignore[no-untyped-def]
     return near, tl.where(near < k3, 0.0, e)
 
 
-KL_TWINS = {
+KLS = {
     "k1": _k1,
     "k2": _k2,
     "k3": _k3,

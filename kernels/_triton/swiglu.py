@@ -1,7 +1,7 @@
-"""swiglu in Triton: a program takes a block of columns of one row, gate and up together, and writes what
-belongs there.
+"""swiglu in Triton: a program takes a block of columns of one row, gate and up together.
 
-One read of each input and one write of each output.  The width and the number of rows are runtime values.
+There is one read of each input and one write of each output.  The width and the number of rows are runtime
+values.
 """
 
 from __future__ import annotations

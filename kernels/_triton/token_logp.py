@@ -1,14 +1,13 @@
 """token_logp in Triton: one program per row, one read of the logits forward, one read and one write backward.
 
-Every lane of the program keeps its own (top, s, a) of the elements it saw and the lanes are merged once, at
+Every lane of the program keeps its own (top, s, a) of the elements it saw, and the lanes are merged once, at
 the end of the row:
 
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
 
-A new element costs one exponential whichever of it and the lane's top is larger: e = exp(-|x - top| / tau)
-scales the old sums when the element is the new top, and is the element's own share when it is not.
-Exponentials are exp2 with 1 / (tau ln 2) folded in.  The rows are the grid, V and the temperature are runtime
-values: nothing is compiled again for another length.
+A new element costs one exponential, e = exp(-|x - top| / tau): it scales the old sums when the element is the
+new top, and is the share of the element when it is not.  Exponentials are exp2 with 1 / (tau ln 2) folded in.
+The rows are the grid, V and the temperature are runtime values: nothing is compiled again for another length.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, row_layout, un
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread: two 16-byte loads of bf16, four of fp32, in flight at once
-# else ptxas aims for 64 or 80 here and there, and spills a few
-OPTIONS = {
-    "num_warps": 8,
-    "enable_fp_fusion": True,
-    "maxnreg": 128,
-}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}  # without maxnreg ptxas may spill a few
 # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -227,9 +221,7 @@ def backward(dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> 
 
 
 def backward_into(out: Tensor, dlogp: Tensor, dentropy: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-    """The same into `out`, which may be the logits themselves,
-    or a narrower type in the front of their rows.
-    """
+    """The same into `out`: the logits themselves, or a narrower dtype in the front of their rows."""
     if out.stride(-1) != 1:
         return out.copy_(backward(dlogp, dentropy, logits, *rest))
     logits = unit_rows(logits)

@@ -36,8 +36,8 @@ from fastrl.batch.types import Batch, Tokens
 from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import choose_algorithm
-from fastrl.methods.grpo.rollouts import order
 from fastrl.model.decoder import Decoder
+from fastrl.train.source import order
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 3.0], dtype=torch.float64)  # mean 1, unbiased variance 2
 
@@ -221,7 +221,7 @@ def test_loss_and_gradient_are_those_of_the_equations(name, monkeypatch):
     model = decoder(dtype=torch.float64)
     batch = make_batch(name, model)
     with monkeypatch.context() as patch:
-        patch.setattr("fastrl.methods.grpo.rollouts.OnPolicy._live", lambda self, batch: batch)
+        patch.setattr("fastrl.methods.grpo.shaping.prune", lambda batch: batch)
         whole = make_batch(name, model)
     assert len(whole) == len(batch) if name in ALL_MOVE else len(whole) > len(batch)
     drift(model, DRIFTS.get(name, 0.03))

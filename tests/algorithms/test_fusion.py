@@ -28,7 +28,7 @@ from fusions import (
 from fusions import on_policy as drawn_by
 from hybrids import ANSWERS, half_cosine, learner
 from preferences import EQUATIONS
-from runs import GROUP, PROMPTS, SEED, decoder, drift, gradient, relative
+from runs import GROUP, PROMPTS, SEED, decoder, drift, gradient, learner_of, relative
 from runs import learner as plain_learner
 
 from fastrl.algorithms import ALGORITHMS
@@ -36,14 +36,15 @@ from fastrl.algorithms.fusion import FUSIONS
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN, OfflinePairs
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.algorithms.schedule import Schedule
-from fastrl.config import Hybrid, Optim, Sampling
+from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
-from fastrl.methods.dpo.batches import PreferenceLearner
-from fastrl.methods.grpo.rollouts import OnPolicy, order
+from fastrl.methods.dpo.objective import UnitObjective
+from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
 from fastrl.methods.hybrid.options import check_mixture
 from fastrl.methods.hybrid.pair_options import choose_fusion
 from fastrl.methods.hybrid.pair_options import offline as offline_run
-from fastrl.methods.hybrid.pairs import FusedLearner
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.source import order
 
 F64 = torch.float64
 ROW = FUSIONS["grpo_dpo"]
@@ -51,7 +52,9 @@ CONSTANT = Schedule(1.0, 1.0)
 
 
 def trainer(model, row, micro_tokens=10**6):
-    return FusedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+    policy = HybridObjective(PolicyObjective(model, row), row)
+    objective = Both(policy, UnitObjective(model, row.pairs.preference))
+    return learner_of(objective, model, micro_tokens, gradients=gradients_by_term)
 
 
 def only_pairs(row):
@@ -89,7 +92,9 @@ def test_cutting_and_order_change_nothing():
     drift(model, 0.03)
     a, g = gradient(trainer(model, ROW), batch)
     turned = replace(
-        batch, own=batch.own.select(range(len(batch.own))[::-1]), pairs=batch.pairs.select([2, 3, 0, 1])
+        batch,
+        policy=batch.policy.select(range(len(batch.policy))[::-1]),
+        pairs=batch.pairs.select([2, 3, 0, 1]),
     )
     b, h = gradient(trainer(model, ROW, 16), turned)
     assert relative(h, g) < 1e-12 and b == pytest.approx(a, rel=1e-6, abs=1e-9)
@@ -101,7 +106,7 @@ def test_without_pairs_it_is_grpo_exactly():
     """
     model, row = decoder(), replace(ROW, pairs=OfflinePairs(PREFERENCES["dpo"], Schedule(0.0, 0.0)))
     ours = fused(model, row).collect(0, 0).batches[0]
-    theirs = drawn_by(OnPolicy, model, ALGORITHMS["grpo"], SCORES).collect(0, 0).batches[0]
+    theirs = drawn_by(model, ALGORITHMS["grpo"], SCORES).collect(0, 0).batches[0]
     drift(model, 0.03)
     got, want = (
         gradient(trainer(model, row, 20), ours),
@@ -118,12 +123,12 @@ def test_without_completions_it_is_dpo_exactly(name):
     """
     model, row = decoder(), only_pairs(replace(ROW, pairs=OfflinePairs(PREFERENCES[name], CONSTANT)))
     batch = fused(model, row).collect(2, 0).batches[0]
-    assert len(batch.own) == 0
+    assert len(batch.policy) == 0
     pairs = offline(row).collect(2, 0).batches[0]
     drift(model, 0.03)
     metrics, got = gradient(trainer(model, row, 20), batch)
     theirs, want = gradient(
-        PreferenceLearner(model, row.pairs.preference, Optim(), steps=10, micro_tokens=20), pairs
+        learner_of(UnitObjective(model, row.pairs.preference), model, micro_tokens=20), pairs
     )
     assert torch.equal(got, want) and metrics["loss"] == metrics["pairs/loss"] == theirs["loss"]
     assert (
@@ -150,7 +155,7 @@ def test_gradient_norms_of_both_terms():
     (told, got), (silent, want), _ = (gradient(trainer(model, row, 20), b) for b in batches)
     assert torch.equal(got, want) and told.keys() - silent.keys() == {"grad_norm/rl", "grad_norm/pairs"}
     rl = gradient(trainer(model, row, 20), replace(batches[1], pairs=None))[1]
-    pairs = gradient(trainer(model, row, 20), replace(batches[1], own=batches[1].own.select([])))[1]
+    pairs = gradient(trainer(model, row, 20), replace(batches[1], policy=batches[1].policy.select([])))[1]
     assert told["grad_norm/rl"] == pytest.approx(float(rl.norm()), rel=1e-5)
     assert told["grad_norm/pairs"] == pytest.approx(float(pairs.norm()), rel=1e-4)
     (told, _) = gradient(trainer(model, row), replace(batches[0], pairs=None))
@@ -224,8 +229,7 @@ def test_without_pairs_members_leave_grpo_as_it_is(name):
     model, row = decoder(), FUSIONS[name]
     base = replace(ALGORITHMS["grpo" if name == "grpo_pairs" else "dr_grpo"], surrogate=row.policy.surrogate)
     batches = [
-        s.collect(0, 0).batches[0]
-        for s in (members(model, row, known=()), drawn_by(OnPolicy, model, base, SCORES))
+        s.collect(0, 0).batches[0] for s in (members(model, row, known=()), drawn_by(model, base, SCORES))
     ]
     drift(model, 0.03)
     got, want = (
@@ -314,7 +318,7 @@ def test_pairs_beside_rollouts_leave_these_free():
         turns=True,
     )
     source = fused(decoder(), ROW, refill=2)
-    assert len(source.collect(0, 0).batches[0].own) > 0
+    assert len(source.collect(0, 0).batches[0].policy) > 0
     with pytest.raises(UserError, match="--refill: expected 0"):
         check_mixture(Hybrid(model="m", refill=1), FUSIONS["grpo_pairs"])
     with pytest.raises(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fusions import NAN, SCORES, compared, contrasted, groups, listwise, on_policy, ordered, side
 from preferences import EQUATIONS
-from runs import GROUP, decoder, drift, gradient, relative
+from runs import GROUP, decoder, drift, gradient, learner_of, relative
 from runs import learner as plain_learner
 from torch import Tensor
 
@@ -23,10 +23,9 @@ from fastrl.algorithms.fusion import FUSIONS
 from fastrl.algorithms.group_preference import GroupPreference, Listwise, OnlinePairs
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.batch.types import Tokens
-from fastrl.config import Hybrid, Optim
+from fastrl.config import Hybrid
 from fastrl.errors import UserError
-from fastrl.methods.dpo.batches import PreferenceLearner
-from fastrl.methods.grpo.rollouts import OnPolicy
+from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.hybrid.pair_options import choose_fusion
 
 F64 = torch.float64
@@ -34,7 +33,7 @@ DPO = PREFERENCES["dpo"]
 
 
 def trainer(model, row, micro_tokens=10**6):
-    return PreferenceLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+    return learner_of(UnitObjective(model, row), model, micro_tokens)
 
 
 def online(name="dpo", anchor="start", group=GROUP, **pairs) -> GroupPreference:
@@ -145,7 +144,7 @@ def test_with_two_completions_and_a_small_beta_it_is_grpo_of_two(scores):
     for beta in (1e-6, 1e-3):
         row = pairs_of(DPO.with_params(beta=beta), 2)
         mine = contrasted(model, row, scores, group=2).collect(0, 0).batches[0]
-        theirs = on_policy(OnPolicy, model, two, scores, group=2).collect(0, 0).batches[0]
+        theirs = on_policy(model, two, scores, group=2).collect(0, 0).batches[0]
         g, h = (
             gradient(trainer(model, row), mine)[1],
             gradient(plain_learner(model, two, temperature=1.0), theirs)[1],
@@ -167,7 +166,7 @@ def test_one_pair_at_any_beta_is_grpo_of_two_times_a_number():
     g = gradient(trainer(model, row), source.collect(0, 0).batches[0])[1]
     h = gradient(
         plain_learner(model, two, temperature=1.0),
-        on_policy(OnPolicy, model, two, scores, group=2, prompts=1).collect(0, 0).batches[0],
+        on_policy(model, two, scores, group=2, prompts=1).collect(0, 0).batches[0],
     )[1]
     (one,) = groups(model, source, scores)()
     best, worst = compared(one, True)
@@ -283,7 +282,7 @@ def test_completions_that_do_not_count_are_compared_with_none():
     model = decoder()
     for row in (online(), online(pairing="all"), replace(FUSIONS["group_softmax"], group=GROUP)):
         source = contrasted(model, row, range(12), overlong_filter=True, max_new_tokens=3)
-        cut = [r == "length" for r in source._fill(0, 0)[0].rollouts.finish_reason]
+        cut = [r == "length" for r in source._sample(0, 0)[0].rollouts.finish_reason]
         assert any(cut) and not all(cut)
         batch = source.collect(0, 0).batches[0]
         if row.unit == 2:

@@ -42,11 +42,16 @@ from fastrl.algorithms.hybrid import (
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
-from fastrl.methods.grpo.rollouts import Demonstrations, OnPolicy, order
-from fastrl.methods.hybrid.mixture import only, weigh_apart
+from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.shaping import policy_shaping
+from fastrl.methods.hybrid.members import weigh_apart
+from fastrl.methods.hybrid.objective import only
 from fastrl.methods.hybrid.options import check_mixture, choose_hybrid
+from fastrl.methods.sft.batches import Demonstrations
 from fastrl.ops import SURROGATES
 from fastrl.parallel.world import World
+from fastrl.train.objective import token_logp
+from fastrl.train.source import order
 
 F64 = torch.float64
 ALL, NONE = (0, 1, 2), ()
@@ -117,9 +122,8 @@ def test_cutting_and_order_change_nothing(name):
 def test_denominators_are_of_all_processes(name):
     """Wrong implementations: counts of one process's share; supervised tokens and completions in one sum."""
     row = HYBRIDS[name]
-    source = mixture(decoder(dtype=F64), row)
-    source._weigh = lambda part: part  # type: ignore[method-assign]
-    source._live = lambda part: part  # type: ignore[method-assign]
+    raw = lambda shaping: replace(shaping, weigh=lambda part: part, prune=lambda part: part)  # noqa: E731
+    source = mixture(decoder(dtype=F64), row, reshape=raw)
     whole = source.collect(0, 0).batches[0]
     halves, seen = [whole.select(range(5)), whole.select(range(5, len(whole)))], []
 
@@ -243,7 +247,7 @@ def supervised_gradient(model):
         algorithm=ALGORITHMS["sft"],
         seed=0,
         device=torch.device("cpu"),
-        world=mixture(model, HYBRIDS["hpt"]).world,
+        world=World(),
     )
     return gradient(plain_learner(model, ALGORITHMS["sft"]), source.collect(0, 0).batches[0])
 
@@ -280,8 +284,8 @@ def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
         surrogate=row.policy.surrogate,
     )
     source = mixture(model, row, known=NONE)
-    other = OnPolicy.__new__(OnPolicy)
-    other.__dict__.update(source.__dict__ | {"members": GROUP, "algorithm": base})
+    plain = policy_shaping(source.config, base, source.world)
+    other = Rollouts(source.config, source.groups, source.scorings, plain, source.world)
     batches = [s.collect(0, 0).batches[0] for s in (source, other)]
     drift(model, 0.03)
     got, want = (
@@ -381,7 +385,8 @@ def test_metrics_tell_own_tokens_from_others():
     batch = mixture(model, row).collect(0, 0).batches[0]
     trained = learner(model, row, 20)
     metrics = gradient(trained, batch)[0]
-    logp, taught = trained.logp(model, batch), (batch.kind == SUPERVISED) & batch.mask
+    logp = token_logp(model, batch, micro_tokens=20, temperature=1.0)
+    taught = (batch.kind == SUPERVISED) & batch.mask
     assert (
         metrics["sft_loss"] == metrics["member_nll"] == pytest.approx(-float(logp[taught].mean()), rel=1e-5)
     )

@@ -11,18 +11,20 @@ from itertools import pairwise
 import pytest
 import torch
 from preferences import BASELINE, EQUATIONS, LABELLED, Side, nls, ours, packed, random_side, restated
-from runs import decoder, drift, gradient, relative
+from runs import decoder, drift, gradient, learner_of, logp, relative
 from torch import Tensor
 
 from fastrl.algorithms.preference import PREFERENCES, Preference, Scores
 from fastrl.batch.types import Batch
-from fastrl.config import Dpo, Optim
+from fastrl.config import Dpo
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
-from fastrl.methods.dpo.batches import PreferenceLearner, pack_units
+from fastrl.methods.dpo.batches import pack_units
+from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.options import TRL_NAMES, choose_preference
+from fastrl.train.learner import Learner
 
 F64 = torch.float64
 CHOSEN, REJECTED = (5, 1, 3, 8), (2, 7, 3, 1)  # tokens
@@ -196,20 +198,20 @@ def a_batch(row: Preference, units: list[Unit] = PAIRS) -> Batch:
     """The pairs, or their completions one by one, with a reference model's log-probs; float64."""
     units = units if row.paired else [(one,) for unit in units for one in unit]
     batch = pack_units(units, len(units), torch.device("cpu"))
-    other = PreferenceLearner(decoder(seed=1), row, Optim(), steps=1, micro_tokens=10**6)
+    other = decoder(seed=1)
     baseline = torch.full(batch.mask.shape, BASELINE, dtype=F64) if row.mismatched else None
     return replace(
         batch,
-        ref_logp=other.logp(other.model, batch).double(),
+        ref_logp=logp(other, batch, 1.0).double(),
         baseline=baseline,
         weight=batch.weight.double(),
     )
 
 
-def a_learner(row: Preference, micro_tokens: int = 10**6) -> PreferenceLearner:
+def a_learner(row: Preference, micro_tokens: int = 10**6) -> Learner[Batch]:
     model = decoder(dtype=F64)
     drift(model, 0.02)
-    return PreferenceLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+    return learner_of(UnitObjective(model, row), model, micro_tokens)
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
@@ -220,7 +222,7 @@ def test_through_the_model_it_is_the_equation_on_padded_sequences(name, monkeypa
     row = PREFERENCES[name]
     batch = a_batch(row)
     trained = a_learner(row)
-    model, ends = trained.model, batch.cu_seqlens.tolist()
+    model, ends = trained.objective.model, batch.cu_seqlens.tolist()
     rows, refs = [], []
     for a, b in pairwise(ends):  # each sequence alone, with the whole softmax
         logp = (

@@ -10,7 +10,7 @@ from fastrl.batch import prefix
 from fastrl.batch.types import Batch
 from fastrl.model.decoder import Layer
 
-NONE = 0  # for prefix.LEAST: nothing is shared
+NONE = 0  # for prefix.MAX_TOKENS_PER_SPARED: nothing is shared
 
 
 def batch_of(*sequences: tuple[str, str]) -> Batch:
@@ -62,11 +62,11 @@ def test_loss_and_gradient_are_those_of_whole_sequences(name, method, monkeypatc
     """
     model = decoder(dtype=torch.float64)
     batch = batch_of(*BATCHES[name])
-    monkeypatch.setattr(prefix, "LEAST", 1 << 20)
+    monkeypatch.setattr(prefix, "MAX_TOKENS_PER_SPARED", 1 << 20)
     assert prefix.shared(batch) is not None
     got, g = gradient(learner(model, METHODS[method]), batch)
     logp = learner(model, METHODS[method]).logp(model, batch)
-    monkeypatch.setattr(prefix, "LEAST", NONE)
+    monkeypatch.setattr(prefix, "MAX_TOKENS_PER_SPARED", NONE)
     expected, h = gradient(learner(model, METHODS[method]), batch)
     assert relative(g, h) < 1e-12
     assert got == pytest.approx(expected, rel=1e-11, abs=1e-13)
@@ -87,8 +87,8 @@ def test_a_step_of_rollouts_agrees_and_forwards_each_prompt_once(name, monkeypat
         Layer, "forward", lambda self, x, *rest: seen.append(x.shape[0]) or real(self, x, *rest)
     )
     found, tokens = [], []
-    for least in (prefix.LEAST, NONE):
-        monkeypatch.setattr(prefix, "LEAST", least)
+    for least in (prefix.MAX_TOKENS_PER_SPARED, NONE):
+        monkeypatch.setattr(prefix, "MAX_TOKENS_PER_SPARED", least)
         seen.clear()
         found.append(gradient(learner(model, METHODS[name]), batch))
         tokens.append(seen[0])

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastrl import ops
-from fastrl.bench import harness, ledger, plots, readme, run, table, timing
+from fastrl.bench import harness, ledger, plots, results_page, run, table, timing
 from fastrl.bench.common import BOTH, FORWARD, Bench, Case, Cost, Data, Unavailable, cases, plain
 from fastrl.errors import UserError
 from fastrl.kernels._backend import COMPILED_ONLY, requested
@@ -373,7 +373,7 @@ def test_another_file_is_refused_by_name(tmp_path, text):
         ledger.Results.load(tmp_path / "other.json")
 
 
-# --- the README's table -----------------------------------------------------------------------------
+# --- docs/results.md ---------------------------------------------------------------------------------
 ROWS = [
     row("fastrl/cpu", 2.0, default=True),
     row("fastrl/reference", 8.0),
@@ -383,38 +383,38 @@ ROWS = [
 ]
 
 
-def test_the_readme_block_is_replaced_in_place_and_only_once():
+def test_the_block_of_the_page_is_replaced_in_place_and_only_once():
     """Wrong implementations: a second run adds a second table; text around the block is lost."""
-    page = f"# title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nthe rest\n"
-    once = readme.replace_block(page, readme.block([results(ROWS)]))
+    page = f"# title\n\n{results_page.BEGIN}\nold\n{results_page.END}\n\nthe rest\n"
+    once = results_page.replace_block(page, results_page.block([results(ROWS)]))
     assert once.startswith("# title\n\n") and once.endswith("\n\nthe rest\n") and "old" not in once
-    assert readme.replace_block(once, readme.block([results(ROWS)])) == once
-    for bad in ("no markers", readme.END + readme.BEGIN, page + page):
-        with pytest.raises(UserError, match="README"):
-            readme.replace_block(bad, "x")
+    assert results_page.replace_block(once, results_page.block([results(ROWS)])) == once
+    for bad in ("no markers", results_page.END + results_page.BEGIN, page + page):
+        with pytest.raises(UserError, match="results page"):
+            results_page.replace_block(bad, "x")
 
 
 def test_cpu_figures_are_ratios_and_gpu_figures_name_the_gpu():
     """Wrong implementations: ratios upside down; a CPU's milliseconds in public; the reference taken for
     ours.
     """
-    cpu = readme.block([results(ROWS)])
+    cpu = results_page.block([results(ROWS)])
     assert "3.00x" in cpu and "1.50x (liger)" in cpu and "Some CPU" not in cpu and "| ms |" not in cpu
-    gpu = readme.block([results(ROWS, kind="cuda", device="NVIDIA H200")])
+    gpu = results_page.block([results(ROWS, kind="cuda", device="NVIDIA H200")])
     assert "**NVIDIA H200**" in gpu and "| ms |" in gpu and "| 2 |" in gpu
 
 
-def test_the_readme_command_takes_the_newest_results_of_each_device(tmp_path):
+def test_the_page_command_takes_the_newest_results_of_each_device(tmp_path):
     """Wrong implementations: the newest file alone; a quick run's toy sizes in public."""
     assert results().file_name() == "some-cpu-quick-2026-01-02.json"
     for name in ("a-gpu-2026-01-02", "a-gpu-2025-12-30", "b-cpu-2026-01-01", "b-cpu-quick-2026-01-03"):
         results(ROWS).save(tmp_path / f"{name}.json")
-    assert [p.stem for p in readme.newest(tmp_path)] == ["a-gpu-2026-01-02", "b-cpu-2026-01-01"]
-    page = tmp_path / "README.md"
-    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
-    assert readme.main([str(tmp_path / "b-cpu-2026-01-01.json"), "--readme", str(page)]) == 0
+    assert [p.stem for p in results_page.newest(tmp_path)] == ["a-gpu-2026-01-02", "b-cpu-2026-01-01"]
+    page = tmp_path / "results.md"
+    page.write_text(f"{results_page.BEGIN}\n{results_page.END}\n")
+    assert results_page.main([str(tmp_path / "b-cpu-2026-01-01.json"), "--page", str(page)]) == 0
     assert "`plus_one`" in page.read_text()
-    assert readme.main([str(tmp_path / "gone.json"), "--readme", str(page)]) == 1
+    assert results_page.main([str(tmp_path / "gone.json"), "--page", str(page)]) == 1
 
 
 def test_the_plot_shows_ratios_and_the_limit(tmp_path):
@@ -455,7 +455,7 @@ def test_it_needs_no_package_of_the_command_line():
     """
     absent = ("tyro", "rich", "tensorboard", "matplotlib", "trl", "liger_kernel")
     block = f"import sys\nfor n in {absent}: sys.modules[n] = None\n"
-    code = block + "from fastrl.bench import readme, run\nprint([run.load(n).op for n in run.names()])"
+    code = block + "from fastrl.bench import results_page, run\nprint([run.load(n).op for n in run.names()])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fastrl.config import Dpo
 from fastrl.data.pairs import LABELLED, PAIRED, encode_units, prompt_of
 from fastrl.data.rows import read_rows
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import preferences
+from fastrl.methods.dpo.units import Encoder, load_units
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
 
@@ -198,12 +199,19 @@ def test_a_dataset_of_the_other_kind(tmp_path):
         rows(tmp_path, {"prompt": "a", "completion": "b", "label": True})
 
 
+def preferences(config: Dpo, task: Any, *, paired: bool) -> Any:
+    """What the options name to compare, how much of it, and the longest sequence."""
+    shape = SimpleNamespace(max_position_embeddings=48, vocab_size=31)
+    encode = Encoder(config, paired, tokenizer(), shape)
+    return *load_units(encode, task), encode.longest
+
+
 # --- from a task ------------------------------------------------------------------------------------
 def test_the_card_game_gives_pairs_of_a_right_and_a_wrong_answer():
     """Wrong implementations: a wrong answer that is right, or to another example; sides swapped."""
     task, words = Cards(k=2), tokenizer()
-    items, size, limit = preferences(Dpo(model="m"), task, words, 48, 31, paired=True)
-    single, twice, _ = preferences(Dpo(model="m", algorithm="kto"), task, words, 48, 31, paired=False)
+    items, size, limit = preferences(Dpo(model="m"), task, paired=True)
+    single, twice, _ = preferences(Dpo(model="m", algorithm="kto"), task, paired=False)
     assert (size, limit, twice) == (task.size("train"), 48, 2 * size)
     for i, unit in zip((5, 0, 77), items([5, 0, 77]), strict=True):
         example = task.example("train", i)
@@ -225,12 +233,12 @@ def test_nothing_to_prefer():
         UserError,
         match="--dataset or --task: expected one of them, to have preferences to train on; got neither",
     ):
-        preferences(Dpo(model="m"), None, tokenizer(), 48, 31, paired=True)
+        preferences(Dpo(model="m"), None, paired=True)
     with pytest.raises(
         UserError,
         match="--task: silent has no wrong answers to prefer its demonstrations to; give a --dataset",
     ):
-        preferences(Dpo(model="m"), Silent(), tokenizer(), 48, 31, paired=True)  # type: ignore[arg-type]
+        preferences(Dpo(model="m"), Silent(), paired=True)  # type: ignore[arg-type]
 
 
 def test_a_pair_above_the_budget_names_the_option(tmp_path):
@@ -242,16 +250,14 @@ def test_a_pair_above_the_budget_names_the_option(tmp_path):
         match=r"pairs.jsonl:1: a pair of up to 20 tokens exceeds a pass; "
         r"raise --micro-tokens \(19\) to at least 20",
     ):
-        preferences(
-            Dpo(model="m", dataset=str(path), micro_tokens=19), None, tokenizer(), 48, 31, paired=True
-        )
+        preferences(Dpo(model="m", dataset=str(path), micro_tokens=19), None, paired=True)
 
 
 def test_columns_are_renamed(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"q": "7", "yes": "3", "no": "4"}) + "\n")
     config = Dpo(model="m", dataset=str(path), columns=("q=prompt", "yes=chosen", "no=rejected"))
-    items, size, _ = preferences(config, None, tokenizer(), 48, 31, paired=True)
+    items, size, _ = preferences(config, None, paired=True)
     assert size == 1 and read(tokenizer(), items([0])[0]) == [("7", "3<eos>", True), ("7", "4<eos>", False)]
 
 

@@ -11,9 +11,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from hybrids import ANSWERS, Group, Row, by_budget, by_sequence, clipped, forward
+from hybrids import (
+    ANSWERS,
+    Group,
+    Row,
+    by_budget,
+    by_sequence,
+    clipped,
+    forward,
+    hybrid_config,
+    joining,
+)
 from preferences import Side
-from runs import BUDGET, GROUP, PROMPTS, SEED, reference
+from runs import PROMPTS, SEED, reference, rollouts_of, scored_prompts
 from torch import Tensor
 
 from fastrl.algorithms.group_preference import GroupPreference
@@ -23,13 +33,13 @@ from fastrl.config import Hybrid
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.methods.dpo.batches import Preferences
-from fastrl.methods.grpo.rollouts import order
-from fastrl.methods.hybrid.mixture import Mixture
-from fastrl.methods.hybrid.pairs import Contrasted, FusedSource
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.hybrid.contrast import Contrast
+from fastrl.methods.hybrid.pairs import PolicyAndPairs
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
-from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
+from fastrl.train.source import order
 
 NAN = float("nan")
 # ties, a group of equals, a completion without a reward
@@ -70,50 +80,35 @@ def anchor(batch: Batch) -> Tensor:
 
 
 # --- sources ----------------------------------------------------------------------------------------
-def on_policy(
-    kind: Callable[..., Any],
+def sampled(
     model: Decoder,
     row: Any,
     scores: Sequence[float],
-    *,
-    known: Any = None,
-    **changes: Any,
-) -> Any:
+    config: Hybrid,
+    shaping: Shaping | None = None,
+) -> Rollouts:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
-    options: dict[str, Any] = {
-        "model": "",
-        "steps": 10,
-        "prompts": len(PROMPTS),
-        "group": GROUP,
-        "max_new_tokens": BUDGET,
-        "seed": SEED,
-    }
-    config = Hybrid(**options | changes)
+    compared = row.kl_coef or getattr(row, "anchor", "old") == "start"
+    policy = getattr(row, "policy", row)
+    scorings = Scorings(reference if compared else None, reference, policy.correction)
+    prompts = scored_prompts(scores, config.group)
+    return rollouts_of(config, Sampler(model), prompts, policy, scorings, shaping=shaping)
 
-    def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
-        return Scored([scores[c["id"] * config.group + i % config.group] for i, c in enumerate(columns)])
 
-    return kind(
-        config,
-        Sampler(model),
-        row,
-        prompt=lambda i: (PROMPTS[i], {"id": i}),
-        size=len(PROMPTS),
-        score=score,
-        reference=reference if row.kl_coef or getattr(row, "anchor", "old") == "start" else None,
-        stop=(),
-        world=World(),
-        trainer=reference,
-        **({} if known is None else {"known": known}),
-    )
+def on_policy(model: Decoder, row: Any, scores: Sequence[float], **changes: Any) -> Rollouts:
+    """Rollouts with the policy's own shaping."""
+    return sampled(model, row, scores, hybrid_config(**changes))
 
 
 def fused(
     model: Decoder, row: HybridAlgorithm, scores: Sequence[float] = SCORES, **changes: Any
-) -> FusedSource:
-    """Those, and COUNT offline pairs for each of their batches."""
-    rollouts = on_policy(Mixture, model, row, scores, known=lambda some: [()] * len(some), **changes)
-    return FusedSource(rollouts, offline(row))
+) -> PolicyAndPairs:
+    """Rollouts, and COUNT offline pairs for each of their batches."""
+    config = hybrid_config(**changes)
+    alone = joining(config, row, lambda some: [()] * len(some))
+    rollouts = sampled(model, row, scores, config, alone.shaping())
+    assert row.pairs is not None
+    return PolicyAndPairs(config, rollouts, offline(row), row.pairs)
 
 
 def offline(row: HybridAlgorithm) -> Preferences:
@@ -136,7 +131,7 @@ def members(
     scores: Sequence[float] = SCORES,
     known: Sequence[int] = (0, 2),
     **changes: Any,
-) -> Mixture:
+) -> Rollouts:
     """Rollouts with the pairs of the `known` prompts among them; the second prompt, where it has one, lacks
     the rejected side.
     """
@@ -146,13 +141,16 @@ def members(
             (sample(i, ANSWERS[i]), None if i == 1 else sample(i, WRONG[i])) if i in known else (None, None)
         )
 
-    return on_policy(Mixture, model, row, scores, known=lambda some: [sides(i) for i in some], **changes)
+    config = hybrid_config(**changes)
+    joined = joining(config, row, lambda some: [sides(i) for i in some])
+    return sampled(model, row, scores, config, joined.shaping())
 
 
 def contrasted(
     model: Decoder, row: GroupPreference, scores: Sequence[float] = SCORES, **changes: Any
-) -> Contrasted:
-    return on_policy(Contrasted, model, row, scores, **changes)
+) -> Rollouts:
+    config = hybrid_config(**changes)
+    return sampled(model, row, scores, config, Contrast(config, row, World()).shaping())
 
 
 # --- what they draw ---------------------------------------------------------------------------------
@@ -160,7 +158,7 @@ def groups(model: Decoder, source: Any, scores: Sequence[float], step: int = 0) 
     """What the source draws at `step`, by prompt; the function gives it under the model's weights as they
     then are.
     """
-    rollouts, G = source._fill(step, 0)[0].rollouts, source.config.group
+    rollouts, G = source._sample(step, 0)[0].rollouts, source.config.group
     columns = rollouts.tokens, rollouts.completion_mask, rollouts.logp
     spans = [slice(a, b) for a, b in pairwise(rollouts.cu_seqlens.tolist())]
 

@@ -13,19 +13,22 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from runs import BUDGET, GROUP, PROMPTS, SEED, reference
+from runs import BUDGET, GROUP, PROMPTS, SEED, learner_of, reference, rollouts_of, scored_prompts
 from torch import Tensor
 
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm
-from fastrl.config import Hybrid, Optim
+from fastrl.config import Hybrid
 from fastrl.data.encode import Sample
-from fastrl.methods.grpo.rollouts import order
-from fastrl.methods.hybrid.mixture import MixedLearner, Mixture
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.hybrid.members import Joining, Known
+from fastrl.methods.hybrid.objective import HybridObjective
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
-from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
+from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
+from fastrl.train.source import order
 
 SCORES = [1.0, 0.0, 0.5, 0.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]  # the second prompt is not solved
 ANSWERS = [[11, 12], [13, 14, 15, 1], [16, 17, 1]]
@@ -35,17 +38,13 @@ def demonstration(i: int) -> Sample:
     return Sample([*PROMPTS[i], *ANSWERS[i]], [False] * len(PROMPTS[i]) + [True] * len(ANSWERS[i]))
 
 
-def mixture(
-    model: Decoder,
-    row: HybridAlgorithm,
-    scores: Sequence[float] = SCORES,
-    known: Sequence[int] = (0, 1, 2),
-    world: World | None = None,
-    **changes: Any,
-) -> Mixture:
-    """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the
-    `known` prompts.
-    """
+def joining(config: Hybrid, row: HybridAlgorithm, known: Known, world: World | None = None) -> Joining:
+    """What adds members to the groups of rollouts."""
+    rewards = (config.demo_reward, config.rejected_reward or 0.0)
+    return Joining(config, row, known, rewards, world or World())
+
+
+def hybrid_config(**changes: Any) -> Hybrid:
     options: dict[str, Any] = {
         "model": "",
         "steps": 10,
@@ -54,29 +53,38 @@ def mixture(
         "max_new_tokens": BUDGET,
         "seed": SEED,
     }
+    return Hybrid(**options | changes)
 
-    def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
-        return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
-    return Mixture(
-        Hybrid(**options | changes),
-        Sampler(model),
-        row,
-        prompt=lambda i: (PROMPTS[i], {"id": i}),
-        size=len(PROMPTS),
-        score=score,
-        reference=reference if row.kl_coef else None,
-        stop=(),
-        world=world or World(),
-        trainer=reference,
-        known=lambda some: [(demonstration(i) if i in known else None,) for i in some],
+def mixture(
+    model: Decoder,
+    row: HybridAlgorithm,
+    scores: Sequence[float] = SCORES,
+    known: Sequence[int] = (0, 1, 2),
+    world: World | None = None,
+    reshape: Callable[[Shaping], Shaping] = lambda shaping: shaping,
+    **changes: Any,
+) -> Rollouts:
+    """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the
+    `known` prompts.
+
+    reshape  changes the shaping of the row
+    """
+    config = hybrid_config(**changes)
+    members = joining(
+        config, row, lambda some: [(demonstration(i) if i in known else None,) for i in some], world
     )
+    scorings = Scorings(reference if row.kl_coef else None, reference, row.policy.correction)
+    shaping = reshape(members.shaping())
+    prompts = scored_prompts(scores, config.group)
+    return rollouts_of(config, Sampler(model), prompts, row.policy, scorings, world, shaping)
 
 
 def learner(
     model: Decoder, row: HybridAlgorithm, micro_tokens: int = 10**6, world: World | None = None
-) -> MixedLearner:
-    return MixedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens, world=world)
+) -> Learner[Any]:
+    objective = HybridObjective(PolicyObjective(model, row), row)
+    return learner_of(objective, model, micro_tokens=micro_tokens, world=world)
 
 
 def corrected(name: str, correction: str | None) -> HybridAlgorithm:
@@ -147,10 +155,10 @@ def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: f
 
 
 def groups(
-    model: Decoder, source: Mixture, scores: Sequence[float], known: Sequence[int]
+    model: Decoder, source: Rollouts, scores: Sequence[float], known: Sequence[int]
 ) -> Callable[[], list[Group]]:
     """What the source draws, now; the function gives it under the model's weights as they then are."""
-    rollouts = source._fill(0, 0)[0].rollouts
+    rollouts = source._sample(0, 0)[0].rollouts
     columns = rollouts.tokens, rollouts.completion_mask, rollouts.logp
     spans = [slice(a, b) for a, b in pairwise(rollouts.cu_seqlens.tolist())]
 

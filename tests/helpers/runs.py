@@ -21,7 +21,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
 from fastrl.data.encode import Sample
 from fastrl.methods.grpo.prompts import Prompts
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.sft.batches import Demonstrations
@@ -33,7 +33,7 @@ from fastrl.run.interrupt import Interrupt
 from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
-from fastrl.train.objective import PolicyObjective
+from fastrl.train.objective import PolicyObjective, token_logp
 from fastrl.train.optimizer import MasterWeights
 
 # what fastrl.run.log says may differ between two runs of one configuration
@@ -222,10 +222,7 @@ def on_policy(
     config = Grpo(**options | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
-    def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
-        return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
-
-    prompts = Prompts(lambda i: (PROMPTS[i], {"id": i}), len(PROMPTS), score)
+    prompts = scored_prompts(scores, GROUP)
     scorings = Scorings(reference if algorithm.kl_coef else None, trainer, algorithm.correction)
     return rollouts_of(config, Sampler(model), prompts, algorithm, scorings, world or World())
 
@@ -237,11 +234,32 @@ def rollouts_of(
     algorithm: Algorithm,
     scorings: Scorings | None = None,
     world: World | None = None,
+    shaping: Shaping | None = None,
 ) -> Rollouts:
-    """Rollouts with the policy's own shaping."""
+    """Rollouts with the policy's own shaping, or another."""
     world = world or World()
     groups = GroupSampler(config, sampler, prompts, world)
-    return Rollouts(config, groups, scorings or Scorings(), policy_shaping(config, algorithm, world), world)
+    shaping = shaping or policy_shaping(config, algorithm, world)
+    return Rollouts(config, groups, scorings or Scorings(), shaping, world)
+
+
+def rescore(source: Rollouts, score: Callable[..., Scored]) -> None:
+    """Let the source's completions be scored by `score` from now on."""
+    source.groups.prompts = replace(source.groups.prompts, score=score)
+
+
+def logp(model: Any, batch: Batch, temperature: float = TEMPERATURE) -> Tensor:
+    """(T,) log-probs of the batch's loss tokens under `model`."""
+    return token_logp(model, batch, micro_tokens=20, temperature=temperature)
+
+
+def scored_prompts(scores: Sequence[float], group: int) -> Prompts:
+    """PROMPTS, their completions scored by `scores` whatever they are."""
+
+    def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
+        return Scored([scores[c["id"] * group + i % group] for i, c in enumerate(columns)])
+
+    return Prompts(lambda i: (PROMPTS[i], {"id": i}), len(PROMPTS), score)
 
 
 def make_batch(name: str, model: Decoder, **changes: Any) -> Batch:
@@ -294,9 +312,7 @@ def learner_of(
 
 def leave_gradient(trained: Learner[Any], batch: Any) -> dict[str, float]:
     """Leave a batch's whole gradient in the masters; the step's metrics."""
-    return trained.gradients(
-        trained.objective, batch, trained.weights, trained.world, trained.micro_tokens
-    )
+    return trained.gradients(trained.objective, batch, trained.weights, trained.world, trained.micro_tokens)
 
 
 def gradient(trained: Learner[Any], batch: Any) -> tuple[dict[str, float], Tensor]:

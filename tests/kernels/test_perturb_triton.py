@@ -14,8 +14,7 @@ import triton.language as tl
 
 from fastrl.kernels._philox import philox
 from fastrl.kernels._triton import _tiles as tiles
-from fastrl.kernels._triton import perturb_l1 as l1
-from fastrl.kernels._triton import perturb_step as twin
+from fastrl.kernels._triton import perturb_l1, perturb_step, perturb_token
 from fastrl.kernels._triton._philox import philox4
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these on a GPU")
@@ -91,7 +90,7 @@ def test_start(norm, scope):
 @pytest.mark.parametrize("norm", p.NORMS)
 def test_tokens_too_long_for_registers(norm, monkeypatch):
     """Wrong: the kernels of larger balls taking a token's ball, or linf's, to be a sequence."""
-    monkeypatch.setitem(twin.WHOLE, norm, 64)
+    monkeypatch.setitem(perturb_token.MAX_ROW_IN_REGISTERS, norm, 64)
     grad = torch.randn(5, 70)
     grad[3, 9] = torch.nan
     p.judge(BACKEND, 0.1 * torch.randn(5, 70), grad, **p.given(norm, "token", mask=torch.arange(5) != 1))
@@ -100,10 +99,14 @@ def test_tokens_too_long_for_registers(norm, monkeypatch):
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_many_tiles_and_many_balls(norm, monkeypatch):
     """Wrong: sums of a ball's first tiles only; a search among the first sequences only."""
-    for module, name in ((tiles, "PART"), (tiles, "UNITS"), (l1, "PART")):
+    for module, name in (
+        (tiles, "TILES_AT_ONCE"),
+        (tiles, "BALLS_AT_ONCE"),
+        (perturb_l1, "TILES_AT_ONCE"),
+    ):
         monkeypatch.setattr(module, name, tl.constexpr(2))
-    monkeypatch.setattr(l1, "AT_ONCE", 2)
-    for module in (twin, l1):
+    monkeypatch.setattr(perturb_l1, "PROBED_AT_ONCE", 2)
+    for module in (perturb_step, perturb_l1):
         monkeypatch.setattr(module, "TILE", 16)
     x, g = 0.1 * torch.randn(9, 16), torch.randn(9, 16)
     cu = torch.tensor([0, 1, 2, 2, 2, 6, 6, 9], dtype=torch.int32)

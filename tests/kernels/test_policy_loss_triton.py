@@ -127,7 +127,7 @@ def test_the_cpu_kernel_says_the_same():
 # --- the op around them -----------------------------------------------------------------------------
 def test_a_row_with_a_twin_of_its_own(monkeypatch):
     """Wrong: a table of names that a user cannot add to."""
-    twin = kernels.twins.ratio
+    twin = kernels.surrogates.ratio
     monkeypatch.setitem(
         SURROGATES, "mine", Surrogate(lambda d, logp, a: (d.exp() * a, d.exp() * a), triton=twin, cpu_id=2)
     )
@@ -204,7 +204,7 @@ def test_the_variants_cover_the_tables():
     """Wrong: a row or a KL that is added and never compiled."""
     named = [s.case.split() for s in kernels.COMPILE if s.kernel is kernels.token_kernel]
     assert {words[0] for words in named} == set(SURROGATES)
-    assert {words[1] for words in named} - {"-"} == set(kernels.twins.KL_TWINS) == set(ALL_KLS) - {None}
+    assert {words[1] for words in named} - {"-"} == set(kernels.surrogates.KLS) == set(ALL_KLS) - {None}
     assert all(a != b for a, b in pairwise(sorted(map(tuple, named))))
 
 

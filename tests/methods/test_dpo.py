@@ -16,6 +16,8 @@ from runs import (
     decoder,
     dpo,
     gradient,
+    learner_of,
+    leave_gradient,
     lines,
     relative,
     state,
@@ -35,14 +37,16 @@ from fastrl.config.parse import load
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
-from fastrl.methods.dpo.batches import PreferenceLearner, Preferences, mismatch, pack_units
+from fastrl.methods.dpo.batches import Baseline, Preferences, mismatched, pack_units
+from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.reference import FILE, drawn, precompute
-from fastrl.methods.grpo.rollouts import order
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
 from fastrl.report.plots import Picture
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
+from fastrl.train.objective import token_logp
+from fastrl.train.source import order
 from fastrl.trainer import train
 
 CPU = torch.device("cpu")
@@ -222,12 +226,11 @@ def test_the_file_is_used_as_long_as_it_fits(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(fastrl.methods.dpo.reference, "CHUNK", 3)
     model, some = decoder(), units(8)
-    trained = PreferenceLearner(model, PREFERENCES["dpo"], Optim(), steps=1, micro_tokens=40)
     asked: list[int] = []
 
     def logp(batch: Any) -> Tensor:
         asked.append(len(batch))
-        return trained.logp(model, batch)
+        return logp_of(decoder(), batch)
 
     def get(made: list[Unit] = some, indices: Any = range(1, 8), model: str = "m") -> Any:
         asked.clear()
@@ -246,7 +249,7 @@ def test_the_file_is_used_as_long_as_it_fits(tmp_path, monkeypatch):
     again = get()
     assert not asked and torch.equal(first.logp, again.logp) and torch.equal(first.ends, again.ends)
     batch = pack_units([some[5], some[2]], 2, CPU)
-    want = trained.logp(model, batch)
+    want = logp_of(model, batch)
     for known in (first, again):
         assert torch.allclose(known([5, 2], batch), want, atol=1e-6) and (known([5, 2], batch) != 0).equal(
             batch.mask
@@ -266,16 +269,23 @@ def test_only_what_a_run_will_see_is_computed():
     assert drawn(1000, 3, 20) == sorted(order(1000, 3, 0, 20)) and drawn(8, 3, 20) == list(range(8))
 
 
+def logp_of(model: Any, batch: Any) -> Tensor:
+    """(T,) log-probs of the batch's loss tokens under a model."""
+    return token_logp(model, batch, micro_tokens=100, temperature=1.0)
+
+
+def trainer(row: Any, world: World | None = None) -> Learner[Any]:
+    model = decoder()
+    return learner_of(UnitObjective(model, row), model, world=world)
+
+
 # --- the source -------------------------------------------------------------------------------------
 def source(name: str, world: World | None = None, count: int = 5, **more: Any) -> Preferences:
     row, model, other = PREFERENCES[name], decoder(), decoder(seed=1)
     made = units(7, single=not row.paired)
-    trained = PreferenceLearner(model, row, Optim(), steps=1, micro_tokens=10**6)
     given: dict[str, Any] = {
-        "policy": lambda batch: trained.logp(model, batch),
-        "frozen": lambda batch: trained.logp(other, batch),
-        "limit": 100,
-        "reference": (lambda indices, batch: trained.logp(other, batch)) if row.reference else None,
+        "baseline": Baseline(lambda batch: logp_of(model, batch), lambda batch: logp_of(other, batch), 100),
+        "reference": (lambda indices, batch: logp_of(other, batch)) if row.reference else None,
     }
     return Preferences(
         lambda i: [made[k] for k in i],
@@ -295,14 +305,14 @@ def test_mismatched_completions():
         Sample([i] * p + [9 + i] * n, [False] * p + [True] * n)
         for i, (p, n) in enumerate(((1, 2), (3, 1), (2, 4)))
     )
-    got = mismatch([a, b, c], 5)
+    got = mismatched([a, b, c], 5)
     assert [s.tokens for s in got] == [[0, 11, 11, 11, 11], [1, 1, 1, 9, 9], [2, 2, 10]]
     assert [s.mask for s in got] == [
         [False, True, True, True, True],
         [False] * 3 + [True] * 2,
         [False, False, True],
     ]
-    assert [s.tokens for s in mismatch([a, c], 3)] == [[0, 11, 11], [2, 2, 9]]
+    assert [s.tokens for s in mismatched([a, c], 3)] == [[0, 11, 11], [2, 2, 9]]
 
 
 def test_ktos_baseline_is_of_the_step(monkeypatch):
@@ -360,7 +370,7 @@ def test_two_processes_have_one_step(name):
     baseline = alone.batches[0].baseline
     row, found = PREFERENCES[name], []
     for batch in (alone.batches[0], *(replace(p.batches[0], baseline=baseline) for p in parts)):
-        found.append(gradient(PreferenceLearner(decoder(), row, Optim(), steps=1, micro_tokens=10**6), batch))
+        found.append(gradient(trainer(row), batch))
     assert sum(m["loss"] for m, _ in found[1:]) == pytest.approx(found[0][0]["loss"], rel=1e-5)
     assert relative(found[1][1] + found[2][1], found[0][1]) < 1e-5
 
@@ -383,10 +393,8 @@ def test_more_processes_than_pairs():
         world = Third(0, 3)
         assert len(world.share(2)) == 0
         batch = source(name, world, count=2).collect(0, 0).batches[0]
-        learner = PreferenceLearner(
-            decoder(), PREFERENCES[name], Optim(), steps=1, micro_tokens=100, world=world
-        )
-        assert len(batch) == 0 and learner._gradients(batch) == {"loss": 0, "num_tokens": 0}
+        learner = trainer(PREFERENCES[name], world)
+        assert len(batch) == 0 and leave_gradient(learner, batch) == {"loss": 0, "num_tokens": 0}
 
 
 # --- learning ---------------------------------------------------------------------------------------

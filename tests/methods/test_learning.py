@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from fastrl.bench.readme import marks, newest
+from fastrl.bench.results_page import marks, newest
 from fastrl.bench.studies import learning
 from fastrl.bench.studies.demo import command
 from fastrl.bench.studies.learning import METHODS, answers
+from fastrl.bench.studies.learning_plot import draw
 from fastrl.bench.studies.learning_table import RESULT, START, as_text, gather, publish
 from fastrl.config import TRAINING, Grpo
 from fastrl.config.parse import resolve
 from fastrl.errors import UserError
 from fastrl.report.stats import mean_interval, paired_interval, wilson
 
+SVG = "{http://www.w3.org/2000/svg}"
 WHO = {"commit": "abc", "dirty": False, "packages": {"torch": "2"}, "threads": 1}
 
 
@@ -82,10 +85,10 @@ def test_the_table_says_what_was_found(folder):
     assert "never run" not in text
 
 
-def test_the_readme_is_written_from_the_file(folder, tmp_path):
+def test_the_page_is_written_from_the_file(folder, tmp_path):
     """Wrong implementations: a block that grows; results that the table of benchmarks tries to read."""
     begin, end = marks("learning")
-    page, results = tmp_path / "README.md", tmp_path / "results"
+    page, results = tmp_path / "results.md", tmp_path / "results"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     results.mkdir()
     found = gather(folder, COMMANDS)
@@ -98,6 +101,7 @@ def test_the_readme_is_written_from_the_file(folder, tmp_path):
             and "old" not in text
             and text.count("| grpo |") == 1
         )
+        assert page.with_name("learning.svg").read_text() == draw(found)
     (kept,) = results.glob("*.json")
     assert kept.name == f"learning-{found['date'][:10]}.json" and newest(results) == []
     again = json.loads(kept.read_text())
@@ -105,6 +109,27 @@ def test_the_readme_is_written_from_the_file(folder, tmp_path):
     page.write_text("no marks")
     with pytest.raises(UserError, match="expected one <!-- learning:begin -->"):
         publish(found, folder, None, page)
+
+
+def test_the_figure_has_every_gain_at_its_place(folder):
+    """Wrong implementations: an axis that leaves out 0 or an end of an interval; a method without a line."""
+    found = gather(folder, COMMANDS)
+    drawn = ElementTree.fromstring(draw(found))
+    texts = [node.text for node in drawn.iter(f"{SVG}text")]
+    methods = [name for name, row in found["methods"].items() if "gain" in row]
+    assert [text for text in texts if text in methods] == methods and "0" in texts
+
+    marks_at = {
+        node.text: float(node.attrib["x"])
+        for node in drawn.iter(f"{SVG}text")
+        if node.attrib.get("text-anchor") == "middle"
+    }
+    first, *_, last = marks_at.items()
+    per_point = (last[1] - first[1]) / (int(last[0]) - int(first[0]))
+    centres = [float(node.attrib["cx"]) for node in drawn.iter(f"{SVG}circle")]
+    for name, centre in zip(methods, centres, strict=True):
+        points = 100 * found["methods"][name]["gain"]["over_prompts"][0]
+        assert centre == pytest.approx(marks_at["0"] + points * per_point, abs=0.2)
 
 
 def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):

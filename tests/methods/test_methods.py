@@ -42,11 +42,11 @@ class Menu:
 
 MENUS = (
     Menu("sft", ("sft",), "sft", "cards_sft"),
-    Menu("grpo", tuple(name for name in ALGORITHMS if name != "sft"), "methods", "cards_grpo"),
+    Menu("grpo", tuple(name for name in ALGORITHMS if name != "sft"), "grpo", "cards_grpo"),
     Menu(
         "joint",
         tuple(name for name, row in ALGORITHMS.items() if row.advantage and row.advantage.signed),
-        "methods",
+        "grpo",
         "cards_joint",
     ),
     Menu("ppo", tuple(PPO), "ppo", "cards_ppo"),
@@ -60,14 +60,14 @@ MENUS = (
     Menu(
         "hybrid",
         tuple(FUSIONS),
-        "fusion",
+        "hybrid",
         "cards_contrast",
         {"grpo_dpo": "cards_fusion", "grpo_pairs": "cards_chord", "luffy_pairs": "cards_chord"},
     ),
     Menu(
         "dpo",
         tuple(PREFERENCES),
-        "preference",
+        "dpo",
         "cards_dpo",
         dict.fromkeys(("kto", "apo_zero_unpaired"), "cards_kto"),
     ),
@@ -95,7 +95,8 @@ def entry(page: str, name: str) -> str | None:
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if cells and cells[0] == f"`{name}`":
             return line if len(cells) >= 3 and all(cells) else None
-    found = (part for part in text.split("\n## ") if f"`{name}`" in part.splitlines()[0])
+    sections = re.split(r"\n#{2,3} ", text)
+    found = (part for part in sections if f"`{name}`" in part.splitlines()[0])
     return next((part for part in found if re.search(r"^    .*=", part, flags=re.MULTILINE)), None)
 
 

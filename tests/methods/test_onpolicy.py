@@ -10,7 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from runs import BUDGET, GROUP, PROMPTS, decoder, drift, gradient, grpo, learner, lines, on_policy, relative
+from runs import (
+    BUDGET,
+    GROUP,
+    PROMPTS,
+    decoder,
+    drift,
+    gradient,
+    grpo,
+    learner,
+    lines,
+    logp,
+    on_policy,
+    relative,
+    rescore,
+)
 
 import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
@@ -19,12 +33,12 @@ from fastrl.batch.types import Rollouts
 from fastrl.config import Grpo
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import check_rollouts
-from fastrl.methods.grpo.prompts import Scorer, prompts_and_rewards
-from fastrl.methods.grpo.refill import block, further, keep, spread
-from fastrl.methods.grpo.rollouts import order
+from fastrl.methods.grpo.prompts import Scorer, load_prompts
+from fastrl.methods.grpo.refill import first_useful, has_signal, next_round_size, round_index
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, score, soft_overlong
 from fastrl.sampler import Sampler
+from fastrl.train.source import order
 from fastrl.train.weighting import correct
 
 
@@ -44,7 +58,7 @@ def test_first_update_measures_the_sampler():
     drift(model, 0.03)
     for row in (ALGORITHMS["grpo"], replace(ALGORITHMS["grpo"], correction=CORRECTIONS["token_truncate"])):
         trained = learner(model, row, 20)
-        s = (trained.logp(model, batch) - batch.old_logp)[batch.mask].double()
+        s = (logp(model, batch) - batch.old_logp)[batch.mask].double()
         m = gradient(trained, batch)[0]
         w = s.exp()
         assert [
@@ -77,7 +91,7 @@ def test_one_pass_corrects_as_a_forward_beforehand_does(name):
     batch = on_policy(model, row).collect(0, 0).batches[0]
     drift(model, 0.02)
     trained = learner(model, row, 20)
-    before = correct(batch, row.correction, trained.logp(model, batch))
+    before = correct(batch, row.correction, logp(model, batch))
     assert before.correction[batch.mask].unique().numel() > 1 and (before.correction[~batch.mask] == 1).all()
     (a, g), (b, h) = gradient(trained, batch), gradient(trained, before)
     assert relative(g, h) < 1e-5
@@ -98,7 +112,7 @@ def test_several_updates_are_corrected_by_the_weights_before_the_first():
     source = on_policy(model, row, minibatches=3, epochs=2)
     with pytest.raises(ValueError, match="trainer: expected a function of the batch, got None"):
         on_policy(model, row, trainer=None, minibatches=3)
-    source.trainer = trainer
+    source.scorings = replace(source.scorings, trainer=trainer)
     batches = source.collect(0, 0).batches
     assert asked == [12] and len(batches) == 6
     for batch in batches:
@@ -111,7 +125,7 @@ def test_several_updates_are_corrected_by_the_weights_before_the_first():
                 [w if w <= 3 else 0.0] * int(live[a:b].sum()), rel=1e-5
             )
     single = on_policy(model, row)
-    single.trainer = trainer
+    single.scorings = replace(single.scorings, trainer=trainer)
     assert single.collect(0, 0).batches[0].correction is None and asked == [12]
 
 
@@ -140,12 +154,12 @@ def test_rounds_never_share_a_number():
     on the rounds before.
     """
     for refill in (0, 1, 3):
-        blocks = [block(step, turn, refill) for step in range(5) for turn in range(1 + refill)]
+        blocks = [round_index(step, turn, refill) for step in range(5) for turn in range(1 + refill)]
         assert blocks == list(range(5 * (1 + refill)))
-    assert [further(*x) for x in ((4, 8, 8), (0, 8, 8), (7, 8, 8), (6, 16, 8))] == [8, 8, 2, 6]
-    assert keep([False, True, True, False, True], 2) == [1, 2] and keep([True], 3) == [0]
+    assert [next_round_size(*x) for x in ((4, 8, 8), (0, 8, 8), (7, 8, 8), (6, 16, 8))] == [8, 8, 2, 6]
+    assert first_useful([False, True, True, False, True], 2) == [1, 2] and first_useful([True], 3) == [0]
     nan = math.nan
-    assert spread(torch.tensor([1.0, 1, 1, 2, nan, nan, nan, 3, 3, nan, 0, 1]), 2).tolist() == [
+    assert has_signal(torch.tensor([1.0, 1, 1, 2, nan, nan, nan, 3, 3, nan, 0, 1]), 2).tolist() == [
         False,
         True,
         False,
@@ -160,16 +174,18 @@ def numbered(model: Any, scores: Any, **options: Any) -> tuple[Any, list[tuple[i
     for.
     """
     source, calls = on_policy(model, ALGORITHMS["dapo"], **options), []
-    real = source.sampler.generate
+    real = source.groups.sampler.generate
 
     def generate(prompts, params, *, sequence_offset, weight_version, **_):
         calls.append((sequence_offset, len(prompts)))
         return real(prompts, params, sequence_offset=sequence_offset, weight_version=weight_version)
 
-    source.sampler.generate = generate
-    source.score = lambda p, *rest: Scored(
-        [scores(len(calls) - 1, i // GROUP, i % GROUP) for i in range(len(p))]
-    )
+    source.groups.sampler.generate = generate
+
+    def score(p, *rest):
+        return Scored([scores(len(calls) - 1, i // GROUP, i % GROUP) for i in range(len(p))])
+
+    rescore(source, score)
     return source, calls
 
 
@@ -220,7 +236,7 @@ def test_joined_rollouts_and_scores_are_those_of_one_call():
     second call has.
     """
     model = decoder()
-    params = on_policy(model, ALGORITHMS["grpo"]).params
+    params = on_policy(model, ALGORITHMS["grpo"]).groups.params
     whole = Sampler(model).generate(PROMPTS, params)
     parts = [
         Sampler(model).generate(PROMPTS[:1], params),
@@ -268,10 +284,10 @@ def test_overlong_completions():
         on_policy(decoder(eos_token_id=[3, 4, 5]), ALGORITHMS["dapo"], scores=range(12), **options)
         for options in ({}, {"overlong_buffer": 4}, {"overlong_filter": True})
     )
-    rollouts = plain.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], plain.params)
+    rollouts = plain.groups.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], plain.groups.params)
     punished = soft_overlong(rollouts.lengths.tolist(), BUDGET, 4)
-    draw, step = shaped._draw(0, 0, 3, 0), shaped.collect(0, 0)
-    base = plain._draw(0, 0, 3, 0).scored.reward
+    draw, step = shaped.groups.round(0, 0, 3, 0), shaped.collect(0, 0)
+    base = plain.groups.round(0, 0, 3, 0).scored.reward
     assert draw.scored.reward == pytest.approx([a + b for a, b in zip(base, punished, strict=True)])
     assert min(punished) == -1 and step.metrics["rewards/overlong/mean"] == pytest.approx(sum(punished) / 12)
     cut = [r == "length" for r in rollouts.finish_reason]
@@ -302,7 +318,7 @@ def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
     found = {}
     for how in ("sum_then_normalize", "normalize_then_sum"):
         source = on_policy(decoder(), ALGORITHMS["grpo"], multi_objective_aggregation=how)
-        source.score = lambda *given: scored
+        rescore(source, lambda *given: scored)
         batch = source.collect(0, 0).batches[0]
         found[how] = batch.advantage[batch.cu_seqlens[:-1].long()][:4]
     one, two = torch.arange(4.0), torch.tensor([0.0, 100, 0, 100])
@@ -311,9 +327,9 @@ def test_rewards_are_weighed_before_or_after_normalising(tmp_path):
     torch.testing.assert_close(found["normalize_then_sum"], (x / (x.std() + 1e-4))[:4], rtol=1e-4, atol=1e-4)
     config = Grpo(model="m", task="cards", reward_weights=(1.0, 2.0))
     with pytest.raises(UserError, match=r"--reward-weights: expected one per --reward \(1\), got 2"):
-        prompts_and_rewards(config, None, None, 64, 31)
+        load_prompts(config, None, None, 64, 31)
     with pytest.raises(UserError, match="--reward-weights: expected finite numbers, got nan"):
-        prompts_and_rewards(replace(config, reward_weights=(math.nan,)), None, None, 64, 31)
+        load_prompts(replace(config, reward_weights=(math.nan,)), None, None, 64, 31)
 
 
 def _z(x: torch.Tensor) -> torch.Tensor:
@@ -333,7 +349,7 @@ def test_a_process_without_prompts_has_no_advantages():
             return rows or [(0, 5, 1.0, 2.0, 3.0)] * GROUP
 
     source = on_policy(decoder(), ALGORITHMS["reinforce++"], world=Other(0, 2), prompts=1)
-    source.score = lambda *given: Scored([])
+    rescore(source, lambda *given: Scored([]))
     assert len(source.collect(0, 0).batches[0]) == 0
 
 
@@ -356,8 +372,8 @@ def test_a_process_without_prompts_has_no_advantages():
 )
 def test_settings_of_the_rollouts_are_refused(changes, name, message):
     with pytest.raises(UserError, match=message):
-        check_rollouts(Grpo(**{"model": "m"} | changes), ALGORITHMS[name])
-    check_rollouts(Grpo(model="m", group=1), ALGORITHMS["reinforce++"])
+        check_rollouts(Grpo(**{"model": "m"} | changes), least=ALGORITHMS[name].advantage.least)
+    check_rollouts(Grpo(model="m", group=1), least=ALGORITHMS["reinforce++"].advantage.least)
 
 
 def test_a_run_with_everything(tmp_path, monkeypatch):

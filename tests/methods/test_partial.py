@@ -15,12 +15,12 @@ from fastrl.config import Grpo
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.partial import PartialRollouts
-from fastrl.methods.grpo.rollouts import OnPolicy
+from fastrl.methods.grpo.rollouts import Rollouts
 
 LONG = {"tail": "carry", "tail_share": 0.4, "max_new_tokens": 30}
 
 
-def source(**changes: object) -> OnPolicy:
+def source(**changes: object) -> Rollouts:
     return on_policy(decoder(eos_token_id=[3, 4, 5, 6]), ALGORITHMS["rloo"], **LONG | changes)
 
 
@@ -32,7 +32,7 @@ def test_every_completion_is_trained_on_once_and_whole():
     drawn, versions = [], Counter()
     sizes = []
     for step in range(5):
-        draw = carrying._draw(step, 0, 3, version=step)
+        draw = carrying.groups.round(step, 0, 3, version=step)
         sizes.append(len(draw.rollouts) // GROUP)
         drawn += list(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
         assert all(r in ("stop", "length") for r in draw.rollouts.finish_reason) and draw.places == list(
@@ -46,11 +46,11 @@ def test_every_completion_is_trained_on_once_and_whole():
             draw.items[i - i % GROUP][1]["id"] for i in range(len(draw.items))
         ]
     assert len(set(sizes)) > 1 and versions[2] > 3, "groups were held back, and finished by later weights"
-    held = {s for h in carrying.carry.pending for s in h.rollouts.sequence.tolist()}
+    held = {s for h in carrying.groups.pending.pending for s in h.rollouts.sequence.tolist()}
     assert sorted([s for s, _ in drawn] + sorted(held)) == list(range(5 * 3 * GROUP))
     whole = {}
     for step in range(5):
-        draw = waiting._draw(step, 0, 3, version=step)
+        draw = waiting.groups.round(step, 0, 3, version=step)
         whole |= dict(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
     assert dict(drawn) == {s: whole[s] for s, _ in drawn}, (
         "the weights did not change, so neither did what was drawn"
@@ -68,7 +68,7 @@ def test_what_is_held_survives_a_checkpoint():
     """Wrong implementations: a part of the rollouts that is not kept; groups in another order."""
     carrying = source()
     carrying.collect(0, 0)
-    kept, again = carrying.carry, PartialRollouts(GROUP)
+    kept, again = carrying.groups.pending, PartialRollouts(GROUP)
     assert kept.pending
     again.load_state(kept.state(), None, torch.device("cpu"))
     for a, b in zip(kept.pending, again.pending, strict=True):
@@ -98,8 +98,8 @@ def test_what_does_not_go_with_it_is_refused():
         UserError,
         match="--tail: expected finish or cut with --refill, which fills the batch anyway, got carry",
     ):
-        check_rollouts(config, ALGORITHMS["grpo"])
+        check_rollouts(config)
     with pytest.raises(UserError, match="--tail: expected finish or cut with several processes, got carry"):
-        check_rollouts(Grpo(model="", tail="carry"), ALGORITHMS["grpo"], processes=2)
+        check_rollouts(Grpo(model="", tail="carry"), processes=2)
     with pytest.raises(UserError, match=r"--tail-share: expected a fraction in \(0, 1\), got 1.0"):
-        check_rollouts(Grpo(model="", tail_share=1.0), ALGORITHMS["grpo"])
+        check_rollouts(Grpo(model="", tail_share=1.0))

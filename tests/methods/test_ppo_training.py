@@ -23,7 +23,7 @@ from fastrl.errors import UserError
 from fastrl.methods.ppo.learner import CRITICS
 from fastrl.model.critic import Critic
 from fastrl.model.decoder import Decoder
-from fastrl.report.panels import PANELS
+from fastrl.report.panels import filled_panels
 from fastrl.run import checkpoint
 
 KINDS = tuple(CRITICS)
@@ -416,7 +416,7 @@ def test_a_run_reports_under_the_usual_names(tmp_path, no_report):
     )
     first = next(x for x in lines(tmp_path / "run") if "loss/value_avg" in x)
     assert first["kl"] == pytest.approx(0, abs=1e-9) and first["objective/kl"] == pytest.approx(0, abs=1e-5)
-    panels = {p.title: set(p.keys.values()) for p in PANELS}
+    panels = {p.title: set(p.keys.values()) for p in filled_panels()}
     for title in (
         "Value loss",
         "Explained variance",

@@ -14,7 +14,8 @@ from runs import tokenizer
 from fastrl.config import Grpo, Sft
 from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import Scorer, demonstrations, prompts_and_rewards
+from fastrl.methods.grpo.prompts import Scorer, load_prompts
+from fastrl.methods.sft.batches import Encoder, demonstrations
 from fastrl.tasks import Cards, Example, Score
 
 CONTEXT, VOCABULARY = 48, 31
@@ -33,11 +34,15 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def learn(config: Sft, task: Any = None, context: int = CONTEXT, vocabulary: int = VOCABULARY):
-    return demonstrations(config, task, tokenizer(), context, vocabulary)
+    """What the options name to imitate, how much of it, and the longest sequence."""
+    encode = Encoder(config, tokenizer(), context, vocabulary)
+    return *demonstrations(encode, task), encode.longest
 
 
 def ask(config: Grpo, task: Any = None, context: int = CONTEXT, vocabulary: int = VOCABULARY):
-    return prompts_and_rewards(config, task, tokenizer(), context, vocabulary)
+    """The prompts, how many there are, and what scores them."""
+    prompts = load_prompts(config, task, tokenizer(), context, vocabulary)
+    return prompts.item, prompts.size, prompts.score
 
 
 # --- demonstrations ---------------------------------------------------------------------------------

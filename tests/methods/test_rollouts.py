@@ -19,16 +19,17 @@ from runs import (
     demonstrations,
     make_batch,
     on_policy,
+    rescore,
 )
 
 from fastrl.algorithms import ALGORITHMS
 from fastrl.config import Grpo, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import check_rollouts
-from fastrl.methods.grpo.rollouts import order
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.sampler import Sampler
+from fastrl.train.source import order
 
 
 # --- order ------------------------------------------------------------------------------------------
@@ -164,10 +165,8 @@ def test_metrics_of_a_step():
     """
     scores = [1.0, 0.0, math.nan, math.nan, 2.0, 2.0, 2.0, 2.0, math.nan, math.nan, math.nan, math.nan]
     source = on_policy(decoder(eos_token_id=[3, 4, 5]), ALGORITHMS["grpo"], scores=scores)
-    real = source.score
-    source.score = lambda *given: Scored(
-        real(*given).reward, {"a": [1.0] * 6 + [math.nan] * 6, "b": [math.nan] * 12}, ["fine"] * 12
-    )
+    real, parts = source.groups.prompts.score, {"a": [1.0] * 6 + [math.nan] * 6, "b": [math.nan] * 12}
+    rescore(source, lambda *given: Scored(real(*given).reward, parts, ["fine"] * 12))
     step = source.collect(0, 0)
     m = step.metrics
     assert (
@@ -176,7 +175,7 @@ def test_metrics_of_a_step():
         and m["frac_reward_zero_std"] == pytest.approx(2 / 3)
     )
     assert m["a"] == 1.0 and math.isnan(m["b"]), "0 would look like a result"
-    rollouts = source.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], source.params)
+    rollouts = source.groups.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], source.groups.params)
     lengths = rollouts.lengths.double()
     assert (
         m["completions/mean_length"] == pytest.approx(lengths.mean().item())
@@ -214,10 +213,12 @@ def test_a_process_without_prompts_takes_part():
     for prompts in (1, 2):
         calls.clear()
         source = on_policy(decoder(), ALGORITHMS["grpo"], world=Counting(0, 2), prompts=prompts)
-        real = source.score
-        source.score = lambda *given, real=real: Scored(
-            real(*given).reward, {"a": [1.0] * len(given[0])} if given[0] else {}
-        )
+        real = source.groups.prompts.score
+
+        def score(*given, real=real):
+            return Scored(real(*given).reward, {"a": [1.0] * len(given[0])} if given[0] else {})
+
+        rescore(source, score)
         step = source.collect(0, 0)
         counts.append(list(calls))
     assert counts[0] == counts[1], "the same sums in the same order, whatever the share"
@@ -239,4 +240,4 @@ def test_a_process_without_prompts_takes_part():
 )
 def test_settings_that_cannot_train_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        check_rollouts(Grpo(**{"model": "m"} | changes), ALGORITHMS["grpo"])
+        check_rollouts(Grpo(**{"model": "m"} | changes), least=ALGORITHMS["grpo"].advantage.least)

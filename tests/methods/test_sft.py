@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from runs import (
     decoder,
     demonstrations,
     gradient,
+    learner_of,
     lines,
     relative,
     sft,
@@ -27,15 +29,17 @@ from torch import Tensor
 
 import fastrl.trainer
 from fastrl.batch.types import Batch
-from fastrl.config import Eval, Optim, Sft
+from fastrl.config import Eval, Sft
 from fastrl.data.encode import Sample
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import demonstrations as from_config
-from fastrl.methods.grpo.rollouts import Demonstrations
-from fastrl.methods.sft.learner import SupervisedLearner, neftune_noise
+from fastrl.methods.sft.batches import Demonstrations, Encoder
+from fastrl.methods.sft.batches import demonstrations as load_demonstrations
+from fastrl.methods.sft.objective import SmoothedObjective, neftune_noise, noise_key
 from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
+from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
 
 F64 = torch.float64
 
@@ -46,9 +50,15 @@ def no_report(monkeypatch):
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
 
 
-def trained(model: Decoder, micro_tokens: int = 10**6, **options: float) -> SupervisedLearner:
+def trained(model: Decoder, micro_tokens: int = 10**6, **options: float) -> Learner[Batch]:
     row = choose_supervised(Sft(model="m", seed=3, **options))
-    return SupervisedLearner(model, row, Optim(), steps=10, micro_tokens=micro_tokens)
+    plain = PolicyObjective(model, row.policy)
+    return learner_of(SmoothedObjective(plain, row) if options else plain, model, micro_tokens)
+
+
+def from_config(config: Sft, task: Any = None) -> Any:
+    """What the options name to imitate: indices -> samples."""
+    return load_demonstrations(Encoder(config, tokenizer(), 48, 31), task)[0]
 
 
 def restated(
@@ -69,8 +79,8 @@ def restated(
     return total
 
 
-def against(learner: SupervisedLearner, batch: Batch, want: Tensor) -> None:
-    exact = torch.cat([g.flatten() for g in torch.autograd.grad(want, list(learner.model.parameters()))])
+def against(learner: Learner[Batch], batch: Batch, want: Tensor) -> None:
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(want, learner.weights.weights)])
     metrics, got = gradient(learner, batch)
     assert metrics["loss"] == pytest.approx(want.item(), rel=1e-6) and relative(got, exact) < 1e-6
 
@@ -111,17 +121,23 @@ def test_noise_is_that_of_the_paper():
     """alpha = 5, L = 100, D = 64 is 0.0625.  Wrong implementations: normal noise; a bound by L alone; the
     same noise at every step.
     """
-    noise = neftune_noise(100, 64, 5.0, (0, 1, 2), torch.device("cpu"))
+    noise = neftune_noise(100, 64, 5.0, noise_key(0, 1, 2), torch.device("cpu"))
     assert noise.shape == (100, 64) and 0.0624 < noise.abs().max() <= 0.0625
     assert float(noise.mean()) == pytest.approx(0, abs=1e-3) and float(noise.std()) == pytest.approx(
         0.0625 / 3**0.5, rel=0.02
     )
-    assert torch.equal(noise, neftune_noise(100, 64, 5.0, (0, 1, 2), torch.device("cpu")))
+    assert torch.equal(noise, neftune_noise(100, 64, 5.0, noise_key(0, 1, 2), torch.device("cpu")))
     others = [
-        neftune_noise(100, 64, 5.0, key, torch.device("cpu"))
+        neftune_noise(100, 64, 5.0, noise_key(*key), torch.device("cpu"))
         for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (1, 0, 2))
     ]
     assert not any(torch.equal(noise, other) for other in others)
+
+
+def at_step(batch: Batch, step: int) -> Batch:
+    """The batch of all demonstrations with the keys that seed 3 has at `step`."""
+    keys = torch.tensor([noise_key(3, step, place) for place in range(len(batch))])
+    return replace(batch, number=keys.repeat_interleave(batch.cu_seqlens.diff().long()))
 
 
 def test_a_step_with_noise_is_its_equation_however_it_is_cut():
@@ -130,17 +146,16 @@ def test_a_step_with_noise_is_its_equation_however_it_is_cut():
     """
     model, batch = decoder(dtype=F64), demonstrations().collect(0, 0).batches[0]
     learner = trained(model, 6, neftune_alpha=8.0)
-    learner.step = 4
+    batch = at_step(batch, 4)
 
     def noise(i: int, length: int, width: int) -> Tensor:
-        return neftune_noise(length, width, 8.0, (3, 4, i), torch.device("cpu")).double()
+        return neftune_noise(length, width, 8.0, noise_key(3, 4, i), torch.device("cpu")).double()
 
     against(learner, batch, restated(model, batch, noise=noise))
     backwards = batch.select([2, 1, 0])
     whole = trained(model, neftune_alpha=8.0)
-    whole.step = 4
     assert relative(gradient(whole, backwards)[1], gradient(learner, batch)[1]) < 1e-12
-    whole.step = 5
+    backwards = at_step(batch, 5).select([2, 1, 0])
     assert relative(gradient(whole, backwards)[1], gradient(learner, batch)[1]) > 1e-3
 
 
@@ -161,7 +176,7 @@ def weighed(weights: list[float], samples: list[Sample] = DEMONSTRATIONS, weight
         lambda some: [rows[i] for i in sorted(some)],
         len(rows),
         count=len(rows),
-        algorithm=choose_supervised(Sft(model="m")),
+        algorithm=choose_supervised(Sft(model="m")).policy,
         seed=0,
         device=torch.device("cpu"),
         world=World(),
@@ -193,14 +208,12 @@ def test_weights_come_from_a_column(tmp_path):
     rows = [{"prompt": "7", "completion": "8", "weight": w} for w in (0, 2, 0.5)]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = Sft(model="m", dataset=str(data), sample_weights=True)
-    assert [s.weight for s in from_config(config, None, tokenizer(), 48, 31)[0]([0, 1, 2])] == [0.0, 2.0, 0.5]
+    assert [s.weight for s in from_config(config)([0, 1, 2])] == [0.0, 2.0, 0.5]
     for bad in (-1, "2", True, None):
         data.write_text(json.dumps({"prompt": "7", "completion": "8", "weight": bad}) + "\n")
         with pytest.raises(UserError, match=r"d.jsonl:1: weight: expected a number of 0 or more, got"):
-            from_config(config, None, tokenizer(), 48, 31)
-        assert (
-            from_config(Sft(model="m", dataset=str(data)), None, tokenizer(), 48, 31)[0]([0])[0].weight == 1
-        )
+            from_config(config)
+        assert from_config(Sft(model="m", dataset=str(data)))([0])[0].weight == 1
 
 
 # --- runs -----------------------------------------------------------------------------------------------

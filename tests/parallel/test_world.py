@@ -41,12 +41,12 @@ import fastrl.trainer
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Eval, HeldOut, Optim, Reward, Run
-from fastrl.methods.grpo.rollouts import Evaluable, order
 from fastrl.parallel.world import World, init_world
 from fastrl.run.evaluate import evaluate
 from fastrl.run.session import set_up
 from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
+from fastrl.train.source import Evaluable, order
 
 ROOT = Path(__file__).parents[2]
 # the one group of unequal rewards is the first process's
@@ -175,7 +175,7 @@ def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
     with run.log:
         step = run.source.collect(0, 0)
         metrics = run.learner.update(step.batches[0], 0)
-        held_out = run.source.evaluate(run.learner)[0] if isinstance(run.source, Evaluable) else {}
+        held_out = run.source.evaluate()[0] if isinstance(run.source, Evaluable) else {}
     return metrics | step.metrics | held_out, torch.cat(
         [p.detach().flatten() for p in run.model.parameters()]
     )
@@ -205,9 +205,11 @@ def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torc
             metrics = run.rename([run.learner.update(batch, number) for batch in step.batches])
             weights = [
                 torch.cat([p.detach().flatten() for p in m.parameters()])
-                for m in (run.model, run.learner.reward.model)
+                for m in (run.model, run.learner.judge.model)
             ]
-            out.append((metrics | step.metrics, *weights, [g.tokens[0] for g in run.learner.calibration]))
+            out.append(
+                (metrics | step.metrics, *weights, [g.tokens[0] for g in run.learner.judge.calibration])
+            )
     return out
 
 

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from fastrl.errors import UserError
 from fastrl.report.page import table, text
-from fastrl.report.panels import PANELS
+from fastrl.report.panels import PANELS, filled_panels
 from fastrl.report.plots import COLOURS, Series, lines, smooth
 from fastrl.report.report import _curves, build, compare_runs, read_run, run
 
@@ -222,7 +222,7 @@ def test_metrics_are_named_where_there_are_several(tmp_path):
             )
         )
     }
-    norms = next(p for p in PANELS if p.title == "Gradient norm")
+    norms = next(p for p in filled_panels() if p.title == "Gradient norm")
     assert [s.name for s in _curves(norms, one)] == [""]
     assert [(s.name, s.colour, s.dash) for s in _curves(norms, two)] == [("all", 0, 0), ("pairs", 1, 1)]
     both = {"a": one[""], "b": two[""]}

@@ -14,7 +14,7 @@ import fastrl.trainer
 from fastrl.algorithms.advantage import ADVANTAGES, COMBINE
 from fastrl.config import Eval
 from fastrl.errors import UserError
-from fastrl.methods.grpo.prompts import prompts_and_rewards
+from fastrl.methods.grpo.prompts import load_prompts
 from fastrl.model.decoder import Decoder
 from fastrl.rewards import implicit as module
 from fastrl.rewards.functions import function_names, load_reward
@@ -88,7 +88,7 @@ def test_beside_the_verifier_each_reward_is_scaled_apart(folders):
     implementations: a sum in which the larger reward decides; the verifier's place taken by the functions.
     """
     config = grpo(Path(folders[0]).parent, reward=("task", "implicit:" + ",".join(folders)), eval=Eval())
-    _, _, score = prompts_and_rewards(config, Cards(k=2), tokenizer(), 48, 31)
+    score = load_prompts(config, Cards(k=2), tokenizer(), 48, 31).score
     example = Cards(k=2).example("train", 0)
     scored = score(
         [example.prompt] * 4, [example.demo, "5", "5,5", "2"], [[1]] * 4, [{"example": example}] * 4
@@ -156,6 +156,6 @@ def test_models_that_do_not_belong_together_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="with one vocabulary, got 31 and 33"):
         load_reward(f"implicit:{folders[0]},{tmp_path}/other")
     with pytest.raises(UserError, match="--reward: expected a --task, whose verifier `task` is; got none"):
-        prompts_and_rewards(
+        load_prompts(
             grpo(tmp_path, task=None, dataset="d.jsonl", reward=("task",)), None, tokenizer(), 48, 31
         )

@@ -118,9 +118,8 @@ def test_death_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
             die_at(patch, moment)
             save(run, 2, keep=1)
         assert steps(run) in ([1], [1, 2], [2])
-        assert [checkpoint.load(path)[1]["step"] for path in checkpoint.complete_checkpoints(run)] == steps(
-            run
-        )
+        complete = checkpoint.complete_checkpoints(run)
+        assert [checkpoint.load(path)[1]["step"] for path in complete] == steps(run)
         save(run, 3, keep=1)
         assert steps(run) == [3] and [p.name for p in (run / "checkpoints").iterdir()] == ["step_3"], (
             "what was left behind is gone"

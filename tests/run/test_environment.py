@@ -14,18 +14,18 @@ def row(text: str, op: str) -> list[str]:
 
 def test_the_report_says_what_runs():
     """Wrong: a table of defaults instead of what is chosen now."""
-    text = environment.report()
+    text = environment.environment_text()
     assert __version__ in text
     assert torch.__version__ in text
     for op, chosen in ops.backend().items():
         assert row(text, op)[1] == chosen
     with ops.use_backend("reference"):
-        assert row(environment.report(), "token_logp")[1] == "reference"
+        assert row(environment.environment_text(), "token_logp")[1] == "reference"
 
 
 def test_the_report_survives_an_unbuilt_module(monkeypatch):
     monkeypatch.setattr(environment, "extension", lambda: None)
-    assert "not built: pip install" in environment.report()
+    assert "not built: pip install" in environment.environment_text()
 
 
 def test_the_command_prints_it(capsys):

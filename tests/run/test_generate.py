@@ -269,7 +269,7 @@ def nothing(folder: Path) -> None:
         ),
         (fewer_prompts, ("--resume",), "out.jsonl:5: more completions than 2 of each of the 2 prompts"),
         (break_a_line, ("--resume",), "out.jsonl:2: expected a JSON object"),
-        (lose_the_settings, ("--resume",), "out.jsonl.config.yaml, which says how"),
+        (lose_the_settings, ("--resume",), "out.jsonl.config.yaml, the configuration that wrote"),
         (nothing, ("--resume", "--seed", "4"), "was written with --seed 3, got 4"),
         (nothing, ("--resume", "--n", "3"), "was written with --n 2, got 3"),
         (nothing, ("--resume", "--sampling.top-p", "0.5"), "was written with --sampling.top-p 1.0, got 0.5"),
@@ -338,15 +338,15 @@ def test_progress_is_a_line_per_chunk_or_a_bar_on_a_terminal(model, folder, monk
 
 def test_tokens_are_counted_by_the_sampler(model, folder, monkeypatch):
     counted = []
-    monkeypatch.setattr(generate.Told, "tokens", lambda self, n: counted.append(n))
+    monkeypatch.setattr(generate.GenerateProgress, "tokens", lambda self, n: counted.append(n))
     written = write(model, folder, "out.jsonl")[1]
     assert sum(counted) == sum(len(json.loads(line)["logp"]) for line in written.splitlines())
 
 
-# --- docs/rollouts.md -------------------------------------------------------------------------------
+# --- docs/generate.md -------------------------------------------------------------------------------
 def test_the_examples_of_the_page_run(capsys):
     """Wrong implementation: a page about an interface of some earlier day."""
-    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
     first, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, object] = {}
     exec(first, names)

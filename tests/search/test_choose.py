@@ -12,7 +12,7 @@ from runs import decoder, tokenizer
 
 from fastrl import cli
 from fastrl.report.stats import wilson
-from fastrl.run.evaluate import Evaluation, candidates, evaluate, worth
+from fastrl.run.evaluate import Evaluation, candidates, evaluate, search_accuracy
 from fastrl.sampler import Sampler
 from fastrl.search import SEARCHES, Candidates, best_at_k, best_of, pass_at_k, vote
 from fastrl.search.choose import vote_at_k
@@ -141,7 +141,7 @@ def test_every_sample_has_its_own_reward():
     assert [c.reward for c in found] == [[0.0, 0.0, 1.0]] * 2 and [
         SEARCHES["best_of"].choose(c) for c in found
     ] == [2, 2]
-    table = worth(found, "best_of")
+    table = search_accuracy(found, "best_of")
     assert [line["n"] for line in table] == [1, 2, 3]
     assert [line["accuracy"].mean for line in table] == pytest.approx([1 / 3, (1 / 6 + 2 / 3) / 2, 0.5])
     assert [line["oracle"].mean for line in table] == pytest.approx([1 / 3, 2 / 3, 1.0])

@@ -206,9 +206,8 @@ def test_fractions_are_exact():
     """A float verifier rejects 8/(3-8/3) = 24; so does one that reads `8/1/3` only from the left."""
     task = Cards(k=4, fractions=True, limit=None)
     example, answer = problem("3838", "a", 24), "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=24"
-    assert [
-        write_answer((3, 8, 3, 8), way) for way in solutions((3, 3, 8, 8), 24, fractions=True, limit=None)
-    ] == [answer]
+    ways = solutions((3, 3, 8, 8), 24, fractions=True, limit=None)
+    assert [write_answer((3, 8, 3, 8), way) for way in ways] == [answer]
     assert not solutions((3, 3, 8, 8), 24, limit=None)
     assert task.verify(example, answer).correct
     assert not task.verify(example, "3,8,3,8;8/3=8/3;3-8/3=1/3;8/1/3=8/3").correct, (

@@ -7,23 +7,9 @@ from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.dpo.reference import PreferenceContext, preference_source
 from fastrl.methods.method import Method, arithmetic, language_model
+from fastrl.report.metrics import LOGGED
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.source import Source
-
-METRICS = (
-    "loss",
-    "num_tokens",
-    "grad_norm",
-    "learning_rate",
-    "entropy",
-    "nll_loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 
 
 def learner(context: PreferenceContext) -> Learner[Batch]:
@@ -42,5 +28,5 @@ METHOD = Method(
     load=language_model,
     learner=learner,
     source=source,
-    metrics={name: name for name in METRICS},
+    metrics=LOGGED["dpo"],
 )

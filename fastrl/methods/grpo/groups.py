@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from fastrl.batch.types import Rollouts
 from fastrl.methods.grpo.prompts import PromptItem
 from fastrl.methods.grpo.refill import has_signal
 from fastrl.parallel.world import World
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import ROLLOUT_METRICS
 from fastrl.rewards.functions import Scored
 from fastrl.train.source import Metrics, Sample
 
@@ -110,7 +112,8 @@ def rollout_metrics(groups: SampledGroups, group: int, version: int, world: Worl
         ends = (float(length.max()), -float(length.min()), float(stale.max()))
     longest, shortest, oldest = world.max(*ends)
 
-    metrics = _means(total) | {
+    metrics = ratios(ROLLOUT_METRICS, total) | {
+        "rollout/tokens": total["tokens"],
         "completions/max_length": longest,
         "completions/min_length": -shortest,
         "sampler/staleness_max": oldest,
@@ -119,7 +122,7 @@ def rollout_metrics(groups: SampledGroups, group: int, version: int, world: Worl
 
 
 def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
-    """This process's sums: what `_means` divides."""
+    """This process's sums, which ROLLOUT_METRICS name."""
     rollouts, reward = groups.rollouts, groups.reward
     table = reward.view(-1, group).double()
     known = ~reward.isnan()
@@ -135,20 +138,6 @@ def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
         "cut": float(cut.sum()),
         "entropy": float(rollouts.entropy.sum()),
         "stale": float(stale.sum()),
-    }
-
-
-def _means(total: Mapping[str, float]) -> Metrics:
-    samples, groups, tokens = (max(total[name], 1) for name in ("samples", "groups", "tokens"))
-    return {
-        "reward": _mean(total["reward"], total["known"]),
-        "reward_std": total["reward_std"] / groups,
-        "frac_reward_zero_std": total["flat"] / groups,
-        "entropy": total["entropy"] / tokens,
-        "completions/mean_length": total["tokens"] / samples,
-        "completions/clipped_ratio": total["cut"] / samples,
-        "rollout/tokens": total["tokens"],
-        "sampler/staleness_mean": total["stale"] / tokens,
     }
 
 

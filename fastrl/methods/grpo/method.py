@@ -14,6 +14,7 @@ from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.method import Context, Method, language_model
 from fastrl.model.language import LanguageModel
+from fastrl.report.metrics import LOGGED
 from fastrl.tasks import Conversation
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
@@ -87,33 +88,11 @@ def sampling(config: Grpo) -> tuple[str, Sampling]:
     return config.sampler, config.sampling
 
 
-POLICY_METRICS = {  # ops.policy_loss's diagnostics -> TRL's names; what is left out is not logged
-    "loss": "loss",
-    "num_tokens": "num_tokens",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "ref_kl_k3": "kl",
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
-    "clip_cap": "clip_ratio/cap_mean",
-    "clip_region": "clip_ratio/region_mean",
-    "ratio_mean": "ratio/mean",
-    "ratio_max": "ratio/max",
-    "approx_kl": "approx_kl",
-    "ess": "ess",
-    "sampler_diff_mean": "sampling/sampling_logp_difference/mean",
-    "sampler_diff_max": "sampling/sampling_logp_difference/max",
-    "sampler_kl": "sampler/kl",
-    "sampler_ess": "sampler/ess",
-    "correction_min": "sampling/importance_sampling_ratio/min",
-    "correction_mean": "sampling/importance_sampling_ratio/mean",
-    "correction_max": "sampling/importance_sampling_ratio/max",
-}
 METHOD = Method(
     choose=choose_algorithm,
     load=language_model,
     learner=learner,
     source=source,
-    metrics=POLICY_METRICS,
+    metrics=LOGGED["grpo"],
     sampling=sampling,
 )

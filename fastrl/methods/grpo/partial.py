@@ -30,7 +30,8 @@ class PendingGroup:
     @property
     def unfinished(self) -> list[int]:
         """Which of its sequences a later call resumes."""
-        return [i for i, reason in enumerate(self.rollouts.finish_reason) if reason == REASONS[UNFINISHED]]
+        reasons = self.rollouts.finish_reason
+        return [i for i, reason in enumerate(reasons) if reason == REASONS[UNFINISHED]]
 
 
 class PartialRollouts:
@@ -48,35 +49,44 @@ class PartialRollouts:
         """Unfinished sequences to resume in the next call, or None."""
         if not self.pending:
             return None
-        return Rollouts.join([group.rollouts.select(group.unfinished) for group in self.pending])
+        parts = [group.rollouts.select(group.unfinished) for group in self.pending]
+        return Rollouts.join(parts)
 
     def sort(self, drawn: Rollouts, items: Sequence[int]) -> tuple[list[int], Rollouts]:
         """Return finished groups (pending ones first) and keep unfinished ones for the next step.
 
         `drawn` holds the resumed sequences, in the order of `unfinished`, then the new groups of `items`.
         """
-        groups, first = [], 0
+        groups = []
+        first = 0
         for pending in self.pending:
             groups.append(self._resumed(pending, drawn, first))
             first += len(pending.unfinished)
-        for item, start in zip(items, range(first, len(drawn), self.group), strict=True):
-            groups.append(PendingGroup(item, drawn.select(range(start, start + self.group))))
+        starts = range(first, len(drawn), self.group)
+        for item, start in zip(items, starts, strict=True):
+            samples = range(start, start + self.group)
+            groups.append(PendingGroup(item, drawn.select(samples)))
 
         self.pending = [group for group in groups if group.unfinished]
         done = [group for group in groups if not group.unfinished]
         if not done:
             return [], drawn.select([])
-        # `join` counts on from group to group: each is one prompt of the step
-        single = [replace(g.rollouts, prompt_index=torch.zeros_like(g.rollouts.prompt_index)) for g in done]
-        return [group.item for group in done], Rollouts.join(single)
+        parts = []
+        for group in done:
+            # `join` counts on from group to group: each is one prompt of the step
+            prompt_index = torch.zeros_like(group.rollouts.prompt_index)
+            parts.append(replace(group.rollouts, prompt_index=prompt_index))
+        return [group.item for group in done], Rollouts.join(parts)
 
     def _resumed(self, pending: PendingGroup, drawn: Rollouts, first: int) -> PendingGroup:
         """The group with its unfinished sequences as they are now: from `first` on in `drawn`."""
         places = {i: first + k for k, i in enumerate(pending.unfinished)}
         sequences = []
         for i in range(self.group):
-            resumed = i in places
-            sequences.append(drawn.select([places[i]]) if resumed else pending.rollouts.select([i]))
+            if i in places:
+                sequences.append(drawn.select([places[i]]))
+            else:
+                sequences.append(pending.rollouts.select([i]))
         return PendingGroup(pending.item, Rollouts.join(sequences))
 
     def state(self) -> dict[str, Tensor]:
@@ -97,9 +107,11 @@ class PartialRollouts:
         prompts = torch.zeros(len(reasons), dtype=torch.int64, device=device)
         rollouts = from_tensors(Rollouts, state, device, prompt_index=prompts, finish_reason=reasons)
         if tokenizer is not None:
-            text = tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True)
+            completions = rollouts.completions()
+            text = tokenizer.batch_decode(completions, skip_special_tokens=True)
             rollouts = replace(rollouts, text=text)
 
         for place, item in enumerate(state["items"].tolist()):
-            samples = range(place * self.group, (place + 1) * self.group)
+            first = place * self.group
+            samples = range(first, first + self.group)
             self.pending.append(PendingGroup(item, rollouts.select(samples)))

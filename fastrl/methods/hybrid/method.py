@@ -10,10 +10,9 @@ from fastrl.algorithms.hybrid import HybridAlgorithm
 from fastrl.config import Hybrid
 from fastrl.data.encode import Sample
 from fastrl.errors import UserError
-from fastrl.methods.dpo.method import METHOD as DPO
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.reference import preference_source
-from fastrl.methods.grpo.method import POLICY_METRICS, prompts_of, rollouts, sampling
+from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
 from fastrl.methods.grpo.rollouts import Rollouts
 from fastrl.methods.hybrid.contrast import Contrast
 from fastrl.methods.hybrid.members import Joining, Known
@@ -24,6 +23,7 @@ from fastrl.methods.hybrid.pairs import PolicyAndPairs
 from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.method import Context, Method, arithmetic, language_model
 from fastrl.model.language import LanguageModel
+from fastrl.report.metrics import LOGGED
 from fastrl.tasks.extras import has_mistakes
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
@@ -153,14 +153,11 @@ def source(context: AnyContext, learner: Trainable[Any]) -> tuple[Source[Any], i
     return of_kind(context), context.config.max_new_tokens
 
 
-HYBRID_METRICS = ("sft_loss", "member_nll", "off_policy_share", "group_kl", "grad_norm/rl", "grad_norm/pairs")
 METHOD = Method(
     choose=choose_fusion,
     load=language_model,
     learner=learner,
     source=source,
-    metrics=POLICY_METRICS
-    | {name: name for name in HYBRID_METRICS}
-    | {f"pairs/{name}": f"pairs/{name}" for name in DPO.metrics.values()},
+    metrics=LOGGED["hybrid"],
     sampling=sampling,
 )

@@ -16,13 +16,7 @@ from fastrl.train.optimizer import NotFinite
 from fastrl.train.source import Metrics, State
 
 FOLDER = "reward_model"  # the reward model's, inside a checkpoint
-JOINT_METRICS = {  # of an update of the reward model -> the name it is logged under
-    "reward_loss": "joint/loss",
-    "reward_groups": "joint/groups",
-    "reward_grad_norm": "joint/grad_norm",
-    "reward_lr": "joint/lr",
-}
-LOGGED = {"reward_loss": "loss", "reward_grad_norm": "grad_norm", "reward_lr": "learning_rate"}
+REPORTED = {"reward_loss": "loss", "reward_grad_norm": "grad_norm", "reward_lr": "learning_rate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,7 @@ class JointLearner:
 
         metrics["reward_groups"] = comparisons.total
         if first["num_tokens"]:
-            metrics |= {name: first[source] for name, source in LOGGED.items()}
+            metrics |= {name: first[source] for name, source in REPORTED.items()}
         return metrics
 
     def companions(self) -> Companions:

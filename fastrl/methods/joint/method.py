@@ -7,12 +7,12 @@ from dataclasses import replace
 from fastrl.algorithms.joint import JointAlgorithm
 from fastrl.config import HeldOut, Joint, Reward
 from fastrl.errors import UserError
-from fastrl.methods.grpo.method import POLICY_METRICS, prompts_of, rollouts, sampling
+from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
 from fastrl.methods.grpo.prompts import Prompts
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.joint.batches import ComparisonBuffer, JointRollouts, Oracle
 from fastrl.methods.joint.judge import Judge
-from fastrl.methods.joint.learner import JOINT_METRICS, JointBatch, JointLearner
+from fastrl.methods.joint.learner import JointBatch, JointLearner
 from fastrl.methods.joint.options import choose_joint
 from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.reward.batches import Comparisons
@@ -21,6 +21,7 @@ from fastrl.methods.reward.objective import ScoreObjective
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import has_tokenizer, load_tokenizer
+from fastrl.report.metrics import LOGGED
 from fastrl.tasks.extras import has_mistakes
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
@@ -162,6 +163,6 @@ METHOD = Method(
     load=language_model,
     learner=learner,
     source=source,
-    metrics=POLICY_METRICS | JOINT_METRICS,
+    metrics=LOGGED["joint"],
     sampling=sampling,
 )

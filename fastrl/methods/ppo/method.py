@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastrl.algorithms.ppo import ActorCriticAlgorithm, Coefficient
 from fastrl.config import Ppo
-from fastrl.methods.grpo.method import POLICY_METRICS, prompts_of, rollouts, sampling
+from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
 from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.ppo.batches import Credit, PpoRollouts
 from fastrl.methods.ppo.learner import CRITICS, ActorCritic
-from fastrl.methods.ppo.objective import VALUE_METRICS, ActorCriticBatch, HeadedPolicy, ValueObjective
+from fastrl.methods.ppo.objective import ActorCriticBatch, HeadedPolicy, ValueObjective
 from fastrl.methods.ppo.options import choose_ppo
 from fastrl.model.critic import Critic, ValueHead
 from fastrl.model.language import LanguageModel
+from fastrl.report.metrics import LOGGED
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
 
@@ -77,6 +78,6 @@ METHOD = Method(
     load=language_model,
     learner=learner,
     source=source,
-    metrics=POLICY_METRICS | VALUE_METRICS,
+    metrics=LOGGED["ppo"],
     sampling=sampling,
 )

@@ -14,17 +14,10 @@ from fastrl.algorithms.ppo import VALUE_SUMS, ActorCriticAlgorithm, value_loss
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.types import Batch
 from fastrl.model.critic import Critic, ValueHead
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import CRITIC_METRICS
 from fastrl.train.objective import PolicyObjective, Rows
 from fastrl.train.source import Metrics
-
-VALUE_METRICS = {  # of an optimizer step -> the name it is logged under: TRL's, and verl's where TRL has none
-    "policy_loss": "loss/policy_avg",
-    "vf_loss": "loss/value_avg",
-    "vf_clipfrac": "val/clipfrac_avg",
-    "vpred_mean": "critic/vpred_mean",
-    "critic_grad_norm": "critic/grad_norm",
-    "critic_lr": "critic/lr",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +139,10 @@ def merge_values(rows: Rows) -> Metrics:
     """The step's metrics from the VALUE_SUMS of every micro-batch of every process."""
     columns = list(zip(*rows, strict=True)) or [(0.0,)] * len(VALUE_SUMS)
     sums = dict(zip(VALUE_SUMS, map(sum, columns), strict=True))
-    tokens = max(sums["tokens"], 1)
-    return {
-        "vf_loss": sums["loss"],
-        "vf_clipfrac": sums["clipped"] / tokens,
-        "vpred_mean": sums["value"] / tokens,
-        "num_tokens": sums["tokens"],
-    }
+    return {"vf_loss": sums["loss"], "num_tokens": sums["tokens"]} | ratios(CRITIC_METRICS, sums)
 
 
 def named(metrics: Metrics) -> Metrics:
-    """Those of VALUE_METRICS."""
-    return {name: metrics[name] for name in VALUE_METRICS if name in metrics}
+    """Those of CRITIC_METRICS, under the learner's keys."""
+    keys = [row.key for row in CRITIC_METRICS if row.key is not None]
+    return {key: metrics[key] for key in keys if key in metrics}

@@ -8,14 +8,14 @@ from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
 from fastrl.methods.method import Context, Method, Origin
 from fastrl.methods.reward.batches import Comparisons, Encoder, comparable
-from fastrl.methods.reward.objective import REWARD_METRICS, RewardBatch, ScoreObjective, group_scores
+from fastrl.methods.reward.objective import RewardBatch, ScoreObjective, group_scores
 from fastrl.methods.reward.options import choose_reward_loss
 from fastrl.model.reward import RewardModel
+from fastrl.report.metrics import LOGGED
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.source import Source
 
 RewardContext = Context[Reward, RewardLoss, RewardModel]
-METRICS = ("loss", "num_tokens", "grad_norm", "learning_rate", *REWARD_METRICS)
 
 
 def load(origin: Origin[Reward, RewardLoss]) -> RewardModel:
@@ -55,6 +55,6 @@ METHOD = Method(
     load=load,
     learner=learner,
     source=source,
-    metrics={name: name for name in METRICS},
+    metrics=LOGGED["reward"],
     held_out=True,
 )

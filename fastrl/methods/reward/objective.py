@@ -13,11 +13,10 @@ from fastrl.batch.pack import plan
 from fastrl.data.comparisons import Group, Packed, pack
 from fastrl.model.reward import RewardModel
 from fastrl.parallel.device import memory_limited_by
+from fastrl.report.metric import ratios
+from fastrl.report.metrics import SCORE_METRICS
 from fastrl.train.objective import Rows
 from fastrl.train.source import Metrics
-
-# of a step, under TRL's names
-REWARD_METRICS = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "centering")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +112,6 @@ def merge(rows: Sequence[Sequence[float]]) -> Metrics:
     sums = dict(zip(MEASURES, table[:, :n].sum(0).tolist(), strict=True))
     lowest, highest, tokens = table[:, n:].unbind(1)
 
-    compared, scores = max(sums["compared"], 1.0), max(sums["scores"], 1.0)
-    return {
-        "loss": sums["loss"],
-        "centering": sums["center"],
-        "accuracy": sums["agreed"] / compared,
-        "margin": sums["margin"] / compared,
-        "mean_reward": sums["reward"] / scores,
-        "min_reward": float(lowest.min()),
-        "max_reward": float(highest.max()),
-        "num_tokens": float(tokens.sum()),
-    }
+    ends = {"min_reward": float(lowest.min()), "max_reward": float(highest.max())}
+    total = {"loss": sums["loss"], "centering": sums["center"], "num_tokens": float(tokens.sum())}
+    return total | ratios(SCORE_METRICS, sums) | ends

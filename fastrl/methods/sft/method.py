@@ -9,6 +9,7 @@ from fastrl.methods.sft.batches import Demonstrations, Encoder, demonstrations
 from fastrl.methods.sft.objective import SmoothedObjective
 from fastrl.methods.sft.options import SupervisedAlgorithm, choose_supervised
 from fastrl.model.language import LanguageModel
+from fastrl.report.metrics import LOGGED
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
@@ -50,5 +51,5 @@ METHOD = Method(
     load=language_model,
     learner=learner,
     source=source,
-    metrics={name: name for name in ("loss", "num_tokens", "grad_norm", "learning_rate", "entropy")},
+    metrics=LOGGED["sft"],
 )

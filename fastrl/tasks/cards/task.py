@@ -169,7 +169,7 @@ class Cards:
         return mistakes(example, count, wrong, self.seed, index)
 
     def steps(self, example: Example, completion: str) -> tuple[list[str], list[bool]]:
-        """The parts of `completion` between semicolons, and whether everything up to each one's end is right."""
+        """The parts of `completion` between semicolons, and whether everything is right up to each end."""
         fields = example.fields
         right = judge_steps(completion, fields["numbers"], fields["target"], fractions=self.fractions)
         return completion.split(";"), right

@@ -1,4 +1,5 @@
-"""The README's table of measurements, generated: `python -m fastrl.bench.readme [results.json ...]`.
+"""The tables of docs/results.md, generated: `python -m fastrl.bench.results_page [results.json ...]` writes
+that of the benchmarks.
 
 CPU figures are shown as ratios only: a CPU's name says little about what else its machine was doing.  GPU
 figures name the GPU.
@@ -20,16 +21,17 @@ LEARNING = "learning-"  # begins the names of results of another kind (see fastr
 
 
 def marks(name: str) -> tuple[str, str]:
-    """The lines between which a generated part of the README stands."""
+    """The lines between which a generated part of the page stands."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 BEGIN, END = marks("bench")
+PAGE = Path("docs/results.md")  # from the root of a checkout
 RATIOS = ("vs eager", "vs torch.compile", "vs best peer")
 
 
 def newest(folder: Path) -> list[Path]:
-    """The newest results of each device in a folder, quick ones aside; the date ends the name."""
+    """The newest results of each device in a folder, without quick ones; names end in a date."""
     found: dict[str, Path] = {}
     for path in sorted(
         p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(LEARNING)
@@ -44,14 +46,20 @@ def block(results: Sequence[Results]) -> str:
 
 
 def replace_block(text: str, new: str, name: str = "bench") -> str:
-    """`text` with the block of that name replaced, marks included.  Raises UserError when it has not exactly
-    one.
+    """`text` with the block of that name replaced, marks included.  Raises UserError unless there is exactly
+    one such block.
     """
     begin, end = marks(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise UserError(f"README: expected one {begin} followed by one {end}")
+        raise UserError(f"results page: expected one {begin} followed by one {end}")
     before, _, rest = text.partition(begin)
     return before + new + rest.partition(end)[2]
+
+
+def write_block(page: Path, new: str, name: str = "bench") -> None:
+    """Replace the block of that name in the file."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(replace_block(text, new, name), encoding="utf-8")
 
 
 def section(results: Results) -> str:
@@ -109,21 +117,18 @@ def _times(x: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastrl.bench.readme", description="Rewrite the README's table of measurements."
+        prog="python -m fastrl.bench.results_page", description="Rewrite the table of benchmarks."
     )
     parser.add_argument(
         "results", nargs="*", type=Path, help="default: the newest of each device in bench/results"
     )
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=PAGE, help=f"default: {PAGE}")
     options = parser.parse_args(argv)
     paths = options.results or newest(Path(__file__).parent / "results")
     try:
         if not paths:
             raise UserError("bench/results holds no results yet: run fastrl bench first, or name a file")
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(
-            replace_block(text, block([Results.load(p) for p in paths])), encoding="utf-8"
-        )
+        write_block(options.page, block([Results.load(p) for p in paths]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
