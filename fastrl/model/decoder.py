@@ -192,7 +192,7 @@ class Decoder(nn.Module):
             paged = None if paged_of is None else paged_of(i)
             inputs = (x, residual, angles, attention_i, slab, paged)
             if only_store and i + 1 == len(self.layers):
-                return layer(*inputs, only_store=True)[0]
+                return layer(*inputs, True)[0]  # only_store
             if keep_inputs_only:
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:

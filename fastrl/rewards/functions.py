@@ -3,10 +3,10 @@
     def my_reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 One number per completion; None means that the function does not apply to it.  Prompts and completions are
-text, or lists of chat messages where the prompt is one; every column of the dataset comes as a list.
+text, or lists of chat messages if the prompt is one; every column of the dataset is passed as a list.
 log_extra(column, values) adds a value per completion to the saved samples, log_metric(name, value) a number
-to the metrics.  A function without **columns gets only what it names.  Nothing a function does wrong becomes
-a reward: it is a UserError that names the function and shows the sample.
+to the metrics.  A function without **columns gets only the arguments it names.  No mistake of a function
+becomes a reward: it is a UserError that names the function and shows the sample.
 
     model:FOLDER                       a reward model (`fastrl reward`) scores the completions, on the run's
                                        device
@@ -21,7 +21,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ from fastrl.model.weights import read_config
 from fastrl.rewards.implicit import implicit_reward
 
 Reward = Callable[..., Sequence[float | None]]
-Given = dict[str, Sequence[Any]]  # argument name -> one value per sample
+Prompt = str | list[dict[str, Any]]  # text, or chat messages
+Arguments = dict[str, Sequence[Any]]  # argument name -> one value per sample
+Ids = Sequence[Sequence[int]]  # token ids of every completion
+Row = Mapping[str, Any]  # one line of a dataset
+Extra = dict[str, list[Any]]  # column -> what a function logged, one value per sample
+T = TypeVar("T")
 _SEARCHED = 64  # samples tried one by one to find the one a function fails on
 
 
@@ -48,56 +53,68 @@ class Scored:
     parts    metric name -> (S,) values whose mean is the metric: `rewards/<function>/mean` (NaN for None),
              and what was logged
     message  (S,) what a function logged as "message", else empty
-    extra    column -> (S,) values, everything else that was logged with log_extra
+    extra    column -> (S,) values, all others logged with log_extra
     """
 
     reward: list[float]
     parts: dict[str, list[float]] = field(default_factory=dict)
     message: list[str] = field(default_factory=list)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
     each: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
 
     def plus(self, name: str, values: Sequence[float]) -> Scored:
-        """With one more reward of weight 1; a sample that no function applies to stays that."""
-        total = [r + v for r, v in zip(self.reward, values, strict=True)]
-        here = [math.nan if math.isnan(r) else v for r, v in zip(self.reward, values, strict=True)]
+        """With one more reward of weight 1; a sample that no function applies to keeps NaN."""
+        total = [reward + value for reward, value in zip(self.reward, values, strict=True)]
+        added = [
+            math.nan if math.isnan(reward) else value
+            for reward, value in zip(self.reward, values, strict=True)
+        ]
         each = self.each or {"reward": (1.0, self.reward)}
         return replace(
             self,
             reward=total,
-            parts=self.parts | {f"rewards/{name}/mean": here},
-            each=each | {name: (1.0, here)},
+            parts=self.parts | {f"rewards/{name}/mean": added},
+            each=each | {name: (1.0, added)},
         )
 
     @staticmethod
     def join(parts: Sequence[Scored]) -> Scored:
-        """The completions of several calls as those of one, in order; NaN (or None) where a call has not what
-        another has.
+        """The completions of several calls as those of one, in order; NaN (or None) for the names that a call
+        lacks.
         """
         if len(parts) == 1:
             return parts[0]
 
-        def columns(tables: list[dict[str, list[Any]]], absent: Any) -> dict[str, list[Any]]:
-            names = dict.fromkeys(name for table in tables for name in table)
-            return {
-                n: [x for t, p in zip(tables, parts, strict=True) for x in t.get(n, [absent] * len(p.reward))]
-                for n in names
-            }
+        sizes = [len(part.reward) for part in parts]
+        reward: list[float] = []
+        message: list[str] = []
+        weights: dict[str, float] = {}
+        for part, size in zip(parts, sizes, strict=True):
+            reward += part.reward
+            message += part.message or [""] * size
+            weights |= {name: weight for name, (weight, _) in part.each.items()}
 
-        weights = {name: weight for p in parts for name, (weight, _) in p.each.items()}
-        each = columns([{name: values for name, (_, values) in p.each.items()} for p in parts], math.nan)
-        return Scored(
-            [x for p in parts for x in p.reward],
-            columns([p.parts for p in parts], math.nan),
-            [x for p in parts for x in p.message or [""] * len(p.reward)],
-            columns([p.extra for p in parts], None),
-            {name: (weights[name], values) for name, values in each.items()},
-        )
+        values = [{name: column for name, (_, column) in part.each.items()} for part in parts]
+        columns = _columns(values, sizes, math.nan)
+        each = {name: (weights[name], column) for name, column in columns.items()}
+        metrics = _columns([part.parts for part in parts], sizes, math.nan)
+        extra = _columns([part.extra for part in parts], sizes, None)
+        return Scored(reward, metrics, message, extra, each)
+
+
+def _columns(tables: Sequence[dict[str, list[T]]], sizes: Sequence[int], absent: T) -> dict[str, list[T]]:
+    """The columns of several tables end to end, `absent` in the rows of a table without one."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    columns: dict[str, list[T]] = {name: [] for name in names}
+    for table, size in zip(tables, sizes, strict=True):
+        for name, column in columns.items():
+            column += table.get(name, [absent] * size)
+    return columns
 
 
 def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float]:
-    """DAPO's punishment of completions of `length` tokens: 0 up to budget - buffer, -1 from budget on, linear
-    between.
+    """DAPO's length penalty of completions of `length` tokens: 0 up to budget - buffer, -1 from budget on,
+    linear between.
     """
     return [max(-1.0, min(0.0, (budget - buffer - n) / buffer)) for n in length]
 
@@ -105,11 +122,11 @@ def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float
 def load_reward(
     spec: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Reward:
-    """The reward function at `my_rewards.py:fn`, or the models that a prefix of MODELS names, kept on
+    """The reward function at `my_rewards.py:fn`; or that of the models at `PREFIX:...`, a key of MODELS, on
     `device` in `dtype`.
 
-    Raises UserError for a missing file or name, something that cannot be called, a class, an async function,
-    and no reward model.
+    Raises:  UserError for a missing file or name, for anything but a plain function, and for a folder without
+             a reward model.
     """
     kind, colon, names = spec.partition(":")
     if colon and kind in MODELS:
@@ -131,10 +148,10 @@ def load_reward(
 def model_reward(
     folder: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Reward:
-    """A reward model as a reward function: it reads the text of prompt and completion with its own tokenizer
-    and chat template.
+    """A reward model as a reward function; it reads prompt and completion with its own tokenizer and chat
+    template.
 
-    Raises UserError for a folder that holds no trained reward model, or no tokenizer.
+    Raises:  UserError for a folder without a trained reward model, or without a tokenizer.
     """
     if not Path(folder).is_dir() or not is_scoring(read_config(Path(folder))):
         raise UserError(
@@ -144,13 +161,13 @@ def model_reward(
     model = RewardModel.load(folder, dtype, device, tokenizer=load_tokenizer(None, folder))
     model.requires_grad_(False)
 
-    def reward_model(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    def reward_model(prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[float]:
         return model.score(list(zip(prompts, completions, strict=True)))
 
     return reward_model
 
 
-# before the colon of a name
+# prefix of a reward's name -> what loads it
 MODELS: dict[str, Callable[..., Reward]] = {
     "model": model_reward,
     "implicit": implicit_reward,
@@ -159,19 +176,18 @@ MODELS: dict[str, Callable[..., Reward]] = {
 
 def score(
     functions: Sequence[Reward],
-    prompts: Sequence[str | list[dict[str, Any]]],
+    prompts: Sequence[Prompt],
     completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    columns: Sequence[Mapping[str, Any]] | None = None,
+    completion_ids: Ids | None = None,
+    columns: Sequence[Row] | None = None,
     *,
     weights: Sequence[float] | None = None,
 ) -> Scored:
-    """The rewards of S completions, whose dataset rows are `columns`: every function's own, and their sum
-    weighted by `weights`.
+    """The rewards of S completions by every function, and their sum weighted by `weights`; `columns` are the
+    completions' dataset rows.
 
-    Raises UserError when a function raises, needs a column that is not there, returns another number of
-    rewards than S, or something that is neither a finite number nor None; ValueError when the arguments do
-    not fit each other.
+    Raises:  UserError when a function raises, needs a column that does not exist, or returns anything but S
+             finite numbers or Nones; ValueError when the arguments do not fit each other.
     """
     factors = [1.0] * len(functions) if weights is None else [float(w) for w in weights]
     if not functions or len(factors) != len(functions):
@@ -179,51 +195,46 @@ def score(
             "functions, weights: expected at least one function and a weight for each, "
             f"got {len(functions)} and {len(factors)}"
         )
-    given = _given(prompts, completions, completion_ids, columns)
-    extra: dict[str, list[Any]] = {}
-    parts: dict[str, list[float]] = {}
-    hooks = {
-        "log_extra": _log_extra(extra, len(completions)),
-        "log_metric": _log_metric(parts, len(completions)),
-    }
-    each = {
-        name: _call(name, f, given, hooks)
-        for name, f in zip(function_names(functions), functions, strict=True)
-    }
-    total = [_combine(factors, row) for row in zip(*each.values(), strict=True)]
-    message = [str(m) for m in extra.pop("message", [""] * len(total))]
-    named = {name: (factor, values) for factor, (name, values) in zip(factors, each.items(), strict=True)}
-    return Scored(
-        total,
-        {f"rewards/{name}/mean": values for name, values in each.items()} | parts,
-        message,
-        extra,
-        named,
-    )
+    arguments = _arguments(prompts, completions, completion_ids, columns)
+    samples = len(completions)
+    extra: Extra = {}
+    logged: dict[str, list[float]] = {}
+    hooks = {"log_extra": _log_extra(extra, samples), "log_metric": _log_metric(logged, samples)}
+
+    each: dict[str, tuple[float, list[float]]] = {}
+    names = function_names(functions)
+    for name, function, factor in zip(names, functions, factors, strict=True):
+        each[name] = factor, _call(name, function, arguments, hooks)
+
+    rows = zip(*(values for _, values in each.values()), strict=True)
+    total = [_combine(factors, row) for row in rows]
+    parts = {f"rewards/{name}/mean": values for name, (_, values) in each.items()} | logged
+    message = [str(m) for m in extra.pop("message", [""] * samples)]
+    return Scored(total, parts, message, extra, each)
 
 
-def said_to(prompt: Any, completion: str) -> Any:
+def as_message(prompt: Prompt, completion: str) -> Prompt:
     """A completion in its prompt's form: text, or a list of one message."""
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
 def function_names(functions: Sequence[Reward]) -> list[str]:
-    """What the functions are called in metrics; a name that comes again gets a number."""
+    """The functions' names in metrics; a name that repeats gets a number."""
     names: list[str] = []
     for function in functions:
-        name = getattr(function, "__name__", type(function).__name__)
-        free = (n for n in (name, *(f"{name}_{i}" for i in range(2, len(functions) + 1))) if n not in names)
-        names.append(next(free))
+        name: str = getattr(function, "__name__", type(function).__name__)
+        candidates = [name, *(f"{name}_{i}" for i in range(2, len(functions) + 1))]
+        names.append(next(free for free in candidates if free not in names))
     return names
 
 
-def _given(
-    prompts: Sequence[Any],
+def _arguments(
+    prompts: Sequence[Prompt],
     completions: Sequence[str],
-    ids: Sequence[Any] | None,
-    rows: Sequence[Mapping[str, Any]] | None,
-) -> Given:
-    """Every per-sample argument, by name; the columns are those any row has."""
+    ids: Ids | None,
+    rows: Sequence[Row] | None,
+) -> Arguments:
+    """Every per-sample argument, by name; its columns are those that any row has."""
     lengths = [len(x) for x in (prompts, completions, ids, rows) if x is not None]
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -231,21 +242,20 @@ def _given(
             f"got {lengths}"
         )
     names = dict.fromkeys(name for row in rows or () for name in row)
-    given: Given = {name: [row.get(name) for row in rows or ()] for name in names}
-    said = [said_to(p, c) for p, c in zip(prompts, completions, strict=True)]
-    return (
-        given
-        | {"prompts": list(prompts), "completions": said}
-        | ({} if ids is None else {"completion_ids": list(ids)})
-    )
+    arguments: Arguments = {name: [row.get(name) for row in rows or ()] for name in names}
+    arguments["prompts"] = list(prompts)
+    arguments["completions"] = [as_message(p, c) for p, c in zip(prompts, completions, strict=True)]
+    if ids is not None:
+        arguments["completion_ids"] = list(ids)
+    return arguments
 
 
 def _combine(factors: Sequence[float], values: Sequence[float]) -> float:
-    known = [f * v for f, v in zip(factors, values, strict=True) if not math.isnan(v)]
-    return math.fsum(known) if known else math.nan
+    applied = [f * v for f, v in zip(factors, values, strict=True) if not math.isnan(v)]
+    return math.fsum(applied) if applied else math.nan
 
 
-def _call(name: str, function: Reward, given: Given, hooks: Mapping[str, Any]) -> list[float]:
+def _call(name: str, function: Reward, given: Arguments, hooks: Mapping[str, object]) -> list[float]:
     """One function's rewards, NaN for None."""
     samples = len(given["completions"])
     arguments = _accepted(name, function, {**given, **hooks})
@@ -275,18 +285,15 @@ def _call(name: str, function: Reward, given: Given, hooks: Mapping[str, Any]) -
     return [math.nan if v is None else float(v) for v in values]
 
 
-def _accepted(name: str, function: Reward, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments `function` takes: all that is given when it has **columns, else those it names."""
+def _accepted(name: str, function: Reward, given: Mapping[str, object]) -> dict[str, Any]:
+    """The arguments `function` takes: all of them if it has **columns, else those it names."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some compiled callables have no signature
         return dict(given)
     for p in parameters:
-        if (
-            p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            and p.default is p.empty
-            and p.name not in given
-        ):
+        named = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if named and p.default is p.empty and p.name not in given:
             raise UserError(
                 f"reward {name}{_location(function)}: it needs {p.name!r}, "
                 f"and there is only {', '.join(given)}"
@@ -296,8 +303,8 @@ def _accepted(name: str, function: Reward, given: Mapping[str, Any]) -> dict[str
     return {p.name: given[p.name] for p in parameters if p.name in given}
 
 
-def _culprit(function: Reward, arguments: Mapping[str, Any], given: Given) -> int | None:
-    """The first sample the function fails on when it is called with that one alone."""
+def _culprit(function: Reward, arguments: Mapping[str, Any], given: Arguments) -> int | None:
+    """The first sample that the function fails on alone; None where it fails on none."""
     for i in range(min(len(given["completions"]), _SEARCHED)):
         alone = {name: value[i : i + 1] if name in given else _ignore for name, value in arguments.items()}
         try:
@@ -307,20 +314,15 @@ def _culprit(function: Reward, arguments: Mapping[str, Any], given: Given) -> in
     return None
 
 
-def _show(given: Given, index: int | None) -> str:
+def _show(given: Arguments, index: int | None) -> str:
     samples = len(given["completions"])
     if not samples:
         return "an empty batch"
-    which = (
-        f"sample {index} of {samples}"
-        if index is not None
-        else f"a batch of {samples} (no sample fails alone), whose first is"
-    )
-    i = index or 0
-    return (
-        f"{which}:\n    prompt:     {shorten(given['prompts'][i])}\n    completion: "
-        f"{shorten(given['completions'][i])}"
-    )
+    which = f"a batch of {samples} (no sample fails alone), starting with"
+    if index is not None:
+        which = f"sample {index} of {samples}"
+    prompt, completion = (shorten(given[name][index or 0]) for name in ("prompts", "completions"))
+    return f"{which}:\n    prompt:     {prompt}\n    completion: {completion}"
 
 
 def _location(function: Reward) -> str:
@@ -328,14 +330,14 @@ def _location(function: Reward) -> str:
     return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 # --- what a function may log, as in TRL --------------------------------------------------------------
-def _log_extra(extra: dict[str, list[Any]], samples: int) -> Callable[[str, Sequence[Any]], None]:
-    def log_extra(column: str, values: Sequence[Any]) -> None:
+def _log_extra(extra: Extra, samples: int) -> Callable[[str, Sequence[object]], None]:
+    def log_extra(column: str, values: Sequence[object]) -> None:
         if len(values) != samples:
             raise ValueError(
                 f"log_extra: expected {samples} values for {column!r}, one per completion; got {len(values)}"
@@ -352,5 +354,5 @@ def _log_metric(parts: dict[str, list[float]], samples: int) -> Callable[[str, f
     return log_metric
 
 
-def _ignore(name: str, value: Any) -> None:
-    """Stands in for both hooks when a failure is looked for."""
+def _ignore(name: str, value: object) -> None:
+    """Replaces both hooks during the search for the sample that fails."""

@@ -1,10 +1,10 @@
-"""The reward that a policy trained on preferences has in it: how much more likely than its reference it finds
-a completion.
+"""The implicit reward of a policy trained on preferences: how much more likely a completion is under it than
+under its reference.
 
     r(x, y) = beta (log pi(y | x) - log pi_ref(y | x)),     summed over the completion's tokens, nats
 
-DPO's policy is the optimum of this reward under a KL to the reference, up to a number of the prompt alone,
-which a group's baseline takes away.  Source: 2305.18290, equation 5.
+DPO's policy is the optimum of this reward under a KL to the reference, up to a term that depends on the
+prompt alone and cancels in a group's baseline.  Source: 2305.18290, equation 5.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from fastrl.data.encode import Sample, encode_all
 from fastrl.data.rows import Row
 from fastrl.errors import UserError
 from fastrl.model.adapter import load_model
+from fastrl.model.language import LanguageModel
 from fastrl.model.tokenizer import load_tokenizer
 
 BETA = 0.1
@@ -32,14 +32,13 @@ MAX_TOKENS = 16384  # of one forward pass
 
 def implicit_reward(
     names: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Callable[[Sequence[Any], Sequence[Any]], list[float]]:
+) -> Callable[[Sequence[object], Sequence[object]], list[float]]:
     """The reward function of `POLICY,REFERENCE` or `POLICY,REFERENCE,BETA`: two folders, and beta (0.1).
 
-    It reads text with the policy's own tokenizer and chat template, the end-of-sequence token included, as
-    training on preferences did; what goes beyond the policies' context does not count.
+    It reads text as training on preferences did: with the policy's own tokenizer and chat template, and an
+    end-of-sequence token.  Tokens beyond the policies' context do not count.
     Memory:  both models, and MAX_TOKENS tokens of one forward pass.
-    Raises:  UserError for another form, folders that are not there, no tokenizer, and vocabularies that
-             differ.
+    Raises:  UserError for another form, missing folders, no tokenizer, and vocabularies that differ.
     """
     folders, beta = _parts(names)
     policy, reference = (
@@ -54,14 +53,15 @@ def implicit_reward(
     tokenizer = load_tokenizer(None, folders[0])
     limit = min(model.config.max_position_embeddings for model in (policy, reference))
 
-    def implicit_reward(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        fields = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
-        samples = encode_all(
-            [Row(f"completion {i}", "prompt-completion", f) for i, f in enumerate(fields)], tokenizer
-        )
-        cut = [Sample(s.tokens[:limit], s.mask[:limit]) for s in samples]
-        ahead = sequence_logp(policy, cut) - sequence_logp(reference, cut)
-        return (beta * ahead).tolist()
+    def implicit_reward(prompts: Sequence[object], completions: Sequence[object]) -> list[float]:
+        rows = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            fields = {"prompt": prompt, "completion": completion}
+            rows.append(Row(f"completion {i}", "prompt-completion", fields))
+        samples = [Sample(s.tokens[:limit], s.mask[:limit]) for s in encode_all(rows, tokenizer)]
+        margin = sequence_logp(policy, samples) - sequence_logp(reference, samples)
+        rewards: list[float] = (beta * margin).tolist()
+        return rewards
 
     return implicit_reward
 
@@ -82,20 +82,27 @@ def _parts(names: str) -> tuple[list[str], float]:
 
 
 @torch.no_grad()
-def sequence_logp(model: Any, samples: Sequence[Sample], max_tokens: int = MAX_TOKENS) -> Tensor:
+def sequence_logp(model: LanguageModel, samples: Sequence[Sample], max_tokens: int = MAX_TOKENS) -> Tensor:
     """(S,) float64 on the host: summed log-probs of each sample's tokens that count, nats."""
     lengths = [len(s.tokens) for s in samples]
-    out = torch.zeros(len(samples), dtype=torch.float64)
-    for some in plan(lengths, max(max_tokens, *lengths, 1)):
-        tokens = torch.tensor([t for i in some for t in samples[i].tokens], device=model.device)
-        mask = torch.tensor([m for i in some for m in samples[i].mask], device=model.device)
-        ends = torch.tensor(
-            [0, *accumulate(lengths[i] for i in some)], dtype=torch.int32, device=model.device
-        )
-        rows = mask[1:].nonzero().squeeze(1)
-        hidden = model(tokens, ends)[rows]
-        stats = ops.linear_logp(hidden, model.head_weight, tokens[rows + 1], bias=model.head_bias)
-        each = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
-        each[rows + 1] = stats.logp.double()
-        out[some] = torch.segment_reduce(each, "sum", offsets=ends.long()).cpu()
-    return out
+    sums = torch.zeros(len(samples), dtype=torch.float64)
+    for members in plan(lengths, max(max_tokens, *lengths, 1)):
+        sums[members] = _sums(model, [samples[i] for i in members]).cpu()
+    return sums
+
+
+def _sums(model: LanguageModel, samples: Sequence[Sample]) -> Tensor:
+    """`sequence_logp` of samples that are forwarded together, on the device."""
+    device = model.device
+    tokens = torch.tensor([t for s in samples for t in s.tokens], device=device)
+    mask = torch.tensor([m for s in samples for m in s.mask], device=device)
+    ends = [0, *accumulate(len(s.tokens) for s in samples)]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+
+    # row t predicts token t + 1
+    rows = mask[1:].nonzero().squeeze(1)
+    hidden = model(tokens, cu_seqlens)[rows]
+    stats = ops.linear_logp(hidden, model.head_weight, tokens[rows + 1], bias=model.head_bias)
+    logp = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+    logp[rows + 1] = stats.logp.double()
+    return torch.segment_reduce(logp, "sum", offsets=cu_seqlens.long())

@@ -1,11 +1,8 @@
-"""The paged key/value cache: one slab, an allocator that lives on the device, and the attentions that go
-through them.
+"""The paged key/value cache: one slab, an allocator that lives on the device, and the attentions that read
+and write them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +10,35 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.kernels._native.decoder_layer import Paged
 from fastrl.kernels.advance import Pages
-
-# layer, q (T, H, E), k (T, K, E), v (T, K, E) -> (T, H, E)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from fastrl.model.language import Attend, LanguageModel, has_cache
 
 
 class PagedCache:
     """Keys and values in pages of `page` tokens, and which pages are free.
 
     A sequence's token at position p lies in page `table[p // page]` of its row of a block table, at offset p
-    % page.  Page 0 is nobody's: tables are padded with it, and rows that have ended write there.  Pages may
-    be shared; `pages.refs` counts users (-1 for a free page).  Every method but `spare` only enqueues work on
-    the device.
+    % page.  Page 0 is the pad page: tables are padded with it, and rows that have ended write there.  Pages
+    may be shared; `pages.refs` counts users (-1 for a free page).  Every method but `spare` only enqueues
+    work on the device.
     """
 
-    def __init__(self, model: Any, pages: int, page: int) -> None:
-        config, device = model.config, model.device
-        layers, heads, width = (
-            (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-            if model.supports_cache
-            else (0, 1, 1)
-        )
+    def __init__(self, model: LanguageModel, pages: int, page: int) -> None:
+        layers, heads, width = _shape(model)
         shape = (layers, pages + 1, page, heads, width)
         # zeros: unused slots of a page must be finite
-        self.k = torch.zeros(shape, dtype=model.dtype, device=device)
-        self.v = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.k = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.v = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.paged = list(zip(self.k, self.v, strict=True))  # by layer, (pages, page, K, E)
         self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self.paged]  # (slots, K, E)
         self.page, self.capacity = page, pages
-        free, refs = (torch.zeros(pages + 1, dtype=torch.int32, device=device) for _ in range(2))
-        self.pages = Pages(free, torch.zeros(1, dtype=torch.int64, device=device), refs)
+
+        free, refs = (torch.zeros(pages + 1, dtype=torch.int32, device=model.device) for _ in range(2))
+        top = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.pages = Pages(free, top, refs)
         self.reset()
 
     def reset(self) -> None:
-        """Take every page back, whoever has it."""
+        """Free every page, used or not."""
         free, top, refs = self.pages
         free.copy_(torch.arange(self.capacity, -1, -1))  # page 1 is on top; page 0 lies past the stack's end
         top.fill_(self.capacity)
@@ -54,21 +46,17 @@ class PagedCache:
         refs[0] = 1
 
     @staticmethod
-    def token_bytes(model: Any) -> int:
-        """Bytes of keys and values a token takes."""
-        config = model.config
-        if not model.supports_cache:
-            return 1
-        return (
-            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-        )
+    def token_bytes(model: LanguageModel) -> int:
+        """Bytes of keys and values a token takes; 1 for a model without a cache."""
+        layers, heads, width = _shape(model)
+        return 2 * layers * heads * width * model.dtype.itemsize if has_cache(model) else 1
 
     def spare(self) -> int:
         """Free pages.  Waits for the device."""
         return int(self.pages.top)
 
     def take(self, n: int) -> Tensor:
-        """n free pages (n,) int32, with one user each.  The caller knows that there are as many."""
+        """n free pages (n,) int32, with one user each.  The caller makes sure that so many are free."""
         free, top, refs = self.pages
         taken = free[top - 1 - torch.arange(n, device=free.device)]
         refs.index_fill_(0, taken.long(), 1)
@@ -80,23 +68,28 @@ class PagedCache:
         self._count(taken, 1)
 
     def release(self, tables: Tensor) -> None:
-        """One user less for each page of these tables (n, N); the last user's pages become free."""
+        """One user less for each page of these tables (n, N); a page without users becomes free."""
         free, top, refs = self.pages
         self._count(tables.flatten(), -1)
         freed = refs == 0
         rank = freed.cumsum(0)
-        place = torch.where(freed, top + rank - 1, self.capacity)  # past the stack, where nobody looks
-        free.index_copy_(0, place, torch.arange(self.capacity + 1, dtype=torch.int32, device=free.device))
+
+        # pages that stay in use are written past the end of the stack, which is never read
+        place = torch.where(freed, top + rank - 1, self.capacity)
+        numbers = torch.arange(self.capacity + 1, dtype=torch.int32, device=free.device)
+        free.index_copy_(0, place, numbers)
         refs.sub_(freed.int())
         top.add_(rank[-1])
 
     def _count(self, taken: Tensor, by: int) -> None:
-        self.pages.refs.index_add_(0, taken.long(), torch.where(taken > 0, by, 0).to(torch.int32))
+        change = torch.where(taken > 0, by, 0).to(torch.int32)
+        self.pages.refs.index_add_(0, taken.long(), change)
 
-    # --- slots and what goes through them ---
+    # --- slots and the attentions over them ---
     def slots(self, table: Tensor, row: Tensor, position: Tensor) -> Tensor:
         """Flat slab slot of each (row of the table, position) pair, int64."""
-        return table[row, position // self.page].long() * self.page + position % self.page
+        page = table[row, position // self.page].long()
+        return page * self.page + position % self.page
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy keys and values of all layers from slots to slots."""
@@ -112,33 +105,35 @@ class PagedCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen)
 
-        return Through(self, slots, attend)
+        return CachedAttention(self, slots, attend)
 
-    def append(self, slots: Tensor, table: Tensor, row: Tensor, lengths: Tensor) -> Attend:
-        """Attention of tokens that follow others already stored: token i sees the first lengths[i] tokens of
-        table row row[i].
+    def extend_exactly(self, slots: Tensor, table: Tensor, row: Tensor, lengths: Tensor) -> Attend:
+        """Attention of tokens that follow stored ones: token i sees the first lengths[i] tokens of table row
+        row[i].
 
-        Each reads the pages for itself, as in decoding: the bits are those of a prompt that came in one
+        Each token reads the pages on its own, as in decoding: the bits are those of a prompt prefilled in one
         piece.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths, rows=row)
 
-        return Through(self, slots, attend)
+        return CachedAttention(self, slots, attend)
 
-    def follow(
+    def extend(
         self, cu_seqlens: Tensor, slots: Tensor, past: Tensor, cu_past: Tensor, longest: int
     ) -> Attend:
-        """The same through the packed attention of prompts: `past` (T_k,) are the slots of every sequence's
-        tokens up to its last new one, ended by cu_past (S+1,), the longest of so many tokens.
+        """Attention of tokens that follow stored ones, through the packed attention of prompts.
+
+        `past` (T_k,) are the slots of every sequence's tokens up to its last new one, cu_past (S+1,) the ends
+        of the sequences among them, `longest` the tokens of the longest.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = (slab[layer].flatten(0, 1).index_select(0, past) for slab in (self.k, self.v))
             return ops.attention(q, keys, values, cu_seqlens, cu_seqlens_k=cu_past, max_seqlen=longest)
 
-        return Through(self, slots, attend)
+        return CachedAttention(self, slots, attend)
 
     def decode(self, slots: Tensor, table: Tensor, lengths: Tensor) -> Attend:
         """Attention of one new token per row over that row's pages."""
@@ -146,11 +141,19 @@ class PagedCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.decode_attention(q, self.k[layer], self.v[layer], table, lengths)
 
-        return Decoding(self, slots, attend, table, lengths)
+        return DecodeAttention(self, slots, attend, table, lengths)
 
 
-class Through:
-    """An attention through the cache: rope writes each token's key and value to its slot, in its own launch,
+def _shape(model: LanguageModel) -> tuple[int, int, int]:
+    """Layers, key/value heads and their width; no layers for a model without a cache."""
+    if not has_cache(model):
+        return 0, 1, 1
+    config = model.config
+    return config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+
+
+class CachedAttention:
+    """An attention over the cache: rope writes each token's key and value to its slot, in its own launch,
     before this is called.
     """
 
@@ -165,8 +168,8 @@ class Through:
         return self.attend(layer, q, k, v)
 
 
-class Decoding(Through):
-    """The same of one new token per row, by names that a layer which runs in one call understands."""
+class DecodeAttention(CachedAttention):
+    """The attention of one new token per row, with the pages that a layer needs to run in one call."""
 
     def __init__(
         self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor

@@ -1,29 +1,28 @@
-"""Keys and values of tokens that are there already: prompts, what follows them in carried-over sequences,
-observations.
+"""Keys and values of known tokens: prompts, what follows them in carried-over sequences, observations.
 
-Spans of several sequences are packed into one forward of up to so many tokens.  A longer span is cut into
-chunks; a chunk that has tokens before it sees their keys through the block table.
+Spans of several sequences are packed into one forward of up to a budget of tokens.  A longer span is cut into
+chunks; a chunk with tokens before it sees their keys through the block table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import is_exact
-from fastrl.sampler.cache import Attend, PagedCache
+from fastrl.model.language import Attend, CachedModel
+from fastrl.sampler.cache import PagedCache
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, end) of a sequence of which `tokens` holds all from 0 on; its pages are row `row` of the
-    block table.
+    """Tokens [start, end) of a sequence; `tokens` holds it from position 0 on, and its pages are row `row` of
+    the block table.
     """
 
     row: int
@@ -32,15 +31,16 @@ class Span:
     end: int
 
 
-def fill(model: Any, cache: PagedCache, table: Tensor, spans: Sequence[Span], budget: int) -> None:
-    """Store the keys and values of the spans' tokens, those before each span being there."""
+def prefill(model: CachedModel, cache: PagedCache, table: Tensor, spans: Sequence[Span], budget: int) -> None:
+    """Store the keys and values of the spans' tokens; those before each span are stored already."""
     for pack in packs(spans, budget):
         tokens = torch.cat([s.tokens[s.start : s.end] for s in pack])
-        row, start, end = torch.tensor([(s.row, s.start, s.end) for s in pack], device=tokens.device).T
-        cu = _ends(end - start)
-        place, position = places(start, end, len(tokens))
-        attend = _attention(cache, table, pack, row, end, cu, row[place], position)
-        model(tokens, cu, positions=position, attend=attend, only_store=True)
+        numbers = [(s.row, s.start, s.end) for s in pack]
+        row, start, end = torch.tensor(numbers, device=tokens.device).T
+        cu_seqlens = _ends(end - start)
+        place, position = token_places(start, end, len(tokens))
+        attend = _attention(cache, table, pack, row, end, cu_seqlens, row[place], position)
+        model(tokens, cu_seqlens, positions=position, attend=attend, only_store=True)
 
 
 def _attention(
@@ -49,27 +49,33 @@ def _attention(
     pack: Sequence[Span],
     row: Tensor,
     end: Tensor,
-    cu: Tensor,
-    of: Tensor,
+    cu_seqlens: Tensor,
+    token_row: Tensor,
     position: Tensor,
 ) -> Attend:
-    """The pack's attention: packed where it begins sequences; where it continues them, packed too, over the
-    keys read back from their pages, or in exact mode from page to page, as in decoding.
+    """The pack's attention.
+
+    Packed where it begins sequences.  Where it continues them, packed too, over the keys read back from their
+    pages; or, in exact mode, from page to page, as in decoding.
     """
-    slots, longest = cache.slots(table, of, position), max(s.end for s in pack)
+    slots = cache.slots(table, token_row, position)
+    longest = max(s.end for s in pack)
     if pack[0].start == 0:
-        return cache.prefill(cu, longest, slots)
+        return cache.prefill(cu_seqlens, longest, slots)
     if is_exact():
-        return cache.append(slots, table, of, (position + 1).to(torch.int32))
-    place, all_positions = places(torch.zeros_like(end), end, sum(s.end for s in pack))
-    return cache.follow(cu, slots, cache.slots(table, row[place], all_positions), _ends(end), longest)
+        return cache.extend_exactly(slots, table, token_row, (position + 1).to(torch.int32))
+
+    place, past_position = token_places(torch.zeros_like(end), end, sum(s.end for s in pack))
+    past = cache.slots(table, row[place], past_position)
+    return cache.extend(cu_seqlens, slots, past, _ends(end), longest)
 
 
-def places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Of spans [start, end): which one each of their `total` tokens belongs to, and its position, both
+def token_places(start: Tensor, end: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """For each of the `total` tokens of spans [start, end): the span it belongs to and its position, both
     (total,).
     """
-    place = torch.repeat_interleave(torch.arange(len(end), device=end.device), end - start, output_size=total)
+    spans = torch.arange(len(end), device=end.device)
+    place = torch.repeat_interleave(spans, end - start, output_size=total)
     first = start - _ends(end - start)[:-1]
     return place, torch.arange(total, device=end.device) + first[place]
 
@@ -79,21 +85,25 @@ def _ends(size: Tensor) -> Tensor:
 
 
 def packs(spans: Sequence[Span], budget: int) -> Iterator[list[Span]]:
-    """The spans as chunks of at most `budget` tokens, packed up to it: first what begins a sequence, then
-    what continues one.
+    """The spans as chunks of at most `budget` tokens, packed up to it: first those that begin a sequence,
+    then those that continue one.
     """
-    chunks = [
-        Span(s.row, s.tokens, a, min(a + budget, s.end)) for s in spans for a in range(s.start, s.end, budget)
-    ]
+    chunks = []
+    for s in spans:
+        for start in range(s.start, s.end, budget):
+            chunks.append(Span(s.row, s.tokens, start, min(start + budget, s.end)))
+
     for continues in (False, True):
         pack: list[Span] = []
-        held = 0
-        for chunk in (c for c in chunks if (c.start > 0) == continues):
+        packed = 0
+        for chunk in chunks:
+            if (chunk.start > 0) != continues:
+                continue
             size = chunk.end - chunk.start
-            if held + size > budget:
+            if packed + size > budget:
                 yield pack
-                pack, held = [], 0
+                pack, packed = [], 0
             pack.append(chunk)
-            held += size
+            packed += size
         if pack:
             yield pack

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from fastrl.data.encode import encode_prompt
+from fastrl.data.rows import Messages
 from fastrl.errors import UserError
 from fastrl.files import shorten
+from fastrl.model.language import Tokenizer
 
-Prompt = str | list[dict[str, Any]] | list[int]
+Prompt = str | Messages | list[int]
 
 
-def tokenize(prompts: Sequence[Prompt], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
     """Token lists of str, message-list or token-list prompts.  Raises UserError naming the prompt that is
     wrong.
     """
@@ -21,53 +23,56 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Any, vocab_size: int) -> list
             f"prompts: expected a list of prompts, got the text {shorten(prompts, 60)} alone; "
             "put it into a list"
         )
-    return [_one(i, p, tokenizer, vocab_size) for i, p in enumerate(prompts)]
+    return [_tokenize_one(f"prompts[{i}]", p, tokenizer, vocab_size) for i, p in enumerate(prompts)]
 
 
-def _one(i: int, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
+def _tokenize_one(where: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
         tokens = cast("list[int]", list(prompt))
     elif tokenizer is None:
         raise UserError(
-            f"prompts[{i}]: expected a list of token ids, because the sampler has no tokenizer; "
+            f"{where}: expected a list of token ids, because the sampler has no tokenizer; "
             f"got {type(prompt).__name__}"
         )
     else:
-        tokens = encode_prompt(cast("str | list[dict[str, Any]]", prompt), tokenizer, where=f"prompts[{i}]")
+        tokens = encode_prompt(cast("str | Messages", prompt), tokenizer, where=where)
+
     if not tokens:
-        raise UserError(f"prompts[{i}]: expected at least one token, got none")
-    if bad := [t for t in tokens if not 0 <= t < vocab_size]:
-        raise UserError(f"prompts[{i}]: expected token ids in [0, {vocab_size}), got {bad[0]}")
+        raise UserError(f"{where}: expected at least one token, got none")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{where}: expected token ids in [0, {vocab_size}), got {token}")
     return tokens
 
 
-def check_room(length: int, where: str, limit: int, whose: str = "the model's context") -> None:
+def check_room(length: int, where: str, limit: int, limit_name: str = "the model's context") -> None:
     """Raises UserError naming `where` when a prompt of `length` tokens fills all of `limit`."""
     if length >= limit:
         raise UserError(
-            f"{where}: a prompt of {length} tokens leaves no room for a completion in {whose} of {limit}"
+            f"{where}: a prompt of {length} tokens leaves no room for a completion in {limit_name} of {limit}"
         )
 
 
-def stop_tokens(stop: Sequence[str | int], tokenizer: Any, config_eos: Sequence[int]) -> list[int]:
-    """Token ids that end a completion: the end-of-sequence token(s) and `stop`, whose strings must be one
-    token each.
+def stop_tokens(stop: Sequence[str | int], tokenizer: Tokenizer | None, eos: Sequence[int]) -> list[int]:
+    """Token ids that end a completion: the model's `eos`, the tokenizer's, and `stop`; a string in it must be
+    one token.
     """
     if isinstance(stop, str):
         raise UserError(f"stop: expected a list of stops, got the text {stop!r} alone; put it into a list")
-    ids = set(config_eos)
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    for s in stop:
-        if isinstance(s, int):
-            ids.add(s)
-            continue
-        if tokenizer is None:
-            raise UserError(f"stop: expected token ids, because the sampler has no tokenizer; got {s!r}")
-        tokens = tokenizer.encode(s, add_special_tokens=False)
-        if len(tokens) != 1:
-            raise UserError(
-                f"stop: expected strings of one token; {s!r} is {len(tokens)} tokens of this tokenizer"
-            )
-        ids.add(tokens[0])
+    ids = set(eos)
+    of_tokenizer = getattr(tokenizer, "eos_token_id", None)
+    if of_tokenizer is not None:
+        ids.add(int(of_tokenizer))
+    ids.update(s if isinstance(s, int) else _stop_token(s, tokenizer) for s in stop)
     return sorted(ids)
+
+
+def _stop_token(text: str, tokenizer: Tokenizer | None) -> int:
+    if tokenizer is None:
+        raise UserError(f"stop: expected token ids, because the sampler has no tokenizer; got {text!r}")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise UserError(
+            f"stop: expected strings of one token; {text!r} is {len(tokens)} tokens of this tokenizer"
+        )
+    return tokens[0]

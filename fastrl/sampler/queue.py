@@ -1,10 +1,10 @@
-"""Who waits, and who may come in: sequences in the order they were added, the samples of a prompt next to
-each other.
+"""Admission queue: which waiting sequences may start, in the order they were added, the samples of a prompt
+next to each other.
 
 A prompt is prefilled once, into pages of its own.  Each sample but the last shares the prompt's full pages
-and copies what lies in the one after them; the last sample takes that page over.  A sequence comes in only
-when the pages it may ever need are free, so that nothing is ever thrown out.  All this is counted on the
-host, once per sequence; tokens and pages stay on the device.
+and copies the page after them, which is partly filled; the last sample inherits that page.  A sequence starts
+only when the pages it may ever need are free, so that none is ever evicted.  All this is counted on the host,
+once per sequence; tokens and pages stay on the device.
 """
 
 from __future__ import annotations
@@ -18,99 +18,110 @@ from fastrl.sampler.state import pages_of
 
 
 @dataclass(slots=True)
-class Group:
+class RequestGroup:
     """Samples of one prompt.
 
     prompt   (P,) int64
-    waiting  samples that have not come in yet
-    table    (N,) int32, pages of the prompt while some have and some have not; None while nobody has
+    waiting  samples that have not started yet
+    table    (N,) int32, pages of the prompt between its first sample's start and its last's; None before and
+             after
     """
 
     prompt: Tensor
     waiting: int = 0
     table: Tensor | None = None
 
-    def full(self, page: int) -> int:
-        """Pages that every sample shares: what is filled before the prompt's last token."""
+    def full_pages(self, page: int) -> int:
+        """Pages that every sample shares: those filled before the prompt's last token."""
         return (len(self.prompt) - 1) // page
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A sequence: its number in the records, its prompt, tokens it has so far and drawn ones among them, how
-    long it may become.
+class Request:
+    """A sequence to decode.
+
+    seq         its row in the records
+    group       its prompt, and the other samples of that
+    length      tokens it has so far, prompt included
+    drawn       tokens among them that were drawn
+    budget      tokens that may be drawn
+    max_length  tokens it may have
     """
 
     seq: int
-    group: Group
+    group: RequestGroup
     length: int
     drawn: int
     budget: int
-    until: int
+    max_length: int
 
 
 @dataclass(slots=True)
-class Entry:
-    """A sequence that comes in: `takes` means it is given the group's own pages."""
+class Admission:
+    """A request that starts now; with `inherits_pages` it takes the group's own pages over."""
 
-    who: Waiting
-    takes: bool
+    request: Request
+    inherits_pages: bool
 
 
 @dataclass(slots=True)
 class Queue:
-    """Waiting sequences; `page` tokens a page."""
+    """Waiting requests; `page` tokens a page."""
 
     page: int
-    waiting: deque[Waiting] = field(default_factory=deque)
+    waiting: deque[Request] = field(default_factory=deque)
 
     def __len__(self) -> int:
         return len(self.waiting)
 
-    def add(self, who: Waiting) -> None:
-        """Put a sequence at the end."""
-        self.waiting.append(who)
-        who.group.waiting += 1
+    def add(self, request: Request) -> None:
+        """Put a request at the end."""
+        self.waiting.append(request)
+        request.group.waiting += 1
 
-    def remove(self, seqs: set[int]) -> list[Waiting]:
-        """Take these sequences out; what was waiting of them.  Their groups keep their pages."""
-        gone = [w for w in self.waiting if w.seq in seqs]
-        self.waiting = deque(w for w in self.waiting if w.seq not in seqs)
-        for w in gone:
-            w.group.waiting -= 1
-        return gone
+    def remove(self, seqs: set[int]) -> list[Request]:
+        """Take these sequences' requests out and return them.  Their groups keep their pages."""
+        removed = [request for request in self.waiting if request.seq in seqs]
+        self.waiting = deque(request for request in self.waiting if request.seq not in seqs)
+        for request in removed:
+            request.group.waiting -= 1
+        return removed
 
-    def admit(self, rows: int, room: int, idle: bool) -> list[Entry]:
-        """Those that come in now: at most `rows`, with `room` pages for all they may need; `idle` says that
-        nothing else runs.
+    def admit(self, rows: int, pages: int, idle: bool) -> list[Admission]:
+        """The requests that start now: at most `rows`, with free `pages` for everything they may need; `idle`
+        says that nothing else runs.
 
-        With nothing running and no room beside the prompt's own pages, a sample takes these, and the next
-        prefills them again.
+        With nothing running and no room beside the prompt's own pages, a sample inherits these, and the next
+        one prefills them again.
         """
-        entries: list[Entry] = []
-        while self.waiting and len(entries) < rows:
-            who = self.waiting[0]
-            cost = self.cost(
-                who, opening=who.group.table is None and not (entries and entries[-1].who.group is who.group)
-            )
-            takes = who.group.waiting == 1
-            if cost > room:
-                if not idle or entries:
+        admissions: list[Admission] = []
+        while self.waiting and len(admissions) < rows:
+            request = self.waiting[0]
+            group = request.group
+            follows_sibling = bool(admissions) and admissions[-1].request.group is group
+            cost = self.cost(request, opens=group.table is None and not follows_sibling)
+            inherits = group.waiting == 1
+            if cost > pages:
+                if not idle or admissions:
                     break
-                takes = True
-            self.waiting.popleft()
-            who.group.waiting -= 1
-            room -= cost
-            entries.append(Entry(who, takes))
-            if takes and who.group.waiting:
-                break
-        return entries
+                inherits = True
 
-    def cost(self, who: Waiting, opening: bool) -> int:
-        """Pages that this sequence may need beyond those its group holds; opening the group takes its
-        prompt's pages as well.
+            self.waiting.popleft()
+            group.waiting -= 1
+            pages -= cost
+            admissions.append(Admission(request, inherits))
+            if inherits and group.waiting:
+                break
+        return admissions
+
+    def cost(self, request: Request, opens: bool) -> int:
+        """Pages that this request may need beyond those its group holds; one that opens the group also needs
+        the prompt's pages.
         """
-        full = who.group.full(self.page)
-        own = pages_of(who.until, self.page) - full
-        last = who.group.waiting == 1
-        return own + (full + 1 if opening else 0) - (1 if last else 0)
+        full = request.group.full_pages(self.page)
+        cost = pages_of(request.max_length, self.page) - full
+        if opens:
+            cost += full + 1
+        if request.group.waiting == 1:  # the last sample inherits the page after the full ones
+            cost -= 1
+        return cost

@@ -1,13 +1,10 @@
-"""One decode step of the first b rows, all on the device; and its captured CUDA graphs, one per bucket of
-rows.
-"""
+"""One decode step of the first b rows, all on the device; and its CUDA graphs, one per bucket of rows."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +14,8 @@ from fastrl.kernels._backend import asked
 from fastrl.kernels._head import project
 from fastrl.kernels._launch import on_device
 from fastrl.kernels.advance import Rows, advance
+from fastrl.kernels.sample import Sample
+from fastrl.model.language import LanguageModel
 from fastrl.sampler.state import State
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -24,71 +23,83 @@ Filters = tuple[int, float, float]  # top_k, top_p, min_p
 
 
 def bucket(b: int, device: torch.device) -> int:
-    """Rows a step is run with so that b are among them: a size there is a graph for; on CPU b itself."""
+    """Rows a step runs with to decode b: the next size with a graph; on CPU b itself."""
     if device.type == "cpu":
         return b
     place = bisect_left(BUCKETS, b)
     return BUCKETS[place] if place < len(BUCKETS) else -(-b // BUCKETS[-1]) * BUCKETS[-1]
 
 
-class Step:
-    """token -> layers -> head -> draw -> records, for rows of `state`.  Nothing in it depends on a value that
-    the host reads.
-    """
+class DecodeStep:
+    """token -> layers -> head -> draw -> records, for rows of `state`.  The host reads no value of it."""
 
-    def __init__(self, model: Any, state: State) -> None:
+    def __init__(self, model: LanguageModel, state: State) -> None:
         self.model, self.state = model, state
-        self.seconds = {"decode": 0.0, "sample": 0.0}  # only of steps that the host waits for
+        self.seconds = {"decode": 0.0, "sample": 0.0}  # right only where the host waits for each op
 
     def __call__(self, b: int, filters: Filters) -> None:
         """Draw one token for each of the first b rows that is alive."""
         state, began = self.state, time.perf_counter()
-        rows = Rows(*(x[:b] for x in state.rows))
-        hidden = self._cached(rows) if self.model.supports_cache else self._whole(rows)
-        logits = project(
-            hidden,
-            self.model.head_weight,
-            self.model.head_bias,
-            torch.promote_types(hidden.dtype, torch.float32),
-        )
+        rows = Rows(*(column[:b] for column in state.rows))
+        logits = self._logits(rows)
         drawn_at = time.perf_counter()
-        draw = ops.sample(
+        advance(
+            self._draw(logits, rows, filters),
+            rows,
+            state.records,
+            state.cache.pages,
+            stops=state.stops,
+            version=state.version,
+            total=state.total,
+            page=state.cache.page,
+        )
+        self.seconds["decode"] += drawn_at - began
+        self.seconds["sample"] += time.perf_counter() - drawn_at
+
+    def _logits(self, rows: Rows) -> Tensor:
+        """(b, V) after each row's newest token, fp32 or wider."""
+        model = self.model
+        hidden = self._cached(rows) if model.supports_cache else self._whole(rows)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return project(hidden, model.head_weight, model.head_bias, wide)
+
+    def _draw(self, logits: Tensor, rows: Rows, filters: Filters) -> Sample:
+        state, b = self.state, logits.shape[0]
+        top_k, top_p, min_p = filters
+        return ops.sample(
             logits,
             seed=state.seed.expand(b),
             sequence=state.key[rows.seq],
             position=rows.drawn,
             temperature=state.temperature.expand(b),
-            top_k=filters[0],
-            top_p=filters[1],
-            min_p=filters[2],
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
-        numbers = {"stops": state.stops, "version": state.version, "total": state.total}
-        advance(draw, rows, state.records, state.cache.pages, page=state.cache.page, **numbers)
-        self.seconds["decode"] += drawn_at - began
-        self.seconds["sample"] += time.perf_counter() - drawn_at
 
     def _cached(self, rows: Rows) -> Tensor:
-        """Hidden states (b, D) after each row's newest token, whose key and value go to the cache."""
+        """Hidden states (b, D) of each row's newest token; its key and value go to the cache."""
         cache, position = self.state.cache, rows.length - 1
         slots = cache.slots(rows.table, self.state.index[: position.shape[0]], position)
         attend = cache.decode(slots, rows.table, rows.length.to(torch.int32))
         return self.model(rows.last, None, positions=position, attend=attend)
 
     def _whole(self, rows: Rows) -> Tensor:
-        """The same for a model without a cache: every sequence is forwarded whole."""
+        """The same for a model without a cache, which forwards every sequence whole."""
         inside = torch.arange(self.state.C, device=rows.length.device) < rows.length[:, None]
-        cu = torch.cat([rows.length.new_zeros(1), rows.length.cumsum(0)])
-        return self.model(self.state.records.tokens[rows.seq][inside], cu.to(torch.int32))[cu[1:] - 1]
+        tokens = self.state.records.tokens[rows.seq][inside]
+        ends = torch.cat([rows.length.new_zeros(1), rows.length.cumsum(0)])
+        return self.model(tokens, ends.to(torch.int32))[ends[1:] - 1]
 
 
 class Graphs:
-    """The step as CUDA graphs that share one memory pool; captured when first needed, the whole step in each.
+    """The step as CUDA graphs that share one memory pool, each the whole step, captured when first needed.
 
     A graph holds the kernels that were chosen when it was captured: exact mode, or another backend, has
     graphs of its own.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: DecodeStep) -> None:
         self.step, self.pool = step, torch.cuda.graph_pool_handle()
         self.captured: dict[tuple[int, Filters, tuple[object, ...]], torch.cuda.CUDAGraph] = {}
 
@@ -100,11 +111,11 @@ class Graphs:
         self.captured[key].replay()
 
     def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
-        """Warm up and capture with every row asleep: nothing is drawn, and what is written is written again,
-        or to page 0.
+        """Warm up and capture with no row alive: nothing is drawn, and all writes repeat what is there, or go
+        to page 0.
         """
         alive = self.step.state.rows.alive
-        awake = alive.clone()
+        before = alive.clone()
         alive.fill_(False)
         with on_device(alive):  # streams are of the current device, which need not be the model's
             side = torch.cuda.Stream()
@@ -116,10 +127,12 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step(b, filters)
-        alive.copy_(awake)
+        alive.copy_(before)
         return graph
 
 
-def runner(step: Step, device: torch.device) -> Callable[[int, Filters], None]:
-    """What runs the step on this device: graphs on CUDA, for a model with a cache; plain calls elsewhere."""
+def runner(step: DecodeStep, device: torch.device) -> Callable[[int, Filters], None]:
+    """How the step runs on this device: as graphs on CUDA, for a model with a cache; as plain calls
+    elsewhere.
+    """
     return Graphs(step) if device.type == "cuda" and step.model.supports_cache else step

@@ -1,4 +1,4 @@
-"""Conversations with an environment: what it is shown when the policy ends its turn, and what it says."""
+"""Episodes of several turns: what an environment is shown when the policy ends its turn, and its answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 from fastrl.errors import UserError
 from fastrl.kernels.advance import LENGTH, RUNNING, STOP
+from fastrl.model.language import has_cache
+from fastrl.sampler.admit import allocate
 from fastrl.sampler.engine import Engine
-from fastrl.sampler.enter import give
-from fastrl.sampler.prefill import Span, fill
+from fastrl.sampler.prefill import Span, prefill
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A sequence whose policy has just ended its turn.
+    """A sequence in which the policy has just ended its turn.
 
     index    the sequence's place in the call
     tokens   its tokens after the prompt, earlier turns and observations included
@@ -29,14 +30,24 @@ class Turn:
 
 
 Environment = Callable[[Sequence[Turn]], Sequence[Sequence[int] | None]]
-"""Observation tokens for each turn, after which the policy goes on; None or nothing where the sequence is
-done.
+"""Observation tokens for each turn, after which the policy goes on; None or nothing where the episode is
+over.
 """
 
 
-class Conversation:
-    """Called at every boundary of windows: asks the environment about turns that have ended, and lets
-    sequences go on.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An observation to append to a row: `length` tokens of sequence `seq` are there already."""
+
+    row: int
+    seq: int
+    length: int
+    observation: list[int]
+
+
+class TurnHandler:
+    """Called before every window: asks the environment about turns that have ended, and lets sequences go
+    on.
     """
 
     def __init__(self, engine: Engine, environment: Environment, prompt_lengths: Sequence[int]) -> None:
@@ -44,67 +55,72 @@ class Conversation:
         self.done: set[int] = set()
 
     def __call__(self) -> None:
-        """Waits for the device: what the policy said has to be read."""
-        engine = self.engine
-        state, n = engine.state, engine.n
-        seq = state.rows.seq[:n]
-        stopped = (~state.rows.alive[:n]) & (state.records.finish[seq] == STOP)
-        ended = [
-            (i, s)
-            for i, s, e in zip(range(n), seq.tolist(), stopped.tolist(), strict=True)
-            if e and s not in self.done
-        ]
+        """Answer the turns that have ended.  Waits for the device, whose tokens it reads."""
+        ended = self._ended()
         if not ended:
             return
-        turns = [self._turn(s) for _, s in ended]
-        said = self.environment(turns)
-        if len(said) != len(turns):
+
+        turns = [self._turn(seq) for _, seq in ended]
+        observations = self.environment(turns)
+        if len(observations) != len(turns):
             raise UserError(
                 f"environment: expected one observation (or None) for each of {len(turns)} turns, "
-                f"got {len(said)}"
+                f"got {len(observations)}"
             )
-        on = []
-        for (row, s), turn, observation in zip(ended, turns, said, strict=True):
-            length = self.prompt_lengths[s] + len(turn.tokens)
-            if observation and self._room(row, length + len(observation)):
-                on.append((row, s, length, list(observation)))
-            else:
-                self.done.add(s)
-                if observation:  # the conversation is cut, not over
-                    state.records.finish[s] = LENGTH
-        if on:
-            self._go_on(on)
 
-    def _turn(self, s: int) -> Turn:
-        records, first = self.engine.state.records, self.prompt_lengths[s]
-        last = int(records.length[s])
-        return Turn(s, records.tokens[s, first:last].tolist(), records.chosen[s, first:last].tolist())
+        replies = []
+        for (row, seq), turn, observation in zip(ended, turns, observations, strict=True):
+            length = self.prompt_lengths[seq] + len(turn.tokens)
+            if observation and self._has_room(row, length + len(observation)):
+                replies.append(Reply(row, seq, length, list(observation)))
+                continue
+            self.done.add(seq)
+            if observation:  # the episode is cut, not over
+                self.engine.state.records.finish[seq] = LENGTH
+        if replies:
+            self._append(replies)
 
-    def _room(self, row: int, length: int) -> bool:
-        """Whether a row may become so long, and then draw at least one token."""
+    def _ended(self) -> list[tuple[int, int]]:
+        """(row, sequence) of every turn that has ended and was not answered yet."""
+        state, n = self.engine.state, self.engine.n
+        seq = state.rows.seq[:n]
+        stopped = (~state.rows.alive[:n]) & (state.records.finish[seq] == STOP)
+        pairs = enumerate(zip(seq.tolist(), stopped.tolist(), strict=True))
+        return [(row, s) for row, (s, ended) in pairs if ended and s not in self.done]
+
+    def _turn(self, seq: int) -> Turn:
+        records, first = self.engine.state.records, self.prompt_lengths[seq]
+        end = int(records.length[seq])
+        tokens, chosen = records.tokens[seq, first:end], records.chosen[seq, first:end]
+        return Turn(seq, tokens.tolist(), chosen.tolist())
+
+    def _has_room(self, row: int, length: int) -> bool:
+        """Whether a row may become this long, and then draw at least one token."""
         rows = self.engine.state.rows
         return length < int(rows.until[row]) and int(rows.drawn[row]) < int(rows.budget[row])
 
-    def _go_on(self, on: Sequence[tuple[int, int, int, list[int]]]) -> None:
+    def _append(self, replies: Sequence[Reply]) -> None:
         """Append the observations: tokens, pages, keys and values, and the rows' state."""
         engine, page = self.engine, self.engine.page
-        rows, records = engine.state.rows, engine.state.records
-        spans: list[Span] = []
-        for row, s, length, observation in on:
-            new = torch.tensor(observation, device=rows.length.device)
-            end = length + len(observation)
-            records.tokens[s, length:end] = new
-            rows.length[row], rows.last[row], records.length[s], records.finish[s] = (
-                end,
-                new[-1],
-                end,
-                RUNNING,
-            )
-            spans.append(Span(row, records.tokens[s], length - 1, end - 1))
-        # a row that ends is given no page for its newest token
-        held = [(length - 2) // page + 1 for _, _, length, _ in on]
-        more = [s.end // page + 1 - h for s, h in zip(spans, held, strict=True)]
-        give(engine.cache, rows.table, [row for row, *_ in on], held, more)
-        if engine.model.supports_cache:
-            fill(engine.model, engine.cache, rows.table, spans, engine.prefill_tokens)
-        rows.alive[torch.tensor([row for row, *_ in on], device=rows.alive.device)] = True
+        rows = engine.state.rows
+        spans = [self._write(reply) for reply in replies]
+
+        # a row that ends was given no page for its newest token
+        held = [(reply.length - 2) // page + 1 for reply in replies]
+        more = [span.end // page + 1 - pages for span, pages in zip(spans, held, strict=True)]
+        allocate(engine.cache, rows.table, [reply.row for reply in replies], held, more)
+
+        if has_cache(engine.model):
+            prefill(engine.model, engine.cache, rows.table, spans, engine.prefill_tokens)
+        rows.alive[torch.tensor([reply.row for reply in replies], device=rows.alive.device)] = True
+
+    def _write(self, reply: Reply) -> Span:
+        """Write an observation into the records and its row; the tokens that the cache then lacks."""
+        rows, records = self.engine.state.rows, self.engine.state.records
+        row, seq = reply.row, reply.seq
+        new = torch.tensor(reply.observation, device=rows.length.device)
+        end = reply.length + len(reply.observation)
+        records.tokens[seq, reply.length : end] = new
+        records.length[seq], records.finish[seq] = end, RUNNING
+        rows.length[row], rows.last[row] = end, new[-1]
+        return Span(row, records.tokens[seq], reply.length - 1, end - 1)

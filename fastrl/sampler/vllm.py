@@ -1,12 +1,11 @@
-"""vLLM as the rollout engine, behind the interface of `fastrl.sampler.Sampler`, for those who have it:
---sampler vllm.
+"""vLLM as the rollout engine, behind the interface of `fastrl.sampler.Sampler`: --sampler vllm.
 
 Untested on a GPU: vLLM has not been run with it.  Names, arguments and answers are those of the sources of
-vLLM 0.33.0, and the tests play them from a transcript.
+vLLM 0.33.0; the tests play them from a transcript.
 
-vLLM works in a process of its own, on a second copy of the weights: what was trained since the last call is
+vLLM works in a process of its own, on a second copy of the weights: weights trained since the last call are
 pushed before the next, by vLLM's own weight transfer over CUDA IPC.  It differs from the engine in this
-process in what it can give:
+process in what it returns:
 
     logp, behaviour_logp   its log-prob of each token "after all processors": at the sampling temperature over
                            the full vocabulary while no filter is on, so filters are refused; both fields hold
@@ -19,14 +18,11 @@ process in what it can give:
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,39 +31,37 @@ from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
+from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.weights import write_config
 from fastrl.sampler.params import SamplingParams
 from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
+from fastrl.sampler.vllm_engine import (
+    LLM,
+    Client,
+    RequestOutput,
+    WeightTransfer,
+    import_vllm,
+    weight_source,
+)
 
-CHECKED = "0.33.0"  # the version whose sources this was written against
-_TRANSFER = "vllm.distributed.weight_transfer"
-NAMES = {  # what is used of vLLM, and where it is
-    "LLM": "vllm",
-    "SamplingParams": "vllm",
-    "WeightTransferConfig": "vllm.config",
-    "ParamMeta": _TRANSFER,
-    "WeightSource": _TRANSFER,
-    "WeightTransferTrainerFactory": _TRANSFER,
-    "IPCTrainerInitInfo": f"{_TRANSFER}.ipc_engine",
-}
-ENVIRONMENT = {  # CUDA IPC needs two processes, and its handles are pickled between them
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-}
-# device of the trained model -> vLLM's backend for weights that come from the same device
-BACKENDS = {"cuda": "ipc"}
-# vLLM's finish reasons -> ours; what is not here is no completion
-FINISHED = {
-    "stop": "stop",
-    "length": "length",
-}
+BACKENDS = {"cuda": "ipc"}  # device of the trained model -> how vLLM takes weights from the same device
+FINISHED = {"stop": "stop", "length": "length"}  # vLLM's finish reasons -> ours; others are no completion
 COLDEST = 0.01  # vLLM raises a lower temperature to this
 SPARE = 256  # tokens of cache beyond the budget, for the pages that vLLM itself keeps
+T = TypeVar("T")
+
+
+class Completion(NamedTuple):
+    """One sampled completion."""
+
+    tokens: list[int]
+    logp: list[float]
+    reason: str
 
 
 class VllmSampler:
-    """Generates with vLLM and `model`'s weights, which are pushed to it when `weight_version` is another than
-    at the last push.
+    """Generates with vLLM and `model`'s weights, which are pushed to it whenever `weight_version` differs
+    from that of the last push.
 
     max_tokens_in_flight   vLLM's key/value cache, tokens, all of it allocated by the first `generate`
 
@@ -76,16 +70,18 @@ class VllmSampler:
              visible GPU.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, max_tokens_in_flight: int = 262144) -> None:
-        self.model, self.tokenizer, self.max_tokens_in_flight = model, tokenizer, max_tokens_in_flight
-        self._vllm: Any = _import()
-        _check_model(model)
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer | None = None, *, max_tokens_in_flight: int = 262144
+    ) -> None:
+        self._vllm = import_vllm()
+        self.model, self.tokenizer = _supported(model), tokenizer
+        self.max_tokens_in_flight = max_tokens_in_flight
         self._pushed: int | None = None  # the weight version that vLLM has
 
     @classmethod
-    def configured(cls, model: Any, tokenizer: Any, sampling: Sampling) -> VllmSampler:
-        """A sampler with the budget of --sampling.max-tokens-in-flight; the other options of the own cache
-        are refused.
+    def configured(cls, model: LanguageModel, tokenizer: Tokenizer | None, sampling: Sampling) -> VllmSampler:
+        """A sampler with the budget of --sampling.max-tokens-in-flight; options of fastrl's own cache are
+        refused.
         """
         for name, given, default in (
             ("cache-bytes", sampling.cache_bytes, 0),
@@ -108,40 +104,53 @@ class VllmSampler:
         sequence_offset: int = 0,
         weight_version: int = 0,
         on_tokens: Callable[[int], None] | None = None,
-        **engine_only: Any,
+        **engine_only: object,
     ) -> Rollouts:
         """`params.n` completions of every prompt; sequence i answers prompt i // n.
 
-        Arguments as `Sampler.generate`'s; `on_tokens` is told once, at the end.  Other keywords are of
-        fastrl's own engine, and refused.  Raises UserError for a prompt that is empty, foreign to the
+        Arguments as `Sampler.generate`'s; `on_tokens` is called once, at the end.  Other keywords belong to
+        fastrl's own engine, and are refused.  Raises UserError for a prompt that is empty, foreign to the
         vocabulary or too long, and for filters.
         """
-        _check_asked(params, engine_only)
+        _check_options(params, engine_only)
         config = self.model.config
-        encoded = tokenize(prompts, self.tokenizer, config.vocab_size)
-        limit = config.max_position_embeddings
-        for i, p in enumerate(encoded):
-            check_room(len(p), f"prompts[{i}]", limit)
-            need, budget = min(len(p) + params.max_new_tokens, limit), self.max_tokens_in_flight
+        prompt_tokens = tokenize(prompts, self.tokenizer, config.vocab_size)
+        self._check_lengths(prompt_tokens, params.max_new_tokens)
+        stops = stop_tokens(params.stop, self.tokenizer, config.eos_token_id)
+
+        rows = [tokens for tokens in prompt_tokens for _ in range(params.n)]
+        requests = []
+        for i, row in enumerate(rows):
+            room = config.max_position_embeddings - len(row)
+            requests.append(self._params(params, stops, sequence_offset + i, room))
+        completions = self._ask(rows, requests, weight_version) if rows else []
+        if on_tokens is not None:
+            on_tokens(sum(len(c.tokens) for c in completions))
+
+        index = [i for i in range(len(prompt_tokens)) for _ in range(params.n)]
+        text = self._text([c.tokens for c in completions])
+        numbers = range(sequence_offset, sequence_offset + len(rows))
+        return _rollouts(rows, index, completions, numbers, weight_version, text, self.model.device)
+
+    def _check_lengths(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Every prompt leaves room in the context, and fits the cache with its completion."""
+        limit, budget = self.model.config.max_position_embeddings, self.max_tokens_in_flight
+        for i, tokens in enumerate(prompts):
+            check_room(len(tokens), f"prompts[{i}]", limit)
+            need = min(len(tokens) + max_new_tokens, limit)
             if need > budget:
                 raise UserError(
                     f"max_tokens_in_flight: prompts[{i}] may need {need} tokens of cache, "
                     f"above the budget of {budget}"
                 )
-        stops = stop_tokens(params.stop, self.tokenizer, config.eos_token_id)
-        rows = [p for p in encoded for _ in range(params.n)]
-        asked = [
-            self._params(params, stops, sequence_offset + i, limit - len(row)) for i, row in enumerate(rows)
-        ]
-        done = self._ask(rows, asked, weight_version) if rows else []
-        if on_tokens is not None:
-            on_tokens(sum(len(tokens) for tokens, _, _ in done))
-        index = [i for i in range(len(encoded)) for _ in range(params.n)]
-        return _rollouts(
-            rows, index, done, weight_version, sequence_offset, self.tokenizer, self.model.device
-        )
 
-    def _params(self, params: SamplingParams, stops: list[int], sequence: int, room: int) -> Any:
+    def _text(self, tokens: list[list[int]]) -> list[str] | None:
+        """The completions as text; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
+
+    def _params(self, params: SamplingParams, stops: list[int], sequence: int, room: int) -> object:
         """vLLM's parameters for one sequence."""
         return self._vllm.SamplingParams(
             n=1,
@@ -154,17 +163,16 @@ class VllmSampler:
             detokenize=False,
         )
 
-    def _ask(
-        self, rows: list[list[int]], asked: list[Any], version: int
-    ) -> list[tuple[list[int], list[float], str]]:
+    def _ask(self, rows: list[list[int]], requests: list[object], version: int) -> list[Completion]:
         if version != self._pushed:
             self._push()
             self._pushed = version
-        outputs = self._llm.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        outputs = self._llm.generate(prompts, requests, use_tqdm=False)
         return [_completion(output) for output in outputs]
 
     def _push(self) -> None:
-        """The weights as they are now, and none of the keys and values that older ones left."""
+        """Send the present weights, and drop the keys and values that older ones left."""
         self._trainer.send_weights()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
@@ -173,149 +181,119 @@ class VllmSampler:
             )
 
     @cached_property
-    def _llm(self) -> Any:
-        """vLLM's engine for the model's shape, its weights not yet the model's."""
+    def _llm(self) -> LLM:
+        """vLLM's engine for the model's shape, with weights that are not yet the model's."""
         c, dtype = self.model.config, self.model.dtype
         per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+        options = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            # the samples of a prompt are requests of their own, for their seeds
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            # without effect beside kv_cache_memory_bytes, but vLLM checks that so much is free
+            "gpu_memory_utilization": 0.01,
+        }
+        transfer = self._vllm.WeightTransferConfig(backend=BACKENDS[self.model.device.type])
         with tempfile.TemporaryDirectory(prefix="fastrl-vllm-") as folder:
             write_config(Path(folder), c.to_dict(), c.eos_token_id, dtype)
-            return self._vllm.LLM(
+            llm: LLM = self._vllm.LLM(
                 model=folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                generation_config="vllm",
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=min(c.max_position_embeddings, self.max_tokens_in_flight),
                 kv_cache_memory_bytes=per_token * (self.max_tokens_in_flight + SPARE),
-                # of no effect beside the line above, but vLLM checks that so much is free
-                gpu_memory_utilization=0.01,
-                # the samples of a prompt are requests of their own, for their seeds
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",
-                weight_transfer_config=self._vllm.WeightTransferConfig(
-                    backend=BACKENDS[self.model.device.type]
-                ),
+                weight_transfer_config=transfer,
+                **options,
             )
+        return llm
 
     @cached_property
-    def _trainer(self) -> Any:
+    def _trainer(self) -> WeightTransfer:
         """vLLM's own trainer side of the transfer."""
-        v = self._vllm
-        return v.WeightTransferTrainerFactory.trainer_init(
-            v.IPCTrainerInitInfo(rank=0, packed=True), client=Client(self._llm), source=source(v, self.model)
+        vllm = self._vllm
+        transfer: WeightTransfer = vllm.WeightTransferTrainerFactory.trainer_init(
+            vllm.IPCTrainerInitInfo(rank=0, packed=True),
+            client=Client(self._llm),
+            source=weight_source(vllm, self.model),
         )
-
-
-class Client:
-    """The four steps of vLLM's weight update, as its trainer side calls them, on an engine started from this
-    process.
-    """
-
-    def __init__(self, llm: Any) -> None:
-        self.llm = llm
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Once: agree on how the weights will come."""
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        """Make ready for the weights of a new version."""
-        self.llm.start_weight_update()
-
-    def update_weights(self, update_info: Any) -> None:
-        """Some of them; called until there are no more."""
-        self.llm.update_weights({"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All have come."""
-        self.llm.finish_weight_update(weight_version)
-
-
-def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The weights under Hugging Face's names, those of fused parameters as views of their rows; a tied head
-    is left out.
-    """
-    parameters = dict(model.named_parameters())
-    for name, parts in model.layout().items():
-        yield from zip(parts, parameters[name].detach().split(list(parts.values())), strict=True)
-
-
-def source(vllm: Any, model: Decoder) -> Any:
-    """The model as vLLM's trainer side reads it: each time it is asked for, the weights of that moment."""
-
-    class Source(vllm.WeightSource):
-        @cached_property
-        def metadata(self) -> list[Any]:
-            return [vllm.ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in tensors(model)]
-
-        def iter_full(self) -> Iterator[tuple[str, Tensor]]:
-            return tensors(model)
-
-    return Source()
+        return transfer
 
 
 def seed_of(seed: int, sequence: int) -> int:
     """vLLM's seed for a sequence: 63 bits, a function of the run's seed and the sequence's number alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {sequence}".encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(f"{seed} {sequence}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
-def _completion(output: Any) -> tuple[list[int], list[float], str]:
-    """Tokens, log-probs and finish reason of a request's one completion."""
+def _completion(output: RequestOutput) -> Completion:
+    """A request's one completion."""
     (completion,) = output.outputs
-    if completion.finish_reason not in FINISHED:
-        raise RuntimeError(
-            f"vLLM ended request {output.request_id} with {completion.finish_reason!r}, not with a completion"
-        )
+    reason = completion.finish_reason
+    if reason not in FINISHED:
+        raise RuntimeError(f"vLLM ended request {output.request_id} with {reason!r}, not with a completion")
     tokens = list(completion.token_ids)
     logp = [at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)]
-    return tokens, logp, FINISHED[completion.finish_reason]
+    return Completion(tokens, logp, FINISHED[reason])
 
 
 def _rollouts(
     rows: list[list[int]],
     index: list[int],
-    done: list[tuple[list[int], list[float], str]],
+    completions: list[Completion],
+    numbers: range,
     version: int,
-    first: int,
-    tokenizer: Any,
+    text: list[str] | None,
     device: torch.device,
 ) -> Rollouts:
     """Prompts and completions end to end."""
 
-    def spread(values: list[list[Any]], empty: Any, dtype: torch.dtype) -> Tensor:
-        flat = [x for row, mine in zip(rows, values, strict=True) for x in [*[empty] * len(row), *mine]]
+    def packed(values: list[list[T]], of_prompt: T, dtype: torch.dtype) -> Tensor:
+        """A column of the tokens, `of_prompt` for those of prompts."""
+        flat: list[T] = []
+        for row, of_completion in zip(rows, values, strict=True):
+            flat += [of_prompt] * len(row)
+            flat += of_completion
         return torch.tensor(flat, dtype=dtype, device=device)
 
-    tokens = [t for t, _, _ in done]
-    flat = [t for row, mine in zip(rows, tokens, strict=True) for t in [*row, *mine]]
-    ends = torch.tensor([0, *(len(row) + len(mine) for row, mine in zip(rows, tokens, strict=True))]).cumsum(
-        0
-    )
-    logp = spread([p for _, p, _ in done], 0.0, torch.float32)
+    tokens: list[int] = []
+    ends = [0]
+    for row, completion in zip(rows, completions, strict=True):
+        tokens += [*row, *completion.tokens]
+        ends.append(len(tokens))
+
+    def numbered(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    lengths = [len(c.tokens) for c in completions]
+    logp = packed([c.logp for c in completions], 0.0, torch.float32)
+    entropy = packed([[torch.nan] * n for n in lengths], 0.0, torch.float32)
+    chosen = packed([[True] * n for n in lengths], False, torch.bool)
+    versions = packed([[version] * n for n in lengths], -1, torch.int64)
+    prompt_lengths = [len(row) for row in rows]
+    reasons = [c.reason for c in completions]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
     return Rollouts(
-        tokens=torch.tensor(flat, dtype=torch.int64, device=device),
-        cu_seqlens=ends.to(device, torch.int32),
-        completion_mask=spread([[True] * len(t) for t in tokens], False, torch.bool),
-        prompt_index=torch.tensor(index, dtype=torch.int64, device=device),
-        prompt_lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device),
+        tokens=numbered(tokens),
+        cu_seqlens=cu_seqlens,
+        completion_mask=chosen,
+        prompt_index=numbered(index),
+        prompt_lengths=numbered(prompt_lengths),
         logp=logp,
         behaviour_logp=logp.clone(),
-        entropy=spread([[torch.nan] * len(t) for t in tokens], 0.0, torch.float32),
-        weight_version=spread([[version] * len(t) for t in tokens], -1, torch.int64),
-        finish_reason=[reason for _, _, reason in done],
-        sequence=torch.arange(first, first + len(rows), device=device),
-        text=None
-        if tokenizer is None
-        else tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        if tokens
-        else [],
+        entropy=entropy,
+        weight_version=versions,
+        finish_reason=reasons,
+        sequence=numbered(numbers),
+        text=text,
     )
 
 
 # --- what it cannot do ------------------------------------------------------------------------------
-def _check_asked(params: SamplingParams, engine_only: Mapping[str, Any]) -> None:
-    if asked := [name for name, value in engine_only.items() if value is not None]:
-        raise UserError(f"{', '.join(asked)}: only fastrl's own engine has this; use --sampler fastrl")
+def _check_options(params: SamplingParams, engine_only: Mapping[str, object]) -> None:
+    unknown = [name for name, value in engine_only.items() if value is not None]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: only fastrl's own engine has this; use --sampler fastrl")
     filters = {"top_k": (params.top_k, 0), "top_p": (params.top_p, 1.0), "min_p": (params.min_p, 0.0)}
     for name, (value, off) in filters.items():
         if value != off:
@@ -331,7 +309,8 @@ def _check_asked(params: SamplingParams, engine_only: Mapping[str, Any]) -> None
         )
 
 
-def _check_model(model: Any) -> None:
+def _supported(model: LanguageModel) -> Decoder:
+    """The model, if vLLM can take its weights from here."""
     if not isinstance(model, Decoder):
         raise UserError(
             f"--sampler vllm: expected a Llama, Qwen2 or Qwen3, got {model.config.architecture}; "
@@ -343,39 +322,9 @@ def _check_model(model: Any) -> None:
             "--sampler vllm: expected the model on the first visible GPU, where vLLM starts; "
             f"got {model.device}; {mend}"
         )
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UserError(
             "--sampler vllm: expected one process, got several; run without torchrun, or use --sampler fastrl"
         )
-
-
-def _import() -> SimpleNamespace:
-    """The names that are used of vLLM, imported once its environment is set."""
-    for name, value in ENVIRONMENT.items():
-        if os.environ.setdefault(name, value) != value:
-            raise UserError(
-                f"--sampler vllm: expected {name}={value}, to hand weights over; "
-                f"got {os.environ[name]!r}; unset it"
-            )
-    try:
-        importlib.import_module("vllm")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--sampler vllm: vLLM is not installed ({error}): "
-            "pip install vllm (it brings a torch of its own version), "
-            "or use --sampler fastrl, which needs nothing more"
-        ) from error
-    found = {}
-    for name, module in NAMES.items():
-        try:
-            found[name] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"--sampler vllm: this vLLM has no {module}.{name}; "
-                f"expected {CHECKED} or one like it ({error})"
-            ) from error
-    return SimpleNamespace(**found)
+    return model

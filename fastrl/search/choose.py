@@ -1,9 +1,9 @@
-"""One of n answers to a prompt, by a reward or by their vote.  A way to search is a row of SEARCHES; plain
-Python, no torch.
+"""Choosing one of n answers to a prompt, by a reward or by their vote.  Each search is a row of SEARCHES;
+plain Python, no torch.
 
-What n answers are worth is estimated for every k <= n from the same n: of the best by the share of all
-subsets of k in which the right one is chosen, of votes by the share of those subsets that lie next to each
-other.  The first k alone would waste the others.
+The accuracy of a search over k answers is estimated for every k <= n from the same n answers.  For the best
+of k it is the share of all subsets of k in which a right answer is chosen; for votes, the share over disjoint
+runs of k answers.  The first k alone would waste the others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 class Candidates:
     """n independent answers to one prompt.
 
-    right   what the verifier says of each
+    right   the verifier's verdict on each
     logp    mean log-probability of each one's tokens, nats
-    reward  what judges them at inference, NaN where it does not apply; empty where nothing judges them
-    answer  what each comes down to, such as a number, None for no answer; empty where the task does not say
+    reward  of each at inference, NaN where it does not apply; empty without a reward
+    answer  the final answer of each, such as a number, None for no answer; empty where the task extracts none
     """
 
     right: Sequence[bool]
@@ -30,35 +30,40 @@ class Candidates:
 
 
 def best_of(c: Candidates) -> int:
-    """The index of the answer of the highest reward, the first of equal ones."""
-    return max(range(len(c.reward)), key=lambda i: _rank(c.reward[i]))
+    """The index of the answer with the highest reward, the first of equal ones."""
+    ranks = [_rank(reward) for reward in c.reward]
+    return ranks.index(max(ranks))
 
 
 def vote(c: Candidates) -> int:
-    """The index of an answer that most come down to; with rewards each counts sigmoid(reward).  Ties: by mean
-    log-prob, then the first.
+    """The index of an answer that most agree on; with rewards, each vote weighs sigmoid(reward).  Ties: by
+    mean log-prob, then the first.
 
-    Answers without one have no vote.
+    Candidates without a final answer have no vote.
     Source:  Wang et al. 2022 (arXiv 2203.11171); weighted: Li et al. 2022 (arXiv 2206.02336).
     """
-    voters = [i for i, answer in enumerate(c.answer) if answer is not None]
-    if not voters:
-        return 0
     camps: dict[Hashable, list[int]] = {}
-    for i in voters:
-        camps.setdefault(c.answer[i], []).append(i)
+    for i, answer in enumerate(c.answer):
+        if answer is not None:
+            camps.setdefault(answer, []).append(i)
+    if not camps:
+        return 0
 
     def strength(camp: list[int]) -> tuple[float, float]:
-        votes = math.fsum(_weight(c.reward[i]) for i in camp) if c.reward else float(len(camp))
-        return votes, math.fsum(c.logp[i] for i in camp) / len(camp)
+        votes = float(len(camp))
+        if c.reward:
+            votes = math.fsum(_weight(c.reward[i]) for i in camp)
+        mean_logp = math.fsum(c.logp[i] for i in camp) / len(camp)
+        return votes, mean_logp
 
-    return max(camps.values(), key=strength)[0]
+    winner = max(camps.values(), key=strength)
+    return winner[0]
 
 
-# --- what k answers are worth -----------------------------------------------------------------------
+# --- accuracy with k answers -------------------------------------------------------------------------
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that one of k answers is right, by n of which `right` are: 1 - C(n - right, k) / C(n, k),
-    unbiased.
+    """Probability that one of k answers is right, estimated from n answers with `right` right ones: 1 - C(n -
+    right, k) / C(n, k), unbiased.
 
     Raises:  ValueError unless 0 <= right <= n and 1 <= k <= n.
     Source:  Chen et al. 2021 (arXiv 2107.03374).  1 - (1 - right/n)^k is biased.
@@ -71,35 +76,41 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def best_at_k(c: Candidates, k: int) -> float:
-    """Probability that the answer of the highest reward of k is right: the mean over all subsets of k; equal
-    rewards by lot.
+    """Probability that the answer with the highest reward of k is right: the mean over all subsets of k;
+    equal rewards are drawn by lot.
 
     Raises:  ValueError unless 1 <= k <= n.
     """
     n = len(c.right)
     if not 1 <= k <= n:
         raise ValueError(f"best_at_k: expected 1 <= k <= {n}, got {k}")
-    order = sorted(range(n), key=lambda i: _rank(c.reward[i]))
-    found, below = 0.0, 0
+
+    ranks = [_rank(reward) for reward in c.reward]
+    order = sorted(range(n), key=lambda i: ranks[i])
+    probability, below = 0.0, 0
     while below < n:
-        tied = [i for i in order[below:] if _rank(c.reward[i]) == _rank(c.reward[order[below]])]
-        top = math.comb(below + len(tied), k) - math.comb(below, k)  # subsets whose best is one of these
-        found += top / math.comb(n, k) * sum(c.right[i] for i in tied) / len(tied)
-        below += len(tied)
-    return found
+        tied = [i for i in order[below:] if ranks[i] == ranks[order[below]]]
+        through = below + len(tied)
+        top = math.comb(through, k) - math.comb(below, k)  # subsets with one of these as their best
+        right = sum(c.right[i] for i in tied)
+        probability += top / math.comb(n, k) * right / len(tied)
+        below = through
+    return probability
 
 
 def vote_at_k(c: Candidates, k: int) -> float:
-    """Probability that the vote of k is right: the mean over the n // k runs of k answers that share none."""
+    """Probability that the vote of k is right: the mean over the n // k disjoint runs of k answers."""
     n = len(c.right)
     if not 1 <= k <= n:
         raise ValueError(f"vote_at_k: expected 1 <= k <= {n}, got {k}")
     starts = range(0, n - k + 1, k)
-    return sum(c.right[a + vote(_part(c, a, a + k))] for a in starts) / len(starts)
+    right = [c.right[start + vote(_part(c, start, start + k))] for start in starts]
+    return sum(right) / len(starts)
 
 
 def _part(c: Candidates, a: int, b: int) -> Candidates:
-    return Candidates(right=c.right[a:b], logp=c.logp[a:b], reward=c.reward[a:b], answer=c.answer[a:b])
+    part = slice(a, b)
+    return Candidates(right=c.right[part], logp=c.logp[part], reward=c.reward[part], answer=c.answer[part])
 
 
 def _rank(reward: float) -> float:
@@ -107,10 +118,12 @@ def _rank(reward: float) -> float:
 
 
 def _weight(reward: float) -> float:
-    """sigmoid(reward), 0 where there is none: a vote is never negative."""
+    """sigmoid(reward), 0 without one: a vote is never negative."""
     if math.isnan(reward):
         return 0.0
-    return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))
+    if reward >= 0:
+        return 1 / (1 + math.exp(-reward))
+    return math.exp(reward) / (1 + math.exp(reward))
 
 
 # --- the table --------------------------------------------------------------------------------------
@@ -119,8 +132,9 @@ class Search:
     """A way to choose.
 
     choose   candidates -> the index of the answer to give
-    at_k     (candidates, k) -> probability that what is chosen of k is right
-    reward   whether it cannot do without rewards;  answer  without what the answers come down to
+    at_k     (candidates, k) -> probability that the one chosen of k is right
+    reward   whether it needs rewards
+    answer   whether it needs final answers
     """
 
     choose: Callable[[Candidates], int]

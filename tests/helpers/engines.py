@@ -39,13 +39,13 @@ def same(a: Rollouts, b: Rollouts) -> None:
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """The host's side of CUDA: looks one window late, steps of a bucket's size, several steps a window."""
+    """The host's side of CUDA: snapshots one window late, steps of a bucket's size, several steps a window."""
 
     class Event:
         def record(self) -> None: ...
         def synchronize(self) -> None: ...
 
-    monkeypatch.setattr(engine, "LATE", {"cpu": True})
+    monkeypatch.setattr(engine, "PIPELINED", {"cpu": True})
     monkeypatch.setattr(engine, "WINDOW", {"cpu": 3})
     monkeypatch.setattr(engine, "bucket", lambda b, device: step.bucket(b, torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "Event", Event)

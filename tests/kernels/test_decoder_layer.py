@@ -10,7 +10,7 @@ from fastrl import ops
 from fastrl.kernels._backend import extension
 from fastrl.kernels._native import decoder_layer as _decoder_layer
 from fastrl.model.decoder import Decoder
-from fastrl.sampler.cache import PagedCache, Through
+from fastrl.sampler.cache import CachedAttention, PagedCache
 
 needs_c = pytest.mark.skipif(
     extension() is None,
@@ -44,7 +44,7 @@ def step(model, in_one):
     slots = cache.slots(table, torch.arange(B), lengths - 1)
     attend = cache.decode(slots, table, lengths.int())
     if not in_one:
-        attend = Through(cache, slots, attend.attend)
+        attend = CachedAttention(cache, slots, attend.attend)
     return model(torch.arange(B) + 2, None, positions=lengths - 1, attend=attend), cache
 
 

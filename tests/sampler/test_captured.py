@@ -24,7 +24,7 @@ from fastrl.kernels import _backend
 from fastrl.sampler import Sampler, SamplingParams, engine, step
 from fastrl.sampler.cache import PagedCache
 from fastrl.sampler.state import State
-from fastrl.sampler.step import Graphs, Step
+from fastrl.sampler.step import DecodeStep, Graphs
 
 FILTERS = [(0, 1.0, 0.0), (5, 0.9, 0.05)]
 
@@ -98,7 +98,7 @@ def test_a_step_looks_at_no_value(family, filters, monkeypatch):
     cache = PagedCache(model, 8, 64)
     state = State(cache, 4, 4, 100, torch.device("meta"))
     with torch.no_grad():
-        Step(model, state)(4, filters)
+        DecodeStep(model, state)(4, filters)
         state.look(4)
         state.compact(4)
         cache.release(state.rows.table)

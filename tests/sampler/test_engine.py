@@ -16,9 +16,9 @@ from fastrl import ops
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams, Tail, Turn, engine
-from fastrl.sampler.engine import Engine
-from fastrl.sampler.queue import Group, Waiting
-from fastrl.sampler.sampler import Job, _write
+from fastrl.sampler.engine import CallSettings, Engine
+from fastrl.sampler.queue import Request, RequestGroup
+from fastrl.sampler.jobs import Job, write_records
 from fastrl.sampler.state import REASONS, pages_of
 
 
@@ -49,7 +49,7 @@ def test_late_looks_and_padded_steps_change_no_sample(rows, tokens, as_on_cuda):
     agree(model, late)
     assert set(late.finish_reason) == {"stop", "length"}
     with pytest.MonkeyPatch.context() as undo:
-        undo.setattr(engine, "LATE", {})
+        undo.setattr(engine, "PIPELINED", {})
         undo.setattr(engine, "WINDOW", {})
         same(Sampler(model).generate(LONG, PARAMS), late)
 
@@ -325,21 +325,20 @@ def test_ten_thousand_sequences_come_and_go():
         for i, (group, prompt) in enumerate(prompts[:S])
     ]
     until = [min(128, len(j.prompt) + chance.choice((1, 3, 20))) for j in jobs]
-    load.begin(
-        S, 128, tokens // page, seed=11, temperature=1.0, filters=(0, 1.0, 0.0), stops=[3, 4], version=0
-    )
-    _write(load.state, jobs, None)
+    settings = CallSettings(seed=11, temperature=1.0, filters=(0, 1.0, 0.0), stops=[3, 4], version=0)
+    load.begin(S, 128, tokens // page, settings)
+    write_records(load.state, jobs, None)
     arrived, cancelled, taken, take = 0, set(), [0], load.cache.take
     load.cache.take = lambda n: taken.append(n) or take(n)  # type: ignore[method-assign]
-    groups: dict[int, Group] = {}
+    groups: dict[int, RequestGroup] = {}
     while load.window() or arrived < S:
         for _ in range(chance.randrange(0, 90)):
             if arrived < S:
                 job = jobs[arrived]
                 group = groups.setdefault(
-                    job.origin[1], Group(load.state.records.tokens[arrived, : job.length])
+                    job.origin[1], RequestGroup(load.state.records.tokens[arrived, : job.length])
                 )
-                load.add([Waiting(arrived, group, job.length, 0, 1000, until[arrived])])
+                load.add([Request(arrived, group, job.length, 0, 1000, until[arrived])])
                 arrived += 1
         if arrived and chance.random() < 0.3:
             some = {chance.randrange(max(0, arrived - 300), arrived) for _ in range(3)}

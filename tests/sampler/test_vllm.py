@@ -26,6 +26,7 @@ from fastrl.model.adapter import Adapter
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams, VllmSampler
 from fastrl.sampler import vllm as adapter
+from fastrl.sampler import vllm_engine
 
 PROMPTS = [[3, 4, 5], [6]]
 TRANSCRIPT: dict[
@@ -55,7 +56,7 @@ def played() -> Callable[..., fake_vllm.CompletionOutput]:
 
 def without_environment(monkeypatch: Any) -> None:
     """What the adapter sets is gone after the test."""
-    for name in adapter.ENVIRONMENT:
+    for name in vllm_engine.ENVIRONMENT:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -313,7 +314,7 @@ def own(llm: fake_vllm.LLM, prompt: list[int], params: Any) -> fake_vllm.Complet
     """An answer of the model that the engine was sent, drawn by our own sampler with the request's seed."""
     model = Decoder.from_config(json.loads(llm.config), seed=99)
     with torch.no_grad():
-        for name, tensor in adapter.tensors(model):
+        for name, tensor in vllm_engine.tensors(model):
             tensor.copy_(llm.weights[name])
     wanted = {
         "max_new_tokens": params.max_tokens,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from fastrl.errors import UserError
 from fastrl.files import key_values
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.device import resolve_device
-from fastrl.rewards.functions import Reward, Scored, load_reward, score
+from fastrl.rewards.functions import Reward, Scored, load_reward
+from fastrl.rewards.scorer import Scorer
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Conversation, Task, task_reward
 
@@ -110,41 +111,6 @@ def _reward_weights(config: Grpo, functions: int) -> tuple[float, ...] | None:
         listed = " ".join(f"{w:g}" for w in weights)
         raise UserError(f"--reward-weights: expected finite numbers, got {listed}")
     return weights
-
-
-class Scorer:
-    """Scores completions with the reward functions, or with the task's verifier where there are none; the
-    share of them that the verifier calls correct is reported either way.
-    """
-
-    def __init__(
-        self, task: Task | None, functions: Sequence[Reward], weights: Sequence[float] | None = None
-    ) -> None:
-        self.verify = [] if task is None else [task_reward(task)]
-        self.weights = weights
-        self.functions = list(functions)
-
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        texts: list[str] | None,
-        tokens: list[list[int]],
-        columns: Sequence[Mapping[str, Any]],
-    ) -> Scored:
-        if texts is None:
-            raise UserError("--tokenizer: rewards read text, and the run has no tokenizer")
-        if not texts:  # this process has no share of the prompts
-            return Scored([])
-        groups = [group for group in (self.verify, self.functions) if group]
-        weights = [*[None] * (len(groups) - 1), self.weights]  # the last group rewards, the other is reported
-        done = [
-            score(g, prompts, texts, tokens, columns, weights=w) for g, w in zip(groups, weights, strict=True)
-        ]
-        verdict, last = done[0], done[-1]
-        message = last.message if any(last.message) else verdict.message
-        return replace(
-            last, parts=verdict.parts | last.parts, message=message, extra=verdict.extra | last.extra
-        )
 
 
 def _check_prompt(row: Row, config: Grpo, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:

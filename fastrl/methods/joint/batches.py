@@ -24,7 +24,7 @@ from fastrl.methods.reward.objective import RewardBatch
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World
 from fastrl.report.stats import correlation
-from fastrl.rewards.functions import Scored, said_to
+from fastrl.rewards.functions import Scored, as_message
 from fastrl.train.source import Metrics, State, Step
 
 BUFFER = "comparisons."  # before the names of a checkpoint's tensors
@@ -105,7 +105,7 @@ class Oracle:
     def _read(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[Group]:
         """Completions as the reward model reads them."""
         pairs = zip(prompts, texts, strict=True)
-        return self.judge.model.groups([(prompt, said_to(prompt, text)) for prompt, text in pairs])
+        return self.judge.model.groups([(prompt, as_message(prompt, text)) for prompt, text in pairs])
 
     def _compares(self, target: Sequence[float]) -> bool:
         """Whether one of them is better than another: ties are not compared."""
