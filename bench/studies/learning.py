@@ -3,9 +3,9 @@
     python -m fastrl.bench.studies.learning
 
 Each row of METHODS is a command with its recipe, so that the study measures what a user would run; all
-on-policy methods have the same budget of completions.  Finished runs, those with a result.json, are left alone,
-and stopped runs resume.  Differences to the start are on the test split, paired by prompt; no choice was made
-on it.
+on-policy methods have the same budget of completions.  Finished runs, those with a result.json, are left
+alone, and stopped runs resume.  Differences to the start are on the test split, paired by prompt; no choice
+was made on it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,11 @@ class Segment(NamedTuple):
 
 
 def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None, turns: Turns = "all"
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+    turns: Turns = "all",
 ) -> Sample:
     """A row's tokens and loss mask: its completion counts, end-of-sequence token included.
 
@@ -78,7 +82,12 @@ def encode_all(
         parts = [(segment, next(ids)) for segment in segments]
         begin = [] if chat else _beginning(tokenizer)
         sample = _assemble(row, parts, begin, chat, eos)
-        _check_length(len(sample.tokens), sum(sample.mask), max_tokens, row)
+        _check_length(
+            len(sample.tokens),
+            sum(sample.mask),
+            max_tokens,
+            row,
+        )
         samples.append(sample)
     return samples
 
@@ -90,7 +99,8 @@ def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, *, where: st
     missing chat template, and text that the tokenizer has no tokens for.
     """
     if isinstance(prompt, str):
-        begin, ids = _beginning(tokenizer), _ids([(prompt, where)], tokenizer)[0]
+        begin = _beginning(tokenizer)
+        ids = _ids([(prompt, where)], tokenizer)[0]
         tokens = ids if begin and ids[:1] == begin else begin + ids
     else:
         check_value("prompt", prompt, where)
@@ -119,18 +129,24 @@ def _segments(row: Row, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> tup
     if row.kind == "messages":
         return _conversation(row, row.fields["messages"], 0, tokenizer, turns), True
 
-    prompt, completion = row.fields["prompt"], row.fields["completion"]
+    prompt = row.fields["prompt"]
+    completion = row.fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Segment(prompt, False), Segment(completion, True)], False
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _conversation(row, prompt + completion, len(prompt), tokenizer, turns), True
+    messages = prompt + completion
+    return _conversation(row, messages, len(prompt), tokenizer, turns), True
 
 
 def _conversation(
-    row: Row, messages: Messages, first: int, tokenizer: PreTrainedTokenizerBase, turns: Turns
+    row: Row,
+    messages: Messages,
+    first: int,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Turns,
 ) -> list[Segment]:
     """Messages as segments: the assistant's turns from message `first` on are trained, the rest is context.
 
@@ -144,10 +160,23 @@ def _conversation(
         )
 
     tools = row.fields.get("tools")
-    segments, done = [], ""
+    segments = []
+    done = ""
     for i in trained if turns == "all" else trained[-1:]:
-        before = _render(messages[:i], tokenizer, row.where, generate=True, tools=tools)
-        after = _render(messages[: i + 1], tokenizer, row.where, generate=False, tools=tools)
+        before = _render(
+            messages[:i],
+            tokenizer,
+            row.where,
+            generate=True,
+            tools=tools,
+        )
+        after = _render(
+            messages[: i + 1],
+            tokenizer,
+            row.where,
+            generate=False,
+            tools=tools,
+        )
         if not before.startswith(done) or not after.startswith(before):
             advice = "use prompt and completion as text"
             if done:
@@ -183,10 +212,15 @@ def _render(
 
 # --- tokens -----------------------------------------------------------------------------------------
 def _assemble(
-    row: Row, parts: Sequence[tuple[Segment, list[int]]], begin: list[int], chat: bool, eos: int
+    row: Row,
+    parts: Sequence[tuple[Segment, list[int]]],
+    begin: list[int],
+    chat: bool,
+    eos: int,
 ) -> Sample:
     """The sequence of one row from the tokens of its segments."""
-    tokens, mask = list(begin), [False] * len(begin)
+    tokens = list(begin)
+    mask = [False] * len(begin)
     for i, (segment, ids) in enumerate(parts):
         if i == 0 and tokens and ids[:1] == tokens:
             ids = ids[1:]
@@ -204,7 +238,14 @@ def _assemble(
     return Sample(tokens, mask)
 
 
-def _end(ids: list[int], eos: int, where: str, chat: bool, *, last: bool) -> tuple[list[int], list[bool]]:
+def _end(
+    ids: list[int],
+    eos: int,
+    where: str,
+    chat: bool,
+    *,
+    last: bool,
+) -> tuple[list[int], list[bool]]:
     """A trained segment's tokens and mask, ended: nothing counts after its end-of-sequence token.
 
     The last segment gets that token if it has none.
@@ -234,7 +275,12 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -
     return rows
 
 
-def check_known(ids: Sequence[int], text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_known(
+    ids: Sequence[int],
+    text: str,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Raises UserError naming `where` if part of `text` became the tokenizer's unknown token."""
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown != tokenizer.eos_token_id and unknown in ids:
@@ -249,7 +295,12 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return alone[:1] if bos is not None and alone[:1] == [bos] else []
 
 
-def _check_length(length: int, trained: int, max_tokens: int | None, row: Row) -> None:
+def _check_length(
+    length: int,
+    trained: int,
+    max_tokens: int | None,
+    row: Row,
+) -> None:
     if max_tokens is None or length <= max_tokens:
         return
     parts = ""

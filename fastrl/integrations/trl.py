@@ -46,7 +46,10 @@ class AutogradFunction(Protocol):
 
 # --- from logits ------------------------------------------------------------------------------------
 def _selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
 ) -> Tensor:
     if index.shape == logits.shape[:-1]:
         return _stats(logits, index, temperature, row_mask, entropy=False)[0]
@@ -70,12 +73,22 @@ def _selective_log_softmax_and_entropy(
 
 
 def _stats(
-    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool
+    logits: Tensor,
+    index: Tensor,
+    temperature: float,
+    row_mask: Tensor | None,
+    *,
+    entropy: bool,
 ) -> list[Tensor]:
     """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
     # 2-d and 3-d logits go in as they are: the views that TRL passes need no copy
     rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
-    stats = ops.token_logp(rows, index.reshape(rows.shape[:-1]), temperature=temperature, entropy=entropy)
+    stats = ops.token_logp(
+        rows,
+        index.reshape(rows.shape[:-1]),
+        temperature=temperature,
+        entropy=entropy,
+    )
 
     # where TRL would use its fused loss kernel, its results are float32
     is_fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)
@@ -113,8 +126,10 @@ def _linear(trl: AutogradFunction, names: tuple[str, ...]) -> type:
     def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
         given = _DEFAULTS | dict(zip(names, arguments, strict=False))
         hidden, weight = arguments[:2]
-        bias, outputs = given["bias"], given["outputs"]
-        temperature, logit_scale = given["temperature"], given["logit_scale"]
+        bias = given["bias"]
+        outputs = given["outputs"]
+        temperature = given["temperature"]
+        logit_scale = given["logit_scale"]
         softcap = given["final_logit_softcapping"]
         logp, entropy = _linear_logp(
             hidden, weight, bias, given["targets"], temperature, softcap, logit_scale, "entropy" in outputs
@@ -173,7 +188,12 @@ def _linear_logp(
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _mean_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Mean logit over the vocabulary; it is linear, so one vector product replaces all logits."""
     mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
     if bias is not None:

@@ -21,9 +21,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrl.recipes.tokenizer", description=summary)
     parser.add_argument("dataset", type=Path, help="JSON lines file")
     default = ["prompt", "completion"]
-    parser.add_argument("--columns", nargs="+", default=default, help="columns that hold text")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at least 258 (default: 2048)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=default,
+        help="columns that hold text",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=2048,
+        help="tokens, at least 258 (default: 2048)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write",
+    )
     options = parser.parse_args(argv)
     texts: list[str] = []
     try:
@@ -43,7 +58,8 @@ def columns(row: dict[str, object], names: Sequence[str], where: str) -> list[st
     for name in names:
         value = row.get(name)
         if not isinstance(value, str):
-            kind, present = type(value).__name__, ", ".join(row)
+            kind = type(value).__name__
+            present = ", ".join(row)
             raise UserError(
                 f"{where}: expected text in column {name!r}, got {kind}; the columns are {present}"
             )
