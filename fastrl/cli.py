@@ -131,7 +131,12 @@ def _dispatch(args: list[str]) -> int:
         advice = nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {name!r}{advice}")
     command = COMMANDS[name]
-    parsed = parse(command.config, rest, prog=f"fastrl {name}", quiet=_rank() != 0)
+    parsed = parse(
+        command.config,
+        rest,
+        prog=f"fastrl {name}",
+        quiet=_rank() != 0,
+    )
     if parsed.dry_run:
         _print(f"# fastrl {name}\n{dump(parsed.config)}".rstrip())
         return 0
@@ -167,7 +172,13 @@ def _print(text: str) -> None:
         print(text)
 
 
-def _fail(args: Sequence[str], message: str, *, code: int = 1, usage: bool = False) -> int:
+def _fail(
+    args: Sequence[str],
+    message: str,
+    *,
+    code: int = 1,
+    usage: bool = False,
+) -> int:
     """Report a failure on standard error.
 
     Under torchrun every rank makes the same usage error, so only rank 0 reports it; any other failure may be

@@ -13,7 +13,12 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message says what was expected, what came and what to do."""
 
 
-def require(option: str, value: object, ok: bool, expected: str) -> None:
+def require(
+    option: str,
+    value: object,
+    ok: bool,
+    expected: str,
+) -> None:
     """Check an option: UserError `option: expected ..., got value` unless `ok`."""
     if not ok:
         raise UserError(f"{option}: expected {expected}, got {value}")

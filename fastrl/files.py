@@ -139,7 +139,8 @@ def decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte, column = raw[error.start], error.start + 1
+        byte = raw[error.start]
+        column = error.start + 1
         raise UserError(f"{where}: expected UTF-8 text, got byte {byte:#04x} at column {column}") from error
 
 

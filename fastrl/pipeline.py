@@ -114,7 +114,11 @@ def read_stages(path: Path) -> list[Stage]:
 
 
 def _stage(
-    where: str, entry: Json, shared: Mapping[str, Json], folder: Path, before: Sequence[Stage]
+    where: str,
+    entry: Json,
+    shared: Mapping[str, Json],
+    folder: Path,
+    before: Sequence[Stage],
 ) -> Stage:
     """The stage that follows those `before`; its resolved options are written to a file, which is parsed."""
     command, given = _entry(where, entry)
@@ -155,7 +159,8 @@ def _entry(where: str, entry: Json) -> tuple[str, JsonObject]:
         example = "`sft: {steps: 100}`"
         raise UserError(f"{where}: expected one command with its options, like {example}, got {entry!r}")
     if command not in METHODS:
-        near, known = nearest(str(command), METHODS), ", ".join(METHODS)
+        near = nearest(str(command), METHODS)
+        known = ", ".join(METHODS)
         raise UserError(f"{where}: unknown command {command!r}{near}; expected one of {known}")
     return command, dict(options or {})
 
@@ -170,7 +175,8 @@ def _resolve(value: Json, checkpoints: Mapping[str, str], where: str) -> Json:
         return value
     for name in REFERENCE.findall(value):
         if name not in checkpoints:
-            near, known = nearest(name, checkpoints), ", ".join(checkpoints) or "none"
+            near = nearest(name, checkpoints)
+            known = ", ".join(checkpoints) or "none"
             raise UserError(f"{where}: {value!r} names stage {name!r}{near}; stages before it: {known}")
     return REFERENCE.sub(lambda match: checkpoints[match[1]], value)
 
@@ -201,7 +207,13 @@ def write_report(stages: Sequence[Stage], folder: Path) -> Path:
     overview = section("Stages", table(("Stage", "Command", "Steps", "Result"), rows))
     names = ", ".join(stage.name for stage in stages)
     title = f"Pipeline: {folder.resolve().name}"
-    return write_page(folder, title, f"{len(stages)} stages: {names}.", overview, *details)
+    return write_page(
+        folder,
+        title,
+        f"{len(stages)} stages: {names}.",
+        overview,
+        *details,
+    )
 
 
 def _details(stage: Stage, files: RunFiles, plots: Path) -> Html:

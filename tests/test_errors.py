@@ -214,7 +214,7 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
     "no GPU": (
         f"{SFT} --device cuda",
         1,
-        r"--device: 'cuda' was asked for, but this machine has no CUDA device; use --device cpu",
+        r"--device: got 'cuda', but this machine has no CUDA device; use --device cpu",
     ),
     "a run that is there": (
         f"{SFT} --output-dir done",

@@ -73,7 +73,7 @@ def test_stages_feed_each_other(tmp_path, capsys):
 def no_report(monkeypatch):
     """Drawing the plots takes longer than these runs."""
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
-    monkeypatch.setattr(pipeline, "report", lambda stages, folder: folder)
+    monkeypatch.setattr(pipeline, "write_report", lambda stages, folder: folder)
 
 
 @pytest.mark.usefixtures("no_report")

@@ -67,7 +67,7 @@ def test_every_recipe_is_a_configuration_of_its_command():
 def test_every_pipeline_is_made_of_stages_that_can_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where it writes its stages' resolved options
     for name, stages in PIPELINES.items():
-        assert [stage.name for stage in pipeline.plan(demo.RECIPES / f"{name}.yaml")] == stages
+        assert [stage.name for stage in pipeline.read_stages(demo.RECIPES / f"{name}.yaml")] == stages
 
 
 def test_the_three_arms_share_task_and_model():
@@ -105,7 +105,7 @@ def test_gains_are_paired_by_prompt_and_averaged_over_seeds_first():
 
 def test_the_comparison_names_every_arm_and_seed(tmp_path):
     outcomes = [outcome(s, [[False, True]] * 4, [[True, True]] * 4) for s in (0, 1)]
-    it = demo.compare(outcomes, tmp_path)
+    it = demo.summarise(outcomes, tmp_path)
     text = as_text(it)
     for arm in (demo.START, demo.CONTROL, demo.GRPO):
         assert arm in text

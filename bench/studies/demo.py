@@ -2,9 +2,9 @@
 
 Every training run is a command a user could type, printed as it is run:
 
-    fastrl sft   random weights -> an honest start, data parallel over two processes
-    fastrl grpo  that start -> better, from the verifier's reward
-    fastrl sft   that start -> the control: demonstrations for the same wall time, on the other core
+    fastrl sft   random weights -> the start, data parallel over two processes
+    fastrl grpo  the start -> the method, trained on the verifier's reward
+    fastrl sft   the start -> the control, trained on demonstrations for the same wall time on the other core
 
 Then all three answer the same unseen prompts, greedily and sampled, and the report compares them prompt by
 prompt.
@@ -41,43 +41,41 @@ from fastrl.tasks import load_run_task
 
 RECIPES = Path(fastrl.recipes.__path__[0])
 CORES = min(2, os.cpu_count() or 1)
-PROMPTS, SAMPLES = 800, 4  # unseen prompts, each another problem, and answers drawn for each
+PROMPTS, SAMPLES = 800, 4  # unseen prompts, all of different problems, and sampled answers to each
 FOLDERS = {START: "sft", CONTROL: "sft_continued", GRPO: "grpo"}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One seed's three models on the test prompts, and how long each was trained, s."""
+    """One seed's three models on the test prompts, and the training time of each, s."""
 
     seed: int
     evaluations: dict[str, Evaluation]
     seconds: dict[str, float]
 
     def gain(self, arm: str) -> list[float]:
-        """Per prompt, the arm's share of right samples less the start's."""
-        pairs = zip(self.evaluations[START].per_prompt(), self.evaluations[arm].per_prompt(), strict=True)
-        return [after - before for before, after in pairs]
+        """Per prompt, the arm's share of correct samples minus the start's."""
+        before, after = self.evaluations[START].per_prompt(), self.evaluations[arm].per_prompt()
+        return [b - a for a, b in zip(before, after, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration for one or several seeds, print the comparison and write the report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastrl.bench.studies.demo", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("demo"), help="where runs and report go (default: demo)"
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from 0 (default: 1)")
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.demo", description=summary)
+    output = "folder of the runs and the report (default: demo)"
+    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help=output)
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: 1)")
     parser.add_argument("--page", type=Path, help="page to rewrite the table of, such as docs/results.md")
     options = parser.parse_args(argv)
+
     began = time.monotonic()
-    # threads that wait for each other spin, and are slow on a machine that does anything else
+    # threads that wait for each other spin, which is slow on a machine with other work
     torch.set_num_threads(1)
     folder = fresh(options.output_dir)
     try:
-        comparison = compare(
-            [run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)], folder
-        )
+        outcomes = [run_seed(seed, folder / f"seed{seed}") for seed in range(options.seeds)]
+        comparison = summarise(outcomes, folder)
         page = build_comparison(comparison, folder)
         if options.page is not None:
             write_block(options.page, demo_block(comparison), DEMO)
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fresh(folder: Path) -> Path:
-    """`folder`, after making sure that no earlier demonstration's runs are in it."""
+    """`folder`, after renaming one that holds an earlier demonstration's runs."""
     if any(complete_checkpoints(run) for run in folder.glob("seed*/*")):
         number = next(n for n in range(1, 1000) if not folder.with_name(f"{folder.name}-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}-{number}"))
@@ -99,42 +97,38 @@ def fresh(folder: Path) -> Path:
 def run_seed(seed: int, folder: Path) -> Outcome:
     """Train the three models of one seed, and evaluate them."""
     began = time.monotonic()
-    run = ["--seed", str(seed), "--output-dir"]
-    one = ["--threads", "1", "--model"]
-    sft = command(
-        "sft",
-        "cards_sft",
-        *one,
-        str(RECIPES / "cards.config.json"),
-        *run,
-        str(folder / FOLDERS[START]),
-        processes=CORES,
-    )
+    runs = {arm: folder / name for arm, name in FOLDERS.items()}
+    shared = ["--threads", "1", "--seed", str(seed)]
+
+    model = str(RECIPES / "cards.config.json")
+    options = [*shared, "--model", model, "--output-dir", str(runs[START])]
+    sft = command("sft", "cards_sft", *options, processes=CORES)
     finish(start(sft), sft)
     trained = time.monotonic()
-    one.append(str(newest(folder / FOLDERS[START])))
-    grpo = command("grpo", "cards_grpo", *one, *run, str(folder / FOLDERS[GRPO]))
-    control = command("sft", "cards_sft_continued", *one, *run, str(folder / FOLDERS[CONTROL]))
-    running, beside = start(grpo), start(control, quiet=True)
+
+    shared += ["--model", str(newest(runs[START]))]
+    grpo = command("grpo", "cards_grpo", *shared, "--output-dir", str(runs[GRPO]))
+    control = command("sft", "cards_sft_continued", *shared, "--output-dir", str(runs[CONTROL]))
+    grpo_process, control_process = start(grpo), start(control, quiet=True)
     try:
-        finish(running, grpo)
+        finish(grpo_process, grpo)
     finally:
-        beside.send_signal(signal.SIGTERM)  # it finishes its step and saves
-        beside.wait()
+        control_process.send_signal(signal.SIGTERM)  # it finishes its step and saves
+        control_process.wait()
     done = time.monotonic()
-    evaluations = {arm: test(folder / name, seed) for arm, name in FOLDERS.items()}
+
+    evaluations = {arm: test(run, seed) for arm, run in runs.items()}
     seconds = {START: trained - began, CONTROL: done - trained, GRPO: done - trained}
     return Outcome(seed, evaluations, seconds)
 
 
 def command(name: str, recipe: str, *options: str, processes: int = 1) -> list[str]:
-    """The command line of a run; over several processes through torchrun, which is this module."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    return [*launcher, "-m", "fastrl", name, "--config", str(RECIPES / f"{recipe}.yaml"), *options]
+    """Python's arguments for a run; several processes are started by torchrun."""
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    config = str(RECIPES / f"{recipe}.yaml")
+    return [*launcher, "-m", "fastrl", name, "--config", config, *options]
 
 
 def start(call: Sequence[str], *, quiet: bool = False) -> subprocess.Popen[bytes]:
@@ -147,7 +141,7 @@ def start(call: Sequence[str], *, quiet: bool = False) -> subprocess.Popen[bytes
 
 
 def finish(process: subprocess.Popen[bytes], call: Sequence[str]) -> None:
-    """Wait for the command; CalledProcessError when it fails."""
+    """Wait for the command.  Raises CalledProcessError when it fails."""
     if code := process.wait():
         raise subprocess.CalledProcessError(code, call)
 
@@ -165,7 +159,7 @@ def test(run: Path, seed: int) -> Evaluation:
     checkpoint = newest(run)
     model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     sampler = Sampler(model, load_tokenizer(None, str(checkpoint), task.tokenizer))
-    done = evaluate(
+    evaluation = evaluate(
         sampler,
         task,
         split="test",
@@ -174,62 +168,73 @@ def test(run: Path, seed: int) -> Evaluation:
         max_new_tokens=recipe.max_new_tokens,
         seed=seed,
     )
-    save(done, run / "test.json")
-    return done
+    save(evaluation, run / "test.json")
+    return evaluation
 
 
-def compare(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
-    """Everything the report shows, pooled over the seeds."""
-    later = [arm for arm in FOLDERS if arm != START]
-    seeds = [
-        Seed(
-            seed=o.seed,
-            arms=[
-                Arm(
-                    name=arm,
-                    greedy=e.accuracy()[0],
-                    sampled=e.accuracy()[1],
-                    well_formed=e.well_formed(),
-                    seconds=o.seconds[arm],
-                )
-                for arm, e in o.evaluations.items()
-            ],
-            gains={
-                arm: paired_interval(o.evaluations[START].per_prompt(), o.evaluations[arm].per_prompt())
-                for arm in later
-            },
-        )
-        for o in outcomes
-    ]
+def summarise(outcomes: Sequence[Outcome], folder: Path) -> Comparison:
+    """Everything that the report shows, pooled over the seeds."""
     first = outcomes[0]
-    before, after = first.evaluations[START], first.evaluations[GRPO]
-    rows = zip(before.examples, before.greedy, after.greedy, strict=True)
-    answers = [
-        Answer(prompt=e.prompt, before=b, after=a, before_correct=bs.correct, after_correct=as_.correct)
-        for e, (b, bs), (a, as_) in list(rows)[:5]
-    ]
-    runs = {arm: folder / f"seed{first.seed}" / name for arm, name in FOLDERS.items()}
     notes = [
         f"Each prompt was answered greedily and {SAMPLES} times at temperature 1; "
         "differences are paired by prompt."
     ]
-    notes += [f"Curves and answers are those of seed {first.seed}."] * (len(outcomes) > 1)
+    if len(outcomes) > 1:
+        notes.append(f"Curves and answers are those of seed {first.seed}.")
+    later = [arm for arm in FOLDERS if arm != START]
     return Comparison(
         title="The card game: SFT, then GRPO",
-        prompts=len(before.greedy),
-        seeds=seeds,
-        answers=answers,
-        runs=runs,
-        gains={arm: pooled([o.gain(arm) for o in outcomes]) for arm in later},
+        prompts=len(first.evaluations[START].greedy),
+        seeds=[_seed(outcome, later) for outcome in outcomes],
+        answers=_answers(first)[:5],
+        runs={arm: folder / f"seed{first.seed}" / name for arm, name in FOLDERS.items()},
+        gains={arm: pooled([outcome.gain(arm) for outcome in outcomes]) for arm in later},
         notes=notes,
     )
 
 
+def _seed(outcome: Outcome, later: Sequence[str]) -> Seed:
+    arms = []
+    for name, evaluation in outcome.evaluations.items():
+        greedy, sampled = evaluation.accuracy()
+        arm = Arm(
+            name=name,
+            greedy=greedy,
+            sampled=sampled,
+            well_formed=evaluation.well_formed(),
+            seconds=outcome.seconds[name],
+        )
+        arms.append(arm)
+    before = outcome.evaluations[START].per_prompt()
+    gains = {arm: paired_interval(before, outcome.evaluations[arm].per_prompt()) for arm in later}
+    return Seed(seed=outcome.seed, arms=arms, gains=gains)
+
+
+def _answers(outcome: Outcome) -> list[Answer]:
+    """Every prompt, answered by the start and by GRPO."""
+    before, after = outcome.evaluations[START], outcome.evaluations[GRPO]
+    answers = []
+    for i, example in enumerate(before.examples):
+        text_before, score_before = before.greedy[i]
+        text_after, score_after = after.greedy[i]
+        answer = Answer(
+            prompt=example.prompt,
+            before=text_before,
+            after=text_after,
+            before_correct=score_before.correct,
+            after_correct=score_after.correct,
+        )
+        answers.append(answer)
+    return answers
+
+
 def pooled(gains: Sequence[Sequence[float]]) -> Estimate:
-    """The mean gain over all seeds with its interval over prompts: the seeds' models answer the same prompts,
-    so a prompt's gains are averaged over the seeds first.
+    """The mean gain over all seeds with its interval over prompts.
+
+    Every seed answers the same prompts, so a prompt's gains are averaged over the seeds first.
     """
-    return mean_interval([sum(column) / len(column) for column in zip(*gains, strict=True)])
+    by_prompt = [sum(column) / len(column) for column in zip(*gains, strict=True)]
+    return mean_interval(by_prompt)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What a reward model of GSM8K learns from: its training set's solutions, and the graded solutions that were
-released beside it.
+"""Data of a reward model for GSM8K: the training set's solutions, and the graded solutions of its release.
 
-python -m fastrl.bench.studies.gsm8k_reward FOLDER --output runs/gsm8k     # FOLDER holds train.jsonl and
-model_solutions.jsonl
+    python -m fastrl.bench.studies.gsm8k_reward FOLDER --output runs/gsm8k
 
-Writes tokenizer/, solutions.jsonl and groups.jsonl, for gsm8k_read.yaml and gsm8k_reward.yaml.
+FOLDER holds train.jsonl and model_solutions.jsonl.  Writes tokenizer/, solutions.jsonl and groups.jsonl for
+gsm8k_read.yaml and gsm8k_reward.yaml.
 """
 
 from __future__ import annotations
@@ -26,14 +25,12 @@ VOCABULARY = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the two files, and write what the recipes read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastrl.bench.studies.gsm8k_reward", description=(__doc__ or "").splitlines()[0]
-    )
+    """Read both files, and write the recipes' datasets."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.gsm8k_reward", description=summary)
     parser.add_argument("folder", type=Path, help="folder of train.jsonl and model_solutions.jsonl")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/gsm8k"), help="folder to write (default: runs/gsm8k)"
-    )
+    output, default = "folder to write (default: runs/gsm8k)", Path("runs/gsm8k")
+    parser.add_argument("--output", type=Path, default=default, help=output)
     options = parser.parse_args(argv)
     try:
         prepare(options.folder, options.output)
@@ -45,38 +42,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(folder: Path, output: Path) -> None:
-    """Write the tokenizer and both datasets.  Raises UserError for a missing file, and a line without the
-    data set's columns.
+    """Write the tokenizer and both datasets.
+
+    Raises UserError for a missing file, and for a line without the data set's columns.
     """
-    written = [_written(row, where) for where, row in read_json_lines(folder / "train.jsonl")]
+    solutions = [_solution(row, where) for where, row in read_json_lines(folder / "train.jsonl")]
     groups = [_group(row, where) for where, row in read_json_lines(folder / "model_solutions.jsonl")]
-    train_bpe([t["prompt"] + t["completion"] for t in written], VOCABULARY).save_pretrained(
-        output / "tokenizer"
-    )
-    _write(output / "solutions.jsonl", (t for t in written if len(t["prompt"] + t["completion"]) < LONGEST))
-    _write(output / "groups.jsonl", (g for g in groups if _usable(g)))
+    texts = [s["prompt"] + s["completion"] for s in solutions]
+    train_bpe(texts, VOCABULARY).save_pretrained(output / "tokenizer")
+
+    short = [s for s, text in zip(solutions, texts, strict=True) if len(text) < LONGEST]
+    _write(output / "solutions.jsonl", short)
+    _write(output / "groups.jsonl", [group for group in groups if _usable(group)])
 
 
-def _written(row: Mapping[str, Any], where: str) -> dict[str, str]:
+def _solution(row: Mapping[str, Any], where: str) -> dict[str, str]:
     """A problem with its own solution, which ends as the graded ones do."""
-    question, answer = (_field(row, name, where) for name in ("question", "answer"))
+    question, answer = _field(row, "question", where), _field(row, "answer", where)
     return {"prompt": _prompt(question), "completion": answer.replace("\n#### ", "\nA: ")}
 
 
 def _group(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A problem with the four models' solutions, 1 for right and 0 for wrong."""
+    prompt = _prompt(_field(row, "question", where))
     solved = [_field(row, name, where, dict) for name in GRADED]
     texts = [_field(s, "solution", where) for s in solved]
-    right = [float(_field(s, "is_correct", where, bool)) for s in solved]
-    return {"prompt": _prompt(_field(row, "question", where)), "completions": texts, "scores": right}
+    correct = [float(_field(s, "is_correct", where, bool)) for s in solved]
+    return {"prompt": prompt, "completions": texts, "scores": correct}
 
 
 def _usable(group: Mapping[str, Any]) -> bool:
-    """Whether there is something to compare, and room for it."""
-    return (
-        len(set(group["scores"])) > 1
-        and max(len(group["prompt"] + c) for c in group["completions"]) < 2 * LONGEST
-    )
+    """Whether the scores differ, and the texts are short enough."""
+    longest = max(len(group["prompt"] + c) for c in group["completions"])
+    return len(set(group["scores"])) > 1 and longest < 2 * LONGEST
 
 
 def _prompt(question: str) -> str:

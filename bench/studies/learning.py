@@ -1,10 +1,11 @@
-"""Does every method learn?  `python -m fastrl.bench.studies.learning` (`make learning`): one SFT start, every
-method from it, several seeds.
+"""Does every method learn?  Every method from one SFT start, with several seeds (`make learning`).
 
-Each row of METHODS is a command with its recipe, so that what is measured is what a user would type;
-on-policy methods have one budget of completions.  What was done before is not done again: a run that has a
-result.json is left alone, one that was stopped resumes.  The differences to the start are on the test split,
-paired by prompt; nothing was chosen on it.
+    python -m fastrl.bench.studies.learning
+
+Each row of METHODS is a command with its recipe, so that the study measures what a user would run; all
+on-policy methods have the same budget of completions.  Finished runs, those with a result.json, are left
+alone, and stopped runs resume.  Differences to the start are on the test split, paired by prompt; no choice
+was made on it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ GSM8K = "FASTRL_GSM8K"  # the environment's variable, as for --task gsm8k
 CARDS = load(Grpo, RECIPES / "cards_grpo.yaml")
 OPTIONS = CARDS.task_options
 STEPS = 60  # of every on-policy method: 64 prompts x 8 completions each
-UPDATES = 2 * STEPS  # of the control: what two minibatches a step come to
+UPDATES = 2 * STEPS  # of the control: as many as two minibatches a step give
 
 
 # --- what is measured -------------------------------------------------------------------------------
 def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Right answers to the test split's prompts: greedy (P,), and the share of right samples (P,)."""
+    """Correctness on the test split's prompts: of the greedy answer (P,), and the share of samples (P,)."""
     file = run / "test.json"
     call(
         "eval",
@@ -75,28 +76,25 @@ def answers(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 
 
 def margin(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Of the test split's pairs: log-probability of the right answer less that of the wrong one, nats, by
-    this model (P,).
-    """
-    return {"margin": margins(checkpoint, OPTIONS, split="test", count=PROMPTS)} | answers(
-        checkpoint, run, seed
-    )
+    """Log-probability of the correct answer minus the wrong one's, nats, on the test split's pairs (P,)."""
+    found = margins(checkpoint, OPTIONS, split="test", count=PROMPTS)
+    return {"margin": found} | answers(checkpoint, run, seed)
 
 
 def preferred(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Of the test split's pairs: the share in which the right answer has the higher reward, all kinds of
-    mistakes mixed and by kind.
+    """Share of the test split's pairs in which the correct answer has the higher reward.
+
+    For all kinds of mistakes mixed, and by kind.
     """
-    found = reward_margins(checkpoint, OPTIONS, split="test", count=PROMPTS)
-    right = {kind: (sum(m > 0 for m in some), len(some)) for kind, some in found.items()}
-    shares = {kind: [n / of, *wilson(n, of)] for kind, (n, of) in right.items()}
+    shares = {}
+    for kind, found in reward_margins(checkpoint, OPTIONS, split="test", count=PROMPTS).items():
+        correct, n = sum(m > 0 for m in found), len(found)
+        shares[kind] = [correct / n, *wilson(correct, n)]
     return {"accuracy": shares.pop("mixed"), "kinds": shares}
 
 
 def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
-    """Accuracy on the pairs of held-out problems, as the run's last evaluation has it; the interval is over
-    problems.
-    """
+    """Accuracy on pairs of held-out problems at the run's last evaluation; the interval is over problems."""
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "eval/accuracy" in line][-1]
     return {"accuracy": [last[f"eval/accuracy{end}"] for end in ("", "_lo", "_hi")]}
@@ -105,8 +103,11 @@ def held_out(checkpoint: Path, run: Path, seed: int) -> dict[str, Any]:
 # --- what is run ------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row: a command, its recipe, what is set otherwise, what is measured of its last checkpoint, and what
-    it starts from.
+    """A row of the study.
+
+    options  set over the recipe's
+    measure  of the last checkpoint: (checkpoint, run folder, seed) -> results
+    start    a key of STARTS
     """
 
     command: str
@@ -142,64 +143,58 @@ METHODS: dict[str, Method] = {
 
 # --- running ----------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is not done, print the table, and write it where it is asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastrl.bench.studies.learning", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("runs/learning"),
-        help="where the runs go (default: runs/learning)",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted from 0 (default: 3)")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=METHODS,
-        default=possible(),
-        metavar="NAME",
-        help=f"some of: {', '.join(METHODS)}",
-    )
-    parser.add_argument("--results", type=Path, help="folder for learning-<date>.json, such as bench/results")
-    parser.add_argument("--page", type=Path, help="page to rewrite the table of, such as docs/results.md")
-    options = parser.parse_args(argv)
+    """Run what is not done, print the table, and write it where the options say."""
+    options = _parser().parse_args(argv)
     torch.set_num_threads(1)
+    folder, seeds = options.output_dir, range(options.seeds)
     try:
-        asked = {METHODS[name].start for name in options.only}
-        starts = {
-            k: make(options.output_dir, range(options.seeds)) for k, make in STARTS.items() if k in asked
-        }
-        for seed in range(options.seeds):  # seed by seed, so that a run that is stopped has whole seeds
+        needed = {METHODS[name].start for name in options.only}
+        starts = {key: make(folder, seeds) for key, make in STARTS.items() if key in needed}
+        for seed in seeds:  # seed by seed, so that a study that is stopped has complete seeds
             for name in options.only:
-                train(name, METHODS[name], seed, starts[METHODS[name].start], options.output_dir)
-        found = gather(
-            options.output_dir, {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()}
-        )
+                method = METHODS[name]
+                train(name, method, seed, starts[method.start], folder)
+
+        commands = {name: [m.command, m.recipe, *m.options] for name, m in METHODS.items()}
+        found = gather(folder, commands)
         print(as_text(found))
-        publish(found, options.output_dir, options.results, options.page)
+        publish(found, folder, options.results, options.page)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"learning: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m fastrl.bench.studies.learning", description=summary)
+
+    def add(option: str, text: str, **settings: Any) -> None:
+        parser.add_argument(option, help=text, **settings)
+
+    default = Path("runs/learning")
+    add("--output-dir", "folder of the runs (default: runs/learning)", type=Path, default=default)
+    add("--seeds", "number of seeds, from 0 (default: 3)", type=int, default=3)
+    names = f"some of: {', '.join(METHODS)}"
+    add("--only", names, nargs="+", choices=METHODS, default=possible(), metavar="NAME")
+    add("--results", "folder for learning-<date>.json, such as bench/results", type=Path)
+    add("--page", "page to rewrite the table of, such as docs/results.md", type=Path)
+    return parser
+
+
 def possible() -> list[str]:
-    """Every method whose data is there."""
-    left_out = [] if GSM8K in os.environ else [name for name, m in METHODS.items() if m.start == "gsm8k"]
+    """Every method that has its data."""
+    if GSM8K in os.environ:
+        return list(METHODS)
+    left_out = [name for name, method in METHODS.items() if method.start == "gsm8k"]
     if left_out:
-        print(
-            f"without {', '.join(left_out)}: {GSM8K} does not name the folder of train.jsonl and "
-            "model_solutions.jsonl",
-            file=sys.stderr,
-        )
+        folder = "the folder of train.jsonl and model_solutions.jsonl"
+        print(f"without {', '.join(left_out)}: {GSM8K} does not name {folder}", file=sys.stderr)
     return [name for name in METHODS if name not in left_out]
 
 
 def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """What every method on the card game starts from: seed 0 of the recipe,
-    measured with every seed's noise.
-    """
+    """The start of every method on the card game: seed 0 of the recipe, measured with every seed's noise."""
     start, _ = fit("sft", "cards_sft", folder / START, "--model", str(RECIPES / "cards.config.json"))
     for seed in seeds:
         record(folder / START / f"seed{seed}", partial(margin, start), START, seed)
@@ -207,26 +202,24 @@ def begin(folder: Path, seeds: Sequence[int]) -> list[str]:
 
 
 def begin_judged(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """The same start, and the reward model that joint training begins with: seed 0 of the recipe, from that
-    start.
-    """
+    """The same start, and the reward model of joint training: seed 0 of its recipe, from that start."""
     start = begin(folder, seeds)
-    return [*start, "--reward-model", str(fit("reward", "cards_reward", folder / "judge", *start, *QUIET)[0])]
+    judge, _ = fit("reward", "cards_reward", folder / "judge", *start, *QUIET)
+    return [*start, "--reward-model", str(judge)]
 
 
 def begin_reading(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """What reward models of word problems start from: a decoder that has read the training set's
-    solutions.
-    """
+    """The start of reward models of word problems: a decoder trained on the training set's solutions."""
     data = folder / "gsm8k_data"
     if not (data / "groups.jsonl").is_file():
         if GSM8K not in os.environ:
             raise UserError(f"--only: {GSM8K} must name the folder of train.jsonl and model_solutions.jsonl")
         prepare(Path(os.environ[GSM8K]), data)
-    words = ("--tokenizer", str(data / "tokenizer"))
-    own = ("--model", str(RECIPES / "gsm8k_small.config.json"), "--dataset", str(data / "solutions.jsonl"))
-    start, _ = fit("sft", "gsm8k_read", folder / "gsm8k_read", *own, *words)
-    return ["--model", str(start), "--dataset", str(data / "groups.jsonl"), *words]
+    tokenizer = ("--tokenizer", str(data / "tokenizer"))
+    model = ("--model", str(RECIPES / "gsm8k_small.config.json"))
+    solutions = ("--dataset", str(data / "solutions.jsonl"))
+    start, _ = fit("sft", "gsm8k_read", folder / "gsm8k_read", *model, *solutions, *tokenizer)
+    return ["--model", str(start), "--dataset", str(data / "groups.jsonl"), *tokenizer]
 
 
 STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {
@@ -238,21 +231,21 @@ STARTS: dict[str, Callable[[Path, Sequence[int]], list[str]]] = {
 
 def train(name: str, method: Method, seed: int, start: Sequence[str], folder: Path) -> None:
     """One seed of one method, from the start to its result."""
-    run = folder / "".join(c if c.isalnum() or c in "+_" else "_" for c in name) / f"seed{seed}"
+    stem = "".join(c if c.isalnum() or c in "+_" else "_" for c in name)
+    run = folder / stem / f"seed{seed}"
 
     def work(run: Path, seed: int) -> dict[str, Any]:
-        last, seconds = fit(method.command, method.recipe, run, *start, "--seed", str(seed), *method.options)
+        options = (*start, "--seed", str(seed), *method.options)
+        last, seconds = fit(method.command, method.recipe, run, *options)
         return {"seconds": seconds} | method.measure(last, run, seed)
 
     record(run, work, name, seed)
 
 
 def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float | None]:
-    """Train to the recipe's last step, going on from where the run was stopped: its checkpoint, and the CPU
-    time, s.
+    """Train to the recipe's last step, resuming a stopped run: its checkpoint, and the CPU time, s.
 
-    The time is None where the run, or its first part, was done before.  Raises UserError when it was stopped
-    once more.
+    The time is None if the run, or its first part, was done before.  Raises UserError if it stopped again.
     """
     words = command(name, recipe, "--threads", "1", "--output-dir", str(run), *options)[2:]
     steps = resolve(options_of(name), words[1:]).steps
@@ -261,14 +254,12 @@ def fit(name: str, recipe: str, run: Path, *options: str) -> tuple[Path, float |
         return last, None
     seconds = call(*words, *["--resume"][: len(before)])
     if last not in complete_checkpoints(run):
-        raise UserError(f"{run}: stopped before step {steps}; the same command goes on from there")
+        raise UserError(f"{run}: stopped before step {steps}; run the same command again to continue")
     return last, None if before else seconds
 
 
 def record(run: Path, work: Callable[[Path, int], dict[str, Any]], name: str, seed: int) -> None:
-    """What `work` finds, written beside the run with the commit it ran at;
-    nothing if that was done before.
-    """
+    """Write the result of `work` into the run's folder, with the commit it ran at; skipped if done before."""
     if (run / RESULT).is_file():
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -277,15 +268,14 @@ def record(run: Path, work: Callable[[Path, int], dict[str, Any]], name: str, se
 
 
 def call(*arguments: str) -> float:
-    """Run a command as a user would type it; its CPU time, s: one thread, so the time that it takes alone.
+    """Run a command as a user would type it; returns its CPU time, s, which for one thread is its run time.
 
     Raises CalledProcessError when it fails.
     """
     print(f"$ fastrl {' '.join(arguments)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastrl", *arguments],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "fastrl", *arguments], stdout=subprocess.DEVNULL, env=environment
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

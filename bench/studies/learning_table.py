@@ -23,49 +23,53 @@ INTERVALS = (
 
 # --- from the runs to one file ----------------------------------------------------------------------
 def gather(folder: Path, commands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Every result in `folder`, with its differences to the start; `commands` has each method's command line,
-    in the table's order.
+    """Every result in `folder`, with its differences to the start.
+
+    commands  each method's command line, in the table's order
     """
     files = sorted(folder.glob(f"*/seed*/{RESULT}"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     start = {r["seed"]: r for r in runs if r["method"] == START}
-    who = [r["identity"] for r in runs]
-    rows = {name: [r for r in runs if r["method"] == name] for name in commands}
+    methods = {}
+    for name, command in commands.items():
+        seeds = [r for r in runs if r["method"] == name]
+        if seeds:
+            methods[name] = {"command": list(command), **_row(seeds, start)}
+
+    identities = [r["identity"] for r in runs]
+    commits = {f"{i['commit']}{' with changes' if i['dirty'] else ''}" for i in identities}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commits": sorted({f"{w['commit']}{' with changes' if w['dirty'] else ''}" for w in who}),
-        "torch": sorted({w["packages"]["torch"] for w in who}),
-        "threads": sorted({w["threads"] for w in who}),
+        "commits": sorted(commits),
+        "torch": sorted({i["packages"]["torch"] for i in identities}),
+        "threads": sorted({i["threads"] for i in identities}),
         "intervals": INTERVALS,
         "start": [_answers(r, None) for r in start.values()],
-        "methods": {
-            name: {"command": list(commands[name]), **_row(some, start)}
-            for name, some in rows.items()
-            if some
-        },
+        "methods": methods,
     }
 
 
 def _row(runs: Sequence[dict[str, Any]], start: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """One method over its seeds."""
     pairs = [(start[r["seed"]], r) for r in runs]
-    out: dict[str, Any] = {"seconds": [r["seconds"] for r in runs]}
+    row: dict[str, Any] = {"seconds": [r["seconds"] for r in runs]}
     if "accuracy" in runs[0]:
-        out |= {
-            "pairs": [
-                {"seed": r["seed"], "accuracy": r["accuracy"], "kinds": r.get("kinds", {})} for r in runs
-            ]
-        }
+        row["pairs"] = []
+        for r in runs:
+            row["pairs"].append({"seed": r["seed"], "accuracy": r["accuracy"], "kinds": r.get("kinds", {})})
     if "sampled" in runs[0]:
-        gains = [[b - a for a, b in zip(s["sampled"], r["sampled"], strict=True)] for s, r in pairs]
-        out |= {"seeds": [_answers(r, s) for s, r in pairs], "gain": _both(gains)}
+        row["seeds"] = [_answers(r, s) for s, r in pairs]
+        row["gain"] = _both([_differences(s["sampled"], r["sampled"]) for s, r in pairs])
     if "margin" in runs[0]:
-        gains = [[b - a for a, b in zip(s["margin"], r["margin"], strict=True)] for s, r in pairs]
-        out |= {
-            "margins": [{"seed": r["seed"], "before": _margin(s), "after": _margin(r)} for s, r in pairs],
-            "margin_gain": _both(gains),
-        }
-    return out
+        row["margins"] = []
+        for s, r in pairs:
+            row["margins"].append({"seed": r["seed"], "before": _margin(s), "after": _margin(r)})
+        row["margin_gain"] = _both([_differences(s["margin"], r["margin"]) for s, r in pairs])
+    return row
+
+
+def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [b - a for a, b in zip(before, after, strict=True)]
 
 
 def _both(gains: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -96,9 +100,10 @@ def publish(found: Mapping[str, Any], folder: Path, results: Path | None, page: 
     and learning.svg beside it.
     """
     text = json.dumps(found, indent=1) + "\n"
-    for path in [folder / f"{NAME}.json"] + (
-        [results / f"{LEARNING}{found['date'][:10]}.json"] if results else []
-    ):
+    paths = [folder / f"{NAME}.json"]
+    if results:
+        paths.append(results / f"{LEARNING}{found['date'][:10]}.json")
+    for path in paths:
         path.write_text(text, encoding="utf-8")
     if page is not None:
         begin, end = marks(NAME)
@@ -130,22 +135,15 @@ def _policies(found: Mapping[str, Any]) -> str:
     rows = [("SFT start", _mean(seeds, "greedy"), _mean(seeds, "sampled"), "", "", "", "")]
     for name, row in found["methods"].items():
         if "gain" in row:
-            gain, single = row["gain"], ", ".join(f"{100 * s['gain'][0]:+.1f}" for s in row["seeds"])
+            gain = row["gain"]
+            single = ", ".join(f"{100 * s['gain'][0]:+.1f}" for s in row["seeds"])
             over = "" if gain["over_seeds"] is None else _ends(gain["over_seeds"])
-            # a resumed run knows the time of its last part only
+            # a resumed run knows only the time of its last part
             known = [s for s in row["seconds"] if s is not None]
             seconds = f"{sum(known) / len(known):.0f}" if known else ""
-            rows.append(
-                (
-                    name,
-                    _mean(row["seeds"], "greedy"),
-                    _mean(row["seeds"], "sampled"),
-                    _points(gain["over_prompts"]),
-                    over,
-                    single,
-                    seconds,
-                )
-            )
+            greedy, sampled = _mean(row["seeds"], "greedy"), _mean(row["seeds"], "sampled")
+            points = _points(gain["over_prompts"])
+            rows.append((name, greedy, sampled, points, over, single, seconds))
     return _table(head, rows)
 
 

@@ -1,6 +1,4 @@
-"""What a model makes of pairs of a right and a wrong answer to the card game: which of them it prefers, and
-by how much.
-"""
+"""Margins of a model on the card game: how much it prefers a correct answer to a wrong one."""
 
 from __future__ import annotations
 
@@ -25,19 +23,18 @@ CHUNK = 64  # pairs of one forward pass
 
 
 def card_pairs(task_options: Sequence[str], split: str, count: int) -> tuple[Any, list[Row]]:
-    """The task, and the first `count` hands of a split: the demonstration against one of the task's own
-    mistakes, its four kinds mixed.
+    """The task, and the first `count` hands of a split: the demonstration against one of the task's mistakes.
+
+    The four kinds of mistakes are mixed.
     """
     task: Any = load_run_task("cards", task_options)
-    examples = [task.example(split, i) for i in range(min(count, task.size(split)))]
-    return task, [
-        Row(
-            f"{split}[{i}]",
-            "pair",
-            {"prompt": e.prompt, "chosen": e.demo, "rejected": task.mistakes(e, 1, i)[0]},
-        )
-        for i, e in enumerate(examples)
-    ]
+    rows = []
+    for i in range(min(count, task.size(split))):
+        example = task.example(split, i)
+        (mistake,) = task.mistakes(example, 1, i)
+        fields = {"prompt": example.prompt, "chosen": example.demo, "rejected": mistake}
+        rows.append(Row(f"{split}[{i}]", "pair", fields))
+    return task, rows
 
 
 def _wrong(task: Any, example: Example, text: str) -> bool:
@@ -47,45 +44,52 @@ def _wrong(task: Any, example: Example, text: str) -> bool:
 def reward_margins(
     checkpoint: Path, task_options: Sequence[str], *, split: str, count: int
 ) -> dict[str, list[float]]:
-    """A reward model's score of the demonstration less that of a mistake, on CPU: "mixed", the pairs of
-    `card_pairs`, and by kind.
+    """A reward model's score of the demonstration minus that of a mistake, on CPU.
+
+    "mixed" holds the pairs of `card_pairs`; the other entries are the kinds of mistakes.
     """
     task, rows = card_pairs(task_options, split, count)
     model = RewardModel.load(checkpoint)
     model.tokenizer = load_tokenizer(None, str(checkpoint), task.tokenizer)
-    right = model.score([(r.fields["prompt"], r.fields["chosen"]) for r in rows])
-    pairs = [
-        ("mixed", r.fields["prompt"], r.fields["rejected"], better)
-        for r, better in zip(rows, right, strict=True)
-    ]
-    for i, better in enumerate(right):
+    correct = model.score([(row.fields["prompt"], row.fields["chosen"]) for row in rows])
+
+    kinds, wrong, scores = [], [], []  # of each mistake: its kind, the mistake, the demonstration's score
+    for row, score in zip(rows, correct, strict=True):
+        kinds.append("mixed")
+        wrong.append((row.fields["prompt"], row.fields["rejected"]))
+        scores.append(score)
+    for i, score in enumerate(correct):
         example = task.example(split, i)
-        kinds = of_each_kind(example, partial(_wrong, task, example), split, i)
-        pairs += [(kind, example.prompt, text, better) for kind, text in kinds.items()]
-    worse = model.score([(prompt, text) for _, prompt, text, _ in pairs])
-    out: dict[str, list[float]] = {}
-    for (kind, _, _, better), score in zip(pairs, worse, strict=True):
-        out.setdefault(kind, []).append(better - score)
-    return out
+        mistakes = of_each_kind(example, partial(_wrong, task, example), split, i)
+        for kind, text in mistakes.items():
+            kinds.append(kind)
+            wrong.append((example.prompt, text))
+            scores.append(score)
+
+    by_kind: dict[str, list[float]] = {}
+    for kind, score, score_of_wrong in zip(kinds, scores, model.score(wrong), strict=True):
+        by_kind.setdefault(kind, []).append(score - score_of_wrong)
+    return by_kind
 
 
 @torch.no_grad()
 def margins(checkpoint: Path, task_options: Sequence[str], *, split: str, count: int) -> list[float]:
-    """log p(demonstration) - log p(mistake) under a language model, nats, summed over tokens, on CPU."""
+    """log p(demonstration) - log p(mistake) of a language model, nats, summed over tokens, on CPU."""
     task, rows = card_pairs(task_options, split, count)
     model = load_model(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
-    out: list[float] = []
-    every = encode_units(rows, load_tokenizer(None, str(checkpoint), task.tokenizer), paired=True)
-    for first in range(0, len(every), CHUNK):
-        units = every[first : first + CHUNK]
-        batch = pack_units(units, 1, torch.device("cpu"))
-        at = batch.mask[1:].nonzero().squeeze(1)
-        logp = ops.linear_logp(
-            model(batch.tokens, batch.cu_seqlens)[at], model.head_weight, batch.tokens[at + 1]
-        ).logp
-        sequence = torch.repeat_interleave(torch.arange(2 * len(units)), batch.cu_seqlens.diff().long())[
-            at + 1
-        ]
-        chosen, rejected = torch.zeros(2 * len(units)).index_add(0, sequence, logp).view(-1, 2).unbind(1)
-        out += (chosen - rejected).tolist()
-    return out
+    units = encode_units(rows, load_tokenizer(None, str(checkpoint), task.tokenizer), paired=True)
+    found: list[float] = []
+    for first in range(0, len(units), CHUNK):
+        chunk = units[first : first + CHUNK]
+        sequences = 2 * len(chunk)
+        batch = pack_units(chunk, 1, torch.device("cpu"))
+
+        at = batch.mask[1:].nonzero().squeeze(1)  # positions that predict a token of a completion
+        hidden = model(batch.tokens, batch.cu_seqlens)[at]
+        logp = ops.linear_logp(hidden, model.head_weight, batch.tokens[at + 1]).logp
+
+        owner = torch.repeat_interleave(torch.arange(sequences), batch.cu_seqlens.diff().long())
+        summed = torch.zeros(sequences).index_add(0, owner[at + 1], logp)
+        chosen, rejected = summed.view(-1, 2).unbind(1)
+        found += (chosen - rejected).tolist()
+    return found

@@ -17,7 +17,12 @@ def check_tokens(tokens: Sequence[int], where: str, vocab_size: int) -> None:
         )
 
 
-def check_budget(length: int, where: str, micro_tokens: int, what: str = "sequence") -> None:
+def check_budget(
+    length: int,
+    where: str,
+    micro_tokens: int,
+    what: str = "sequence",
+) -> None:
     """Raises UserError, naming `where`, for `what` if it is longer than a micro-batch."""
     if length > micro_tokens:
         raise UserError(

@@ -107,7 +107,8 @@ class Packed:
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
     """The groups' sequences end to end."""
     tokens: list[int] = []
-    ends, rows = [0], []
+    ends = [0]
+    rows = []
     for group in groups:
         for sequence, at in zip(group.tokens, group.at, strict=True):
             rows += [ends[-1] + position for position in at]
@@ -123,7 +124,11 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
 
 # --- reading ----------------------------------------------------------------------------------------
 def read_statements(
-    path: str | Path, data: str, columns: Mapping[str, str] | None = None, *, margins: bool = True
+    path: str | Path,
+    data: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    margins: bool = True,
 ) -> list[Statement]:
     """Every line of a .jsonl, .json or .parquet file, all in one of the FORMS for `data`.
 
@@ -132,11 +137,21 @@ def read_statements(
     return [_statement(fields, where, data, margins) for where, fields in read_table(path, columns)]
 
 
-def _statement(fields: JsonObject, where: str, data: str, margins: bool) -> Statement:
+def _statement(
+    fields: JsonObject,
+    where: str,
+    data: str,
+    margins: bool,
+) -> Statement:
     form = _form(fields, where, data)
     completions, target = _completions(form, fields, where)
     for completion in completions:
-        _check_text(completion, "completions", where, steps=data == "steps")
+        _check_text(
+            completion,
+            "completions",
+            where,
+            steps=data == "steps",
+        )
     prompt = fields.get("prompt")
     if prompt is not None:
         _check_text(prompt, "prompt", where)
@@ -151,7 +166,15 @@ def _statement(fields: JsonObject, where: str, data: str, margins: bool) -> Stat
             advice = "use bradley_terry, or drop the column"
             raise UserError(f"{where}: margin: expected none, this --algorithm ignores it; {advice}")
         _number(margin, "margin", where)
-    return Statement(where, data, prompt, completions, target, margin, fields)
+    return Statement(
+        where,
+        data,
+        prompt,
+        completions,
+        target,
+        margin,
+        fields,
+    )
 
 
 def _form(fields: JsonObject, where: str, data: str) -> str:
@@ -176,10 +199,12 @@ def _completions(form: str, fields: JsonObject, where: str) -> tuple[Sequence[Te
         return [fields["completion"]], [_number(fields["label"], "label", where, lo=0.0, hi=1.0)]
 
     column = FORMS[form].columns[-1]
-    completions, values = fields["completions"], fields[column]
+    completions = fields["completions"]
+    values = fields[column]
     ok = isinstance(completions, list) and isinstance(values, list)
     if not ok or not completions or len(completions) != len(values):
-        expected, got = "two lists of one length, at least 1", shorten(values, 80)
+        expected = "two lists of one length, at least 1"
+        got = shorten(values, 80)
         raise UserError(f"{where}: completions, {column}: expected {expected}; got {got}")
 
     bounds = {"lo": 0.0, "hi": 1.0} if form == "steps" else {}
@@ -187,14 +212,26 @@ def _completions(form: str, fields: JsonObject, where: str) -> tuple[Sequence[Te
     return completions, [-v for v in numbers] if form == "ranks" else numbers
 
 
-def _number(value: Json, column: str, where: str, lo: float = -math.inf, hi: float = math.inf) -> float:
+def _number(
+    value: Json,
+    column: str,
+    where: str,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value) or not lo <= value <= hi:
         kind = "true or false, or a number from 0 to 1" if hi == 1.0 else "a finite number"
         raise UserError(f"{where}: {column}: expected {kind}, got {shorten(value, 80)}")
     return float(value)
 
 
-def _check_text(value: Json, column: str, where: str, *, steps: bool = False) -> None:
+def _check_text(
+    value: Json,
+    column: str,
+    where: str,
+    *,
+    steps: bool = False,
+) -> None:
     """Raises UserError unless `value` is text or, except for a step, a list of messages."""
     if isinstance(value, str):
         return
@@ -242,7 +279,12 @@ def _row(s: Statement, completion: Text) -> Row:
     return Row(s.where, kind, {**columns, kind: completion})
 
 
-def _encode_steps(s: Statement, tokenizer: Tokenizer, max_tokens: int | None, separator: str) -> Group:
+def _encode_steps(
+    s: Statement,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    separator: str,
+) -> Group:
     """One sequence: every step is tokenised by itself, with its separator.
 
     The last step has the end-of-sequence token instead.
@@ -250,7 +292,8 @@ def _encode_steps(s: Statement, tokenizer: Tokenizer, max_tokens: int | None, se
     eos = end_of_sequence(tokenizer)
     last = len(s.completions) - 1
     prompt = "" if s.prompt is None else s.prompt
-    tokens, at = encode_prompt(prompt, tokenizer, where=s.where), []
+    tokens = encode_prompt(prompt, tokenizer, where=s.where)
+    at = []
     texts = [f"{step}{separator}" if i < last else f"{step}" for i, step in enumerate(s.completions)]
     pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for i, (text, piece) in enumerate(zip(texts, pieces, strict=True)):

@@ -41,7 +41,13 @@ class Segment(NamedTuple):
     trained: bool
 
 
-def encode(row: Row, tokenizer: Tokenizer, *, max_tokens: int | None = None, turns: Turns = "all") -> Sample:
+def encode(
+    row: Row,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    turns: Turns = "all",
+) -> Sample:
     """A row's tokens and loss mask: its completion counts, end-of-sequence token included.
 
     `turns` says whether all assistant turns of a conversation count, or only the last.  The end-of-sequence
@@ -74,7 +80,12 @@ def encode_all(
         parts = [(segment, next(ids)) for segment in segments]
         begin = [] if chat else _beginning(tokenizer)
         sample = _assemble(row, parts, begin, chat, eos)
-        _check_length(len(sample.tokens), sum(sample.mask), max_tokens, row)
+        _check_length(
+            len(sample.tokens),
+            sum(sample.mask),
+            max_tokens,
+            row,
+        )
         samples.append(sample)
     return samples
 
@@ -86,7 +97,8 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, *, where: str = "prompt") 
     missing chat template, and text that the tokenizer has no tokens for.
     """
     if isinstance(prompt, str):
-        begin, ids = _beginning(tokenizer), _ids([(prompt, where)], tokenizer)[0]
+        begin = _beginning(tokenizer)
+        ids = _ids([(prompt, where)], tokenizer)[0]
         tokens = ids if begin and ids[:1] == begin else begin + ids
     else:
         check_value("prompt", prompt, where)
@@ -115,18 +127,24 @@ def _segments(row: Row, tokenizer: Tokenizer, turns: Turns) -> tuple[list[Segmen
     if row.kind == "messages":
         return _conversation(row, row.fields["messages"], 0, tokenizer, turns), True
 
-    prompt, completion = row.fields["prompt"], row.fields["completion"]
+    prompt = row.fields["prompt"]
+    completion = row.fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Segment(prompt, False), Segment(completion, True)], False
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _conversation(row, prompt + completion, len(prompt), tokenizer, turns), True
+    messages = prompt + completion
+    return _conversation(row, messages, len(prompt), tokenizer, turns), True
 
 
 def _conversation(
-    row: Row, messages: Messages, first: int, tokenizer: Tokenizer, turns: Turns
+    row: Row,
+    messages: Messages,
+    first: int,
+    tokenizer: Tokenizer,
+    turns: Turns,
 ) -> list[Segment]:
     """Messages as segments: the assistant's turns from message `first` on are trained, the rest is context.
 
@@ -140,10 +158,23 @@ def _conversation(
         )
 
     tools = row.fields.get("tools")
-    segments, done = [], ""
+    segments = []
+    done = ""
     for i in trained if turns == "all" else trained[-1:]:
-        before = _render(messages[:i], tokenizer, row.where, generate=True, tools=tools)
-        after = _render(messages[: i + 1], tokenizer, row.where, generate=False, tools=tools)
+        before = _render(
+            messages[:i],
+            tokenizer,
+            row.where,
+            generate=True,
+            tools=tools,
+        )
+        after = _render(
+            messages[: i + 1],
+            tokenizer,
+            row.where,
+            generate=False,
+            tools=tools,
+        )
         if not before.startswith(done) or not after.startswith(before):
             advice = "use prompt and completion as text"
             if done:
@@ -179,10 +210,15 @@ def _render(
 
 # --- tokens -----------------------------------------------------------------------------------------
 def _assemble(
-    row: Row, parts: Sequence[tuple[Segment, list[int]]], begin: list[int], chat: bool, eos: int
+    row: Row,
+    parts: Sequence[tuple[Segment, list[int]]],
+    begin: list[int],
+    chat: bool,
+    eos: int,
 ) -> Sample:
     """The sequence of one row from the tokens of its segments."""
-    tokens, mask = list(begin), [False] * len(begin)
+    tokens = list(begin)
+    mask = [False] * len(begin)
     for i, (segment, ids) in enumerate(parts):
         if i == 0 and tokens and ids[:1] == tokens:
             ids = ids[1:]
@@ -200,7 +236,14 @@ def _assemble(
     return Sample(tokens, mask)
 
 
-def _end(ids: list[int], eos: int, where: str, chat: bool, *, last: bool) -> tuple[list[int], list[bool]]:
+def _end(
+    ids: list[int],
+    eos: int,
+    where: str,
+    chat: bool,
+    *,
+    last: bool,
+) -> tuple[list[int], list[bool]]:
     """A trained segment's tokens and mask, ended: nothing counts after its end-of-sequence token.
 
     The last segment gets that token if it has none.
@@ -230,7 +273,12 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[in
     return rows
 
 
-def check_known(ids: Sequence[int], text: str, where: str, tokenizer: Tokenizer) -> None:
+def check_known(
+    ids: Sequence[int],
+    text: str,
+    where: str,
+    tokenizer: Tokenizer,
+) -> None:
     """Raises UserError naming `where` if part of `text` became the tokenizer's unknown token."""
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown != tokenizer.eos_token_id and unknown in ids:
@@ -245,7 +293,12 @@ def _beginning(tokenizer: Tokenizer) -> list[int]:
     return alone[:1] if bos is not None and alone[:1] == [bos] else []
 
 
-def _check_length(length: int, trained: int, max_tokens: int | None, row: Row) -> None:
+def _check_length(
+    length: int,
+    trained: int,
+    max_tokens: int | None,
+    row: Row,
+) -> None:
     if max_tokens is None or length <= max_tokens:
         return
     parts = ""

@@ -37,7 +37,11 @@ Unit = tuple[LabelledSample, ...]
 
 
 def encode_units(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, paired: bool, max_tokens: int | None = None
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    paired: bool,
+    max_tokens: int | None = None,
 ) -> list[Unit]:
     """The units of rows read as PAIRED or LABELLED, in order; with `paired` False a pair gives two.
 
@@ -76,7 +80,9 @@ def prompt_of(row: Row) -> tuple[Text, Text, Text]:
     it.  As in TRL, a text prompt beside conversations that begin with the same messages is taken for a copy
     of them.
     """
-    chosen, rejected, prompt = row.fields["chosen"], row.fields["rejected"], row.fields.get("prompt")
+    chosen = row.fields["chosen"]
+    rejected = row.fields["rejected"]
+    prompt = row.fields.get("prompt")
     where = f"{row.where}: chosen, rejected"
     if type(chosen) is not type(rejected):
         raise UserError(f"{where}: expected both to be text or both lists of messages, got one of each")

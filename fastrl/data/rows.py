@@ -120,7 +120,12 @@ def _rename(fields: JsonObject, columns: Mapping[str, str], where: str) -> JsonO
     return {columns.get(name, name): value for name, value in fields.items()}
 
 
-def _kind(fields: JsonObject, where: str, first: str | None, known: Kinds) -> str:
+def _kind(
+    fields: JsonObject,
+    where: str,
+    first: str | None,
+    known: Kinds,
+) -> str:
     """The row's kind, after checking its columns; `first` is the kind of the rows before it."""
     candidates = [first] if first else list(known)
     kind = next((k for k in candidates if all(column in fields for column in known[k])), None)

@@ -1,21 +1,20 @@
-"""TRL's own trainers on our ops: patch() swaps, inside TRL, the functions that turn logits or hidden states
-into log-probs.
+"""TRL's trainers on our ops: patch() swaps TRL's functions from logits or hidden states to log-probs.
 
     from fastrl.integrations.trl import patched
 
     with patched():
         GRPOTrainer(...).train()
 
-Swapped is every name in TRL's loaded modules that is bound to one of these (those that the installed version
-has):
+In TRL's loaded modules, every name that is bound to one of these functions is swapped, if the installed
+version has it:
 
-    selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy     from logits:
-    ops.token_logp
-    _ChunkedLogProbFunction                             from hidden states and the head's weight:
-                                                        ops.linear_logp
+    selective_log_softmax                from logits                                 by ops.token_logp
+    entropy_from_logits                  from logits                                 by ops.token_logp
+    selective_log_softmax_and_entropy    from logits                                 by ops.token_logp
+    _ChunkedLogProbFunction              from hidden states and the head's weight    by ops.linear_logp
 
-TRL looks them up when it calls them, so trainers made before patch() run on our ops as well, and are restored
-by unpatch().
+TRL looks the functions up when it calls them, so that trainers made before patch() also run on our ops, and
+unpatch() restores them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +34,22 @@ from fastrl import ops
 
 __all__ = ["patch", "patched", "unpatch"]
 
-_HOME = "trl.trainer.utils"  # where TRL defines these functions, or gathers them
-_swapped: list[tuple[Any, Any]] = []  # (TRL's, ours), while patched
+_HOME = "trl.trainer.utils"  # the module of TRL that defines or collects these functions
+_swapped: list[tuple[object, object]] = []  # (TRL's, ours), while patched
+
+
+class AutogradFunction(Protocol):
+    """TRL's `torch.autograd.Function`, or our stand-in."""
+
+    def apply(self, *arguments: object) -> tuple[Tensor | None, ...]: ...
 
 
 # --- from logits ------------------------------------------------------------------------------------
 def _selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
 ) -> Tensor:
     if index.shape == logits.shape[:-1]:
         return _stats(logits, index, temperature, row_mask, entropy=False)[0]
@@ -49,8 +57,8 @@ def _selective_log_softmax(
 
 
 def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _stats(logits, anything, 1.0, None, entropy=True)[1]
+    any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return _stats(logits, any_token, 1.0, None, entropy=True)[1]
 
 
 def _selective_log_softmax_and_entropy(
@@ -65,18 +73,30 @@ def _selective_log_softmax_and_entropy(
 
 
 def _stats(
-    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, *, entropy: bool
+    logits: Tensor,
+    index: Tensor,
+    temperature: float,
+    row_mask: Tensor | None,
+    *,
+    entropy: bool,
 ) -> list[Tensor]:
     """Log-prob and, if asked for, entropy, shaped like index, in the dtype that TRL's function returns."""
-    # the views that TRL passes are not copied
+    # 2-d and 3-d logits go in as they are: the views that TRL passes need no copy
     rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
-    stats = ops.token_logp(rows, index.reshape(rows.shape[:-1]), temperature=temperature, entropy=entropy)
-    # that kernel's results are float32
-    fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)
-    dtype = torch.float32 if fused is not None and fused(logits, index, row_mask) else logits.dtype
-    return [
-        _masked(x.view(index.shape).to(dtype), row_mask) for x in (stats.logp, stats.entropy) if x is not None
-    ]
+    stats = ops.token_logp(
+        rows,
+        index.reshape(rows.shape[:-1]),
+        temperature=temperature,
+        entropy=entropy,
+    )
+
+    # where TRL would use its fused loss kernel, its results are float32
+    is_fused = getattr(importlib.import_module(_HOME), "_supports_trl_loss_kernel", None)
+    dtype = logits.dtype
+    if is_fused is not None and is_fused(logits, index, row_mask):
+        dtype = torch.float32
+    columns = [x for x in (stats.logp, stats.entropy) if x is not None]
+    return [_masked(x.view(index.shape).to(dtype), row_mask) for x in columns]
 
 
 def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -86,14 +106,8 @@ def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
 # --- from hidden states -----------------------------------------------------------------------------
 _TAIL = ("temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 _SIGNATURES = (  # the positional arguments of TRL's autograd function
-    (
-        "hidden",
-        "weight",
-        "bias",
-        "targets",
-        *_TAIL,
-        "outputs",
-    ),  # TRL 1.15 and later: five results, None where not in `outputs`
+    # TRL 1.15 and later: five results, None where not in `outputs`
+    ("hidden", "weight", "bias", "targets", *_TAIL, "outputs"),
     ("last_hidden", "weight", "bias", "targets", *_TAIL),  # 1.13 and 1.14: log-prob and entropy
     ("last_hidden", "weight", "targets", *_TAIL),  # 1.5 to 1.12
 )
@@ -103,21 +117,30 @@ _DEFAULTS = {
     "logit_scale": 1.0,
     "outputs": ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
 }
-_THEIRS = ("log_sum_sq_probs", "is_top1")  # metrics without gradient that only TRL's function has
+_ONLY_TRL = ("log_sum_sq_probs", "is_top1")  # metrics without gradient that we leave to TRL's function
 
 
-def _linear(trl: Any, names: tuple[str, ...]) -> Any:
+def _linear(trl: AutogradFunction, names: tuple[str, ...]) -> type:
     """A stand-in for TRL's autograd function with the arguments `names`."""
 
     def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
         given = _DEFAULTS | dict(zip(names, arguments, strict=False))
-        hidden, weight, bias, wanted = arguments[0], arguments[1], given["bias"], given["outputs"]
-        scale = (given["temperature"], given["final_logit_softcapping"], given["logit_scale"])
-        logp, entropy = _linear_logp(hidden, weight, bias, given["targets"], *scale, "entropy" in wanted)
+        hidden, weight = arguments[:2]
+        bias = given["bias"]
+        outputs = given["outputs"]
+        temperature = given["temperature"]
+        logit_scale = given["logit_scale"]
+        softcap = given["final_logit_softcapping"]
+        logp, entropy = _linear_logp(
+            hidden, weight, bias, given["targets"], temperature, softcap, logit_scale, "entropy" in outputs
+        )
         if "outputs" not in names:
             return logp, entropy
-        mean = _mean_logits(hidden, weight, bias, scale[2] / scale[0]) if "mean_logits" in wanted else None
-        rest = tuple(x for x in _THEIRS if x in wanted)
+
+        mean = None
+        if "mean_logits" in outputs:
+            mean = _mean_logits(hidden, weight, bias, logit_scale / temperature)
+        rest = tuple(x for x in _ONLY_TRL if x in outputs)
         if not rest:
             return logp, entropy, None, mean, None
         with torch.no_grad():
@@ -137,21 +160,19 @@ def _linear_logp(
     logit_scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy in float32, like TRL's; products in the dtype that TRL's would be in, logits kept
-    in float32.
+    """Log-prob and entropy in float32, as TRL returns them.
+
+    Products are in the dtype that TRL's would have; logits stay in float32.
     """
+    advice = "train this model with TRL unpatched"
     if softcap is not None:
-        raise NotImplementedError(
-            f"final_logit_softcapping: expected None, got {softcap}; train this model with TRL unpatched"
-        )
+        raise NotImplementedError(f"final_logit_softcapping: expected None, got {softcap}; {advice}")
     if not logit_scale > 0:
-        raise NotImplementedError(
-            f"logit_scale: expected a positive number, got {logit_scale}; train this model with TRL unpatched"
-        )
+        raise NotImplementedError(f"logit_scale: expected a positive number, got {logit_scale}; {advice}")
     if hasattr(weight, "ds_id"):  # gathered now, but empty again when the backward needs it
-        raise NotImplementedError(
-            "weight: expected a whole head, got one sharded by DeepSpeed ZeRO-3; train with TRL unpatched"
-        )
+        got = "one sharded by DeepSpeed ZeRO-3"
+        raise NotImplementedError(f"weight: expected a whole head, got {got}; {advice}")
+
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
@@ -167,14 +188,21 @@ def _linear_logp(
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The mean over the vocabulary is linear: one vector product instead of all logits."""
+def _mean_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Mean logit over the vocabulary; it is linear, so one vector product replaces all logits."""
     mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return (mean if bias is None else mean + bias.mean(dtype=torch.float32)) * scale
+    if bias is not None:
+        mean = mean + bias.mean(dtype=torch.float32)
+    return mean * scale
 
 
 # --- the swap ---------------------------------------------------------------------------------------
-_LOGITS: dict[str, Callable[..., Any]] = {
+_LOGITS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "selective_log_softmax": _selective_log_softmax,
     "entropy_from_logits": _entropy_from_logits,
     "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
@@ -183,11 +211,9 @@ _LINEAR = "_ChunkedLogProbFunction"
 
 
 def patch() -> None:
-    """Make TRL's trainers compute log-probs and entropies with our ops, until unpatch().  Patched already, it
-    does nothing.
+    """Make TRL's trainers compute log-probs and entropies with our ops, until unpatch(); idempotent.
 
-    Raises:  ImportError when TRL is not installed, or is a version whose functions are not those this module
-             knows.
+    Raises:  ImportError when TRL is not installed, or its functions are not the ones this module knows.
     """
     if _swapped:
         return
@@ -197,16 +223,14 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Give TRL its own functions back, also in modules that were loaded since patch().  Not patched, it does
-    nothing.
-    """
+    """Restore TRL's own functions, also in modules that were loaded since patch(); idempotent."""
     _replace([(ours, trl) for trl, ours in _swapped])
     _swapped.clear()
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """patch() inside the `with` block; at its end, whatever happened, TRL is again as the block found it."""
+    """patch() inside the `with` block; afterwards, also after an exception, TRL is as it was before."""
     outermost = not _swapped
     patch()
     try:
@@ -225,14 +249,18 @@ def _home() -> ModuleType:
         raise
 
 
-def _pairs(home: ModuleType) -> list[tuple[Any, Any]]:
+def _pairs(home: ModuleType) -> list[tuple[object, object]]:
     """(TRL's, ours) for every function that this version of TRL has."""
     theirs = {name: getattr(home, name, None) for name in (*_LOGITS, _LINEAR)}
     if theirs["selective_log_softmax"] is None:
         raise ImportError(
             f"{_HOME}: expected {', '.join(theirs)}; this version of TRL has no selective_log_softmax"
         )
-    pairs = [(theirs[name], ours) for name, ours in _LOGITS.items() if theirs[name] is not None]
+    pairs: list[tuple[object, object]] = []
+    for name, ours in _LOGITS.items():
+        if theirs[name] is not None:
+            pairs.append((theirs[name], ours))
+
     linear = theirs[_LINEAR]
     if linear is None:
         return pairs
@@ -246,11 +274,12 @@ def _pairs(home: ModuleType) -> list[tuple[Any, Any]]:
     return [*pairs, (linear, _linear(linear, arguments))]
 
 
-def _replace(pairs: list[tuple[Any, Any]]) -> None:
+def _replace(pairs: list[tuple[object, object]]) -> None:
     """Rebind every name in TRL's loaded modules from the first of a pair to the second."""
-    modules = [m for name, m in list(sys.modules.items()) if m is not None and name.split(".")[0] == "trl"]
-    for module in modules:
+    for module_name, module in list(sys.modules.items()):
+        if module is None or module_name.split(".")[0] != "trl":
+            continue
         for name, value in list(vars(module).items()):
-            new = next((b for a, b in pairs if a is value), None)
-            if new is not None:
-                setattr(module, name, new)
+            for old, new in pairs:
+                if old is value:
+                    setattr(module, name, new)

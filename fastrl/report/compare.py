@@ -88,17 +88,26 @@ def build_comparison(it: Comparison, out: str | Path) -> Path:
     runs = {name: read_run(Path(folder)) for name, folder in it.runs.items()}
     title = f"Accuracy on {it.prompts:,} unseen prompts"
     unit = "answers correct, 95% interval"
-    picture = intervals(_rows(it), title=title, unit=unit, path=out / "plots" / "accuracy.png")
+    picture = intervals(
+        _rows(it),
+        title=title,
+        unit=unit,
+        path=out / "plots" / "accuracy.png",
+    )
     accuracy = figures([(title, picture)], wide=True)
     notes = [paragraph(note) for note in it.notes]
+    result = section("Result", accuracy, _arms(it), _seeds(it), *notes)
+    curves = section("Curves", figures(panels(runs, out / "plots")))
+    answers = section("Answers before and after", _answers(it))
+    setup = setup_section(runs) if runs else Html("")
     return write_page(
         out,
         it.title,
         headline(it),
-        section("Result", accuracy, _arms(it), _seeds(it), *notes),
-        section("Curves", figures(panels(runs, out / "plots"))),
-        section("Answers before and after", _answers(it)),
-        setup_section(runs) if runs else Html(""),
+        result,
+        curves,
+        answers,
+        setup,
     )
 
 
@@ -152,7 +161,8 @@ def _pooled_arms(it: Comparison) -> dict[str, dict[str, Estimate]]:
     """
     pooled = {}
     for name, arms in _by_arm(it).items():
-        greedy, sampled = [arm.greedy for arm in arms], [arm.sampled for arm in arms]
+        greedy = [arm.greedy for arm in arms]
+        sampled = [arm.sampled for arm in arms]
         pooled[name] = {"greedy": _pool(greedy), "sampled": _pool(sampled)}
     return pooled
 
@@ -171,25 +181,29 @@ def _rows(it: Comparison) -> list[IntervalRow]:
         if len(it.seeds) > 1:
             singles["greedy"] = [arm.greedy.mean for arm in by_arm[name]]
             singles["sampled"] = [arm.sampled.mean for arm in by_arm[name]]
-        rows.append(IntervalRow(label=name, estimates=estimates, singles=singles))
+        rows.append(
+            IntervalRow(
+                label=name,
+                estimates=estimates,
+                singles=singles,
+            )
+        )
     return rows
 
 
 def _arms(it: Comparison) -> Html:
-    pooled, gains = _pooled_arms(it), it.pooled()
+    pooled = _pooled_arms(it)
+    gains = it.pooled()
     rows = []
     for name, arms in _by_arm(it).items():
         formed = [arm.well_formed for arm in arms if arm.well_formed is not None]
         seconds = [arm.seconds for arm in arms if arm.seconds is not None]
-        row = (
-            name,
-            _share(pooled[name]["greedy"]),
-            _share(pooled[name]["sampled"]),
-            _points(gains[name]) if name in gains else "",
-            f"{sum(formed) / len(formed):.1%}" if formed else "",
-            f"{sum(seconds) / len(seconds):.0f} s" if seconds else "",
-        )
-        rows.append(row)
+        greedy = _share(pooled[name]["greedy"])
+        sampled = _share(pooled[name]["sampled"])
+        gain = _points(gains[name]) if name in gains else ""
+        share = f"{sum(formed) / len(formed):.1%}" if formed else ""
+        time = f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""
+        rows.append((name, greedy, sampled, gain, share, time))
 
     several = len(it.seeds) > 1
     over = f"Seed {it.seeds[0].seed}, 95% intervals"

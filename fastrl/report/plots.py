@@ -105,7 +105,14 @@ def _axes(style: Mapping[str, object] | None = None, height: float = 2.9) -> Ite
         yield figure, figure.add_subplot()
 
 
-def lines(series: Sequence[Series], *, title: str, unit: str, path: Path, percent: bool = False) -> Picture:
+def lines(
+    series: Sequence[Series],
+    *,
+    title: str,
+    unit: str,
+    path: Path,
+    percent: bool = False,
+) -> Picture:
     """Curves over optimizer steps, saved to `path` (PNG).
 
     Long curves are drawn as their running means over faint single steps.
@@ -145,14 +152,21 @@ def lines(series: Sequence[Series], *, title: str, unit: str, path: Path, percen
     return Picture(uri, f"{title}, {unit}. {description}", "; ".join(notes))
 
 
-def intervals(rows: Sequence[IntervalRow], *, title: str, unit: str, path: Path) -> Picture:
+def intervals(
+    rows: Sequence[IntervalRow],
+    *,
+    title: str,
+    unit: str,
+    path: Path,
+) -> Picture:
     """Fractions with their 95% intervals, saved to `path` (PNG): one row per label, one mark per kind."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.estimates))
     height = 0.75 + 0.3 * len(rows) * max(1, len(kinds))
     with _axes({"axes.grid.axis": "x"}, height) as (figure, axes):
         for k, kind in enumerate(kinds):
             offset = ((len(kinds) - 1) / 2 - k) * 0.3
-            colour, marker = COLOURS[k], MARKERS[k]
+            colour = COLOURS[k]
+            marker = MARKERS[k]
             axes.plot([], [], label=kind, color=colour, marker=marker, linestyle="none")
             for y, row in enumerate(reversed(rows)):
                 if kind in row.estimates:
@@ -185,7 +199,8 @@ def reliability(bins: Sequence[Bin], *, title: str, path: Path) -> Picture:
     The size of a mark is the bin's share of the predictions.
     """
     total = sum(b.size for b in bins)
-    predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
+    predicted = [b.predicted for b in bins]
+    observed = [b.observed for b in bins]
     sizes = [12 + 160 * b.size / total for b in bins]
     with _axes() as (figure, axes):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=DASHES[1], label="calibrated")
@@ -202,17 +217,33 @@ def reliability(bins: Sequence[Bin], *, title: str, path: Path) -> Picture:
     return Picture(uri, f"{title}. {' '.join(words)}", note)
 
 
-def histogram(values: Mapping[str, Sequence[float]], *, title: str, unit: str, path: Path) -> Picture:
+def histogram(
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    unit: str,
+    path: Path,
+) -> Picture:
     """Histograms over the same bins, one outline per name that has values, saved to `path` (PNG)."""
     present = {name: v for name, v in values.items() if v}
-    low, high = min(map(min, present.values())), max(map(max, present.values()))
+    low = min(map(min, present.values()))
+    high = max(map(max, present.values()))
     width = (high - low) or 1.0
     edges = [low + width * i / BINS for i in range(BINS + 1)]
     with _axes() as (figure, axes):
         for i, (name, v) in enumerate(present.items()):
-            colour, dash = COLOURS[i], DASHES[i]
+            colour = COLOURS[i]
+            dash = DASHES[i]
             axes.hist(v, edges, histtype="stepfilled", alpha=0.15, color=colour)
-            axes.hist(v, edges, histtype="step", linewidth=1.4, color=colour, linestyle=dash, label=name)
+            axes.hist(
+                v,
+                edges,
+                histtype="step",
+                linewidth=1.4,
+                color=colour,
+                linestyle=dash,
+                label=name,
+            )
         axes.set(xlabel=unit, ylabel="answers")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         figure.legend(loc="outside upper left", ncols=_columns(list(present)), handlelength=2.0)
@@ -235,8 +266,14 @@ def smooth(y: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _curve(axes: Axes, s: Series, window: int, bars: bool) -> None:
-    colour, dash = COLOURS[s.colour % len(COLOURS)], DASHES[s.dash % len(DASHES)]
+def _curve(
+    axes: Axes,
+    s: Series,
+    window: int,
+    bars: bool,
+) -> None:
+    colour = COLOURS[s.colour % len(COLOURS)]
+    dash = DASHES[s.dash % len(DASHES)]
     marker = MARKERS[s.dash % len(MARKERS)]
     style = LineStyle(color=colour, linestyle=dash)
     if bars and s.lo is not None:
@@ -250,18 +287,42 @@ def _curve(axes: Axes, s: Series, window: int, bars: bool) -> None:
     else:
         if len(s.y) >= MIN_SMOOTHED_POINTS:
             marker = ""
-        axes.plot(s.x, s.y, linewidth=1.4, marker=marker, markersize=3, label=s.name, **style)
+        axes.plot(
+            s.x,
+            s.y,
+            linewidth=1.4,
+            marker=marker,
+            markersize=3,
+            label=s.name,
+            **style,
+        )
 
 
-def _estimate(axes: Axes, y: float, e: Estimate, singles: Sequence[float], colour: str, marker: str) -> None:
+def _estimate(
+    axes: Axes,
+    y: float,
+    e: Estimate,
+    singles: Sequence[float],
+    colour: str,
+    marker: str,
+) -> None:
     lo = e.lo if math.isfinite(e.lo) else e.mean
     hi = e.hi if math.isfinite(e.hi) else e.mean
     heights = [y] * len(singles)
-    axes.plot(singles, heights, color=colour, marker=marker, linestyle="none", alpha=0.35, markersize=4)
+    axes.plot(
+        singles,
+        heights,
+        color=colour,
+        marker=marker,
+        linestyle="none",
+        alpha=0.35,
+        markersize=4,
+    )
     axes.plot([lo, hi], [y, y], color=colour, linewidth=1.8)
     axes.plot([e.mean], [y], color=colour, marker=marker)
 
-    text, right = f"{e.mean:.1%}", max([hi, *singles])
+    text = f"{e.mean:.1%}"
+    right = max([hi, *singles])
     axes.annotate(text, (right, y), xytext=(6, 0), textcoords="offset points", va="center", color=colour)
 
 
@@ -272,7 +333,8 @@ def _columns(names: Sequence[str]) -> int:
 
 
 def _errors(s: Series) -> list[list[float]]:
-    lo, hi = s.lo or s.y, s.hi or s.y
+    lo = s.lo or s.y
+    hi = s.hi or s.y
     below = [max(0.0, y - end) for y, end in zip(s.y, lo, strict=True)]
     above = [max(0.0, end - y) for y, end in zip(s.y, hi, strict=True)]
     return [below, above]
@@ -293,7 +355,8 @@ def _window(s: Series) -> int:
 
 def _words(s: Series, percent: bool) -> str:
     form = ".1%" if percent else ".4g"
-    low, high = min(s.y), max(s.y)
+    low = min(s.y)
+    high = max(s.y)
     name = f"{s.name}: " if s.name else ""
     ends = f"from {s.y[0]:{form}} at step {s.x[0]:g} to {s.y[-1]:{form}} at step {s.x[-1]:g}"
     return f"{name}{ends}, lowest {low:{form}}, highest {high:{form}}."

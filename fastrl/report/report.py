@@ -45,7 +45,14 @@ class RunFiles:
         logged = {name for row in self.rows for name in row}
         return kind_of(all_metrics(), logged)
 
-    def series(self, key: str, name: str = "", *, colour: int = 0, dash: int = 0) -> Series:
+    def series(
+        self,
+        key: str,
+        name: str = "",
+        *,
+        colour: int = 0,
+        dash: int = 0,
+    ) -> Series:
         """The finite values of one metric over steps, with its interval if every row has K_lo and K_hi."""
         rows = [r for r in self.rows if _is_finite(r.get(key))]
         lo, hi = (self._ends(rows, f"{key}_{end}") for end in ("lo", "hi"))
@@ -100,21 +107,17 @@ def build(folder: str | Path, out: Path | None = None) -> Path:
     files = read_run(Path(folder))
     out = out or Path(folder)
     plots = out / "plots"
-    setup = section(
-        "Set-up",
-        folded("Resolved configuration (config.yaml)", files.config),
-        folded("Environment", files.environment),
-    )
-    return write_page(
-        out,
-        f"Run report: {files.folder.resolve().name}",
-        summary(files),
+    sections = [
         section("Curves", figures(panels({"": files}, plots))),
         section("Held-out rewards", *held_out_rewards(files.folder, plots)),
         section("Sample answers", *_samples(files)),
         section("All metrics", _metrics(files)),
-        setup,
-    )
+    ]
+    config = folded("Resolved configuration (config.yaml)", files.config)
+    environment = folded("Environment", files.environment)
+    sections.append(section("Set-up", config, environment))
+    title = f"Run report: {files.folder.resolve().name}"
+    return write_page(out, title, summary(files), *sections)
 
 
 def compare_runs(folders: Mapping[str, Path], out: Path) -> Path:
@@ -122,7 +125,13 @@ def compare_runs(folders: Mapping[str, Path], out: Path) -> Path:
     runs = {name: read_run(folder) for name, folder in folders.items()}
     lead = f"{len(runs)} runs: {', '.join(runs)}."
     curves = section("Curves", figures(panels(runs, out / "plots")))
-    return write_page(out, "Comparison of runs", lead, curves, setup_section(runs))
+    return write_page(
+        out,
+        "Comparison of runs",
+        lead,
+        curves,
+        setup_section(runs),
+    )
 
 
 def panels(runs: Mapping[str, RunFiles], folder: Path) -> list[tuple[str, Picture]]:
@@ -133,7 +142,13 @@ def panels(runs: Mapping[str, RunFiles], folder: Path) -> list[tuple[str, Pictur
         if curves:
             title = panel.title
             path = folder / f"{title.lower().replace(' ', '-')}.png"
-            picture = lines(curves, title=title, unit=panel.unit, path=path, percent=panel.percent)
+            picture = lines(
+                curves,
+                title=title,
+                unit=panel.unit,
+                path=path,
+                percent=panel.percent,
+            )
             drawn.append((title, picture))
     return drawn
 
@@ -172,7 +187,8 @@ def summary(files: RunFiles) -> str:
         label, form, y = gist.label, gist.format, files.series(key).y
         if y:
             edge = max(1, min(EDGE, len(y) // 2))
-            head, tail = sum(y[:edge]) / edge, sum(y[-edge:]) / edge
+            head = sum(y[:edge]) / edge
+            tail = sum(y[-edge:]) / edge
             ends = f"means of the first and last {edge} steps" if edge > 1 else "first and last step"
             parts.append(f"{label} {head:{form}} → {tail:{form}} ({ends}).")
 
@@ -209,7 +225,12 @@ def _curves(panel: Panel, runs: Mapping[str, RunFiles]) -> list[Series]:
         for i, label in enumerate(labels):
             metric = label if len(labels) > 1 else ""
             name = ", ".join(part for part in (run_name, metric) if part)
-            series = files.series(panel.keys[label], name, colour=colour if run_name else i, dash=i)
+            series = files.series(
+                panel.keys[label],
+                name,
+                colour=colour if run_name else i,
+                dash=i,
+            )
             if series.y:
                 curves.append(series)
     return curves
@@ -224,11 +245,19 @@ def _samples(files: RunFiles) -> list[Html]:
         rows = [row for row in files.samples if row["step"] == step][:SHOWN_SAMPLES]
         cells = []
         for row in rows:
-            prompt, answer = prompt_text(row.get("prompt", "")), row.get("completion", "")
+            prompt = prompt_text(row.get("prompt", ""))
+            answer = row.get("completion", "")
             cells.append((prompt, answer, _value(row.get("reward")), _verdict(row)))
         width = 4 if any(cell[3] for cell in cells) else 3
         caption = f"Step {step}"
-        tables.append(table(header[:width], [cell[:width] for cell in cells], caption=caption, sample=True))
+        tables.append(
+            table(
+                header[:width],
+                [cell[:width] for cell in cells],
+                caption=caption,
+                sample=True,
+            )
+        )
     return tables
 
 
@@ -288,7 +317,13 @@ def read_run(folder: Path) -> RunFiles:
     if not rows:
         raise UserError(f"{metrics}: holds no step yet")
     samples = _json_lines(folder / "samples.jsonl")
-    return RunFiles(folder, rows, samples, _text(folder / "config.yaml"), _text(folder / "environment.txt"))
+    return RunFiles(
+        folder,
+        rows,
+        samples,
+        _text(folder / "config.yaml"),
+        _text(folder / "environment.txt"),
+    )
 
 
 def _json_lines(path: Path) -> list[JsonRow]:

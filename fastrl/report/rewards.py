@@ -23,7 +23,8 @@ def held_out_rewards(folder: Path, plots: Path) -> list[Html]:
         return []
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-        step, ece = held["step"], float(held["ece"])
+        step = held["step"]
+        ece = float(held["ece"])
         bins = [Bin(*row) for row in held["bins"]]
         rewards = {}
         for name, key in zip(held["names"], ("better", "worse"), strict=True):
@@ -33,7 +34,12 @@ def held_out_rewards(folder: Path, plots: Path) -> list[Html]:
 
     curve = reliability(bins, title="Reliability", path=plots / "reliability.png")
     title = "Histogram of rewards"
-    bars = histogram(rewards, title=title, unit="reward", path=plots / "rewards.png")
+    bars = histogram(
+        rewards,
+        title=title,
+        unit="reward",
+        path=plots / "rewards.png",
+    )
     rows = [(f"{b.predicted:.1%}", f"{b.observed:.1%}", f"{b.size:,}") for b in bins]
     means = ", ".join(f"{name} {sum(r) / len(r):.3g}" for name, r in rewards.items() if r)
     result = f"After step {step}: expected calibration error {ece:.3f}; mean reward of the answers: {means}."
@@ -44,5 +50,10 @@ def held_out_rewards(folder: Path, plots: Path) -> list[Html]:
     return [
         paragraph(result),
         figures([("Reliability", curve), (title, bars)]),
-        table(("Predicted", "Came true", "Predictions"), rows, caption=caption, numbers=True),
+        table(
+            ("Predicted", "Came true", "Predictions"),
+            rows,
+            caption=caption,
+            numbers=True,
+        ),
     ]

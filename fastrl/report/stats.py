@@ -49,7 +49,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     """
     if not values:
         raise ValueError("mean_interval: expected at least one value, got none")
-    mean, n = fmean(values), len(values)
+    mean = fmean(values)
+    n = len(values)
     if n == 1:
         return Estimate(mean, -math.inf, math.inf)
     half = t_quantile(0.5 + level / 2, n - 1) * stdev(values) / math.sqrt(n)
@@ -133,7 +134,8 @@ def t_quantile(p: float, df: int) -> float:
     if not 0.5 <= p < 1 or df < 1:
         raise ValueError(f"t_quantile: expected 0.5 <= p < 1 and df >= 1, got p={p}, df={df}")
     central = 2 * p - 1
-    lo, hi = 0.0, 1.0
+    lo = 0.0
+    hi = 1.0
     while _central(hi, df) < central:
         hi *= 2
     for _ in range(60):

@@ -33,6 +33,9 @@ class Savable(Protocol):
     def save_pretrained(self, folder: Path, /) -> object: ...
 
 
+Models = Mapping[str, tuple[Savable, Savable | None]]  # folder inside the checkpoint -> model, tokenizer
+
+
 def save(
     run: Path,
     step: int,
@@ -42,7 +45,7 @@ def save(
     meta: Mapping[str, object],
     *,
     keep: int = 0,
-    others: Mapping[str, tuple[Savable, Savable | None]] | None = None,
+    others: Models | None = None,
 ) -> Path:
     """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps all).
 
@@ -53,7 +56,8 @@ def save(
     Raises UserError, naming the folder, when writing fails.
     """
     root = run / "checkpoints"
-    final, partial = root / f"step_{step}", root / f".step_{step}.partial"
+    final = root / f"step_{step}"
+    partial = root / f".step_{step}.partial"
     models = {"": (model, tokenizer), **(others or {})}
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
 
 def _write(
     folder: Path,
-    models: Mapping[str, tuple[Savable, Savable | None]],
+    models: Models,
     state: Mapping[str, Tensor],
     meta: Mapping[str, object],
 ) -> None:

@@ -110,7 +110,8 @@ def _variables() -> dict[str, str]:
 
 def _op_table() -> str:
     """A row per op: the chosen backend, and the state of its implementation on every backend."""
-    chosen, implementations = ops.backend(), ops.implementations()
+    chosen = ops.backend()
+    implementations = ops.implementations()
     rows: list[tuple[str, ...]] = [("op", "chosen", *BACKENDS)]
     notes = []
     for op, states in implementations.items():

@@ -135,11 +135,21 @@ def evaluate(
             weight_version=weight_version,
             environment=dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(n)]),
         )
-        columns = zip(rollouts.text or [], mean_logp(rollouts), rollouts.completions(), strict=True)
+        columns = zip(
+            rollouts.text or [],
+            mean_logp(rollouts),
+            rollouts.completions(),
+            strict=True,
+        )
         return [_Drawn(*column) for column in columns]
 
     def scored(example: Example, text: str) -> Answer:
-        return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)
+        return text, call_user(
+            f"--task: {task.name}'s verifier",
+            task.verify,
+            example,
+            text,
+        )
 
     greedy = generate(1, 0.0, 0)
     drawn = generate(samples, 1.0, local.start * samples) if samples else []
@@ -148,13 +158,15 @@ def evaluate(
         some = drawn[i * samples : (i + 1) * samples]
         best_answer = scored(example, best.text)
         answers = [scored(example, d.text) for d in some]
-        logp, tokens = [d.logp for d in some], [d.tokens for d in some]
+        logp = [d.logp for d in some]
+        tokens = [d.tokens for d in some]
         answered.append(_Answered(example, best_answer, answers, logp, tokens))
     return _collect(world.gather(answered), bool(samples))
 
 
 def _collect(rows: Sequence[_Answered], sampled: bool) -> Evaluation:
-    examples, greedy = [row.example for row in rows], [row.greedy for row in rows]
+    examples = [row.example for row in rows]
+    greedy = [row.greedy for row in rows]
     if not sampled:
         return Evaluation(examples, greedy, [])
     return Evaluation(
@@ -209,12 +221,18 @@ def run(config: Evaluate) -> None:
         table = search_accuracy(found, config.search)
         chosen = [SEARCHES[config.search].choose(c) for c in found]
     for row in table:
-        accuracy, oracle = row["accuracy"], row["oracle"]
+        accuracy = row["accuracy"]
+        oracle = row["oracle"]
         interval = f"(95% interval {accuracy.lo:.1%} to {accuracy.hi:.1%})"
         name = f"{config.search} {row['n']:<4}"
         print(f"{name} {accuracy.mean:6.1%}  {interval}, oracle {oracle.mean:.1%}")
     if config.output:
-        save(evaluation, Path(config.output), {"search": table} if table else {}, chosen)
+        save(
+            evaluation,
+            Path(config.output),
+            {"search": table} if table else {},
+            chosen,
+        )
 
 
 def _print_accuracy(evaluation: Evaluation, config: Evaluate, task: Task) -> None:
@@ -283,18 +301,27 @@ def candidates(evaluation: Evaluation, task: Task, reward: Reward | None) -> lis
     if read is not None:
         answers = [call_user(f"--task: {task.name}'s answer", read, text) for _, text in samples]
 
-    made, first = [], 0
+    made = []
+    first = 0
     for drawn, logp in zip(evaluation.sampled, evaluation.logp, strict=True):
         part = slice(first, first + len(drawn))
         first = part.stop
         correct = [s.correct for _, s in drawn]
-        made.append(Candidates(right=correct, logp=logp, reward=rewards[part], answer=answers[part]))
+        made.append(
+            Candidates(
+                right=correct,
+                logp=logp,
+                reward=rewards[part],
+                answer=answers[part],
+            )
+        )
     return made
 
 
 def search_accuracy(found: Sequence[Candidates], search: str) -> list[SearchRow]:
     """Accuracy of the search among n samples, n = 1, 2, 4, ... and all, beside the oracle's."""
-    total, choose = len(found[0].right), SEARCHES[search]
+    total = len(found[0].right)
+    choose = SEARCHES[search]
     sizes = {2**i for i in range(total.bit_length()) if 2**i <= total} | {total}
     table = []
     for n in sorted(sizes):
@@ -311,7 +338,8 @@ def _over_prompts(values: Sequence[float]) -> Estimate:
     """
     if not all(v in (0, 1) for v in values):
         return share_interval(values)
-    correct, n = sum(values), len(values)
+    correct = sum(values)
+    n = len(values)
     return Estimate(correct / n, *wilson(int(correct), n))
 
 
@@ -319,11 +347,31 @@ def _check_search(config: Evaluate, task: Task) -> None:
     search = SEARCHES.get(config.search or "")
     if search is None:
         expected = "none without a --search that judges samples by it"
-        require("--reward", config.reward, config.reward is None, expected)
+        require(
+            "--reward",
+            config.reward,
+            config.reward is None,
+            expected,
+        )
         return
 
     given = config.reward is not None or not search.reward
-    require("--reward", config.reward, given, f"model:FOLDER or file.py:fn for {config.search}")
-    require("--samples", config.samples, config.samples >= 1, "at least 1 to search in")
+    require(
+        "--reward",
+        config.reward,
+        given,
+        f"model:FOLDER or file.py:fn for {config.search}",
+    )
+    require(
+        "--samples",
+        config.samples,
+        config.samples >= 1,
+        "at least 1 to search in",
+    )
     readable = not search.answer or hasattr(task, "answer")
-    require("--search", config.search, readable, f"another: {task.name} has no answer(completion)")
+    require(
+        "--search",
+        config.search,
+        readable,
+        f"another: {task.name} has no answer(completion)",
+    )

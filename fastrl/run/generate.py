@@ -73,17 +73,32 @@ def run(config: Generate) -> None:
         seed=config.seed,
     )
 
-    prompts, encoded = [], []
+    prompts = []
+    encoded = []
     for where, prompt in read_prompts(config.prompts):
         prompts.append(prompt)
-        encoded.append(_encode(where, prompt, tokenizer, model.config.max_position_embeddings))
+        encoded.append(
+            _encode(
+                where,
+                prompt,
+                tokenizer,
+                model.config.max_position_embeddings,
+            )
+        )
 
     path = Path(config.output)
     rows = 0 if config.output == "-" else _begin(config, path, prompts)
     done = rows // config.n
     with ExitStack() as stack:
         out = sys.stdout if config.output == "-" else stack.enter_context(path.open("a", encoding="utf-8"))
-        progress = stack.enter_context(GenerateProgress(config, len(prompts), done, hidden=out.isatty()))
+        progress = stack.enter_context(
+            GenerateProgress(
+                config,
+                len(prompts),
+                done,
+                hidden=out.isatty(),
+            )
+        )
         complete = rows == len(prompts) * config.n
         begun = done if complete else done // CHUNK * CHUNK
         for first in range(begun, len(prompts), CHUNK):
@@ -92,7 +107,14 @@ def run(config: Generate) -> None:
             rollouts = sampler.generate(
                 encoded[part], params, sequence_offset=offset, on_tokens=progress.tokens
             )
-            _write(out, prompts[part], rollouts, first, config.n, skip=rows - offset)
+            _write(
+                out,
+                prompts[part],
+                rollouts,
+                first,
+                config.n,
+                skip=rows - offset,
+            )
             progress.prompts(min(first + CHUNK, len(prompts)))
 
 
@@ -110,9 +132,11 @@ def read_prompts(path: str) -> Iterator[tuple[str, Prompt]]:
             yield where, row["prompt"]
         return
 
-    name, text = path, ""
+    name = path
+    text = ""
     if path == "-":
-        name, text = "standard input", sys.stdin.read()
+        name = "standard input"
+        text = sys.stdin.read()
     else:
         text = decode(Path(path).read_bytes(), path)
     for number, line in enumerate(text.split("\n"), 1):
@@ -120,7 +144,12 @@ def read_prompts(path: str) -> Iterator[tuple[str, Prompt]]:
             yield f"{name}:{number}", line.removesuffix("\r")
 
 
-def _encode(where: str, prompt: Prompt, tokenizer: Tokenizer, context: int) -> list[int]:
+def _encode(
+    where: str,
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    context: int,
+) -> list[int]:
     tokens = encode_prompt(prompt, tokenizer, where=where)
     check_room(len(tokens), where, context)
     return tokens
@@ -209,7 +238,8 @@ def _complete_rows(path: Path, prompts: Sequence[Prompt], n: int) -> tuple[int, 
 
 
 def _check_row(row: JsonObject, expected: JsonObject, where: str) -> None:
-    got, wanted = [row.get(key) for key in expected], list(expected.values())
+    got = [row.get(key) for key in expected]
+    wanted = list(expected.values())
     if got != wanted:
         raise UserError(
             f"{where}: expected index, sample and prompt {shorten(wanted)}, got {shorten(got)}: "
@@ -222,13 +252,20 @@ def _row(index: int, sample: int, prompt: Prompt) -> JsonObject:
 
 
 def _write(
-    out: TextIO, prompts: Sequence[Prompt], rollouts: Rollouts, first: int, n: int, *, skip: int
+    out: TextIO,
+    prompts: Sequence[Prompt],
+    rollouts: Rollouts,
+    first: int,
+    n: int,
+    *,
+    skip: int,
 ) -> None:
     """Append a chunk's completions, without the first `skip`, which the file holds already.
 
     first  the index of the chunk's first prompt
     """
-    texts, ends = rollouts.text or [], rollouts.cu_seqlens.tolist()
+    texts = rollouts.text or []
+    ends = rollouts.cu_seqlens.tolist()
     for i in range(max(0, skip), len(texts)):
         prompt = prompts[i // n]
         if out.isatty():
@@ -254,7 +291,14 @@ class GenerateProgress:
     Leaving the block before the last prompt is done prints how to continue, if there is an output file.
     """
 
-    def __init__(self, config: Generate, total: int, done: int, *, hidden: bool) -> None:
+    def __init__(
+        self,
+        config: Generate,
+        total: int,
+        done: int,
+        *,
+        hidden: bool,
+    ) -> None:
         self.config, self.total = config, total
         self.done, self.sampled = done, 0
         console = Console(stderr=True, highlight=False)
@@ -277,11 +321,19 @@ class GenerateProgress:
         self.began = time.perf_counter()
         if self.bar is not None:
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, completed=self.done, shown="")
+            self.task = self.bar.add_task(
+                "",
+                total=self.total,
+                completed=self.done,
+                shown="",
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.bar is not None:
             self.bar.stop()

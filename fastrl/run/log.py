@@ -105,11 +105,19 @@ class RunLog:
                 speed_estimate_period=3600,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.name, total=self.total, completed=self._start, shown="")
+            self._task = self._bar.add_task(
+                self.name,
+                total=self.total,
+                completed=self._start,
+                shown="",
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not self.enabled:
             return
@@ -193,7 +201,12 @@ class RunLog:
         return f"ETA {_duration((now - began) / done * left)}"
 
     def _print(self, text: str) -> None:
-        self._console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            text.rstrip(),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def _set_aside(self) -> None:
         """Move an earlier run's logs to the first free previous-N."""
@@ -216,7 +229,8 @@ def keep_until(path: Path, step: int) -> float:
     """
     if not path.exists():
         return 0.0
-    kept, seconds = [], 0.0
+    kept = []
+    seconds = 0.0
     for line in path.read_text(encoding="utf-8").splitlines():
         row = _row(line)
         if row is not None and row["step"] <= step:
@@ -258,7 +272,8 @@ def _finite(value: Json) -> Json:
 
 def _with_interval(key: str, metrics: Mapping[str, float]) -> str:
     text = f"{key.removeprefix('eval/')} {metrics[key]:.4g}"
-    lo, hi = metrics.get(f"{key}_lo"), metrics.get(f"{key}_hi")
+    lo = metrics.get(f"{key}_lo")
+    hi = metrics.get(f"{key}_hi")
     return text if lo is None or hi is None else f"{text} [{lo:.4g}, {hi:.4g}]"
 
 

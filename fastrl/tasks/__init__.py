@@ -131,7 +131,8 @@ def _check_options(spec: str, made: Callable[..., object], options: dict[str, ob
         return
     for name, value in options.items():
         if name not in parameters:
-            near, known = nearest(name, parameters), ", ".join(parameters) or "none"
+            near = nearest(name, parameters)
+            known = ", ".join(parameters) or "none"
             raise UserError(f"--task: {spec} has no option {name!r}{near}; it has: {known}")
 
         annotation = str(parameters[name].annotation)

@@ -71,7 +71,12 @@ class Gsm8k:
     """Where a completion marks no answer, take its last number."""
 
     def __post_init__(self) -> None:
-        require("gsm8k: val", self.val, 0 <= self.val < 1, "a share of at least 0 and below 1")
+        require(
+            "gsm8k: val",
+            self.val,
+            0 <= self.val < 1,
+            "a share of at least 0 and below 1",
+        )
 
     def size(self, split: str) -> int:
         """Number of problems in `split`.
@@ -92,7 +97,11 @@ class Gsm8k:
         if self.chat:
             prompt = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
         demo = solution if self.annotations else _ANNOTATION.sub("", solution)
-        return Example(prompt=prompt, demo=demo, fields={"question": question, "answer": str(answer)})
+        return Example(
+            prompt=prompt,
+            demo=demo,
+            fields={"question": question, "answer": str(answer)},
+        )
 
     def verify(self, example: Example, completion: str) -> Score:
         """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.
@@ -101,12 +110,22 @@ class Gsm8k:
         answer = self.answer(completion)
         if answer is None:
             nothing = "no number marked as the answer"
-            return Score(reward=0.0, correct=False, well_formed=False, message=nothing)
+            return Score(
+                reward=0.0,
+                correct=False,
+                well_formed=False,
+                message=nothing,
+            )
 
         marked = extract(completion) is not None
         correct = answer == Fraction(example.fields["answer"])
         message = "correct" if correct else f"expected {example.fields['answer']}, got {answer}"
-        return Score(reward=float(correct), correct=correct, well_formed=marked, message=message)
+        return Score(
+            reward=float(correct),
+            correct=correct,
+            well_formed=marked,
+            message=message,
+        )
 
     def answer(self, completion: str) -> Fraction | None:
         """The number that `completion` comes down to, for a vote; None for none."""
@@ -178,7 +197,8 @@ def _split(folder: Path, split: str, val: float) -> tuple[Problem, ...]:
 def _read(file: Path) -> tuple[Problem, ...]:
     problems = []
     for where, row in read_json_lines(file):
-        question, solution = row.get("question"), row.get("answer", row.get("ground_truth"))
+        question = row.get("question")
+        solution = row.get("answer", row.get("ground_truth"))
         if not isinstance(question, str) or not isinstance(solution, str):
             raise UserError(f"{where}: expected a question and an answer, both text; got {shorten(row)}")
         answer = extract(solution)

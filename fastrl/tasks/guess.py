@@ -39,8 +39,18 @@ class Guess:
     stop: ClassVar[tuple[str, ...]] = ("?",)
 
     def __post_init__(self) -> None:
-        require("guess: numbers", self.numbers, 2 <= self.numbers <= 10_000, "2 to 10000")
-        require("guess: turns", self.turns, self.turns >= 1, "at least 1")
+        require(
+            "guess: numbers",
+            self.numbers,
+            2 <= self.numbers <= 10_000,
+            "2 to 10000",
+        )
+        require(
+            "guess: turns",
+            self.turns,
+            self.turns >= 1,
+            "at least 1",
+        )
 
     def size(self, split: str) -> int:
         """1000 games in train, 200 in each other split.  Raises UserError for an unknown split."""
@@ -54,11 +64,17 @@ class Guess:
         if not 0 <= index < size:
             raise IndexError(f"index: expected 0 <= index < {size}, the size of {split!r}; got {index}")
         number = draw(self.seed, "guess", split, index) % self.numbers
-        return Example(prompt=f"0-{self.numbers - 1}:", demo=f"{number}?", fields={"number": number})
+        return Example(
+            prompt=f"0-{self.numbers - 1}:",
+            demo=f"{number}?",
+            fields={"number": number},
+        )
 
     def step(self, transcripts: Sequence[Transcript]) -> tuple[list[str], list[float], list[bool]]:
         """The game's answer to each last guess, its reward, and whether the game is over."""
-        observations, rewards, done = [], [], []
+        observations = []
+        rewards = []
+        done = []
         for transcript in transcripts:
             text, reward, over = self._answer(transcript)
             observations.append(text)

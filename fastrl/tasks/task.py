@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]  # a chat message: "role", "content", and what else the chat template reads
 Prompt = str | list[Message]
+LogExtra = Callable[[str, list[str]], None]
+LogMetric = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +134,10 @@ def task_reward(task: Task) -> Callable[..., list[float]]:
     """
 
     def verify(
-        completions: Sequence[str | list[Message]],
+        completions: Sequence[Prompt],
         example: Sequence[Example],
-        log_extra: Callable[[str, list[str]], None],
-        log_metric: Callable[[str, float], None],
+        log_extra: LogExtra,
+        log_metric: LogMetric,
     ) -> list[float]:
         scores = []
         for problem, completion in zip(example, completions, strict=True):

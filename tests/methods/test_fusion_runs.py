@@ -32,7 +32,7 @@ CONSTANT = {"pair_coef": 1.0, "pair_coef_end": 1.0, "optim": Optim(lr=1e-2)}
 def no_report(monkeypatch):
     """Drawing the plots takes longer than these runs."""
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
-    monkeypatch.setattr(pipeline, "report", lambda stages, folder: folder)
+    monkeypatch.setattr(pipeline, "write_report", lambda stages, folder: folder)
 
 
 def assert_same_weights(one: Any, other: Any, step: int, steps: int) -> None:

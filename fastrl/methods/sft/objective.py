@@ -109,7 +109,7 @@ class SmoothedObjective:
 
 
 def noise_key(*parts: int) -> int:
-    """One key in [0, 2^63) from several numbers: of NEFTune's noise, from seed, step and place in the step."""
+    """One key in [0, 2^63) from several numbers: of NEFTune's noise, from seed, step and place in it."""
     key = 0
     for part in parts:
         key = (key * 1_000_003 + part) % 2**63

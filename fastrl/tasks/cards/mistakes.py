@@ -12,7 +12,8 @@ TRIES = 64  # candidates per wrong answer that is asked for
 
 def other_target(example: Example, key: int) -> str:
     """Correct steps that end at another number."""
-    numbers, target = example.fields["numbers"], example.fields["target"]
+    numbers = example.fields["numbers"]
+    target = example.fields["target"]
     pool = tuple(sorted(numbers))
     ends = sorted(int(e) for e in reachable(pool) if e.denominator == 1 and e != target)
     if not ends:

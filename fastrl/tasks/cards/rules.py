@@ -58,7 +58,13 @@ def hands(numbers: tuple[int, ...], rule: str, faces: bool = False) -> tuple[str
     return tuple(dealt)
 
 
-def apply(left: Number, operation: str, right: Number, *, fractions: bool) -> Number | None:
+def apply(
+    left: Number,
+    operation: str,
+    right: Number,
+    *,
+    fractions: bool,
+) -> Number | None:
     """The exact result, or None where the game forbids it.
 
     Forbidden are results below 0, division by 0, and, without `fractions`, results that are not integers.
@@ -84,7 +90,8 @@ def moves(pool: Pool, *, fractions: bool, limit: int | None) -> Iterator[tuple[S
     """
     seen = set()
     for j, i in combinations(range(len(pool)), 2):
-        low, high = pool[j], pool[i]
+        low = pool[j]
+        high = pool[i]
         if (high, low) in seen:
             continue
         seen.add((high, low))
@@ -114,7 +121,11 @@ def reachable(pool: Pool, *, fractions: bool = False, limit: int | None = 99) ->
 
 @lru_cache(maxsize=1 << 14)
 def solutions(
-    pool: Pool, target: int, *, fractions: bool = False, limit: int | None = 99
+    pool: Pool,
+    target: int,
+    *,
+    fractions: bool = False,
+    limit: int | None = 99,
 ) -> tuple[tuple[Step, ...], ...]:
     """Every solution as its steps; the two orders of a sum or a product count once."""
     if len(pool) == 1:

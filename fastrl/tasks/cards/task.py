@@ -107,16 +107,46 @@ class Cards:
         require("cards: k", self.k, 2 <= self.k <= 4, "2, 3 or 4 cards")
         pair = len(self.targets) == 2 and all(isinstance(end, int) for end in self.targets)
         low, high = self.targets if pair else (0, 0)
-        require("cards: targets", self.targets, 1 <= low <= high, "two numbers, 1 <= low <= high")
-        require("cards: rules", repr(self.rules), self.rules in ("a", "b", "ab"), "a, b or ab")
+        require(
+            "cards: targets",
+            self.targets,
+            1 <= low <= high,
+            "two numbers, 1 <= low <= high",
+        )
+        require(
+            "cards: rules",
+            repr(self.rules),
+            self.rules in ("a", "b", "ab"),
+            "a, b or ab",
+        )
         in_limit = self.limit is None or self.limit >= high
-        require("cards: limit", self.limit, in_limit, f"at least the highest target {high}")
-        require("cards: filler", self.filler, 0 <= self.filler <= 64, "0 to 64 characters")
+        require(
+            "cards: limit",
+            self.limit,
+            in_limit,
+            f"at least the highest target {high}",
+        )
+        require(
+            "cards: filler",
+            self.filler,
+            0 <= self.filler <= 64,
+            "0 to 64 characters",
+        )
         choose(self.reward, REWARDS, "cards: reward")
         shares = self.val >= 0 and self.test >= 0 and self.val + self.test < 1
         given = f"{self.val} and {self.test}"
-        require("cards: val, test", given, shares, "shares that leave something to train on")
-        require("cards: repeats", self.repeats, self.repeats >= 1, "at least 1")
+        require(
+            "cards: val, test",
+            given,
+            shares,
+            "shares that leave something to train on",
+        )
+        require(
+            "cards: repeats",
+            self.repeats,
+            self.repeats >= 1,
+            "at least 1",
+        )
 
     def size(self, split: str) -> int:
         """Number of distinct prompts in `split`; in train `repeats` hands per problem.
@@ -149,7 +179,12 @@ class Cards:
     def verify(self, example: Example, completion: str) -> Score:
         """The reward of the level that `verifier.check` finds; binary: 1 for a correct answer.  Total."""
         fields = example.fields
-        level, message = check(completion, fields["numbers"], fields["target"], fractions=self.fractions)
+        level, message = check(
+            completion,
+            fields["numbers"],
+            fields["target"],
+            fractions=self.fractions,
+        )
         return Score(
             reward=REWARDS[self.reward][level],
             correct=level is Level.CORRECT,
@@ -157,7 +192,12 @@ class Cards:
             message=message,
         )
 
-    def mistakes(self, example: Example, count: int, index: int) -> list[str]:
+    def mistakes(
+        self,
+        example: Example,
+        count: int,
+        index: int,
+    ) -> list[str]:
         """Up to `count` different wrong answers to `example`, number `index` of its split.
 
         A pure function of the three.
@@ -171,7 +211,12 @@ class Cards:
     def steps(self, example: Example, completion: str) -> tuple[list[str], list[bool]]:
         """The parts of `completion` between semicolons, and whether everything is right up to each end."""
         fields = example.fields
-        right = judge_steps(completion, fields["numbers"], fields["target"], fractions=self.fractions)
+        right = judge_steps(
+            completion,
+            fields["numbers"],
+            fields["target"],
+            fractions=self.fractions,
+        )
         return completion.split(";"), right
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -187,7 +232,12 @@ class Cards:
             raise UserError(f"cards: no problem falls into split {split!r}; {advice}")
         return deck
 
-    def _same_numbers(self, hand: str, problem: Problem, index: int) -> str:
+    def _same_numbers(
+        self,
+        hand: str,
+        problem: Problem,
+        index: int,
+    ) -> str:
         """Another hand of the same numbers, in another order if possible; `hand` if there is no other."""
         numbers = translate(hand, problem.rule)
         others = [h for h in hands(problem.numbers, problem.rule) if h != hand]
@@ -195,7 +245,13 @@ class Cards:
         choices = reordered or others or [hand]
         return choices[draw(self.seed, "perturbed", hand, index) % len(choices)]
 
-    def _example(self, problem: Problem, hand: str, split: str, index: int) -> Example:
+    def _example(
+        self,
+        problem: Problem,
+        hand: str,
+        split: str,
+        index: int,
+    ) -> Example:
         rule, pool, target = problem
         numbers = translate(hand, rule)
 
@@ -203,7 +259,12 @@ class Cards:
         for i in range(self.filler):
             prefix += FILLER[draw(self.seed, split, index, "filler", i) % len(FILLER)]
 
-        ways = solutions(pool, target, fractions=self.fractions, limit=self.limit)
+        ways = solutions(
+            pool,
+            target,
+            fractions=self.fractions,
+            limit=self.limit,
+        )
         steps = ways[draw(self.seed, split, index, "demo") % len(ways)]
         return Example(
             prompt=f"{prefix}{rule}:{hand}>{target}|",
@@ -218,7 +279,8 @@ def _deck(task: Cards, split: str) -> Deck:
     home = "test" if split in ("ood_rule", "perturbed") else split
     other_rule = split == "ood_rule"
 
-    problems, turns = [], []
+    problems = []
+    turns = []
     for rule in RULES:
         if (rule in task.rules) == other_rule:
             continue
@@ -232,7 +294,12 @@ def _deck(task: Cards, split: str) -> Deck:
                     turns.append(task.repeats if split == "train" else dealt)
 
     sizes = [sum(t > turn for t in turns) for turn in range(max(turns, default=0))]
-    return Deck(tuple(problems), tuple(turns), (0, *accumulate(sizes)), other_rule)
+    return Deck(
+        tuple(problems),
+        tuple(turns),
+        (0, *accumulate(sizes)),
+        other_rule,
+    )
 
 
 def _targets(task: Cards, numbers: tuple[int, ...]) -> list[int]:

@@ -29,7 +29,13 @@ class Level(IntEnum):
     CORRECT = 3
 
 
-def check(answer: str, numbers: list[int], target: int, *, fractions: bool) -> tuple[Level, str]:
+def check(
+    answer: str,
+    numbers: list[int],
+    target: int,
+    *,
+    fractions: bool,
+) -> tuple[Level, str]:
     """(level, reason) of `answer` for cards that count `numbers`, in order.  Total, and bounded in time."""
     k = len(numbers)
     longest = CHARACTERS_PER_CARD * k
@@ -78,7 +84,13 @@ def _play(
     return Level.CORRECT, "correct"
 
 
-def judge_steps(answer: str, numbers: list[int], target: int, *, fractions: bool) -> list[bool]:
+def judge_steps(
+    answer: str,
+    numbers: list[int],
+    target: int,
+    *,
+    fractions: bool,
+) -> list[bool]:
     """For each part of `answer` between semicolons, whether everything is right up to its end.
 
     The last verdict is that of the whole answer.  A part after a wrong one is wrong.  Total, and bounded in
@@ -89,7 +101,8 @@ def judge_steps(answer: str, numbers: list[int], target: int, *, fractions: bool
         return [False] * (1 + len(tail))
 
     right = [read_number(n, fractions=False) for n in head.split(",")] == list(numbers)
-    verdicts, pool = [right], list[Number](numbers)
+    verdicts = [right]
+    pool = list[Number](numbers)
     for text in tail:
         readings, result = _read_step(text, fractions)
         in_pool = [r for r in readings if _take(pool, r) is not None]
