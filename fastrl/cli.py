@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from fastrl import __version__
-from fastrl.config import Dpo, Evaluate, Generate, Grpo, Hybrid, Joint, Ppo, Reward, Sft
+from fastrl.config import Evaluate, Generate
 from fastrl.config.parse import UsageError, dump, parse
 from fastrl.errors import UserError, nearest
+from fastrl.methods import METHODS, options_of
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130
@@ -78,13 +79,7 @@ class Command:
 
 
 COMMANDS = {
-    "sft": Command(Sft, "fastrl.trainer:train"),
-    "reward": Command(Reward, "fastrl.trainer:train"),
-    "dpo": Command(Dpo, "fastrl.trainer:train"),
-    "grpo": Command(Grpo, "fastrl.trainer:train"),
-    "ppo": Command(Ppo, "fastrl.trainer:train"),
-    "hybrid": Command(Hybrid, "fastrl.trainer:train"),
-    "joint": Command(Joint, "fastrl.trainer:train"),
+    **{name: Command(options_of(name), "fastrl.trainer:train") for name in METHODS},
     "run": Command(Pipeline, "fastrl.pipeline:run"),
     "eval": Command(Evaluate, "fastrl.run.evaluate:run"),
     "generate": Command(Generate, "fastrl.run.generate:run"),

@@ -81,7 +81,7 @@ class Context(Generic[C, A, M]):
         return token_logp(model, batch, micro_tokens=self.config.micro_tokens, temperature=self.temperature)
 
     def start(self) -> LanguageModel:
-        """The model that the run began with, frozen: a reference is that, also where the run resumes later."""
+        """The model that the run began with, frozen: what a reference is, also after a resume."""
         config, model = self.config, self.sampler.model
         frozen = load_model(config.model, dtype=model.dtype, device=self.device, seed=config.seed)
         return frozen.requires_grad_(False)

@@ -39,7 +39,7 @@ def same(a: Rollouts, b: Rollouts) -> None:
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """The host's side of CUDA: snapshots one window late, steps of a bucket's size, several steps a window."""
+    """The host's side of CUDA: snapshots one window late, steps of a bucket's size, several steps each."""
 
     class Event:
         def record(self) -> None: ...

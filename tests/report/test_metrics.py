@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import grpo, lines
 
+import fastrl.run.session
 import fastrl.trainer
 from fastrl.algorithms.correction import merge_mismatch, mismatch
 from fastrl.algorithms.ppo import VALUE_SUMS
@@ -20,10 +21,11 @@ from fastrl.algorithms.preference import SUMS
 from fastrl.algorithms.reward import MEASURES
 from fastrl.batch.types import Tokens
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
+from fastrl.methods import method_of
 from fastrl.report import metrics
 from fastrl.report.metric import Gist, Metric, Ratio, gists_of, kind_of, over_batches, progress, ratios
 from fastrl.report.panels import PANELS, filled_panels
-from fastrl.report.report import _curves, lead, read
+from fastrl.report.report import _curves, read_run, summary
 from fastrl.train.learner import Learner
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,8 @@ def test_one_row_is_enough(tmp_path, monkeypatch, capsys):
         gists=(Gist("policy", "Planted"),),
     )
     monkeypatch.setitem(metrics.LOGGED, "grpo", (*metrics.LOGGED["grpo"], row))
+    method = replace(method_of("grpo"), metrics=metrics.LOGGED["grpo"])
+    monkeypatch.setattr(fastrl.run.session, "method_of", lambda command: method)
     monkeypatch.setattr(fastrl.trainer.report, "build", lambda folder: None)
     seen, update = [], Learner.update
 
@@ -64,12 +68,12 @@ def test_one_row_is_enough(tmp_path, monkeypatch, capsys):
         assert line["planted/old_kl"] == max(values) > min(values)
     assert f"planted {steps[0]['planted/old_kl']:.4f}" in capsys.readouterr().out
 
-    run = read(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     panel = next(p for p in filled_panels() if p.title == "Entropy")
     curves = {s.name: s.y for s in _curves(panel, {"": run})}
     assert curves.keys() == {"entropy", "planted"}
     assert curves["planted"] == [line["planted/old_kl"] for line in steps]
-    assert f"Planted {curves['planted'][0]:.3g} → {curves['planted'][1]:.3g}" in lead(run)
+    assert f"Planted {curves['planted'][0]:.3g} → {curves['planted'][1]:.3g}" in summary(run)
 
     named = {row.name for row in metrics.all_metrics()}
     logged = {name for line in lines(tmp_path / "run") for name in line}
