@@ -7,12 +7,14 @@ Each rule is a function of sources, so that each is also shown to catch a plante
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from fastrl.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,6 +164,23 @@ def test_the_ladder_holds(rule):
 
 def test_every_op_has_a_test_and_a_benchmark():
     assert orphans(ROOT) == []
+
+
+def unfinished(root: Path, commands: Iterable[str]) -> list[str]:
+    """Training commands without their folder, options, page or tests."""
+    lacking = []
+    for command in commands:
+        wanted = [f"fastrl/methods/{command}/method.py", f"fastrl/config/{command}.py", f"docs/{command}.md"]
+        lacking += [path for path in wanted if not (root / path).exists()]
+        if not any((root / "tests").rglob(f"test_*{command}*.py")):
+            lacking.append(f"tests/methods/test_{command}*.py")
+    return lacking
+
+
+def test_every_method_is_whole(tmp_path):
+    """Wrong implementation: a rule that nothing can break."""
+    assert unfinished(ROOT, METHODS) == []
+    assert len(unfinished(tmp_path, ["toy"])) == 4
 
 
 def test_the_sources_are_all_seen():
