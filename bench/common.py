@@ -1,13 +1,14 @@
-"""What a benchmark file declares: cases, the tensors of a case, what it must cost at least, and who computes
-it.
+"""What a benchmark file declares: cases, the tensors and the least cost of a case, and its providers.
 
-A file bench_<op>.py holds three tables and a few functions, gathered in one `Bench`:
+A file bench_<op>.py holds two tables and two functions, gathered in one `Bench`:
 
-    CASES      rows of sizes, from `cases`
-    PROVIDERS  name -> builder(case) -> function of the case's arguments; a builder raises Unavailable(reason)
-               for what cannot run here, and returns None for what does not apply to the case.  Names that
-               start with "fastrl" run once per implementation of the op; "eager" is what ratios refer to
-    data(case), cost(case)
+    CASES       rows of sizes, from `cases`
+    PROVIDERS   name -> builder(case) -> function of the case's arguments.  A builder raises
+                Unavailable(reason) for a provider that cannot run here, and returns None for one that does
+                not apply to the case.  Names that start with "fastrl" run once per implementation of the op;
+                ratios refer to "eager"
+    data(case)  the tensors
+    cost(case)  the least bytes and FLOPs
 """
 
 from __future__ import annotations
@@ -22,28 +23,27 @@ from torch import Tensor
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, EAGER, COMPILE = "fastrl", "eager", "torch.compile"
-# an attribute of functions that work in another thread, whose memory the profiler does not see
-ELSEWHERE = "works_elsewhere"
-PRODUCTS = "products"  # no peer but a bound: the matrix products alone, whose results mean nothing
+ELSEWHERE = "works_elsewhere"  # attribute of functions that work in a thread hidden from the memory profiler
+PRODUCTS = "products"  # a bound rather than a peer: the matrix products alone, with meaningless results
 
 Function = Callable[..., Any]  # of the case's arguments, by name -> a tensor or a tuple of them
 Sizes = tuple[int, ...]
 
 
 class Unavailable(Exception):
-    """A provider that cannot run here; the message is the reason its row gives."""
+    """A provider that cannot run here; the message is the reason shown in its row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One row of sizes.
 
-    mode      FORWARD runs under no_grad, BOTH differentiates too; another name is what a whole step does,
-              under no_grad
+    mode      FORWARD runs under no_grad, BOTH differentiates too; any other name is a whole step, under
+              no_grad
     level     "tiny" (tests), "quick" (--quick on CPU) or "full"
-    headline  the first full case of its device: all that --gpu-check runs, and what docs/results.md shows
+    headline  the first full case of its device: --gpu-check runs no other, and docs/results.md shows it
     shape     letter -> size
-    slice     the sizes replaced where errors are measured against float64
+    slice     the sizes that are replaced to measure errors against float64
     """
 
     device: str
@@ -82,32 +82,40 @@ def cases(
     modes: Sequence[str] = (FORWARD, BOTH),
     cuda_dtype: str = "bfloat16",
 ) -> tuple[Case, ...]:
-    """The table of an op: float32 on CPU, `cuda_dtype` on CUDA, each size in each mode; the first of a list
-    is its headline.
+    """The table of an op: float32 on CPU, `cuda_dtype` on CUDA, each size in each mode.
+
+    The first of a list is its headline.
     """
     rows: list[tuple[str, str, bool, Sizes]] = [("cpu", "tiny", False, tiny), ("cpu", "quick", True, quick)]
     rows += [("cpu", "full", i == 0, sizes) for i, sizes in enumerate(cpu)]
     rows += [("cuda", "full", i == 0, sizes) for i, sizes in enumerate(cuda)]
-    names = letters.split()
-    return tuple(
-        Case(
-            device=device,
-            dtype=cuda_dtype if device == "cuda" else "float32",
-            mode=mode,
-            level=level,
-            headline=headline,
-            shape=dict(zip(names, sizes, strict=True)),
-            slice={a: min(n, sizes[names.index(a)]) for a, n in slice.items()},
-        )
-        for device, level, headline, sizes in rows
-        for mode in modes
-    )
+
+    made = []
+    for device, level, headline, sizes in rows:
+        shape = dict(zip(letters.split(), sizes, strict=True))
+        small = {letter: min(n, shape[letter]) for letter, n in slice.items()}
+        dtype = cuda_dtype if device == "cuda" else "float32"
+        for mode in modes:
+            case = Case(
+                device=device,
+                dtype=dtype,
+                mode=mode,
+                level=level,
+                headline=headline,
+                shape=shape,
+                slice=small,
+            )
+            made.append(case)
+    return tuple(made)
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least a case can cost: bytes read and written (each input and output once), FLOPs of matrix
-    products, tokens it yields.
+    """The least cost of a case.
+
+    bytes   read and written, each input and output once
+    flops   of matrix products
+    tokens  that the case yields
     """
 
     bytes: int
@@ -117,8 +125,9 @@ class Cost:
 
 @dataclass(slots=True)
 class Data:
-    """The arguments of a case, those that are differentiated, and the upstream gradients of the outputs
-    (none: a scalar loss).
+    """The arguments of a case, those that are differentiated, and the upstream gradients of the outputs.
+
+    A scalar loss has no upstream gradient.
     """
 
     args: dict[str, Any]
@@ -128,10 +137,12 @@ class Data:
     def map(self, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> Data:
         """A copy with `change` applied to the named tensors (default: all, upstream gradients included)."""
         chosen = set(self.args if names is None else names)
-        args = {n: change(x) if n in chosen and isinstance(x, Tensor) else x for n, x in self.args.items()}
-        return Data(
-            args, self.wrt, self.upstream if names is not None else tuple(change(x) for x in self.upstream)
-        )
+        args = dict(self.args)
+        for name, x in self.args.items():
+            if name in chosen and isinstance(x, Tensor):
+                args[name] = change(x)
+        upstream = tuple(change(x) for x in self.upstream) if names is None else self.upstream
+        return Data(args, self.wrt, upstream)
 
     def wide(self) -> Data:
         """The same numbers in float64."""
@@ -145,13 +156,12 @@ Builder = Callable[[Case], Function | None]
 class Bench:
     """One op's benchmark.
 
-    truth     builder of the definition, which is run in float64 on a slice; errors are measured against it
-    registry  the op whose implementations the fastrl rows run through; empty: one row, whatever is chosen
-              automatically
-    mutates   provider -> arguments it writes to, of which it gets its own copies
-    wall      timed by the clock on the wall, not by device events: it waits for the device itself
+    truth     builder of the definition, which runs in float64 on a slice; errors are measured against it
+    registry  the op with the implementations of the fastrl rows; empty: one row, of the automatic choice
+    mutates   provider -> arguments that it writes to, of which it gets its own copies
+    wall      timed by the wall clock, not by device events: the function waits for the device itself
     details   (case, a provider's function, its milliseconds) -> further numbers of its row, by name and unit,
-              once all is measured
+              called after all measurements
     """
 
     op: str
@@ -178,7 +188,7 @@ def compiled(function: Function) -> Builder:
 
 
 class _Products(torch.autograd.Function):
-    """x W^T, and two more products of the same size that have the shapes of the gradients of x and W."""
+    """x W^T, and two more products of the same size, in the shapes of the gradients of x and W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -192,8 +202,9 @@ class _Products(torch.autograd.Function):
 
 
 def products(case: Case, *, per_token: bool = False) -> Function:
-    """The matrix products of a linear op over its live `rows`: one forward, three with a backward (of a
-    scalar, or of (T,)).
+    """The matrix products of a linear op over its live `rows`: one forward, three with a backward.
+
+    The backward is that of a scalar or, `per_token`, of (T,).
     """
 
     def call(hidden: Tensor, weight: Tensor, rows: Tensor | None = None, **_: Any) -> Tensor:
@@ -226,12 +237,12 @@ def only(needed: bool, reason: str) -> None:
 
 # --- tensors ----------------------------------------------------------------------------------------
 def wide(x: Tensor) -> Tensor:
-    """float32, or float64 when it is that already: what a careful eager implementation computes in."""
+    """`x` in float32, or in float64 if it is: what a careful eager implementation computes in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Draw:
-    """Random tensors of a case: on its device, in its dtype, the same in every run."""
+    """Random tensors of a case, on its device and in its dtype; the same in every run."""
 
     def __init__(self, case: Case) -> None:
         self.device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
@@ -239,9 +250,8 @@ class Draw:
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Gaussian numbers."""
-        return torch.randn(
-            shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype
-        ).mul_(std)
+        dtype = dtype or self.dtype
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype).mul_(std)
 
     def below(self, high: int, *shape: int) -> Tensor:
         """int64 in [0, high)."""

@@ -1,11 +1,10 @@
-"""What every Triton kernel compiles to, on a machine that needs no GPU: registers, shared memory, spills,
-width of loads and stores.
+"""What every Triton kernel compiles to: registers, shared memory, spills, width of loads and stores.
 
     python -m fastrl.bench.compile_table [--all] [--out FILE.json] [NAME ...]
 
 compiles each production variant (the `COMPILE` table beside the kernels) for sm_90, with --all for sm_80,
-sm_90 and sm_100, and ends with status 1 if one spills, or moves the vocabulary in pieces of less than 16
-bytes where its size allows more.
+sm_90 and sm_100.  No GPU is needed.  The exit status is 1 if a variant spills, or has accesses of less than
+16 bytes where its sizes allow more.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ BULK = "cp.async.bulk.tensor"  # whole tiles: TMA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One variant on one architecture; `spill` is stack and local memory, all in bytes but the registers."""
+    """One variant on one architecture; `spill` is stack and local memory; bytes, except the registers."""
 
     kernel: str
     case: str
@@ -54,17 +53,17 @@ class Figures:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be."""
-        narrow = [
-            f"{move} of {getattr(self, move)} bytes" for move in self.wide if getattr(self, move) < WIDE
-        ]
-        return [f"{self.spill} bytes spilled"] * (self.spill > 0) + narrow
+        """Spills and narrow accesses."""
+        found = [f"{self.spill} bytes spilled"] if self.spill > 0 else []
+        for move in self.wide:
+            size = getattr(self, move)
+            if size < WIDE:
+                found.append(f"{move} of {size} bytes")
+        return found
 
 
 def specs() -> Iterator[tuple[str, Spec]]:
-    """(module, variant) of every kernel file.  Raises UserError where Triton's interpreter would take the
-    kernels.
-    """
+    """(module, variant) of every kernel file.  Raises UserError under Triton's interpreter."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("TRITON_INTERPRET: expected it unset, the interpreter compiles nothing")
     for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels._triton.__path__)):
@@ -86,18 +85,16 @@ def compile_for(spec: Spec, arch: int) -> Any:
 
 
 def usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, shared memory and spilled bytes of a cubin.  Raises UserError where Triton's cuobjdump
-    cannot read it.
+    """Registers, shared memory and spilled bytes of a cubin.
+
+    Raises UserError where Triton's cuobjdump cannot read it.
     """
+    nvidia = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        tool = (
-            Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
-            / "bin"
-            / "cuobjdump"
-        )
-        done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
+        command = [str(nvidia / "bin" / "cuobjdump"), "-res-usage", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
     found = USAGE.search(done.stdout)
     if found is None:
         raise UserError(
@@ -109,23 +106,21 @@ def usage(cubin: bytes) -> tuple[int, int, int]:
 
 def widest(ptx: str, move: str) -> int:
     """Bytes of the widest access to global memory; a tile moved by TMA counts as 16."""
-    sizes = [
-        int(lanes or 1) * int(bits) // 8
-        for lanes, bits in MOVE[{"load": "ld", "store": "st"}[move]].findall(ptx)
-    ]
+    instruction = {"load": "ld", "store": "st"}[move]
+    sizes = [int(lanes or 1) * int(bits) // 8 for lanes, bits in MOVE[instruction].findall(ptx)]
     if move == "load":
         sizes += [int(size, 0) for size in COPY.findall(ptx)]
         sizes += [WIDE] * (f"{BULK}.2d.shared" in ptx)
     return max(sizes, default=0)
 
 
-def measure(name: str, spec: Spec, arch: int) -> Figures:
-    """Compile one variant and read what came out."""
+def figures_of(name: str, spec: Spec, arch: int) -> Figures:
+    """Compile one variant and read the result."""
     compiled = compile_for(spec, arch)
     registers, shared, spill = usage(compiled.asm["cubin"])
     kernel = f"{name}.{spec.kernel.__name__.removesuffix('_kernel')}"
     load, store = (widest(compiled.asm["ptx"], move) for move in ("load", "store"))
-    shared = max(shared, compiled.metadata.shared)  # the cubin does not count what is asked for at the launch
+    shared = max(shared, compiled.metadata.shared)  # the cubin does not count memory requested at the launch
     return Figures(
         kernel=kernel,
         case=spec.case,
@@ -140,20 +135,18 @@ def measure(name: str, spec: Spec, arch: int) -> Figures:
 
 
 def _side_by_side(jobs: Sequence[tuple[str, Spec, int]], processes: int) -> Iterator[Figures]:
-    """`measure` of every job, in order; forked processes, because a kernel is a function that no pickle
-    carries.
-    """
+    """`figures_of` every job, in order; in forked processes, because kernels cannot be pickled."""
     global _jobs
     _jobs = jobs
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
         yield from pool.map(_job, range(len(jobs)))
 
 
-_jobs: Sequence[tuple[str, Spec, int]] = ()  # what a forked process finds its own in
+_jobs: Sequence[tuple[str, Spec, int]] = ()  # inherited by forked processes
 
 
 def _job(i: int) -> Figures:
-    return measure(*_jobs[i])
+    return figures_of(*_jobs[i])
 
 
 # --- output -----------------------------------------------------------------------------------------
@@ -184,14 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated, by the import below
     print(f"{'kernel':30} {'case':34} {'arch':7} registers   shared  spill  load  store")
-    archs = ALL if options.all else HOPPER
-    jobs = [
-        (n, s, a)
-        for n, s in specs()
-        if not options.names or n in options.names
-        for a in archs
-        if a in s.archs
-    ]
+    jobs = []
+    for name, spec in specs():
+        if not options.names or name in options.names:
+            jobs += [(name, spec, arch) for arch in (ALL if options.all else HOPPER) if arch in spec.archs]
+
     rows = []
     for figures in _side_by_side(jobs, options.jobs):
         rows.append(figures)
@@ -199,10 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = sum(bool(f.faults) for f in rows)
     print(f"{len(rows)} variants, {bad} with spills or narrow accesses")
     if options.out:
-        options.out.write_text(
-            json.dumps({"rows": [asdict(f) | {"faults": f.faults} for f in rows]}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        content = {"rows": [asdict(f) | {"faults": f.faults} for f in rows]}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return bool(bad)
 
 

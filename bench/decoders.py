@@ -1,8 +1,7 @@
-"""The decoder that the pipeline benchmarks run, the same weights in transformers, and the least time that its
-products allow.
+"""The decoder of the pipeline benchmarks, the same weights in transformers, and bounds of its time.
 
 L layers of width D, F in the MLP, H query heads of width E, K key/value heads, V tokens, embedding and head
-tied.  E = D / H is a Qwen2 decoder, any other E a Qwen3 one, with norms on its queries and keys.
+tied.  E = D / H makes a Qwen2 decoder, any other E a Qwen3 one, with norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ QWEN3_06B = (28, 1024, 3072, 16, 8, 128, 151936)
 
 
 def ours(case: Case, dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder; always the same weights."""
+    """Our decoder, always with the same weights."""
     L, D, F, H, K, E, V = case.sizes(LETTERS)
     family, name = ("qwen2", "Qwen2ForCausalLM") if E == D // H else ("qwen3", "Qwen3ForCausalLM")
     config = {
@@ -77,9 +76,7 @@ def products(case: Case) -> list[Sizes]:
 # --- the least a rollout can take -------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Milliseconds of the matrix products of a prefill and of all decode steps, and of reading the cache:
-    they add up.
-    """
+    """Milliseconds of the products of a prefill, of those of all decode steps, and of reading the cache."""
 
     prefill_ms: float
     decode_ms: float
@@ -97,13 +94,12 @@ def bound(
     samples: int = 1,
     limit: Ceilings | None = None,
 ) -> Bound:
-    """The least time of a rollout of `samples` sequences a prompt with so many prompt and output tokens, all
-    decoded together.
+    """The least time of a rollout of `samples` sequences for each prompt, all decoded together.
 
-    A decode step reads each weight once and each live sequence's keys and values; kernels run one after the
-    other, so the two add up.  On CUDA a product takes the longer of its traffic and its arithmetic at the
-    measured limits; on CPU the same products are timed, torch's and ours, and the faster counts: at these
-    sizes both are far from their best.
+    `prompts` and `outputs` are tokens of each prompt and of its completions.  A decode step reads each weight
+    once, and the keys and values of each live sequence; kernels run one after the other, so the two add up.
+    On CUDA a product takes the longer of its traffic and its arithmetic at the measured limits.  On CPU the
+    products are timed, torch's and ours, and the faster counts: at these sizes both are far from their best.
     """
     L, _, _, _, K, E, _ = case.sizes(LETTERS)
     *layer, head = products(case)
@@ -115,26 +111,24 @@ def bound(
         size = sum(m * n for m, n in matrices)
         return limit.floor_ms(size * case.itemsize, 2 * rows * size)
 
-    live: dict[int, int] = {}  # rows -> decode steps with so many
+    live: dict[int, int] = {}  # rows -> decode steps with that number of rows
     for t in range(1, max(outputs)):
         rows = samples * sum(n > t for n in outputs)
         live[rows] = live.get(rows, 0) + 1
-    # step t: the prompt and t tokens
+
+    # step t reads the prompt and t tokens
     read = samples * sum((n - 1) * p + n * (n - 1) // 2 for p, n in zip(prompts, outputs, strict=True))
-    cache = read * 2 * L * K * E * case.itemsize
-    prefill = L * ms(sum(prompts), layer) + ms(len(prompts), [head])
-    return Bound(
-        prefill,
-        sum(steps * (L * ms(rows, layer) + ms(rows, [head])) for rows, steps in live.items()),
-        limit.floor_ms(cache, 0),
-    )
+    cache_bytes = read * 2 * L * K * E * case.itemsize
+    decode_ms = 0.0
+    for rows, steps in live.items():
+        decode_ms += steps * (L * ms(rows, layer) + ms(rows, [head]))
+    prefill_ms = L * ms(sum(prompts), layer) + ms(len(prompts), [head])
+    return Bound(prefill_ms, decode_ms, limit.floor_ms(cache_bytes, 0))
 
 
 @cache
 def limits(device: str) -> Ceilings:
-    """The device's measured limits, taken once more: a benchmark's own details do not see those of the
-    run.
-    """
+    """The measured limits of the device; measured again, because `Bench.details` does not get the run's."""
     return ceilings(torch.device(device), quick=device == "cpu")
 
 

@@ -1,12 +1,11 @@
-"""Each provider of a case in a process of its own: time and the memory the operating system saw, with nothing
-of the others in it.
+"""Each provider of a case in a process of its own: its time, and the memory that the operating system saw.
 
-    python -m fastrl.bench.fresh linear_loss [--providers fastrl eager products] [--rounds 5] [--out
-    FILE.json]
+    python -m fastrl.bench.fresh linear_loss [--providers fastrl eager products] [--rounds 5]
+                                             [--out FILE.json]
 
-The headline CPU cases, one thread.  `fastrl bench` interleaves its providers in one process, which is fairer
-to their times; resident memory is only honest in a fresh process, where no other provider has left pages
-behind.
+It runs the headline CPU cases on one thread.  `fastrl bench` interleaves its providers in one process, which
+is fairer to their times; resident memory is meaningful only in a fresh process, where no other provider has
+left pages behind.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ def headline(bench: Bench) -> list[Case]:
 
 
 def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a call (median, after one to warm up) and MiB of resident memory that calls add, in
-    this process.
-    """
+    """Milliseconds of a call (median, after one to warm up), and MiB of resident memory that calls add."""
     function = bench.providers[provider](case)
     if function is None:
         raise UserError(f"{provider}: not a provider of {case.label} {case.mode}")
     data = bench.data(case)
     data = data.map(lambda x: x.detach().requires_grad_(), data.wrt)
     small = bench.data(case.small())
-    # loads what a first call loads
+    # load what a first call loads
     evaluate(function, small.map(lambda x: x.detach().requires_grad_(), small.wrt), case.mode)
-    # pages that making the data has left in the heap would pass for nobody's
+
+    # free the pages left by making the data: calls would reuse them, and seem to add less
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
+
     taken = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
@@ -62,29 +61,18 @@ def alone(bench: Bench, case: Case, provider: str, rounds: int) -> dict[str, Any
 
 
 def _resident(field: str) -> float:
-    """MiB of resident memory: VmRSS now, VmHWM at most since the start,
-    or since 5 was written to clear_refs.
-    """
-    lines = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-    )
-    return float(lines[field].split()[0]) / 1024
+    """MiB of resident memory: VmRSS now, VmHWM the most since the start or the last write to clear_refs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return float(value.split()[0]) / 1024
+    raise KeyError(field)
 
 
 def spawn(op: str, index: int, provider: str, rounds: int) -> dict[str, Any]:
     """`alone` in a new process."""
-    command = [
-        sys.executable,
-        "-m",
-        "fastrl.bench.fresh",
-        op,
-        "--worker",
-        str(index),
-        "--providers",
-        provider,
-        "--rounds",
-        str(rounds),
-    ]
+    command = [sys.executable, "-m", "fastrl.bench.fresh", op]
+    command += ["--worker", str(index), "--providers", provider, "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise UserError(f"{op}, {provider}: {done.stderr.strip().splitlines()[-1]}")
@@ -106,32 +94,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bench = load(options.op)
         if options.worker is not None:
-            print(
-                json.dumps(
-                    alone(bench, headline(bench)[options.worker], options.providers[0], options.rounds)
-                )
-            )
+            case = headline(bench)[options.worker]
+            print(json.dumps(alone(bench, case, options.providers[0], options.rounds)))
             return 0
-        found = []
+
+        cases = []
         for i, case in enumerate(headline(bench)):
             print(f"{case.label} {case.dtype} {case.mode}")
             rows = {p: spawn(options.op, i, p, options.rounds) for p in options.providers}
-            for provider, row in rows.items():
-                ratios = "  ".join(
-                    f"{row['ms'] / r['ms']:.2f}x the time, {row['mib'] / r['mib']:.3f}x the memory of {p}"
-                    for p, r in rows.items()
-                )
-                print(f"  {provider:12} {row['ms']:9.1f} ms {row['mib']:9.1f} MiB   {ratios}")
-            found.append({"op": options.op, "case": case.label, "mode": case.mode, "providers": rows})
+            for provider in rows:
+                print(_line(provider, rows))
+            cases.append({"op": options.op, "case": case.label, "mode": case.mode, "providers": rows})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
     if options.out:
-        options.out.write_text(
-            json.dumps({"identity": identity(torch.device("cpu")), "rows": found}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        content = {"identity": identity(torch.device("cpu")), "rows": cases}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _line(provider: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The numbers of a provider, and their ratios to those of each."""
+    row = rows[provider]
+    ratios = []
+    for name, other in rows.items():
+        time_ratio, memory_ratio = row["ms"] / other["ms"], row["mib"] / other["mib"]
+        ratios.append(f"{time_ratio:.2f}x the time, {memory_ratio:.3f}x the memory of {name}")
+    return f"  {provider:12} {row['ms']:9.1f} ms {row['mib']:9.1f} MiB   {'  '.join(ratios)}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Runs one `Bench`: builds its providers, checks them against float64, measures them side by side, and turns
-all into rows.
-"""
+"""Runs one `Bench`: builds its providers, checks them against float64, measures them in turns, makes rows."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +34,13 @@ REASON = 300  # characters of an error that a row keeps
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run does: the effort, whether torch.compile and kernels that are only known to compile take
-    part, and until when.
+    """What a run does.
 
-    `deadline` is on time.monotonic's clock: past it no further case starts; past an op's own share of the
-    time, torch.compile (seconds of compilation for each case) is left out.
+    effort         how long to measure
+    compile        whether torch.compile takes part
+    compiled_only  whether kernels that are only known to compile take part
+    deadline       on the clock of time.monotonic: after it no further case starts.  After an op's share of
+                   the time torch.compile, which compiles for seconds in each case, is left out
     """
 
     effort: Effort
@@ -50,10 +51,10 @@ class Plan:
 
 @dataclass(slots=True)
 class Runner:
-    """A provider on its way through a case."""
+    """A provider in one case."""
 
     provider: str
-    name: str  # under which the benchmark knows it
+    name: str  # its key in `Bench.providers`
     function: Function | None = None
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     default: bool = False
@@ -67,7 +68,7 @@ class Runner:
     details: dict[str, float] = field(default_factory=dict)
 
     def fail(self, error: Exception) -> None:
-        """This provider's numbers end here; the row says why."""
+        """Drop the numbers of this provider; its row gives the reason."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
         self.status, self.reason, self.samples = FAILED, text[:REASON], {}
 
@@ -75,8 +76,7 @@ class Runner:
 def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) -> list[Row]:
     """The rows of one case.  `share_over`: the op has used up its share of the time."""
     runners = list(_runners(bench, case, plan, share_over))
-    # a backward on CUDA runs in a thread of autograd's own, where the backend asked for here would not be
-    # seen
+    # otherwise a backward on CUDA would run in a thread of autograd, which does not see the backend asked for
     with torch.autograd.set_multithreading_enabled(False):
         _check(bench, case, runners)
         data = bench.data(case)
@@ -86,17 +86,17 @@ def run_case(bench: Bench, case: Case, plan: Plan, *, share_over: bool = False) 
         for runner in _live(runners):
             attempt(runner, lambda r: _detail(r, bench, case))
     if plan.compile:
-        torch._dynamo.reset()  # graphs of this case's shapes are of no use to the next
+        torch._dynamo.reset()  # other cases cannot use the graphs of these shapes
     return [_row(bench, case, r) for r in runners]
 
 
 def _measure(runners: list[Runner], timer: Timer, effort: Effort) -> None:
     by_name = {r.provider: r for r in runners}
-    calls, contexts = {n: r.call for n, r in by_name.items()}, {n: r.context for n, r in by_name.items()}
-    for name, found in measure(
-        calls, timer, effort, lambda n, error: by_name[n].fail(error), contexts
-    ).items():
-        by_name[name].samples = found
+    calls = {n: r.call for n, r in by_name.items()}
+    contexts = {n: r.context for n, r in by_name.items()}
+    samples = measure(calls, timer, effort, lambda n, error: by_name[n].fail(error), contexts)
+    for name, taken in samples.items():
+        by_name[name].samples = taken
 
 
 def _detail(runner: Runner, bench: Bench, case: Case) -> None:
@@ -110,7 +110,7 @@ def left_out(bench: Bench, case: Case, reason: str) -> Row:
 
 
 def attempt(runner: Runner, work: Callable[[Runner], Any]) -> None:
-    """Do something with a provider's code; whatever it raises becomes its row."""
+    """Run a provider's code; what it raises becomes its row."""
     try:
         with runner.context():
             work(runner)
@@ -122,19 +122,16 @@ def attempt(runner: Runner, work: Callable[[Runner], Any]) -> None:
 def _runners(bench: Bench, case: Case, plan: Plan, share_over: bool) -> Iterator[Runner]:
     """Every provider of the case, built; ours once per implementation, torch.compile last."""
     for name in sorted(bench.providers, key=lambda n: n.startswith(COMPILE)):
-        if name.startswith(COMPILE) and (share_over or not plan.compile):
-            reason = (
-                "this op's share of the time is over"
-                if share_over
-                else "compilation takes longer than a quick run"
-            )
-            yield Runner(name, name, status=LEFT_OUT, reason=reason)
+        if name.startswith(COMPILE) and share_over:
+            yield Runner(name, name, status=LEFT_OUT, reason="this op's share of the time is over")
             continue
-        variants = (
-            _implementations(name, bench, case, plan)
-            if name.startswith(OURS) and bench.registry
-            else [Runner(name, name)]
-        )
+        if name.startswith(COMPILE) and not plan.compile:
+            yield Runner(name, name, status=LEFT_OUT, reason="compilation takes longer than a quick run")
+            continue
+
+        variants: Iterable[Runner] = [Runner(name, name)]
+        if name.startswith(OURS) and bench.registry:
+            variants = _implementations(name, bench, case, plan)
         for runner in variants:
             if runner.status == OK:
                 _build(runner, bench, case)
@@ -152,7 +149,7 @@ def _build(runner: Runner, bench: Bench, case: Case) -> None:
 
 
 def _implementations(name: str, bench: Bench, case: Case, plan: Plan) -> Iterator[Runner]:
-    """fastrl/reference, fastrl/cpu, ...: what the registry has for the case's device."""
+    """fastrl/reference, fastrl/cpu, ...: the implementations for the case's device."""
     op, chosen = bench.registry, ops.backend(case.device)[bench.registry]
     variant = name.removeprefix(OURS)
     for backend, state in ops.implementations()[op].items():
@@ -190,24 +187,21 @@ def _tuple(outputs: Any) -> list[Tensor]:
 
 
 def _own(data: Data, bench: Bench, case: Case, name: str = "") -> Data:
-    """A provider's own view of the data: copies of what it writes to,
-    fresh leaves of what is differentiated.
-    """
-    mine = data.map(torch.clone, bench.mutates[name]) if name in bench.mutates else data
+    """The data of one provider: copies of what it writes to, fresh leaves of what is differentiated."""
+    if name in bench.mutates:
+        data = data.map(torch.clone, bench.mutates[name])
     if case.mode != BOTH:
-        return mine
-    return mine.map(lambda x: x.detach().requires_grad_(), mine.wrt)
+        return data
+    return data.map(lambda x: x.detach().requires_grad_(), data.wrt)
 
 
 def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
-    """Make the call that is timed, run it once (which compiles what is to be compiled),
-    and take its memory.
-    """
-    mine, function = _own(data, bench, case, runner.name), runner.function
+    """Make the call that is timed, run it once, which compiles it if need be, and measure its memory."""
+    own_data, function = _own(data, bench, case, runner.name), runner.function
     assert function is not None, runner.provider
 
     def call() -> Any:
-        return evaluate(function, mine, case.mode)
+        return evaluate(function, own_data, case.mode)
 
     call()
     if not hasattr(function, ELSEWHERE):
@@ -217,9 +211,7 @@ def _prepare(runner: Runner, bench: Bench, case: Case, data: Data) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------
 def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
-    """Errors of every provider but the bound, and torch.compile,
-    which would compile once more for the slice.
-    """
+    """Set the errors of every provider but the bound, and torch.compile, which would compile again."""
     if bench.truth is None:
         return
     small = case.small()
@@ -228,33 +220,40 @@ def _check(bench: Bench, case: Case, runners: list[Runner]) -> None:
     data = bench.data(small)
     truth = evaluate(definition, _own(data.wide(), bench, small), small.mode)
 
-    def compare(runner: Runner) -> None:
+    def set_errors(runner: Runner) -> None:
         assert runner.function is not None, runner.provider
-        found = evaluate(runner.function, _own(data, bench, small, runner.name), small.mode)
-        runner.error, runner.relative = errors(found, truth)
+        results = evaluate(runner.function, _own(data, bench, small, runner.name), small.mode)
+        runner.error, runner.relative = errors(results, truth)
 
     for runner in _live(runners):
         if not runner.provider.startswith(COMPILE) and runner.provider != PRODUCTS:
-            attempt(runner, compare)
+            attempt(runner, set_errors)
 
 
 def errors(
     found: tuple[list[Tensor], list[Tensor]], truth: tuple[list[Tensor], list[Tensor]]
 ) -> tuple[float, float]:
-    """Absolute error of the first output; the worst error of any output or gradient over that tensor's
-    largest true value.
+    """Absolute error of the first output; the worst error of any output or gradient, over its largest value.
 
     Outputs that the truth does not have, and rows that the provider does not compute, are not compared.  A
     NaN is an infinite error.
     """
     absolute, relative = [], []
-    for ours, exact in (pair for o, e in zip(found, truth, strict=True) for pair in zip(o, e, strict=False)):
-        exact = exact[: ours.shape[0]] if exact.ndim else exact
-        error = (ours.detach().double() - exact.detach()).abs().amax().item() if exact.numel() else 0.0
-        error = error if error == error else float("inf")
-        absolute.append(error)
-        relative.append(error / max(exact.detach().abs().amax().item(), 1e-30) if exact.numel() else 0.0)
+    for ours, exact in zip(found, truth, strict=True):  # outputs, gradients
+        for x, true in zip(ours, exact, strict=False):
+            error, largest = _error(x.detach(), true.detach())
+            absolute.append(error)
+            relative.append(error / max(largest, 1e-30))
     return absolute[0], max(relative)
+
+
+def _error(x: Tensor, true: Tensor) -> tuple[float, float]:
+    """The largest error of `x`, and the largest true value; 0 for no elements."""
+    true = true[: x.shape[0]] if true.ndim else true
+    if not true.numel():
+        return 0.0, 0.0
+    error = (x.double() - true).abs().amax().item()
+    return (float("inf") if math.isnan(error) else error), true.abs().amax().item()
 
 
 # --- rows -------------------------------------------------------------------------------------------
@@ -288,21 +287,19 @@ def _percentiles(found: list[float]) -> Percentiles:
 
 
 def _finite(x: float | None) -> float | None:
-    """JSON has no infinity: an error that is not a number is written as the largest there is."""
+    """JSON has no infinity: an infinite error is written as a very large one."""
     return None if x is None else min(x, 1e300)
 
 
 def run_bench(bench: Bench, chosen: list[Case], plan: Plan, share: float) -> Iterator[Row]:
-    """The rows of an op's cases; `share` is when its share of the time ends, on time.monotonic's clock."""
+    """The rows of an op's cases; its share of the time ends at `share`, on the clock of time.monotonic."""
     for case in chosen:
         if time.monotonic() > plan.deadline:
             yield left_out(bench, case, "the run's time is over")
             continue
         try:
             yield from run_case(bench, case, plan, share_over=time.monotonic() > share)
-        except (
-            RuntimeError
-        ) as error:  # no memory for the inputs, or a device that an earlier kernel has broken
+        except RuntimeError as error:  # no memory for the inputs, or an earlier kernel broke the device
             whole = Runner(ALL, "")
             whole.fail(error)
             yield _row(bench, case, whole)

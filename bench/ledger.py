@@ -1,8 +1,7 @@
-"""What a benchmark run leaves behind: rows, what they were measured on, and their JSON file.
+"""The results of a benchmark run: rows, what they were measured on, and their JSON file.
 
-Times are milliseconds of one call; every rate and ratio is computed from them when it is shown, so none can
-disagree.  Nothing here names a machine: the device's model, versions and the commit are enough to repeat a
-run.
+Times are milliseconds of one call; rates and ratios are computed from them when shown, so none can disagree.
+Nothing here names a machine: the model of the device, versions and the commit are enough to repeat a run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastrl.errors import UserError
 from fastrl.run.environment import processor
 
 SCHEMA = 1
-QUICK = "-quick-"  # in the name of a file whose sizes are not the ones to publish
+QUICK = "-quick-"  # in the name of a file with sizes that are not published
 MEASURED, SUFFIXES = ("kernels", "csrc", "bench"), (".py", ".h", ".cpp", ".cu", ".cuh")
 PACKAGES = (
     "torch",
@@ -38,7 +37,7 @@ PACKAGES = (
     "flash-attn",
     "quack-kernels",
 )
-ALL = "all providers"  # the provider of a row that speaks for a whole case
+ALL = "all providers"  # the provider of a row for a whole case
 OK, UNAVAILABLE, FAILED, LEFT_OUT = "ok", "unavailable", "failed", "left out"
 Percentiles = tuple[float, float, float]  # 20, 50, 80
 
@@ -48,12 +47,13 @@ class Row:
     """One provider on one case.
 
     status, reason      "ok", or why there are no numbers
-    default             it is the implementation of ours that runs when nobody asks for another
+    default             whether it is our implementation that runs by default
     ms                  "cold" (L2 flushed before each call; CUDA) or "warm" -> milliseconds, percentiles 20,
                         50 and 80
     samples             how many of each
-    bytes, flops        the least the case can cost; tokens: what it yields
-    peak_bytes          most memory held beyond what was held before, as torch's allocator sees it
+    bytes, flops        the least cost of the case
+    tokens              that the case yields
+    peak_bytes          the most memory held beyond that held before, as counted by torch's allocator
     error               largest absolute error of the first output against float64, on a slice
     relative_error      largest error of any output or gradient, over that tensor's largest true value
     details             what only this benchmark measures, by name and unit
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def best(self) -> float | None:
-        """The median that is compared: cold where there is one; None without numbers."""
+        """The median that is compared: cold if measured, else warm; None without numbers."""
         found = self.ms.get("cold") or self.ms.get("warm")
         return found[1] if found else None
 
@@ -101,11 +101,11 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """1 when one of our own implementations failed, or a whole case; a peer's failure is only a row."""
+        """1 when one of our own implementations or a whole case failed; a peer's failure is only a row."""
         return int(any((r.own or r.provider == ALL) and r.status == FAILED for r in self.rows))
 
     def share_of_limit(self, row: Row) -> float | None:
-        """The least time the measured limits allow over the time taken."""
+        """The least time that the measured limits allow, over the time taken."""
         return None if row.best is None else self.ceilings.floor_ms(row.bytes, row.flops) / row.best
 
     def save(self, path: Path) -> None:
@@ -144,7 +144,7 @@ class Results:
 
 # --- identity ---------------------------------------------------------------------------------------
 def identity(device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it to mean anything."""
+    """What the numbers were measured on."""
     cuda = device.type == "cuda"
     root = Path(__file__).resolve().parents[1]
     dirty = _output("git", "-C", str(root), "status", "--porcelain")
@@ -165,7 +165,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 
 def _digest(root: Path) -> str:
-    """The sources measured, commit or not: a hash of the kernels and of the benchmarks."""
+    """A hash of the sources measured, committed or not: the kernels and the benchmarks."""
     digest = hashlib.sha256()
     found = (p for folder in MEASURED for p in (root / folder).rglob("*") if p.suffix in SUFFIXES)
     for path in sorted(found):
@@ -174,7 +174,7 @@ def _digest(root: Path) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, or None where it is missing or fails."""
+    """The output of a program, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)

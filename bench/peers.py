@@ -1,4 +1,4 @@
-"""Other projects' versions that more than one benchmark times: from logits, and from hidden states."""
+"""Implementations of other projects that several benchmarks time: from logits, and from hidden states."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ def trl_from_logits(case: Case) -> Function:
     """Log-prob and entropy of TRL: its Triton kernel on CUDA, its PyTorch functions elsewhere."""
     try:
         both = peer("trl.trainer.utils", "selective_log_softmax_and_entropy")
-    except Unavailable:  # releases before it have two functions
-        logp, entropy = (
-            peer("trl.trainer.utils", "selective_log_softmax"),
-            peer("trl.trainer.utils", "entropy_from_logits"),
-        )
+    except Unavailable:  # older releases have two functions
+        logp = peer("trl.trainer.utils", "selective_log_softmax")
+        entropy = peer("trl.trainer.utils", "entropy_from_logits")
         return lambda logits, target: (logp(logits, target), entropy(logits))
     return lambda logits, target: both(logits, target)
 
 
 def trl_chunked(case: Case) -> Function:
-    """(hidden, weight, target) -> log-prob, entropy, by TRL's vocabulary-chunked autograd function, with the
-    chunk size of its trainers.
+    """(hidden, weight, target) -> log-prob, entropy, by TRL's autograd function over chunks of the
+    vocabulary.
+
+    The chunk size is that of its trainers.
     """
-    function, size = (
-        peer("trl.trainer.utils", "_ChunkedLogProbFunction"),
-        peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE"),
-    )
+    function = peer("trl.trainer.utils", "_ChunkedLogProbFunction")
+    size = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
     def call(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logp, entropy, *_ = function.apply(hidden, weight, None, target, 1.0, size, None, 1.0, ("entropy",))
@@ -65,9 +63,7 @@ def cut_cross_entropy(case: Case) -> Function:
 
 
 def liger_from_logits(case: Case) -> Function:
-    """Liger's Triton log-prob of all rows but the last, which it skips; it has no entropy and no backward of
-    its own.
-    """
+    """Liger's Triton log-prob of all rows but the last, which it skips; without entropy or backward."""
     only(case.device == "cuda", "Liger's kernel is Triton: CUDA only")
     only(case.mode != BOTH, "Liger's fused_selective_log_softmax has no backward")
     logp = peer("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")

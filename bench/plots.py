@@ -1,7 +1,7 @@
-"""The headline cases of a run as a picture: how many times faster than eager PyTorch each provider is, and
-where the limit lies.
+"""A plot of a run's headline cases: how many times faster than eager PyTorch each provider is, and the limit.
 
-One panel a case and mode, PNG and SVG.  Ratios only: on a shared CPU nothing else means much.
+There is one panel for each case and mode, as PNG and SVG.  It shows ratios only: on a shared CPU times mean
+little.
 """
 
 from __future__ import annotations
@@ -20,18 +20,14 @@ from fastrl.bench.table import group, named, ratio
 from fastrl.report.plots import COLOURS, INK, STYLE
 
 DEFAULT, OURS, PEERS, BOUND = COLOURS[0], COLOURS[5], "#b8b8b8", "#e6e6e6"
-# panels beside each other; inches of a panel's width, a bar, and all around the bars
-COLUMNS, INCHES, BAR, FRAME = (
-    2,
-    5.2,
-    0.2,
-    0.85,
-)
+COLUMNS = 2  # panels beside each other
+INCHES, BAR, FRAME = 5.2, 0.2, 0.85  # of a panel's width, a bar's height, and the height around the bars
 
 
 def draw(results: Results, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg; the files, none when no headline case has both eager and another
-    provider's numbers.
+    """Write `stem`.png and `stem`.svg; returns the files.
+
+    There are none when no headline case has the numbers of both eager and another provider.
     """
     panels = [m for _, m in group([r for r in results.rows if r.headline]) if len(_bars(m)) > 0]
     if not panels:

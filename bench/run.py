@@ -1,8 +1,8 @@
-"""Runs the benchmarks: `fastrl bench [op ...]`, or `python -m fastrl.bench.run`, which needs no command line
-package.
+"""Runs the benchmarks: `fastrl bench [op ...]`, or `python -m fastrl.bench.run`, which needs no package for
+command lines.
 
---gpu-check is the short run of a GPU machine: every headline case, kernels that are only known to compile
-included, in a bounded time and without anything from the network.
+--gpu-check is the short run on a GPU machine: every headline case, including kernels that are only known to
+compile, in a bounded time and without a network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastrl.errors import UserError, nearest
 from fastrl.parallel.device import resolve_device, set_threads
 
 HERE = Path(__file__).parent
-FIRST = (  # what matters most, should time run out
+FIRST = (  # the most important ones, in case time runs out
     *("token_logp", "linear_logp", "linear_loss", "linear_cross_entropy", "policy_loss"),
     *("decode_attention", "rollout", "train"),
 )
@@ -37,7 +37,7 @@ QUICK_SECONDS, CHECK_SECONDS = 45.0, 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line of this module sets; `fastrl bench` passes an object with the first four."""
+    """The options of this module's command line; `fastrl bench` has the first four."""
 
     ops: tuple[str, ...] = ()
     device: str = "auto"
@@ -49,9 +49,9 @@ class Options:
 
 
 def names() -> tuple[str, ...]:
-    """Every benchmark there is, the most important first."""
-    found = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("*/bench_*.py"))
-    return (*(n for n in FIRST if n in found), *(n for n in found if n not in FIRST))
+    """The names of all benchmarks, the most important first."""
+    present = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("*/bench_*.py"))
+    return (*(n for n in FIRST if n in present), *(n for n in present if n not in FIRST))
 
 
 def load(name: str) -> Bench:
@@ -67,12 +67,15 @@ def load(name: str) -> Bench:
 
 
 def choose(bench: Bench, device: str, options: Options) -> list[Case]:
-    """The cases of a run: quick ones on CPU with --quick, the headlines of CUDA with --quick or --gpu-check,
-    else all full ones.
+    """The cases of a run.
+
+    On CPU --quick takes quick cases, on CUDA --quick and --gpu-check take headlines; the default is all full
+    cases.
     """
     level = "quick" if options.quick and device == "cpu" else "full"
-    few = options.quick or options.gpu_check
-    return [c for c in bench.cases if c.device == device and c.level == level and (c.headline or not few)]
+    headlines_only = options.quick or options.gpu_check
+    cases = [c for c in bench.cases if c.device == device and c.level == level]
+    return [c for c in cases if c.headline or not headlines_only]
 
 
 def plan_for(device: str, options: Options, started: float) -> Plan:
@@ -85,8 +88,9 @@ def plan_for(device: str, options: Options, started: float) -> Plan:
 
 
 def run(options: Options) -> Results:
-    """Measure, showing each op's rows as they come.  Raises UserError for an unknown op and for a device that
-    is not there.
+    """Measure, and show the rows of each op when it is done.
+
+    Raises UserError for an unknown op, and for a device that is not present.
     """
     started = time.monotonic()
     device, _ = resolve_device("cuda" if options.gpu_check else options.device, "auto")
@@ -109,10 +113,10 @@ def run(options: Options) -> Results:
 
 
 def _announce(results: Results) -> None:
-    who, limit = results.identity, results.ceilings
+    system, limit = results.identity, results.ceilings
     print(
-        f"{who['device']}, {who['threads']} CPU threads, torch {who['packages']['torch']}, "
-        f"commit {who['commit']}, sources {who['sources']}"
+        f"{system['device']}, {system['threads']} CPU threads, torch {system['packages']['torch']}, "
+        f"commit {system['commit']}, sources {system['sources']}"
     )
     print(
         f"measured limits: copy {limit.copy_gb_s:,.1f} GB/s, "
@@ -124,9 +128,7 @@ def _announce(results: Results) -> None:
 
 
 def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool:
-    """Free the op's memory; False, with a row for every op that is left, when a kernel has broken the CUDA
-    context.
-    """
+    """Free the op's memory; False, with a row for every remaining op, if a kernel broke the CUDA context."""
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -143,8 +145,9 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
 
 
 def save(results: Results, options: Options) -> Path:
-    """Write the JSON file to --output, else to --out, else to bench/results of a checkout; plots beside it,
-    with --out a table too.
+    """Write the JSON file to --output, else to --out, else to bench/results of a checkout.
+
+    Plots lie beside it, and with --out a table too.
     """
     default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
     path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
@@ -157,7 +160,7 @@ def save(results: Results, options: Options) -> Path:
 
 
 def _plots(results: Results, path: Path) -> list[Path]:
-    """The files drawn beside `path`; none, with a word, on a machine without matplotlib."""
+    """The plots drawn beside `path`; none, with a message, without matplotlib."""
     try:
         return list(importlib.import_module("fastrl.bench.plots").draw(results, path))
     except ModuleNotFoundError as error:
@@ -168,12 +171,12 @@ def _plots(results: Results, path: Path) -> list[Path]:
 
 
 def main(config: Any) -> Results:
-    """`fastrl bench`: `config` holds ops, device, quick and output; the result's exit_code is 1 when one of
-    our kernels failed.
+    """`fastrl bench`: `config` holds ops, device, quick and output.
+
+    The exit_code of the results is 1 when one of our kernels failed.
     """
-    return _main(
-        Options(ops=tuple(config.ops), device=config.device, quick=config.quick, output=config.output)
-    )
+    ops = tuple(config.ops)
+    return _main(Options(ops=ops, device=config.device, quick=config.quick, output=config.output))
 
 
 def _main(options: Options) -> Results:

@@ -1,4 +1,4 @@
-"""Rows as text: what a run shows while it goes on."""
+"""Rows as text: what a run shows as it proceeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def group(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of one case after another, each under a title."""
+    """The rows of each case, with its title."""
     found: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row.op, row.case, row.dtype, row.mode), []).append(row)
@@ -39,36 +39,36 @@ def ratio(row: Row, other: Row | None) -> float | None:
 
 
 def named(rows: Sequence[Row], provider: str) -> Row | None:
-    """The row of a provider, if there is one."""
+    """The row of a provider, or None."""
     return next((r for r in rows if r.provider == provider), None)
 
 
 def cells(results: Results, row: Row, eager: Row | None) -> list[str]:
-    """A row's texts under COLUMNS."""
+    """The texts of a row under COLUMNS."""
     best = row.best
     if row.status != OK or best is None:
         return [row.provider, f"{row.status}: {row.reason}"]
     low, _, high = row.ms.get("cold") or row.ms["warm"]
     warm = row.ms["warm"][1] if "cold" in row.ms else None
-    rate = f"{row.tokens / best * 1e3:,.0f} tok/s" if row.tokens else f"{row.bytes / best * 1e-6:,.1f} GB/s"
-    if row.flops and not row.tokens:
-        rate = f"{row.flops / best * 1e-9:,.3g} TFLOP/s"
-    return [
-        row.provider + ("*" if row.default else ""),
-        f"{best:.4g}",
-        f"{low:.4g}..{high:.4g}",
-        _number(warm, ".4g"),
-        _number(ratio(row, eager), ".2f", "x"),
-        _number(results.share_of_limit(row), ".0%"),
-        rate,
-        _number(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".1f"),
-        _number(row.error, ".1e"),
-        _number(row.relative_error, ".1e"),
-    ]
+    times = [f"{best:.4g}", f"{low:.4g}..{high:.4g}", _number(warm, ".4g")]
+    ratios = [_number(ratio(row, eager), ".2f", "x"), _number(results.share_of_limit(row), ".0%")]
+    peak = None if row.peak_bytes is None else row.peak_bytes / 2**20
+    errors = [_number(row.error, ".1e"), _number(row.relative_error, ".1e")]
+    name = row.provider + ("*" if row.default else "")
+    return [name, *times, *ratios, _rate(row, best), _number(peak, ".1f"), *errors]
+
+
+def _rate(row: Row, ms: float) -> str:
+    """What the case yields per second: tokens, else FLOPs, else bytes."""
+    if row.tokens:
+        return f"{row.tokens / ms * 1e3:,.0f} tok/s"
+    if row.flops:
+        return f"{row.flops / ms * 1e-9:,.3g} TFLOP/s"
+    return f"{row.bytes / ms * 1e-6:,.1f} GB/s"
 
 
 def details(row: Row) -> str:
-    """What only this benchmark measures, as one line; empty without any."""
+    """The numbers that only this benchmark measures, as one line; empty without any."""
     return ", ".join(f"{name} {value:,.4g}" for name, value in row.details.items())
 
 
@@ -82,10 +82,9 @@ def text(results: Results, rows: Sequence[Row]) -> str:
     for title, members in group(rows):
         lines = [list(COLUMNS)]
         for row in members:
-            lines += [
-                cells(results, row, named(members, EAGER)),
-                *([["", details(row)]] if row.details else []),
-            ]
+            lines.append(cells(results, row, named(members, EAGER)))
+            if row.details:
+                lines.append(["", details(row)])
         full = [x for x in lines if len(x) == len(COLUMNS)]
         widths = [max(len(x[i]) for x in full) for i in range(len(COLUMNS))]
         widths[0] = max(len(x[0]) for x in lines)
@@ -94,19 +93,16 @@ def text(results: Results, rows: Sequence[Row]) -> str:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """The provider left, its numbers right; a line without numbers is as long as its reason."""
+    """The provider left, its numbers right; a line without numbers ends with its reason."""
     first, *rest = line
     if len(rest) == 1:
         return f"{first.ljust(widths[0])}  {rest[0]}"
-    return "  ".join(
-        [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
-    ).rstrip()
+    numbers = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+    return "  ".join([first.ljust(widths[0]), *numbers]).rstrip()
 
 
 def show(results: Results, rows: Sequence[Row]) -> None:
-    """Print the rows: as a table where rich is installed and somebody looks at a terminal, else as aligned
-    text.
-    """
+    """Print the rows: as a table of rich on a terminal where it is installed, else as aligned text."""
     rich = _rich() if sys.stdout.isatty() else None
     if rich is None:
         print(text(results, rows) + "\n", flush=True)
@@ -116,10 +112,10 @@ def show(results: Results, rows: Sequence[Row]) -> None:
         table = table_type(*COLUMNS, title=title, title_justify="left", expand=False)
         for row in members:
             line = cells(results, row, named(members, EAGER))
-            table.add_row(*line, style="dim" if row.status != OK else "bold" if row.default else None)
-        console.print(
-            table, *(f"  {row.provider}: {details(row)}" for row in members if row.details), sep="\n"
-        )
+            style = "bold" if row.default else None
+            table.add_row(*line, style=style if row.status == OK else "dim")
+        notes = [f"  {row.provider}: {details(row)}" for row in members if row.details]
+        console.print(table, *notes, sep="\n")
 
 
 def _rich() -> tuple[Any, Any] | None:

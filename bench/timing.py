@@ -1,9 +1,9 @@
 """How long things take: fair samples of several providers in one process, and the hardware's measured limits.
 
 Providers take turns: every round runs each of them once, in an order that rotates and reverses, so that
-clocks, heat and neighbours hit all alike.  On CUDA a sample is timed by device events behind a kernel that
-keeps the device busy until the work is queued: the device never waits for Python.  "cold" samples flush the
-L2 cache before each call.
+clocks, heat and other load affect all of them alike.  On CUDA a sample is timed by device events behind a
+kernel that keeps the device busy until the work is queued: the device never waits for Python.  "cold" samples
+flush the L2 cache before each call.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from fastrl import ops
 Call = Callable[[], Any]
 Samples = dict[str, list[float]]  # "cold" or "warm" -> milliseconds of one call, each
 MIN_ROUNDS, MAX_REPEATS, WARM_UP = 3, 50, 3
-HOLD_MS = 40.0  # the longest that the device is kept busy while work is queued
+HOLD_MS = 40.0  # the longest time to keep the device busy while work is queued
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to measure: rounds at most, milliseconds of one sample,
-    milliseconds of all samples of a case.
-    """
+    """How long to measure: most rounds, milliseconds of one sample, milliseconds of all samples of a case."""
 
     rounds: int
     sample_ms: float
@@ -52,8 +50,9 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def turn(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: rotated by one every second round and reversed in between, so no one has a place
-    or a neighbour for long.
+    """The order of a round: rotated by one every second round, and reversed in between.
+
+    No provider keeps its place or its neighbour for long.
     """
     if not names:
         return []
@@ -74,7 +73,7 @@ class Timer(Protocol):
 
 
 class WallTimer:
-    """The clock on the wall; a CUDA device is waited for before and after."""
+    """The wall clock; waits for a CUDA device before and after."""
 
     caches: tuple[str, ...] = ("warm",)
 
@@ -106,22 +105,29 @@ class EventTimer:
 
     def sample(self, call: Call, repeats: int, cache: str) -> list[float]:
         torch.cuda.synchronize()
-        if call not in self.host_ms:  # how long Python takes to queue it, once warm
-            call()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            self.host_ms[call] = (time.perf_counter() - began) * 1e3
-            torch.cuda.synchronize()
-        torch.cuda._sleep(int(min(1.5 * self.host_ms[call] * repeats + 0.2, HOLD_MS) * self.cycles_per_ms))
+        if call not in self.host_ms:
+            self.host_ms[call] = self._queueing_ms(call)
+        hold_ms = min(1.5 * self.host_ms[call] * repeats + 0.2, HOLD_MS)
+        torch.cuda._sleep(int(hold_ms * self.cycles_per_ms))
         if cache == "cold":
             return self._timed([call] * repeats, self.flush.zero_)
 
-        def all_() -> None:
+        def all_repeats() -> None:
             for _ in range(repeats):
                 call()
 
-        return [self._timed([all_])[0] / repeats]
+        return [self._timed([all_repeats])[0] / repeats]
+
+    @staticmethod
+    def _queueing_ms(call: Call) -> float:
+        """How long Python takes to queue a call, once it is warm."""
+        call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        took = (time.perf_counter() - began) * 1e3
+        torch.cuda.synchronize()
+        return took
 
     @staticmethod
     def _timed(calls: Sequence[Call], before: Call = lambda: None) -> list[float]:
@@ -143,7 +149,7 @@ def timer_for(device: torch.device, wall: bool) -> Timer:
 # --- measuring --------------------------------------------------------------------------------------
 @contextmanager
 def steady() -> Iterator[None]:
-    """No garbage collection inside, and one before."""
+    """Collect garbage before, and none inside."""
     gc.collect()
     gc.disable()
     try:
@@ -161,7 +167,7 @@ def measure(
 ) -> dict[str, Samples]:
     """Samples of every call, each taken inside its context.
 
-    One that raises is reported to `failed` and leaves the rotation; the others go on.
+    A call that raises is reported to `failed` and leaves the rotation; the others go on.
     """
     around = contexts or {}
     live = dict(calls)
@@ -196,7 +202,7 @@ def measure(
 
 
 def _estimate(call: Call, timer: Timer) -> float:
-    """Milliseconds of a warmed-up call; a slow one is not called again to warm up."""
+    """Milliseconds of a warm call; a slow one is not called again to warm up."""
     once = math.inf
     for _ in range(WARM_UP):
         once = min(once, timer.sample(call, 1, "warm")[0])
@@ -207,7 +213,7 @@ def _estimate(call: Call, timer: Timer) -> float:
 
 # --- memory -----------------------------------------------------------------------------------------
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most memory that torch's allocator held for a call beyond what it held before."""
+    """The most memory that torch's allocator holds during a call, beyond that held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -231,8 +237,11 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 # --- the hardware's limits --------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the hardware does at best, measured in this run: bytes read plus written per second by a copy,
-    FLOP/s of a matrix product.
+    """The limits of the hardware, measured in this run.
+
+    copy_gb_s    bytes read plus written per second by a copy
+    gemm_tflop_s of a matrix product
+    gemm         size and dtype of that product
     """
 
     copy_gb_s: float
@@ -240,36 +249,38 @@ class Ceilings:
     gemm: str
 
     def floor_ms(self, bytes_: int, flops: int) -> float:
-        """The least time for so much work, if traffic and arithmetic overlap."""
+        """The least time of that traffic and arithmetic, if they overlap."""
         return max(bytes_ / self.copy_gb_s * 1e-6, flops / self.gemm_tflop_s * 1e-9)
 
 
 def ceilings(device: torch.device, quick: bool) -> Ceilings:
-    """Measure them: a copy far larger than any cache, and a square product on random numbers (on zeros it
-    runs faster).
+    """Measure them with a copy far larger than any cache, and a square product of random numbers.
 
-    On CPU the faster product of torch's and ours: torch's is not always the processor's limit.
+    A product of zeros would run faster.  On CPU the faster of torch's product and ours counts: torch's is not
+    always the limit of the processor.
     """
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (1024 if quick else 2048, torch.float32)
-    size = 1 << 30 if cuda else 1 << 26 if quick else 1 << 28
-    # zeros may share one page
+    cpu_size = 1 << 26 if quick else 1 << 28
+    size = 1 << 30 if cuda else cpu_size
+    # ones, because pages of zeros may be shared
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b, out=out)}
-    calls |= {} if cuda else {"linear": lambda: ops.linear(a, b)}
+    if not cuda:
+        calls["linear"] = lambda: ops.linear(a, b)
+
     problems: list[Exception] = []
-    taken = measure(
-        calls,
-        timer_for(device, wall=False),
-        Effort(5 if quick else 15, 1.0, 3_000.0),
-        lambda _, error: problems.append(error),
-    )
+    timer, effort = timer_for(device, wall=False), Effort(5 if quick else 15, 1.0, 3_000.0)
+    taken = measure(calls, timer, effort, lambda _, error: problems.append(error))
     if problems:
         raise problems[0]
+
     copy_ms, *products = (percentile(taken[name]["warm"], 0.2) for name in calls)
     gemm_ms = min(products)
     return Ceilings(
-        2 * size / copy_ms * 1e-6, 2 * n**3 / gemm_ms * 1e-9, f"{n}^3 {str(dtype).removeprefix('torch.')}"
+        copy_gb_s=2 * size / copy_ms * 1e-6,
+        gemm_tflop_s=2 * n**3 / gemm_ms * 1e-9,
+        gemm=f"{n}^3 {str(dtype).removeprefix('torch.')}",
     )

@@ -30,7 +30,7 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """What is drawn, and the state of each row, is read and written once."""
+    """The draw and the state of each row are read and written once."""
     (B,) = case.sizes("B")
     return Cost(B * 120)
 
@@ -63,9 +63,7 @@ Step = Callable[[Sample, Rows, Records, Pages, dict[str, Tensor], int], None]
 
 
 def _stepper(step: Step) -> Callable[..., Tensor]:
-    """Steps of one state, made at the first call; rows are put back,
-    so that every call does the same work.
-    """
+    """Steps of one state, made at the first call; rows are reset, so that every call does the same work."""
     made: list[tuple[Rows, Records, Pages, dict[str, Tensor]]] = []
 
     def call(token: Tensor, logp: Tensor, C: int, page: int) -> Tensor:

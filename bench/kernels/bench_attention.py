@@ -1,9 +1,9 @@
 """attention: packed causal attention of S sequences of L/2 to L tokens, H query and K key/value heads of
 width E.
 
-Our backward is deterministic on every rung of the ladder; the libraries' own rows are not, so that the
-difference between fastrl/flash_attn_2 and flash-attn, or fastrl/varlen_attn and torch varlen_attn, is what
-determinism costs.
+Our backward is deterministic with every library; the rows of the libraries are not, so that the difference
+between fastrl/flash_attn_2 and flash-attn, or fastrl/varlen_attn and torch varlen_attn, is the cost of
+determinism.
 """
 
 from __future__ import annotations
@@ -89,10 +89,8 @@ def torch_varlen(case: Case) -> Function:
     fused = peer("torch.nn.attention.varlen", "varlen_attn")
     takes = inspect.signature(fused).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-    only(
-        "enable_gqa" in takes or case.shape["H"] == case.shape["K"],
-        "this version of varlen_attn takes no shared heads",
-    )
+    shared_heads = case.shape["H"] != case.shape["K"]
+    only("enable_gqa" in takes or not shared_heads, "this version of varlen_attn takes no shared heads")
     options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -70,10 +70,9 @@ def cost(case: Case) -> Cost:
 def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
     """The pages gathered, then SDPA with a mask."""
     k, v = (c[block_table.long()].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))
-    mask = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
-    return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=True)[
-        :, :, 0
-    ]
+    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
+    y = scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)
+    return y[:, :, 0]
 
 
 def flash_attn(case: Case) -> Function:

@@ -1,6 +1,4 @@
-"""group_advantage: rewards of P prompts with G samples each, less their group's mean, over its standard
-deviation.
-"""
+"""group_advantage: rewards of P prompts with G samples each, normalised by their group's mean and std."""
 
 from __future__ import annotations
 
@@ -32,19 +30,19 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """One vector read, one written; the dozen operations a sample, in float64, take no time beside that."""
+    """One vector read, one written; a dozen float64 operations a sample take little time beside that."""
     P, G = case.sizes("P G")
     return Cost(2 * P * G * case.itemsize)
 
 
 def eager(reward: Tensor, group: int) -> Tensor:
-    """As trainers write it; a NaN reward makes its whole group NaN."""
+    """As trainers write it: a NaN reward makes its whole group NaN."""
     grouped = reward.view(-1, group)
     return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + EPS)).flatten()
 
 
 def nan_aware(reward: Tensor, group: int) -> Tensor:
-    """Where some samples are not scored: what ops.group_advantage does, but for groups without spread."""
+    """With unscored samples, as in ops.group_advantage, except for groups without spread."""
     grouped = reward.view(-1, group)
     scored = ~grouped.isnan()
     centred = torch.where(scored, grouped - grouped.nanmean(1, keepdim=True), 0)
@@ -53,7 +51,7 @@ def nan_aware(reward: Tensor, group: int) -> Tensor:
 
 
 def loop(case: Case) -> Function:
-    """The Python loop over samples and groups that verl's estimator is by default, for ids in any order."""
+    """verl's default estimator: a Python loop over samples and groups, for ids in any order."""
     P, G = case.sizes("P G")
     only(P * G <= SAMPLES, f"a Python loop over samples: only up to {SAMPLES}")
     ids = [i // G for i in range(P * G)]

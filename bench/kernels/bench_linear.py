@@ -1,6 +1,6 @@
-"""linear: x W^T of a layer, K inputs and N outputs, and its two gradients, beside the library's own products.
+"""linear: x W^T of a layer, K inputs and N outputs, and its two gradients, beside the library's products.
 
-On CPU it is what float32 runs by default; on CUDA what exact mode runs, and the default is the library's.
+On CPU float32 runs it by default.  On CUDA exact mode runs it; the default there is the library's product.
 """
 
 from __future__ import annotations
@@ -64,11 +64,9 @@ def eager(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def onednn(case: Case) -> Function:
-    """What torch.compile puts in place of a linear layer that is not trained."""
-    only(
-        case.device == "cpu" and case.mode == FORWARD,
-        "oneDNN's product, as torch has it, is for CPU and has no gradient",
-    )
+    """The product that torch.compile substitutes for a linear layer without gradients."""
+    supported = case.device == "cpu" and case.mode == FORWARD
+    only(supported, "torch has oneDNN's product for CPU only, and without a gradient")
     only(hasattr(torch.ops.mkldnn, "_linear_pointwise"), "this torch was built without oneDNN")
     return lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 

@@ -1,6 +1,4 @@
-"""linear_cross_entropy: the mean cross-entropy of T tokens, from hidden states (T, D) and the head's weight
-(V, D).
-"""
+"""linear_cross_entropy: the mean cross-entropy of T tokens, from hidden states (T, D) and a weight (V, D)."""
 
 from __future__ import annotations
 
@@ -91,5 +89,5 @@ BENCH = Bench(
     cost=cost,
     providers=PROVIDERS,
     truth=plain(eager),
-    registry="token_logp",  # whose rows these are, without options
+    registry="token_logp",  # without options the rows are those of token_logp
 )

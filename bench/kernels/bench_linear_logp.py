@@ -1,6 +1,4 @@
-"""linear_logp: log-probability and entropy of each target token, from hidden states (T, D) and the head's
-weight (V, D).
-"""
+"""linear_logp: log-prob and entropy of each target token, from hidden states (T, D) and a weight (V, D)."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """One product for the logits and two for the gradients; ours computes the logits again in the backward, a
-    fourth.
-    """
+    """One product for the logits and two for the gradients; ours recomputes the logits, a fourth."""
     T, D, V = case.sizes("T D V")
     passes = 2 if case.mode == BOTH else 1
     return Cost((V * D + T * D) * case.itemsize * passes, 2 * T * D * V * (3 if case.mode == BOTH else 1))

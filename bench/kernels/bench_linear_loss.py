@@ -1,5 +1,6 @@
-"""linear_loss: the clipped policy loss of S sequences of L tokens, from hidden states and the head's weight;
-`live` percent count.
+"""linear_loss: the clipped policy loss of S sequences of L tokens, of which `live` percent count.
+
+It starts from hidden states and the head's weight.
 """
 
 from __future__ import annotations
@@ -108,13 +109,8 @@ def liger(case: Case) -> Function:
     ) -> Tensor:
         shape = (advantage.shape[0], -1)
         mask = torch.zeros_like(old_logp).index_fill_(0, rows, 1.0)
-        padded = (
-            hidden.view(*shape, hidden.shape[1]),
-            weight,
-            target.view(shape),
-            mask.view(shape),
-            advantage,
-        )
+        states = hidden.view(*shape, hidden.shape[1])
+        padded = (states, weight, target.view(shape), mask.view(shape), advantage)
         return fused(*padded, old_per_token_logps=old_logp.view(shape))[0]
 
     return call

@@ -1,7 +1,7 @@
-"""perturb: FreeLB's step (l2, a ball per sequence) on a perturbation (B, L, D) in place, alone and with
-embeds + delta for the next pass.
+"""perturb: FreeLB's step (l2, a ball per sequence) on a perturbation (B, L, D) in place.
 
-delta is fp32 whatever the model runs in; the case's dtype is that of the gradient and of the embeddings.
+It runs alone, and with embeds + delta for the next pass.  delta is always fp32; the dtype of a case is that
+of the gradient and of the embeddings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = cases(
 
 
 def data(case: Case) -> Data:
-    """Padding is what a mask is for, but nothing is padded here: every token costs."""
+    """The mask is full: nothing is padded, so every token costs."""
     (B, L, D), draw = case.sizes("B L D"), Draw(case)
     delta = draw.normal(B, L, D, std=0.5 * RADIUS * (L * D) ** -0.5, dtype=torch.float32)
     args = {
@@ -41,8 +41,9 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """delta and the gradient read and delta written; read twice where a sample fits no cache; embeds read and
-    the sum written.
+    """delta and the gradient are read and delta written; with ADD, embeds are read and the sum written.
+
+    They are read twice where a sample does not fit the cache.
     """
     B, L, D = case.sizes("B L D")
     read = 4 + case.itemsize

@@ -1,6 +1,4 @@
-"""policy_loss: the clipped surrogate of T tokens with all its metrics and, with a backward, its gradient.
-64k tokens; 512 x 8192.
-"""
+"""policy_loss: the clipped surrogate of T tokens with all its metrics and, with a backward, its gradient."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def ours(
 def eager(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, mask: Tensor
 ) -> tuple[Tensor, ...]:
-    """As the public trainers write it, with the metrics of ours that are not 0 or another's double here, and
-    no .item().
-    """
+    """As public trainers write it, without .item(), and with those of our metrics that are distinct here."""
     live = mask.to(logp.dtype)
     drift = logp - old_logp
     ratio = drift.exp()

@@ -51,8 +51,9 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """The logits are read once, and once more for filters.  No matrix products: about 60 operations a logit,
-    most for its noise.
+    """The logits are read once, and once more for filters.
+
+    There are no matrix products, but about 60 operations a logit, most for its noise.
     """
     B, V, top_k, top_p = case.sizes("B V top_k top_p")
     return Cost(B * V * case.itemsize * (2 if top_k or top_p < 100 else 1))
@@ -81,9 +82,7 @@ def warped(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def eager(logits: Tensor, row: Tensor, top_k: int, top_p: float) -> tuple[Tensor, ...]:
-    """Filter, softmax, multinomial, gather; the first log-prob and the entropy are those before the
-    filters.
-    """
+    """Filter, softmax, multinomial, gather; the entropy and the first log-prob are before the filters."""
     log_p = logits.log_softmax(-1)
     p = warped(logits, top_k, top_p).softmax(-1)
     token = torch.multinomial(p, 1)
@@ -93,7 +92,7 @@ def eager(logits: Tensor, row: Tensor, top_k: int, top_p: float) -> tuple[Tensor
 
 
 def transformers(case: Case) -> Function | None:
-    """Its own warpers, where there is something to filter."""
+    """Its own warpers, for cases with filters."""
     top_k, top_p = case.sizes("top_k top_p")
     if not top_k and top_p == 100:
         return None

@@ -1,9 +1,9 @@
 """One GRPO step, rollout and update: G completions of exactly M tokens for each of P prompts of N, one
 optimizer step on all of them.
 
-The peer is TRL's GRPOTrainer in the same process: the same weights, loss (clipped, averaged per sequence),
-advantages, AdamW, clipping and dtype, generation by transformers, a reward that costs nothing.  Its steps are
-those of its own `train`, which runs in a thread and waits before each of them; memory is not measured there.
+The peer is TRL's GRPOTrainer in the same process, with the same weights, loss (clipped, averaged per
+sequence), advantages, AdamW, clipping and dtype, generation by transformers, and a reward of no cost.  Its
+steps are those of its own `train`, which runs in a thread and waits before each; its memory is not measured.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """The weights of M decode steps and of an update; the products of every token drawn, and three times
-    those of every token learned.
+    """The weights of M decode steps and of an update.
+
+    The products of every token drawn, and three times those of every token trained on.
     """
     P, G, N, M = case.sizes("P G N M")
     layers, head = decoders.parameters(case)
@@ -77,8 +78,9 @@ def prompts(case: Case) -> list[str]:
 
 
 def score(tokens: list[int]) -> float:
-    """The reward: large tokens late.  Hardly ever a group's mean: a sample without advantage would be left
-    out of ours.
+    """The reward: large tokens late.
+
+    It hardly ever equals the mean of a group: our step would leave out a sample without advantage.
     """
     return sum(i * t for i, t in enumerate(tokens)) / len(tokens) ** 2
 
@@ -90,7 +92,7 @@ def tokenizer(case: Case) -> Any:
 
 # --- ours -------------------------------------------------------------------------------------------
 class Ours:
-    """The trainer's own parts, one step a call."""
+    """The trainer's own parts; a call is one step."""
 
     def __init__(self, case: Case) -> None:
         P, G, M = case.sizes("P G M")
@@ -118,7 +120,7 @@ class Ours:
         (batch,) = self.source.collect(self.step, self.step).batches
         drawn = time.perf_counter()
         with torch.enable_grad():
-            # read: the device has finished
+            # reading the loss waits for the device
             loss = torch.tensor(self.learner.update(batch, self.step)["loss"])
         self.seconds = {"rollout": drawn - began, "update": time.perf_counter() - drawn}
         self.step += 1
@@ -127,10 +129,9 @@ class Ours:
 
 # --- TRL --------------------------------------------------------------------------------------------
 class Stepwise:
-    """A Trainer whose `train` runs in a thread of its own; a call lets it make one step and waits for the end
-    of that.
+    """A Trainer with its `train` in a thread: a call lets it make one step, and waits until that is done.
 
-    Its first step, which sets things up, is made here.
+    The first step, which initialises it, is made here.
     """
 
     works_elsewhere = True
@@ -150,7 +151,7 @@ class Stepwise:
         try:
             with torch.enable_grad():
                 self.trainer.train()
-        except BaseException as error:  # raised again where the step was asked for
+        except BaseException as error:  # raised again in the caller's thread
             self.error = error
         self.done.release()
 
@@ -162,7 +163,7 @@ class Stepwise:
         return torch.zeros(())
 
     def close(self) -> None:
-        """Let the thread end, after one more step."""
+        """Let the thread end after one more step."""
         self.stopping = True
         self.go.release()
         self.thread.join(60.0)
@@ -172,7 +173,7 @@ def _callback(steps: Stepwise) -> Any:
     base = peer("transformers", "TrainerCallback")
 
     class Gate(base):  # type: ignore[misc, valid-type]
-        """Stops at the gate before every step, and tells when it is over."""
+        """Waits before every step, and signals its end."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             steps.go.acquire()
@@ -186,11 +187,8 @@ def _callback(steps: Stepwise) -> Any:
 
 def trl(case: Case) -> Function:
     P, G, M = case.sizes("P G M")
-    config, trainer, dataset = (
-        peer("trl", "GRPOConfig"),
-        peer("trl", "GRPOTrainer"),
-        peer("datasets", "Dataset"),
-    )
+    config, trainer = peer("trl", "GRPOConfig"), peer("trl", "GRPOTrainer")
+    dataset = peer("datasets", "Dataset")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     folder = tempfile.TemporaryDirectory()
@@ -236,12 +234,10 @@ def trl(case: Case) -> Function:
 
 
 def details(case: Case, function: Function, ms: float) -> dict[str, float]:
-    """Where the last step's time went."""
-    return (
-        {f"{name} ms": seconds * 1e3 for name, seconds in function.seconds.items()}
-        if isinstance(function, Ours)
-        else {}
-    )
+    """The time of the last step by phase."""
+    if not isinstance(function, Ours):
+        return {}
+    return {f"{name} ms": seconds * 1e3 for name, seconds in function.seconds.items()}
 
 
 BENCH = Bench(

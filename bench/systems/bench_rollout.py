@@ -1,9 +1,8 @@
-"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second,
-log-probs included in ours.
+"""Rollouts: G completions of M tokens for each of P prompts of N tokens, in sampled tokens per second.
 
-Under "random lengths" prompt and completion lengths are uniform in [100, N] and [100, M], drawn as in
-nano-vllm's bench.py, whose 256 sequences have 142,827 prompt and 133,966 output tokens.  Memory is what
-torch's allocator held at most, weights aside.
+Ours include log-probs.  Under "random lengths" prompt and completion lengths are uniform in [100, N] and
+[100, M], drawn as in nano-vllm's bench.py: its 256 sequences have 142,827 prompt and 133,966 output tokens.
+Memory is the most that torch's allocator held, without the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ CASES = (
 
 @cache
 def requests(mode: str, P: int, G: int, N: int, M: int, V: int) -> tuple[list[list[int]], list[int]]:
-    """The prompts, and the tokens each completion of a prompt is to have."""
+    """The prompts, and the tokens of each prompt's completions."""
     if mode != RANDOM:
         draw = torch.randint(V, (P, N), generator=torch.Generator().manual_seed(0))
         return draw.tolist(), [M] * P
@@ -68,7 +67,7 @@ def data(case: Case) -> Data:
 
 
 def cost(case: Case) -> Cost:
-    """Each step reads the weights and the cache so far; the products of every token."""
+    """Each step reads the weights and the cache so far.  FLOPs are the products of every token."""
     G, L, K, E = case.sizes("G L K E")
     prompts, outputs = lengths(case)
     layers, head = decoders.parameters(case)
@@ -83,11 +82,11 @@ def cost(case: Case) -> Cost:
 
 # --- providers --------------------------------------------------------------------------------------
 class Ours:
-    """The engine, and where the time of its last call went."""
+    """The engine, and the time of its last call by phase."""
 
     def __init__(self, case: Case) -> None:
         G, M = case.sizes("G M")
-        # whole pages, and one to spare
+        # whole pages, and a spare one
         budget = G * sum(p + n + 2 * PAGE for p, n in zip(*lengths(case), strict=True))
         self.sampler = Sampler(decoders.ours(case), max_tokens_in_flight=budget)
         self.params = SamplingParams(n=G, max_new_tokens=M)
@@ -103,7 +102,7 @@ class Ours:
         return tokens
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds of the last call by phase; what no phase claims is the host's."""
+        """Milliseconds of the last call by phase; the rest is the host's."""
         known = {f"{name} ms": seconds * 1e3 for name, seconds in self.sampler.timing.items()}
         rest = {"host gaps ms": self.seconds * 1e3 - sum(known.values())}
         return known | rest | {"peak pages": float(self.sampler.peak_pages)}
@@ -130,18 +129,18 @@ def transformers(case: Case) -> Function:
 
 
 def details(case: Case, function: Function, ms: float) -> dict[str, float]:
-    """The additive bound, the share of it that was reached, and the time by phase where it is known."""
+    """The bound, the share of it that was reached, and the time by phase if known."""
     G = case.shape["G"]
     prompts, outputs = lengths(case)
     least = decoders.bound(case, prompts, outputs, G)
-    found = {
+    numbers = {
         "of bound": least.ms / ms,
         "bound tok/s": G * sum(outputs) / least.ms * 1e3,
         "bound ms": least.ms,
         "products ms": least.prefill_ms + least.decode_ms,
         "ms a step": ms / max(outputs),
     }
-    return found | (function.phases() if isinstance(function, Ours) else {})
+    return numbers | function.phases() if isinstance(function, Ours) else numbers
 
 
 BENCH = Bench(

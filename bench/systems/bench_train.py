@@ -1,8 +1,7 @@
-"""Training: one optimizer step of supervised fine-tuning on S packed sequences of N tokens, in tokens per
-second.
+"""Training: one optimizer step of supervised fine-tuning on S packed sequences of N tokens.
 
-The peer is transformers with its own loss, torch's fused AdamW and the same clipping; on CUDA it keeps no
-float32 masters, ours does.
+The peer is transformers with its own loss, torch's fused AdamW and the same clipping; on CUDA ours keeps
+float32 master weights, the peer does not.
 
 MFU is (6 N T + 6 L H E sum s^2) / time / peak: N parameters of matrix products, T tokens, s tokens of each
 sequence; causal attention counts half of its square.  The peak is the data sheet's for bf16 where the device
@@ -26,8 +25,7 @@ from fastrl.train.learner import Learner
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.optimizer import MasterWeights
 
-# dense bf16 FLOP/s; the first that the name holds
-PEAKS = {
+PEAKS = {  # dense bf16 FLOP/s; the first entry contained in the name of the device
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,

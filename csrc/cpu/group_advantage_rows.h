@@ -2,7 +2,7 @@
 #include "vec.h"
 #include "vec_wide.h"
 
-// count, sum, smallest and largest of the scored members.  CLEAN: nobody is NaN (checked afterwards: the sum would be), so that
+// count, sum, smallest and largest of the scored members.  CLEAN: no reward is NaN (checked afterwards: the sum would be), so that
 // whole vectors need no masks.
 struct Moments {
   double count, sum, low, high;

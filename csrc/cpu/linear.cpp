@@ -18,7 +18,7 @@ constexpr int kLinearRows = 6;           // with two vectors 12 sums, 2 of x and
 constexpr int64_t kLinearDepth = 128;    // columns summed in one go: short chains lose few digits; 3 KiB of weights and 8 KiB of x in L1
 constexpr int64_t kLinearPitch = kLinearDepth + 16;  // not a multiple of 4096 bytes: the rows do not share a cache set
 
-constexpr int64_t kLinearColumns = 16 * kLinearRows;  // of y whose sums are kept before they go there: whole cache lines of each row
+constexpr int64_t kLinearColumns = 16 * kLinearRows;  // of y with sums kept before they are written: whole cache lines of each row
 
 struct LinearAhead {  // the part of the weight that comes next
   const char* at;
@@ -141,7 +141,7 @@ void multiply(const Product& p, int threads) {
 }
 
 // --- the gradient of the weight -----------------------------------------------------------------------
-constexpr int64_t kLanes = 512;  // columns of a whose block lies packed, 256 KiB, while the columns of b pass by
+constexpr int64_t kLanes = 512;  // columns of a in a packed block of 256 KiB, while the columns of b pass by
 
 struct Outer {
   const LinearRows& rows;
@@ -152,7 +152,7 @@ struct Outer {
   bool add;
 };
 
-// Columns [m, m + M) by [begin, end) of y, whose sums stay where they are while the blocks of T go by.
+// Columns [m, m + M) by [begin, end) of y; its sums stay in place while the blocks of T go by.
 void outer(const Outer& p, Buffers& b, int64_t m, int64_t M, int64_t begin, int64_t end) {
   const int64_t panel = 2 * p.rows.lanes, panels = (M + panel - 1) / panel, group = panels * kLinearColumns * panel;
   static constexpr float zero[kLinearColumns] = {};

@@ -1,6 +1,6 @@
 // The policy loss of packed tokens: loss, both derivatives and all metrics in one pass; formulas in kernels/policy_loss.py.
 //
-// Tokens are taken in chunks of a fixed size whose sums are added in order, so that no result depends on the number of threads.
+// Tokens are taken in chunks of a fixed size, with sums added in order, so that no result depends on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -45,7 +45,7 @@ struct PolicyRows {
 namespace fastrl {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // tokens whose sums are one entry of the second stage; every block size divides it
+constexpr int64_t kChunk = 4096;  // tokens summed to one entry of the second stage; every block size divides it
 
 void finish(const std::vector<double>& partial, float* loss, float* metrics) {
   double sums[kPolicySums] = {};

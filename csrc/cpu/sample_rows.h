@@ -11,8 +11,8 @@
 // which takes the Philox word, a conversion, a product and a comparison, and no logarithm.  Only the few tokens of a row that
 // pass it (about log V) are scored in full.  With h = word / 2 rounded down, h 2^-31 < u, so the test is h < limit e with
 // limit = 2^31 exp(-S) kMargin; the margin is more than e, the conversion and the rounded d of a token that may win are off by.
-// The smallest u is 2^-33: where limit e <= 1/4 nobody wins whatever the words are, and they are not computed.
-// The most probable token scores at least -log(-log(2^-33)) = -3.13, so that a race which starts at kStart loses nobody.
+// The smallest u is 2^-33: where limit e <= 1/4 no token can win, and the words are not computed.
+// The most probable token scores at least -log(-log(2^-33)) = -3.13, so that a race which starts at kStart loses no winner.
 // The token is that of the reference, which compares the same fp32 d - log E in double.
 constexpr double kStart = -3.2, kMargin = 1 + 1e-5;
 constexpr long kGroup = 4 * LANES;   // elements that share one decision to draw
@@ -123,7 +123,7 @@ void run(const void* row, int64_t V, RowDraw& draw) {
   const int64_t whole = V - V % kGroup;
   const RoundKeys keys = round_keys(draw.key[0], draw.key[1]);
   draw.score = kStart;
-  draw.limit = draw.greedy ? 0 : (float)(0x1p31 * kMargin * __builtin_exp(-kStart));  // 0: nobody races
+  draw.limit = draw.greedy ? 0 : (float)(0x1p31 * kMargin * __builtin_exp(-kStart));  // 0: no race
   for (int64_t i = 0; i < whole; i += kBlock) block<FILTER>(x + i, i, whole - i < kBlock ? whole - i : kBlock, keys, draw);
   if (whole == V) return;
   T last[kGroup];

@@ -72,7 +72,7 @@ struct RowStats {  // log p = (x - top) / tau - ln
 struct Gradient {  // of one row: exp(d / tau) (slope d + offset), d = x - top; the target's element is another
   float tau, top, ln, g, gh, h;
   float k, slope, offset;
-  bool live;  // false for a masked token, whose logits may be anything
+  bool live;  // false for a masked token: its logits may be anything
 
   __device__ Gradient(float tau, float top, float ln, float g, float gh, float h)
       : tau(tau), top(top), ln(ln), g(g), gh(gh), h(h), k(kLog2e / tau), live(g != 0.f || gh != 0.f) {

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float gh = dentropy != nullptr ? dentropy[t] : 0.f;
     const Gradient gradient(tau, stats.top, stats.ln, dlogp[t], gh, gh != 0.f ? stats.entropy : 0.f);
     store_gradient(out + out_at(t), chip, slice, gradient, inside ? y_at : -1);
-    cluster.sync();  // everybody has read `mine`, and is done with its slice
+    cluster.sync();  // all blocks have read `mine`, and are done with their slices
   }
 }
 

@@ -55,11 +55,8 @@ class Library:
         return reference_backward(dy, q, k, v, y, lse.t(), ends, scale, 0)
 
 
-def stand_in(name, library):
-    """A module with the functions that the adapter of `name` calls, and no other argument than those it may
-    pass.
-    """
-
+# Modules with the functions that an adapter calls, which take no arguments but those that it may pass.
+def flash4_module(library):
     def four(
         q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
     ):
@@ -85,6 +82,10 @@ def stand_in(name, library):
         assert causal and deterministic
         return library.backward(dout, q, k, v, out, lse, cu_seqlens_q, softmax_scale)
 
+    return types.SimpleNamespace(_flash_attn_fwd=four, _flash_attn_bwd=four_bwd)
+
+
+def flash2_module(library):
     def two(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, return_attn_probs):
         assert causal and return_attn_probs
         return *library.forward(q, k, v, cu_q, max_q, softmax_scale), None
@@ -113,17 +114,18 @@ def stand_in(name, library):
         deterministic,
         rng_state=None,
     ):
-        assert (
-            causal
-            and deterministic
-            and dropout_p == softcap == 0
-            and (window_size_left, window_size_right) == (-1, -1)
-        )
-        for to, x in zip(
-            (dq, dk, dv), library.backward(dout, q, k, v, out, lse, cu_q, softmax_scale), strict=True
-        ):
+        assert causal
+        assert deterministic
+        assert dropout_p == softcap == 0
+        assert (window_size_left, window_size_right) == (-1, -1)
+        grads = library.backward(dout, q, k, v, out, lse, cu_q, softmax_scale)
+        for to, x in zip((dq, dk, dv), grads, strict=True):
             to.copy_(x)
 
+    return types.SimpleNamespace(flash_attn_varlen_func=two, _flash_attn_varlen_backward=two_bwd)
+
+
+def aten_module(library):
     def torchs(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale):
         assert is_causal and not return_debug_mask and dropout_p == 0
         return *library.forward(q, k, v, cu_q, max_q, scale), None, None, None
@@ -134,14 +136,10 @@ def stand_in(name, library):
         assert is_causal and torch.are_deterministic_algorithms_enabled()
         return library.backward(grad, q, k, v, out, lse, cu_q, scale)
 
-    functions = {
-        "flash_attn_4": {"_flash_attn_fwd": four, "_flash_attn_bwd": four_bwd},
-        "flash_attn_2": {"flash_attn_varlen_func": two, "_flash_attn_varlen_backward": two_bwd},
-        "varlen_attn": {"_flash_attention_forward": torchs, "_flash_attention_backward": torchs_bwd},
-    }
-    return types.SimpleNamespace(**functions[name])
+    return types.SimpleNamespace(_flash_attention_forward=torchs, _flash_attention_backward=torchs_bwd)
 
 
+MODULES = {"flash_attn_4": flash4_module, "flash_attn_2": flash2_module, "varlen_attn": aten_module}
 ADAPTERS = {
     "flash_attn_4": _attention_flash.flash4,
     "flash_attn_2": _attention_flash.flash2,
@@ -168,7 +166,7 @@ def test_an_adapter_is_the_reference_around_its_library(name, ends, here):
     in another order, a longest sequence that is too short.
     """
     library = Library()
-    here(name, _attention_flash.parts(ADAPTERS[name](stand_in(name, library))))
+    here(name, _attention_flash.parts(ADAPTERS[name](MODULES[name](library))))
     fused, cu = inputs(ends=ends)
     for mine, right in zip(run(name, fused, cu), run("reference", fused, cu), strict=True):
         torch.testing.assert_close(mine, right, atol=1e-6, rtol=1e-6)
@@ -193,17 +191,12 @@ def test_the_deterministic_setting_is_put_back():
         torch.use_deterministic_algorithms(before, warn_only=before)
         try:
             with pytest.raises(KeyError), _attention_flash.deterministic():
-                assert (
-                    torch.are_deterministic_algorithms_enabled()
-                    and not torch.is_deterministic_algorithms_warn_only_enabled()
-                )
+                assert torch.are_deterministic_algorithms_enabled()
+                assert not torch.is_deterministic_algorithms_warn_only_enabled()
                 assert not torch.utils.deterministic.fill_uninitialized_memory
                 raise KeyError
-            assert (
-                torch.are_deterministic_algorithms_enabled()
-                == torch.is_deterministic_algorithms_warn_only_enabled()
-                == before
-            )
+            assert torch.are_deterministic_algorithms_enabled() == before
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == before
             assert torch.utils.deterministic.fill_uninitialized_memory
         finally:
             torch.use_deterministic_algorithms(False)
@@ -292,9 +285,8 @@ def test_what_the_flash_kernels_do_not_take(monkeypatch):
         for name, want in (("flash_attn_4", four), ("flash_attn_2", two), ("varlen_attn", two)):
             obstacle = _attention_flash.FLASH[name]["obstacle"]
             assert bool(obstacle(torch.zeros(1, 1, 64))) == bool(want), (name, major)
-            assert "multiple of 8" in obstacle(torch.zeros(1, 1, 7)) and "got E=264" in obstacle(
-                torch.zeros(1, 1, 264)
-            )
+            assert "multiple of 8" in obstacle(torch.zeros(1, 1, 7))
+            assert "got E=264" in obstacle(torch.zeros(1, 1, 264))
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -325,10 +317,8 @@ def test_a_library_that_is_old_or_broken_says_so(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert installed("flash-attn", "math") == (None, "flash-attn 2.6.3 is older than 2.7")
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.8.3.post2")
-    assert (
-        "flash-attn 2.8.3.post2 cannot be imported: No module named"
-        in installed("flash-attn", "no_such_module")[1]
-    )
+    _, missing = installed("flash-attn", "no_such_module")
+    assert "flash-attn 2.8.3.post2 cannot be imported: No module named" in missing
     module, missing = installed("flash-attn", "math")
     assert module.sqrt(4) == 2 and missing == ""
 

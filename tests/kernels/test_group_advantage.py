@@ -12,6 +12,7 @@ import torch
 from advantage_loops import groups_loop, ragged
 
 from fastrl import ops
+from fastrl.kernels import _group_advantage
 from fastrl.kernels.group_advantage import BASELINES, SCALES, SHAPES, forward_op, group_advantage, reference
 
 F64 = torch.float64
@@ -151,9 +152,8 @@ def test_empty_strided_and_half_inputs() -> None:
     both = torch.rand(8, 2)
     assert torch.equal(group_advantage(both[:, 0], 4), group_advantage(both[:, 0].clone(), 4))
     half = group_advantage(both[:, 0].bfloat16(), 4)
-    assert half.dtype == torch.float32 and torch.equal(
-        half, group_advantage(both[:, 0].bfloat16().float(), 4)
-    )
+    assert half.dtype == torch.float32
+    assert torch.equal(half, group_advantage(both[:, 0].bfloat16().float(), 4))
     assert not group_advantage(torch.rand(4, requires_grad=True), 4).requires_grad
 
 
@@ -199,3 +199,10 @@ def test_the_definition_reads_no_values(shape: str) -> None:
 def test_errors_name_the_argument(group: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         group_advantage(FOUR, group, **options)
+
+
+def test_the_tables_are_in_the_order_of_the_kernels():
+    """Wrong: a row added to the op's tables in the middle, so that the kernel computes another."""
+    assert tuple(BASELINES) == _group_advantage.BASELINES
+    assert tuple(SCALES) == _group_advantage.SCALES
+    assert tuple(SHAPES) == _group_advantage.SHAPES

@@ -368,12 +368,8 @@ def test_one_openmp_runtime_is_mapped(order):
 
 @needs_c
 def test_the_module_works_without_torch():
-    assert (
-        python(
-            "from fastrl import _C; import sys; print(_C.cpu_isa() in _C.cpu_isas(), 'torch' in sys.modules)"
-        )
-        == "True False"
-    )
+    code = "from fastrl import _C; import sys; print(_C.cpu_isa() in _C.cpu_isas(), 'torch' in sys.modules)"
+    assert python(code) == "True False"
 
 
 @needs_c

@@ -253,11 +253,9 @@ def test_the_sum_is_of_the_new_delta_and_rounds_once(backend: str | None, dtype:
         delta, before = torch.zeros(9, 5), embeds.clone()
         with use_backend(backend, "perturb_step") if backend else contextlib.nullcontext():
             perturb_step(delta, grad, step_size=0.1, radius=0.5, mask=mask, embeds=source, out=out)
-        assert (
-            delta[mask].any()
-            and torch.equal(out, (before.float() + delta).to(out.dtype))
-            and torch.equal(embeds, before)
-        )
+        assert delta[mask].any()
+        assert torch.equal(out, (before.float() + delta).to(out.dtype))
+        assert torch.equal(embeds, before)
 
 
 # --- the form of the ops ----------------------------------------------------------------------------
@@ -266,15 +264,12 @@ def test_nothing_to_move(norm: str, scope: str) -> None:
     given: dict[str, Any] = {"norm": norm, "scope": scope}
     for shape, cu in (((0, 3), torch.tensor([0])), ((0, 4, 3), None), ((2, 0, 3), None)):
         start = perturb_init(torch.empty(shape), radius=1.0, seed=0, cu_seqlens=cu, **given)
-        assert (
-            perturb_step(start, torch.empty(shape), step_size=1.0, radius=1.0, cu_seqlens=cu, **given).shape
-            == shape
-        )
+        moved = perturb_step(start, torch.empty(shape), step_size=1.0, radius=1.0, cu_seqlens=cu, **given)
+        assert moved.shape == shape
     still = perturb_init(torch.empty(2, 2, 3), radius=0.0, seed=0, **given)
     assert not perturb_step(still, torch.ones(2, 2, 3), step_size=1.0, radius=0.0, **given).any()
-    assert not perturb_step(
-        torch.zeros(2, 2, 3), torch.zeros(2, 2, 3), step_size=1.0, radius=1.0, **given
-    ).any()
+    zeros = torch.zeros(2, 2, 3)
+    assert not perturb_step(zeros, zeros.clone(), step_size=1.0, radius=1.0, **given).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)

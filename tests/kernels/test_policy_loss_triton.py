@@ -34,8 +34,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_row_with_every_kl(name, ratio):
-    """Wrong: a twin of another row, a derivative that is not that of the value, a correction on the KL term;
-    each KL with other inputs.
+    """Wrong: the function of another row, a derivative that is not that of the value, a correction on the KL
+    term.  Each KL has other inputs.
     """
     given = case(301)
     for i, (kl, switches) in enumerate(zip(ALL_KLS, cycle(SWITCHES), strict=False)):
@@ -125,12 +125,12 @@ def test_the_cpu_kernel_says_the_same():
 
 
 # --- the op around them -----------------------------------------------------------------------------
-def test_a_row_with_a_twin_of_its_own(monkeypatch):
+def test_a_row_with_a_function_of_its_own(monkeypatch):
     """Wrong: a table of names that a user cannot add to."""
-    twin = kernels.surrogates.ratio
-    monkeypatch.setitem(
-        SURROGATES, "mine", Surrogate(lambda d, logp, a: (d.exp() * a, d.exp() * a), triton=twin, cpu_id=2)
+    ratio = Surrogate(
+        lambda d, logp, a: (d.exp() * a, d.exp() * a), triton=kernels.surrogates.ratio, cpu_id=2
     )
+    monkeypatch.setitem(SURROGATES, "mine", ratio)
     given = variant(case(100), "mine", "token", "k3")
     assert torch.equal(
         numbers(fused("triton", given)), numbers(fused("triton", given | {"surrogate": "ratio"}))

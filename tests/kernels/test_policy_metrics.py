@@ -82,9 +82,7 @@ def test_nothing_live_gives_zeros(mask: Tensor | None) -> None:
         entropy_coef=1.0,
     )
     loss.backward()
-    assert (
-        loss == 0
-        and x.grad is not None
-        and not x.grad.any()
-        and not torch.stack(list(metrics.values())).any()
-    )
+    assert loss == 0
+    assert x.grad is not None
+    assert not x.grad.any()
+    assert not torch.stack(list(metrics.values())).any()

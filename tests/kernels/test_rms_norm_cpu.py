@@ -147,9 +147,9 @@ def test_no_rows_and_no_columns():
     """Wrong: a weight's gradient that is left as it was allocated."""
     for T, D in ((0, 8), (3, 0)):
         y, h, r, dx, dw, *_ = run("cpu", *case(T, D))
-        assert (
-            y.shape == h.shape == dx.shape == (T, D) and r.shape == (T, 1) and torch.equal(dw, torch.zeros(D))
-        )
+        assert y.shape == h.shape == dx.shape == (T, D)
+        assert r.shape == (T, 1)
+        assert torch.equal(dw, torch.zeros(D))
 
 
 @needs_c

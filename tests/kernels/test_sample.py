@@ -166,9 +166,8 @@ def test_greedy() -> None:
     torch.testing.assert_close(out.entropy, torch.special.entr(log_p.exp()).sum(-1), atol=1e-5, rtol=0)
     assert not out.behaviour_logp.any()
     mixed = draw(logits, temperature=torch.tensor([0.0, 1.0]).repeat(10))
-    assert torch.equal(mixed.token[::2], out.token[::2]) and torch.equal(
-        mixed.token[1::2], draw(logits).token[1::2]
-    )
+    assert torch.equal(mixed.token[::2], out.token[::2])
+    assert torch.equal(mixed.token[1::2], draw(logits).token[1::2])
 
 
 def test_logp_and_entropy_are_of_the_whole_vocabulary_at_the_temperature() -> None:
@@ -243,9 +242,8 @@ def test_a_large_vocabulary() -> None:
     out = draw(torch.zeros(2, 151_937))
     torch.testing.assert_close(out.logp, torch.full((2,), -math.log(151_937)), atol=1e-5, rtol=0)
     noise = -exponential(arange(1), arange(1), arange(1), 2**20).log()
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=5e-3) and float(noise.var()) == pytest.approx(
-        math.pi**2 / 6, abs=2e-2
-    )
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=5e-3)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=2e-2)
 
 
 def test_empty_strided_and_half_inputs() -> None:
@@ -254,9 +252,8 @@ def test_empty_strided_and_half_inputs() -> None:
     for a, b in zip(draw(logits.T), draw(logits.T.contiguous()), strict=True):
         torch.testing.assert_close(a, b)
     half, wide = draw(logits.bfloat16()), draw(logits.bfloat16().float())
-    assert (
-        all(torch.equal(a, b) for a, b in zip(half, wide, strict=True)) and half.logp.dtype == torch.float32
-    )
+    assert all(torch.equal(a, b) for a, b in zip(half, wide, strict=True))
+    assert half.logp.dtype == torch.float32
     assert draw(logits.double()).logp.dtype == F64
     assert not draw(logits.requires_grad_()).logp.requires_grad
 

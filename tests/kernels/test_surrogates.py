@@ -174,9 +174,8 @@ def test_luffy_s_weight_of_a_demonstration(loss_of: Any) -> None:
     logp = vector(-1.0).requires_grad_()
     loss, _ = loss_of(logp, vector(0.0), vector(2.0), surrogate="luffy_off", token_weight=vector(1.0))
     loss.backward()
-    assert loss.item() == pytest.approx(-2 * 0.78627, abs=1e-5) and logp.grad.item() == pytest.approx(
-        -2 * 0.16805, abs=1e-5
-    )
+    assert loss.item() == pytest.approx(-2 * 0.78627, abs=1e-5)
+    assert logp.grad.item() == pytest.approx(-2 * 0.16805, abs=1e-5)
 
 
 def test_sequence_ratio_vector_worked_by_hand_in_nemo(loss_of: Any) -> None:
@@ -190,9 +189,8 @@ def test_sequence_ratio_vector_worked_by_hand_in_nemo(loss_of: Any) -> None:
         ratio="sequence",
         cu_seqlens=cu,
     )
-    assert loss.item() == pytest.approx(-0.6057, abs=1e-4) and metrics["ratio_max"].item() == pytest.approx(
-        0.9086, abs=1e-4
-    )
+    assert loss.item() == pytest.approx(-0.6057, abs=1e-4)
+    assert metrics["ratio_max"].item() == pytest.approx(0.9086, abs=1e-4)
 
 
 # --- value and derivative ---------------------------------------------------------------------------
@@ -304,9 +302,8 @@ def test_far_drift_stays_finite_and_keeps_its_gradient(loss_of: Any) -> None:
     )
     (slope,) = torch.autograd.grad(loss, logp)
     assert loss.isfinite() and all(m.isfinite() for m in metrics.values())
-    assert slope[0] == pytest.approx(-math.exp(20), rel=1e-5) and slope[1] == pytest.approx(
-        1 - math.exp(20), rel=1e-5
-    )
+    assert slope[0] == pytest.approx(-math.exp(20), rel=1e-5)
+    assert slope[1] == pytest.approx(1 - math.exp(20), rel=1e-5)
 
 
 @pytest.mark.parametrize("kl", KLS)

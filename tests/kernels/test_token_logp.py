@@ -182,9 +182,8 @@ def test_views_of_a_batch_are_their_copies(each_backend, view):
         (out.logp.sum() + 0.3 * out.entropy.sum()).backward()
         results.append((out.logp.reshape(-1), out.entropy.reshape(-1), x.grad.reshape(-1, 40)))
     strided = ops.token_logp(z, y, temperature=tau, entropy=True)
-    assert torch.equal(strided.logp.reshape(-1), results[1][0]) and torch.equal(
-        strided.entropy.reshape(-1), results[1][1]
-    )
+    assert torch.equal(strided.logp.reshape(-1), results[1][0])
+    assert torch.equal(strided.entropy.reshape(-1), results[1][1])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     before, ones = whole.clone(), torch.ones(y.numel())
     _, h, m, log_s = forward_op(z, y.reshape(-1), tau.reshape(-1), True, False)
