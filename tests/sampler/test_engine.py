@@ -17,8 +17,8 @@ from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams, Tail, Turn, engine
 from fastrl.sampler.engine import CallSettings, Engine
-from fastrl.sampler.queue import Request, RequestGroup
 from fastrl.sampler.jobs import Job, write_records
+from fastrl.sampler.queue import Request, RequestGroup
 from fastrl.sampler.state import REASONS, pages_of
 
 

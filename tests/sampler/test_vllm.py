@@ -24,9 +24,8 @@ from fastrl.config import Eval
 from fastrl.errors import UserError
 from fastrl.model.adapter import Adapter
 from fastrl.model.decoder import Decoder
-from fastrl.sampler import Sampler, SamplingParams, VllmSampler
+from fastrl.sampler import Sampler, SamplingParams, VllmSampler, vllm_engine
 from fastrl.sampler import vllm as adapter
-from fastrl.sampler import vllm_engine
 
 PROMPTS = [[3, 4, 5], [6]]
 TRANSCRIPT: dict[
