@@ -26,8 +26,8 @@ from fastrl.kernels._check import compute_dtype, one_of
 from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, logits_buffer, project
 from fastrl.kernels.linear_logp import check_linear, check_mask
 from fastrl.kernels.token_logp import forward_op as forward_token_op
-from fastrl.kernels.token_logp import front
 from fastrl.kernels.token_logp import fused_op as fused_token_op
+from fastrl.kernels.token_logp import narrow_view
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -144,13 +144,13 @@ def _rows_forward(logits: Tensor, target: Tensor, o: _Options) -> Tensor:
 
 
 def _rows_fused(logits: Tensor, target: Tensor, dloss: Tensor, o: _Options, dtype: torch.dtype) -> Tensor:
-    """Loss (N,); the gradient is left in `front(logits, dtype)`."""
+    """Loss (N,); the gradient is left in `narrow_view(logits, dtype)`."""
     if o.plain:
         no_entropy = dloss.new_empty(0)
         stats = fused_token_op(logits, target, torch.ones_like(dloss), -dloss, no_entropy, dtype)
         return stats[0].neg_()
     into = pick("linear_cross_entropy", logits, "fused_into")
-    return into(front(logits, dtype), logits, target, dloss, o.smoothing, o.softcap, o.z_loss)
+    return into(narrow_view(logits, dtype), logits, target, dloss, o.smoothing, o.softcap, o.z_loss)
 
 
 def _walk(
@@ -180,7 +180,7 @@ def _walk(
                 continue
             dtype = gradient_dtype(logits, weight)
             loss.index_copy_(0, part, _rows_fused(logits, y, dloss[part], o, dtype))
-            grads.add(part, x, front(logits, dtype))
+            grads.add(part, x, narrow_view(logits, dtype))
     return loss, grads
 
 

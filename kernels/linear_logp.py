@@ -20,7 +20,7 @@ from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, live_rows, logits_buffer, project
 from fastrl.kernels._shard import Shard
-from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, front, row_temperature
+from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, narrow_view, row_temperature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # some builds of torch have none
@@ -113,7 +113,7 @@ def backward_chunks(
         backward_into_op(
             dlogp[part], dh, logits, target[part], temperature[part], h, m[part], log_s[part], dtype
         )
-        grads.add(part, x, front(logits, dtype))
+        grads.add(part, x, narrow_view(logits, dtype))
     if shard is not None and grads.hidden is not None:
         shard.sum(grads.hidden)
 

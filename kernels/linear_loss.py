@@ -36,7 +36,7 @@ from fastrl.kernels._head import (
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.linear_logp import check_linear, check_mask, row_stats
 from fastrl.kernels.linear_logp import reference as linear_reference
-from fastrl.kernels.token_logp import TokenStats, backward_into_op, front, row_temperature
+from fastrl.kernels.token_logp import TokenStats, backward_into_op, narrow_view, row_temperature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # some builds of torch have none
@@ -187,7 +187,7 @@ class _Pass:
         dtype = gradient_dtype(logits, self.weight)
         target, temperature = self.target[at], self.call.temperature[at]
         backward_into_op(dlogp, dentropy, logits, target, temperature, entropy, m, log_s, dtype)
-        self.grads.add(at, x, front(logits, dtype))
+        self.grads.add(at, x, narrow_view(logits, dtype))
 
 
 # --- autograd ---------------------------------------------------------------------------------------

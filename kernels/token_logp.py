@@ -155,9 +155,9 @@ def backward_into_op(
     log_s: Tensor,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Overwrite `logits` with their own gradient: it is `front(logits, dtype)`."""
+    """Overwrite `logits` with their own gradient: it is `narrow_view(logits, dtype)`."""
     into = pick("token_logp", logits, "backward_into")
-    into(front(logits, dtype), dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
+    into(narrow_view(logits, dtype), dlogp, dentropy, logits, target, temperature, entropy, m, log_s)
 
 
 @torch.library.custom_op("fastrl::token_logp_fused_", mutates_args=("logits",))
@@ -174,11 +174,11 @@ def fused_op(
     Returns logp, entropy (empty if dentropy is), m and log s.
     """
     return pick("token_logp", logits, "fused_into")(
-        front(logits, dtype), logits, target, temperature, dlogp, dentropy
+        narrow_view(logits, dtype), logits, target, temperature, dlogp, dentropy
     )
 
 
-def front(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+def narrow_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The logits themselves, or as many elements of a narrower `dtype` in the front of each of their rows."""
     return logits if dtype in (None, logits.dtype) else logits.view(dtype)[..., : logits.shape[-1]]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastrl.kernels._native.decoder_layer import LayerWeights, Paged, decoder_layer, serves
+from fastrl.kernels._native.decoder_layer import LayerWeights, Paged, decoder_layer, is_supported
 from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model import weights
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
         slab_of = getattr(attend, "slab", None)
-        paged_of = getattr(attend, "paged", None) if serves(x) else None
+        paged_of = getattr(attend, "paged", None) if is_supported(x) else None
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
 
         for i, layer in enumerate(self.layers):

@@ -48,7 +48,7 @@ class Paged(NamedTuple):
     lengths: Tensor
 
 
-def serves(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether each op of a layer over x (B, D) would pick the kernels called here, without a gradient."""
     if not _BUILT or torch.is_grad_enabled() or overruled():
         return False

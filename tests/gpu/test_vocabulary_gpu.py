@@ -11,7 +11,14 @@ from support import no_waiting, use, within_budget
 
 from fastrl import ops
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS
-from fastrl.kernels.token_logp import backward_into_op, backward_op, forward_op, front, fused_op, reference
+from fastrl.kernels.token_logp import (
+    backward_into_op,
+    backward_op,
+    forward_op,
+    fused_op,
+    narrow_view,
+    reference,
+)
 
 pytestmark = pytest.mark.gpu
 VOCABULARIES = [7, 1000, 32000, 50257, 128256, 151936, 152064]
@@ -116,7 +123,7 @@ def test_at_once_and_narrow_a_hundred_times(token_logp, V, dtype, out):
         found = fused_op(over, target, tau, up, uh, out) if i % 2 else stats
         if not i % 2:
             backward_into_op(up, uh, over, target, tau, *stats[1:], out)
-        for mine, its in zip((*found, front(over, out)), (*stats, want), strict=True):
+        for mine, its in zip((*found, narrow_view(over, out)), (*stats, want), strict=True):
             torch.testing.assert_close(
                 mine, its, atol=1e-6, rtol=2**-7 if its.dtype == torch.bfloat16 else 1e-5, equal_nan=True
             )

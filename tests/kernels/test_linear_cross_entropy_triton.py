@@ -13,7 +13,7 @@ from support import within_budget
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY
 from fastrl.kernels.linear_cross_entropy import REDUCTIONS, rows_forward, rows_fused_into
-from fastrl.kernels.token_logp import front
+from fastrl.kernels.token_logp import narrow_view
 
 kernels = pytest.importorskip(
     "fastrl.kernels._triton.linear_cross_entropy", reason="triton is not installed", exc_type=ImportError
@@ -129,7 +129,7 @@ def test_a_narrower_gradient_in_the_front_of_the_rows(fused_into):
     """
     logits, target, up = case(3, 9000)
     want = both(rows_fused_into, logits, target, up, OPTIONS[4])
-    narrow = front(logits, torch.bfloat16)
+    narrow = narrow_view(logits, torch.bfloat16)
     loss = fused_into(narrow, logits, target, up, *OPTIONS[4])
     torch.testing.assert_close(loss, want[0])
     torch.testing.assert_close(narrow.float(), want[1], atol=1e-6, rtol=2**-7)  # the interpreter truncates

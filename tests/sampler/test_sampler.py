@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import decoder, tokenizer
+from runs import decoder, learner, tokenizer
 from torch import Tensor
 
 import fastrl.model.decoder
@@ -24,7 +24,6 @@ from fastrl.model.adapter import Adapter
 from fastrl.model.decoder import Decoder, Layer
 from fastrl.sampler import Sampler, SamplingParams, engine
 from fastrl.sampler.cache import PagedCache
-from fastrl.train.learner import Learner
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [14, 15]]
@@ -78,8 +77,8 @@ def test_the_learner_sees_a_ratio_of_one_on_fresh_rollouts():
         old_logp=rollouts.logp,
         weight=ones,
     )
-    learner = Learner(model, ALGORITHMS["grpo"], Optim(lr=0.0), steps=1, micro_tokens=64, temperature=1.3)
-    metrics = learner.update(batch, 0)
+    grpo = learner(model, ALGORITHMS["grpo"], micro_tokens=64, optim=Optim(lr=0.0), temperature=1.3)
+    metrics = grpo.update(batch, 0)
     assert abs(metrics["ratio_mean"] - 1) < 1e-4 and abs(metrics["ratio_max"] - 1) < 1e-4
     assert metrics["num_tokens"] == rollouts.completion_mask.sum()
 
@@ -395,7 +394,9 @@ def test_the_next_call_sees_an_optimizer_step():
         old_logp=before.logp,
         weight=ones / 100,
     )
-    Learner(model, ALGORITHMS["rloo"], Optim(lr=0.05), steps=1, micro_tokens=256).update(batch, 0)
+    learner(model, ALGORITHMS["rloo"], micro_tokens=256, optim=Optim(lr=0.05), temperature=1.0).update(
+        batch, 0
+    )
     after = sampler.generate(PROMPTS, params)
     assert [p.data_ptr() for p in model.parameters()] == places
     assert after.completions() != before.completions()
