@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import yaml
 
 from fastrl.config import TRAINING, Run
+from fastrl.config.algorithm import row_option_names
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
 from fastrl.report.page import Html, figures, folded, section, table, text
@@ -130,7 +131,7 @@ def _stage(
             f"stages lie side by side in {folder}, and resume by themselves"
         )
     policies = [s for s in before if s.command != "reward"]
-    known = {f.name for f in fields(kind)}
+    known = {f.name for f in fields(kind)} | {*row_option_names(kind)}
     options = {k: v for k, v in shared.items() if k.split(".")[0] in known} | (
         {"model": f"{{{policies[-1].name}}}"} if policies else {}
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastrl import cli
+from fastrl.config import TRAINING, WithAlgorithm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -31,11 +32,15 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    """Every option of every command."""
+    """Every option of every command, those of single algorithms among them."""
+    asked = [[name, "--help"] for name in cli.COMMANDS]
+    for name, command in TRAINING.items():
+        rows = command.rows if issubclass(command, WithAlgorithm) else {}
+        asked += [[name, "--algorithm", row, "--help"] for row in rows]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "400")
-        assert [cli.main([name, "--help"]) for name in cli.COMMANDS] == [0] * len(cli.COMMANDS)
+        assert [cli.main(args) for args in asked] == [0] * len(asked)
     return set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
 
 

@@ -23,6 +23,7 @@ from fastrl.algorithms.preference import Preference
 from fastrl.algorithms.row import Row
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Grpo, Hybrid, Joint, Ppo, Reward, Run, Sft
+from fastrl.config import OnPolicy as OnPolicyConfig
 from fastrl.errors import UserError
 from fastrl.methods.dpo.batches import PreferenceLearner
 from fastrl.methods.dpo.options import choose_preference
@@ -152,7 +153,7 @@ def _demonstrations(
 
 
 def _on_policy(
-    config: Grpo,
+    config: OnPolicyConfig,
     task: Task | None,
     tokenizer: Any,
     sampler: Sampler,
@@ -261,7 +262,7 @@ def _fused(
     device: torch.device,
 ) -> tuple[Source, int]:
     rollouts, longest = _mixture(config, task, tokenizer, sampler, learner, algorithm, device)
-    if not (config.pair_dataset or config.dataset or hasattr(task, "mistakes")):
+    if not (config.algorithm.text("pair_dataset") or config.dataset or hasattr(task, "mistakes")):
         raise UserError(
             "--pair-dataset: expected a file of pairs, "
             f"because task {config.task} has no wrong answers; got none"

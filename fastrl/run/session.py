@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastrl.config import Grpo, Reward, Run, Sampling
+from fastrl.config import OnPolicy, Reward, Run, Sampling
 from fastrl.config.parse import dump
 from fastrl.errors import UserError
 from fastrl.files import read_json_lines
@@ -136,7 +136,7 @@ def set_up(config: Run) -> Session:
     model.gradient_checkpointing = config.gradient_checkpointing
     tokenizer = load_tokenizer(config.tokenizer, source_folder, task)
     chosen, sampling = (
-        (config.sampler, config.sampling) if isinstance(config, Grpo) else ("fastrl", Sampling())
+        (config.sampler, config.sampling) if isinstance(config, OnPolicy) else ("fastrl", Sampling())
     )
     sampler = SAMPLERS[chosen](model, tokenizer, sampling)
     learner = parts.learner(
@@ -145,7 +145,7 @@ def set_up(config: Run) -> Session:
         config.optim,
         steps=config.steps,
         micro_tokens=config.micro_tokens,
-        temperature=config.sampling.temperature if isinstance(config, Grpo) else 1.0,
+        temperature=config.sampling.temperature if isinstance(config, OnPolicy) else 1.0,
         world=world,
     )
     if resumed:

@@ -37,6 +37,7 @@ from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import choose_algorithm
 from fastrl.methods.grpo.rollouts import order
+from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.decoder import Decoder
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 3.0], dtype=torch.float64)  # mean 1, unbiased variance 2
@@ -146,7 +147,7 @@ def test_options_change_a_row():
     assert choose_algorithm(Grpo(model="m", entropy_coef=0.01)).entropy_coef == 0.01
     assert (
         choose_algorithm(Grpo(model="m")) == ALGORITHMS["grpo"]
-        and choose_algorithm(Sft(model="m")) == ALGORITHMS["sft"]
+        and choose_supervised(Sft(model="m")).policy == ALGORITHMS["sft"]
     )
 
 

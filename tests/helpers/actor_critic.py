@@ -151,5 +151,6 @@ def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor,
 def ppo(folder: Path, name: str = "run", **changes: Any) -> Ppo:
     """A run of 20 steps on a reward that random weights can climb."""
     base = grpo(folder, name)
-    kept = {f: getattr(base, f) for f in base.__dataclass_fields__ if f not in ("algorithm", "group")}
+    shared = base.__dataclass_fields__.keys() & Ppo.__dataclass_fields__.keys() - {"algorithm", "group"}
+    kept = {f: getattr(base, f) for f in shared}
     return Ppo(**kept | {"optim": Optim(lr=3e-3, warmup=2), "critic_lr": None} | changes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from configs import configured
 from judging import restated
 from runs import REWARDS, decoder, tokenizer, write, write_model
 from torch import Tensor
@@ -44,7 +45,7 @@ def joint(folder: Path, name: str = "run", **changes: Any) -> Joint:
         "reward": (f"{folder}/rewards.py:digits",),
         "optim": Optim(lr=1e-2, warmup=2),
     }
-    return Joint(**options | changes)
+    return configured(Joint, **options | changes)
 
 
 def source(

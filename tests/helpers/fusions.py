@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from configs import for_some_row
 from hybrids import ANSWERS, Group, Row, by_budget, by_sequence, clipped, forward
 from preferences import Side
 from runs import BUDGET, GROUP, PROMPTS, SEED, reference
@@ -88,7 +89,7 @@ def on_policy(
         "max_new_tokens": BUDGET,
         "seed": SEED,
     }
-    config = Hybrid(**options | changes)
+    config = for_some_row(Hybrid, **options | changes)
 
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:
         return Scored([scores[c["id"] * config.group + i % config.group] for i, c in enumerate(columns)])

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from configs import for_some_row
 from runs import BUDGET, GROUP, PROMPTS, SEED, reference
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def mixture(
         return Scored([scores[c["id"] * GROUP + i % GROUP] for i, c in enumerate(columns)])
 
     return Mixture(
-        Hybrid(**options | changes),
+        for_some_row(Hybrid, **options | changes),
         Sampler(model),
         row,
         prompt=lambda i: (PROMPTS[i], {"id": i}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from configs import configured
 from decoders import decoder as decoder
 from safetensors.torch import load_file
 from support import tiny_config
@@ -104,7 +105,7 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
         "optim": Optim(lr=1e-2, warmup=2),
         "eval": Eval(prompts=4, every=5),
     }
-    return Grpo(**options | changes)
+    return configured(Grpo, **options | changes)
 
 
 def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
@@ -120,7 +121,7 @@ def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
         "optim": Optim(lr=1e-2, warmup=2),
         "eval": Eval(prompts=4, every=6),
     }
-    return Dpo(**options | changes)
+    return configured(Dpo, **options | changes)
 
 
 def stop_after(monkeypatch: Any, looks: int) -> None:
@@ -213,7 +214,7 @@ def on_policy(
         "max_new_tokens": BUDGET,
         "seed": SEED,
     }
-    config = Grpo(**options | changes)
+    config = configured(Grpo, **options | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
     def score(prompts: list[Any], texts: Any, tokens: Any, columns: Sequence[Any]) -> Scored:

@@ -30,7 +30,7 @@ import fastrl.report.report
 import fastrl.trainer
 from fastrl import cli
 from fastrl.algorithms.preference import PREFERENCES
-from fastrl.config import Dpo, Eval, Optim, Sft
+from fastrl.config import AlgorithmChoice, Dpo, Eval, Optim, Sft
 from fastrl.config.parse import load
 from fastrl.data.pairs import Judged, Unit
 from fastrl.data.rows import Sample
@@ -211,7 +211,7 @@ def test_a_dry_run_prints_a_file_that_gives_the_same_configuration(capsys, tmp_p
     assert cli.main([*args, "--dry-run"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load(Dpo, tmp_path / "printed.yaml") == Dpo(
-        model="m", algorithm="simpo", gamma=0.5, reference="none", nll_coef=0.1
+        model="m", algorithm=AlgorithmChoice("simpo", {"gamma": 0.5, "nll_coef": 0.1}), reference="none"
     )
 
 

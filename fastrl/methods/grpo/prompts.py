@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastrl.config import Dpo, Grpo, Sft
+from fastrl.config import Dpo, OnPolicy, Sft
 from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.data.rows import Row, Sample, encode_all, encode_prompt, read_rows
 from fastrl.errors import UserError
@@ -149,7 +149,7 @@ def preferences(
 
 
 def prompts_and_rewards(
-    config: Grpo, task: Task | None, tokenizer: Any, context: int, vocab_size: int
+    config: OnPolicy, task: Task | None, tokenizer: Any, context: int, vocab_size: int
 ) -> tuple[Callable[[int], PromptItem], int, Callable[..., Scored]]:
     """prompt(i) -> (prompt, columns), how many there are, and the function that scores completions.
 
@@ -235,7 +235,7 @@ class Scorer:
         )
 
 
-def _check_prompt(row: Row, config: Grpo, tokenizer: Any, context: int, vocab_size: int) -> None:
+def _check_prompt(row: Row, config: OnPolicy, tokenizer: Any, context: int, vocab_size: int) -> None:
     if "prompt" not in row.fields:
         raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
     tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)

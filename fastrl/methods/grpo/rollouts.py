@@ -17,7 +17,8 @@ from torch import Tensor
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
 from fastrl.batch.types import Batch
-from fastrl.config import Grpo
+from fastrl.config import GroupRelative
+from fastrl.config import OnPolicy as OnPolicyConfig
 from fastrl.data.rows import Sample
 from fastrl.methods.grpo.draw import Draw, measure
 from fastrl.methods.grpo.partial import Carry
@@ -146,7 +147,7 @@ class OnPolicy:
 
     def __init__(
         self,
-        config: Grpo,
+        config: OnPolicyConfig,
         sampler: Sampler,
         algorithm: Algorithm,
         *,
@@ -284,7 +285,7 @@ class OnPolicy:
             len(draw.rollouts) // max(len(draw.places), 1),
             self.algorithm.advantage,
         )
-        assert advantage is not None
+        assert advantage is not None and isinstance(config, GroupRelative)
         apart = config.multi_objective_aggregation != "sum_then_normalize"
         # summed once, as the log has it
         named = (draw.scored.each if apart else {}) or {"reward": (1.0, draw.scored.reward)}

@@ -26,7 +26,7 @@ from fastrl.config import Hybrid
 from fastrl.data.rows import Sample
 from fastrl.methods.grpo.draw import Draw
 from fastrl.methods.grpo.rollouts import OnPolicy
-from fastrl.methods.hybrid.options import check_mixture
+from fastrl.methods.hybrid.options import DEMO_REWARD, REJECTED_REWARD, SOLVED, check_mixture
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.train.learner import Learner
@@ -71,7 +71,12 @@ class Mixture(OnPolicy):
         check_mixture(config, algorithm, turns=others.get("game") is not None)
         super().__init__(config, sampler, algorithm.policy, **others)
         self.row = algorithm
-        self.known, self.rewards = known, (config.demo_reward, config.rejected_reward or 0.0)
+        self.known = known
+        self.rewards = (
+            config.algorithm.number("demo_reward", DEMO_REWARD),
+            config.algorithm.number("rejected_reward", REJECTED_REWARD),
+        )
+        self.solved = config.algorithm.number("solved", SOLVED)
         self.members += len(algorithm.others)
 
     def _complete(self, draw: Draw, step: int, version: int) -> tuple[Draw, dict[str, float]]:
@@ -80,7 +85,7 @@ class Mixture(OnPolicy):
         there = torch.tensor([any(samples) for samples in found], dtype=torch.bool, device=device)
         reward = draw.reward.view(P, G)
         # NaN where nothing is known
-        solved = (reward >= self.config.solved).sum(1) / (~reward.isnan()).sum(1)
+        solved = (reward >= self.solved).sum(1) / (~reward.isnan()).sum(1)
         count = self.row.rule(solved, there, step, self.config.steps)
         kinds = [OWN] * G + self.row.others
         rewarded = draw

@@ -51,7 +51,7 @@ class FusedSource:
     def collect(self, step: int, version: int) -> Step:
         drawn, config = self.rollouts.collect(step, version), self.config
         coef = self.coef(step, config.steps)
-        every = config.norms_every or 0
+        every = config.algorithm.count("norms_every", 0)
         measured = every > 0 and step % every == 0
         batches = []
         for k, own in enumerate(drawn.batches):

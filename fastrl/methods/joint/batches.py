@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.algorithms.joint import JointAlgorithm
 from fastrl.algorithms.reward import Judged
-from fastrl.config import HeldOut, Joint, Reward
+from fastrl.config import AlgorithmChoice, HeldOut, Joint, Reward
 from fastrl.data.comparisons import Group
 from fastrl.errors import UserError
 from fastrl.methods.grpo.draw import Draw
@@ -223,8 +223,7 @@ def offline_comparisons(
         model=config.model,
         task=config.task,
         dataset=config.offline,
-        algorithm=config.reward_loss,
-        center=config.center,
+        algorithm=AlgorithmChoice(config.reward_loss, {"center": config.center}),
         prompts=count,
         max_tokens=config.max_tokens,
         micro_tokens=config.micro_tokens,

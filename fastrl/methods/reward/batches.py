@@ -17,6 +17,7 @@ from fastrl.files import shorten
 from fastrl.methods.grpo.prompts import TRAIN, pairs
 from fastrl.methods.grpo.rollouts import Step, order
 from fastrl.methods.reward.learner import RewardBatch, RewardLearner
+from fastrl.methods.reward.options import separator_of
 from fastrl.parallel.world import World
 from fastrl.report.stats import Estimate, calibration, share_interval, wilson
 from fastrl.tasks import Task
@@ -168,11 +169,11 @@ def comparisons(
     checked before training.
     """
     model, world, shape = learner.model, learner.world, learner.model.config
-    model.tokenizer, model.steps = tokenizer, config.step_separator if row.data == "steps" else None
+    model.tokenizer, model.steps = tokenizer, separator_of(config) if row.data == "steps" else None
     limit = min(config.max_tokens or shape.max_position_embeddings, shape.max_position_embeddings)
 
     def usable(statements: Sequence[Statement]) -> list[Group]:
-        groups = encode_statements(statements, tokenizer, max_tokens=limit, separator=config.step_separator)
+        groups = encode_statements(statements, tokenizer, max_tokens=limit, separator=separator_of(config))
         for g in groups:
             check_group(g, shape.vocab_size, config.micro_tokens)
         return groups
@@ -260,9 +261,10 @@ def _statement(config: Reward, row: RewardLoss, task: Any, split: str, index: in
         texts = [texts[draw("verdict", config.seed, split, index) % 2]]
     if row.data == "steps":
         parts, right = task.steps(example, texts[0])
-        if config.step_separator.join(parts) != texts[0]:
+        separator = separator_of(config)
+        if separator.join(parts) != texts[0]:
             raise UserError(
-                f"--step-separator: {config.step_separator!r} does not join the steps of {task.name} "
+                f"--step-separator: {separator!r} does not join the steps of {task.name} "
                 f"to {shorten(texts[0])}"
             )
         return Statement(where, row.data, example.prompt, parts, [float(r) for r in right])
