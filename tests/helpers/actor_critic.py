@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,6 @@ def gradients(made: PpoLearner, batch: Batch) -> tuple[dict[str, float], Tensor,
 def ppo(folder: Path, name: str = "run", **changes: Any) -> Ppo:
     """A run of 20 steps on a reward that random weights can climb."""
     base = grpo(folder, name)
-    shared = base.__dataclass_fields__.keys() & Ppo.__dataclass_fields__.keys() - {"algorithm", "group"}
-    kept = {f: getattr(base, f) for f in shared}
+    shared = {f.name for f in fields(base)} & {f.name for f in fields(Ppo)} - {"algorithm", "group"}
+    kept = {name: getattr(base, name) for name in shared}
     return Ppo(**kept | {"optim": Optim(lr=3e-3, warmup=2), "critic_lr": None} | changes)

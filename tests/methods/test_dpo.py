@@ -185,7 +185,7 @@ def test_precomputed_and_live_references_are_one(tmp_path, no_report):
             {"algorithm": "kto", "prompts": 1},
             "--prompts: expected at least 2 to compare each prompt with another's completion, got 1",
         ),
-        ({"gamma": 0.5}, "--gamma: dpo has no such parameter"),
+        ({"gamma": 0.5}, "--gamma: dpo has no such option"),
     ],
 )
 def test_what_cannot_run_is_refused_before_training(changes, message, tmp_path):

@@ -140,7 +140,7 @@ def test_a_dry_run_shows_the_configuration(capsys):
         == 0
     )
     told = yaml.safe_load(capsys.readouterr().out.split("\n", 1)[1])
-    assert (told["algorithm"], told["mu"], told["rl"], told["group"]) == ("chord", 0.5, None, 8)
+    assert (told["algorithm"], told["group"]) == ({"name": "chord", "mu": 0.5}, 8)
 
 
 @pytest.mark.slow

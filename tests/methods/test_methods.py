@@ -120,7 +120,8 @@ def test_a_row_has_a_recipe(menu, name, tmp_path, capsys):
     """
     assert cli.main([*words(menu, name), "--dry-run"]) == 0
     shown = capsys.readouterr().out.split("\n", 1)[1]
-    assert yaml.safe_load(shown).get("algorithm", "sft") == name
+    algorithm = yaml.safe_load(shown).get("algorithm", "sft")
+    assert (algorithm["name"] if isinstance(algorithm, dict) else algorithm) == name
     (tmp_path / "c.yaml").write_text(shown)
     kind = TRAINING[menu.command]
     assert PARTS.get(kind, Parts()).choose(load(kind, tmp_path / "c.yaml")) is not None

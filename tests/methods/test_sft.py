@@ -161,7 +161,7 @@ def weighed(weights: list[float], samples: list[Sample] = DEMONSTRATIONS, weight
         lambda some: [rows[i] for i in sorted(some)],
         len(rows),
         count=len(rows),
-        algorithm=choose_supervised(Sft(model="m")),
+        algorithm=choose_supervised(Sft(model="m")).policy,
         seed=0,
         device=torch.device("cpu"),
         world=World(),
