@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
@@ -21,6 +22,9 @@ from fastrl.config import Evaluate, Generate
 from fastrl.config.parse import UsageError, dump, parse
 from fastrl.errors import UserError, nearest
 from fastrl.methods import METHODS, options_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130
@@ -74,7 +78,7 @@ class Command:
     target  "module:function", called with an instance of it
     """
 
-    config: type[object]
+    config: type[DataclassInstance]
     target: str
 
 

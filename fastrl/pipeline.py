@@ -23,6 +23,7 @@ from typing import Protocol
 import yaml
 
 from fastrl.config import Run
+from fastrl.config.algorithm import row_option_names
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
 from fastrl.files import Json, JsonObject
@@ -133,7 +134,7 @@ def _stage(
         )
 
     config = options_of(command)
-    known = {f.name for f in fields(config)}
+    known = {f.name for f in fields(config)} | {*row_option_names(config)}
     options = {key: value for key, value in shared.items() if key.split(".")[0] in known}
     policies = [s for s in before if s.command != "reward"]
     if policies:

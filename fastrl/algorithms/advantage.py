@@ -1,8 +1,8 @@
 """Advantage estimators: rewards of groups of samples in, one number per sample out.  A variant is a row.
 
-Most rows are choices of `ops.group_advantage`'s columns; the methods that use them are in objective.py.  A
-NaN reward is "not scored": it enters no statistic and gets 0.  Rows that look at the whole batch get every
-process's samples.
+Most rows are arguments of `ops.group_advantage`; objective.py has the algorithms that use them.  A NaN
+reward means "not scored": it enters no statistic, and its advantage is 0.  Rows with statistics of the whole
+batch get the samples of every process.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Advantage:
     """One estimator: `compute(reward (S,), group, length (S,), **params) -> (S,)`, for contiguous groups of
     `group` samples.
 
-    least        completions of a prompt it needs
-    whole_batch  whether a sample's advantage depends on other groups: it then gets the rewards of all
+    least        least number of completions per prompt
+    whole_batch  whether a sample's advantage depends on other groups; it then needs the rewards of all
                  processes
     signed       whether rewards may be below 0
     """
@@ -36,19 +36,17 @@ class Advantage:
     signed: bool = True
 
     def __call__(self, reward: Tensor, group: int, length: Tensor | None = None) -> Tensor:
-        """`length` counts each sample's loss tokens; None takes all as equal."""
-        return self.compute(
-            reward, group, torch.ones_like(reward) if length is None else length, **self.params
-        )
+        """Advantages (S,); `length` is each sample's number of loss tokens, all equal if None."""
+        if length is None:
+            length = torch.ones_like(reward)
+        return self.compute(reward, group, length, **self.params)
 
     def with_params(self, **changes: Any) -> Advantage:
         """The same estimator with some parameters changed; an unknown name is a ValueError."""
         for name in changes:
             if name not in self.params:
-                raise ValueError(
-                    f"{name}: not a parameter of this advantage, which has: "
-                    f"{', '.join(self.params) or 'none'}"
-                )
+                known = ", ".join(self.params) or "none"
+                raise ValueError(f"{name}: not a parameter of this advantage, which has: {known}")
         whole = self.whole_batch or changes.get("scale") == "batch_std"
         return replace(self, params={**self.params, **changes}, whole_batch=whole)
 
@@ -58,80 +56,82 @@ def _relative(reward: Tensor, group: int, length: Tensor, **columns: Any) -> Ten
 
 
 def _whitened(reward: Tensor, group: int, length: Tensor, *, centred: bool, ddof: int) -> Tensor:
-    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each of which carries its sample's
-    reward (return-to-go at gamma 1).
+    """(R - mean) / sqrt(variance + 1e-8) over all tokens of the batch, each with its sample's reward (the
+    return-to-go at gamma 1).
 
     The variance divides by N - ddof.
     """
     x = _relative(reward, group, length, scale="none") if centred else reward
     known, x = ~reward.isnan(), x.nan_to_num(0).double()
+    some = x[known]
+    if some.numel() == 0 or bool((some == some[0]).all()):
+        return torch.zeros_like(reward)
+
     weight = torch.where(known, length.double(), 0)
     n = weight.sum()
     mean = (weight * x).sum() / n
-    deviation = ((weight * (x - mean).square()).sum() / (n - ddof) + 1e-8).sqrt()
-    flat = x[known].numel() == 0 or bool((x[known] == x[known][0]).all())
-    return (
-        torch.zeros_like(reward) if flat else torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
-    )
+    squares = (weight * (x - mean).square()).sum()
+    deviation = (squares / (n - ddof) + 1e-8).sqrt()
+    return torch.where(known, (x - mean) / deviation, 0).to(reward.dtype)
 
 
 def _gpg(reward: Tensor, group: int, length: Tensor, *, zero: str) -> Tensor:
-    """alpha (R - mean): alpha makes up for the samples that give no gradient."""
+    """alpha (R - mean): alpha compensates for the samples without a gradient, those of which `zero` is 0."""
     centred = _relative(reward, group, length, scale="none")
-    counted = (
-        reward.nan_to_num(0)
-        if zero == "reward"
-        else centred.view(-1, group).abs().amax(1).repeat_interleave(group)
-    )
+    if zero == "reward":
+        counted = reward.nan_to_num(0)
+    else:
+        counted = centred.view(-1, group).abs().amax(1).repeat_interleave(group)
     return centred * reward.numel() / counted.count_nonzero().clamp(min=1)
 
 
 def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor:
-    """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal only the
-    mean is taken off.
+    """(R - mean) / (std + eps), both of the group's other samples; where the others are all equal, only their
+    mean is subtracted.
     """
     table = reward.view(-1, group).double()
     known, x = ~table.isnan(), table.nan_to_num(0)
     count = known.sum(1, keepdim=True).clamp(min=1)
     n = (count - 1).clamp(min=1)
-    # about the group's mean, for the digits of the sums below
+
+    # centred first: the sums below lose fewer digits
     centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)
     mean = (centred.sum(1, keepdim=True) - centred) / n
     square = centred.square().sum(1, keepdim=True) - centred.square()
     deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
+
     flat = ~(deviation > 1e-7 * centred.abs().amax(1, keepdim=True))
-    a = (centred - mean) / torch.where(flat, 1, deviation + eps)
-    spread = known & (centred.amax(1, keepdim=True) > centred.amin(1, keepdim=True))
-    return torch.where(spread, a, 0).flatten().to(reward.dtype)
+    advantage = (centred - mean) / torch.where(flat, 1, deviation + eps)
+    differ = centred.amax(1, keepdim=True) > centred.amin(1, keepdim=True)
+    return torch.where(known & differ, advantage, 0).flatten().to(reward.dtype)
 
 
 def _max_rl(reward: Tensor, group: int, length: Tensor) -> Tensor:
     """(R - mean) / mean of rewards of 0 or more."""
     if bool((reward < 0).any()):
-        raise UserError(
-            f"--advantage max_rl: expected rewards of 0 or more, got {float(reward.nan_to_num(0).min()):g}"
-        )
+        lowest = float(reward.nan_to_num(0).min())
+        raise UserError(f"--advantage max_rl: expected rewards of 0 or more, got {lowest:g}")
     mean = reward.view(-1, group).nanmean(1).repeat_interleave(group)
     centred = _relative(reward, group, length, scale="none")
     return torch.where(centred != 0, centred / mean, 0)
 
 
 def _max_at_k(reward: Tensor, group: int, length: Tensor, *, k: int) -> Tensor:
-    """What the sample adds to the best of k samples, over all draws of the other k - 1 from its group.
+    """What a sample adds to the best of k, over all draws of the other k - 1 from its group.
 
-    k/n E[max(R - max of k-1 others, 0)]: times the score function, an unbiased gradient of E[best of k].
+    k/n E[max(R - max of k-1 others, 0)]; times the score function, an unbiased gradient of E[best of k].
     """
     table = reward.view(-1, group).double()
     n = (~table.isnan()).sum(1, keepdim=True).double().clamp(min=1)
     k_of = torch.minimum(n, torch.full_like(n, k or group))
-    low = table.nan_to_num(torch.inf).sort(dim=1).values  # not scored: last, and below nobody
+    low = table.nan_to_num(torch.inf).sort(dim=1).values  # samples without a reward come last, and add 0
+
+    # (P, G): probability that the sample at each place is the best of the k - 1 others
     place = torch.arange(group, dtype=torch.float64, device=reward.device)
-    best = torch.where(
-        place >= k_of - 2,
-        (_log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)).exp(),
-        0,
-    )
-    # (P, G, G); its own place counts 0
+    log_share = _log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)
+    best = torch.where(place >= k_of - 2, log_share.exp(), 0)
+
+    # (P, G, G): gain over it; the sample's own place gives 0
     gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(min=0)
     return ((gain * best[:, None, :]).sum(2) * k_of / n).flatten().to(reward.dtype)
 
@@ -166,15 +166,16 @@ ADVANTAGES: dict[str, Advantage] = {
 
 def of_completions(advantage: Advantage) -> Advantage:
     """The estimator for groups whose last sample is a demonstration, with statistics of the completions
-    before it alone.
+    alone.
 
-    The demonstration is measured by them; where they are all equal, only their mean is taken off.
+    The demonstration uses the same statistics; where the completions are all equal, only their mean is
+    subtracted.
     Raises:  UserError for an estimator that is not a distance from the group's mean.
     """
     p = advantage.params
     if p.get("baseline") != "mean" or p.get("scale") not in ("std", "none"):
         raise UserError(
-            "--group-statistics: own goes with the advantages zscore and center alone; leave it out, "
+            "--group-statistics: own goes with the advantages zscore and center only; leave it out, "
             "or take one of them"
         )
     return Advantage(_of_completions, {"scale": p["scale"], "eps": p["eps"]})
@@ -182,14 +183,16 @@ def of_completions(advantage: Advantage) -> Advantage:
 
 def _of_completions(reward: Tensor, group: int, length: Tensor, *, scale: str, eps: float) -> Tensor:
     table = reward.view(-1, group)
+    completions = table[:, :-1].reshape(-1)
+    a = _relative(completions, group - 1, length, scale=scale, eps=eps).view(-1, group - 1)
+
     own = table[:, :-1].double()
-    known = ~own.isnan()
-    n = known.sum(1, keepdim=True)
-    centred = torch.where(known, own - own.nanmean(1, keepdim=True), 0)
-    deviation = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    a = _relative(table[:, :-1].reshape(-1), group - 1, length, scale=scale, eps=eps).view(-1, group - 1)
+    known, mean = ~own.isnan(), own.nanmean(1, keepdim=True)
+    squares = torch.where(known, own - mean, 0).square().sum(1, keepdim=True)
+    deviation = (squares / (known.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
     divisor = deviation + eps if scale == "std" else torch.ones_like(deviation)
-    shown = (table[:, -1:] - own.nanmean(1, keepdim=True)) / torch.where(a.any(1, keepdim=True), divisor, 1)
+
+    shown = (table[:, -1:] - mean) / torch.where(a.any(1, keepdim=True), divisor, 1)
     return torch.cat([a, shown.nan_to_num(0).to(a.dtype)], 1).flatten()
 
 
@@ -208,10 +211,13 @@ def _normalize_then_sum(
     (GDPO).
     """
     known = ~parts.isnan().all(0)
-    x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
     n = known.sum()
+    x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
+
     mean = torch.where(known, x, 0).sum() / n.clamp(min=1)
-    deviation = (torch.where(known, x - mean, 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
+    squares = torch.where(known, x - mean, 0).square().sum()
+    deviation = (squares / (n - 1).clamp(min=1)).sqrt()
+
     # a group that is all equal in every reward stays at 0
     moved = x.view(-1, group).ne(0).any(1).repeat_interleave(group)
     return torch.where(known & moved, (x - mean) / (deviation + 1e-4), 0)

@@ -1,4 +1,4 @@
-"""How per-token losses become one number: the weight of each sample's tokens, with denominators of the whole
+"""How per-token losses are averaged: the weight of each sample's tokens, with denominators of the whole
 optimizer step.
 """
 
@@ -30,14 +30,14 @@ Aggregate = Callable[[Tensor, Totals], Tensor]
 
 
 def token_mean(length: Tensor, totals: Totals) -> Tensor:
-    """Every token counts the same: long samples weigh more."""
+    """Every token has the same weight, so long samples weigh more."""
     return torch.full_like(
         length, 1 / max(totals.tokens, 1), dtype=torch.promote_types(length.dtype, torch.float32)
     )
 
 
 def sequence_mean(length: Tensor, totals: Totals) -> Tensor:
-    """Every sample counts the same, whatever its length."""
+    """Every sample has the same weight, whatever its length."""
     return 1 / (length.clamp_min(1) * max(totals.samples, 1))
 
 

@@ -1,14 +1,14 @@
-"""Sampler against trainer: how far their log-probs are apart, and the importance weights that make up for it.
+"""Sampler against trainer: how far their log-probs are apart, and importance weights that correct for it.
 
-The log-prob recorded while sampling is the old log-prob, so the ratio of a row already contains the whole way
-from the sampler to the policy, carried-over tokens included.  A correction splits that way in two: the old
+The log-prob recorded while sampling is the old log-prob, so the ratio of a row already covers the whole
+distance from the sampler to the policy, carried-over tokens included.  A correction splits it in two: the old
 log-prob becomes the trainer's own, under the weights before the first update on the batch, and the rest, w =
 exp(trainer - recorded), becomes a constant weight of the policy term (never of the KL), bounded by a row of
 CORRECTIONS.
 
-Where a batch is used for one update the pass's own log-probs are the trainer's, and nothing is computed
-twice.  Several minibatches or epochs take one forward of the whole batch before the first update
-(`OnPolicy.collect`), because later passes see moved weights.
+For a batch of one update, the forward pass of that update gives the trainer's log-probs, and nothing is
+computed twice.  Several minibatches or epochs need one forward of the whole batch before the first update,
+because later passes see changed weights.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from fastrl.batch.types import Tokens
 from fastrl.errors import UserError
 from fastrl.kernels.surrogates import bounded
 
-LEVELS: dict[
-    str, Callable[[Tensor, Tokens], Tensor]
-] = {  # log weight of each token -> what the bounds look at, (N,)
+# log weight of each token -> the log weight that is bounded, (N,)
+LEVELS: dict[str, Callable[[Tensor, Tokens], Tensor]] = {
     "token": lambda s, tokens: s,
     "sequence": lambda s, tokens: totals(s, tokens)[0],
     "geometric": mean,
@@ -48,7 +47,12 @@ def _reject(w: Tensor, token: Tensor, low: float, high: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """One way to bound w: `level` says of what (a row of LEVELS), `rule(w, token's own w, low, high)` how."""
+    """One way to bound w.
+
+    level      whether w is that of each token, or of its whole sequence: a row of LEVELS
+    rule       (w, the token's own w, low, high) -> its weight
+    low, high  the bounds
+    """
 
     level: Literal["token", "sequence", "geometric"]
     rule: Callable[[Tensor, Tensor, float, float], Tensor]
@@ -63,18 +67,16 @@ class Correction:
             )
 
     def __call__(self, tokens: Tokens) -> Tokens:
-        """Tokens whose logp is the trainer's before any update, with that as old_logp, the recorded one kept,
-        and their weights.
+        """The tokens with their weights, `logp` as old_logp, and the recorded log-prob as sampler_logp.
+
+        `logp` must be the trainer's before any update on the batch.
         """
         trainer = tokens.logp.detach()
         s = bounded(trainer - tokens.old_logp)
         w = bounded(LEVELS[self.level](s, tokens)).exp()
-        return replace(
-            tokens,
-            old_logp=trainer,
-            sampler_logp=tokens.old_logp,
-            correction=self.rule(w, s.exp(), self.low, self.high),
-        )
+
+        weight = self.rule(w, s.exp(), self.low, self.high)
+        return replace(tokens, old_logp=trainer, sampler_logp=tokens.old_logp, correction=weight)
 
 
 CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
@@ -82,25 +84,28 @@ CORRECTIONS: dict[str, Correction] = {  # TRL's names, where it has them
     "token_mask": Correction("token", _mask, 0.5, 2.0),  # IcePop, MIS: 0 outside
     "sequence_truncate": Correction("sequence", _truncate, 0.0, 2.0),  # the product over the sequence
     "sequence_mask": Correction("sequence", _mask, 0.0, 3.0),
-    "geometric_mask": Correction(
-        "geometric", _reject, 0.999, 1.001
-    ),  # min(w, 2), 0 where the sequence's geometric mean is outside
+    # the token's own min(w, 2); 0 where the sequence's geometric mean is outside
+    "geometric_mask": Correction("geometric", _reject, 0.999, 1.001),
 }
 
 
 # --- metrics ----------------------------------------------------------------------------------------
+NO_TOKENS = (0.0, 0.0, -torch.inf, 0.0, 0.0, 0.0, torch.inf, 0.0, -torch.inf)
+
+
 def mismatch(tokens: Tokens) -> Tensor:
-    """(9,) float64: tokens, and sums and extremes of s = logp - recorded and of the correction, for
-    `merge_mismatch`.
+    """(9,) float64 for `merge_mismatch`: the number of tokens, and sums and extremes of s = logp - recorded
+    and of the correction.
     """
     recorded = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
     s = (tokens.logp - recorded).double()
-    w, k = bounded(s).exp(), torch.ones_like(s) if tokens.correction is None else tokens.correction.double()
     if not s.numel():
-        return torch.tensor(
-            [0, 0, -torch.inf, 0, 0, 0, torch.inf, 0, -torch.inf], dtype=torch.float64, device=s.device
-        )
-    sums = torch.stack([s.abs(), torch.expm1(bounded(s)) - s, w, w.square(), k]).sum(1)
+        return s.new_tensor(NO_TOKENS)
+
+    w = bounded(s).exp()
+    k = torch.ones_like(s) if tokens.correction is None else tokens.correction.double()
+    kl = torch.expm1(bounded(s)) - s
+    sums = torch.stack([s.abs(), kl, w, w.square(), k]).sum(1)
     ends = torch.stack([s.abs().amax(), k.amin(), k.amax()])
     n = s.new_full((1,), s.numel())
     return torch.cat([n, sums[:1], ends[:1], sums[1:4], ends[1:2], sums[4:], ends[2:]])

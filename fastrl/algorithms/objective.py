@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -79,16 +80,17 @@ class Algorithm:
         tokens = self.corrected(tokens)
         for prepare in self.prepare:
             tokens = replace(tokens, correction=prepare(tokens, self.surrogate))
-        return ops.policy_loss(
+
+        kl = self.kl if tokens.ref_logp is not None else None
+        ends = tokens.cu_seqlens if self.ratio == "sequence" else None
+        policy_loss = partial(ops.policy_loss, surrogate=self.surrogate, ratio=self.ratio, cu_seqlens=ends)
+        return policy_loss(
             tokens.logp,
             tokens.old_logp,
             tokens.advantage,
-            surrogate=self.surrogate,
             token_weight=tokens.weight,
-            ratio=self.ratio,
-            cu_seqlens=tokens.cu_seqlens if self.ratio == "sequence" else None,
             mask=mask,
-            kl=self.kl if tokens.ref_logp is not None else None,
+            kl=kl,
             kl_coef=self.kl_coef,
             ref_logp=tokens.ref_logp,
             correction=tokens.correction,

@@ -1,8 +1,8 @@
-"""What pairs and labelled examples cost: the rules of the rows in preference.py.
+"""Losses of pairs and of labelled examples: the rules of the rows in preference.py.
 
-A rule of pairs takes the scores of N chosen and N rejected completions (c, r); one of examples takes N scores
-and which of them are good.  It returns N losses.  Scores are log-ratios to the reference, or log-probs,
-summed or averaged, as the row says.  Source: the papers named, by their arXiv numbers.
+A rule of pairs takes the scores of N chosen and N rejected completions (c, r); a rule of examples takes N
+scores and which of them are good.  It returns N losses.  Scores are log-ratios to the reference, or
+log-probs, summed or averaged, as the row says.  Source: the papers named, by their arXiv numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST = 80.0  # exp() of more than this is no float32
+LARGEST = 80.0  # exp() of more overflows float32
 
 
 # --- functions of the margin c - r ------------------------------------------------------------------
@@ -25,8 +25,8 @@ def dpo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def cdpo(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """The same under labels of which a share is wrong: cross-entropy against (1 - e, e).  Source: E.
-    Mitchell's note on cDPO.
+    """DPO with a share e of wrong labels: cross-entropy against (1 - e, e).  Source: E. Mitchell's note on
+    cDPO.
     """
     x = beta * (c - r)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
@@ -37,7 +37,8 @@ def robust(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tens
     2403.00409.
     """
     x, e = beta * (c - r), label_smoothing
-    return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+    mixed = -(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)
+    return mixed / (1 - 2 * e)
 
 
 def hinge(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
@@ -46,8 +47,8 @@ def hinge(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def ipo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """(c - r - 1/(2 beta))^2 of length-averaged scores.  Source: 2310.12036 (its tau is beta); the average is
-    its authors'.
+    """(c - r - 1/(2 beta))^2 of length-averaged scores.  Source: 2310.12036 (its tau is beta; its authors'
+    code averages).
     """
     return (c - r - 1 / (2 * beta)).square()
 
@@ -56,9 +57,9 @@ def exo(c: Tensor, r: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """Reverse KL of the policy's choice (q, 1 - q) to the labels (1 - e, e).  Source: 2402.00856."""
     x = beta * (c - r)
     log_q, log_not = F.logsigmoid(x), F.logsigmoid(-x)
-    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_not.exp() * (
-        log_not - math.log(label_smoothing)
-    )
+    kept = log_q.exp() * (log_q - math.log1p(-label_smoothing))
+    flipped = log_not.exp() * (log_not - math.log(label_smoothing))
+    return kept + flipped
 
 
 def discopop(c: Tensor, r: Tensor, *, beta: float, tau: float) -> Tensor:
@@ -77,8 +78,8 @@ def simpo(c: Tensor, r: Tensor, *, beta: float, gamma: float) -> Tensor:
 
 # --- functions of both scores -----------------------------------------------------------------------
 def dpop(c: Tensor, r: Tensor, *, beta: float, penalty: float) -> Tensor:
-    """DPO with a penalty where the chosen completion has become less likely than the reference has it.
-    Source: 2402.13228.
+    """DPO with a penalty where the chosen completion is less likely than under the reference.  Source:
+    2402.13228.
     """
     return -F.logsigmoid(beta * (c - r - penalty * F.relu(-c)))
 
@@ -101,14 +102,14 @@ def sppo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def apo_zero(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """Raises the chosen and lowers the rejected: for chosen ones better than the model's own.  Source:
+    """Raises the chosen and lowers the rejected: for chosen completions better than the model's.  Source:
     2408.06266.
     """
     return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
 
 
 def apo_down(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
-    """Lowers both, the rejected more: for chosen ones worse than the model's own.  Source: 2408.06266."""
+    """Lowers both, the rejected more: for chosen completions worse than the model's.  Source: 2408.06266."""
     return torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r))
 
 
@@ -120,8 +121,8 @@ def orpo(c: Tensor, r: Tensor, *, beta: float) -> Tensor:
 
 
 def _log_odds(x: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(x), x <= 0; at p = 1, where it is infinite,
-    that of the largest p below it.
+    """log(p / (1 - p)) of p = exp(x), x <= 0; at p = 1, where it is infinite, the value at the largest p
+    below 1.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps / 2)
     return x - (-torch.expm1(x)).log()

@@ -59,8 +59,10 @@ class Judged:
 
     def beats(self) -> Tensor:
         """(G, K, K) bool: completion i of the group is strictly better than its completion j."""
-        target, real = self.padded(self.target), self.padded(torch.ones_like(self.target)) > 0
-        return (target[:, :, None] > target[:, None, :]) & real[:, :, None] & real[:, None, :]
+        target = self.padded(self.target)
+        real = self.padded(torch.ones_like(self.target)) > 0
+        better = target[:, :, None] > target[:, None, :]
+        return better & real[:, :, None] & real[:, None, :]
 
     def gaps(self) -> Tensor:
         """(G, K, K): score of completion i less that of completion j."""
@@ -144,29 +146,39 @@ class RewardLoss(WithoutKl):
         """
         count = judged.padded(torch.ones_like(judged.score)).sum(1).clamp_min(1)
         if self.compares:
-            beats = judged.beats()
-            live = beats.any(2).any(1).to(judged.score.dtype)
-            logits, units = judged.gaps()[beats], live.sum()
+            live = judged.beats().any(2).any(1).to(judged.score.dtype)
+            units = live.sum()
         else:
             live = torch.ones_like(judged.margin)
-            logits, units = judged.score * torch.where(judged.target >= 0.5, 1, -1), count.sum()
+            units = count.sum()
 
-        squared = live * (2 * judged.padded(judged.score).sum(1) / count).square()
+        total = judged.padded(judged.score).sum(1)
+        squared = live * (2 * total / count).square()
+        centering = squared.sum() / judged.total
         loss = self.loss(judged).sum() / judged.total
         if self.center:
             loss = loss + self.center * squared.sum() / judged.total
 
-        sums = (
-            loss,
-            squared.sum() / judged.total,
-            units,
-            logits.new_tensor(logits.numel()),
-            (logits > 0).sum(),
-            logits.sum(),
-            logits.new_tensor(judged.score.numel()),
-            judged.score.sum(),
-        )
-        return loss, torch.stack([x.detach().double() for x in sums])
+        with torch.no_grad():
+            logits = self._logits(judged)
+            sums = (
+                loss,
+                centering,
+                units,
+                logits.new_tensor(logits.numel()),
+                (logits > 0).sum(),
+                logits.sum(),
+                logits.new_tensor(judged.score.numel()),
+                judged.score.sum(),
+            )
+            return loss, torch.stack([x.detach().double() for x in sums])
+
+    def _logits(self, judged: Judged) -> Tensor:
+        """Log-odds of each right answer: that the better of a pair wins, or that a verdict is met."""
+        if self.compares:
+            return judged.gaps()[judged.beats()]
+        sign = torch.where(judged.target >= 0.5, 1, -1)
+        return judged.score * sign
 
 
 REWARD_LOSSES: dict[str, RewardLoss] = {

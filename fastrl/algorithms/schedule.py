@@ -12,8 +12,11 @@ def rise_and_fall(step: int, steps: int, *, peak: float, end: float, warmup: flo
     """
     if step < warmup:
         return peak * step / warmup
-    progress = min(1.0, (step - warmup) / (decay or max(steps - warmup, 1)))
-    return end + (peak - end) * (0.5 * (1 + math.cos(math.pi * progress)))
+
+    length = decay or max(steps - warmup, 1)
+    progress = min(1.0, (step - warmup) / length)
+    share = 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (peak - end) * share
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""What whole sequences say about their tokens: packed vectors of N tokens, whose sequences end at
-`cu_seqlens` (S+1,).
+"""Sums and means over whole sequences, for each of their tokens: packed vectors of N tokens, with the ends of
+the sequences in `cu_seqlens` (S+1,).
 """
 
 from __future__ import annotations

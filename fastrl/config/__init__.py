@@ -1,9 +1,11 @@
 """Every option of a run, once, with its default and unit.  No torch here: `fastrl --help` stays instant."""
 
+from fastrl.config.algorithm import AlgorithmChoice, WithAlgorithm
 from fastrl.config.dpo import Dpo
 from fastrl.config.grpo import Grpo
 from fastrl.config.hybrid import Hybrid
 from fastrl.config.joint import Joint
+from fastrl.config.on_policy import GroupRelative, OnPolicy
 from fastrl.config.ppo import Ppo
 from fastrl.config.reward import HeldOut, Reward
 from fastrl.config.run import Eval, Optim, Run, Sampling, Save
@@ -11,15 +13,17 @@ from fastrl.config.sft import Sft
 from fastrl.config.tools import Evaluate, Generate
 
 __all__ = [
-    "TRAINING",
+    "AlgorithmChoice",
     "Dpo",
     "Eval",
     "Evaluate",
     "Generate",
+    "GroupRelative",
     "Grpo",
     "HeldOut",
     "Hybrid",
     "Joint",
+    "OnPolicy",
     "Optim",
     "Ppo",
     "Reward",
@@ -27,15 +31,5 @@ __all__ = [
     "Sampling",
     "Save",
     "Sft",
+    "WithAlgorithm",
 ]
-
-TRAINING: dict[str, type[Run]] = {
-    "sft": Sft,
-    "reward": Reward,
-    "dpo": Dpo,
-    "grpo": Grpo,
-    "ppo": Ppo,
-    "hybrid": Hybrid,
-    "joint": Joint,
-}
-"""The commands that train, as a pipeline's stages name them."""

@@ -1,59 +1,39 @@
-"""From a file and a command line to a configuration, and back: the dataclasses say what exists, nothing is
-listed twice.
+"""From files and a command line to a configuration, and back.
 
-A file (--config) sets the fields by the names of the dataclass, nested or dotted (`optim: {lr: 1e-4}` or
-`optim.lr: 1e-4`); the command line overrides it; what neither sets keeps its default.  An unknown name is an
-error that suggests the nearest.
+The dataclasses of this package are the only list of options.  A file (--config) sets them by name, nested or
+dotted (`optim: {lr: 1e-4}` or `optim.lr: 1e-4`); the command line overrides it; an option that is not set
+keeps its default.  An unknown name is an error that suggests the nearest.  Options of rows are written as
+fastrl/config/algorithm.py says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
-import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 import yaml
 
+from fastrl.config.algorithm import AlgorithmChoice, RowOptions, WithAlgorithm, dashed
+from fastrl.config.files import UsageError, read
+from fastrl.config.schema import ALIASES, ROW, Schema, owners
 from fastrl.errors import UserError
 
-C = TypeVar("C")  # a configuration dataclass
-ALIASES = {  # TRL's name -> ours, on the command line and in files
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "reward_funcs": "reward",
-    "num_generations": "group",
-    "learning_rate": "optim.lr",
-    "max_completion_length": "max_new_tokens",
-    "max_steps": "steps",
-    "loss_type": "algorithm",
-    "beta": "kl_coef",
-    "neftune_noise_alpha": "neftune_alpha",
-    "label_smoothing_factor": "label_smoothing",
-    "num_iterations": "epochs",
-    "mask_truncated_completions": "overlong_filter",
-    "vllm_importance_sampling_mode": "correction",
-    "vllm_importance_sampling_clip_min": "correction_min",
-    "vllm_importance_sampling_clip_max": "correction_max",
-    "center_rewards_coefficient": "center",
-    "num_ppo_epochs": "epochs",
-    "num_mini_batches": "minibatches",
-    "cliprange": "epsilon",
-    "cliprange_value": "value_clip",
-    "kl_estimator": "kl",
-}
-# how a command is run, as against what it runs: offered by every command, never part of a dumped
-# configuration
-INVOCATION = {
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["ALIASES", "Invocation", "UsageError", "dump", "load", "parse", "resolve"]
+
+C = TypeVar("C", bound="DataclassInstance")
+# how a command is run: offered by every command, never part of a configuration
+INVOCATION: dict[str, tuple[Any, object, str]] = {
     "config": (
         str | None,
         None,
@@ -62,10 +42,6 @@ INVOCATION = {
     "dry_run": (bool, False, "Print the resolved configuration as YAML and stop."),
     "debug": (bool, False, "Show tracebacks."),
 }
-
-
-class UsageError(UserError):
-    """An option, a key or a value that the command does not take: exit code 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +56,34 @@ class Invocation(Generic[C]):
 def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: bool = False) -> Invocation[C]:
     """The configuration of class `cls` that `args` (and the files they name by --config) describe.
 
-    Raises:  UsageError for an unknown option or key, or a value of the wrong type in a file; SystemExit(2)
-             after tyro's own message for a bad value on the command line, SystemExit(0) after --help.
+    Raises:  UsageError for an unknown option or key, an option of another row, or a value of the wrong type
+             in a file; SystemExit(2) after tyro's own message for a bad value on the command line,
+             SystemExit(0) after --help.
     """
-    known = _leaves(cls)
+    schema = Schema.of(cls)
     files, rest = _take_files(args)
-    rest = [_spell(arg, known, prog) for arg in rest]
-    values: dict[str, Any] = {}
+    rest = [_spell(arg, schema, prog) for arg in rest]
+    values: dict[str, object] = {}
     for file in files:
-        values |= _read(Path(file), cls)
-    full = _with_invocation(cls)
-    default = _build(full, values, missing=tyro.MISSING)
+        values |= read(Path(file), schema, INVOCATION)
+
+    offered = _offered(cls, rest, values)
+    command = _command(cls, offered)
+    default = _build(command, {_last(path): value for path, value in values.items()}, missing=tyro.MISSING)
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        parsed = tyro.cli(full, args=rest, default=default, prog=prog, description=_about(cls, known))
-    config = cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
-    return Invocation(config, dry_run=parsed.dry_run, debug=parsed.debug)
+        about = _about(cls, schema, prog)
+        parsed = tyro.cli(command, args=rest, default=default, prog=prog, description=about)
+
+    given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(cls)}
+    given |= {ROW + option: getattr(parsed, option) for option in offered}
+    return Invocation(_configuration(cls, given), dry_run=parsed.dry_run, debug=parsed.debug)
 
 
 def resolve(cls: type[C], args: Sequence[str] = ()) -> C:
-    """The configuration that command-line `args` describe; what `parse` returns, without how it was asked
-    for.
-    """
+    """The configuration that command-line `args` describe, as `parse` returns it."""
     return parse(cls, args).config
 
 
@@ -111,69 +91,72 @@ def load(cls: type[C], path: str | Path) -> C:
     """The configuration of class `cls` that a YAML, TOML or JSON file describes; `load(cls, file of dump(c))
     == c`.
 
-    Raises:  UsageError for an unknown key, a wrong type, or a required option that is not there.
+    Raises:  UsageError for an unknown key, a wrong type, or a required option that is missing.
     """
-    values = _read(Path(path), cls)
-    absent = [p for p in _leaves(cls) if p not in values and _default(cls, p) is dataclasses.MISSING]
-    if absent:
-        raise UsageError(f"{path}: required option {absent[0]!r} is missing")
-    return typing.cast(C, _build(cls, values))
+    values = read(Path(path), Schema.of(cls), INVOCATION)
+    for field in dataclasses.fields(cls):
+        if _is_required(field) and field.name not in values:
+            raise UsageError(f"{path}: required option {field.name!r} is missing")
+    try:
+        return _configuration(cls, values)
+    except UserError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
-def dump(config: Any) -> str:
+def dump(config: DataclassInstance) -> str:
     """A configuration as YAML, every option in it."""
-    return yaml.safe_dump(
-        json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True, width=120
-    )
+    tree = dataclasses.asdict(config)
+    if isinstance(config, WithAlgorithm):
+        name, options = config.algorithm.name, config.algorithm.options
+        tree["algorithm"] = {"name": name, **options} if options else name
+    plain = json.loads(json.dumps(tree))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
-# --- the dataclass, flattened -----------------------------------------------------------------------
-def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every option of a configuration class: dotted path -> type."""
-    flat: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        flat |= _leaves(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
-    return flat
+# --- from values to a configuration -----------------------------------------------------------------
+def _configuration(cls: type[C], values: Mapping[str, Any]) -> C:
+    """An instance of `cls` with `values`, by path or by field; UsageError for another row's option."""
+    chosen: dict[str, Any] = {}
+    if issubclass(cls, WithAlgorithm):
+        name = values.get("algorithm", _default(cls, "algorithm").name)
+        options = {_last(path): value for path, value in values.items() if path.startswith(ROW)}
+        set_ones = {option: value for option, value in options.items() if value is not None}
+        chosen["algorithm"] = AlgorithmChoice(name, set_ones)
+    try:
+        return _build(cls, {**values, **chosen})
+    except UserError as error:
+        raise UsageError(str(error)) from None
 
 
-def _build(cls: Any, values: Mapping[str, Any], prefix: str = "", **missing: Any) -> Any:
-    """An instance with `values` (by dotted path) in place of its defaults, and `missing` for the required
-    ones not among them.
-    """
-    hints, given = typing.get_type_hints(cls), {}
-    for f in dataclasses.fields(cls):
-        path = prefix + f.name
-        if dataclasses.is_dataclass(hints[f.name]):
-            given[f.name] = _build(hints[f.name], values, path + ".", **missing)
-        elif path in values:
-            given[f.name] = values[path]
-        elif missing and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            given[f.name] = missing["missing"]
+def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "", **missing: Any) -> C:
+    """An instance with `values` in place of its defaults, and `missing` for required options without one."""
+    hints = typing.get_type_hints(cls)
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        path, kind = prefix + field.name, hints[field.name]
+        nested = dataclasses.is_dataclass(kind) and kind is not AlgorithmChoice
+        if path in values:
+            given[field.name] = values[path]
+        elif nested:
+            given[field.name] = _build(kind, values, f"{path}.", **missing)
+        elif missing and _is_required(field):
+            given[field.name] = missing["missing"]
     return cls(**given)
 
 
-def _default(cls: Any, path: str) -> Any:
-    head, _, tail = path.partition(".")
-    if tail:
-        return _default(typing.get_type_hints(cls)[head], tail)
-    f = next(f for f in dataclasses.fields(cls) if f.name == head)
-    return f.default_factory if f.default is dataclasses.MISSING else f.default
+def _default(cls: type[DataclassInstance], name: str) -> Any:
+    """The default of an option."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _with_invocation(cls: Any) -> Any:
-    """`cls` plus the options of INVOCATION, so that --help shows them beside its own."""
-    extra = [
-        (name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=default))
-        for name, (kind, default, text) in INVOCATION.items()
-    ]
-    return dataclasses.make_dataclass(cls.__name__, extra, bases=(cls,), frozen=True, kw_only=True)
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _about(cls: Any, known: Mapping[str, Any]) -> str:
-    taken = [f"--{a} = --{p}" for a, p in ALIASES.items() if p in known and a not in known]
-    return (cls.__doc__ or "") + (
-        "\n\nTRL's spellings are accepted too: " + ", ".join(taken) + "." if taken else ""
-    )
+def _last(path: str) -> str:
+    """The name of a row's option by its path; other paths as they are."""
+    return path.removeprefix(ROW)
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -193,150 +176,98 @@ def _take_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _spell(arg: str, known: Mapping[str, Any], prog: str) -> str:
-    """An argument with TRL's spelling replaced by ours.  Raises UsageError for an option that does not
-    exist.
+def _spell(arg: str, schema: Schema, prog: str) -> str:
+    """An argument with an option's path in place of its other names.  Raises UsageError for an option that
+    does not exist.
     """
     if not arg.startswith("--") or arg == "--":
         return arg
     name, equals, value = arg[2:].partition("=")
     path = name.replace("-", "_")
-    path = ALIASES.get(path, path) if path not in known else path
-    flags = {p for p, kind in known.items() if kind is bool} | (INVOCATION.keys() - known.keys())
-    off = {".".join([*p.split(".")[:-1], "no_" + p.split(".")[-1]]) for p in flags}
-    if path not in {*known, *INVOCATION, *off, "help"}:
-        near = _nearest(path, known)
-        hint = f"; did you mean --{near.replace('_', '-')}?" if near else f"; see {prog} --help"
-        raise UsageError(f"unknown option --{name}{hint}")
-    return f"--{path}{equals}{value}"
+    option = schema.find(path)
+    if option is not None:
+        return f"--{option}{equals}{value}"
+    if path in {*INVOCATION, "help", *_negated(schema)}:
+        return f"--{path}{equals}{value}"
+
+    elsewhere, near = owners(path), schema.nearest(path, INVOCATION)
+    hint = f"; did you mean {dashed(near)}?" if near else f"; see {prog} --help"
+    raise UsageError(f"unknown option --{name}{elsewhere or hint}")
 
 
-def _nearest(path: str, known: Mapping[str, Any]) -> str | None:
-    """The option whose dotted path, last name or alias comes closest to what was typed."""
-    names = {p: p for p in [*known, *INVOCATION]}
-    leaves = {p.split(".")[-1]: p for p in reversed(list(known)) if "." in p}
-    aliases = {a: p for a, p in ALIASES.items() if p in known}
-    table = aliases | leaves | names
-    for typed in (path, path.split(".")[-1]):
-        near = difflib.get_close_matches(typed, table, n=1, cutoff=0.6)
-        if near:
-            return table[near[0]]
-    return None
+def _negated(schema: Schema) -> set[str]:
+    """The options that turn a flag off: --no-resume."""
+    flags = [path for path, kind in schema.general.items() if kind is bool]
+    flags += [name for name in INVOCATION if name not in schema.general]
+    groups = [path.rpartition(".") for path in flags]
+    return {f"{group}{dot}no_{name}" for group, dot, name in groups}
 
 
-# --- the file ---------------------------------------------------------------------------------------
-def _read(path: Path, cls: Any) -> dict[str, Any]:
-    """The values a file sets, by dotted path, checked against the fields of `cls`."""
-    known = _leaves(cls)
-    values: dict[str, Any] = {}
-    for key, value in _flatten(_tree(path), known, "").items():
-        name = key.replace("-", "_")
-        name = ALIASES.get(name, name) if name not in known else name
-        if name in INVOCATION:
-            raise UsageError(
-                f"{path}: {key!r} says how to run, not what: give it on the command line, --{key}"
-            )
-        if name not in known:
-            raise UsageError(f"{path}: {_unknown(key, name, value, known)}")
-        if name in values:
-            raise UsageError(f"{path}: {name!r} is set twice (the second time as {key!r})")
-        try:
-            values[name] = _coerce(value, known[name])
-        except ValueError:
-            raise UsageError(
-                f"{path}: {key}: expected {_describe(known[name])}, got {value!r} ({type(value).__name__})"
-            ) from None
-    return values
+def _offered(cls: type, rest: Sequence[str], values: Mapping[str, object]) -> RowOptions:
+    """The row options that the command line takes: those that are given, and those of an algorithm that is
+    named, which --help shows.
+    """
+    if not issubclass(cls, WithAlgorithm):
+        return {}
+    every = cls.all_row_options()
+    given = {_last(path) for path in [*values, *(arg[2:].partition("=")[0] for arg in rest)]}
+    named = _value_of("--algorithm", rest) or values.get("algorithm")
+    of_row = {} if named is None else cls.options_of(str(named))
+    return {**of_row, **{option: every[option] for option in every if option in given}}
 
 
-def _unknown(key: str, name: str, value: Any, known: Mapping[str, Any]) -> str:
-    group = [p.removeprefix(name + ".") for p in known if p.startswith(name + ".")]
-    if group:
-        return f"{key}: expected a group of options ({', '.join(group)}), got {value!r}"
-    near = _nearest(name, known)
-    return f"unknown key {key!r}" + (
-        f"; did you mean {near!r}?" if near else f"; known are {', '.join(known)}"
+def _value_of(option: str, rest: Sequence[str]) -> str | None:
+    """The last value that the command line gives an option."""
+    value = None
+    for i, arg in enumerate(rest):
+        if arg == option and i + 1 < len(rest):
+            value = rest[i + 1]
+        elif arg.startswith(f"{option}="):
+            value = arg.partition("=")[2]
+    return value
+
+
+def _command(cls: type[DataclassInstance], offered: RowOptions) -> type[Any]:
+    """`cls` as tyro reads it: with the options of INVOCATION and of rows, the algorithm as a name."""
+    fields: list[tuple[str, Any, Any]] = []
+    if issubclass(cls, WithAlgorithm):
+        fields.append(("algorithm", str, dataclasses.field(default=_default(cls, "algorithm").name)))
+    for name, declared in offered.items():
+        argument = tyro.conf.arg(
+            name=ROW + name,
+            aliases=[dashed(name)],
+            help=declared.help,
+            help_behavior_hint="",
+            metavar=_metavar(declared.kind),
+        )
+        fields.append((name, Annotated[declared.kind | None, argument], dataclasses.field(default=None)))
+    for name, (kind, default, text) in INVOCATION.items():
+        argument = tyro.conf.arg(help=text)
+        fields.append((name, Annotated[kind, argument], dataclasses.field(default=default)))
+
+    unchecked = {"__post_init__": lambda self: None}  # the configuration itself is checked
+    return dataclasses.make_dataclass(
+        cls.__name__, fields, bases=(cls,), namespace=unchecked, frozen=True, kw_only=True
     )
 
 
-def _tree(path: Path) -> dict[str, Any]:
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    tree: Any
-    try:
-        match path.suffix:
-            case ".toml":
-                tree = tomllib.loads(text)
-            case ".yaml" | ".yml" | ".json":  # JSON is YAML
-                tree = yaml.load(text, _UniqueKeys)
-            case _:
-                raise UsageError(f"{path}: expected a .yaml, .yml, .toml or .json file")
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected options by name, got {type(tree).__name__}")
-    return tree
+def _metavar(kind: Any) -> str:
+    """What stands for a value in --help."""
+    choices = typing.get_args(kind)
+    return "{" + ",".join(choices) + "}" if choices else str(kind.__name__).upper()
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is set twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _flatten(tree: Mapping[Any, Any], known: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested mappings to dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        group = path.replace("-", "_") + "."
-        if isinstance(value, dict):
-            flat |= _flatten(value, known, path + ".")
-        elif value is None and any(p.startswith(group) for p in known):
-            continue  # an empty group: "optim:" with nothing under it
-        else:
-            flat[path] = value
-    return flat
-
-
-def _coerce(value: Any, kind: Any) -> Any:
-    """`value` as the type `kind` of a field; raises ValueError when it is of another type."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        # "None" is what the command line takes
-        if value is None or (value == "None" and type(None) in inner):
-            return None
-        return _coerce(value, next(k for k in inner if k is not type(None)))
-    if origin is Literal and value in inner and not isinstance(value, bool):
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_coerce(v, inner[0]) for v in items)
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        return float(value)  # YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4
-    if origin is None and type(value) is kind:
-        return value
-    raise ValueError(value)
-
-
-def _describe(kind: Any) -> str:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner))
-    if origin is tuple:
-        return f"a list of {_describe(inner[0])}"
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if k is type(None) else _describe(k) for k in inner)
-    return str(kind.__name__)
+def _about(cls: type, schema: Schema, prog: str) -> str:
+    """What stands above the options in --help."""
+    parts = [cls.__doc__ or ""]
+    if issubclass(cls, WithAlgorithm) and cls.rows:
+        parts.append(
+            f"Options of single algorithms are shown by {prog} --algorithm NAME --help, and are written "
+            "--algorithm.OPTION, or `algorithm: {name: NAME, OPTION: VALUE}` in a file.  Algorithms with "
+            f"options of their own: {', '.join(cls.rows)}."
+        )
+    aliases = schema.aliases()
+    if aliases:
+        taken = ", ".join(f"--{theirs} = {dashed(ours)}" for theirs, ours in aliases.items())
+        parts.append(f"TRL's spellings are accepted too: {taken}.")
+    return "\n\n".join(parts)

@@ -40,10 +40,10 @@ class Sampling:
     max_tokens_in_flight: int = 262144
     """Key/value cache budget, in tokens."""
     cache_bytes: int = 0
-    """The same in bytes, instead; 0 leaves it to max_tokens_in_flight."""
+    """Key/value cache budget in bytes, in place of max_tokens_in_flight; 0 leaves it to that."""
     keep_cache: bool = True
-    """Keep the cache while training; without it its memory is free for training, and CUDA graphs are captured
-    anew each step.
+    """Keep the cache while training; otherwise its memory is free for training, and CUDA graphs are captured
+    again each step.
     """
     max_rows: int | None = None
     """Sequences decoded together; None is 256 on CPU, 1024 on CUDA."""
@@ -59,9 +59,9 @@ class Eval:
     """Held-out prompts per evaluation; 0 turns evaluation off."""
     split: str = "val"
     samples: int = 1
-    """Completions drawn per prompt at temperature 1, beside the greedy one."""
+    """Completions drawn per prompt at temperature 1, in addition to the greedy one."""
     max_new_tokens: int | None = None
-    """Defaults to the run's own."""
+    """Longest completion, tokens; defaults to the run's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Save:
     every: int = 0
     """Optimizer steps between checkpoints; 0 saves only the last step."""
     keep: int = 2
-    """Checkpoints kept; older ones are removed after a newer one is whole."""
+    """Checkpoints kept; an older one is removed after a newer one is complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,14 +87,14 @@ class Run:
     task_options: tuple[str, ...] = ()
     """Options of the task, key=value with values in YAML: k=3 targets=[1,40]."""
     dataset: str | None = None
-    """JSON lines, JSON or parquet file, TRL's columns: prompt, completion, messages, text, ..."""
+    """JSON lines, JSON or parquet file with TRL's columns: prompt, completion, messages, text, ..."""
     columns: tuple[str, ...] = ()
-    """Columns of the dataset under other names, theirs=ours: question=prompt answer=completion."""
+    """Names of the dataset's columns, theirs=ours: question=prompt answer=completion."""
     output_dir: str = "runs/latest"
-    """Folder for everything the run leaves behind."""
+    """Folder for everything the run writes."""
     steps: int = 100
-    """Training steps: one batch of prompts each (and one optimizer step, unless minibatches or epochs ask for
-    more).
+    """Training steps, of one batch of prompts each (and one optimizer step, unless minibatches or epochs ask
+    for more).
     """
     prompts: int = 32
     """Prompts per step (SFT: demonstrations per step)."""
@@ -105,7 +105,7 @@ class Run:
     micro_tokens: int = 16384
     """Tokens per forward and backward pass: lower it when memory runs out."""
     seed: int = 0
-    """With the step, what all of a run's randomness follows from."""
+    """Seed of all of the run's randomness, together with the step."""
     threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
     device: str = "auto"
@@ -115,11 +115,11 @@ class Run:
     exact: bool = False
     """Batch-invariant arithmetic: sampled log-probs equal the trainer's bit for bit; slower."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward, and compute the rest again: less memory, more time."""
+    """Keep only each layer's input for the backward, and recompute the rest: less memory, more time."""
     max_seconds: float = 0.0
-    """Stop, as if by Ctrl-C, after this much training time; 0 never."""
+    """Stop, as Ctrl-C does, after this much training time; 0 is no limit."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of output_dir."""
+    """Continue from the newest complete checkpoint of output_dir."""
     optim: Optim = field(default_factory=Optim)
     eval: Eval = field(default_factory=Eval)
     save: Save = field(default_factory=Save)

@@ -15,7 +15,7 @@ class Sft(Run):
     turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation count in the loss."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over the vocabulary."""
+    """Share of the target's probability that is spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of the square of each row's log-sum-exp, which keeps logits from drifting."""
     neftune_alpha: float = 0.0
@@ -23,4 +23,4 @@ class Sft(Run):
     15, 0 for none.
     """
     sample_weights: bool = False
-    """Weigh each line of the dataset by its column `weight`: 2 is the line twice, 0 is the line left out."""
+    """Weight each line of the dataset by its column `weight`: 2 counts it twice, 0 leaves it out."""

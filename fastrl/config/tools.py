@@ -1,4 +1,4 @@
-"""The commands that use a model."""
+"""Options of the commands that use a model: `fastrl generate` and `fastrl eval`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Generate:
     output: str = "-"
     """A .jsonl file to write; - is the terminal."""
     resume: bool = False
-    """Continue the output file of an interrupted run, with the completions that it would have had."""
+    """Continue the output file of an interrupted run, with the completions it would have had."""
     tokenizer: str | None = None
     n: int = 1
     """Completions of each prompt."""
@@ -28,7 +28,7 @@ class Generate:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
     sampler: Literal["fastrl", "vllm"] = "fastrl"
-    """Who generates: fastrl's own engine, or vLLM if it is installed."""
+    """Rollout engine: fastrl's own, or vLLM if it is installed."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -45,11 +45,11 @@ class Evaluate:
     samples: int = 4
     max_new_tokens: int = 256
     search: Literal["best_of", "vote"] | None = None
-    """One answer out of the samples: of the highest --reward, or what most samples come down to (each weighed
-    by --reward, if given).
+    """Select one answer from the samples: that of the highest --reward, or that of most samples (weighted by
+    --reward, if given).
     """
     reward: str | None = None
-    """What judges the samples: a reward model, model:FOLDER, or a function, my_rewards.py:fn."""
+    """Scores the samples: a reward model (model:FOLDER) or a function (my_rewards.py:fn)."""
     output: str | None = None
     """A .json file for the numbers and every answer."""
     tokenizer: str | None = None

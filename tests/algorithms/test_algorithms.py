@@ -36,6 +36,7 @@ from fastrl.batch.types import Batch, Tokens
 from fastrl.config import Grpo, Sft
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import choose_algorithm
+from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.decoder import Decoder
 from fastrl.train.source import order
 
@@ -146,7 +147,7 @@ def test_options_change_a_row():
     assert choose_algorithm(Grpo(model="m", entropy_coef=0.01)).entropy_coef == 0.01
     assert (
         choose_algorithm(Grpo(model="m")) == ALGORITHMS["grpo"]
-        and choose_algorithm(Sft(model="m")) == ALGORITHMS["sft"]
+        and choose_supervised(Sft(model="m")).policy == ALGORITHMS["sft"]
     )
 
 

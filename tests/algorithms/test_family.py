@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import configured
 from family import OBJECTIVES, RESTATED, Rect
 from rects import F64, loss_and_slope, pack, rect, vector
 from torch import Tensor
@@ -376,7 +377,7 @@ def test_several_rewards():
 
 # --- options ----------------------------------------------------------------------------------------
 def chosen(**options: Any) -> Algorithm:
-    return choose_algorithm(Grpo(model="m", **options))
+    return choose_algorithm(configured(Grpo, model="m", **options))
 
 
 def test_options_reach_their_columns():
@@ -423,19 +424,20 @@ def test_options_reach_their_columns():
         and chosen(scale_rewards="none").advantage.params["scale"] == "none"
     )
     assert chosen(algorithm="pass_at_k", pass_k=3).advantage.params == {"k": 3}
+    assert chosen(algorithm="dapo", advantage="max_at_k", pass_k=3).advantage.params == {"k": 3}
 
 
 REFUSED = [
     (
         {"algorithm": "rloo", "epsilon": 0.1},
-        "--epsilon: rloo has no such bound; take an algorithm that clips",
+        "--epsilon: rloo has no such option; take an --algorithm that has it: grpo, .*, max_rl",
     ),
     (
         {"algorithm": "cispo", "epsilon": 0.1},
-        "--epsilon: cispo bounds its weight from above only; give --epsilon-high",
+        "--epsilon: cispo has no such option; take an --algorithm that has it: grpo, dr_grpo, .*",
     ),
-    ({"algorithm": "sapo", "delta": 4.0}, "--delta: sapo has no such bound"),
-    ({"algorithm": "gmpo", "delta": 4.0}, "--delta: gmpo has no such bound"),
+    ({"algorithm": "sapo", "delta": 4.0}, "--delta: sapo has no such option"),
+    ({"algorithm": "gmpo", "delta": 4.0}, "--delta: gmpo has no such option"),
     (
         {"delta": 1.1},
         r"--delta: cap: expected more than 1 \+ high = 1.2, got 1.1; give a larger one, or none",
@@ -445,7 +447,7 @@ REFUSED = [
         {"kl_coef": -0.1},
         "--kl-coef: expected a number of 0 or more; below 0 the policy would be driven away .*; got -0.1",
     ),
-    ({"entropy_coef": math.inf}, "--entropy-coef: expected a finite number; got inf"),
+    ({"entropy_coef": math.inf}, "--entropy-coef: expected a finite number, got inf"),
     ({"kl": "k2"}, "--kl: k2 has no effect at --kl-coef 0; give --kl-coef, or leave --kl out"),
     ({"algorithm": "drgrpo"}, "--algorithm: expected one of grpo, .*; got 'drgrpo'; did you mean 'dr_grpo'"),
     (
@@ -454,9 +456,16 @@ REFUSED = [
     ),
     (
         {"advantage": "rank", "scale_rewards": "none"},
-        "--scale-rewards: the advantage of grpo has no scale; take an --advantage that has:",
+        "--scale-rewards: the advantage of grpo has no scale; take an --advantage that has one:",
     ),
-    ({"pass_k": 2}, "--pass-k: the advantage of grpo has no k; take an --advantage that has: max_at_k"),
+    (
+        {"pass_k": 2},
+        "--pass-k: grpo has no such option; take .* has it: pass_at_k, any with --advantage max_at_k",
+    ),
+    (
+        {"algorithm": "pass_at_k", "advantage": "zscore", "pass_k": 2},
+        "--pass-k: only --advantage max_at_k has it",
+    ),
     (
         {"algorithm": "pass_at_k", "pass_k": 1},
         r"--pass-k: expected 2 to --group \(8\), got 1; for 1 take --algorithm rloo",

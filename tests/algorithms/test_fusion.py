@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import configured, for_some_row
 from fusions import (
     COUNT,
     SCORES,
@@ -36,7 +37,7 @@ from fastrl.algorithms.fusion import FUSIONS
 from fastrl.algorithms.hybrid import HYBRIDS, MEMBER, OWN, OfflinePairs
 from fastrl.algorithms.preference import PREFERENCES
 from fastrl.algorithms.schedule import Schedule
-from fastrl.config import Hybrid, Sampling
+from fastrl.config import AlgorithmChoice, Hybrid, Sampling
 from fastrl.errors import UserError
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
@@ -258,7 +259,7 @@ def test_members_stay_with_their_prompt():
 
 # --- options ------------------------------------------------------------------------------------------
 def chosen(**changes):
-    return choose_fusion(Hybrid(**{"model": "m"} | changes))
+    return choose_fusion(configured(Hybrid, **{"model": "m"} | changes))
 
 
 def test_options_change_a_row():
@@ -292,11 +293,20 @@ def test_options_change_a_row():
     assert chosen(algorithm="luffy_pairs", gamma=0.5).member.surrogate.params == {"gamma": 0.5}
     assert [chosen(algorithm="grpo_pairs", members=x).sides for x in (None, "both", "chosen")] == [2, 2, 1]
     assert chosen(algorithm="hpt") == HYBRIDS["hpt"]
-    asked = Hybrid(
-        model="m", steps=5, minibatches=2, epochs=3, prompts=7, dataset="d", columns=("q=prompt",), seed=4
+    asked = configured(
+        Hybrid,
+        model="m",
+        algorithm="grpo_dpo",
+        steps=5,
+        minibatches=2,
+        epochs=3,
+        prompts=7,
+        dataset="d",
+        columns=("q=prompt",),
+        seed=4,
     )
     run = offline_run(asked)
-    assert (run.steps, run.prompts, run.dataset, run.columns, run.seed, run.algorithm) == (
+    assert (run.steps, run.prompts, run.dataset, run.columns, run.seed, run.algorithm.name) == (
         30,
         7,
         "d",
@@ -304,7 +314,8 @@ def test_options_change_a_row():
         4,
         "dpo",
     )
-    run = offline_run(replace(asked, pair_dataset="p", pairs=3))
+    options = AlgorithmChoice("grpo_dpo", {"pair_dataset": "p", "pairs": 3})
+    run = offline_run(replace(asked, algorithm=options))
     assert (run.prompts, run.dataset, run.columns) == (3, "p", ())
 
 
@@ -327,9 +338,9 @@ def test_pairs_beside_rollouts_leave_these_free():
     ):
         check_mixture(Hybrid(model="m", sampling=Sampling(temperature=0.5)), ROW)
     for changes in ({"demo_reward": 2.0}, {"solved": 0.5}):
-        with pytest.raises(UserError, match=r"--(demo-reward|solved): expected 1: "):
-            check_mixture(Hybrid(model="m", **changes), ROW)
-        check_mixture(Hybrid(model="m", **changes), FUSIONS["grpo_pairs"])
+        with pytest.raises(UserError, match=r"--(demo-reward|solved): grpo_dpo has no such option"):
+            configured(Hybrid, model="m", algorithm="grpo_dpo", **changes)
+        check_mixture(for_some_row(Hybrid, model="m", **changes), FUSIONS["grpo_pairs"])
 
 
 @pytest.mark.parametrize(
@@ -337,7 +348,10 @@ def test_pairs_beside_rollouts_leave_these_free():
     [
         ({"algorithm": "dpo"}, "--algorithm: expected one of hpt, .*, grpo_dpo, .*; got 'dpo'"),
         ({"algorithm": "grpo_dp"}, "got 'grpo_dp'; did you mean 'grpo_dpo'"),
-        ({"pair_coef": 0.5}, "--pair-coef: hpt has no such setting; take an --algorithm that has: grpo_dpo"),
+        (
+            {"pair_coef": 0.5},
+            "--pair-coef: hpt has no such option; take .* that has it: grpo_dpo",
+        ),
         ({"algorithm": "grpo_dpo", "pair_coef": -1.0}, "--pair-coef: expected a number of 0 or more, got -1"),
         (
             {"algorithm": "grpo_dpo", "pair_coef": math.nan},
@@ -359,13 +373,13 @@ def test_pairs_beside_rollouts_leave_these_free():
         ),
         (
             {"algorithm": "grpo_dpo", "gap": 0.5},
-            "--gap: grpo_dpo has no such setting; take an --algorithm that has: online_dpo",
+            "--gap: grpo_dpo has no such option; take an --algorithm that has it: online_dpo",
         ),
-        ({"algorithm": "grpo_dpo", "mu": 0.5}, "--mu: grpo_dpo has no such setting"),
+        ({"algorithm": "grpo_dpo", "mu": 0.5}, "--mu: grpo_dpo has no such option"),
         ({"algorithm": "grpo_pairs", "gamma": 0.5}, "--gamma: grpo_pairs has no such .*: luffy, luffy_pairs"),
         (
             {"algorithm": "luffy_pairs", "group_statistics": "own"},
-            "--group-statistics: luffy_pairs has no demonstration in a group",
+            "--group-statistics: luffy_pairs has no such option; .*: luffy, srft",
         ),
         (
             {"algorithm": "grpo_pairs", "members": "chosen", "rejected_reward": 0.0},
@@ -377,7 +391,7 @@ def test_pairs_beside_rollouts_leave_these_free():
         ),
         (
             {"algorithm": "luffy", "members": "both"},
-            "--members: luffy has no such setting; take .*: grpo_pairs, luffy_pairs",
+            "--members: luffy has no such option; take .*: grpo_pairs, luffy_pairs",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import configured
 from fusions import NAN, SCORES, compared, contrasted, groups, listwise, on_policy, ordered, side
 from preferences import EQUATIONS
 from runs import GROUP, decoder, drift, gradient, learner_of, relative
@@ -316,34 +317,41 @@ def test_completions_that_do_not_count_are_compared_with_none():
             {"kl_coef": 0.1},
             "--kl-coef: online_dpo compares completions with each other, and has no use for it; leave it out",
         ),
-        ({"rl": "grpo"}, "--rl: online_dpo compares"),
-        ({"group_statistics": "own"}, "--group-statistics: online_dpo compares"),
-        ({"demo_reward": 2.0}, "--demo-reward: online_dpo compares"),
-        ({"solved": 0.5}, "--solved: online_dpo compares"),
-        ({"mu": 0.1}, "--mu: online_dpo compares"),
-        ({"semantics": "trl"}, "--semantics: online_dpo is of no other trainer"),
+        ({"rl": "grpo"}, "--rl: online_dpo has no such option; take .*: hpt, .*, luffy_pairs"),
+        (
+            {"group_statistics": "own"},
+            "--group-statistics: online_dpo has no such .*: luffy, srft",
+        ),
+        (
+            {"demo_reward": 2.0},
+            "--demo-reward: online_dpo has no such .*: luffy, srft, grpo_pairs",
+        ),
+        ({"solved": 0.5}, "--solved: online_dpo has no such option; take .*: hpt, .*"),
+        ({"mu": 0.1}, "--mu: online_dpo has no such option; take .*: chord, chord_phi"),
+        ({"semantics": "trl"}, "--semantics: no other trainer has online_dpo; remove --semantics"),
         (
             {"tau": 0.1},
-            "--tau: online_dpo has no such setting; take an --algorithm that has: group_softmax, "
+            "--tau: online_dpo has no such option; take an --algorithm that has it: group_softmax, "
             "group_softmax_norm",
         ),
         ({"algorithm": "group_softmax", "tau": 0.0}, "--tau: expected a positive number, got 0"),
         (
             {"algorithm": "group_softmax", "preference": "ipo"},
-            "--preference: group_softmax has no such setting",
+            "--preference: group_softmax has no such option",
         ),
         ({"gap": -1.0}, "--gap: expected a number of 0 or more, got -1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_fusion(Hybrid(**{"model": "m", "algorithm": "online_dpo"} | changes))
+        choose_fusion(configured(Hybrid, **{"model": "m", "algorithm": "online_dpo"} | changes))
 
 
 def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; a group of another size than the run's."""
     row = choose_fusion(
-        Hybrid(
+        configured(
+            Hybrid,
             model="m",
             algorithm="online_dpo",
             preference="ipo",
@@ -370,7 +378,7 @@ def test_options_change_a_row():
         6,
     )
     assert not row.needs_reference and FUSIONS["online_dpo"].needs_reference
-    row = choose_fusion(Hybrid(model="m", algorithm="group_softmax_norm", beta=2.0, tau=0.1))
+    row = choose_fusion(configured(Hybrid, model="m", algorithm="group_softmax_norm", beta=2.0, tau=0.1))
     assert (row.preference.params, row.preference.average, row.comparison.tau, row.group) == (
         {"beta": 2.0},
         True,

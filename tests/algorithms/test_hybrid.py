@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import configured
 from hybrids import (
     ANSWERS,
     OBJECTIVES,
@@ -85,7 +86,9 @@ def test_statistics_of_the_completions_alone(scale):
     Wrong implementations: the demonstration in the mean, or in the deviation; a demonstration of a flat group
     divided by epsilon; its place in a group's deviation where it is not there.
     """
-    row = choose_hybrid(Hybrid(model="m", algorithm="luffy", group_statistics="own", scale_rewards=scale))
+    row = choose_hybrid(
+        configured(Hybrid, model="m", algorithm="luffy", group_statistics="own", scale_rewards=scale)
+    )
     model = decoder(dtype=F64)
     source = mixture(model, row, known=(0, 1))
     now, batch = groups(model, source, SCORES, (0, 1)), source.collect(0, 0).batches[0]
@@ -407,9 +410,15 @@ def test_tokens_of_one_kind_keep_their_sequences():
 
 
 # --- options ------------------------------------------------------------------------------------------
+def chosen(**changes):
+    return choose_hybrid(configured(Hybrid, **{"model": "m"} | changes))
+
+
 def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; --rl that loses the hybrid's own part."""
-    row = choose_hybrid(Hybrid(model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1))
+    row = choose_hybrid(
+        configured(Hybrid, model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1)
+    )
     assert row.rule.params == {"gate": 0.25, "sft_coef": 0.0} and row.supervised == HYBRIDS["hpt"].supervised
     policy = row.policy
     assert (policy.surrogate, policy.aggregate, policy.kl, policy.kl_coef) == (
@@ -418,15 +427,12 @@ def test_options_change_a_row():
         "k3",
         0.1,
     )
-    assert choose_hybrid(Hybrid(model="m", algorithm="luffy", gamma=0.5)).member.surrogate.params == {
-        "gamma": 0.5
-    }
-    assert choose_hybrid(Hybrid(model="m", algorithm="srft", rl="dr_grpo")).policy.prepare == (uncertain,)
-    assert (
-        choose_hybrid(Hybrid(model="m", rl="gspo")).level == "sequence"
-        and choose_hybrid(Hybrid(model="m")).level == "token"
-    )
-    assert choose_hybrid(Hybrid(model="m")) == HYBRIDS["hpt"] and HYBRIDS["srft"].level == "sequence"
+    assert choose_hybrid(
+        configured(Hybrid, model="m", algorithm="luffy", gamma=0.5)
+    ).member.surrogate.params == {"gamma": 0.5}
+    assert chosen(algorithm="srft", rl="dr_grpo").policy.prepare == (uncertain,)
+    assert chosen(rl="gspo").level == "sequence" and chosen().level == "token"
+    assert chosen() == HYBRIDS["hpt"] and HYBRIDS["srft"].level == "sequence"
 
 
 @pytest.mark.parametrize(
@@ -438,22 +444,21 @@ def test_options_change_a_row():
         ),
         ({"rl": "sft"}, "--rl: expected one of grpo, .*; got 'sft'"),
         ({"gate": 1.5}, "--gate: expected a share of completions in .0, 1., got 1.5"),
-        ({"gamma": 0.1}, "--gamma: hpt has no such setting; take an --algorithm that has: luffy"),
+        ({"gamma": 0.1}, "--gamma: hpt has no such option; take an --algorithm that has it: luffy"),
         (
             {"algorithm": "luffy", "gate": 0.0},
-            "--gate: luffy has no such setting; take an --algorithm that has: hpt",
+            "--gate: luffy has no such option; take an --algorithm that has it: hpt",
         ),
         (
             {"algorithm": "mixed", "mu": 0.5},
-            "--mu: mixed has no such setting; take an --algorithm that has: chord, chord_phi",
+            "--mu: mixed has no such option; take an --algorithm that has it: chord, chord_phi",
         ),
         ({"algorithm": "chord", "mu_warmup": -1}, "--mu-warmup: expected steps, 0 or more, got -1"),
-        ({"semantics": "trl"}, "--semantics: trl is of a row of --rl; give --rl"),
+        ({"semantics": "trl"}, "--semantics: trl is a preset of a row of --rl; give --rl"),
         ({"epsilon": 0.1}, "--epsilon: hpt has no such bound"),
         (
             {"group_statistics": "own"},
-            "--group-statistics: hpt has no demonstration in a group; take an --algorithm that has: "
-            "luffy, srft",
+            "--group-statistics: hpt has no such option; take an --algorithm that has it: luffy, srft",
         ),
         (
             {"algorithm": "luffy", "group_statistics": "own", "advantage": "rank"},
@@ -464,13 +469,13 @@ def test_options_change_a_row():
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_hybrid(Hybrid(**{"model": "m"} | changes))
+        chosen(**changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"refill": 1}, "--refill: expected 0: prompts that nobody solves"),
+        ({"refill": 1}, "--refill: expected 0: prompts that no completion solves"),
         ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
         ({"demo_reward": nan}, "--demo-reward: expected a finite number, got nan"),
         ({"solved": nan}, "--solved: expected a reward, got nan"),
@@ -486,7 +491,7 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
 )
 def test_settings_without_meaning_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        check_mixture(Hybrid(**{"model": "m"} | changes), HYBRIDS["luffy"])
+        check_mixture(configured(Hybrid, **{"model": "m", "algorithm": "luffy"} | changes), HYBRIDS["luffy"])
     check_mixture(Hybrid(model="m"), HYBRIDS["luffy"])
     with pytest.raises(UserError, match="--task: expected a task of one turn"):
         check_mixture(Hybrid(model="m"), HYBRIDS["luffy"], turns=True)

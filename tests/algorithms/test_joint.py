@@ -381,21 +381,20 @@ def test_over_optimisation_of_a_frozen_reward_model_and_none_of_a_trained_one():
         ({"reward_loss": "bradley"}, "got 'bradley'; did you mean 'bradley_terry'"),
         (
             {"group": 1, "algorithm": "reinforce++"},
-            "--group: expected at least 2 completions of a prompt, to compare them; got 1",
+            "--group: expected at least 2 completions of a prompt, to compare them, got 1",
         ),
-        ({"center": -1.0}, "--center: expected a number of 0 or more; got -1.0"),
+        ({"center": -1.0}, "--center: expected a number of 0 or more, got -1.0"),
         ({"reward_lr": math.inf}, "--reward-lr: expected a number"),
-        ({"reward_every": 0}, "--reward-every: expected at least 1 step; got 0"),
-        ({"reward_epochs": 0}, "--reward-epochs: expected at least 1; got 0"),
+        ({"reward_every": 0}, "--reward-every: expected at least 1 step, got 0"),
+        ({"reward_epochs": 0}, "--reward-epochs: expected at least 1, got 0"),
         ({"calibration": 1}, "--calibration: expected at least 2 completions"),
-        ({"offline_share": 1.0}, "--offline-share: expected a share of at least 0 and below 1; got 1.0"),
-        ({"offline": "x.jsonl"}, "--offline: expected none at --offline-share 0; give a share; got x.jsonl"),
-        ({"refill": 2}, "--refill: expected 0: a reward model hardly ever"),
-        ({"algorithm": "max_rl"}, r"--algorithm: expected one that takes rewards below 0, .*; got max_rl"),
-        ({"advantage": "max_rl"}, r"--advantage: expected one that takes rewards below 0, .*; got max_rl"),
+        ({"offline_share": 1.0}, "--offline-share: expected a share of at least 0 and below 1, got 1.0"),
+        ({"offline": "x.jsonl"}, "--offline: expected none at --offline-share 0 .give a share., got x.jsonl"),
+        ({"algorithm": "max_rl"}, r"--algorithm: expected one that takes rewards below 0, .*, got max_rl"),
+        ({"advantage": "max_rl"}, r"--advantage: expected one that takes rewards below 0, .*, got max_rl"),
         (
             {"micro_tokens": 31},
-            r"--micro-tokens: expected --group x --max-new-tokens \(32\) or more, .*; got 31",
+            r"--micro-tokens: expected --group x --max-new-tokens \(32\) or more, .*, got 31",
         ),
         ({"algorithm": "grop"}, "--algorithm: expected one of grpo"),
     ],
@@ -465,3 +464,12 @@ def test_the_command_line(capsys):
     assert cli.main(["joint", *args, "--dry-run"]) == 0
     assert "reward_loss: plackett_luce" in capsys.readouterr().out
     assert FOLDER == "reward_model" and fastrl.trainer is not None
+
+
+def test_dynamic_sampling_is_no_option(capsys):
+    """A reward model hardly ever gives a group equal rewards.  Wrong implementation: an option inherited from
+    `fastrl grpo`, and ignored.
+    """
+    assert cli.main(["joint", "--model", "m", "--refill", "2", "--dry-run"]) == 2
+    assert "unknown option --refill; it is an option of fastrl grpo, ppo, hybrid" in capsys.readouterr().err
+    assert Joint(model="m").refill == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.batch.types import Tokens
-from fastrl.methods.dpo.options import TRL_NAMES
+from fastrl.config.dpo import TRL_NAMES
 
 try:
     from liger_kernel import chunked_loss

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from configs import configured
 from torch import Tensor
 
 from fastrl import ops
@@ -315,7 +316,7 @@ def test_rows_with_trl_semantics_are_trls(name, variant):
     correction left out of VESPO's weight; an option that changes another column.
     """
     options, settings = VARIANTS[variant]
-    row = choose_algorithm(Grpo(model="m", algorithm=name, semantics="trl", **options))
+    row = choose_algorithm(configured(Grpo, model="m", algorithm=name, semantics="trl", **options))
     batch = Batch(torch.float64)
     if name in ("gspo", "luspo"):
         batch.old = batch.logp - (batch.logp - batch.old) / 100

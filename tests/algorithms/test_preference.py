@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from configs import configured
 from preferences import BASELINE, EQUATIONS, LABELLED, Side, nls, ours, packed, random_side, restated
 from runs import decoder, drift, gradient, learner_of, logp, relative
 from torch import Tensor
@@ -17,13 +18,14 @@ from torch import Tensor
 from fastrl.algorithms.preference import PREFERENCES, Preference, Scores
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo
+from fastrl.config.dpo import TRL_NAMES
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
 from fastrl.methods.dpo.batches import pack_units
 from fastrl.methods.dpo.objective import UnitObjective
-from fastrl.methods.dpo.options import TRL_NAMES, choose_preference
+from fastrl.methods.dpo.options import choose_preference
 from fastrl.train.learner import Learner
 
 F64 = torch.float64
@@ -302,18 +304,18 @@ def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; TRL's names unknown;
     a row changed for everybody.
     """
-    row = choose_preference(Dpo(model="m", algorithm="simpo", beta=2.5, gamma=0.0, nll_coef=0.2))
+    row = choose_preference(configured(Dpo, model="m", algorithm="simpo", beta=2.5, gamma=0.0, nll_coef=0.2))
     assert (dict(row.params), row.nll) == ({"beta": 2.5, "gamma": 0.0}, 0.2) and PREFERENCES["simpo"].params[
         "gamma"
     ] == 1.0
-    assert choose_preference(Dpo(model="m", algorithm="orpo", nll_coef=0.0)).nll == 0
+    assert choose_preference(configured(Dpo, model="m", algorithm="orpo", nll_coef=0.0)).nll == 0
     assert all(
-        choose_preference(Dpo(model="m", algorithm=theirs)) == PREFERENCES[name]
+        choose_preference(configured(Dpo, model="m", algorithm=theirs)) == PREFERENCES[name]
         for theirs, name in TRL_NAMES.items()
     )
     x = torch.tensor([0.7, -0.2], dtype=F64)
     scores = Scores(x, x, torch.ones(2), torch.tensor((True, False)), torch.ones(2))
-    assert choose_preference(Dpo(model="m", beta=0.5)).per_unit(scores).item() == pytest.approx(
+    assert choose_preference(configured(Dpo, model="m", beta=0.5)).per_unit(scores).item() == pytest.approx(
         nls(0.5 * (x[0] - x[1])).item()
     )
 
@@ -324,7 +326,7 @@ def test_options_change_a_row():
         ({"algorithm": "dppo"}, "--algorithm: expected one of dpo, cdpo, .*; got 'dppo'; did you mean"),
         (
             {"gamma": 1.0},
-            "--gamma: dpo has no such parameter; leave it out, or take an --algorithm that has: simpo",
+            "--gamma: dpo has no such option; take an --algorithm that has it: simpo",
         ),
         ({"label_smoothing": 0.1}, "--label-smoothing: dpo has no such .*: cdpo, robust, exo"),
         (
@@ -333,8 +335,11 @@ def test_options_change_a_row():
         ),
         ({"beta": 0.0}, "--beta: expected a positive number, got 0"),
         ({"beta": math.nan}, "--beta: expected a positive number, got nan"),
-        ({"algorithm": "kto", "nll_coef": 1.0}, "--nll-coef: kto has no pairs"),
-        ({"nll_coef": -1.0}, "--nll-coef: expected a number of at least 0, got -1"),
+        (
+            {"algorithm": "kto", "nll_coef": 1.0},
+            "--nll-coef: kto has no such .*: dpo, .*, orpo",
+        ),
+        ({"nll_coef": -1.0}, "--nll-coef: expected a number of 0 or more, got -1"),
         (
             {"reference": "none"},
             "--reference: dpo compares with a reference model; take precomputed or live, or .*: "
@@ -352,7 +357,7 @@ def test_options_change_a_row():
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(UserError, match=message):
-        choose_preference(Dpo(model="m", **options))
+        choose_preference(configured(Dpo, model="m", **options))
 
 
 def test_whole_sequences_and_a_reference_are_asked_for():

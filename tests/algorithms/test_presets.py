@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import configured
 from family import Rect
 from rects import F64, loss_and_slope, pack, rect, vector
 from torch import Tensor
@@ -25,7 +26,7 @@ INF = float("inf")
 
 
 def chosen(semantics: str, name: str, **options: Any) -> Algorithm:
-    return choose_algorithm(Grpo(model="m", algorithm=name, semantics=semantics, **options))  # type: ignore[arg-type]
+    return choose_algorithm(configured(Grpo, model="m", algorithm=name, semantics=semantics, **options))
 
 
 # --- verl: core_algos.py ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.config import Evaluate, Grpo, Hybrid, Optim, Ppo, Sampling, Save, Sft
+from fastrl.config import AlgorithmChoice, Evaluate, Grpo, Hybrid, Optim, Ppo, Sampling, Save, Sft
 from fastrl.config.parse import ALIASES, UsageError, dump, load, parse, resolve
 
 
@@ -135,19 +135,24 @@ def test_an_option_goes_before_trls_spelling_of_another(capsys):
     """Wrong implementations: --beta of `fastrl hybrid`, a preference loss's own, taken for TRL's name of
     --kl-coef; a help that says so.
     """
-    config = resolve(Hybrid, ["--model=m", "--beta=0.5"])
-    assert (config.beta, config.kl_coef) == (0.5, None)
+    config = resolve(Hybrid, ["--model=m", "--algorithm=grpo_dpo", "--beta=0.5"])
+    assert (config.algorithm.number("beta"), config.kl_coef) == (0.5, None)
     with pytest.raises(SystemExit):
         parse(Hybrid, ["--help"])
     told = capsys.readouterr().out
-    assert "--num_generations = --group" in told and "--beta = --kl_coef" not in told
+    assert "--num_generations = --group" in told and "--beta = --kl-coef" not in told
 
 
 def test_trl_spellings_of_ppo():
     """Wrong implementation: the clip of the ratio and that of the values taken for each other."""
     args = [f"--{k}={v}" for k, v in TRL_PPO.items()]
     assert resolve(Ppo, ["--model=m", *args]) == Ppo(
-        model="m", epochs=4, minibatches=2, epsilon=0.1, value_clip=0.3, kl="k3"
+        model="m",
+        algorithm=AlgorithmChoice("ppo", {"epsilon": 0.1}),
+        epochs=4,
+        minibatches=2,
+        value_clip=0.3,
+        kl="k3",
     )
 
 

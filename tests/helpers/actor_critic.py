@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,5 +169,6 @@ def gradients(made: ActorCritic, batch: ActorCriticBatch) -> tuple[dict[str, flo
 def ppo(folder: Path, name: str = "run", **changes: Any) -> Ppo:
     """A run of 20 steps on a reward that random weights can climb."""
     base = grpo(folder, name)
-    kept = {f: getattr(base, f) for f in base.__dataclass_fields__ if f not in ("algorithm", "group")}
+    shared = {f.name for f in fields(base)} & {f.name for f in fields(Ppo)} - {"algorithm", "group"}
+    kept = {name: getattr(base, name) for name in shared}
     return Ppo(**kept | {"optim": Optim(lr=3e-3, warmup=2), "critic_lr": None} | changes)

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from configs import configured
 from contexts import context_of
 from judging import restated
 from runs import REWARDS, decoder, write, write_model
@@ -48,7 +49,7 @@ def joint(folder: Path, name: str = "run", **changes: Any) -> Joint:
         "reward": (f"{folder}/rewards.py:digits",),
         "optim": Optim(lr=1e-2, warmup=2),
     }
-    return Joint(**options | changes)
+    return configured(Joint, **options | changes)
 
 
 def training(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from configs import configured
 from runs import REWARDS, write_model
 
 from fastrl.config import Hybrid, Optim
@@ -26,4 +27,4 @@ def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
         "optim": Optim(lr=1e-2, warmup=2),
         "algorithm": "grpo_dpo",
     }
-    return Hybrid(**options | changes)
+    return configured(Hybrid, **options | changes)

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from configs import for_some_row
 from runs import BUDGET, GROUP, PROMPTS, SEED, learner_of, reference, rollouts_of, scored_prompts
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from fastrl.data.encode import Sample
 from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
 from fastrl.methods.hybrid.members import Joining, Known
 from fastrl.methods.hybrid.objective import HybridObjective
+from fastrl.methods.hybrid.options import DEMO_REWARD, REJECTED_REWARD
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
 from fastrl.sampler import Sampler
@@ -40,7 +42,10 @@ def demonstration(i: int) -> Sample:
 
 def joining(config: Hybrid, row: HybridAlgorithm, known: Known, world: World | None = None) -> Joining:
     """What adds members to the groups of rollouts."""
-    rewards = (config.demo_reward, config.rejected_reward or 0.0)
+    rewards = (
+        config.algorithm.number("demo_reward", DEMO_REWARD),
+        config.algorithm.number("rejected_reward", REJECTED_REWARD),
+    )
     return Joining(config, row, known, rewards, world or World())
 
 
@@ -53,7 +58,7 @@ def hybrid_config(**changes: Any) -> Hybrid:
         "max_new_tokens": BUDGET,
         "seed": SEED,
     }
-    return Hybrid(**options | changes)
+    return for_some_row(Hybrid, **options | changes)
 
 
 def mixture(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from configs import configured
 from decoders import decoder as decoder
 from safetensors.torch import load_file
 from support import tiny_config
@@ -110,7 +111,7 @@ def grpo(folder: Path, name: str = "run", **changes: Any) -> Grpo:
         "optim": Optim(lr=1e-2, warmup=2),
         "eval": Eval(prompts=4, every=5),
     }
-    return Grpo(**options | changes)
+    return configured(Grpo, **options | changes)
 
 
 def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
@@ -126,7 +127,7 @@ def dpo(folder: Path, name: str = "run", **changes: Any) -> Dpo:
         "optim": Optim(lr=1e-2, warmup=2),
         "eval": Eval(prompts=4, every=6),
     }
-    return Dpo(**options | changes)
+    return configured(Dpo, **options | changes)
 
 
 def stop_after(monkeypatch: Any, looks: int) -> None:
@@ -219,7 +220,7 @@ def on_policy(
         "max_new_tokens": BUDGET,
         "seed": SEED,
     }
-    config = Grpo(**options | changes)
+    config = configured(Grpo, **options | changes)
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
     prompts = scored_prompts(scores, GROUP)

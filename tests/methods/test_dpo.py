@@ -32,7 +32,7 @@ import fastrl.report.report
 import fastrl.trainer
 from fastrl import cli
 from fastrl.algorithms.preference import PREFERENCES
-from fastrl.config import Dpo, Eval, Optim, Sft
+from fastrl.config import AlgorithmChoice, Dpo, Eval, Optim, Sft
 from fastrl.config.parse import load
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
@@ -189,7 +189,7 @@ def test_precomputed_and_live_references_are_one(tmp_path, no_report):
             {"algorithm": "kto", "prompts": 1},
             "--prompts: expected at least 2 to compare each prompt with another's completion, got 1",
         ),
-        ({"gamma": 0.5}, "--gamma: dpo has no such parameter"),
+        ({"gamma": 0.5}, "--gamma: dpo has no such option"),
     ],
 )
 def test_what_cannot_run_is_refused_before_training(changes, message, tmp_path):
@@ -215,7 +215,7 @@ def test_a_dry_run_prints_a_file_that_gives_the_same_configuration(capsys, tmp_p
     assert cli.main([*args, "--dry-run"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load(Dpo, tmp_path / "printed.yaml") == Dpo(
-        model="m", algorithm="simpo", gamma=0.5, reference="none", nll_coef=0.1
+        model="m", algorithm=AlgorithmChoice("simpo", {"gamma": 0.5, "nll_coef": 0.1}), reference="none"
     )
 
 

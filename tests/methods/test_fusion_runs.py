@@ -231,12 +231,7 @@ def test_a_dry_run_shows_the_configuration(capsys):
     ]
     assert cli.main([*args, "--dry-run"]) == 0
     told = yaml.safe_load(capsys.readouterr().out.split("\n", 1)[1])
-    assert (told["algorithm"], told["pair_coef"], told["preference"], told["pair_decay"]) == (
-        "grpo_dpo",
-        0.5,
-        "ipo",
-        None,
-    )
+    assert told["algorithm"] == {"name": "grpo_dpo", "pair_coef": 0.5, "preference": "ipo"}
 
 
 # --- SFT, DPO, GRPO -----------------------------------------------------------------------------------
@@ -247,7 +242,7 @@ def test_the_pipeline_of_three_stages(tmp_path):
     tree = yaml.safe_load((demo.RECIPES / "cards_sft_dpo_grpo.yaml").read_text())
     assert [next(iter(stage)) for stage in tree["stages"]] == ["sft", "dpo", "grpo"] and tree["stages"][1][
         "dpo"
-    ]["nll_coef"] > 0
+    ]["algorithm"]["nll_coef"] > 0
     assert "model" not in tree["stages"][2]["grpo"] and tree["stages"][2]["grpo"]["kl_coef"] > 0
     tree |= {"output_dir": str(tmp_path / "pipe")}
     tree["shared"] |= {"task_options": ["k=2"], "eval": {"prompts": 0}}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from configs import configured
 from runs import assert_same_run, lines, straight_and_resumed, tokenizer, write_model
 
 import fastrl.trainer
 from fastrl import cli
-from fastrl.config import Eval, Grpo, Hybrid, Optim, Sft
+from fastrl.config import AlgorithmChoice, Eval, Grpo, Hybrid, Optim, Sft
 from fastrl.errors import UserError
 from fastrl.methods.hybrid.references import demonstrations_of_prompts
 from fastrl.tasks import Cards, Example
@@ -55,7 +56,7 @@ def hybrid(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
         "reward": (f"{folder}/rewards.py:digits",),
         "optim": Optim(lr=1e-2, warmup=2),
     }
-    return Hybrid(**options | changes)
+    return configured(Hybrid, **options | changes)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_dry_run_shows_the_configuration(capsys):
         == 0
     )
     told = yaml.safe_load(capsys.readouterr().out.split("\n", 1)[1])
-    assert (told["algorithm"], told["mu"], told["rl"], told["group"]) == ("chord", 0.5, None, 8)
+    assert (told["algorithm"], told["group"]) == ({"name": "chord", "mu": 0.5}, 8)
 
 
 @pytest.mark.slow
@@ -167,7 +168,11 @@ def test_hpt_matches_the_better_of_sft_and_grpo(tmp_path):
     train(Sft(output_dir=str(tmp_path / "sft"), **shared))
     train(Grpo(output_dir=str(tmp_path / "grpo"), **shared | drawn))
     train(
-        Hybrid(output_dir=str(tmp_path / "hpt"), algorithm="hpt", rl="grpo", sft_coef=0.3, **shared | drawn)
+        Hybrid(
+            output_dir=str(tmp_path / "hpt"),
+            algorithm=AlgorithmChoice("hpt", {"rl": "grpo", "sft_coef": 0.3}),
+            **shared | drawn,
+        )
     )
     scores = {
         arm: [row for row in lines(tmp_path / arm) if SCORE in row][-1]

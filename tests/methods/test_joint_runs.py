@@ -16,7 +16,7 @@ from runs import assert_same_run, decoder, grpo, lines, state, straight_and_resu
 
 import fastrl.trainer
 from fastrl.bench.studies import demo
-from fastrl.config import Eval, HeldOut, Joint, Optim, Reward, Sft
+from fastrl.config import AlgorithmChoice, Eval, HeldOut, Joint, Optim, Reward, Sft
 from fastrl.errors import UserError
 from fastrl.model.reward import RewardModel
 from fastrl.report.report import build
@@ -221,11 +221,10 @@ def test_the_oracles_reward_rises_with_a_reward_model_that_learns_along(tmp_path
     taught = Reward(
         **fixed,
         model=start,
-        algorithm="plackett_luce",
+        algorithm=AlgorithmChoice("plackett_luce", {"center": 0.01}),
         group=4,
         steps=300,
         prompts=128,
-        center=0.01,
         eval=HeldOut(prompts=0),
         optim=Optim(lr=3e-3, floor=0.02, **fall),
         output_dir=str(tmp_path / "reward"),

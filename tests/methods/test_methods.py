@@ -120,7 +120,8 @@ def test_a_row_has_a_recipe(menu, name, tmp_path, capsys):
     """
     assert cli.main([*words(menu, name), "--dry-run"]) == 0
     shown = capsys.readouterr().out.split("\n", 1)[1]
-    assert yaml.safe_load(shown).get("algorithm", "sft") == name
+    algorithm = yaml.safe_load(shown).get("algorithm", "sft")
+    assert (algorithm["name"] if isinstance(algorithm, dict) else algorithm) == name
     (tmp_path / "c.yaml").write_text(shown)
     config = load(options_of(menu.command), tmp_path / "c.yaml")
     assert method_of(menu.command).choose(config) is not None

@@ -17,7 +17,7 @@ import fastrl.trainer
 from fastrl.bench.studies import gsm8k_reward
 from fastrl.bench.studies.demo import RECIPES
 from fastrl.bench.studies.margins import reward_margins
-from fastrl.config import Eval, HeldOut, Optim, Reward, Run, Sft
+from fastrl.config import AlgorithmChoice, Eval, HeldOut, Optim, Reward, Run, Sft
 from fastrl.config.parse import load
 from fastrl.model.reward import RewardModel
 from fastrl.report.stats import wilson
@@ -43,7 +43,7 @@ def write(path: Path, rows) -> str:
 CARDS = {
     "model": "fastrl/recipes/cards.config.json",
     "prompts": 64,
-    "center": 0.01,
+    "algorithm": AlgorithmChoice("bradley_terry", {"center": 0.01}),
     "threads": 1,
     "optim": Optim(lr=3e-3, warmup=5, schedule="linear"),
 }

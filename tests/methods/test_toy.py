@@ -1,4 +1,4 @@
-"""A method is one folder, one file of options, one page and one line of the table: a toy is built to show it."""
+"""A method is one folder, one file of options, one page and one line of the table: a toy shows it."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def fastrl(tree: Path, *arguments: str) -> str:
 
 
 def test_a_toy_method_touches_four_places_and_trains(tmp_path):
-    """Wrong implementations: a second table that has to know the command; a command line, a checkpoint or a report
-    that only known commands have.
+    """Wrong implementations: a second table that has to know the command; a command line, a checkpoint or a
+    report that only known commands have.
     """
     build(tmp_path)
     assert changed(tmp_path) == {

@@ -16,6 +16,7 @@ import actor_critic
 import hybrids
 import pytest
 import torch
+from configs import configured
 from cotraining import joint
 from fusion_runs import fusion
 from runs import (
@@ -154,7 +155,8 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
 def reward(folder: Path, name: str, **changes: Any) -> Reward:
     """A run of reward models on the card game's pairs."""
     algorithm = name if name in REWARD_LOSSES else "bradley_terry"
-    return Reward(
+    return configured(
+        Reward,
         model=write_model(folder),
         task="cards",
         task_options=("k=2",),

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from fastrl.algorithms import Algorithm
 from fastrl.batch.types import Batch
-from fastrl.config import Grpo, Sampling
+from fastrl.config import Grpo, OnPolicy, Sampling
 from fastrl.methods.grpo.options import check_rollouts, choose_algorithm
 from fastrl.methods.grpo.prompts import Prompts, load_prompts
 from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
@@ -20,7 +20,7 @@ from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
 
-C = TypeVar("C", bound=Grpo)
+C = TypeVar("C", bound=OnPolicy)
 OnPolicyContext = Context[C, Any, LanguageModel]  # of any command whose batches are rollouts
 GrpoContext = Context[Grpo, Algorithm, LanguageModel]
 
@@ -83,7 +83,7 @@ def rollouts(
     return Rollouts(config, groups, scorings, shaping, context.world)
 
 
-def sampling(config: Grpo) -> tuple[str, Sampling]:
+def sampling(config: OnPolicy) -> tuple[str, Sampling]:
     """The sampler that the options name, and its settings."""
     return config.sampler, config.sampling
 

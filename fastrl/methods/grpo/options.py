@@ -1,182 +1,169 @@
-"""From a run's options to a row: the table's, as a preset has it, with the columns the user changed.
+"""From a run's options to an algorithm: the table's row, as a preset has it, with the columns the user
+changed.
 
-Options that have nothing to act on, or contradict the row, are refused here: an option that is silently
-ignored trains another method than its user believes.
+An option that would have no effect, or that contradicts the row, is refused here: if it were ignored, the run
+would train another method than its user believes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import drop_stale, gamma_weight, geometric_mean
 from fastrl.algorithms.presets import columns, estimator
-from fastrl.config import Grpo, Run
-from fastrl.errors import UserError, nearest
+from fastrl.config import GroupRelative, OnPolicy
+from fastrl.errors import UserError, choose, require
 from fastrl.kernels.surrogates import name_of
 
-# TRL's names -> ops.group_advantage's
-SCALES = {
-    "group": "std",
-    "batch": "batch_std",
-    "range": "range",
-    "none": "none",
-}
+SCALES = {"group": "std", "batch": "batch_std", "range": "range", "none": "none"}
+"""TRL's names of --scale-rewards -> those of ops.group_advantage."""
+FAMILY = {name: row for name, row in ALGORITHMS.items() if row.advantage is not None}
+"""The rows that learn from groups of rewarded completions."""
 
 
-def choose_algorithm(config: Run, rows: Mapping[str, Algorithm] | None = None) -> Algorithm:
-    """The row of `rows` (default: the family), with the run's own settings where it has them.
-
-    Raises UserError for options that do not go together.
+def choose_algorithm(config: GroupRelative) -> Algorithm:
+    """The row of FAMILY, with the run's own settings.  Raises UserError for options that do not go
+    together.
     """
-    if not isinstance(config, Grpo):
-        return ALGORITHMS["sft"]
-    rows = rows or {k: v for k, v in ALGORITHMS.items() if v.advantage is not None}
-    if config.algorithm not in rows:
-        near = nearest(config.algorithm, rows)
-        raise UserError(f"--algorithm: expected one of {', '.join(rows)}; got {config.algorithm!r}{near}")
-    return with_options(
-        replace(rows[config.algorithm], **columns(config.semantics, config.algorithm)), config
-    )
+    name = config.algorithm.name
+    row = choose(name, FAMILY, "--algorithm")
+    return with_options(replace(row, **columns(config.semantics, name)), config)
 
 
-def with_options(row: Algorithm, config: Grpo) -> Algorithm:
-    """The row with the columns that the run's options change.  Raises UserError for options that do not go
-    with it.
+def with_options(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
+    """The algorithm with the columns that the run's options change.  Raises UserError for options that do not
+    go with it.
     """
-    for change in (_kl, _advantage, _bounds, _correction, _stale):
-        row = change(row, config)
-    return row
+    algorithm = _with_kl(algorithm, config)
+    if isinstance(config, GroupRelative):
+        algorithm = _with_advantage(algorithm, config)
+    for change in (_with_bounds, _with_correction, _with_stale_mask):
+        algorithm = change(algorithm, config)
+    return algorithm
 
 
-def _kl(row: Algorithm, config: Grpo) -> Algorithm:
-    given = {k: v for k in ("kl", "kl_coef", "entropy_coef") if (v := getattr(config, k)) is not None}
-    for option, value, low, expected in (
-        (
-            "--kl-coef",
-            config.kl_coef,
-            0.0,
-            "a number of 0 or more; below 0 the policy would be driven away from the reference",
-        ),
-        ("--entropy-coef", config.entropy_coef, -math.inf, "a finite number"),
-    ):
-        if value is not None and not (math.isfinite(value) and value >= low):
-            raise UserError(f"{option}: expected {expected}; got {value:g}")
-    row = replace(row, **given)
-    if config.kl is not None and not row.kl_coef:
-        raise UserError(f"--kl: {config.kl} has no effect at --kl-coef 0; give --kl-coef, or leave --kl out")
-    row = replace(row, kl="k3") if row.kl_coef and row.kl is None else row
-    return replace(row, kl=estimator(config.semantics, row.kl)) if row.kl_coef and row.kl else row
+def _with_kl(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
+    coef, entropy_coef = config.kl_coef, config.entropy_coef
+    if coef is not None:
+        if not 0 <= coef < math.inf:
+            raise UserError(
+                "--kl-coef: expected a number of 0 or more; below 0 the policy would be driven away from the "
+                f"reference; got {coef:g}"
+            )
+        algorithm = replace(algorithm, kl_coef=coef)
+    if entropy_coef is not None:
+        require("--entropy-coef", entropy_coef, math.isfinite(entropy_coef), "a finite number")
+        algorithm = replace(algorithm, entropy_coef=entropy_coef)
+    if config.kl is not None:
+        algorithm = replace(algorithm, kl=config.kl)
+
+    if not algorithm.kl_coef:
+        if config.kl is not None:
+            raise UserError(
+                f"--kl: {config.kl} has no effect at --kl-coef 0; give --kl-coef, or leave --kl out"
+            )
+        return algorithm
+    return replace(algorithm, kl=estimator(config.semantics, algorithm.kl or "k3"))
 
 
-def _advantage(row: Algorithm, config: Grpo) -> Algorithm:
+def _with_advantage(algorithm: Algorithm, config: GroupRelative) -> Algorithm:
     if config.advantage is not None:
-        if config.advantage not in ADVANTAGES:
-            near = nearest(config.advantage, ADVANTAGES)
-            raise UserError(
-                f"--advantage: expected one of {', '.join(ADVANTAGES)}; got {config.advantage!r}{near}"
-            )
-        row = replace(row, advantage=ADVANTAGES[config.advantage])
+        algorithm = replace(algorithm, advantage=choose(config.advantage, ADVANTAGES, "--advantage"))
+    advantage = algorithm.advantage
+    assert advantage is not None, "a row of groups has one"
     if config.scale_rewards is not None:
-        row = _with(row, "--scale-rewards", config, scale=SCALES[config.scale_rewards])
-    if config.pass_k is not None:
-        if not 2 <= config.pass_k <= config.group:
+        if "scale" not in advantage.params:
+            having = ", ".join(name for name, other in ADVANTAGES.items() if "scale" in other.params)
             raise UserError(
-                f"--pass-k: expected 2 to --group ({config.group}), got {config.pass_k}; "
-                "for 1 take --algorithm rloo"
+                f"--scale-rewards: the advantage of {config.algorithm.name} has no scale; "
+                f"take an --advantage that has one: {having}"
             )
-        row = _with(row, "--pass-k", config, k=config.pass_k)
-    return row
+        advantage = advantage.with_params(scale=SCALES[config.scale_rewards])
+
+    k = config.algorithm.count("pass_k")
+    if k is not None:
+        if not 2 <= k <= config.group:
+            raise UserError(
+                f"--pass-k: expected 2 to --group ({config.group}), got {k}; for 1 take --algorithm rloo"
+            )
+        if "k" not in advantage.params:
+            raise UserError("--pass-k: only --advantage max_at_k has it; leave --pass-k or --advantage out")
+        advantage = advantage.with_params(k=k)
+    return replace(algorithm, advantage=advantage)
 
 
-def _bounds(row: Algorithm, config: Grpo) -> Algorithm:
-    """--epsilon alone sets both bounds, as in TRL; for CISPO --epsilon-high is the absolute upper one, and
-    there is no other.
+def _with_bounds(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
+    """--epsilon alone sets both bounds, as in TRL; CISPO has an upper bound only, --epsilon-high, which is
+    absolute.
 
-    GMPO's are sizes of log-ratios, as its paper, TRL and verl have them.
+    GMPO's bounds are those of log-ratios, as in its paper, TRL and verl.
     """
-    high = (
-        config.epsilon
-        if config.epsilon_high is None and "cap" in row.surrogate.params
-        else config.epsilon_high
-    )
-    given = {
-        "low": (config.epsilon, "--epsilon"),
-        "high": (high, "--epsilon-high"),
-        "cap": (config.delta, "--delta"),
-    }
-    if config.epsilon is not None and name_of(row.surrogate) == "cispo":
-        raise UserError(
-            f"--epsilon: {config.algorithm} bounds its weight from above only; give --epsilon-high"
-        )
-    changes = {name: value for name, (value, _) in given.items() if value is not None}
-    logarithmic = geometric_mean in row.prepare  # which knows two bounds
-    known = row.surrogate.params.keys() - ({"cap"} if logarithmic else set())
-    for name in changes:
-        if name not in known:
+    low, high = config.algorithm.number("epsilon"), config.algorithm.number("epsilon_high")
+    cap, surrogate = config.algorithm.number("delta"), algorithm.surrogate
+    name = config.algorithm.name
+    if low is not None and name_of(surrogate) == "cispo":
+        raise UserError(f"--epsilon: {name} bounds its weight from above only; give --epsilon-high")
+    if high is None and "cap" in surrogate.params:
+        high = low
+
+    logarithmic = geometric_mean in algorithm.prepare  # it has no cap
+    changes: dict[str, float] = {}
+    for option, bound, value in (
+        ("--epsilon", "low", low),
+        ("--epsilon-high", "high", high),
+        ("--delta", "cap", cap),
+    ):
+        if value is None:
+            continue
+        if bound not in surrogate.params or (logarithmic and bound == "cap"):
             raise UserError(
-                f"{given[name][1]}: {config.algorithm} has no such bound; "
-                "take an algorithm that clips (grpo, dapo, gspo, ...)"
+                f"{option}: {name} has no such bound; take an algorithm that clips (grpo, dapo, gspo, ...)"
             )
-        if not changes[name] > 0:
-            raise UserError(f"{given[name][1]}: expected a positive number, got {changes[name]:g}")
+        changes[bound] = value
     if logarithmic:
-        changes = {name: abs(math.expm1(-x if name == "low" else x)) for name, x in changes.items()}
+        changes = {key: abs(math.expm1(-x if key == "low" else x)) for key, x in changes.items()}
+
     try:
-        return replace(row, surrogate=row.surrogate.with_params(**changes)) if changes else row
+        bounded = surrogate.with_params(**changes) if changes else surrogate
     except ValueError as error:
         raise UserError(f"--delta: {error}; give a larger one, or none") from error
+    return replace(algorithm, surrogate=bounded)
 
 
-def _correction(row: Algorithm, config: Grpo) -> Algorithm:
-    bounds = {"low": config.correction_min, "high": config.correction_max}
-    given: dict[str, Any] = {k: v for k, v in bounds.items() if v is not None}
+def _with_correction(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
+    low, high = config.correction_min, config.correction_max
     if config.correction is None:
-        if given:
+        if low is not None or high is not None:
             raise UserError("--correction-min, --correction-max: expected a --correction to bound, got none")
-        return row
-    if config.correction not in CORRECTIONS:
-        raise UserError(f"--correction: expected one of {', '.join(CORRECTIONS)}; got {config.correction!r}")
-    correction = replace(CORRECTIONS[config.correction], **given)
-    if gamma_weight in row.prepare and correction.level != "token":
+        return algorithm
+
+    correction = choose(config.correction, CORRECTIONS, "--correction")
+    low = correction.low if low is None else low
+    high = correction.high if high is None else high
+    correction = replace(correction, low=low, high=high)
+    if gamma_weight in algorithm.prepare and correction.level != "token":
         raise UserError(
-            f"--correction: {config.algorithm} sums the corrections of a sequence's tokens; "
+            f"--correction: {config.algorithm.name} sums the corrections of a sequence's tokens; "
             "take token_truncate or token_mask"
         )
-    return replace(row, correction=correction)
+    return replace(algorithm, correction=correction)
 
 
-def _stale(row: Algorithm, config: Grpo) -> Algorithm:
+def _with_stale_mask(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
     threshold = config.off_policy_mask_threshold
     if threshold is None:
-        return row
-    if not threshold > 0:
-        raise UserError(
-            f"--off-policy-mask-threshold: expected a positive number of nats per token, got {threshold:g}"
-        )
-    return replace(row, prepare=(*row.prepare, partial(drop_stale, threshold=threshold)))
+        return algorithm
+    positive = "a positive number of nats per token"
+    require("--off-policy-mask-threshold", threshold, threshold > 0, positive)
+    return replace(algorithm, prepare=(*algorithm.prepare, partial(drop_stale, threshold=threshold)))
 
 
-def _with(row: Algorithm, option: str, config: Grpo, **params: Any) -> Algorithm:
-    """The row with parameters of its advantage changed."""
-    assert row.advantage is not None
-    (name,) = params
-    if name not in row.advantage.params:
-        fine = ", ".join(key for key, other in ADVANTAGES.items() if name in other.params)
-        raise UserError(
-            f"{option}: the advantage of {config.algorithm} has no {name}; "
-            f"take an --advantage that has: {fine}"
-        )
-    return replace(row, advantage=row.advantage.with_params(**params))
-
-
-def check_rollouts(config: Grpo, *, least: int = 1, processes: int = 1, turns: bool = False) -> None:
+def check_rollouts(config: OnPolicy, *, least: int = 1, processes: int = 1, turns: bool = False) -> None:
     """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
     train on.
 
@@ -187,53 +174,28 @@ def check_rollouts(config: Grpo, *, least: int = 1, processes: int = 1, turns: b
             "--sampling.temperature: expected a positive number, got 0; "
             "greedy samples have no old log-prob to train on"
         )
-    buffer = config.overlong_buffer
-    for option, value, fine, expected in (
-        (
-            "--group",
-            config.group,
-            config.group >= least,
-            f"at least {least} completions of a prompt, to compare them",
-        ),
-        (
-            "--minibatches",
-            config.minibatches,
-            1 <= config.minibatches <= config.prompts,
-            f"1 to --prompts ({config.prompts})",
-        ),
-        ("--epochs", config.epochs, config.epochs >= 1, "at least 1"),
-        ("--refill", config.refill, config.refill >= 0, "a number of rounds of 0 or more"),
-        (
-            "--refill",
-            config.refill,
-            config.refill == 0 or config.group >= 2,
-            "0 with --group 1, whose groups never have two rewards",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or processes == 1,
-            "finish or cut with several processes",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or not turns,
-            "finish or cut with a task of several turns",
-        ),
-        (
-            "--tail",
-            config.tail,
-            config.tail != "carry" or config.refill == 0,
-            "finish or cut with --refill, which fills the batch anyway",
-        ),
-        ("--tail-share", config.tail_share, 0 < config.tail_share < 1, "a fraction in (0, 1)"),
-        (
-            "--overlong-buffer",
-            buffer,
-            0 <= buffer <= config.max_new_tokens,
-            f"0 to --max-new-tokens ({config.max_new_tokens})",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{option}: expected {expected}, got {value}")
+    group = config.group
+    require("--group", group, group >= least, f"at least {least} completions of a prompt, to compare them")
+
+    minibatches, prompts = config.minibatches, config.prompts
+    require("--minibatches", minibatches, 1 <= minibatches <= prompts, f"1 to --prompts ({prompts})")
+    require("--epochs", config.epochs, config.epochs >= 1, "at least 1")
+
+    refill = config.refill
+    require("--refill", refill, refill >= 0, "a number of rounds of 0 or more")
+    alone = "0 with --group 1, whose groups never have two rewards"
+    require("--refill", refill, refill == 0 or group >= 2, alone)
+
+    buffer, longest = config.overlong_buffer, config.max_new_tokens
+    require("--overlong-buffer", buffer, 0 <= buffer <= longest, f"0 to --max-new-tokens ({longest})")
+    _check_tail(config, processes, turns)
+
+
+def _check_tail(config: OnPolicy, processes: int, turns: bool) -> None:
+    tail, share = config.tail, config.tail_share
+    require("--tail-share", share, 0 < share < 1, "a fraction in (0, 1)")
+    if tail == "carry":
+        require("--tail", tail, processes == 1, "finish or cut with several processes")
+        require("--tail", tail, not turns, "finish or cut with a task of several turns")
+        full = "finish or cut with --refill, which fills the batch anyway"
+        require("--tail", tail, config.refill == 0, full)

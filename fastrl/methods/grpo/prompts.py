@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastrl.config import Grpo
+from fastrl.config import OnPolicy
 from fastrl.data.check import check_budget, check_tokens
 from fastrl.data.encode import encode_prompt
 from fastrl.data.rows import Row, read_rows
@@ -44,7 +44,7 @@ class Prompts:
 
 
 def load_prompts(
-    config: Grpo, task: Task | None, tokenizer: Tokenizer, context: int, vocab_size: int
+    config: OnPolicy, task: Task | None, tokenizer: Tokenizer, context: int, vocab_size: int
 ) -> Prompts:
     """The prompts and the rewards that the options name; every line of a dataset is checked before training.
 
@@ -85,7 +85,7 @@ def _item_of_task(task: Task, number: int) -> PromptItem:
     return example.prompt, {"example": example, **example.fields}
 
 
-def _reward_functions(config: Grpo, task: Task | None) -> list[Reward]:
+def _reward_functions(config: OnPolicy, task: Task | None) -> list[Reward]:
     """The functions and models that --reward names."""
     device, dtype = resolve_device(config.device, config.dtype)
     if VERIFIER in config.reward and task is None:
@@ -100,7 +100,7 @@ def _reward_functions(config: Grpo, task: Task | None) -> list[Reward]:
     return functions
 
 
-def _reward_weights(config: Grpo, functions: int) -> tuple[float, ...] | None:
+def _reward_weights(config: OnPolicy, functions: int) -> tuple[float, ...] | None:
     """--reward-weights, one per function; None where none is given."""
     weights, count = config.reward_weights or None, max(functions, 1)
     if weights is None:
@@ -113,7 +113,7 @@ def _reward_weights(config: Grpo, functions: int) -> tuple[float, ...] | None:
     return weights
 
 
-def _check_prompt(row: Row, config: Grpo, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:
+def _check_prompt(row: Row, config: OnPolicy, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:
     if "prompt" not in row.fields:
         raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
     tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.algorithms.correction import Correction
 from fastrl.batch.types import Batch
-from fastrl.config import Grpo
+from fastrl.config import OnPolicy
 from fastrl.methods.grpo.groups import SampledGroups, rollout_metrics
 from fastrl.methods.grpo.refill import fill, has_signal
 from fastrl.methods.grpo.sampling import GroupSampler
@@ -62,7 +62,7 @@ class Rollouts:
     """Batches of sampled completions: `config.group` of every prompt, scored, with their credit."""
 
     def __init__(
-        self, config: Grpo, groups: GroupSampler, scorings: Scorings, shaping: Shaping, world: World
+        self, config: OnPolicy, groups: GroupSampler, scorings: Scorings, shaping: Shaping, world: World
     ) -> None:
         several = config.minibatches * config.epochs > 1
         if scorings.correction is not None and scorings.trainer is None and several:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastrl.batch.types import Rollouts
-from fastrl.config import Grpo
+from fastrl.config import OnPolicy
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.partial import PartialRollouts
 from fastrl.methods.grpo.prompts import PromptItem, Prompts
@@ -28,7 +28,7 @@ class GroupSampler:
     `config.tail` is carry.
     """
 
-    def __init__(self, config: Grpo, sampler: Sampler, prompts: Prompts, world: World) -> None:
+    def __init__(self, config: OnPolicy, sampler: Sampler, prompts: Prompts, world: World) -> None:
         self.config, self.sampler, self.prompts, self.world = config, sampler, prompts, world
         self.pending = PartialRollouts(config.group)
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
@@ -101,7 +101,7 @@ class GroupSampler:
         return scored
 
 
-def sampling_params(config: Grpo, prompts: Prompts) -> SamplingParams:
+def sampling_params(config: OnPolicy, prompts: Prompts) -> SamplingParams:
     """How a run's options have completions drawn."""
     sampling = config.sampling
     return SamplingParams(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.advantage import COMBINE
 from fastrl.batch.types import Batch
-from fastrl.config import Grpo
+from fastrl.config import GroupRelative
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.rollouts import Shaping
 from fastrl.parallel.world import World
@@ -16,7 +16,7 @@ from fastrl.train.source import Metrics
 from fastrl.train.weighting import weigh
 
 
-def policy_shaping(config: Grpo, algorithm: Algorithm, world: World) -> Shaping:
+def policy_shaping(config: GroupRelative, algorithm: Algorithm, world: World) -> Shaping:
     """Every sample of a group is trained on with its advantage."""
 
     def credit(groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
@@ -57,7 +57,7 @@ def keep(batch: Batch, kept: Tensor) -> Batch:
 
 
 def group_advantages(
-    groups: SampledGroups, samples: list[int], config: Grpo, algorithm: Algorithm, world: World
+    groups: SampledGroups, samples: list[int], config: GroupRelative, algorithm: Algorithm, world: World
 ) -> Tensor:
     """(N,) advantages of this process's `samples`; an estimator over the whole batch sees all processes'."""
     advantage, size = algorithm.advantage, groups.size

@@ -23,6 +23,7 @@ from fastrl.data.encode import Sample
 from fastrl.methods.grpo.groups import Members, SampledGroups
 from fastrl.methods.grpo.rollouts import Shaping
 from fastrl.methods.grpo.shaping import group_advantages, keep, policy_shaping
+from fastrl.methods.hybrid.options import SOLVED
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored
 from fastrl.train.source import Metrics
@@ -64,8 +65,9 @@ class Joining:
         present = torch.tensor([any(samples) for samples in known], dtype=torch.bool, device=device)
 
         reward = groups.reward.view(prompts, size)
+        threshold = config.algorithm.number("solved", SOLVED)
         # NaN where no completion was scored
-        solved = (reward >= config.solved).sum(1) / (~reward.isnan()).sum(1)
+        solved = (reward >= threshold).sum(1) / (~reward.isnan()).sum(1)
         count = algorithm.rule(solved, present, step, config.steps)
 
         rewarded = groups

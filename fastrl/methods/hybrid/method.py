@@ -17,7 +17,7 @@ from fastrl.methods.grpo.rollouts import Rollouts
 from fastrl.methods.hybrid.contrast import Contrast
 from fastrl.methods.hybrid.members import Joining, Known
 from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
-from fastrl.methods.hybrid.options import check_mixture
+from fastrl.methods.hybrid.options import DEMO_REWARD, REJECTED_REWARD, check_mixture
 from fastrl.methods.hybrid.pair_options import choose_fusion, offline
 from fastrl.methods.hybrid.pairs import PolicyAndPairs
 from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts, pairs_of_prompts
@@ -75,7 +75,8 @@ def _hybrid_source(context: HybridContext) -> Source[Any]:
         return sampled
 
     config, task = context.config, context.task
-    if not (config.pair_dataset or config.dataset or has_mistakes(task)):
+    pair_dataset = config.algorithm.text("pair_dataset")
+    if not (pair_dataset or config.dataset or has_mistakes(task)):
         raise UserError(
             "--pair-dataset: expected a file of pairs, "
             f"because task {config.task} has no wrong answers; got none"
@@ -103,7 +104,10 @@ def _joined(context: HybridContext) -> Rollouts:
     prompts = prompts_of(context, algorithm.policy)
     check_mixture(config, algorithm, turns=prompts.game is not None)
 
-    rewards = (config.demo_reward, config.rejected_reward or 0.0)
+    rewards = (
+        config.algorithm.number("demo_reward", DEMO_REWARD),
+        config.algorithm.number("rejected_reward", REJECTED_REWARD),
+    )
     joining = Joining(config, algorithm, known, rewards, context.world)
     return rollouts(context, prompts, algorithm.policy, joining.shaping())
 

@@ -25,7 +25,7 @@ class PolicyAndPairs:
         """The step's rollouts, and the next pairs for each of its batches."""
         sampled, config = self.rollouts.collect(step, version), self.config
         coef = self.offline.coef(step, config.steps)
-        every = config.norms_every or 0
+        every = config.algorithm.count("norms_every", 0)
         measured = every > 0 and step % every == 0
 
         batches = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastrl.algorithms.joint import JointAlgorithm
-from fastrl.config import HeldOut, Joint, Reward
+from fastrl.config import AlgorithmChoice, HeldOut, Joint, Reward
 from fastrl.errors import UserError
 from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
 from fastrl.methods.grpo.prompts import Prompts
@@ -133,8 +133,7 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
         model=config.model,
         task=config.task,
         dataset=config.offline,
-        algorithm=config.reward_loss,
-        center=config.center,
+        algorithm=AlgorithmChoice(config.reward_loss, {"center": config.center}),
         prompts=count,
         max_tokens=config.max_tokens,
         micro_tokens=config.micro_tokens,

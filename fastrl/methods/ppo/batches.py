@@ -21,10 +21,11 @@ from fastrl.batch.types import Batch
 from fastrl.config import Ppo
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.rollouts import Rollouts, Shaping
-from fastrl.methods.grpo.shaping import policy_shaping
+from fastrl.methods.grpo.shaping import unchanged
 from fastrl.methods.ppo.objective import ActorCriticBatch, Values
 from fastrl.parallel.world import World
 from fastrl.train.source import Metrics, State, Step
+from fastrl.train.weighting import weigh
 
 SPREADS = (
     "returns",
@@ -50,9 +51,15 @@ class Credit:
     world: World
 
     def shaping(self) -> Shaping:
-        """The policy's shaping, with this credit; every sequence stays, as the critic learns from all."""
-        base = policy_shaping(self.config, self.algorithm.policy, self.world)
-        return replace(base, credit=self.scores, columns=self.columns, prune=lambda batch: batch)
+        """This credit; every sequence stays in the batch, because the critic learns from all of them."""
+        policy, longest = self.algorithm.policy, self.config.max_new_tokens
+        return Shaping(
+            extend=unchanged,
+            credit=self.scores,
+            columns=self.columns,
+            weigh=lambda part: weigh(part, policy, self.world, max_length=longest),
+            prune=lambda part: part,
+        )
 
     def scores(self, groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
         """The rewards of the samples, less the penalty of those that were cut off."""

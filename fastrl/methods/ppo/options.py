@@ -4,118 +4,92 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from fastrl.algorithms.ppo import KL_COEF, PPO, SEMANTICS, ActorCriticAlgorithm
 from fastrl.algorithms.presets import KL
 from fastrl.config import Ppo
-from fastrl.errors import UserError
-from fastrl.methods.grpo.options import choose_algorithm
+from fastrl.errors import choose, require
+from fastrl.methods.grpo.options import with_options
 
 
 def choose_ppo(config: Ppo) -> ActorCriticAlgorithm:
     """The row, with the run's own settings.  Raises UserError for options that do not go together."""
-    _check(config)
-    if config.algorithm not in PPO:
-        raise UserError(f"--algorithm: expected one of {', '.join(PPO)}; got {config.algorithm!r}")
-    if config.semantics not in SEMANTICS:
-        raise UserError(f"--semantics: expected one of {', '.join(SEMANTICS)}; got {config.semantics!r}")
-    preset = SEMANTICS[config.semantics]
+    _check_advantages(config)
+    _check_kl(config)
+    _check_critic(config)
+    row = choose(config.algorithm.name, PPO, "--algorithm")
+    preset = choose(config.semantics, SEMANTICS, "--semantics")
+    row = _with_critic(replace(row, **preset.row), config)
+
     coef = KL_COEF if config.kl_coef is None else config.kl_coef
-    inside = config.kl_in == "reward"
-    row = replace(PPO[config.algorithm], **preset.row)
-    table = {config.algorithm: replace(row.policy, **preset.policy)}
-    family = replace(
-        config, semantics="paper", kl=None if inside else config.kl, kl_coef=None if inside else coef
+    policy = replace(row.policy, **preset.policy)
+    plain = replace(config, semantics="paper")  # the preset is in the row already
+    if config.kl_in == "loss":
+        policy = with_options(policy, replace(plain, kl_coef=coef))
+        kl = None if policy.kl is None else _estimator(policy.kl, config)
+        return replace(row, policy=replace(policy, kl=kl))
+
+    policy = with_options(policy, replace(plain, kl=None, kl_coef=None))
+    return replace(row, policy=policy, reward_kl=_estimator(config.kl or "k1", config), reward_kl_coef=coef)
+
+
+def _estimator(name: str, config: Ppo) -> str:
+    """The estimator that --semantics means by a name."""
+    return KL.get(config.semantics, {}).get(name, name)
+
+
+def _with_critic(row: ActorCriticAlgorithm, config: Ppo) -> ActorCriticAlgorithm:
+    row = replace(
+        row,
+        gamma=config.gamma,
+        whiten=config.whiten,
+        critic=config.critic,
+        critic_model=config.critic_model,
+        critic_lr=config.critic_lr,
     )
-    policy = choose_algorithm(family, table)
-    estimator = (config.kl or "k1") if inside else policy.kl
-    estimator = KL.get(config.semantics, {}).get(estimator or "", estimator)
-    given: dict[str, Any] = {"reward_kl": estimator, "reward_kl_coef": coef} if inside else {}
-    given["policy"] = policy if inside else replace(policy, kl=estimator)
-    given |= {
-        "gamma": config.gamma,
-        "whiten": config.whiten,
-        "critic": config.critic,
-        "critic_model": config.critic_model,
-    }
-    given |= {"critic_lr": config.critic_lr}
-    given |= {} if config.lam is None else {"lam": config.lam}
-    given |= {} if config.vf_coef is None else {"vf_coef": config.vf_coef}
-    given |= {} if config.value_clip is None else {"value_clip": config.value_clip or math.inf}
-    return replace(row, **given)
+    if config.lam is not None:
+        row = replace(row, lam=config.lam)
+    if config.vf_coef is not None:
+        row = replace(row, vf_coef=config.vf_coef)
+    if config.value_clip is not None:
+        row = replace(row, value_clip=config.value_clip or math.inf)
+    return row
 
 
-def _check(config: Ppo) -> None:
-    for option in ("advantage", "scale_rewards", "pass_k"):
-        if getattr(config, option) is not None:
-            spelt = option.replace("_", "-")
-            raise UserError(
-                f"--{spelt}: PPO's advantages come from its critic; leave it out, or run fastrl grpo"
-            )
-    several, own, coef = config.multi_objective_aggregation, config.critic == "separate", config.kl_coef
-    tied, alone = config.critic_lr is None and config.critic_model is None, config.vf_coef is None
-    samples = config.prompts * config.group
-    for name, value, fine, expected in (
-        (
-            "--multi-objective-aggregation",
-            several,
-            several == "sum_then_normalize",
-            "sum_then_normalize, as there are no groups",
-        ),
-        ("--gamma", config.gamma, 0 <= config.gamma <= 1, "a discount in [0, 1]"),
-        ("--lam", config.lam, config.lam is None or 0 <= config.lam <= 1, "a number in [0, 1]"),
-        ("--kl-coef", coef, coef is None or coef >= 0, "0 or more"),
-        ("--kl", config.kl, config.kl is None or coef != 0, "no estimator at --kl-coef 0"),
-        (
-            "--kl-target",
-            config.kl_target,
-            config.kl_target is None or config.kl_target > 0,
-            "a positive number of nats",
-        ),
-        (
-            "--kl-target",
-            config.kl_target,
-            config.kl_target is None or coef != 0,
-            "none at --kl-coef 0, which no factor moves",
-        ),
-        (
-            "--kl-horizon",
-            config.kl_horizon,
-            config.kl_target is None or config.kl_horizon >= samples,
-            f"at least a step's {samples}",
-        ),
-        (
-            "--critic-lr, --critic-model",
-            config.critic,
-            own or tied,
-            "--critic separate, which has an optimizer and weights of its own",
-        ),
-        (
-            "--critic-lr",
-            config.critic_lr,
-            config.critic_lr is None or 0 <= config.critic_lr < math.inf,
-            "0 or more",
-        ),
-        (
-            "--vf-coef",
-            config.vf_coef,
-            alone or not own,
-            "none with --critic separate, whose optimizer is its own; see --critic-lr",
-        ),
-        ("--vf-coef", config.vf_coef, alone or 0 <= (config.vf_coef or 0) < math.inf, "0 or more"),
-        (
-            "--missing-eos-penalty",
-            config.missing_eos_penalty,
-            math.isfinite(config.missing_eos_penalty),
-            "a finite number",
-        ),
-        (
-            "--value-clip",
-            config.value_clip,
-            (config.value_clip or 0) >= 0,
-            "a positive number, or 0 for none",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{name}: expected {expected}, got {value}")
+def _check_advantages(config: Ppo) -> None:
+    gamma, lam, penalty = config.gamma, config.lam, config.missing_eos_penalty
+    require("--gamma", gamma, 0 <= gamma <= 1, "a discount in [0, 1]")
+    require("--lam", lam, lam is None or 0 <= lam <= 1, "a number in [0, 1]")
+    require("--missing-eos-penalty", penalty, math.isfinite(penalty), "a finite number")
+
+
+def _check_kl(config: Ppo) -> None:
+    coef, target, horizon = config.kl_coef, config.kl_target, config.kl_horizon
+    require("--kl-coef", coef, coef is None or coef >= 0, "0 or more")
+    require("--kl", config.kl, config.kl is None or coef != 0, "no estimator at --kl-coef 0")
+    if target is not None:
+        require("--kl-target", target, target > 0, "a positive number of nats")
+        require("--kl-target", target, coef != 0, "none at --kl-coef 0, which stays 0")
+        samples = config.prompts * config.group
+        require("--kl-horizon", horizon, horizon >= samples, f"at least a step's {samples}")
+
+
+def _check_critic(config: Ppo) -> None:
+    separate, lr, coef, clip = (
+        config.critic == "separate",
+        config.critic_lr,
+        config.vf_coef,
+        config.value_clip,
+    )
+    own = lr is None and config.critic_model is None
+    require(
+        "--critic-lr, --critic-model",
+        config.critic,
+        separate or own,
+        "--critic separate, which has an optimizer and weights of its own",
+    )
+    require("--critic-lr", lr, lr is None or 0 <= lr < math.inf, "0 or more")
+    alone = "none with --critic separate, which has an optimizer of its own; see --critic-lr"
+    require("--vf-coef", coef, coef is None or not separate, alone)
+    require("--vf-coef", coef, coef is None or 0 <= coef < math.inf, "0 or more")
+    require("--value-clip", clip, clip is None or clip >= 0, "a positive number, or 0 for none")

@@ -13,6 +13,7 @@ from fastrl.files import key_values, shorten
 from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.reward.evaluation import judge_held_out, shown
 from fastrl.methods.reward.objective import RewardBatch
+from fastrl.methods.reward.options import separator_of
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.parallel.world import World
 from fastrl.tasks import Task
@@ -87,7 +88,7 @@ class Encoder:
         """The groups of statements.  Raises UserError, naming the line, for one that cannot be trained on."""
         config, context = self.config, self.model.max_position_embeddings
         limit = min(config.max_tokens or context, context)
-        separator = config.step_separator
+        separator = separator_of(config)
         groups = encode_statements(statements, self.tokenizer, max_tokens=limit, separator=separator)
         for g in groups:
             check_group(g, self.model.vocab_size, config.micro_tokens)
@@ -170,9 +171,10 @@ def _statement(
 
     if algorithm.data == "steps":
         parts, right = task.steps(example, texts[0])
-        if config.step_separator.join(parts) != texts[0]:
+        separator = separator_of(config)
+        if separator.join(parts) != texts[0]:
             raise UserError(
-                f"--step-separator: {config.step_separator!r} does not join the steps of {task.name} "
+                f"--step-separator: {separator!r} does not join the steps of {task.name} "
                 f"to {shorten(texts[0])}"
             )
         return Statement(where, algorithm.data, example.prompt, parts, [float(r) for r in right])

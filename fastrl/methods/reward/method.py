@@ -9,7 +9,7 @@ from fastrl.config import Reward
 from fastrl.methods.method import Context, Method, Origin
 from fastrl.methods.reward.batches import Comparisons, Encoder, comparable
 from fastrl.methods.reward.objective import RewardBatch, ScoreObjective, group_scores
-from fastrl.methods.reward.options import choose_reward_loss
+from fastrl.methods.reward.options import choose_reward_loss, separator_of
 from fastrl.model.reward import RewardModel
 from fastrl.report.metrics import LOGGED
 from fastrl.train.learner import Learner, Trainable
@@ -20,7 +20,7 @@ RewardContext = Context[Reward, RewardLoss, RewardModel]
 
 def load(origin: Origin[Reward, RewardLoss]) -> RewardModel:
     """A reward model's folder, or a language model's with a fresh head."""
-    steps = origin.config.step_separator if origin.algorithm.data == "steps" else None
+    steps = separator_of(origin.config) if origin.algorithm.data == "steps" else None
     return RewardModel.load(
         origin.folder,
         dtype=origin.dtype,

@@ -1,4 +1,4 @@
-"""From the options of `fastrl sft` to its row."""
+"""From the options of `fastrl sft` to its algorithm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastrl.algorithms import ALGORITHMS, Algorithm
 from fastrl.algorithms.objective import HoldsPolicy
 from fastrl.config import Sft
-from fastrl.errors import UserError
+from fastrl.errors import UserError, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +27,21 @@ class SupervisedAlgorithm(HoldsPolicy):
 
 
 def choose_supervised(config: Sft) -> SupervisedAlgorithm:
-    """The row of a run's options.  Raises UserError for one that is out of range."""
-    if config.exact and (config.label_smoothing or config.z_loss):
+    """The algorithm of a run's options.  Raises UserError for one that is out of range."""
+    smoothing, z_loss, alpha = config.label_smoothing, config.z_loss, config.neftune_alpha
+    if config.exact and (smoothing or z_loss):
         raise UserError(
             "--exact: --label-smoothing and --z-loss sum a vocabulary in an order that depends on "
             "the rows beside it; leave one out"
         )
-    for option, value, fine, expected in (
-        ("--label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "a share in [0, 1)"),
-        ("--z-loss", config.z_loss, 0 <= config.z_loss < math.inf, "a number of 0 or more"),
-        (
-            "--neftune-alpha",
-            config.neftune_alpha,
-            0 <= config.neftune_alpha < math.inf,
-            "a number of 0 or more",
-        ),
-        (
-            "--sample-weights",
-            config.sample_weights,
-            config.dataset is not None or not config.sample_weights,
-            "a --dataset with weights",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{option}: expected {expected}, got {value}")
+    require("--label-smoothing", smoothing, 0 <= smoothing < 1, "a share in [0, 1)")
+    require("--z-loss", z_loss, 0 <= z_loss < math.inf, "a number of 0 or more")
+    require("--neftune-alpha", alpha, 0 <= alpha < math.inf, "a number of 0 or more")
+
+    weighted = config.sample_weights
+    require(
+        "--sample-weights", weighted, not weighted or config.dataset is not None, "a --dataset with weights"
+    )
     return SupervisedAlgorithm(
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        neftune_alpha=config.neftune_alpha,
-        seed=config.seed,
+        label_smoothing=smoothing, z_loss=z_loss, neftune_alpha=alpha, seed=config.seed
     )
