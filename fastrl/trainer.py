@@ -38,15 +38,10 @@ def train(config: Run) -> RunResult:
     session = set_up(config)
     with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
         result = _loop(config, session, stop)
-    if session.world.is_main and result.steps > 0:
+    if session.context.world.is_main and result.steps > 0:
         page = report.build(config.output_dir)
-        session.log.message(
-            "  ".join(
-                f"{what} {path}"
-                for what, path in (("checkpoint", result.checkpoint), ("report", page))
-                if path
-            )
-        )
+        written = {"checkpoint": result.checkpoint, "report": page}
+        session.log.message("  ".join(f"{what} {path}" for what, path in written.items() if path))
     return result
 
 
@@ -55,27 +50,38 @@ def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
     step, saved = run.start, run.newest()
     if not run.evaluated:
         _evaluate(config, run, step)
-    stopping = stop.asked(run.world)
+
+    stopping = stop.asked(run.context.world)
     while step < config.steps and not stopping:
-        began = time.perf_counter()
-        data = run.source.collect(step, run.version)
-        sampled = time.perf_counter()
-        try:
-            metrics = data.metrics | run.rename([run.learner.update(batch, step) for batch in data.batches])
-        except NotFinite as error:
-            kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was written before"
-            raise NotFinite(f"{error}; {kept}") from error
-        run.version += len(data.batches)
+        metrics = _step(run, step, saved)
         step += 1
-        run.log.step(step, metrics | _pace(metrics, began, sampled))
-        run.log.samples(step, data.samples)
-        stopping = stop.asked(run.world)
+        stopping = stop.asked(run.context.world)
         if stopping or step == config.steps or _due(step, config.save.every):
             saved = run.save(step)
         _evaluate(config, run, step)
+
     if step < config.steps:
-        run.log.message(f"stopped after step {step} of {config.steps}; " + run.how_to_resume(saved))
+        run.log.message(f"stopped after step {step} of {config.steps}; {run.how_to_resume(saved)}")
     return RunResult(step, saved, metrics, step < config.steps)
+
+
+def _step(run: Session, step: int, saved: Path | None) -> dict[str, float]:
+    """Collect the batches of a step, update on each of them, and log it; the step's metrics."""
+    began = time.perf_counter()
+    data = run.source.collect(step, run.version)
+    sampled = time.perf_counter()
+
+    try:
+        updates = [run.learner.update(batch, step) for batch in data.batches]
+    except NotFinite as error:
+        kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was written before"
+        raise NotFinite(f"{error}; {kept}") from error
+
+    run.version += len(data.batches)
+    metrics = data.metrics | run.rename(updates)
+    run.log.step(step + 1, metrics | _pace(metrics, began, sampled))
+    run.log.samples(step + 1, data.samples)
+    return metrics
 
 
 def _evaluate(config: Run, run: Session, step: int) -> None:
@@ -85,30 +91,28 @@ def _evaluate(config: Run, run: Session, step: int) -> None:
     if config.eval.prompts == 0 or not (step in (0, config.steps) or _due(step, config.eval.every)):
         return
     began = time.perf_counter()
-    metrics = (
-        _held_out(config, run, run.source, step)
-        if isinstance(run.source, Evaluable)
-        else _answers(config, run)
-    )
+    if isinstance(run.source, Evaluable):
+        metrics = _held_out(config, run, run.source, step)
+    else:
+        metrics = _answers(config, run)
     if metrics:
         run.log.eval(step, metrics | {"eval/time": time.perf_counter() - began})
 
 
 def _answers(config: Run, run: Session) -> dict[str, float]:
     """Accuracy of the answers to a task's held-out prompts."""
-    e = config.eval
-    if run.task is None:
+    wanted, context = config.eval, run.context
+    if context.task is None:
         return {}
-    length = e.max_new_tokens or run.max_new_tokens
     done = evaluate(
-        run.sampler,
-        run.task,
-        split=e.split,
-        prompts=e.prompts,
-        samples=e.samples,
-        max_new_tokens=length,
+        context.sampler,
+        context.task,
+        split=wanted.split,
+        prompts=wanted.prompts,
+        samples=wanted.samples,
+        max_new_tokens=wanted.max_new_tokens or run.max_new_tokens,
         weight_version=run.version,
-        world=run.world,
+        world=context.world,
     )
     return done.metrics()
 
@@ -116,7 +120,7 @@ def _answers(config: Run, run: Session) -> dict[str, float]:
 def _held_out(config: Run, run: Session, source: Evaluable, step: int) -> dict[str, float]:
     """Accuracy and calibration of a reward model; rewards.json keeps what the report draws."""
     metrics, table, samples = source.evaluate()
-    if run.world.is_main:
+    if run.context.world.is_main:
         replace_text(Path(config.output_dir) / REWARDS, json.dumps({"step": step, **table}))
     run.log.samples(step, samples)
     return metrics

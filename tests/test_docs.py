@@ -84,6 +84,8 @@ def test_pages_named_in_the_sources_are_there():
     """Wrong implementation: a page that was renamed, with its old name left in a docstring or a help text."""
     suffixes = {".py", ".h", ".cpp", ".cu", ".yaml", ".toml"}
     folders = ("fastrl", "kernels", "csrc", "bench", "tests")
+    # The toy method of tests/methods/test_toy.py has its page in a temporary folder.
+    made = ("docs/toy.md",)
     files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in suffixes]
     named = {
         (file.relative_to(ROOT).as_posix(), page)
@@ -91,7 +93,7 @@ def test_pages_named_in_the_sources_are_there():
         for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8"))
     }
     assert len(named) > 5
-    assert {(file, page) for file, page in named if not (ROOT / page).exists()} == set()
+    assert {(file, page) for file, page in named if page not in made and not (ROOT / page).exists()} == set()
 
 
 # --- the README -------------------------------------------------------------------------------------

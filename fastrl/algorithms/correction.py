@@ -117,12 +117,13 @@ def merge_mismatch(rows: Tensor) -> dict[str, float]:
     n, diff, _, k3, w, w2, _, k, _ = rows.sum(0).tolist()
     if not n:
         return {}
+    largest, smallest = rows.amax(0).tolist(), rows.amin(0).tolist()
     return {
         "sampler_diff_mean": diff / n,
-        "sampler_diff_max": float(rows[:, 2].max()),
+        "sampler_diff_max": largest[2],
         "sampler_kl": k3 / n,
         "sampler_ess": w * w / (n * w2),
-        "correction_min": float(rows[:, 6].min()),
+        "correction_min": smallest[6],
         "correction_mean": k / n,
-        "correction_max": float(rows[:, 8].max()),
+        "correction_max": largest[8],
     }

@@ -77,28 +77,14 @@ def run(config: Generate) -> None:
     encoded = []
     for where, prompt in read_prompts(config.prompts):
         prompts.append(prompt)
-        encoded.append(
-            _encode(
-                where,
-                prompt,
-                tokenizer,
-                model.config.max_position_embeddings,
-            )
-        )
+        encoded.append(_encode(where, prompt, tokenizer, model.config.max_position_embeddings))
 
     path = Path(config.output)
     rows = 0 if config.output == "-" else _begin(config, path, prompts)
     done = rows // config.n
     with ExitStack() as stack:
         out = sys.stdout if config.output == "-" else stack.enter_context(path.open("a", encoding="utf-8"))
-        progress = stack.enter_context(
-            GenerateProgress(
-                config,
-                len(prompts),
-                done,
-                hidden=out.isatty(),
-            )
-        )
+        progress = stack.enter_context(GenerateProgress(config, len(prompts), done, hidden=out.isatty()))
         complete = rows == len(prompts) * config.n
         begun = done if complete else done // CHUNK * CHUNK
         for first in range(begun, len(prompts), CHUNK):
@@ -107,14 +93,7 @@ def run(config: Generate) -> None:
             rollouts = sampler.generate(
                 encoded[part], params, sequence_offset=offset, on_tokens=progress.tokens
             )
-            _write(
-                out,
-                prompts[part],
-                rollouts,
-                first,
-                config.n,
-                skip=rows - offset,
-            )
+            _write(out, prompts[part], rollouts, first, config.n, skip=rows - offset)
             progress.prompts(min(first + CHUNK, len(prompts)))
 
 

@@ -19,19 +19,18 @@ from torch import Tensor
 from fastrl.algorithms.row import Loggable
 from fastrl.config import Run
 from fastrl.config.parse import dump
-from fastrl.errors import UserError
+from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines
 from fastrl.methods import command_of, method_of
 from fastrl.methods.method import Context, Method, Origin
 from fastrl.model.decoder import Decoder
-from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World, init_world
 from fastrl.report.metric import Need, over_batches
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
-from fastrl.sampler import SAMPLERS, Sampler
-from fastrl.tasks import Task, load_run_task
+from fastrl.sampler import SAMPLERS
+from fastrl.tasks import load_run_task
 from fastrl.train.learner import Trainable
 from fastrl.train.source import Source
 
@@ -42,18 +41,14 @@ SOURCE = "source."  # before the names of the source's tensors in a checkpoint
 class Session:
     """A run under way.
 
-    start, evaluated  the step it began or resumed at, and whether the evaluation due there is done
-    version           optimizer steps the weights have seen
+    start           the step it began or resumed at
+    evaluated       whether the evaluation due at that step is done
+    version         optimizer steps the weights have seen
+    max_new_tokens  longest completion of an evaluation, unless --eval.max-new-tokens says otherwise
     """
 
-    config: Run
     method: Method[Any, Any, Any]
-    algorithm: Loggable
-    world: World
-    model: LanguageModel
-    tokenizer: Tokenizer
-    task: Task | None
-    sampler: Sampler
+    context: Context[Any, Any, Any]
     learner: Trainable[Any]
     source: Source[Any]
     log: RunLog
@@ -64,32 +59,37 @@ class Session:
 
     def save(self, step: int) -> Path | None:
         """Write a checkpoint (the first process does; all wait)."""
-        path = None
-        if self.world.is_main:
-            source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
-            path = checkpoint.save(
-                Path(self.config.output_dir),
-                step,
-                self.model,
-                self.tokenizer,
-                self.learner.state() | source,
-                {"version": self.version, "command": command_of(self.config)},
-                keep=self.config.save.keep,
-                others=self.learner.companions(),
-            )
-        self.world.barrier()
+        path = self._write(step) if self.context.world.is_main else None
+        self.context.world.barrier()
         return path
+
+    def _write(self, step: int) -> Path:
+        context, config = self.context, self.context.config
+        source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
+        tensors = self.learner.state() | source
+        meta = {"version": self.version, "command": command_of(config)}
+        return checkpoint.save(
+            Path(config.output_dir),
+            step,
+            context.model,
+            context.tokenizer,
+            tensors,
+            meta,
+            keep=config.save.keep,
+            others=self.learner.companions(),
+        )
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, if there is one."""
-        found = checkpoint.complete_checkpoints(Path(self.config.output_dir))
+        found = checkpoint.complete_checkpoints(Path(self.context.config.output_dir))
         return found[-1] if found else None
 
     def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The learner's metrics of the step's batches as one, under the names this command logs."""
+        algorithm: Loggable = self.context.algorithm
         has: dict[Need, bool] = {
-            "reference": bool(self.algorithm.kl_coef),
-            "correction": bool(self.algorithm.correction),
+            "reference": bool(algorithm.kl_coef),
+            "correction": bool(algorithm.correction),
         }
         lacking = [need for need, present in has.items() if not present]
         return over_batches(self.method.metrics, batches, lacking)
@@ -98,16 +98,14 @@ class Session:
         """What to type to continue a run that was stopped."""
         if saved is None:
             return "nothing was saved, because no step was done"
-        return (
-            f"continue with: fastrl {command_of(self.config)} --config "
-            f"{shlex.quote(f'{self.config.output_dir}/config.yaml')} --resume"
-        )
+        config = self.context.config
+        file = shlex.quote(f"{config.output_dir}/config.yaml")
+        return f"continue with: fastrl {command_of(config)} --config {file} --resume"
 
 
 def set_up(config: Run) -> Session:
     """Build the session.  Raises UserError for what is wrong with the configuration, before any training."""
-    command = command_of(config)
-    method = method_of(command)
+    method = method_of(command_of(config))
     _check(config, method)
     set_threads(config.threads)
     _deterministic()
@@ -115,29 +113,25 @@ def set_up(config: Run) -> Session:
 
     resumed = _resume_from(config)
     state, meta = _saved(resumed, config)
-    algorithm = method.choose(config)
-    context = _context(config, method, algorithm, str(resumed or config.model), world)
+    folder = str(resumed or config.model)
+    context = _context(config, method, folder, world)
 
     learner = method.learner(context)
     if resumed:
         for name, (other, _) in learner.companions().items():
             other.read(resumed / name)
         learner.load_state(state)
+
     source, longest = method.source(context, learner)
-    source.load_state({k.removeprefix(SOURCE): x for k, x in state.items() if k.startswith(SOURCE)})
+    of_source = {k.removeprefix(SOURCE): x for k, x in state.items() if k.startswith(SOURCE)}
+    source.load_state(of_source)
 
     start = meta["step"]
     log = _open_log(config, start if resumed else None, world)
     evaluated = world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)
     return Session(
-        config=config,
         method=method,
-        algorithm=algorithm,
-        world=world,
-        model=context.model,
-        tokenizer=context.tokenizer,
-        task=context.task,
-        sampler=context.sampler,
+        context=context,
         learner=learner,
         source=source,
         log=log,
@@ -170,10 +164,9 @@ def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[s
     return state, meta
 
 
-def _context(
-    config: Run, method: Method[Any, Any, Any], algorithm: Loggable, folder: str, world: World
-) -> Context[Any, Any, Any]:
+def _context(config: Run, method: Method[Any, Any, Any], folder: str, world: World) -> Context[Any, Any, Any]:
     """Model, tokenizer, task and sampler of the run, from a folder of weights."""
+    algorithm = method.choose(config)
     device, dtype = resolve_device(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
     origin = Origin(config, algorithm, folder, dtype, device, task)
@@ -221,25 +214,19 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
 
 
 def _check(config: Run, method: Method[Any, Any, Any]) -> None:
-    e = config.eval
-    # a reward model is judged on a dataset's held-out lines, too
-    judged = config.task is not None or method.held_out
-    for option, value, fine, expected in (
-        ("--steps", config.steps, config.steps >= 0, "0 or more"),
-        ("--prompts", config.prompts, config.prompts >= 1, "at least 1"),
-        ("--micro-tokens", config.micro_tokens, config.micro_tokens >= 1, "at least 1"),
-        ("--optim.lr", config.optim.lr, 0 <= config.optim.lr < math.inf, "a number of 0 or more"),
-        ("--optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "0 or more"),
-        ("--save.keep", config.save.keep, config.save.keep >= 0, "0 or more"),
-        (
-            "--eval.prompts",
-            e.prompts,
-            e.prompts == 0 or judged,
-            "0 without a --task, whose verifier evaluates",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{option}: expected {expected}, got {value}")
+    require("--steps", config.steps, config.steps >= 0, "0 or more")
+    require("--prompts", config.prompts, config.prompts >= 1, "at least 1")
+    require("--micro-tokens", config.micro_tokens, config.micro_tokens >= 1, "at least 1")
+
+    optim, keep = config.optim, config.save.keep
+    require("--optim.lr", optim.lr, 0 <= optim.lr < math.inf, "a number of 0 or more")
+    require("--optim.warmup", optim.warmup, optim.warmup >= 0, "0 or more")
+    require("--save.keep", keep, keep >= 0, "0 or more")
+
+    # A reward model is judged on a dataset's held-out lines, too.
+    judged, prompts = config.task is not None or method.held_out, config.eval.prompts
+    verified = "0 without a --task, whose verifier evaluates"
+    require("--eval.prompts", prompts, prompts == 0 or judged, verified)
 
 
 def _resume_from(config: Run) -> Path | None:

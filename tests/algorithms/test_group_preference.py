@@ -387,14 +387,17 @@ def test_options_change_a_row():
     )
 
 
-def test_settings_without_meaning_are_refused():
-    with pytest.raises(
-        UserError, match="--group: expected at least 2 completions of a prompt, to compare them, got 1"
-    ):
-        contrasted(decoder(), online(), group=1)
-    with pytest.raises(
-        UserError,
-        match="--multi-objective-aggregation: expected sum_then_normalize: "
-        "completions are compared by one reward",
-    ):
-        contrasted(decoder(), online(), multi_objective_aggregation="normalize_then_sum")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 1}, "--group: expected at least 2 completions of a prompt, to compare them, got 1"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "--multi-objective-aggregation: expected sum_then_normalize: completions are compared by one "
+            "reward",
+        ),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        choose_fusion(configured(Hybrid, model="m", algorithm="online_dpo", **changes))

@@ -237,7 +237,7 @@ def test_options_of_rows_in_a_pipeline(tmp_path):
         f"output_dir: {tmp_path}/runs\nshared: {{model: m, epsilon: 0.1}}\n"
         "stages:\n  - sft: {}\n  - grpo: {}\n  - hybrid: {algorithm: {name: chord, mu: 0.5}}\n"
     )
-    stages = pipeline.plan(tmp_path.joinpath(write(tmp_path, text)))
+    stages = pipeline.read_stages(tmp_path.joinpath(write(tmp_path, text)))
     grpo, hybrid = stages[1].config, stages[2].config
     assert isinstance(grpo, Grpo) and grpo.algorithm == AlgorithmChoice("grpo", {"epsilon": 0.1})
     assert isinstance(hybrid, Hybrid)

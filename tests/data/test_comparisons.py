@@ -81,11 +81,9 @@ def test_verdicts(tmp_path):
     right, half = groups(
         tmp_path, "verdict", *({"prompt": "ab", "completion": "c", "label": y} for y in (True, 0.25))
     )
-    assert (
-        (right.target, half.target) == ([1.0], [0.25])
-        and right.tokens == [[*ids("abc"), EOS]]
-        and right.at == [[3]]
-    )
+    assert (right.target, half.target) == ([1.0], [0.25])
+    assert right.tokens == [[*ids("abc"), EOS]]
+    assert right.at == [[3]]
 
 
 def test_steps_are_judged_at_their_last_token(tmp_path):
@@ -108,15 +106,13 @@ def test_packing_finds_every_score():
     made = token_groups("process", 5) + token_groups("bradley_terry", 5)
     packed = pack(made)
     flat = [s for g in made for s in g.tokens]
-    assert packed.tokens.tolist() == [t for s in flat for t in s] and packed.cu_seqlens.diff().tolist() == [
-        len(s) for s in flat
-    ]
+    assert packed.tokens.tolist() == [t for s in flat for t in s]
+    assert packed.cu_seqlens.diff().tolist() == [len(s) for s in flat]
     want = [s[p] for g in made for s, at in zip(g.tokens, g.at, strict=True) for p in at]
     assert packed.tokens[packed.at].tolist() == want
     scored = judged(packed, torch.arange(len(want), dtype=torch.float64), 3.0)
-    assert list(scored.sizes) == [len(g.target) for g in made] and scored.target.tolist() == [
-        t for g in made for t in g.target
-    ]
+    assert list(scored.sizes) == [len(g.target) for g in made]
+    assert scored.target.tolist() == [t for g in made for t in g.target]
     assert scored.margin.tolist() == [g.margin for g in made] and scored.total == 3.0
 
 

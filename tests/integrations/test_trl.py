@@ -214,9 +214,8 @@ def test_the_trainer_takes_the_same_steps_on_our_ops(make, checkpoint, tmp_path,
     calls = Calls(monkeypatch)
     with patched():
         ours = train(make, checkpoint, tmp_path / "ours")
-    assert calls.ours >= STEPS and not any(
-        {"log_probs", "entropy"} & set(outputs) for outputs in calls.theirs
-    )
+    assert calls.ours >= STEPS
+    assert not any({"log_probs", "entropy"} & set(outputs) for outputs in calls.theirs)
     assert len(plain.loss) == STEPS and plain.loss.abs().max() > 1e-3 and plain.loss.std() > 0
     torch.testing.assert_close(ours.loss, plain.loss, rtol=0, atol=1e-5)
     assert ours.gradients.keys() == plain.gradients.keys() and plain.gradients
@@ -350,9 +349,8 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_logits_are_not():
             hidden,
             weight,
         )
-    assert (
-        torch.equal(logp, rounded.logp) and [g.dtype for g in grads if g is not None] == [torch.float32] * 2
-    )
+    assert torch.equal(logp, rounded.logp)
+    assert [g.dtype for g in grads if g is not None] == [torch.float32] * 2
 
 
 @needs_trl
@@ -483,9 +481,9 @@ def test_the_older_signatures_are_served(pretend, with_bias):
     expected = ops.linear_logp(
         hidden, weight, target, bias=bias if with_bias else None, temperature=2.0, entropy=True
     )
-    assert (
-        torch.equal(logp, expected.logp) and torch.equal(entropy, expected.entropy) and entropy.requires_grad
-    )
+    assert torch.equal(logp, expected.logp)
+    assert torch.equal(entropy, expected.entropy)
+    assert entropy.requires_grad
 
 
 def test_a_trl_without_these_functions_is_an_import_error_that_names_them(pretend):

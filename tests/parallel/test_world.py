@@ -264,9 +264,8 @@ def test_shares_are_contiguous_and_even():
     """Wrong implementations: the remainder dropped, or all given to the last."""
     for n, R in ((10, 3), (2, 4), (0, 2), (7, 7)):
         shares = [list(World(r, R).share(n)) for r in range(R)]
-        assert [i for s in shares for i in s] == list(range(n)) and max(map(len, shares)) - min(
-            map(len, shares)
-        ) <= 1
+        assert [i for s in shares for i in s] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_world_of_one_is_the_identity():
@@ -349,11 +348,9 @@ def test_joint_training_is_that_of_one_process(one, two):
     """
     for found in two[1]:
         for (metrics, policy, reward, calibration), want in zip(found["joint"], one[1]["joint"], strict=True):
-            assert (
-                metrics == pytest.approx(want[0], rel=1e-3, abs=1e-5)
-                and calibration == want[3]
-                and len(calibration) == 7
-            )
+            assert metrics == pytest.approx(want[0], rel=1e-3, abs=1e-5)
+            assert calibration == want[3]
+            assert len(calibration) == 7
             assert torch.allclose(policy, want[1], atol=1e-5) and torch.allclose(reward, want[2], atol=1e-5)
     assert ["joint/loss" in metrics for metrics, *_ in one[1]["joint"]] == [False, True, False]
 

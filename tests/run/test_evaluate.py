@@ -64,9 +64,8 @@ def test_every_answer_is_verified_against_its_own_prompt():
     """Wrong implementations: prompts and answers in different orders; greedy answers that are samples."""
     done = run()
     again = run()
-    assert [e.prompt for e in done.examples] == [
-        e.prompt for e in again.examples
-    ] and done.sampled == again.sampled
+    assert [e.prompt for e in done.examples] == [e.prompt for e in again.examples]
+    assert done.sampled == again.sampled
     assert len({e.prompt for e in done.examples}) == 5
     one = Sampler(decoder(), tokenizer())
     for e, (text, verdict), drawn in zip(done.examples, done.greedy, done.sampled, strict=True):
@@ -105,19 +104,16 @@ def test_an_evaluation_depends_on_nothing_but_the_weights():
     before = torch.get_rng_state()
     b = run()
     assert a.sampled == b.sampled and torch.equal(before, torch.get_rng_state())
-    assert run(seed=1).sampled != a.sampled and [e.prompt for e in run(seed=1).examples] == [
-        e.prompt for e in a.examples
-    ]
+    assert run(seed=1).sampled != a.sampled
+    assert [e.prompt for e in run(seed=1).examples] == [e.prompt for e in a.examples]
     assert run(model=decoder(seed=1)).greedy != a.greedy
 
 
 def test_a_split_smaller_than_asked_for_is_taken_whole():
     done = run(prompts=10**6, samples=0, max_new_tokens=1)
-    assert (
-        len(done.greedy) == TASK.size("val")
-        and len({e.prompt for e in done.examples}) == TASK.size("val")
-        and done.sampled == []
-    )
+    assert len(done.greedy) == TASK.size("val")
+    assert len({e.prompt for e in done.examples}) == TASK.size("val")
+    assert done.sampled == []
 
 
 def test_errors():
@@ -148,6 +144,5 @@ def test_the_command(tmp_path, capsys):
     want = run(split="test", prompts=4, samples=2)
     assert [a["prompt"] for a in kept["answers"]] == [e.prompt for e in want.examples]
     assert [a["greedy"]["completion"] for a in kept["answers"]] == [text for text, _ in want.greedy]
-    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4 and kept[
-        "eval/accuracy_greedy"
-    ] == want.metrics()["eval/accuracy_greedy"]
+    assert [len(a["sampled"]) for a in kept["answers"]] == [2] * 4
+    assert kept["eval/accuracy_greedy"] == want.metrics()["eval/accuracy_greedy"]

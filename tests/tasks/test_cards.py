@@ -105,11 +105,9 @@ def test_the_format_of_the_specification():
     answer = "7,13,3;13-7=6;6*3=18"
     assert CARDS.verify(problem("7K3", "b", 18), answer).correct
     score = CARDS.verify(problem("7K3", "a", 18), answer)
-    assert (
-        score.well_formed
-        and not score.correct
-        and score.message == "the cards are worth [7, 10, 3], not [7, 13, 3]"
-    )
+    assert score.well_formed
+    assert not score.correct
+    assert score.message == "the cards are worth [7, 10, 3], not [7, 13, 3]"
 
 
 @pytest.mark.parametrize(
@@ -359,10 +357,8 @@ def test_perturbed_prompts_keep_the_answer():
     for i in range(300):
         plain, other = task.example("test", i), task.example("perturbed", i)
         assert re.fullmatch(r"#[0-9AJQKT]{4}a:[A2-9TJQK]{3}>\d+\|", other.prompt)
-        assert (
-            sorted(plain.fields["numbers"]) == sorted(other.fields["numbers"])
-            and plain.fields["target"] == other.fields["target"]
-        )
+        assert sorted(plain.fields["numbers"]) == sorted(other.fields["numbers"])
+        assert plain.fields["target"] == other.fields["target"]
         assert plain.prompt[:5] != other.prompt[:5]
         moved += plain.fields["numbers"] != other.fields["numbers"]
     assert moved > 250

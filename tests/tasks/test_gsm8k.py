@@ -118,33 +118,27 @@ def test_agreement_with_3600_graded_solutions(real):
 
 
 def test_the_real_training_set(real):
-    assert (
-        real.size("train") + real.size("val") == 7473
-        and 300 < real.size("val") < 450
-        and real.size("test") == 900
-    )
+    assert real.size("train") + real.size("val") == 7473
+    assert 300 < real.size("val") < 450
+    assert real.size("test") == 900
     questions = {
         s: {real.example(s, i).fields["question"] for i in range(real.size(s))}
         for s in ("train", "val", "test")
     }
-    assert not questions["train"] & questions["val"] and not questions["test"] & (
-        questions["train"] | questions["val"]
-    )
+    assert not questions["train"] & questions["val"]
+    assert not questions["test"] & (questions["train"] | questions["val"])
     for split, found in questions.items():
         for i in range(0, len(found), 7):
             example = real.example(split, i)
             assert real.verify(example, example.demo).correct and "<<" not in example.demo
     example = real.example("train", 0)
-    assert example.prompt.startswith("Question: Natalia sold clips") and example.prompt.endswith(
-        "in April and May?\nAnswer:\n"
-    )
+    assert example.prompt.startswith("Question: Natalia sold clips")
+    assert example.prompt.endswith("in April and May?\nAnswer:\n")
     assert example.demo.startswith("Natalia sold 48/2 = 24 clips") and example.demo.endswith("#### 72")
     marked = Gsm8k(folder=real.folder, annotations=True, chat=True).example("train", 0)
-    assert (
-        "<<48/2=24>>24" in marked.demo
-        and marked.prompt[0]["role"] == "user"
-        and "####" in marked.prompt[0]["content"]
-    )
+    assert "<<48/2=24>>24" in marked.demo
+    assert marked.prompt[0]["role"] == "user"
+    assert "####" in marked.prompt[0]["content"]
 
 
 def write(folder, *lines, name="train.jsonl"):

@@ -15,9 +15,8 @@ DOCUMENTED = textwrap.dedent(fastrl.tasks.__doc__.partition("in a file:\n")[2])
 
 
 def test_built_in_tasks():
-    assert load_task("cards") == Cards() and load_task("cards", k=2, targets=(1, 20)) == Cards(
-        k=2, targets=(1, 20)
-    )
+    assert load_task("cards") == Cards()
+    assert load_task("cards", k=2, targets=(1, 20)) == Cards(k=2, targets=(1, 20))
     assert load_task("cards", limit=None, val=0).limit is None
     assert isinstance(load_task("gsm8k", folder="x"), Gsm8k) and set(TASKS) == {"cards", "gsm8k", "guess"}
 
@@ -39,7 +38,8 @@ def test_the_documented_task(tmp_path):
         log_metric=logged.__setitem__,
     )
     assert found == [1.0, 0.0, 1.0] and reward.__name__ == "doubles"
-    assert logged["correct"] == logged["well_formed"] == pytest.approx(2 / 3) and logged["message"] == [
+    assert logged["correct"] == logged["well_formed"] == pytest.approx(2 / 3)
+    assert logged["message"] == [
         "",
         "",
         "",

@@ -68,12 +68,13 @@ def preference_source(
         baseline = Baseline(lambda batch: context.logp(context.model, batch), frozen, limit)
         return build(reference=lambda indices, batch: frozen(batch), baseline=baseline), encode.longest
 
+    model = identity(config.model, config.seed, context.model.dtype)
     known = precompute(
         Path(config.output_dir),
         items,
         drawn(size, config.seed, config.steps * config.prompts),
         frozen,
-        model=f"{identity(config.model, config.seed, context.model.dtype)} exact={config.exact}",
+        model=f"{model} exact={config.exact}",
         device=context.device,
         world=context.world,
     )

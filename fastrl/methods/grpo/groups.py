@@ -51,13 +51,16 @@ class SampledGroups:
     @staticmethod
     def join(rounds: Sequence[SampledGroups]) -> SampledGroups:
         """The groups of several rounds as those of one."""
+        items = [item for r in rounds for item in r.items]
+        places = [place for r in rounds for place in r.places]
+        numbers = [number for r in rounds for number in r.numbers]
         return SampledGroups(
-            items=[item for r in rounds for item in r.items],
+            items=items,
             rollouts=Rollouts.join([r.rollouts for r in rounds]),
             scored=Scored.join([r.scored for r in rounds]),
-            places=[place for r in rounds for place in r.places],
+            places=places,
             prompts=sum(r.prompts for r in rounds),
-            numbers=[number for r in rounds for number in r.numbers],
+            numbers=numbers,
         )
 
     def samples(self, group: int) -> list[Sample]:
@@ -127,18 +130,18 @@ def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
     table = reward.view(-1, group).double()
     known = ~reward.isnan()
     cut = torch.tensor([r == "length" for r in rollouts.finish_reason], device=reward.device)
-    return {
-        "samples": float(len(rollouts)),
-        "known": float(known.sum()),
-        "groups": float(len(table)),
-        "tokens": float(rollouts.lengths.double().sum()),
-        "reward": float(reward.nan_to_num(0).sum()),
-        "reward_std": float(_std(table).sum()),
-        "flat": float((~has_signal(reward, group)).sum()),
-        "cut": float(cut.sum()),
-        "entropy": float(rollouts.entropy.sum()),
-        "stale": float(stale.sum()),
+    columns = {
+        "known": known,
+        "tokens": rollouts.lengths.double(),
+        "reward": reward.nan_to_num(0),
+        "reward_std": _std(table),
+        "flat": ~has_signal(reward, group),
+        "cut": cut,
+        "entropy": rollouts.entropy,
+        "stale": stale,
     }
+    counts = {"samples": float(len(rollouts)), "groups": float(len(table))}
+    return counts | {name: float(column.sum()) for name, column in columns.items()}
 
 
 def _mean(total: float, count: float) -> float:

@@ -155,15 +155,19 @@ def weigh_apart(
     kind, counts = batch.kind[first], batch.weight[first] != 0
     taught = kind == SUPERVISED
 
-    tokens, samples, sft_tokens, sft_samples, own, open_, shut = world.sum(
-        float((live * ~taught).sum()),
-        float(((live > 0) & ~taught).sum()),
-        float((live * taught).sum()),
-        float(((live > 0) & taught).sum()),
-        float((kind == OWN).sum()),
-        float((counts & (kind == OWN)).sum()),
-        float((counts & taught).sum()),
+    sampled = kind == OWN
+    columns = (
+        live * ~taught,
+        (live > 0) & ~taught,
+        live * taught,
+        (live > 0) & taught,
+        sampled,
+        counts & sampled,
+        counts & taught,
     )
+    sums = world.sum(*(float(column.sum()) for column in columns))
+    tokens, samples, sft_tokens, sft_samples, own, open_, shut = sums
+
     length, prompts = live.to(torch.float32), max(own / group, 1)
     rl_totals = Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
     sft_totals = Totals(tokens=int(sft_tokens), samples=int(sft_samples), max_length=max_length)
@@ -206,20 +210,27 @@ def _as_rollouts(rows: Sequence[Sample], like: Rollouts, version: int) -> Rollou
     def column(values: Sequence[int | bool], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    tokens = column([t for row in rows for t in row.tokens])
     mask = column([m for row in rows for m in row.mask], torch.bool)
+    ends = column([0, *accumulate(len(row.tokens) for row in rows)], torch.int32)
+    prompts = column([row.mask.count(False) for row in rows])
+
     zeros = torch.zeros(mask.shape, dtype=like.logp.dtype, device=device)
+    number = torch.arange(len(rows), device=device)
+    versions = torch.where(mask, version, -1)
+    whole = None if like.sequence is None else torch.zeros_like(number)
     return Rollouts(
-        tokens=column([t for row in rows for t in row.tokens]),
-        cu_seqlens=column([0, *accumulate(len(row.tokens) for row in rows)], torch.int32),
+        tokens=tokens,
+        cu_seqlens=ends,
         completion_mask=mask,
-        prompt_index=column(list(range(len(rows)))),
-        prompt_lengths=column([row.mask.count(False) for row in rows]),
+        prompt_index=number,
+        prompt_lengths=prompts,
         logp=zeros,
         behaviour_logp=zeros,
         entropy=zeros,
-        weight_version=torch.where(mask, version, -1),
+        weight_version=versions,
         finish_reason=["stop"] * len(rows),
-        sequence=None if like.sequence is None else column([0] * len(rows)),
+        sequence=whole,
     )
 
 

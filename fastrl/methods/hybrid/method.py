@@ -119,22 +119,8 @@ def _group_learner(context: GroupContext) -> Learner[Any]:
 
 
 def _group_source(context: GroupContext) -> Source[Any]:
-    config = context.config
-    prompts = prompts_of(context, None)
-    for option, value, ok, expected in (
-        ("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them"),
-        (
-            "--multi-objective-aggregation",
-            config.multi_objective_aggregation,
-            config.multi_objective_aggregation == "sum_then_normalize",
-            "sum_then_normalize: completions are compared by one reward",
-        ),
-    ):
-        if not ok:
-            raise UserError(f"{option}: expected {expected}, got {value}")
-
-    contrast = Contrast(config, context.algorithm, context.world)
-    return rollouts(context, prompts, None, contrast.shaping())
+    contrast = Contrast(context.config, context.algorithm, context.world)
+    return rollouts(context, prompts_of(context, None), None, contrast.shaping())
 
 
 # --- the command --------------------------------------------------------------------------------------

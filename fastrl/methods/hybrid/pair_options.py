@@ -13,7 +13,7 @@ from fastrl.algorithms.preference import PREFERENCES, Preference
 from fastrl.algorithms.schedule import Schedule
 from fastrl.config import AlgorithmChoice, Dpo, Hybrid, Run
 from fastrl.config.dpo import TRL_NAMES
-from fastrl.errors import UserError, choose
+from fastrl.errors import UserError, choose, require
 from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.hybrid.options import choose_hybrid
 
@@ -81,6 +81,10 @@ def _group_preference(row: GroupPreference, config: Hybrid) -> GroupPreference:
                 f"--{option.replace('_', '-')}: {name} compares completions with each other, "
                 "and has no use for it; leave it out"
             )
+    combined = config.multi_objective_aggregation
+    require("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them")
+    alone = "sum_then_normalize: completions are compared by one reward"
+    require("--multi-objective-aggregation", combined, combined == "sum_then_normalize", alone)
     if config.semantics != "paper":
         raise UserError(f"--semantics: no other trainer has {name}; remove --semantics")
     return row

@@ -76,10 +76,11 @@ class Oracle:
 
         known = [(read[i : i + size], oracle[i : i + size]) for i in range(0, len(oracle), size)]
         more = self._demonstrated(groups) if self.demonstrations else [([], [])] * len(known)
-        ranked = [
-            _ranked(f"prompt {number}", [*own[0], *shown[0]], [*own[1], *shown[1]])
-            for number, own, shown in zip(groups.numbers, known, more, strict=True)
-        ]
+        ranked = []
+        for number, own, shown in zip(groups.numbers, known, more, strict=True):
+            sequences, verdicts = [*own[0], *shown[0]], [*own[1], *shown[1]]
+            ranked.append(_ranked(f"prompt {number}", sequences, verdicts))
+
         useful = [g for g in ranked if self._compares(g.target)]
         for g in useful:
             check_group(g, self.judge.model.config.vocab_size, self.config.micro_tokens)
@@ -93,13 +94,15 @@ class Oracle:
         won, pairs, every, flat = self.world.sum(won, pairs, float(groups), float(tied))
         gathered = self.world.gather(list(zip(proxy, oracle, strict=True)))
         both = [(x, y) for x, y in gathered if not math.isnan(y)]
+        agreement = correlation(*zip(*both, strict=True)) if both else math.nan
+        scale = self.judge.scale
         return {
             "joint/accuracy": won / pairs if pairs else math.nan,
             "joint/pairs": pairs,
             "joint/tied": flat / max(every, 1),
-            "joint/correlation": correlation(*zip(*both, strict=True)) if both else math.nan,
-            "joint/shift": self.judge.scale.mean,
-            "joint/scale": self.judge.scale.deviation,
+            "joint/correlation": agreement,
+            "joint/shift": scale.mean,
+            "joint/scale": scale.deviation,
         }
 
     def _read(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[Group]:

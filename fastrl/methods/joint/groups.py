@@ -20,12 +20,14 @@ def as_tensors(groups: Sequence[Group]) -> State:
     sizes (G,) of groups.
     """
     sequences = [sequence for g in groups for sequence in g.tokens]
-    return {
-        "tokens": torch.tensor([t for s in sequences for t in s], dtype=torch.int64),
-        "lengths": torch.tensor([len(s) for s in sequences], dtype=torch.int64),
-        "target": torch.tensor([t for g in groups for t in g.target], dtype=torch.float64),
-        "sizes": torch.tensor([len(g.tokens) for g in groups], dtype=torch.int64),
+    integers = {
+        "tokens": [t for s in sequences for t in s],
+        "lengths": [len(s) for s in sequences],
+        "sizes": [len(g.tokens) for g in groups],
     }
+    target = [t for g in groups for t in g.target]
+    tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
+    return tensors | {"target": torch.tensor(target, dtype=torch.float64)}
 
 
 def as_groups(tensors: State) -> list[Group]:

@@ -129,11 +129,12 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
             "give --offline FILE"
         )
 
+    loss = AlgorithmChoice(config.reward_loss, {"center": config.center})
     options = Reward(
         model=config.model,
         task=config.task,
         dataset=config.offline,
-        algorithm=AlgorithmChoice(config.reward_loss, {"center": config.center}),
+        algorithm=loss,
         prompts=count,
         max_tokens=config.max_tokens,
         micro_tokens=config.micro_tokens,
@@ -142,12 +143,13 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
         eval=HeldOut(prompts=0),
     )
     model = learner.judge.model
+    tokenizer = model.tokenizer or context.tokenizer
     return comparisons(
         Context(
             config=options,
             algorithm=context.algorithm.reward_loss,
             model=model,
-            tokenizer=model.tokenizer or context.tokenizer,
+            tokenizer=tokenizer,
             task=context.task,
             sampler=context.sampler,
             sampling=context.sampling,
