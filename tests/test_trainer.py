@@ -22,6 +22,7 @@ from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
 from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective
 from fastrl.trainer import RunResult, train
 
 FILES = {
@@ -185,13 +186,13 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(
 ):
     """Wrong implementations: training on; a checkpoint of broken weights; a message without the way back."""
     config = grpo(tmp_path, save=Save(every=2 if saved else 0), eval=Eval())
-    real, calls = Learner._gradients, []
+    real, calls = PolicyObjective.metrics, []
 
-    def gradients(self, batch):
+    def metrics(self, rows):
         calls.append(1)
-        return real(self, batch) | ({"loss": float("nan")} if len(calls) == 6 else {})
+        return real(self, rows) | ({"loss": float("nan")} if len(calls) == 6 else {})
 
-    monkeypatch.setattr(Learner, "_gradients", gradients)
+    monkeypatch.setattr(PolicyObjective, "metrics", metrics)
     run = Path(config.output_dir)
     where = (
         f"the last good checkpoint is {run}/checkpoints/step_4"

@@ -95,12 +95,16 @@ def _others(reward: Tensor, group: int, length: Tensor, *, eps: float) -> Tensor
     n = (count - 1).clamp(min=1)
 
     # centred first: the sums below lose fewer digits
-    centred = torch.where(known, x - x.sum(1, keepdim=True) / count, 0)
+    centre = x.sum(1, keepdim=True) / count
+    centred = torch.where(known, x - centre, 0)
     mean = (centred.sum(1, keepdim=True) - centred) / n
-    square = centred.square().sum(1, keepdim=True) - centred.square()
-    deviation = ((square - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
+    squares = centred.square()
+    of_others = squares.sum(1, keepdim=True) - squares
+    variance = (of_others - n * mean.square()) / (n - 1)
+    deviation = variance.clamp(min=0).sqrt()
 
-    flat = ~(deviation > 1e-7 * centred.abs().amax(1, keepdim=True))
+    largest = centred.abs().amax(1, keepdim=True)
+    flat = ~(deviation > 1e-7 * largest)
     advantage = (centred - mean) / torch.where(flat, 1, deviation + eps)
     differ = centred.amax(1, keepdim=True) > centred.amin(1, keepdim=True)
     return torch.where(known & differ, advantage, 0).flatten().to(reward.dtype)
@@ -122,18 +126,22 @@ def _max_at_k(reward: Tensor, group: int, length: Tensor, *, k: int) -> Tensor:
     k/n E[max(R - max of k-1 others, 0)]; times the score function, an unbiased gradient of E[best of k].
     """
     table = reward.view(-1, group).double()
-    n = (~table.isnan()).sum(1, keepdim=True).double().clamp(min=1)
+    n = (~table.isnan()).sum(1, keepdim=True)
+    n = n.double().clamp(min=1)
     k_of = torch.minimum(n, torch.full_like(n, k or group))
     low = table.nan_to_num(torch.inf).sort(dim=1).values  # samples without a reward come last, and add 0
 
     # (P, G): probability that the sample at each place is the best of the k - 1 others
     place = torch.arange(group, dtype=torch.float64, device=reward.device)
-    log_share = _log_choose(place.expand_as(low), k_of - 2) - _log_choose(n - 1, k_of - 1)
+    draws = _log_choose(n - 1, k_of - 1)
+    log_share = _log_choose(place.expand_as(low), k_of - 2) - draws
     best = torch.where(place >= k_of - 2, log_share.exp(), 0)
 
     # (P, G, G): gain over it; the sample's own place gives 0
-    gain = (table.nan_to_num(-torch.inf)[:, :, None] - low[:, None, :]).clamp(min=0)
-    return ((gain * best[:, None, :]).sum(2) * k_of / n).flatten().to(reward.dtype)
+    high = table.nan_to_num(-torch.inf)
+    gain = (high[:, :, None] - low[:, None, :]).clamp(min=0)
+    expected = (gain * best[:, None, :]).sum(2)
+    return (expected * k_of / n).flatten().to(reward.dtype)
 
 
 def _log_choose(n: Tensor, k: Tensor) -> Tensor:
@@ -183,17 +191,24 @@ def of_completions(advantage: Advantage) -> Advantage:
 
 def _of_completions(reward: Tensor, group: int, length: Tensor, *, scale: str, eps: float) -> Tensor:
     table = reward.view(-1, group)
-    completions = table[:, :-1].reshape(-1)
-    a = _relative(completions, group - 1, length, scale=scale, eps=eps).view(-1, group - 1)
+    completions, demonstration = table[:, :-1], table[:, -1:]
+    flat = completions.reshape(-1)
+    a = _relative(flat, group - 1, length, scale=scale, eps=eps)
+    a = a.view(-1, group - 1)
 
-    own = table[:, :-1].double()
-    known, mean = ~own.isnan(), own.nanmean(1, keepdim=True)
-    squares = torch.where(known, own - mean, 0).square().sum(1, keepdim=True)
-    deviation = (squares / (known.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
+    own = completions.double()
+    known = ~own.isnan()
+    mean = own.nanmean(1, keepdim=True)
+    centred = torch.where(known, own - mean, 0)
+    squares = centred.square().sum(1, keepdim=True)
+    degrees = known.sum(1, keepdim=True) - 1
+    deviation = (squares / degrees.clamp(min=1)).sqrt()
+
     divisor = deviation + eps if scale == "std" else torch.ones_like(deviation)
-
-    shown = (table[:, -1:] - mean) / torch.where(a.any(1, keepdim=True), divisor, 1)
-    return torch.cat([a, shown.nan_to_num(0).to(a.dtype)], 1).flatten()
+    divisor = torch.where(a.any(1, keepdim=True), divisor, 1)
+    shown = (demonstration - mean) / divisor
+    shown = shown.nan_to_num(0).to(a.dtype)
+    return torch.cat([a, shown], 1).flatten()
 
 
 # --- several rewards ---------------------------------------------------------------------------------
@@ -215,12 +230,15 @@ def _normalize_then_sum(
     x = sum(w * advantage(part, group, length) for w, part in zip(weight, parts, strict=True))
 
     mean = torch.where(known, x, 0).sum() / n.clamp(min=1)
-    squares = torch.where(known, x - mean, 0).square().sum()
+    centred = torch.where(known, x - mean, 0)
+    squares = centred.square().sum()
     deviation = (squares / (n - 1).clamp(min=1)).sqrt()
 
     # a group that is all equal in every reward stays at 0
-    moved = x.view(-1, group).ne(0).any(1).repeat_interleave(group)
-    return torch.where(known & moved, (x - mean) / (deviation + 1e-4), 0)
+    moved = x.view(-1, group).ne(0).any(1)
+    moved = moved.repeat_interleave(group)
+    whitened = (x - mean) / (deviation + 1e-4)
+    return torch.where(known & moved, whitened, 0)
 
 
 # (rewards (F, S), their weights (F,), advantage, group, length (S,)) -> (S,); TRL's names

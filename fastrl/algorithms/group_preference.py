@@ -69,7 +69,8 @@ def _all(reward: Tensor) -> Tensor:
 # --- pairs ------------------------------------------------------------------------------------------
 def _extremes(reward: Tensor) -> Tensor:
     """The best and the worst completion of each prompt, the first of equals."""
-    best, worst = reward.nan_to_num(-torch.inf).argmax(1), reward.nan_to_num(torch.inf).argmin(1)
+    best = reward.nan_to_num(-torch.inf).argmax(1)
+    worst = reward.nan_to_num(torch.inf).argmin(1)
     return torch.stack([best, worst], 1)
 
 
@@ -121,7 +122,8 @@ class OnlinePairs:
         s, reward = compared.scores, compared.reward
         prompt, chosen, rejected = self._better(reward).nonzero().unbind(1)
         sides = torch.stack([chosen, rejected], 1)
-        at = (prompt[:, None] * reward.shape[1] + sides).flatten()
+        first = prompt[:, None] * reward.shape[1]
+        at = (first + sides).flatten()
         good = torch.arange(len(at), device=at.device) % 2 == 0
         return Scores(s.score[at], s.logp[at], s.length[at], good, s.weight[at])
 
@@ -164,8 +166,13 @@ class Listwise:
         return torch.cat([counts, kl.view(1)])
 
     def merge(self, preference: Preference, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        groups, tokens, kl = map(math.fsum, zip(*rows, strict=True)) if rows else (0.0, 0.0, 0.0)
-        return {"num_tokens": tokens} | ({"group_kl": kl / groups} if groups else {})
+        if not rows:
+            return {"num_tokens": 0.0}
+        groups, tokens, kl = map(math.fsum, zip(*rows, strict=True))
+        metrics = {"num_tokens": tokens}
+        if groups:
+            metrics["group_kl"] = kl / groups
+        return metrics
 
     def _choices(self, compared: Compared) -> tuple[Tensor, Tensor, Tensor]:
         """(P, U) targets and (P, U) log p, both 0 where a completion has no reward, and (P,) the groups'
@@ -173,12 +180,15 @@ class Listwise:
         """
         preference, s, reward = compared.preference, compared.scores, compared.reward
         known, beta = ~reward.isnan(), preference.params["beta"]
+        score = s.score / s.length if preference.average else s.score
+        score = score.view_as(reward)
 
-        score = (s.score / s.length if preference.average else s.score).view_as(reward)
-        log_p = torch.where(known, beta * score, -torch.inf).log_softmax(1)
-        target = torch.where(known, reward.double() / self.tau, -torch.inf).softmax(1)
-        weight = torch.where(known, s.weight.view_as(reward), 0).amax(1)
-        return target.to(score.dtype), torch.where(known, log_p, 0), weight
+        logits = torch.where(known, beta * score, -torch.inf)
+        log_p = torch.where(known, logits.log_softmax(1), 0)
+        wanted = torch.where(known, reward.double() / self.tau, -torch.inf)
+        target = wanted.softmax(1).to(score.dtype)
+        weight = torch.where(known, s.weight.view_as(reward), 0)
+        return target, log_p, weight.amax(1)
 
 
 # --- the row ----------------------------------------------------------------------------------------
@@ -237,8 +247,10 @@ class GroupPreference(WithoutKl):
         """The completions' scores and rewards."""
         s = self.preference.scores(tokens)
         assert tokens.cu_seqlens is not None, "scores() has refused that"
-        first = tokens.cu_seqlens[:-1].long().clamp(max=max(tokens.advantage.numel() - 1, 0))
+        last = max(tokens.advantage.numel() - 1, 0)
+        first = tokens.cu_seqlens[:-1].long().clamp(max=last)
         reward = torch.where(s.length > 0, tokens.advantage[first].detach(), torch.nan)
 
         scores = s._replace(length=s.length.clamp_min(1))
-        return Compared(self.preference, scores, reward.view(-1, self.unit), tokens.logp.numel())
+        reward = reward.view(-1, self.unit)
+        return Compared(self.preference, scores, reward, tokens.logp.numel())

@@ -118,7 +118,9 @@ def whiten(x: Tensor, mask: Tensor, total: Sum) -> Tensor:
     live = x[mask].double()
     n, first = total(float(live.numel()), float(live.sum()))
     mean = first / max(n, 1)
-    (squares,) = total(float((live - mean).square().sum()))
+
+    local = (live - mean).square().sum()
+    (squares,) = total(float(local))
     scale = (squares / max(n - 1, 1) + 1e-8) ** -0.5
     return torch.where(mask, (x.double() - mean) * scale, 0).to(x.dtype)
 

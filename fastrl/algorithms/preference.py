@@ -137,7 +137,10 @@ class Preference(WithoutKl):
         score = score / s.length if self.average else score
         sides = score.view(-1, 2).unbind(1) if self.paired else (score, s.good)
         value = self.rule(*sides, **self.params)
-        return value - self.nll * (s.logp / s.length)[:: self.unit] if self.nll else value
+        if not self.nll:
+            return value
+        chosen = (s.logp / s.length)[:: self.unit]
+        return value - self.nll * chosen
 
     def scores(self, tokens: Tokens) -> Scores:
         """The sequences' sums, taken in float64: a difference of long sums loses no digits."""
@@ -179,14 +182,20 @@ class Preference(WithoutKl):
 
     def sums(self, s: Scores, token_entropy: Tensor | None) -> Tensor:
         """`measure` from the sequences' scores and the entropy of each of their tokens."""
-        reward = self.params["beta"] * (s.score / s.length if self.average else s.score)
-        sides = reward.view(-1, 2).unbind(1) if self.paired else (reward.new_zeros(0), reward.new_zeros(0))
+        score = s.score / s.length if self.average else s.score
+        reward = self.params["beta"] * score
+        accurate = s.length.new_zeros(())
+        if self.paired:
+            chosen, rejected = reward.view(-1, 2).unbind(1)
+            accurate = (chosen > rejected).sum()
+
         entropy = s.logp.new_zeros(()) if token_entropy is None else token_entropy.sum()
         nll = torch.where(s.good, -s.logp / s.length, 0).sum()
         units = s.length.new_tensor(s.length.numel() // self.unit)
-        out = [units, s.length.sum(), entropy, nll, (sides[0] > sides[1]).sum()]
+        out = [units, s.length.sum(), entropy, nll, accurate]
         for side in (s.good, ~s.good):
-            out += [side.sum(), torch.where(side, reward, 0).sum(), torch.where(side, s.logp, 0).sum()]
+            rewards, logps = torch.where(side, reward, 0), torch.where(side, s.logp, 0)
+            out += [side.sum(), rewards.sum(), logps.sum()]
         return torch.stack([x.double() for x in out])
 
     def merge(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:

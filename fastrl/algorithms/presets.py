@@ -67,7 +67,8 @@ _SAME: Columns = {}
 _TOKENS: Columns = {"aggregate": token_mean}
 _DUAL, _DAPO = clip(0.2, 0.2, 3.0), clip(0.2, 0.28, 10.0)
 _EPS6, _LOO = _advantage("zscore", eps=1e-6), _advantage("leave_one_out_zscore")
-SEMANTICS: dict[str, dict[str, Columns]] = {  # preset -> row that its trainer has -> the columns it changes
+# preset -> row that its trainer has -> the columns it changes
+SEMANTICS: dict[str, dict[str, Columns]] = {
     "trl": {
         **dict.fromkeys(
             (
@@ -112,9 +113,8 @@ SEMANTICS: dict[str, dict[str, Columns]] = {  # preset -> row that its trainer h
         "reinforce++_baseline": _advantage("center_whiten", ddof=0),
     },
 }
-KL: dict[
-    str, dict[str, str]
-] = {  # preset -> estimator that its trainer has -> the one that does what it does
+# preset -> estimator that its trainer has -> ours that does the same
+KL: dict[str, dict[str, str]] = {
     "trl": {"k3": "k3", "k3_is": "k3_is"},
     "verl": {"k1": "k1", "k2": "k2", "abs": "abs", "k3": "k3_cut", "k3+": "k3+"},
     "nemo": {"k3": "k3+_cut"},
@@ -122,8 +122,8 @@ KL: dict[
 
 
 def columns(semantics: str, name: str) -> Columns:
-    """What a preset changes of the row `name`.  Raises UserError for no preset, and for a row that its
-    trainer does not have.
+    """The columns of the row `name` that a preset changes.  Raises UserError for an unknown preset, and for a
+    row that its trainer does not have.
     """
     if semantics == "paper":
         return {}
@@ -138,8 +138,8 @@ def columns(semantics: str, name: str) -> Columns:
 
 
 def estimator(semantics: str, name: str) -> str:
-    """The KL estimator that a preset has for `name`.  Raises UserError for one that its trainer does not
-    have.
+    """Our KL estimator that does what a preset's trainer does under `name`.  Raises UserError if that trainer
+    has none of this name.
     """
     known = KL.get(semantics, {name: name})
     if name not in known:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import typing
@@ -69,7 +70,8 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: boo
 
     offered = _offered(cls, rest, values)
     command = _command(cls, offered)
-    default = _build(command, {_last(path): value for path, value in values.items()}, missing=tyro.MISSING)
+    by_field = {_last(path): value for path, value in values.items()}
+    default = _build(command, by_field, missing=tyro.MISSING)
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -210,10 +212,14 @@ def _offered(cls: type, rest: Sequence[str], values: Mapping[str, object]) -> Ro
     if not issubclass(cls, WithAlgorithm):
         return {}
     every = cls.all_row_options()
-    given = {_last(path) for path in [*values, *(arg[2:].partition("=")[0] for arg in rest)]}
+    typed = [arg[2:].partition("=")[0] for arg in rest]
+    given = {_last(path) for path in [*values, *typed]}
+    offered = {option: every[option] for option in every if option in given}
+
     named = _value_of("--algorithm", rest) or values.get("algorithm")
-    of_row = {} if named is None else cls.options_of(str(named))
-    return {**of_row, **{option: every[option] for option in every if option in given}}
+    if named is not None:
+        offered |= cls.options_of(str(named))
+    return offered
 
 
 def _value_of(option: str, rest: Sequence[str]) -> str | None:
@@ -259,7 +265,7 @@ def _metavar(kind: Any) -> str:
 
 def _about(cls: type, schema: Schema, prog: str) -> str:
     """What stands above the options in --help."""
-    parts = [cls.__doc__ or ""]
+    parts = [inspect.cleandoc(cls.__doc__ or "")]
     if issubclass(cls, WithAlgorithm) and cls.rows:
         parts.append(
             f"Options of single algorithms are shown by {prog} --algorithm NAME --help, and are written "

@@ -21,8 +21,11 @@ class Optim:
     clip: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradient."""
     beta2: float = 0.95
+    """Decay of its running mean of the squared gradient."""
     eps: float = 1e-8
+    """Added to the root of the latter, in the divisor."""
     weight_decay: float = 0.0
     """Decoupled; applied to matrices only."""
 
@@ -34,9 +37,11 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits, in sampling and in the loss."""
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """Sample from the k most likely tokens; 0 keeps the whole vocabulary."""
     top_p: float = 1.0
+    """Sample from the fewest tokens with at least this probability together; 1 keeps all."""
     min_p: float = 0.0
+    """Drop tokens below this share of the most likely token's probability; 0 keeps all."""
     max_tokens_in_flight: int = 262144
     """Key/value cache budget, in tokens."""
     cache_bytes: int = 0
@@ -58,6 +63,7 @@ class Eval:
     prompts: int = 0
     """Held-out prompts per evaluation; 0 turns evaluation off."""
     split: str = "val"
+    """The task's split that is evaluated on."""
     samples: int = 1
     """Completions drawn per prompt at temperature 1, in addition to the greedy one."""
     max_new_tokens: int | None = None

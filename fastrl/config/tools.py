@@ -13,6 +13,7 @@ class Generate:
     """Complete prompts with a trained model."""
 
     model: str
+    """Hugging Face folder."""
     prompts: str = "-"
     """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
     output: str = "-"
@@ -20,13 +21,19 @@ class Generate:
     resume: bool = False
     """Continue the output file of an interrupted run, with the completions it would have had."""
     tokenizer: str | None = None
+    """Hugging Face tokenizer folder; defaults to the model's."""
     n: int = 1
     """Completions of each prompt."""
     max_new_tokens: int = 256
+    """Longest completion, tokens."""
     seed: int = 0
+    """Seed of the sampling noise."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is float32 on CPU and bfloat16 on CUDA."""
     threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
     sampler: Literal["fastrl", "vllm"] = "fastrl"
     """Rollout engine: fastrl's own, or vLLM if it is installed."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -37,13 +44,19 @@ class Evaluate:
     """Accuracy of a model on a task's split, greedy and sampled, with 95% intervals."""
 
     model: str
+    """Hugging Face folder."""
     task: str
+    """Name of a built-in task (see fastrl.tasks), or my_task.py:MyTask."""
     task_options: tuple[str, ...] = ()
     """Options of the task, key=value with values in YAML."""
     split: str = "test"
+    """The task's split."""
     prompts: int = 512
+    """Prompts of the split, from its beginning."""
     samples: int = 4
+    """Completions drawn per prompt at temperature 1, in addition to the greedy one."""
     max_new_tokens: int = 256
+    """Longest completion, tokens."""
     search: Literal["best_of", "vote"] | None = None
     """Select one answer from the samples: that of the highest --reward, or that of most samples (weighted by
     --reward, if given).
@@ -53,7 +66,12 @@ class Evaluate:
     output: str | None = None
     """A .json file for the numbers and every answer."""
     tokenizer: str | None = None
+    """Hugging Face tokenizer folder; defaults to the model's."""
     seed: int = 0
+    """Seed of the sampling noise."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is float32 on CPU and bfloat16 on CUDA."""
     threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from configs import configured
-from runs import REWARDS, write_model
+from runs import REWARDS, decoder, tokenizer, write_model
 
 from fastrl.config import Hybrid, Optim
+from fastrl.methods.hybrid.references import Encoder
 
 
 def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
@@ -28,3 +29,8 @@ def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
         "algorithm": "grpo_dpo",
     }
     return configured(Hybrid, **options | changes)
+
+
+def encoder(config: Hybrid) -> Encoder:
+    """What encodes demonstrations and pairs in these runs."""
+    return Encoder(config, tokenizer(), decoder(max_position_embeddings=48).config)

@@ -280,11 +280,15 @@ def trainer(row: Any, world: World | None = None) -> Learner[Any]:
 
 
 # --- the source -------------------------------------------------------------------------------------
+def baseline(policy: Any, frozen: Any) -> Baseline:
+    return Baseline(lambda batch: logp_of(policy, batch), lambda batch: logp_of(frozen, batch), 100)
+
+
 def source(name: str, world: World | None = None, count: int = 5, **more: Any) -> Preferences:
-    row, model, other = PREFERENCES[name], decoder(), decoder(seed=1)
+    row, other = PREFERENCES[name], decoder(seed=1)
     made = units(7, single=not row.paired)
     given: dict[str, Any] = {
-        "baseline": Baseline(lambda batch: logp_of(model, batch), lambda batch: logp_of(other, batch), 100),
+        "baseline": baseline(decoder(), other),
         "reference": (lambda indices, batch: logp_of(other, batch)) if row.reference else None,
     }
     return Preferences(
@@ -319,14 +323,13 @@ def test_ktos_baseline_is_of_the_step(monkeypatch):
     """z0 written out: the mean log-ratio over the step's mismatched pairs, and never below 0.
 
     Wrong implementations: the matched pairs' mean, a mean per token, a baseline of one process's share."""
-    it = source("kto")
-    step = it.collect(0, 0)
+    policy, frozen = decoder(), decoder(seed=1)
     made, chosen = units(7, single=True), order(7, 2, 0, 5)
     total = 0.0
     for here, before in zip(chosen, [chosen[-1], *chosen[:-1]], strict=True):
         x, y = made[here][0].sample, made[before][0].sample
         prompt, completion = x.tokens[: x.mask.index(True)], y.tokens[y.mask.index(True) :]
-        for model, sign in ((decoder(), 1), (decoder(seed=1), -1)):
+        for model, sign in ((policy, 1), (frozen, -1)):
             tokens = torch.tensor(prompt + completion)
             logp = (
                 (model(tokens) @ model.head_weight.T)
@@ -335,13 +338,12 @@ def test_ktos_baseline_is_of_the_step(monkeypatch):
                 .squeeze(1)
             )
             total += sign * logp[len(prompt) - 1 :].sum().item()
-    turned = -1 if total < 0 else 1
-    if turned < 0:  # the other model is the likelier one: swap them
-        it = source("kto", policy=it.frozen, frozen=it.policy)
-        step = it.collect(0, 0)
+    if total < 0:  # the other model is the likelier one: swap them
+        policy, frozen = frozen, policy
+    step = source("kto", baseline=baseline(policy, frozen)).collect(0, 0)
     assert step.metrics["kl"] == pytest.approx(abs(total) / 5, rel=1e-5) and step.metrics["kl"] > 0.01
     assert step.batches[0].baseline.unique().tolist() == pytest.approx([step.metrics["kl"]])
-    assert source("kto", policy=it.frozen, frozen=it.policy).collect(0, 0).metrics["kl"] == 0.0
+    assert source("kto", baseline=baseline(frozen, policy)).collect(0, 0).metrics["kl"] == 0.0
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "simpo"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fusion_runs import fusion
+from fusion_runs import encoder, fusion
 from runs import assert_same_run, dpo, grpo, lines, state, straight_and_resumed, tokenizer, write_model
 
 import fastrl.run.session
@@ -137,7 +137,7 @@ def test_a_dataset_with_pairs(tmp_path):
         "steps": 1,
     }
     config = fusion(tmp_path, dataset=write(tmp_path, ROWS), algorithm="grpo_pairs", **options)
-    items = pairs_of_prompts(config, None, tokenizer(), 48, 31)
+    items = pairs_of_prompts(encoder(config), None)
     (chosen, rejected), (other, none) = items([2, 1])
     spoken = ["".join(tokenizer().convert_ids_to_tokens(x.tokens)[:-1]) for x in (chosen, rejected, other)]
     assert (
@@ -179,7 +179,7 @@ def test_a_dataset_with_pairs(tmp_path):
 )
 def test_a_line_that_cannot_be_used_is_named(row, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        pairs_of_prompts(fusion(tmp_path, dataset=write(tmp_path, [row])), None, tokenizer(), 48, 31)
+        pairs_of_prompts(encoder(fusion(tmp_path, dataset=write(tmp_path, [row]))), None)
 
 
 def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
         match="--pair-dataset: expected a file of pairs, because task cards has no wrong answers; got none",
     ):
         train(fusion(tmp_path))
-    items = pairs_of_prompts(Hybrid(model="m"), Some(k=2), tokenizer(), 48, 31)
+    items = pairs_of_prompts(encoder(Hybrid(model="m")), Some(k=2))
     assert [[x is not None for x in pair] for pair in items([0, 1, 2])] == [
         [True, False],
         [False, False],
@@ -212,7 +212,7 @@ def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="--task: bare has no wrong answers beside its demonstrations; give a --dataset"
     ):
-        pairs_of_prompts(Hybrid(model="m"), bare, tokenizer(), 48, 31)
+        pairs_of_prompts(encoder(Hybrid(model="m")), bare)
 
 
 def test_a_dry_run_shows_the_configuration(capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from configs import configured
+from fusion_runs import encoder
 from runs import assert_same_run, lines, straight_and_resumed, tokenizer, write_model
 
 import fastrl.trainer
@@ -92,7 +93,7 @@ def test_a_dataset_with_completions(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = hybrid(tmp_path, task=None, task_options=(), dataset=str(data))
-    items = demonstrations_of_prompts(config, None, tokenizer(), 48, 31)
+    items = demonstrations_of_prompts(encoder(config), None)
     found = items([5, 1, 0])
     spoken = tokenizer().convert_ids_to_tokens(found[0].tokens)
     assert (
@@ -112,7 +113,7 @@ def test_a_dataset_with_completions(tmp_path):
     assert lines(tmp_path / "run")[-1]["hybrid/demonstrated"] == pytest.approx(5 / 6)
     data.write_text('{"prompt": "7"}\n')
     with pytest.raises(UserError, match="expected a completion column, the demonstrations, got prompt"):
-        demonstrations_of_prompts(config, None, tokenizer(), 48, 31)
+        demonstrations_of_prompts(encoder(config), None)
 
 
 def _saved(folder: Path) -> Path:
@@ -126,10 +127,10 @@ def test_a_task_without_a_demonstration_for_a_prompt():
             e = Cards.example(self, split, index)
             return Example(prompt=e.prompt, demo=None if index == 1 else e.demo, fields=e.fields)
 
-    items = demonstrations_of_prompts(Hybrid(model="m"), Some(k=2), tokenizer(), 48, 31)
+    items = demonstrations_of_prompts(encoder(Hybrid(model="m")), Some(k=2))
     assert [x is None for x in items([0, 1, 2])] == [False, True, False]
     with pytest.raises(UserError, match="--task or --dataset: expected one of them"):
-        demonstrations_of_prompts(Hybrid(model="m"), None, tokenizer(), 48, 31)
+        demonstrations_of_prompts(encoder(Hybrid(model="m")), None)
 
 
 def test_a_dry_run_shows_the_configuration(capsys):

@@ -148,7 +148,7 @@ def test_the_policys_start_reads_as_the_policy_does(tmp_path):
     tokenizer().save_pretrained(words)
     run = set_up(joint(tmp_path, model=str(model), tokenizer=str(words)))
     with run.log:
-        assert run.learner.judge.model.tokenizer is run.tokenizer
+        assert run.learner.judge.model.tokenizer is run.context.tokenizer
 
 
 def test_completions_that_fill_the_context(tmp_path):

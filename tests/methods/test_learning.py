@@ -149,7 +149,9 @@ def test_what_was_done_is_not_done_again(tmp_path, monkeypatch):
     method = learning.Method(
         "grpo", "cards_grpo", ("--steps", "3"), measure=lambda checkpoint, run, seed: {"at": checkpoint.name}
     )
-    with pytest.raises(UserError, match="seed1: stopped before step 3; the same command goes on"):
+    with pytest.raises(
+        UserError, match="seed1: stopped before step 3; run the same command again to continue"
+    ):
         learning.train("grpo", method, 1, ["--model", "m"], tmp_path)
     assert not list(tmp_path.rglob(RESULT))
     for _ in range(2):
