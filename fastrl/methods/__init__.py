@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastrl.config.run import Run
-    from fastrl.methods.method import Method
+    from fastrl.methods.method import AnyMethod
 
 METHODS = {  # command -> (its options, its method)
     "sft": ("fastrl.config.sft:Sft", "fastrl.methods.sft.method:METHOD"),
@@ -30,9 +30,9 @@ def options_of(command: str) -> type[Run]:
     return options
 
 
-def method_of(command: str) -> Method[Any, Any, Any]:
+def method_of(command: str) -> AnyMethod:
     """A command's method."""
-    method: Method[Any, Any, Any] = _load(METHODS[command][1])
+    method: AnyMethod = _load(METHODS[command][1])
     return method
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,11 @@ class Method(Generic[C, A, M]):
     metrics: tuple[Metric, ...]
     sampling: Callable[[C], tuple[str, Sampling]] = unsampled
     held_out: bool = False
+
+
+# What holds for every command, such as the trainer, works with these.
+AnyMethod: TypeAlias = Method[Any, Any, Any]
+AnyContext: TypeAlias = Context[Any, Any, Any]
 
 
 def arithmetic(config: Run) -> contextlib.AbstractContextManager[None]:

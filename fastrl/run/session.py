@@ -22,7 +22,7 @@ from fastrl.config.parse import dump
 from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines
 from fastrl.methods import command_of, method_of
-from fastrl.methods.method import Context, Method, Origin
+from fastrl.methods.method import AnyContext, AnyMethod, Context, Origin
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World, init_world
@@ -47,8 +47,8 @@ class Session:
     max_new_tokens  longest completion of an evaluation, unless --eval.max-new-tokens says otherwise
     """
 
-    method: Method[Any, Any, Any]
-    context: Context[Any, Any, Any]
+    method: AnyMethod
+    context: AnyContext
     learner: Trainable[Any]
     source: Source[Any]
     log: RunLog
@@ -164,7 +164,7 @@ def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[s
     return state, meta
 
 
-def _context(config: Run, method: Method[Any, Any, Any], folder: str, world: World) -> Context[Any, Any, Any]:
+def _context(config: Run, method: AnyMethod, folder: str, world: World) -> AnyContext:
     """Model, tokenizer, task and sampler of the run, from a folder of weights."""
     algorithm = method.choose(config)
     device, dtype = resolve_device(config.device, config.dtype)
@@ -213,7 +213,7 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
     return log
 
 
-def _check(config: Run, method: Method[Any, Any, Any]) -> None:
+def _check(config: Run, method: AnyMethod) -> None:
     require("--steps", config.steps, config.steps >= 0, "0 or more")
     require("--prompts", config.prompts, config.prompts >= 1, "at least 1")
     require("--micro-tokens", config.micro_tokens, config.micro_tokens >= 1, "at least 1")

@@ -100,29 +100,9 @@ def differentiated(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor
 
 
 # --- TRL's GRPO loss --------------------------------------------------------------------------------
-def trl_loss(
-    batch: Batch,
-    logp: Tensor,
-    entropy: Tensor,
-    sampling_per_token_logps: Tensor | None = None,
-    of: Any = None,
-    **settings: Any,
-) -> tuple[Tensor, dict[str, list[float]]]:
-    """GRPOTrainer._compute_loss itself (or that of another class), on a trainer that is only its settings."""
-    given = {
-        "epsilon_low": 0.2,
-        "epsilon_high": 0.2,
-        "beta": 0.0,
-        "importance_sampling_level": "token",
-        "use_vllm": False,
-        "delta": None,
-        "use_bias_correction_kl": False,
-        "entropy_coef": 0.0,
-        "loss_type": "grpo",
-        "off_policy_mask_threshold": None,
-    } | settings
-    metrics: dict[str, list[float]] = defaultdict(list)
-    trainer = SimpleNamespace(
+def trl_trainer(given: dict[str, Any], metrics: dict[str, list[float]], logp: Tensor, entropy: Tensor) -> Any:
+    """A trainer that is only its settings; its model is said to give these log-probs and entropies."""
+    return SimpleNamespace(
         **given,
         top_entropy_quantile=1.0,
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
@@ -152,6 +132,31 @@ def trl_loss(
         ),
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, entropy, None),
     )
+
+
+def trl_loss(
+    batch: Batch,
+    logp: Tensor,
+    entropy: Tensor,
+    sampling_per_token_logps: Tensor | None = None,
+    of: Any = None,
+    **settings: Any,
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """GRPOTrainer._compute_loss itself (or that of another class), on a trainer that is only its settings."""
+    given = {
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "beta": 0.0,
+        "importance_sampling_level": "token",
+        "use_vllm": False,
+        "delta": None,
+        "use_bias_correction_kl": False,
+        "entropy_coef": 0.0,
+        "loss_type": "grpo",
+        "off_policy_mask_threshold": None,
+    } | settings
+    metrics: dict[str, list[float]] = defaultdict(list)
+    trainer = trl_trainer(given, metrics, logp, entropy)
     nothing = torch.zeros(B, 0, dtype=torch.int64)
     inputs = {
         "prompt_ids": nothing,
@@ -163,14 +168,10 @@ def trl_loss(
         "ref_per_token_logps": batch.ref,
         "num_items_in_batch": batch.mask.sum(),
     }
-    inputs |= (
-        {"importance_sampling_ratio": batch.correction * batch.mask + ~batch.mask}
-        if given["use_vllm"]
-        else {}
-    )
-    inputs |= (
-        {} if sampling_per_token_logps is None else {"sampling_per_token_logps": sampling_per_token_logps}
-    )
+    if given["use_vllm"]:
+        inputs["importance_sampling_ratio"] = batch.correction * batch.mask + ~batch.mask
+    if sampling_per_token_logps is not None:
+        inputs["sampling_per_token_logps"] = sampling_per_token_logps
     return (of or GRPOTrainer)._compute_loss(trainer, None, inputs), metrics
 
 

@@ -110,6 +110,24 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
         optim = Optim(lr=1e-2, eps=1e-2, weight_decay=0.1)
         metrics = learner(model, ALGORITHMS["grpo"], optim=optim, world=world).update(step.batches[0], 0)
         found[name] = (metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), step.metrics)
+    done = evaluate(
+        Sampler(decoder(), tokenizer()),
+        Cards(k=2),
+        split="val",
+        prompts=3,
+        samples=2,
+        max_new_tokens=6,
+        world=world,
+    )
+    found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
+    found["joint"] = joint_steps(folder)
+    fastrl.trainer.train(grpo(folder, **RUN))
+    return found | composed(world) | first_steps(folder)
+
+
+def composed(world: World) -> dict[str, Any]:
+    """Steps with a critic, and with demonstrations among the completions."""
+    found: dict[str, Any] = {}
     for critic in ("separate", "shared"):
         made = actor_critic.learner(
             decoder(), actor_critic.row(critic=critic, reward_kl_coef=0.1), 20, world=world
@@ -126,18 +144,11 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
             *gradient(hybrids.learner(model, row, 30, world), step.batches[0]),
             step.metrics,
         )
-    done = evaluate(
-        Sampler(decoder(), tokenizer()),
-        Cards(k=2),
-        split="val",
-        prompts=3,
-        samples=2,
-        max_new_tokens=6,
-        world=world,
-    )
-    found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
-    found["joint"] = joint_steps(folder)
-    fastrl.trainer.train(grpo(folder, **RUN))
+    return found
+
+
+def first_steps(folder: Path) -> dict[str, Any]:
+    """First steps of runs on pairs, on both, and on comparisons."""
     slow: dict[str, Any] = {"optim": Optim(lr=1e-2, eps=1e-2)}
     runs: dict[str, Run] = {
         name: dpo(folder, name, algorithm=name, prompts=5, **slow) for name in PREFERENCES
@@ -149,7 +160,7 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     runs |= {
         name: reward(folder, name, **slow | {"prompts": 5} | options) for name, options in REWARDED.items()
     }
-    return found | {f"first step of {name}": first_step(config) for name, config in runs.items()}
+    return {f"first step of {name}": first_step(config) for name, config in runs.items()}
 
 
 def reward(folder: Path, name: str, **changes: Any) -> Reward:
