@@ -32,9 +32,11 @@ from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.batch.types import Rollouts
 from fastrl.config import Grpo
 from fastrl.errors import UserError
+from fastrl.methods.grpo.groups import has_signal
 from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.prompts import Scorer, load_prompts
-from fastrl.methods.grpo.refill import first_useful, has_signal, next_round_size, round_index
+from fastrl.methods.grpo.refill import first_useful, next_round_size
+from fastrl.methods.grpo.sampling import round_index
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, score, soft_overlong
 from fastrl.sampler import Sampler

@@ -92,6 +92,15 @@ def test_what_is_held_survives_a_checkpoint():
     assert empty.pending == [] and empty.unfinished() is None
 
 
+@pytest.mark.parametrize("tail", ["finish", "cut"])
+def test_groups_that_wait_are_not_dropped(tail):
+    """Wrong implementations: a resumed run without them; completions that nobody asked for in the batch."""
+    carrying = source()
+    carrying.collect(0, 0)
+    with pytest.raises(UserError, match=f"--tail: expected carry, because unfinished groups .*, got {tail}"):
+        source(tail=tail).load_state(carrying.state())
+
+
 def test_what_does_not_go_with_it_is_refused():
     config = Grpo(model="", tail="carry", refill=1)
     with pytest.raises(

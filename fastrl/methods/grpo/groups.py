@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastrl.batch.types import Rollouts
 from fastrl.methods.grpo.prompts import PromptItem
-from fastrl.methods.grpo.refill import has_signal
 from fastrl.parallel.world import World
 from fastrl.report.metric import ratios
 from fastrl.report.metrics import ROLLOUT_METRICS
@@ -142,6 +141,12 @@ def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
     }
     counts = {"samples": float(len(rollouts)), "groups": float(len(table))}
     return counts | {name: float(column.sum()) for name, column in columns.items()}
+
+
+def has_signal(reward: Tensor, group: int) -> Tensor:
+    """(P,) bool: which groups have two different rewards; NaN is none."""
+    table = reward.view(-1, group)
+    return table.nan_to_num(-torch.inf).amax(1) > table.nan_to_num(torch.inf).amin(1)
 
 
 def _mean(total: float, count: float) -> float:

@@ -2,9 +2,7 @@
 batch is full.
 
 Everything here is a pure function of the step's number and of the rewards, so that a resumed run, and any
-number of processes, draw the same prompts with the same noise.  A run with R rounds of refill owns 1 + R
-blocks of prompts and of sequence numbers per step; a round uses the front of its own block, so that no two
-samples of a run have one number.
+number of processes, draw the same prompts with the same noise; see `round_index` of sampling.py.
 """
 
 from __future__ import annotations
@@ -12,9 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 G = TypeVar("G")  # the groups of a round
 
@@ -37,20 +32,9 @@ def fill(
     return drawn, first_useful(flags, prompts)
 
 
-def round_index(step: int, turn: int, refill: int) -> int:
-    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step uses."""
-    return step * (1 + refill) + turn
-
-
 def next_round_size(kept: int, drawn: int, prompts: int) -> int:
     """Prompts of the next round: what is missing over the share kept so far, at most a whole batch."""
     return min(prompts, math.ceil((prompts - kept) * drawn / max(kept, 1)))
-
-
-def has_signal(reward: Tensor, group: int) -> Tensor:
-    """(P,) bool: which groups have two different rewards; NaN is none."""
-    table = reward.view(-1, group)
-    return table.nan_to_num(-torch.inf).amax(1) > table.nan_to_num(torch.inf).amin(1)
 
 
 def first_useful(useful: Sequence[bool], prompts: int) -> list[int]:

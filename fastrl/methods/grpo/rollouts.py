@@ -15,8 +15,8 @@ from torch import Tensor
 from fastrl.algorithms.correction import Correction
 from fastrl.batch.types import Batch
 from fastrl.config import OnPolicy
-from fastrl.methods.grpo.groups import SampledGroups, rollout_metrics
-from fastrl.methods.grpo.refill import fill, has_signal
+from fastrl.methods.grpo.groups import SampledGroups, has_signal, rollout_metrics
+from fastrl.methods.grpo.refill import fill
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.parallel.world import World
 from fastrl.train.source import Metrics, State, Step

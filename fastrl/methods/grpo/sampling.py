@@ -8,10 +8,10 @@ from typing import Any
 
 from fastrl.batch.types import Rollouts
 from fastrl.config import OnPolicy
+from fastrl.errors import UserError
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.partial import PartialRollouts
 from fastrl.methods.grpo.prompts import PromptItem, Prompts
-from fastrl.methods.grpo.refill import round_index
 from fastrl.parallel.device import memory_limited_by
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, soft_overlong
@@ -30,7 +30,7 @@ class GroupSampler:
 
     def __init__(self, config: OnPolicy, sampler: Sampler, prompts: Prompts, world: World) -> None:
         self.config, self.sampler, self.prompts, self.world = config, sampler, prompts, world
-        self.pending = PartialRollouts(config.group)
+        self.pending = PartialRollouts(config.group) if config.tail == "carry" else None
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         self.params = sampling_params(config, prompts)
 
@@ -47,7 +47,7 @@ class GroupSampler:
 
         dialogue = self._dialogue(items)
         rollouts = self._generate(items, (first + share.start) * config.group, version, dialogue)
-        if config.tail == "carry":
+        if self.pending is not None:
             numbers, rollouts = self.pending.sort(rollouts, numbers)
             items, places = [prompts.item(number) for number in numbers], list(range(len(numbers)))
             count = len(numbers)
@@ -58,11 +58,15 @@ class GroupSampler:
 
     def state(self) -> State:
         """The groups that wait for the next step."""
-        return self.pending.state()
+        return {} if self.pending is None else self.pending.state()
 
     def load_state(self, state: State) -> None:
-        """Restore what `state` returned."""
-        self.pending.load_state(state, self.sampler.tokenizer, self.sampler.model.device)
+        """Restore what `state` returned.  Raises UserError where groups wait and --tail would drop them."""
+        if self.pending is not None:
+            self.pending.load_state(state, self.sampler.tokenizer, self.sampler.model.device)
+        elif state:
+            waiting = "carry, because unfinished groups wait in the checkpoint"
+            raise UserError(f"--tail: expected {waiting}, got {self.config.tail}")
 
     def _dialogue(self, items: Sequence[PromptItem]) -> Dialogue | None:
         """What answers the policy's turns, in a task of several."""
@@ -83,7 +87,7 @@ class GroupSampler:
                 weight_version=version,
                 environment=dialogue,
                 tail=self.tail,
-                carried=self.pending.unfinished(),
+                carried=None if self.pending is None else self.pending.unfinished(),
             )
 
     def _score(self, repeated: Sequence[PromptItem], rollouts: Rollouts, dialogue: Dialogue | None) -> Scored:
@@ -99,6 +103,15 @@ class GroupSampler:
             penalty = soft_overlong(lengths, config.max_new_tokens, config.overlong_buffer)
             scored = scored.plus("overlong", penalty)
         return scored
+
+
+def round_index(step: int, turn: int, refill: int) -> int:
+    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step uses.
+
+    A run with R rounds of refill has 1 + R blocks per step; a round uses the front of its own block, so that
+    no two samples of a run have the same number.
+    """
+    return step * (1 + refill) + turn
 
 
 def sampling_params(config: OnPolicy, prompts: Prompts) -> SamplingParams:
