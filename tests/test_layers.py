@@ -32,10 +32,8 @@ FLOORS = (
     ("fastrl.sampler", "fastrl.rewards", "fastrl.train"),
     ("fastrl.methods", "fastrl.search"),
     ("fastrl.run",),
-    ("fastrl.trainer", "fastrl.recipes", "fastrl.integrations"),
-    ("fastrl.pipeline", "fastrl.bench"),
-    ("fastrl.cli",),
-    ("fastrl.__main__",),
+    ("fastrl.trainer", "fastrl.recipes", "fastrl.integrations", "fastrl.cli"),
+    ("fastrl.pipeline", "fastrl.bench", "fastrl.__main__"),
 )
 BESIDE = (  # ops that call another op: (importer, imported); cycles are refused all the same
     ("fastrl.kernels.linear_*", "fastrl.kernels.token_logp"),
