@@ -35,7 +35,7 @@ LEARNER_METRICS = (
 ENTROPY = Metric("entropy", panel="Entropy", label="entropy")
 KL = Metric("kl", panel="KL to the reference", label="KL")
 
-ROLLOUT_METRICS = (  # sums: those of methods/grpo/draw.py
+ROLLOUT_METRICS = (  # sums: those of methods/grpo/groups.py
     Metric(
         "reward",
         parts=Ratio("reward", "known", empty=math.nan),

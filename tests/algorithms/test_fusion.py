@@ -1,7 +1,7 @@
 """Fusions of preferences and reinforcement learning: GRPO beside offline pairs, and pairs among a group's
 members.
 
-tests/helpers/fusions.py restates the equations; on-policy pairs and lists are in test_contrast.py.
+tests/helpers/fusions.py restates the equations; on-policy pairs and lists are in test_group_preference.py.
 """
 
 from __future__ import annotations
