@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import METHODS, decoder, drift, gradient, learner, make_batch, relative
+from runs import METHODS, decoder, drift, gradient, learner, logp, make_batch, relative
 
 from fastrl.batch import prefix
 from fastrl.batch.types import Batch
@@ -65,12 +65,12 @@ def test_loss_and_gradient_are_those_of_whole_sequences(name, method, monkeypatc
     monkeypatch.setattr(prefix, "MAX_TOKENS_PER_SPARED", 1 << 20)
     assert prefix.shared(batch) is not None
     got, g = gradient(learner(model, METHODS[method]), batch)
-    logp = learner(model, METHODS[method]).logp(model, batch)
+    shared = logp(model, batch)
     monkeypatch.setattr(prefix, "MAX_TOKENS_PER_SPARED", NONE)
     expected, h = gradient(learner(model, METHODS[method]), batch)
     assert relative(g, h) < 1e-12
     assert got == pytest.approx(expected, rel=1e-11, abs=1e-13)
-    torch.testing.assert_close(logp, learner(model, METHODS[method]).logp(model, batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shared, logp(model, batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo+kl"])

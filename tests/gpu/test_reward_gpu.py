@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from judging import grads, reward_model, token_groups
-from runs import learner_of, leave_gradient
+from learners import learner_of, leave_gradient
 
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.methods.reward.objective import RewardBatch, ScoreObjective

@@ -13,10 +13,9 @@ from support import tiny_config
 
 from fastrl.algorithms import ALGORITHMS
 from fastrl.batch.types import Batch
-from fastrl.config import Optim
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams
-from fastrl.train.learner import Learner
+from fastrl.train.objective import PolicyObjective, token_logp
 
 PROMPTS = (1, 5, 17, 70, 3, 9)  # tokens
 
@@ -49,17 +48,14 @@ def rollouts_of(model, temperature=0.7, **options):
 
 
 def scores(model, rollouts, micro_tokens, temperature=0.7):
-    """logp (T,) of `Learner.logp`, and logp and entropy (T,) of `Learner.forward`, in micro-batches of at
-    most so many tokens.
+    """logp (T,) of `token_logp`, in micro-batches of at most so many tokens, and logp and entropy (T,) beside
+    the loss.
     """
-    learner = Learner(
-        model, ALGORITHMS["grpo"], Optim(), steps=1, micro_tokens=micro_tokens, temperature=temperature
-    )
     zeros = torch.zeros_like(rollouts.logp)
     columns = {"old_logp": rollouts.logp, "advantage": zeros, "weight": zeros}
     batch = Batch(
         tokens=rollouts.tokens, cu_seqlens=rollouts.cu_seqlens, mask=rollouts.completion_mask, **columns
     )
-    _, stats, _, _ = learner.forward(batch)
+    stats = PolicyObjective(model, ALGORITHMS["grpo"], temperature).score(batch).stats
     shifted = [torch.cat([zeros[:1], x]) for x in (stats.logp, stats.entropy)]
-    return learner.logp(model, batch), *shifted
+    return token_logp(model, batch, micro_tokens=micro_tokens, temperature=temperature), *shifted

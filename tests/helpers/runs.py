@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from configs import configured
 from decoders import decoder as decoder
+from learners import learner_of as learner_of
+from learners import leave_gradient as leave_gradient
 from safetensors.torch import load_file
 from support import tiny_config
 from torch import Tensor
@@ -35,7 +37,6 @@ from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
 from fastrl.train.objective import PolicyObjective, token_logp
-from fastrl.train.optimizer import MasterWeights
 
 # what fastrl.run.log says may differ between two runs of one configuration
 CLOCK = (
@@ -295,25 +296,6 @@ def learner(
     temperature = temperature or (1.0 if algorithm.advantage is None else TEMPERATURE)
     objective = PolicyObjective(model, algorithm, temperature)
     return learner_of(objective, model, micro_tokens=micro_tokens, optim=optim, world=world)
-
-
-def learner_of(
-    objective: Any,
-    model: Any,
-    micro_tokens: int = 10**6,
-    optim: Optim | None = None,
-    world: World | None = None,
-    steps: int = 10,
-    **named: Any,
-) -> Learner[Any]:
-    """A learner of any objective, of a model's parameters."""
-    weights = MasterWeights(model.named_parameters(), optim or Optim(), steps=steps)
-    return Learner(objective, weights, world or World(), micro_tokens, **named)
-
-
-def leave_gradient(trained: Learner[Any], batch: Any) -> dict[str, float]:
-    """Leave a batch's whole gradient in the masters; the step's metrics."""
-    return trained.gradients(trained.objective, batch, trained.weights, trained.world, trained.micro_tokens)
 
 
 def gradient(trained: Learner[Any], batch: Any) -> tuple[dict[str, float], Tensor]:

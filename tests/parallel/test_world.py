@@ -218,7 +218,7 @@ def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torc
             metrics = run.rename([run.learner.update(batch, number) for batch in step.batches])
             weights = [
                 torch.cat([p.detach().flatten() for p in m.parameters()])
-                for m in (run.model, run.learner.judge.model)
+                for m in (run.context.model, run.learner.judge.model)
             ]
             out.append(
                 (metrics | step.metrics, *weights, [g.tokens[0] for g in run.learner.judge.calibration])

@@ -16,7 +16,6 @@ from fastrl.train.optimizer import NotFinite
 from fastrl.train.source import Metrics, State
 
 FOLDER = "reward_model"  # the reward model's, inside a checkpoint
-REPORTED = {"reward_loss": "loss", "reward_grad_norm": "grad_norm", "reward_lr": "learning_rate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,11 @@ class JointLearner:
 
         metrics["reward_groups"] = comparisons.total
         if first["num_tokens"]:
-            metrics |= {name: first[source] for name, source in REPORTED.items()}
+            metrics |= {
+                "reward_loss": first["loss"],
+                "reward_grad_norm": first["grad_norm"],
+                "reward_lr": first["learning_rate"],
+            }
         return metrics
 
     def companions(self) -> Companions:

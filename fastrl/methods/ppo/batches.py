@@ -32,7 +32,6 @@ SPREADS = (
     "values",
     "advantages",
 )  # logged as critic/NAME/mean, max and min over tokens, as in verl
-OF_GROUPS = ("reward_std", "frac_reward_zero_std")  # the std of one sample is meaningless
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +111,9 @@ class PpoRollouts:
         sampled = self.rollouts.collect(step, version)
 
         metrics = sampled.metrics
-        if self.config.group == 1:
-            metrics = {name: x for name, x in metrics.items() if name not in OF_GROUPS}
+        if self.config.group == 1:  # one sample has no standard deviation
+            of_groups = ("reward_std", "frac_reward_zero_std")
+            metrics = {name: x for name, x in metrics.items() if name not in of_groups}
         batches = [ActorCriticBatch(batch, kl_coef) for batch in sampled.batches]
         return Step(batches, metrics, sampled.samples)
 
