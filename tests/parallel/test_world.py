@@ -190,7 +190,7 @@ def first_step(config: Run) -> tuple[dict[str, float], torch.Tensor]:
         metrics = run.learner.update(step.batches[0], 0)
         held_out = run.source.evaluate()[0] if isinstance(run.source, Evaluable) else {}
     return metrics | step.metrics | held_out, torch.cat(
-        [p.detach().flatten() for p in run.model.parameters()]
+        [p.detach().flatten() for p in run.context.model.parameters()]
     )
 
 
