@@ -89,11 +89,8 @@ def _panel(axes: Axes, results: Results, members: Sequence[Row]) -> None:
 
 def _title(results: Results) -> str:
     who = results.identity
-    where = (
-        who["device"]
-        if who["kind"] == "cuda"
-        else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
-    )
+    threads = f"{who['threads']} thread{'s' * (who['threads'] != 1)}"
+    where = who["device"] if who["kind"] == "cuda" else f"{who['device']}, {threads}"
     return (
         f"Times faster than eager PyTorch ({where}, torch {who['packages']['torch']}, "
         f"{who['date'][:10]}); dashed: the measured limit"

@@ -66,7 +66,8 @@ def section(results: Results) -> str:
     """One run as a Markdown table, a line per headline case."""
     who, cuda = results.identity, results.identity["kind"] == "cuda"
     commit = f"commit {(who['commit'] or 'unknown')[:10]}{' with changes' if who['dirty'] else ''}"
-    device = who["device"] if cuda else f"CPU, {who['threads']} thread{'s' * (who['threads'] != 1)}"
+    threads = f"{who['threads']} thread{'s' * (who['threads'] != 1)}"
+    device = who["device"] if cuda else f"{who['device']} ({who['cpu_capability']}), {threads}"
     title = (
         f"**{device}**, torch {who['packages']['torch']}, {who['date'][:10]}, {commit}. More than 1x: "
         "ours is faster."
