@@ -60,6 +60,7 @@ def results(rows=(), **identity) -> ledger.Results:
     who = {
         "kind": "cpu",
         "device": "Some CPU",
+        "cpu_capability": "AVX2",
         "threads": 1,
         "commit": "abc",
         "dirty": False,
@@ -390,12 +391,13 @@ def test_the_block_of_the_page_is_replaced_in_place_and_only_once():
             results_page.replace_block(bad, "x")
 
 
-def test_cpu_figures_are_ratios_and_gpu_figures_name_the_gpu():
+def test_cpu_figures_are_ratios_and_every_figure_names_its_device():
     """Wrong implementations: ratios upside down; a CPU's milliseconds in public; the reference taken for
-    ours.
+    ours; a ratio that holds on one make of CPU without its name.
     """
     cpu = results_page.block([results(ROWS)])
-    assert "3.00x" in cpu and "1.50x (liger)" in cpu and "Some CPU" not in cpu and "| ms |" not in cpu
+    assert "3.00x" in cpu and "1.50x (liger)" in cpu and "| ms |" not in cpu
+    assert "**Some CPU (AVX2), 1 thread**" in cpu
     gpu = results_page.block([results(ROWS, kind="cuda", device="NVIDIA H200")])
     assert "**NVIDIA H200**" in gpu and "| ms |" in gpu and "| 2 |" in gpu
 
