@@ -78,7 +78,7 @@ def _step(run: Session, step: int, saved: Path | None) -> dict[str, float]:
         raise NotFinite(f"{error}; {kept}") from error
 
     run.version += len(data.batches)
-    metrics = data.metrics | run.rename(updates)
+    metrics = data.metrics | run.merge_metrics(updates)
     run.log.step(step + 1, metrics | _pace(metrics, began, sampled))
     run.log.samples(step + 1, data.samples)
     return metrics

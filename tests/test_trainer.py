@@ -200,7 +200,7 @@ def test_a_nan_names_step_metric_and_checkpoint_and_overwrites_nothing(
         else "no checkpoint was written before"
     )
     with pytest.raises(
-        UserError, match=f"^step 6: loss is nan; the weights are those of the step before; {where}$"
+        UserError, match=f"^step 6: loss is nan; the weights are those before this update; {where}$"
     ):
         train(config)
     assert [p.name for p in complete_checkpoints(run)] == (["step_2", "step_4"] if saved else [])

@@ -26,7 +26,7 @@ from fastrl.bench.common import Bench, Case, Cost, Data, Function, cases, peer
 from fastrl.bench.decoders import LETTERS
 from fastrl.config import Grpo, Optim
 from fastrl.methods.grpo.prompts import Prompts
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.parallel.world import World
@@ -111,7 +111,7 @@ class Ours:
         )
         groups = GroupSampler(config, Sampler(self.model, codec), drawn, world)
         shaping = policy_shaping(config, algorithm, world)
-        self.source = Rollouts(config, groups, Scorings(), shaping, world)
+        self.source = RolloutSource(config, groups, ExtraLogProbs(), shaping, world)
         self.step = 0
         self.seconds = {"rollout": 0.0, "update": 0.0}
 

@@ -57,13 +57,15 @@ class Algorithm:
 
     @property
     def level(self) -> Level:
-        """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
+        """What the loss is evaluated on: "token" if any subset of tokens will do, "sequence" if it needs all
+        tokens of a sequence together.
+        """
         by_sequence = self.correction is not None and self.correction.level != "token"
         return "sequence" if self.ratio == "sequence" or self.prepare or by_sequence else "token"
 
     def corrected(self, tokens: Tokens) -> Tokens:
-        """The tokens with their correction.  Where the batch brings none, `tokens.logp` must be the trainer's
-        before any update on the batch.
+        """The tokens with their correction.  If `tokens.correction` is None it is computed here, and
+        `tokens.logp` must be the trainer's from before any update on the batch.
         """
         return tokens if self.correction is None or tokens.correction is not None else self.correction(tokens)
 
@@ -100,7 +102,9 @@ class Algorithm:
 
 
 class HoldsPolicy:
-    """The answers of a row that holds an algorithm for the policy, where they are the algorithm's own."""
+    """A row that contains an algorithm for the policy, and forwards level, KL, correction, loss and metrics
+    to it unless it overrides them.
+    """
 
     __slots__ = ()
     policy: Algorithm

@@ -13,7 +13,7 @@ Level = Literal["token", "sequence"]
 
 
 class Loggable(Protocol):
-    """What decides which metrics a run logs: they are absent without a KL, or without a correction."""
+    """Decides whether a run logs metrics of the KL (kl_coef is not 0) and of the correction (not None)."""
 
     @property
     def kl_coef(self) -> float:
@@ -29,7 +29,9 @@ class Row(Loggable, Protocol):
 
     @property
     def level(self) -> Level:
-        """Whether the loss may be evaluated on any tokens, or needs every token of a sequence at once."""
+        """What the loss is evaluated on: "token" if any subset of tokens will do, "sequence" if it needs all
+        tokens of a sequence together.
+        """
 
     @property
     def needs_reference(self) -> bool:

@@ -89,7 +89,9 @@ class Batch:
     cu_seqlens (S+1,) int32
     mask       (T,)   bool    True where the token counts in the loss; never a sequence's first token
     advantage  (T,)   fp32    1 for supervised tokens
-    old_logp   (T,)   fp32    under the weights that sampled the token, nats; 0 for supervised tokens
+    old_logp   (T,)   fp32    denominator of the ratio, nats: as the sampler recorded it, or, where
+               sampler_logp is set, under the trainer's weights before the batch's first update; 0 for
+               supervised tokens
     weight     (T,)   fp32    the aggregate: what multiplies a token's loss, global denominators inside
     correction (T,)   fp32    importance weight of sampler against trainer, or None for 1
     ref_logp   (T,)   fp32    under the reference model, or None

@@ -38,7 +38,7 @@ class Grpo(GroupRelative):
     """Reinforcement learning from verified rewards: the GRPO family."""
 
     algorithm: AlgorithmChoice = field(default_factory=lambda: AlgorithmChoice("grpo"))
-    """A row of fastrl.algorithms.ALGORITHMS."""
+    """A row of fastrl.algorithms.ALGORITHMS other than sft."""
     refill: int = 0
     """Dynamic sampling: drop groups of equal rewards, and fill the batch in up to this many rounds of further
     prompts.

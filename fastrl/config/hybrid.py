@@ -31,14 +31,14 @@ POLICY: RowOptions = {  # of rows that train the policy's completions by a row o
 SOLVED = RowOption(
     float,
     "A completion with at least this reward solves its prompt; 1 unless given.",
-    Range(lambda x: x == x, "a reward"),
+    Range(lambda x: x == x, "a number that is not NaN"),
 )
 SFT_COEF = RowOption(float, "Weight of the supervised loss; 1 unless given.", NOT_NEGATIVE)
 RL_COEF = RowOption(float, "Weight of the policy loss; 1 unless given.", NOT_NEGATIVE)
 GAMMA = RowOption(
     float,
     "Tokens of demonstrations and pairs are shaped by p / (p + gamma); 0.1 unless given.",
-    Range(lambda x: 1e-8 <= x < float("inf"), "a positive number"),
+    Range(lambda x: 1e-8 <= x < float("inf"), "a number of 1e-8 or more"),
 )
 GROUP_STATISTICS = RowOption(
     Literal["union", "own"],

@@ -17,7 +17,7 @@ class Joint(GroupRelative):
     """
 
     algorithm: AlgorithmChoice = field(default_factory=lambda: AlgorithmChoice("grpo"))
-    """A row of fastrl.algorithms.ALGORITHMS."""
+    """A row of fastrl.algorithms.ALGORITHMS other than sft."""
     reward: tuple[str, ...] = ()
     """The oracle: its verdicts train the reward model, and the policy never sees them.  Defaults to the
     task's verifier.

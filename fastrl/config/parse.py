@@ -70,7 +70,7 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: boo
 
     offered = _offered(cls, rest, values)
     command = _command(cls, offered)
-    by_field = {_last(path): value for path, value in values.items()}
+    by_field = {_without_prefix(path): value for path, value in values.items()}
     default = _build(command, by_field, missing=tyro.MISSING)
     with contextlib.ExitStack() as stack:
         if quiet:
@@ -121,7 +121,7 @@ def _configuration(cls: type[C], values: Mapping[str, Any]) -> C:
     chosen: dict[str, Any] = {}
     if issubclass(cls, WithAlgorithm):
         name = values.get("algorithm", _default(cls, "algorithm").name)
-        options = {_last(path): value for path, value in values.items() if path.startswith(ROW)}
+        options = {_without_prefix(path): value for path, value in values.items() if path.startswith(ROW)}
         set_ones = {option: value for option, value in options.items() if value is not None}
         chosen["algorithm"] = AlgorithmChoice(name, set_ones)
     try:
@@ -156,8 +156,8 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _last(path: str) -> str:
-    """The name of a row's option by its path; other paths as they are."""
+def _without_prefix(path: str) -> str:
+    """A path without `algorithm.` in front; other paths as they are."""
     return path.removeprefix(ROW)
 
 
@@ -213,7 +213,7 @@ def _offered(cls: type, rest: Sequence[str], values: Mapping[str, object]) -> Ro
         return {}
     every = cls.all_row_options()
     typed = [arg[2:].partition("=")[0] for arg in rest]
-    given = {_last(path) for path in [*values, *typed]}
+    given = {_without_prefix(path) for path in [*values, *typed]}
     offered = {option: every[option] for option in every if option in given}
 
     named = _value_of("--algorithm", rest) or values.get("algorithm")

@@ -46,7 +46,9 @@ class Ppo(OnPolicy):
     kl_horizon: int = 10000
     """Completions over which an adapted coefficient can change by a factor of about 1.2."""
     critic: Literal["separate", "shared", "head"] = "separate"
-    """A model of its own, a head on the policy's hidden states that trains them too, or one that does not."""
+    """separate: a model of its own; shared: a head on the policy's hidden states, whose loss also trains the
+    policy's weights; head: such a head, whose loss does not.
+    """
     critic_model: str | None = None
     """Folder the separate critic starts from (a causal language model or a reward model); defaults to the
     policy's weights.

@@ -22,7 +22,7 @@ from fastrl.report.metric import Metric
 from fastrl.sampler import Sampler
 from fastrl.tasks import Task
 from fastrl.train.learner import Gradients, Learner, Trainable, gradients
-from fastrl.train.objective import Objective, token_logp
+from fastrl.train.objective import Objective, batch_logp
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import B, Source
 
@@ -67,7 +67,7 @@ class Context(Generic[C, A, M]):
         optim = self.config.optim if lr is None else replace(self.config.optim, lr=lr)
         named = list(model.named_parameters())
         if head is not None:
-            named += head.named_parameters("beside")
+            named += head.named_parameters("beside")  # apart from the model's names in a checkpoint
         return MasterWeights(named, optim, steps=self.config.steps)
 
     def learner(
@@ -78,10 +78,12 @@ class Context(Generic[C, A, M]):
 
     def logp(self, model: LanguageModel, batch: Batch) -> Tensor:
         """(T,) log-probs of the batch's loss tokens under a model, nats, at the run's temperature."""
-        return token_logp(model, batch, micro_tokens=self.config.micro_tokens, temperature=self.temperature)
+        return batch_logp(model, batch, micro_tokens=self.config.micro_tokens, temperature=self.temperature)
 
-    def start(self) -> LanguageModel:
-        """The model that the run began with, frozen: what a reference is, also after a resume."""
+    def reference_model(self) -> LanguageModel:
+        """A frozen copy of the weights that the run began with (config.model), also after a resume.  Each
+        call loads it anew.
+        """
         config, model = self.config, self.sampler.model
         frozen = load_model(config.model, dtype=model.dtype, device=self.device, seed=config.seed)
         return frozen.requires_grad_(False)
@@ -89,7 +91,11 @@ class Context(Generic[C, A, M]):
 
 @dataclass(frozen=True)
 class Origin(Generic[C, A]):
-    """Where a run's model comes from: a folder of weights, or a config.json for random ones."""
+    """Where a run's model comes from.
+
+    folder  what to load: the checkpoint of a resumed run, else config.model (weights, or a config.json for
+            random ones)
+    """
 
     config: C
     algorithm: A
@@ -124,7 +130,7 @@ class Method(Generic[C, A, M]):
     load      where the model comes from -> the model that is trained
     learner   what trains, and what its optimizers hold
     source    where its batches come from, and the longest completion to expect, tokens
-    metrics   what the command logs; of the learner's numbers nothing else is
+    metrics   what the command logs; any other number the learner returns is dropped
     sampling  options -> a row of SAMPLERS, and its settings
     held_out  whether the source evaluates on data of its own that it holds out (see train.source.Evaluable)
     """
@@ -138,7 +144,7 @@ class Method(Generic[C, A, M]):
     held_out: bool = False
 
 
-# What holds for every command, such as the trainer, works with these.
+# For code that serves every command, such as the trainer.
 AnyMethod: TypeAlias = Method[Any, Any, Any]
 AnyContext: TypeAlias = Context[Any, Any, Any]
 

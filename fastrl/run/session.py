@@ -43,7 +43,7 @@ class Session:
 
     start           the step it began or resumed at
     evaluated       whether the evaluation due at that step is done
-    version         optimizer steps the weights have seen
+    version         updates so far, skipped ones (no loss tokens) included; sampled tokens are stamped with it
     max_new_tokens  longest completion of an evaluation, unless --eval.max-new-tokens says otherwise
     """
 
@@ -84,8 +84,10 @@ class Session:
         found = checkpoint.complete_checkpoints(Path(self.context.config.output_dir))
         return found[-1] if found else None
 
-    def rename(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The learner's metrics of the step's batches as one, under the names this command logs."""
+    def merge_metrics(self, batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """One dict from the metrics of the step's updates, under the names that this command logs; KL and
+        correction metrics are left out where the algorithm has none.
+        """
         algorithm: Loggable = self.context.algorithm
         has: dict[Need, bool] = {
             "reference": bool(algorithm.kl_coef),
@@ -145,7 +147,7 @@ def set_up(config: Run) -> Session:
 def _deterministic() -> None:
     """Two runs give the same bits."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Else each torch.empty is written twice.
+    # Deterministic mode would first fill every torch.empty with NaN.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -242,8 +244,8 @@ def _resume_from(config: Run) -> Path | None:
 
 
 def changed(config: Run) -> dict[str, tuple[str, str]]:
-    """What the run in the configuration's output folder was begun with, and what it is now, of each option
-    that differs, as JSON.
+    """Options that differ from those that the run in config.output_dir began with: name -> (old, new), each
+    as JSON text.
     """
     saved = Path(config.output_dir) / "config.yaml"
     if not saved.is_file():
@@ -254,8 +256,6 @@ def changed(config: Run) -> dict[str, tuple[str, str]]:
 
 
 def _evaluated(folder: Path, step: int) -> bool:
-    """Whether the log of a resumed run has the evaluation of the step it resumes at: it may have been stopped
-    before that was done.
-    """
+    """Whether the log has the evaluation of `step`: a run may stop after saving and before evaluating."""
     rows = (row for _, row in read_json_lines(folder / METRICS))
     return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)

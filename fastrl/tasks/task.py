@@ -15,6 +15,8 @@ Prompt = str | list[Message]
 LogExtra = Callable[[str, list[str]], None]
 LogMetric = Callable[[str, float], None]
 
+TRAIN = "train"  # the split that is trained on
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:

@@ -1,7 +1,7 @@
 """One optimizer step: the gradient of an objective over a batch, then AdamW.
 
-A `Learner` is final.  What is trained is its objective's business (objective.py), how weights move its
-weights' (optimizer.py); a method that trains two models holds two learners.
+A `Learner` is final.  The objective (objective.py) defines the loss, `MasterWeights` (optimizer.py) how the
+weights move.  A method that trains two models holds two learners.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Trainable(Protocol[B_contra]):
     """What the trainer's loop asks of whatever is trained."""
 
     def update(self, batch: B_contra, step: int) -> Metrics:
-        """Take the optimizer step of a batch; `step` sets the learning rate."""
+        """Take one optimizer step on a batch.  `step` is the training step, from 0, which may have several
+        updates; all of them use its learning rate.
+        """
 
     def companions(self) -> Companions:
         """Models trained beside the policy.  A checkpoint saves each in a folder of its own, and a resumed
@@ -90,14 +92,15 @@ class Learner(Generic[B]):
         self.micro_tokens, self.gradients = micro_tokens, gradients
 
     def update(self, batch: B, step: int) -> Metrics:
-        """One optimizer step; `step` sets the learning rate.
+        """Take one optimizer step on `batch`; `step` is the training step, from 0, and sets the learning
+        rate.
 
         Raises:  NotFinite, before any weight is touched, when the loss or the gradient is not finite;
                  UserError when memory runs out.
         """
         try:
             metrics = self.gradients(self.objective, batch, self.weights, self.world, self.micro_tokens)
-            # Where every sample's advantage is 0, AdamW must not step on its momentum alone.
+            # No loss token is left: AdamW must not step on its momentum alone.
             if metrics["num_tokens"] == 0:
                 lr = self.weights.learning_rate(step)
                 return metrics | {"grad_norm": 0.0, "learning_rate": lr}

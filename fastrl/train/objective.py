@@ -53,8 +53,8 @@ class TokenScores:
     stats   (T-1,) log-prob and entropy of each predicted token, nats; 0 where the token does not count
     tokens  the predicted tokens as an algorithm sees them
     rows    (N,) int64: which of the T-1 predicted tokens count in the loss; row t predicts token t + 1
-    hidden  hidden states that predict tokens
-    live    (N,) rows of `hidden` that predict the tokens of `rows`; None where `hidden` is (N, D) already
+    hidden  (T-1, D), one per predicted token; or (N, D), those of `rows`, where a prompt was forwarded once
+    live    (N,) int64 places in `hidden` of the predictions in `rows`; None where `hidden` is (N, D)
     """
 
     loss: Tensor
@@ -79,8 +79,9 @@ class TokenScores:
 def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature: float) -> TokenScores:
     """Run the model over a micro-batch and evaluate the algorithm's loss of its tokens.
 
-    Position t predicts token t + 1, so per-token vectors are shifted by one here and nowhere else.  Prompts
-    that neighbouring sequences share are forwarded once.
+    Position t predicts token t + 1: `rows` index the T-1 predictions, so entry t is of token t + 1 of the
+    batch.  Nothing outside this module and `token_columns` shifts.  Prompts that neighbouring sequences share
+    are forwarded once.
     """
     rows = batch.mask[1:].nonzero().squeeze(1)
     tokens = token_columns(batch, rows)
@@ -122,7 +123,7 @@ def spread(stats: ops.TokenStats, rows: Tensor, like: Tensor) -> ops.TokenStats:
 
 
 @torch.no_grad()
-def token_logp(model: LanguageModel, batch: Batch, *, micro_tokens: int, temperature: float) -> Tensor:
+def batch_logp(model: LanguageModel, batch: Batch, *, micro_tokens: int, temperature: float) -> Tensor:
     """(T,) log-probs of the batch's loss tokens under `model`, nats; 0 elsewhere."""
     out = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
     for samples in plan(batch.cu_seqlens.diff().tolist(), micro_tokens):
@@ -175,7 +176,7 @@ class PolicyObjective:
         return torch.cat([numbers.double(), mismatch(self.algorithm.corrected(tokens))])
 
     def metrics(self, rows: Rows) -> Metrics:
-        """The step's metrics; of a step without tokens the loss alone."""
+        """The step's metrics; for a step without loss tokens only "loss" and "num_tokens"."""
         return merge_policy(rows)
 
 

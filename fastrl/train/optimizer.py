@@ -16,8 +16,8 @@ from fastrl.config import Optim
 from fastrl.errors import UserError
 from fastrl.train.source import Metrics, State
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
-SHAPES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] after warm-up -> fraction of the peak
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] after warm-up -> fraction of the peak
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
@@ -34,7 +34,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup
 
     progress = min(1.0, (step - optim.warmup) / max(1, steps - optim.warmup))
-    fraction = SHAPES[optim.schedule](progress)
+    fraction = SCHEDULES[optim.schedule](progress)
     return optim.lr * (optim.floor + (1 - optim.floor) * fraction)
 
 
@@ -68,7 +68,8 @@ class MasterWeights:
         )
 
     def step(self, step: int, loss: float) -> Metrics:
-        """Clip the gradient in the masters and take AdamW's step; `step` sets the learning rate.
+        """Clip the gradient in the masters and take AdamW's step, at the learning rate of training step
+        `step`.
 
         Raises:  NotFinite, before any weight is touched, when the loss or the gradient is not finite.
         """
@@ -78,7 +79,7 @@ class MasterWeights:
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not math.isfinite(value):
                 raise NotFinite(
-                    f"step {step + 1}: {name} is {value}; the weights are those of the step before"
+                    f"step {step + 1}: {name} is {value}; the weights are those before this update"
                 )
         if self.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
@@ -129,7 +130,7 @@ class MasterWeights:
             with torch.no_grad():
                 master.copy_(exact)
 
-            keys = [key for key in MOMENTS if f"{key}.{name}" in state]
+            keys = [key for key in ADAMW_STATE if f"{key}.{name}" in state]
             if keys:
                 self.optimizer.state[master] = {key: state[f"{key}.{name}"].to(master.device) for key in keys}
         self.publish()

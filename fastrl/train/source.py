@@ -1,6 +1,7 @@
 """Where a training step's data comes from: the protocol of a source, and the order in which items are drawn.
 
-A source is a pure function of the step number: prompts come from a seeded permutation, and sampling noise is
+What a source draws depends on the step's number, the weights, and the state that it keeps in the checkpoint
+(unfinished groups under --tail carry) alone: prompts come from a seeded permutation, and sampling noise is
 keyed by the sequence's number.  A resumed run therefore sees what an uninterrupted one would have seen, and R
 processes see what one would.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 B = TypeVar("B")  # one optimizer step's batch
 Metrics = dict[str, float]
-Sample = dict[str, object]  # a line of samples.jsonl
+LoggedSample = dict[str, object]  # a line of samples.jsonl
 State = dict[str, Tensor]  # what a checkpoint keeps, by name
 
 
@@ -41,7 +42,7 @@ class Step(Generic[B]):
 
     batches: list[B]
     metrics: Metrics = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[LoggedSample] = field(default_factory=list)
 
 
 class Source(Protocol[B]):
@@ -61,5 +62,5 @@ class Source(Protocol[B]):
 class Evaluable(Protocol):
     """A source that holds some of its data out and evaluates on it."""
 
-    def evaluate(self) -> tuple[Metrics, dict[str, object], list[Sample]]:
+    def evaluate(self) -> tuple[Metrics, dict[str, object], list[LoggedSample]]:
         """Metrics of the held-out data, under eval/; a table for the report; a few samples."""

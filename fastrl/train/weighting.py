@@ -1,6 +1,4 @@
-"""From a batch to one that an optimizer step can take: weights, corrections, and without the samples that
-cannot move it.
-"""
+"""The token weights and importance weights (`weight` and `correction` of a batch) of an optimizer step."""
 
 from __future__ import annotations
 

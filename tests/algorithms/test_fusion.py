@@ -42,7 +42,7 @@ from fastrl.errors import UserError
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
 from fastrl.methods.hybrid.options import check_mixture
-from fastrl.methods.hybrid.pair_options import choose_fusion
+from fastrl.methods.hybrid.pair_options import choose_hybrid
 from fastrl.methods.hybrid.pair_options import offline as offline_run
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import order
@@ -259,7 +259,7 @@ def test_members_stay_with_their_prompt():
 
 # --- options ------------------------------------------------------------------------------------------
 def chosen(**changes):
-    return choose_fusion(configured(Hybrid, **{"model": "m"} | changes))
+    return choose_hybrid(configured(Hybrid, **{"model": "m"} | changes))
 
 
 def test_options_change_a_row():

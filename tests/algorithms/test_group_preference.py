@@ -27,7 +27,7 @@ from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid
 from fastrl.errors import UserError
 from fastrl.methods.dpo.objective import UnitObjective
-from fastrl.methods.hybrid.pair_options import choose_fusion
+from fastrl.methods.hybrid.pair_options import choose_hybrid
 
 F64 = torch.float64
 DPO = PREFERENCES["dpo"]
@@ -307,7 +307,7 @@ def test_completions_that_do_not_count_are_compared_with_none():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preference": "ld_dpo"}, "--preference: ld_dpo weighs a token by the other side of its pair"),
+        ({"preference": "ld_dpo"}, "--preference: expected a loss whose token weights .*, got ld_dpo"),
         ({"preference": "kto"}, "--preference: expected a loss of pairs .*, got kto"),
         (
             {"preference": "simpo", "anchor": "old"},
@@ -315,7 +315,7 @@ def test_completions_that_do_not_count_are_compared_with_none():
         ),
         (
             {"kl_coef": 0.1},
-            "--kl-coef: online_dpo compares completions with each other, and has no use for it; leave it out",
+            "--kl-coef: expected none with online_dpo, whose loss compares completions, got",
         ),
         ({"rl": "grpo"}, "--rl: online_dpo has no such option; take .*: hpt, .*, luffy_pairs"),
         (
@@ -344,12 +344,12 @@ def test_completions_that_do_not_count_are_compared_with_none():
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_fusion(configured(Hybrid, **{"model": "m", "algorithm": "online_dpo"} | changes))
+        choose_hybrid(configured(Hybrid, **{"model": "m", "algorithm": "online_dpo"} | changes))
 
 
 def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; a group of another size than the run's."""
-    row = choose_fusion(
+    row = choose_hybrid(
         configured(
             Hybrid,
             model="m",
@@ -378,7 +378,7 @@ def test_options_change_a_row():
         6,
     )
     assert not row.needs_reference and FUSIONS["online_dpo"].needs_reference
-    row = choose_fusion(configured(Hybrid, model="m", algorithm="group_softmax_norm", beta=2.0, tau=0.1))
+    row = choose_hybrid(configured(Hybrid, model="m", algorithm="group_softmax_norm", beta=2.0, tau=0.1))
     assert (row.preference.params, row.preference.average, row.comparison.tau, row.group) == (
         {"beta": 2.0},
         True,
@@ -400,4 +400,4 @@ def test_options_change_a_row():
 )
 def test_settings_without_meaning_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_fusion(configured(Hybrid, model="m", algorithm="online_dpo", **changes))
+        choose_hybrid(configured(Hybrid, model="m", algorithm="online_dpo", **changes))

@@ -43,15 +43,15 @@ from fastrl.algorithms.hybrid import (
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
-from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.hybrid.members import weigh_apart
 from fastrl.methods.hybrid.objective import only
-from fastrl.methods.hybrid.options import check_mixture, choose_hybrid
+from fastrl.methods.hybrid.options import check_mixture, choose_mixture
 from fastrl.methods.sft.batches import Demonstrations
 from fastrl.ops import SURROGATES
 from fastrl.parallel.world import World
-from fastrl.train.objective import token_logp
+from fastrl.train.objective import batch_logp
 from fastrl.train.source import order
 
 F64 = torch.float64
@@ -86,7 +86,7 @@ def test_statistics_of_the_completions_alone(scale):
     Wrong implementations: the demonstration in the mean, or in the deviation; a demonstration of a flat group
     divided by epsilon; its place in a group's deviation where it is not there.
     """
-    row = choose_hybrid(
+    row = choose_mixture(
         configured(Hybrid, model="m", algorithm="luffy", group_statistics="own", scale_rewards=scale)
     )
     model = decoder(dtype=F64)
@@ -288,7 +288,7 @@ def test_without_demonstrations_it_is_reinforcement_learning_exactly(name):
     )
     source = mixture(model, row, known=NONE)
     plain = policy_shaping(source.config, base, source.world)
-    other = Rollouts(source.config, source.groups, source.scorings, plain, source.world)
+    other = RolloutSource(source.config, source.groups, source.extra, plain, source.world)
     batches = [s.collect(0, 0).batches[0] for s in (source, other)]
     drift(model, 0.03)
     got, want = (
@@ -388,7 +388,7 @@ def test_metrics_tell_own_tokens_from_others():
     batch = mixture(model, row).collect(0, 0).batches[0]
     trained = learner(model, row, 20)
     metrics = gradient(trained, batch)[0]
-    logp = token_logp(model, batch, micro_tokens=20, temperature=1.0)
+    logp = batch_logp(model, batch, micro_tokens=20, temperature=1.0)
     taught = (batch.kind == SUPERVISED) & batch.mask
     assert (
         metrics["sft_loss"] == metrics["member_nll"] == pytest.approx(-float(logp[taught].mean()), rel=1e-5)
@@ -411,12 +411,12 @@ def test_tokens_of_one_kind_keep_their_sequences():
 
 # --- options ------------------------------------------------------------------------------------------
 def chosen(**changes):
-    return choose_hybrid(configured(Hybrid, **{"model": "m"} | changes))
+    return choose_mixture(configured(Hybrid, **{"model": "m"} | changes))
 
 
 def test_options_change_a_row():
     """Wrong implementations: an option of 0 taken for none; --rl that loses the hybrid's own part."""
-    row = choose_hybrid(
+    row = choose_mixture(
         configured(Hybrid, model="m", algorithm="hpt", gate=0.25, sft_coef=0.0, rl="dapo", kl_coef=0.1)
     )
     assert row.rule.params == {"gate": 0.25, "sft_coef": 0.0} and row.supervised == HYBRIDS["hpt"].supervised
@@ -427,7 +427,7 @@ def test_options_change_a_row():
         "k3",
         0.1,
     )
-    assert choose_hybrid(
+    assert choose_mixture(
         configured(Hybrid, model="m", algorithm="luffy", gamma=0.5)
     ).member.surrogate.params == {"gamma": 0.5}
     assert chosen(algorithm="srft", rl="dr_grpo").policy.prepare == (uncertain,)
@@ -475,10 +475,10 @@ def test_options_that_do_not_go_together_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"refill": 1}, "--refill: expected 0: prompts that no completion solves"),
+        ({"refill": 1}, "--refill: expected 0: it drops the unsolved prompts"),
         ({"tail": "carry"}, "--tail: expected finish or cut, got carry"),
         ({"demo_reward": nan}, "--demo-reward: expected a finite number, got nan"),
-        ({"solved": nan}, "--solved: expected a reward, got nan"),
+        ({"solved": nan}, "--solved: expected a number that is not NaN, got nan"),
         (
             {"multi_objective_aggregation": "normalize_then_sum"},
             "--multi-objective-aggregation: expected sum_then_normalize",

@@ -52,7 +52,7 @@ def test_an_outer_step_is_that_of_the_equations(name, tmp_path):
     """
     learner, it = training(tmp_path, reward_loss=name, center=0.1, calibration=10, optim=PLAIN)
     policy, judge = policy_of(learner), learner.judge.model
-    draw = it.rollouts.groups.round(0, 0, 4, 0)
+    draw = it.rollouts.groups.sample_round(0, 0, 4, 0)
     (batch,) = it.collect(0, 0).batches
     tok, text = tokenizer(), draw.rollouts.text
     read = [[*tok(p + t)["input_ids"], tok.eos_token_id] for (p, _), t in zip(draw.items, text, strict=True)]
@@ -159,7 +159,7 @@ def test_what_is_said_of_the_reward_model_is_from_before_it_learned(tmp_path):
     _, it = training(
         tmp_path, oracle=[0.5, 1.0, 0.0, 0.0, 3.0, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 0.0, 0.0, 1.0, 2.0]
     )
-    draw, m = it.rollouts.groups.round(0, 0, 4, 0), it.collect(0, 0).metrics
+    draw, m = it.rollouts.groups.sample_round(0, 0, 4, 0), it.collect(0, 0).metrics
     proxy, oracle = draw.scored.extra["proxy"], draw.scored.extra["oracle"]
     pairs = [
         (i, j) for i in range(16) for j in range(16) if i // GROUP == j // GROUP and oracle[i] > oracle[j]
@@ -249,7 +249,7 @@ def test_demonstrations_are_in_the_reward_models_groups_alone(tmp_path):
         assert all(text.partition("|")[0] == prompt for text in wrong) and len(right) > len(prompt) + 1
         found = [
             e.demo
-            for e in (run.task.example("train", i) for i in range(run.task.size("train")))
+            for e in (run.context.task.example("train", i) for i in range(run.context.task.size("train")))
             if e.prompt == prompt + "|"
         ]
         assert right.partition("|")[2] in found
@@ -314,7 +314,7 @@ def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
     run = set_up(joint(tmp_path, steps=40, optim=Optim(lr=0.0), reward_lr=2e-2, prompts=8))
 
     def held_out() -> float:
-        draw = run.source.rollouts.groups.round(1000, 0, 32, 0)
+        draw = run.source.rollouts.groups.sample_round(1000, 0, 32, 0)
         proxy, oracle = draw.scored.extra["proxy"], draw.scored.extra["oracle"]
         won = [
             proxy[i] > proxy[j]
@@ -324,7 +324,7 @@ def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
         ]
         return sum(won) / len(won)
 
-    start = flat(list(run.model.parameters()))
+    start = flat(list(run.context.model.parameters()))
     with run.log:
         run.source.collect(0, 0)
         first = held_out()
@@ -333,7 +333,7 @@ def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
                 run.learner.update(batch, step)
         last = held_out()
     assert last > 0.9 > 0.75 > first, (first, last)
-    assert torch.equal(flat(list(run.model.parameters())), start)
+    assert torch.equal(flat(list(run.context.model.parameters())), start)
 
 
 def test_over_optimisation_of_a_frozen_reward_model_and_none_of_a_trained_one():
@@ -411,7 +411,7 @@ def test_what_is_refused_when_the_run_is_built(tmp_path):
     for changes, message in (
         (
             {"offline_share": 0.01},
-            "--offline-share: expected a share that is a group or more of 4 of the policy's, got 0.01",
+            "--offline-share: expected a share that gives at least one offline group beside the 4",
         ),
         (
             {"task": "guess", "task_options": (), "reward": ()} | own,
@@ -419,7 +419,7 @@ def test_what_is_refused_when_the_run_is_built(tmp_path):
         ),
         (
             {"reward_model": str(_steps_model(tmp_path))},
-            "--reward-model: expected one that judges whole completions",
+            "--reward-model: expected a model that scores whole completions, got",
         ),
         (
             {"reward_model": str(tmp_path / "tokenizer")},

@@ -163,7 +163,7 @@ def test_partial_rollouts_and_their_checkpoint_carry_every_column(monkeypatch):
     monkeypatch.setattr(partial, "Rollouts", Planted)
     kept = PartialRollouts(2)
     first = replace(planted([0, 1, 2, 3]), finish_reason=["stop", "unfinished", "stop", "stop"])
-    items, done = kept.sort(first, [7, 8])
+    items, done = kept.take_finished(first, [7, 8])
     assert items == [8] and differing(done, planted([2, 3]), leave=("prompt_index",)) == []
 
     state = kept.state()
@@ -172,7 +172,7 @@ def test_partial_rollouts_and_their_checkpoint_carry_every_column(monkeypatch):
     resumed = PartialRollouts(2)
     resumed.load_state(state, None, torch.device("cpu"))
     (before,), (after,) = kept.pending, resumed.pending
-    assert before.item == after.item == 7 and after.unfinished == [1]
+    assert before.number == after.number == 7 and after.unfinished == [1]
     # a list is encoded by whoever keeps it, as finish_reason is
     assert differing(after.rollouts, before.rollouts, leave=("text", "title")) == []
 
@@ -181,7 +181,7 @@ def test_partial_rollouts_and_their_checkpoint_carry_every_column(monkeypatch):
         isinstance(part, Planted)
         and differing(part, replace(planted([1]), text=None, title=None), leave=("finish_reason",)) == []
     )
-    items, done = resumed.sort(replace(part, finish_reason=["length"], noise=part.noise + 1), [])
+    items, done = resumed.take_finished(replace(part, finish_reason=["length"], noise=part.noise + 1), [])
     assert items == [7] and done.finish_reason == ["stop", "length"]
     expected = planted([0, 1])
     assert done.noise.tolist() == [*expected.noise[:3].tolist(), *(expected.noise[3:] + 1).tolist()]

@@ -31,7 +31,7 @@ from fastrl.errors import UserError
 from fastrl.methods import METHODS, options_of
 from fastrl.methods.dpo.options import choose_preference
 from fastrl.methods.grpo.options import choose_algorithm
-from fastrl.methods.hybrid.pair_options import choose_fusion
+from fastrl.methods.hybrid.pair_options import choose_hybrid
 from fastrl.methods.joint.options import choose_joint
 from fastrl.methods.ppo.options import choose_ppo
 from fastrl.methods.reward.options import choose_reward_loss
@@ -41,7 +41,7 @@ TABLES = {
     Dpo: (choose_preference, PREFERENCES),
     Grpo: (choose_algorithm, ALGORITHMS),
     Ppo: (choose_ppo, PPO),
-    Hybrid: (choose_fusion, HYBRIDS | FUSIONS),
+    Hybrid: (choose_hybrid, HYBRIDS | FUSIONS),
     Joint: (choose_joint, ALGORITHMS),
     Reward: (choose_reward_loss, REWARD_LOSSES),
 }

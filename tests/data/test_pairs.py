@@ -16,7 +16,7 @@ from fastrl.config import Dpo
 from fastrl.data.pairs import LABELLED, PAIRED, encode_units, prompt_of
 from fastrl.data.rows import read_rows
 from fastrl.errors import UserError
-from fastrl.methods.dpo.units import Encoder, load_units
+from fastrl.methods.dpo.units import UnitEncoder, load_units
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
 
@@ -202,7 +202,7 @@ def test_a_dataset_of_the_other_kind(tmp_path):
 def preferences(config: Dpo, task: Any, *, paired: bool) -> Any:
     """What the options name to compare, how much of it, and the longest sequence."""
     shape = SimpleNamespace(max_position_embeddings=48, vocab_size=31)
-    encode = Encoder(config, paired, tokenizer(), shape)
+    encode = UnitEncoder(config, paired, tokenizer(), shape)
     return *load_units(encode, task), encode.longest
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl.algorithms.ppo import PPO, ActorCriticAlgorithm, Coefficient
 from fastrl.config import Optim, Ppo
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.ppo import method
 from fastrl.methods.ppo.batches import Credit, PpoRollouts
@@ -136,9 +136,9 @@ def source(made: ActorCritic, scores: Any = SCORES, **changes: Any) -> PpoRollou
     start = of.reward_kl_coef or of.policy.kl_coef
     coefficient = Coefficient(start, config.kl_target, config.kl_horizon)
     credit = Credit(config, of, made.values, coefficient, world)
-    scorings = Scorings(reference if of.needs_reference else None, plain.scorings.trainer, of.correction)
+    extra = ExtraLogProbs(reference if of.needs_reference else None, plain.extra.trainer, of.correction)
     groups = GroupSampler(config, plain.groups.sampler, plain.groups.prompts, world)
-    rollouts = Rollouts(config, groups, scorings, credit.shaping(), world)
+    rollouts = RolloutSource(config, groups, extra, credit.shaping(), world)
     return PpoRollouts(rollouts, config, bool(of.policy.kl_coef), coefficient)
 
 

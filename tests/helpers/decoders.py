@@ -15,7 +15,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.batch.types import Batch
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams
-from fastrl.train.objective import PolicyObjective, token_logp
+from fastrl.train.objective import PolicyObjective, batch_logp
 
 PROMPTS = (1, 5, 17, 70, 3, 9)  # tokens
 
@@ -48,7 +48,7 @@ def rollouts_of(model, temperature=0.7, **options):
 
 
 def scores(model, rollouts, micro_tokens, temperature=0.7):
-    """logp (T,) of `token_logp`, in micro-batches of at most so many tokens, and logp and entropy (T,) beside
+    """logp (T,) of `batch_logp`, in micro-batches of at most so many tokens, and logp and entropy (T,) beside
     the loss.
     """
     zeros = torch.zeros_like(rollouts.logp)
@@ -58,4 +58,4 @@ def scores(model, rollouts, micro_tokens, temperature=0.7):
     )
     stats = PolicyObjective(model, ALGORITHMS["grpo"], temperature).score(batch).stats
     shifted = [torch.cat([zeros[:1], x]) for x in (stats.logp, stats.entropy)]
-    return token_logp(model, batch, micro_tokens=micro_tokens, temperature=temperature), *shifted
+    return batch_logp(model, batch, micro_tokens=micro_tokens, temperature=temperature), *shifted

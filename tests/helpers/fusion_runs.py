@@ -9,7 +9,7 @@ from configs import configured
 from runs import REWARDS, decoder, tokenizer, write_model
 
 from fastrl.config import Hybrid, Optim
-from fastrl.methods.hybrid.references import Encoder
+from fastrl.methods.hybrid.known import PromptEncoder
 
 
 def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
@@ -31,6 +31,6 @@ def fusion(folder: Path, name: str = "run", **changes: Any) -> Hybrid:
     return configured(Hybrid, **options | changes)
 
 
-def encoder(config: Hybrid) -> Encoder:
+def encoder(config: Hybrid) -> PromptEncoder:
     """What encodes demonstrations and pairs in these runs."""
-    return Encoder(config, tokenizer(), decoder(max_position_embeddings=48).config)
+    return PromptEncoder(config, tokenizer(), decoder(max_position_embeddings=48).config)

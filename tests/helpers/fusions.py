@@ -33,7 +33,7 @@ from fastrl.config import Hybrid
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.methods.dpo.batches import Preferences
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource, Shaping
 from fastrl.methods.hybrid.contrast import Contrast
 from fastrl.methods.hybrid.pairs import PolicyAndPairs
 from fastrl.model.decoder import Decoder
@@ -86,16 +86,16 @@ def sampled(
     scores: Sequence[float],
     config: Hybrid,
     shaping: Shaping | None = None,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
     compared = row.kl_coef or getattr(row, "anchor", "old") == "start"
     policy = getattr(row, "policy", row)
-    scorings = Scorings(reference if compared else None, reference, policy.correction)
+    extra = ExtraLogProbs(reference if compared else None, reference, policy.correction)
     prompts = scored_prompts(scores, config.group)
-    return rollouts_of(config, Sampler(model), prompts, policy, scorings, shaping=shaping)
+    return rollouts_of(config, Sampler(model), prompts, policy, extra, shaping=shaping)
 
 
-def on_policy(model: Decoder, row: Any, scores: Sequence[float], **changes: Any) -> Rollouts:
+def on_policy(model: Decoder, row: Any, scores: Sequence[float], **changes: Any) -> RolloutSource:
     """Rollouts with the policy's own shaping."""
     return sampled(model, row, scores, hybrid_config(**changes))
 
@@ -131,7 +131,7 @@ def members(
     scores: Sequence[float] = SCORES,
     known: Sequence[int] = (0, 2),
     **changes: Any,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts with the pairs of the `known` prompts among them; the second prompt, where it has one, lacks
     the rejected side.
     """
@@ -148,7 +148,7 @@ def members(
 
 def contrasted(
     model: Decoder, row: GroupPreference, scores: Sequence[float] = SCORES, **changes: Any
-) -> Rollouts:
+) -> RolloutSource:
     config = hybrid_config(**changes)
     return sampled(model, row, scores, config, Contrast(config, row, World()).shaping())
 

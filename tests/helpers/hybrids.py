@@ -21,7 +21,7 @@ from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm
 from fastrl.config import Hybrid
 from fastrl.data.encode import Sample
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource, Shaping
 from fastrl.methods.hybrid.members import Joining, Known
 from fastrl.methods.hybrid.objective import HybridObjective
 from fastrl.methods.hybrid.options import DEMO_REWARD, REJECTED_REWARD
@@ -69,7 +69,7 @@ def mixture(
     world: World | None = None,
     reshape: Callable[[Shaping], Shaping] = lambda shaping: shaping,
     **changes: Any,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are, with the demonstrations of the
     `known` prompts.
 
@@ -79,10 +79,10 @@ def mixture(
     members = joining(
         config, row, lambda some: [(demonstration(i) if i in known else None,) for i in some], world
     )
-    scorings = Scorings(reference if row.kl_coef else None, reference, row.policy.correction)
+    extra = ExtraLogProbs(reference if row.kl_coef else None, reference, row.policy.correction)
     shaping = reshape(members.shaping())
     prompts = scored_prompts(scores, config.group)
-    return rollouts_of(config, Sampler(model), prompts, row.policy, scorings, world, shaping)
+    return rollouts_of(config, Sampler(model), prompts, row.policy, extra, world, shaping)
 
 
 def learner(
@@ -160,7 +160,7 @@ def forward(model: Decoder, tokens: Tensor, mask: Tensor, old: Tensor, reward: f
 
 
 def groups(
-    model: Decoder, source: Rollouts, scores: Sequence[float], known: Sequence[int]
+    model: Decoder, source: RolloutSource, scores: Sequence[float], known: Sequence[int]
 ) -> Callable[[], list[Group]]:
     """What the source draws, now; the function gives it under the model's weights as they then are."""
     rollouts = source._sample(0, 0)[0].rollouts

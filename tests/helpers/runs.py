@@ -24,7 +24,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Dpo, Eval, Grpo, Optim, Run, Sft
 from fastrl.data.encode import Sample
 from fastrl.methods.grpo.prompts import Prompts
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource, Shaping
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.sft.batches import Demonstrations
@@ -36,7 +36,7 @@ from fastrl.run.interrupt import Interrupt
 from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
-from fastrl.train.objective import PolicyObjective, token_logp
+from fastrl.train.objective import PolicyObjective, batch_logp
 
 # what fastrl.run.log says may differ between two runs of one configuration
 CLOCK = (
@@ -212,7 +212,7 @@ def on_policy(
     world: World | None = None,
     trainer: Any = reference,
     **changes: Any,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts of `model` for PROMPTS, scored by `scores` whatever they are."""
     options: dict[str, Any] = {
         "model": "",
@@ -225,8 +225,8 @@ def on_policy(
     config = replace(config, sampling=replace(config.sampling, temperature=TEMPERATURE))
 
     prompts = scored_prompts(scores, GROUP)
-    scorings = Scorings(reference if algorithm.kl_coef else None, trainer, algorithm.correction)
-    return rollouts_of(config, Sampler(model), prompts, algorithm, scorings, world or World())
+    extra = ExtraLogProbs(reference if algorithm.kl_coef else None, trainer, algorithm.correction)
+    return rollouts_of(config, Sampler(model), prompts, algorithm, extra, world or World())
 
 
 def rollouts_of(
@@ -234,25 +234,25 @@ def rollouts_of(
     sampler: Any,
     prompts: Prompts,
     algorithm: Algorithm,
-    scorings: Scorings | None = None,
+    extra: ExtraLogProbs | None = None,
     world: World | None = None,
     shaping: Shaping | None = None,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts with the policy's own shaping, or another."""
     world = world or World()
     groups = GroupSampler(config, sampler, prompts, world)
     shaping = shaping or policy_shaping(config, algorithm, world)
-    return Rollouts(config, groups, scorings or Scorings(), shaping, world)
+    return RolloutSource(config, groups, extra or ExtraLogProbs(), shaping, world)
 
 
-def rescore(source: Rollouts, score: Callable[..., Scored]) -> None:
+def rescore(source: RolloutSource, score: Callable[..., Scored]) -> None:
     """Let the source's completions be scored by `score` from now on."""
     source.groups.prompts = replace(source.groups.prompts, score=score)
 
 
 def logp(model: Any, batch: Batch, temperature: float = TEMPERATURE) -> Tensor:
     """(T,) log-probs of the batch's loss tokens under `model`."""
-    return token_logp(model, batch, micro_tokens=20, temperature=temperature)
+    return batch_logp(model, batch, micro_tokens=20, temperature=temperature)
 
 
 def scored_prompts(scores: Sequence[float], group: int) -> Prompts:

@@ -45,7 +45,7 @@ from fastrl.parallel.world import World
 from fastrl.report.plots import Picture
 from fastrl.tasks import Cards
 from fastrl.train.learner import Learner
-from fastrl.train.objective import token_logp
+from fastrl.train.objective import batch_logp
 from fastrl.train.source import order
 from fastrl.trainer import train
 
@@ -271,7 +271,7 @@ def test_only_what_a_run_will_see_is_computed():
 
 def logp_of(model: Any, batch: Any) -> Tensor:
     """(T,) log-probs of the batch's loss tokens under a model."""
-    return token_logp(model, batch, micro_tokens=100, temperature=1.0)
+    return batch_logp(model, batch, micro_tokens=100, temperature=1.0)
 
 
 def trainer(row: Any, world: World | None = None) -> Learner[Any]:

@@ -21,7 +21,7 @@ from fastrl import cli, pipeline
 from fastrl.bench.studies import demo
 from fastrl.config import Eval, Hybrid, Optim
 from fastrl.errors import UserError
-from fastrl.methods.hybrid.references import pairs_of_prompts
+from fastrl.methods.hybrid.known import pairs_of_prompts
 from fastrl.tasks import Cards, Example
 from fastrl.trainer import train
 
@@ -210,7 +210,7 @@ def test_a_task_without_a_pair_for_a_prompt(tmp_path, monkeypatch):
     ]
     bare: Any = SimpleNamespace(name="bare")
     with pytest.raises(
-        UserError, match="--task: bare has no wrong answers beside its demonstrations; give a --dataset"
+        UserError, match=r"--task: expected a task with wrong answers to pair .*, got bare; give a --dataset"
     ):
         pairs_of_prompts(encoder(Hybrid(model="m")), bare)
 

@@ -16,7 +16,7 @@ import fastrl.trainer
 from fastrl import cli
 from fastrl.config import AlgorithmChoice, Eval, Grpo, Hybrid, Optim, Sft
 from fastrl.errors import UserError
-from fastrl.methods.hybrid.references import demonstrations_of_prompts
+from fastrl.methods.hybrid.known import demonstrations_of_prompts
 from fastrl.tasks import Cards, Example
 from fastrl.trainer import train
 

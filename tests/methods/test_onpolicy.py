@@ -36,7 +36,7 @@ from fastrl.methods.grpo.groups import has_signal
 from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.prompts import Scorer, load_prompts
 from fastrl.methods.grpo.refill import first_useful, next_round_size
-from fastrl.methods.grpo.sampling import round_index
+from fastrl.methods.grpo.sampling import prompt_block
 from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, score, soft_overlong
 from fastrl.sampler import Sampler
@@ -114,7 +114,7 @@ def test_several_updates_are_corrected_by_the_weights_before_the_first():
     source = on_policy(model, row, minibatches=3, epochs=2)
     with pytest.raises(ValueError, match="trainer: expected a function of the batch, got None"):
         on_policy(model, row, trainer=None, minibatches=3)
-    source.scorings = replace(source.scorings, trainer=trainer)
+    source.extra = replace(source.extra, trainer=trainer)
     batches = source.collect(0, 0).batches
     assert asked == [12] and len(batches) == 6
     for batch in batches:
@@ -127,7 +127,7 @@ def test_several_updates_are_corrected_by_the_weights_before_the_first():
                 [w if w <= 3 else 0.0] * int(live[a:b].sum()), rel=1e-5
             )
     single = on_policy(model, row)
-    single.scorings = replace(single.scorings, trainer=trainer)
+    single.extra = replace(single.extra, trainer=trainer)
     assert single.collect(0, 0).batches[0].correction is None and asked == [12]
 
 
@@ -156,7 +156,7 @@ def test_rounds_never_share_a_number():
     on the rounds before.
     """
     for refill in (0, 1, 3):
-        blocks = [round_index(step, turn, refill) for step in range(5) for turn in range(1 + refill)]
+        blocks = [prompt_block(step, turn, refill) for step in range(5) for turn in range(1 + refill)]
         assert blocks == list(range(5 * (1 + refill)))
     assert [next_round_size(*x) for x in ((4, 8, 8), (0, 8, 8), (7, 8, 8), (6, 16, 8))] == [8, 8, 2, 6]
     assert first_useful([False, True, True, False, True], 2) == [1, 2] and first_useful([True], 3) == [0]
@@ -288,8 +288,8 @@ def test_overlong_completions():
     )
     rollouts = plain.groups.sampler.generate([PROMPTS[i] for i in order(3, 2, 0, 3)], plain.groups.params)
     punished = soft_overlong(rollouts.lengths.tolist(), BUDGET, 4)
-    draw, step = shaped.groups.round(0, 0, 3, 0), shaped.collect(0, 0)
-    base = plain.groups.round(0, 0, 3, 0).scored.reward
+    draw, step = shaped.groups.sample_round(0, 0, 3, 0), shaped.collect(0, 0)
+    base = plain.groups.sample_round(0, 0, 3, 0).scored.reward
     assert draw.scored.reward == pytest.approx([a + b for a, b in zip(base, punished, strict=True)])
     assert min(punished) == -1 and step.metrics["rewards/overlong/mean"] == pytest.approx(sum(punished) / 12)
     cut = [r == "length" for r in rollouts.finish_reason]

@@ -15,12 +15,12 @@ from fastrl.config import Grpo
 from fastrl.errors import UserError
 from fastrl.methods.grpo.options import check_rollouts
 from fastrl.methods.grpo.partial import PartialRollouts
-from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.rollouts import RolloutSource
 
 LONG = {"tail": "carry", "tail_share": 0.4, "max_new_tokens": 30}
 
 
-def source(**changes: object) -> Rollouts:
+def source(**changes: object) -> RolloutSource:
     return on_policy(decoder(eos_token_id=[3, 4, 5, 6]), ALGORITHMS["rloo"], **LONG | changes)
 
 
@@ -32,7 +32,7 @@ def test_every_completion_is_trained_on_once_and_whole():
     drawn, versions = [], Counter()
     sizes = []
     for step in range(5):
-        draw = carrying.groups.round(step, 0, 3, version=step)
+        draw = carrying.groups.sample_round(step, 0, 3, version=step)
         sizes.append(len(draw.rollouts) // GROUP)
         drawn += list(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
         assert all(r in ("stop", "length") for r in draw.rollouts.finish_reason) and draw.places == list(
@@ -50,7 +50,7 @@ def test_every_completion_is_trained_on_once_and_whole():
     assert sorted([s for s, _ in drawn] + sorted(held)) == list(range(5 * 3 * GROUP))
     whole = {}
     for step in range(5):
-        draw = waiting.groups.round(step, 0, 3, version=step)
+        draw = waiting.groups.sample_round(step, 0, 3, version=step)
         whole |= dict(zip(draw.rollouts.sequence.tolist(), draw.rollouts.completions(), strict=True))
     assert dict(drawn) == {s: whole[s] for s, _ in drawn}, (
         "the weights did not change, so neither did what was drawn"
@@ -73,7 +73,7 @@ def test_what_is_held_survives_a_checkpoint():
     again.load_state(kept.state(), None, torch.device("cpu"))
     for a, b in zip(kept.pending, again.pending, strict=True):
         assert (
-            a.item == b.item
+            a.number == b.number
             and a.rollouts.finish_reason == b.rollouts.finish_reason
             and a.unfinished == b.unfinished
         )

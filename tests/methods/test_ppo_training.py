@@ -88,7 +88,7 @@ def test_the_batch_is_that_of_the_equations(critic, bootstrap):
     it = source(made, scores=range(12), bootstrap=bootstrap, missing_eos_penalty=0.75)
     step = it.collect(0, 0)
     batch = step.batches[0].tokens
-    draw = it.rollouts.groups.round(0, 0, 3, 0)
+    draw = it.rollouts.groups.sample_round(0, 0, 3, 0)
     cut = torch.tensor([r != "stop" for r in draw.rollouts.finish_reason])
     assert 0 < cut.sum() < 12
     cu, mask = batch.cu_seqlens, pad(batch.mask, batch.cu_seqlens).bool()

@@ -15,7 +15,7 @@ from fastrl.config import Grpo, Sft
 from fastrl.data.encode import encode_prompt
 from fastrl.errors import UserError
 from fastrl.methods.grpo.prompts import Scorer, load_prompts
-from fastrl.methods.sft.batches import Encoder, demonstrations
+from fastrl.methods.sft.batches import DemonstrationEncoder, demonstrations
 from fastrl.tasks import Cards, Example, Score
 
 CONTEXT, VOCABULARY = 48, 31
@@ -35,7 +35,7 @@ def write(path: Path, *rows: Any) -> str:
 
 def learn(config: Sft, task: Any = None, context: int = CONTEXT, vocabulary: int = VOCABULARY):
     """What the options name to imitate, how much of it, and the longest sequence."""
-    encode = Encoder(config, tokenizer(), context, vocabulary)
+    encode = DemonstrationEncoder(config, tokenizer(), context, vocabulary)
     return *demonstrations(encode, task), encode.longest
 
 

@@ -32,9 +32,9 @@ from fastrl.batch.types import Batch
 from fastrl.config import Eval, Sft
 from fastrl.data.encode import Sample
 from fastrl.errors import UserError
-from fastrl.methods.sft.batches import Demonstrations, Encoder
+from fastrl.methods.sft.batches import DemonstrationEncoder, Demonstrations
 from fastrl.methods.sft.batches import demonstrations as load_demonstrations
-from fastrl.methods.sft.objective import SmoothedObjective, neftune_noise, noise_key
+from fastrl.methods.sft.objective import SupervisedObjective, neftune_noise, noise_key
 from fastrl.methods.sft.options import choose_supervised
 from fastrl.model.decoder import Decoder
 from fastrl.parallel.world import World
@@ -53,12 +53,12 @@ def no_report(monkeypatch):
 def trained(model: Decoder, micro_tokens: int = 10**6, **options: float) -> Learner[Batch]:
     row = choose_supervised(Sft(model="m", seed=3, **options))
     plain = PolicyObjective(model, row.policy)
-    return learner_of(SmoothedObjective(plain, row) if options else plain, model, micro_tokens)
+    return learner_of(SupervisedObjective(plain, row) if options else plain, model, micro_tokens)
 
 
 def from_config(config: Sft, task: Any = None) -> Any:
     """What the options name to imitate: indices -> samples."""
-    return load_demonstrations(Encoder(config, tokenizer(), 48, 31), task)[0]
+    return load_demonstrations(DemonstrationEncoder(config, tokenizer(), 48, 31), task)[0]
 
 
 def restated(
@@ -223,7 +223,7 @@ def test_weights_come_from_a_column(tmp_path):
         ({"label_smoothing": 1.0}, "--label-smoothing: expected a share in .0, 1., got 1.0"),
         ({"z_loss": -1.0}, "--z-loss: expected a number of 0 or more"),
         ({"neftune_alpha": math.nan}, "--neftune-alpha: expected a number of 0 or more"),
-        ({"sample_weights": True}, "--sample-weights: expected a --dataset with weights, got True"),
+        ({"sample_weights": True}, "--sample-weights: expected a --dataset with a weight column, got none"),
         (
             {"exact": True, "z_loss": 1e-3},
             "--exact: --label-smoothing and --z-loss sum a vocabulary in an order .*; leave one out",

@@ -35,7 +35,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Sft
 from fastrl.config.toy import Toy
 from fastrl.methods.method import Context, Method, language_model
-from fastrl.methods.sft.batches import Demonstrations, Encoder, demonstrations
+from fastrl.methods.sft.batches import Demonstrations, DemonstrationEncoder, demonstrations
 from fastrl.report.metrics import LOGGED
 from fastrl.train.objective import PolicyObjective
 
@@ -51,7 +51,7 @@ def learner(context):
 
 def source(context, learner):
     config, shape = context.config, context.model.config
-    encode = Encoder(
+    encode = DemonstrationEncoder(
         Sft(model=config.model), context.tokenizer, shape.max_position_embeddings, shape.vocab_size
     )
     items, size = demonstrations(encode, context.task)

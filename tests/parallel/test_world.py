@@ -215,7 +215,7 @@ def joint_steps(folder: Path) -> list[tuple[dict[str, float], torch.Tensor, torc
     with run.log:
         for number in range(3):
             step = run.source.collect(number, number)
-            metrics = run.rename([run.learner.update(batch, number) for batch in step.batches])
+            metrics = run.merge_metrics([run.learner.update(batch, number) for batch in step.batches])
             weights = [
                 torch.cat([p.detach().flatten() for p in m.parameters()])
                 for m in (run.context.model, run.learner.judge.model)

@@ -17,7 +17,7 @@ from fastrl.config import Optim
 from fastrl.errors import UserError
 from fastrl.kernels._head import LOGITS_BYTES
 from fastrl.model.decoder import Decoder, Layer
-from fastrl.train.objective import token_logp
+from fastrl.train.objective import batch_logp
 from fastrl.train.optimizer import NotFinite, learning_rate
 
 
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(broken):
     trained.update(batch, 0)
     before = {k: v.clone() for k, v in (model.state_dict() | trained.state()).items()}
     with pytest.raises(
-        NotFinite, match=f"^step 8: {broken(model, batch)}; the weights are those of the step before$"
+        NotFinite, match=f"^step 8: {broken(model, batch)}; the weights are those before this update$"
     ):
         trained.update(batch, 7)
     after = model.state_dict() | trained.state()
@@ -315,9 +315,9 @@ def test_reference_log_probs():
     model, other = decoder(), decoder(seed=1)
     batch = make_batch("grpo+kl+entropy", model)
     assert TEMPERATURE != 1
-    own = token_logp(model, batch, micro_tokens=17, temperature=TEMPERATURE)
+    own = batch_logp(model, batch, micro_tokens=17, temperature=TEMPERATURE)
     assert torch.allclose(own, batch.old_logp, atol=1e-4)
-    theirs = token_logp(other, batch, micro_tokens=10**6, temperature=TEMPERATURE)
+    theirs = batch_logp(other, batch, micro_tokens=10**6, temperature=TEMPERATURE)
     assert (theirs - own)[batch.mask].abs().max() > 0.1
     empty = batch.select([])
-    assert token_logp(other, empty, micro_tokens=10**6, temperature=TEMPERATURE).numel() == 0
+    assert batch_logp(other, empty, micro_tokens=10**6, temperature=TEMPERATURE).numel() == 0

@@ -101,11 +101,13 @@ class Preferences:
         reference: Reference | None = None,
         baseline: Baseline | None = None,
     ) -> None:
-        if algorithm.mismatched and (count < 2 or baseline is None):
+        if algorithm.mismatched and count < 2:
             raise UserError(
                 "--prompts: expected at least 2 to compare each prompt with another's completion, "
                 f"got {count}"
             )
+        if algorithm.mismatched and baseline is None:
+            raise ValueError("baseline: expected a Baseline, because the loss estimates z0; got None")
         self.items, self.size, self.count, self.seed = items, size, count, seed
         self.reference, self.baseline = reference, baseline if algorithm.mismatched else None
         self.device, self.world = device, world

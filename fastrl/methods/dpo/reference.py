@@ -24,7 +24,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Dpo
 from fastrl.data.pairs import Unit
 from fastrl.methods.dpo.batches import Baseline, Items, LogProbs, Preferences, pack_units
-from fastrl.methods.dpo.units import Encoder, load_units
+from fastrl.methods.dpo.units import UnitEncoder, load_units
 from fastrl.methods.method import Context
 from fastrl.model.language import LanguageModel
 from fastrl.parallel.world import World
@@ -45,7 +45,7 @@ def preference_source(
     alike
     """
     config, algorithm = context.config, context.algorithm
-    encode = Encoder(config, algorithm.paired, context.tokenizer, context.model.config)
+    encode = UnitEncoder(config, algorithm.paired, context.tokenizer, context.model.config)
     items, size = load_units(encode, context.task)
 
     build = partial(
@@ -90,7 +90,7 @@ def _frozen_logp(
     @cache
     def frozen() -> LanguageModel:
         # Before the first step the model itself is the reference.
-        return context.model if not live and not config.resume else context.start()
+        return context.model if not live and not config.resume else context.reference_model()
 
     def logp(batch: Batch) -> Tensor:
         with arithmetic(config):

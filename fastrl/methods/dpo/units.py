@@ -12,14 +12,14 @@ from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.files import key_values
 from fastrl.methods.dpo.batches import Items
-from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
+from fastrl.tasks.task import TRAIN
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class UnitEncoder:
     """Turns rows into units of a run, and refuses what its model cannot take."""
 
     config: Dpo
@@ -49,7 +49,7 @@ class Encoder:
         check_budget(length, where, self.config.micro_tokens, "pair" if self.paired else "sequence")
 
 
-def load_units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
+def load_units(encode: UnitEncoder, task: Task | None) -> tuple[Items, int]:
     """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before
     training.
 
@@ -73,7 +73,7 @@ def load_units(encode: Encoder, task: Task | None) -> tuple[Items, int]:
     return _units_of(task, encode, sides), task.size(TRAIN) * sides
 
 
-def _units_of(task: TaskWithMistakes, encode: Encoder, sides: int) -> Items:
+def _units_of(task: TaskWithMistakes, encode: UnitEncoder, sides: int) -> Items:
     """A task's demonstrations against its mistakes; with two `sides` each pair is two labelled examples."""
 
     def items(indices: Sequence[int]) -> list[Unit]:

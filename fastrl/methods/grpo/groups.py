@@ -15,7 +15,7 @@ from fastrl.parallel.world import World
 from fastrl.report.metric import ratios
 from fastrl.report.metrics import ROLLOUT_METRICS
 from fastrl.rewards.functions import Scored
-from fastrl.train.source import Metrics, Sample
+from fastrl.train.source import LoggedSample, Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class SampledGroups:
 
     items     prompt and columns of each completion
     places    each group's place among all groups of the step
-    prompts   prompts drawn by all processes
+    total     groups of all processes: the range of `places`
     numbers   each group's prompt, among all prompts there are
     members   sequences that join the groups without having been sampled, or None (see methods/hybrid)
     """
@@ -33,7 +33,7 @@ class SampledGroups:
     rollouts: Rollouts
     scored: Scored
     places: list[int]
-    prompts: int
+    total: int
     numbers: list[int]
     members: Members | None = None
 
@@ -58,11 +58,11 @@ class SampledGroups:
             rollouts=Rollouts.join([r.rollouts for r in rounds]),
             scored=Scored.join([r.scored for r in rounds]),
             places=places,
-            prompts=sum(r.prompts for r in rounds),
+            total=sum(r.total for r in rounds),
             numbers=numbers,
         )
 
-    def samples(self, group: int) -> list[Sample]:
+    def samples(self, group: int) -> list[LoggedSample]:
         """The first group's completions, at most four, as samples.jsonl has them."""
         scored = self.scored
         columns: dict[str, Sequence[object]] = {
@@ -80,15 +80,16 @@ class SampledGroups:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """What is known of sequences that were not sampled, in groups that have some.
+    """What groups that also hold sequences that were not sampled (demonstrations, chosen or rejected
+    completions) know of each sequence.
 
     kind      (S,) int64, a number of fastrl.algorithms.hybrid.KINDS for each sequence of the groups
-    counts    (S,) fp32, how much the sequence counts
+    coef      (S,) fp32, relative weight of the sequence in the loss; 0 leaves it out
     rewarded  the groups without the supervised sequences, which have no reward
     """
 
     kind: Tensor
-    counts: Tensor
+    coef: Tensor
     rewarded: SampledGroups
 
 
@@ -109,6 +110,7 @@ def rollout_metrics(groups: SampledGroups, group: int, version: int, world: Worl
         sums |= {f"sum/{name}": math.fsum(known), f"count/{name}": float(len(known))}
     total = dict(zip(sums, world.sum(*sums.values()), strict=True))
 
+    # The minimum is -max(-x): `World` has a maximum only.
     ends = (-math.inf,) * 3
     if stale.numel():
         ends = (float(length.max()), -float(length.min()), float(stale.max()))
@@ -124,7 +126,7 @@ def rollout_metrics(groups: SampledGroups, group: int, version: int, world: Worl
 
 
 def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
-    """This process's sums, which ROLLOUT_METRICS name."""
+    """This process's sums and counts, under the keys of ROLLOUT_METRICS."""
     rollouts, reward = groups.rollouts, groups.reward
     table = reward.view(-1, group).double()
     known = ~reward.isnan()
@@ -144,7 +146,7 @@ def _sums(groups: SampledGroups, group: int, stale: Tensor) -> dict[str, float]:
 
 
 def has_signal(reward: Tensor, group: int) -> Tensor:
-    """(P,) bool: which groups have two different rewards; NaN is none."""
+    """(P,) bool: whether each group has at least two different rewards; NaN is ignored."""
     table = reward.view(-1, group)
     return table.nan_to_num(-torch.inf).amax(1) > table.nan_to_num(torch.inf).amin(1)
 

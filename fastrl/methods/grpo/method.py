@@ -9,7 +9,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Grpo, OnPolicy, Sampling
 from fastrl.methods.grpo.options import check_rollouts, choose_algorithm
 from fastrl.methods.grpo.prompts import Prompts, load_prompts
-from fastrl.methods.grpo.rollouts import Rollouts, Scorings, Shaping
+from fastrl.methods.grpo.rollouts import ExtraLogProbs, RolloutSource, Shaping
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.method import Context, Method, language_model
@@ -26,7 +26,7 @@ GrpoContext = Context[Grpo, Algorithm, LanguageModel]
 
 
 def learner(context: GrpoContext) -> Learner[Batch]:
-    """The policy loss."""
+    """A learner that minimises the policy loss."""
     model = context.model
     return context.learner(
         PolicyObjective(model, context.algorithm, context.temperature), context.weights(model)
@@ -34,10 +34,10 @@ def learner(context: GrpoContext) -> Learner[Batch]:
 
 
 def source(context: GrpoContext, learner: Trainable[Batch]) -> tuple[Source[Batch], int]:
-    """Rollouts of the policy."""
+    """The on-policy source, and the longest completion to expect, tokens."""
     config, algorithm = context.config, context.algorithm
     shaping = policy_shaping(config, algorithm, context.world)
-    return rollouts(context, prompts_of(context, algorithm), algorithm, shaping), config.max_new_tokens
+    return rollout_source(context, prompts_of(context, algorithm), algorithm, shaping), config.max_new_tokens
 
 
 def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prompts:
@@ -58,29 +58,29 @@ def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prom
     )
 
 
-def rollouts(
+def rollout_source(
     context: OnPolicyContext[C],
     prompts: Prompts,
     algorithm: Algorithm | None,
     shaping: Shaping,
     *,
     reference: bool | None = None,
-) -> Rollouts:
+) -> RolloutSource:
     """Rollouts of the run's policy.
 
-    algorithm  the policy's part of the method; None where completions are compared with each other
+    algorithm  the policy's part of the method, for its correction; None where the loss compares completions
     reference  whether batches need the reference's log-probs; None asks the method's algorithm
     """
     config = context.config
     needed = context.algorithm.needs_reference if reference is None else reference
-    frozen = context.start() if needed else None
-    scorings = Scorings(
+    frozen = context.reference_model() if needed else None
+    extra = ExtraLogProbs(
         reference=None if frozen is None else lambda batch: context.logp(frozen, batch),
         trainer=lambda batch: context.logp(context.model, batch),
         correction=None if algorithm is None else algorithm.correction,
     )
     groups = GroupSampler(config, context.sampler, prompts, context.world)
-    return Rollouts(config, groups, scorings, shaping, context.world)
+    return RolloutSource(config, groups, extra, shaping, context.world)
 
 
 def sampling(config: OnPolicy) -> tuple[str, Sampling]:

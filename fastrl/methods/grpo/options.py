@@ -1,5 +1,5 @@
-"""From a run's options to an algorithm: the table's row, as a preset has it, with the columns the user
-changed.
+"""From a run's options to an `Algorithm`: the named row of ALGORITHMS, adjusted by --semantics and then by
+the options that are given.
 
 An option that would have no effect, or that contradicts the row, is refused here: if it were ignored, the run
 would train another method than its user believes.
@@ -98,10 +98,11 @@ def _with_advantage(algorithm: Algorithm, config: GroupRelative) -> Algorithm:
 
 
 def _with_bounds(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
-    """--epsilon alone sets both bounds, as in TRL; CISPO has an upper bound only, --epsilon-high, which is
-    absolute.
+    """Clip bounds from --epsilon, --epsilon-high and --delta.
 
-    GMPO's bounds are those of log-ratios, as in its paper, TRL and verl.
+    --epsilon alone sets both bounds, as in TRL.  CISPO has an upper bound only, --epsilon-high, given as the
+    ratio itself rather than as a distance from 1.  GMPO's bounds are those of log-ratios, as in its paper,
+    TRL and verl.
     """
     low, high = config.algorithm.number("epsilon"), config.algorithm.number("epsilon_high")
     cap, surrogate = config.algorithm.number("delta"), algorithm.surrogate
@@ -111,7 +112,7 @@ def _with_bounds(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
     if high is None and "cap" in surrogate.params:
         high = low
 
-    logarithmic = geometric_mean in algorithm.prepare  # it has no cap
+    logarithmic = geometric_mean in algorithm.prepare  # GMPO, which has no --delta
     changes: dict[str, float] = {}
     for option, bound, value in (
         ("--epsilon", "low", low),
@@ -125,7 +126,7 @@ def _with_bounds(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
                 f"{option}: {name} has no such bound; take an algorithm that clips (grpo, dapo, gspo, ...)"
             )
         changes[bound] = value
-    if logarithmic:
+    if logarithmic:  # from bounds of the log-ratio to distances of the ratio from 1
         changes = {key: abs(math.expm1(-x if key == "low" else x)) for key, x in changes.items()}
 
     try:
@@ -164,10 +165,11 @@ def _with_stale_mask(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
 
 
 def check_rollouts(config: OnPolicy, *, least: int = 1, processes: int = 1, turns: bool = False) -> None:
-    """Refuse settings under which the recorded log-prob would not be the policy's, or there is nothing to
-    train on.
+    """Refuse rollout options that are out of range or do not go together.
 
-    least  completions of a prompt that the algorithm needs
+    least      completions of a prompt that the advantage needs
+    processes  how many train together
+    turns      whether the task is a conversation of several turns
     """
     if config.sampling.temperature == 0:
         raise UserError(

@@ -22,9 +22,9 @@ class Decodes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PendingGroup:
-    """A group with unfinished completions: the dataset's item, and its rollouts so far."""
+    """A group with unfinished completions: the prompt's number, and its rollouts so far."""
 
-    item: int
+    number: int
     rollouts: Rollouts
 
     @property
@@ -52,8 +52,9 @@ class PartialRollouts:
         parts = [group.rollouts.select(group.unfinished) for group in self.pending]
         return Rollouts.join(parts)
 
-    def sort(self, drawn: Rollouts, items: Sequence[int]) -> tuple[list[int], Rollouts]:
-        """Return finished groups (pending ones first) and keep unfinished ones for the next step.
+    def take_finished(self, drawn: Rollouts, items: Sequence[int]) -> tuple[list[int], Rollouts]:
+        """Merge resumed sequences into their groups; return the numbers and rollouts of finished groups
+        (those that waited first), and keep the others for the next step.
 
         `drawn` holds the resumed sequences, in the order of `unfinished`, then the new groups of `items`.
         """
@@ -76,7 +77,7 @@ class PartialRollouts:
             # `join` counts on from group to group: each is one prompt of the step
             prompt_index = torch.zeros_like(group.rollouts.prompt_index)
             parts.append(replace(group.rollouts, prompt_index=prompt_index))
-        return [group.item for group in done], Rollouts.join(parts)
+        return [group.number for group in done], Rollouts.join(parts)
 
     def _resumed(self, pending: PendingGroup, drawn: Rollouts, first: int) -> PendingGroup:
         """The group with its unfinished sequences as they are now: from `first` on in `drawn`."""
@@ -87,7 +88,7 @@ class PartialRollouts:
                 sequences.append(drawn.select([places[i]]))
             else:
                 sequences.append(pending.rollouts.select([i]))
-        return PendingGroup(pending.item, Rollouts.join(sequences))
+        return PendingGroup(pending.number, Rollouts.join(sequences))
 
     def state(self) -> dict[str, Tensor]:
         """The pending groups as tensors, for a checkpoint."""
@@ -95,11 +96,11 @@ class PartialRollouts:
             return {}
         rollouts = Rollouts.join([group.rollouts for group in self.pending])
         codes = torch.tensor([REASONS.index(reason) for reason in rollouts.finish_reason])
-        items = torch.tensor([group.item for group in self.pending])
+        items = torch.tensor([group.number for group in self.pending])
         return as_tensors(rollouts) | {"finish": codes, "items": items}
 
     def load_state(self, state: dict[str, Tensor], tokenizer: Decodes | None, device: torch.device) -> None:
-        """What `state` returned."""
+        """Restore what `state` returned."""
         self.pending = []
         if not state:
             return

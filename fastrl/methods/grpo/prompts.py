@@ -20,9 +20,9 @@ from fastrl.rewards.functions import Reward, Scored, load_reward
 from fastrl.rewards.scorer import Scorer
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Conversation, Task, task_reward
+from fastrl.tasks.task import TRAIN
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
-TRAIN = "train"
 VERIFIER = "task"  # the task's verifier among the reward functions
 
 

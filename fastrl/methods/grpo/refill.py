@@ -2,7 +2,7 @@
 batch is full.
 
 Everything here is a pure function of the step's number and of the rewards, so that a resumed run, and any
-number of processes, draw the same prompts with the same noise; see `round_index` of sampling.py.
+number of processes, draw the same prompts with the same noise; see `prompt_block` of sampling.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ def fill(
 ) -> tuple[list[G], list[int]]:
     """Every round of a step, and the places of the groups that make its batch.
 
-    sample(turn, count, before)  groups of `count` prompts; `before` groups were sampled in earlier rounds
-    useful(groups)               which of them, of all processes, teach something
+    sample(index, count, before)  groups of `count` prompts; `before` groups were sampled in earlier rounds
+    useful(groups)                which of them, of all processes, have rewards that differ
+    prompts                       groups that the batch needs
+    rounds                        further rounds after the first, at most
     """
     drawn = [sample(0, prompts, 0)]
     flags = useful(drawn[0])

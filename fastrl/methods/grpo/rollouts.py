@@ -1,6 +1,6 @@
 """On-policy batches: groups of completions, what each earned, and the columns that a loss needs.
 
-`Rollouts` is final.  What another method does differently is its `Shaping`.
+`RolloutSource` is final.  What another method does differently is its `Shaping`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Shaping:
 
 
 @dataclass(frozen=True, slots=True)
-class Scorings:
+class ExtraLogProbs:
     """Log-probs that a batch needs beside those of its sampler.
 
     reference   under the reference model; None where the algorithm compares with none
-    trainer     under the weights as they are: asked for once a step by a correction over several updates
+    trainer     under the weights before the step's first update: called once per step, only if there is a
+                correction and the step has several updates
     correction  what makes up for the sampler's distance from the trainer; None trusts the recorded log-probs
     """
 
@@ -58,20 +59,24 @@ class Scorings:
 
 
 @final
-class Rollouts:
-    """Batches of sampled completions: `config.group` of every prompt, scored, with their credit."""
+class RolloutSource:
+    """The on-policy source: `collect` samples `config.group` completions of every prompt, scores them, and
+    returns a batch for each optimizer step.
+    """
 
     def __init__(
-        self, config: OnPolicy, groups: GroupSampler, scorings: Scorings, shaping: Shaping, world: World
+        self, config: OnPolicy, groups: GroupSampler, extra: ExtraLogProbs, shaping: Shaping, world: World
     ) -> None:
         several = config.minibatches * config.epochs > 1
-        if scorings.correction is not None and scorings.trainer is None and several:
+        if extra.correction is not None and extra.trainer is None and several:
             raise ValueError(
                 "trainer: expected a function of the batch, got None; "
                 "a correction over several updates needs it"
             )
         self.config, self.groups, self.shaping, self.world = config, groups, shaping, world
-        self.scorings = scorings if several else replace(scorings, correction=None)
+        # With one update per step its own forward pass is the trainer's: `Algorithm.corrected` computes the
+        # correction there.
+        self.extra = extra if several else replace(extra, correction=None)
 
     def collect(self, step: int, version: int) -> Step[Batch]:
         """Sample, score and shape the groups of `step`; a batch for each of its optimizer steps."""
@@ -86,7 +91,7 @@ class Rollouts:
 
         metrics = rollout_metrics(sampled, config.group, version, self.world) | extended
         if config.refill:
-            metrics |= {"refill/groups": float(sampled.prompts), "refill/kept": float(len(kept))}
+            metrics |= {"refill/groups": float(sampled.total), "refill/kept": float(len(kept))}
         places = [kept.index(place) for place in local]
         batches = list(self._minibatches(batch, places))
         return Step(batches, metrics | shaped, sampled.samples(config.group))
@@ -103,11 +108,11 @@ class Rollouts:
         """All that was sampled for the step, and the places of the groups that make its batch."""
         config = self.config
         if not config.refill:
-            groups = self.groups.round(step, 0, config.prompts, version)
-            return groups, list(range(groups.prompts))
+            groups = self.groups.sample_round(step, 0, config.prompts, version)
+            return groups, list(range(groups.total))
 
-        def sample(turn: int, count: int, before: int) -> SampledGroups:
-            return self.groups.round(step, turn, count, version, before)
+        def sample(index: int, count: int, before: int) -> SampledGroups:
+            return self.groups.sample_round(step, index, count, version, before)
 
         rounds, kept = fill(sample, self._useful, prompts=config.prompts, rounds=config.refill)
         return SampledGroups.join(rounds), kept
@@ -123,11 +128,11 @@ class Rollouts:
 
         lengths = batch.cu_seqlens.diff().long()
         batch = replace(batch, advantage=torch.repeat_interleave(credit, lengths))
-        if self.scorings.correction is not None:
-            assert self.scorings.trainer is not None
-            batch = correct(batch, self.scorings.correction, self.scorings.trainer(batch))
-        if self.scorings.reference is not None:
-            batch = replace(batch, ref_logp=self.scorings.reference(batch))
+        if self.extra.correction is not None:
+            assert self.extra.trainer is not None
+            batch = correct(batch, self.extra.correction, self.extra.trainer(batch))
+        if self.extra.reference is not None:
+            batch = replace(batch, ref_logp=self.extra.reference(batch))
         return self.shaping.columns(batch, groups, samples, credit)
 
     def _pack(self, groups: SampledGroups, samples: list[int]) -> Batch:
@@ -149,14 +154,16 @@ class Rollouts:
             old_logp=rollouts.logp,
             weight=zeros,
         )
-        # As many samples may still be others, or in another order.
+        # Compare the indices: `samples` may be reordered, or others of the same number.
         return batch if samples == list(range(len(rollouts))) else batch.select(samples)
 
     def _minibatches(self, batch: Batch, places: Sequence[int]) -> Iterator[Batch]:
         """Epochs of minibatches of whole groups, each weighed as one optimizer step and pruned.
 
-        Minibatch k holds every M-th of the step's prompts, of which this process has those at `places`: the
-        same ones for any number of processes, and about as many in each.  (The prompts come shuffled.)
+        places  each local group's place among the kept groups of the step
+
+        Minibatch k takes the groups with place % config.minibatches == k, so it holds the same groups for any
+        number of processes.  The prompts are shuffled already.
         """
         count = self.config.minibatches
         size = len(batch) // max(len(places), 1)

@@ -23,9 +23,9 @@ from fastrl.train.source import State, order
 class GroupSampler:
     """Samples `config.group` completions of every prompt and scores them.
 
-    Prompts come from a seeded permutation, and a sequence's noise is keyed by its number, so a round is a
-    function of step and turn alone.  Groups that are still unfinished wait for the next step where
-    `config.tail` is carry.
+    Prompts come from a seeded permutation, and a sequence's noise is keyed by its number, so which prompts
+    and which noise a round uses follows from its step, its number in the step and `count` alone.  Groups that
+    are still unfinished wait for the next step where `config.tail` is carry.
     """
 
     def __init__(self, config: OnPolicy, sampler: Sampler, prompts: Prompts, world: World) -> None:
@@ -34,10 +34,12 @@ class GroupSampler:
         self.tail = None if config.tail == "finish" else Tail(share=config.tail_share, action=config.tail)
         self.params = sampling_params(config, prompts)
 
-    def round(self, step: int, turn: int, count: int, version: int, before: int = 0) -> SampledGroups:
-        """Round `turn` of a step: this process's share of `count` prompts; `before` groups came before."""
+    def sample_round(self, step: int, index: int, count: int, version: int, before: int = 0) -> SampledGroups:
+        """Refill round `index` of a step (0 is the first sampling): completions of this process's share of
+        `count` prompts, after `before` groups of earlier rounds of the same step.
+        """
         config, prompts = self.config, self.prompts
-        first = round_index(step, turn, config.refill) * config.prompts
+        first = prompt_block(step, index, config.refill) * config.prompts
         share = self.world.share(count)
 
         chosen = order(prompts.size, config.seed, first, count)
@@ -48,7 +50,7 @@ class GroupSampler:
         dialogue = self._dialogue(items)
         rollouts = self._generate(items, (first + share.start) * config.group, version, dialogue)
         if self.pending is not None:
-            numbers, rollouts = self.pending.sort(rollouts, numbers)
+            numbers, rollouts = self.pending.take_finished(rollouts, numbers)
             items, places = [prompts.item(number) for number in numbers], list(range(len(numbers)))
             count = len(numbers)
 
@@ -105,13 +107,13 @@ class GroupSampler:
         return scored
 
 
-def round_index(step: int, turn: int, refill: int) -> int:
-    """The block of prompts, and of prompts x group sequence numbers, that round `turn` of a step uses.
+def prompt_block(step: int, index: int, refill: int) -> int:
+    """The block of prompts, and of prompts x group sequence numbers, that round `index` of a step uses.
 
     A run with R rounds of refill has 1 + R blocks per step; a round uses the front of its own block, so that
     no two samples of a run have the same number.
     """
-    return step * (1 + refill) + turn
+    return step * (1 + refill) + index
 
 
 def sampling_params(config: OnPolicy, prompts: Prompts) -> SamplingParams:

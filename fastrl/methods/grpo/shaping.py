@@ -45,7 +45,10 @@ def no_columns(
 
 
 def prune(batch: Batch) -> Batch:
-    """Without the samples whose advantage is 0: their gradient is, too.  Their denominators stay."""
+    """Drop the samples whose advantage is 0, or that have no loss token: their gradient is 0.  Weights were
+    computed before, so these samples still count in the denominators.
+    """
+    # The advantage is constant over a sequence, so its first token tells.
     first = batch.cu_seqlens[:-1].long()
     moves = (batch.advantage[first] != 0) & (batch.live_ends.diff() > 0)
     return keep(batch, moves)
@@ -59,12 +62,14 @@ def keep(batch: Batch, kept: Tensor) -> Batch:
 def group_advantages(
     groups: SampledGroups, samples: list[int], config: GroupRelative, algorithm: Algorithm, world: World
 ) -> Tensor:
-    """(N,) advantages of this process's `samples`; an estimator over the whole batch sees all processes'."""
+    """(len(samples),) fp32 advantages of this process's `samples`, in ascending order of place.  Rewards of
+    all processes are gathered where the estimator needs statistics of the whole batch.
+    """
     advantage, size = algorithm.advantage, groups.size
     assert advantage is not None
     device = groups.rollouts.tokens.device
 
-    # Several rewards apart from each other, or their sum, which was taken once, as the log has it.
+    # Normalise each reward separately and then combine, or use the weighted sum that the log reports.
     apart = config.multi_objective_aggregation != "sum_then_normalize"
     rewards = (groups.scored.each if apart else {}) or {"reward": (1.0, groups.scored.reward)}
     length = groups.rollouts.lengths.tolist()
@@ -81,7 +86,7 @@ def group_advantages(
     weight = table.new_tensor([w for w, _ in rewards.values()])
     combine = COMBINE[config.multi_objective_aggregation]
     every = combine(table[:, 2:].T.contiguous(), weight, advantage, size, table[:, 1])
-    if len(rows) == len(samples):
+    if len(rows) == len(samples):  # nothing was gathered from other processes
         return every
 
     local = {groups.places[i // size] for i in samples}

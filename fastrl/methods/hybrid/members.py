@@ -68,10 +68,10 @@ class Joining:
         threshold = config.algorithm.number("solved", SOLVED)
         # NaN where no completion was scored
         solved = (reward >= threshold).sum(1) / (~reward.isnan()).sum(1)
-        count = algorithm.rule(solved, present, step, config.steps)
+        coef = algorithm.rule(solved, present, step, config.steps)
 
         rewarded = groups
-        counted = (count[:, MEMBER] > 0).tolist()
+        counted = (coef[:, MEMBER] > 0).tolist()
         for side in range(algorithm.others.count(MEMBER)):
             samples = [sides[side] for sides in known]
             rewards = [
@@ -87,8 +87,8 @@ class Joining:
 
         kinds = [OWN] * size + algorithm.others
         kind = torch.tensor(kinds, device=device).repeat(prompts)
-        members = Members(kind, count[:, kinds].flatten(), rewarded)
-        metrics = hybrid_metrics(solved, present, count, self.world) if algorithm.others else {}
+        members = Members(kind, coef[:, kinds].flatten(), rewarded)
+        metrics = hybrid_metrics(solved, present, coef, self.world) if algorithm.others else {}
         return replace(whole, members=members), metrics
 
     def credit(self, groups: SampledGroups, samples: list[int]) -> tuple[list[int], Tensor]:
@@ -110,11 +110,11 @@ class Joining:
     def columns(
         self, batch: Batch, groups: SampledGroups, samples: list[int], credit: Tensor
     ) -> tuple[Batch, Metrics]:
-        """The batch with each token's kind, and how much it counts as its weight."""
+        """The batch with each token's kind, and its sequence's coefficient as its weight."""
         members, lengths = _members(groups), batch.cu_seqlens.diff().long()
         kind = torch.repeat_interleave(members.kind[samples], lengths)
-        counts = torch.repeat_interleave(members.counts[samples], lengths)
-        return replace(batch, kind=kind, weight=counts, mask=batch.mask & (counts != 0)), {}
+        coef = torch.repeat_interleave(members.coef[samples], lengths)
+        return replace(batch, kind=kind, weight=coef, mask=batch.mask & (coef != 0)), {}
 
     def weigh(self, part: Batch) -> Batch:
         """The minibatch with its tokens' weights; see `weigh_apart`."""
@@ -152,7 +152,7 @@ def weigh_apart(
     """
     assert batch.kind is not None
     live, first = batch.live_ends.diff(), batch.cu_seqlens[:-1].long()
-    kind, counts = batch.kind[first], batch.weight[first] != 0
+    kind, trained = batch.kind[first], batch.weight[first] != 0
     taught = kind == SUPERVISED
 
     sampled = kind == OWN
@@ -162,8 +162,8 @@ def weigh_apart(
         live * taught,
         (live > 0) & taught,
         sampled,
-        counts & sampled,
-        counts & taught,
+        trained & sampled,
+        trained & taught,
     )
     sums = world.sum(*(float(column.sum()) for column in columns))
     tokens, samples, sft_tokens, sft_samples, own, open_, shut = sums
@@ -234,16 +234,16 @@ def _as_rollouts(rows: Sequence[Sample], like: Rollouts, version: int) -> Rollou
     )
 
 
-def hybrid_metrics(solved: Tensor, present: Tensor, count: Tensor, world: World) -> Metrics:
+def hybrid_metrics(solved: Tensor, present: Tensor, coef: Tensor, world: World) -> Metrics:
     """How the step's prompts are taught, over all processes.
 
     solved   (P,) share of a prompt's completions that solve it, NaN where none was scored
     present  (P,) whether anything is known of the prompt
-    count    (P, 3) how much each of KINDS counts
+    coef     (P, 3) the coefficient of each of KINDS
     """
     known = ~solved.isnan()
-    taught, own = count[:, SUPERVISED] > 0, count[:, OWN] > 0
-    sums = (present, solved.nan_to_num(0), known, taught, own, *count.unbind(1))
+    taught, own = coef[:, SUPERVISED] > 0, coef[:, OWN] > 0
+    sums = (present, solved.nan_to_num(0), known, taught, own, *coef.unbind(1))
     prompts, demonstrated, right, scored, *shares = world.sum(
         float(len(solved)), *(float(x.sum()) for x in sums)
     )

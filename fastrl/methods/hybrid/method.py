@@ -12,15 +12,15 @@ from fastrl.data.encode import Sample
 from fastrl.errors import UserError
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.reference import preference_source
-from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
-from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.method import prompts_of, rollout_source, sampling
+from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.hybrid.contrast import Contrast
+from fastrl.methods.hybrid.known import PromptEncoder, demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.hybrid.members import Joining, Known
 from fastrl.methods.hybrid.objective import Both, HybridObjective, gradients_by_term
 from fastrl.methods.hybrid.options import DEMO_REWARD, REJECTED_REWARD, check_mixture
-from fastrl.methods.hybrid.pair_options import choose_fusion, offline
+from fastrl.methods.hybrid.pair_options import choose_hybrid, offline
 from fastrl.methods.hybrid.pairs import PolicyAndPairs
-from fastrl.methods.hybrid.references import Encoder, demonstrations_of_prompts, pairs_of_prompts
 from fastrl.methods.method import Context, Method, arithmetic, language_model
 from fastrl.model.language import LanguageModel
 from fastrl.report.metrics import LOGGED
@@ -36,13 +36,13 @@ AnyContext = Context[Hybrid, HybridAlgorithm | GroupPreference, LanguageModel]
 
 # --- demonstrations, or pairs beside rollouts ---------------------------------------------------------
 def _demonstrations(context: HybridContext) -> Known:
-    encode = Encoder(context.config, context.tokenizer, context.model.config)
+    encode = PromptEncoder(context.config, context.tokenizer, context.model.config)
     known = demonstrations_of_prompts(encode, context.task)
     return lambda numbers: [(sample,) for sample in known(numbers)]
 
 
 def _pairs(context: HybridContext) -> Known:
-    encode = Encoder(context.config, context.tokenizer, context.model.config)
+    encode = PromptEncoder(context.config, context.tokenizer, context.model.config)
     return pairs_of_prompts(encode, context.task)
 
 
@@ -97,7 +97,7 @@ def _hybrid_source(context: HybridContext) -> Source[Any]:
     return PolicyAndPairs(config, sampled, preferences, pairs)
 
 
-def _joined(context: HybridContext) -> Rollouts:
+def _joined(context: HybridContext) -> RolloutSource:
     """Rollouts whose groups are joined by what is known of their prompts."""
     config, algorithm = context.config, context.algorithm
     known = KNOWN[algorithm.known](context)
@@ -109,7 +109,7 @@ def _joined(context: HybridContext) -> Rollouts:
         config.algorithm.number("rejected_reward", REJECTED_REWARD),
     )
     joining = Joining(config, algorithm, known, rewards, context.world)
-    return rollouts(context, prompts, algorithm.policy, joining.shaping())
+    return rollout_source(context, prompts, algorithm.policy, joining.shaping())
 
 
 # --- completions of a group against each other --------------------------------------------------------
@@ -120,12 +120,12 @@ def _group_learner(context: GroupContext) -> Learner[Any]:
 
 def _group_source(context: GroupContext) -> Source[Any]:
     contrast = Contrast(context.config, context.algorithm, context.world)
-    return rollouts(context, prompts_of(context, None), None, contrast.shaping())
+    return rollout_source(context, prompts_of(context, None), None, contrast.shaping())
 
 
 # --- the command --------------------------------------------------------------------------------------
 # kind of algorithm -> its learner and its source
-KINDS: dict[type, tuple[Callable[[Any], Learner[Any]], Callable[[Any], Source[Any]]]] = {
+BUILDERS: dict[type, tuple[Callable[[Any], Learner[Any]], Callable[[Any], Source[Any]]]] = {
     HybridAlgorithm: (_hybrid_learner, _hybrid_source),
     GroupPreference: (_group_learner, _group_source),
 }
@@ -133,18 +133,18 @@ KINDS: dict[type, tuple[Callable[[Any], Learner[Any]], Callable[[Any], Source[An
 
 def learner(context: AnyContext) -> Learner[Any]:
     """The learner of the algorithm's kind."""
-    of_kind, _ = KINDS[type(context.algorithm)]
+    of_kind, _ = BUILDERS[type(context.algorithm)]
     return of_kind(context)
 
 
 def source(context: AnyContext, learner: Trainable[Any]) -> tuple[Source[Any], int]:
     """The rollouts of the algorithm's kind, with what goes beside them."""
-    _, of_kind = KINDS[type(context.algorithm)]
+    _, of_kind = BUILDERS[type(context.algorithm)]
     return of_kind(context), context.config.max_new_tokens
 
 
 METHOD = Method(
-    choose=choose_fusion,
+    choose=choose_hybrid,
     load=language_model,
     learner=learner,
     source=source,

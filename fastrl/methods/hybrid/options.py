@@ -17,7 +17,7 @@ IN_LOSS = ("gate", "sft_coef", "rl_coef", "mu", "mu_end", "mu_warmup", "mu_decay
 """Options that are parameters of a row's rule, or of its members' surrogate."""
 
 
-def choose_hybrid(config: Hybrid, rows: Mapping[str, HybridAlgorithm] = HYBRIDS) -> HybridAlgorithm:
+def choose_mixture(config: Hybrid, rows: Mapping[str, HybridAlgorithm] = HYBRIDS) -> HybridAlgorithm:
     """The row of `rows`, with the run's own settings.  Raises UserError for options that do not go
     together.
     """
@@ -61,10 +61,12 @@ def check_mixture(config: Hybrid, row: HybridAlgorithm, *, turns: bool = False) 
     scored = "1, at which demonstrations and pairs are scored"
     require("--sampling.temperature", temperature, temperature == 1, scored)
     if row.others:
-        unsolved = "0: prompts that no completion solves are what demonstrations are for"
+        unsolved = "0: it drops the unsolved prompts, which learn from what joins their group"
         require("--refill", config.refill, config.refill == 0, unsolved)
         require("--tail", config.tail, config.tail != "carry", "finish or cut")
-        require("--task", config.task, not turns, "a task of one turn, as demonstrations are")
+        require(
+            "--task", config.task, not turns, "a task of one turn, because demonstrations and pairs have one"
+        )
     if row.member is not None:
-        together = "sum_then_normalize: a demonstration has one reward"
+        together = "sum_then_normalize: a member that was not sampled has one reward"
         require("--multi-objective-aggregation", combined, combined == "sum_then_normalize", together)

@@ -15,10 +15,10 @@ from fastrl.config import AlgorithmChoice, Dpo, Hybrid, Run
 from fastrl.config.dpo import TRL_NAMES
 from fastrl.errors import UserError, choose, require
 from fastrl.methods.dpo.options import choose_preference
-from fastrl.methods.hybrid.options import choose_hybrid
+from fastrl.methods.hybrid.options import choose_mixture
 
 ROWS: Mapping[str, HybridAlgorithm | GroupPreference] = HYBRIDS | FUSIONS
-OF_POLICY_LOSS = (  # general options that a row without a policy loss has no use for
+OF_POLICY_LOSS = (  # general options that only change a policy loss: refused for rows without one
     "kl",
     "kl_coef",
     "entropy_coef",
@@ -31,7 +31,7 @@ OF_POLICY_LOSS = (  # general options that a row without a policy loss has no us
 )
 
 
-def choose_fusion(config: Hybrid) -> HybridAlgorithm | GroupPreference:
+def choose_hybrid(config: Hybrid) -> HybridAlgorithm | GroupPreference:
     """The row of HYBRIDS or FUSIONS, with the run's own settings.  Raises UserError for options that do not
     go together.
     """
@@ -40,7 +40,7 @@ def choose_fusion(config: Hybrid) -> HybridAlgorithm | GroupPreference:
         return _group_preference(row, config)
 
     with_policy = {name: other for name, other in ROWS.items() if isinstance(other, HybridAlgorithm)}
-    chosen = choose_hybrid(config, with_policy)
+    chosen = choose_mixture(config, with_policy)
     if chosen.pairs is not None:
         return replace(chosen, pairs=_offline_pairs(chosen.pairs, config))
     return _with_members(chosen, config)
@@ -78,8 +78,8 @@ def _group_preference(row: GroupPreference, config: Hybrid) -> GroupPreference:
     for option in OF_POLICY_LOSS:
         if getattr(config, option) is not None:
             raise UserError(
-                f"--{option.replace('_', '-')}: {name} compares completions with each other, "
-                "and has no use for it; leave it out"
+                f"--{option.replace('_', '-')}: expected none with {name}, whose loss compares completions, "
+                f"got {getattr(config, option)}; leave it out"
             )
     combined = config.multi_objective_aggregation
     require("--group", config.group, config.group >= 2, "at least 2 completions of a prompt, to compare them")
@@ -95,7 +95,8 @@ def _online(row: GroupPreference, config: Hybrid) -> GroupPreference:
     named = config.algorithm.text("preference")
     if preference.tail != 1.0:
         raise UserError(
-            f"--preference: {named} weighs a token by the other side of its pair; take another loss of pairs"
+            "--preference: expected a loss whose token weights do not depend on the other completion, "
+            f"got {named}; take another, such as dpo"
         )
     if config.algorithm.text("anchor") is not None and not preference.reference:
         raise UserError(f"--anchor: {named} compares with no reference; leave it out")

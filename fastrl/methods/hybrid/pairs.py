@@ -9,7 +9,7 @@ from fastrl.algorithms.hybrid import OfflinePairs
 from fastrl.batch.types import Batch
 from fastrl.config import Hybrid
 from fastrl.methods.dpo.batches import Preferences
-from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.hybrid.objective import PolicyAndPairsBatch
 from fastrl.train.source import State, Step
 
@@ -18,7 +18,9 @@ from fastrl.train.source import State, Step
 class PolicyAndPairs:
     """Rollouts, and with each of their batches the pairs that `fastrl dpo` has at the same optimizer step."""
 
-    def __init__(self, config: Hybrid, rollouts: Rollouts, pairs: Preferences, offline: OfflinePairs) -> None:
+    def __init__(
+        self, config: Hybrid, rollouts: RolloutSource, pairs: Preferences, offline: OfflinePairs
+    ) -> None:
         self.config, self.rollouts, self.pairs, self.offline = config, rollouts, pairs, offline
 
     def collect(self, step: int, version: int) -> Step[PolicyAndPairsBatch]:

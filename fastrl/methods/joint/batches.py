@@ -15,7 +15,7 @@ from fastrl.algorithms.reward import Judged, RewardLoss
 from fastrl.config import Joint
 from fastrl.data.comparisons import Group
 from fastrl.methods.grpo.groups import SampledGroups
-from fastrl.methods.grpo.rollouts import Rollouts
+from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.joint.groups import as_groups, as_tensors, compared, under
 from fastrl.methods.joint.judge import Judge
 from fastrl.methods.joint.learner import JointBatch
@@ -173,7 +173,7 @@ class ComparisonBuffer:
 class JointRollouts:
     """A policy's rollouts with the comparisons made of them."""
 
-    def __init__(self, rollouts: Rollouts, comparisons: ComparisonBuffer) -> None:
+    def __init__(self, rollouts: RolloutSource, comparisons: ComparisonBuffer) -> None:
         self.rollouts, self.comparisons = rollouts, comparisons
 
     def collect(self, step: int, version: int) -> Step[JointBatch]:

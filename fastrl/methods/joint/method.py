@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastrl.algorithms.joint import JointAlgorithm
 from fastrl.config import AlgorithmChoice, HeldOut, Joint, Reward
 from fastrl.errors import UserError
-from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
+from fastrl.methods.grpo.method import prompts_of, rollout_source, sampling
 from fastrl.methods.grpo.prompts import Prompts
 from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.joint.batches import ComparisonBuffer, JointRollouts, Oracle
@@ -57,8 +57,8 @@ def _reward_model(context: JointContext) -> RewardModel:
         raise UserError(f"--reward-model: {str(error).removeprefix('--model: ')}") from error
     if judging.steps is not None:
         raise UserError(
-            "--reward-model: expected one that judges whole completions, "
-            f"{algorithm.reward_model} judges their steps"
+            "--reward-model: expected a model that scores whole completions, "
+            f"got {algorithm.reward_model}, which scores their steps"
         )
     judging.gradient_checkpointing = model.gradient_checkpointing
     return judging
@@ -76,7 +76,7 @@ def source(context: JointContext, learner: JointLearner) -> tuple[Source[JointBa
     """The policy's rollouts, rewarded by the judge, and the comparisons that the oracle makes of them."""
     config, policy = context.config, context.algorithm.policy
     judge = learner.judge
-    buffer_of = _offline(context, learner)
+    offline = _offline(context, learner)
 
     prompts = prompts_of(context, policy)
     _check(config, prompts)
@@ -89,9 +89,9 @@ def source(context: JointContext, learner: JointLearner) -> tuple[Source[JointBa
         context.world,
         config.demonstrations,
     )
-    buffer = ComparisonBuffer(config, oracle, buffer_of, context.world)
+    buffer = ComparisonBuffer(config, oracle, offline, context.world)
     shaping = replace(policy_shaping(config, policy, context.world), extend=buffer.extend)
-    drawn = rollouts(context, replace(prompts, score=oracle.judged), policy, shaping)
+    drawn = rollout_source(context, replace(prompts, score=oracle.judged), policy, shaping)
     return JointRollouts(drawn, buffer), config.max_new_tokens
 
 
@@ -104,8 +104,8 @@ def _check(config: Joint, prompts: Prompts) -> None:
     _, columns = prompts.item(0)
     if config.demonstrations and getattr(columns.get("example"), "demo", None) is None:
         raise UserError(
-            "--demonstrations: expected a --task with demonstrations to compare with; "
-            "leave it out, or give --offline-share"
+            "--demonstrations: expected a --task with demonstrations to compare with, "
+            f"got {config.task}; leave it out, or give --offline-share"
         )
 
 
@@ -121,12 +121,14 @@ def _offline(context: JointContext, learner: JointLearner) -> Comparisons | None
         return None
     if count == 0:
         raise UserError(
-            f"--offline-share: expected a share that is a group or more of {own} of the policy's, got {share}"
+            "--offline-share: expected a share that gives at least one offline group beside the "
+            f"{own} of the "
+            f"policy, got {share}, which rounds to none; raise it, or leave it out"
         )
     if config.offline is None and not has_mistakes(context.task):
         raise UserError(
-            "--offline-share: expected a --task with wrong answers to compare with its demonstrations; "
-            "give --offline FILE"
+            "--offline-share: expected a --task with wrong answers to compare with its demonstrations, "
+            f"got {config.task}; give --offline FILE"
         )
 
     loss = AlgorithmChoice(config.reward_loss, {"center": config.center})

@@ -20,7 +20,7 @@ from fastrl.algorithms.ppo import (
 from fastrl.batch.types import Batch
 from fastrl.config import Ppo
 from fastrl.methods.grpo.groups import SampledGroups
-from fastrl.methods.grpo.rollouts import Rollouts, Shaping
+from fastrl.methods.grpo.rollouts import RolloutSource, Shaping
 from fastrl.methods.grpo.shaping import unchanged
 from fastrl.methods.ppo.objective import ActorCriticBatch, Values
 from fastrl.parallel.world import World
@@ -101,7 +101,7 @@ class Credit:
 class PpoRollouts:
     """Rollouts, each batch with the KL's coefficient as it was when they were sampled."""
 
-    def __init__(self, rollouts: Rollouts, config: Ppo, in_loss: bool, coefficient: Coefficient) -> None:
+    def __init__(self, rollouts: RolloutSource, config: Ppo, in_loss: bool, coefficient: Coefficient) -> None:
         self.rollouts, self.config = rollouts, config
         self.in_loss, self.coefficient = in_loss, coefficient
 

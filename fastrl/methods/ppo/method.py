@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastrl.algorithms.ppo import ActorCriticAlgorithm, Coefficient
 from fastrl.config import Ppo
-from fastrl.methods.grpo.method import prompts_of, rollouts, sampling
+from fastrl.methods.grpo.method import prompts_of, rollout_source, sampling
 from fastrl.methods.method import Context, Method, language_model
 from fastrl.methods.ppo.batches import Credit, PpoRollouts
 from fastrl.methods.ppo.learner import CRITICS, ActorCritic
@@ -69,7 +69,7 @@ def source(context: PpoContext, learner: ActorCritic) -> tuple[Source[ActorCriti
     coefficient = Coefficient(start, config.kl_target, config.kl_horizon)
 
     credit = Credit(config, algorithm, learner.values, coefficient, context.world)
-    drawn = rollouts(context, prompts_of(context, policy), policy, credit.shaping())
+    drawn = rollout_source(context, prompts_of(context, policy), policy, credit.shaping())
     return PpoRollouts(drawn, config, bool(policy.kl_coef), coefficient), config.max_new_tokens
 
 

@@ -10,7 +10,6 @@ from fastrl.config import Reward
 from fastrl.data.comparisons import Group, Statement, encode_statements, read_statements
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
-from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.reward.evaluation import judge_held_out, shown
 from fastrl.methods.reward.objective import RewardBatch
 from fastrl.methods.reward.options import separator_of
@@ -18,8 +17,8 @@ from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.parallel.world import World
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithSteps
-from fastrl.tasks.task import assign_split, draw
-from fastrl.train.source import Metrics, Sample, State, Step, order
+from fastrl.tasks.task import TRAIN, assign_split, draw
+from fastrl.train.source import LoggedSample, Metrics, State, Step, order
 
 SHOWN = 4  # held-out groups whose completions are written to samples.jsonl
 Scores = Callable[[Sequence[Group]], list[list[float]]]  # groups -> the scores of each, as the model is now
@@ -64,7 +63,7 @@ class Comparisons:
     def load_state(self, state: State) -> None:
         """Nothing to restore."""
 
-    def evaluate(self) -> tuple[Metrics, dict[str, object], list[Sample]]:
+    def evaluate(self) -> tuple[Metrics, dict[str, object], list[LoggedSample]]:
         """Metrics of the held-out groups, what rewards.json keeps of them, and a few of their completions."""
         held = self.data.held_out()
         groups = [g for g, _ in held]
@@ -77,7 +76,7 @@ class Comparisons:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class StatementEncoder:
     """Turns statements into groups of a run, and refuses what its model cannot take."""
 
     config: Reward
@@ -95,7 +94,7 @@ class Encoder:
         return groups
 
 
-def comparable(encode: Encoder, algorithm: RewardLoss, task: Task | None) -> Comparable:
+def comparable(encode: StatementEncoder, algorithm: RewardLoss, task: Task | None) -> Comparable:
     """What the options name; every line of a dataset is checked before training.
 
     Raises:  UserError where there is nothing to learn from.
@@ -113,7 +112,7 @@ def comparable(encode: Encoder, algorithm: RewardLoss, task: Task | None) -> Com
     return _of_task(encode, algorithm, task)  # type: ignore[arg-type]  # it was just looked for
 
 
-def _of_dataset(encode: Encoder, algorithm: RewardLoss, path: str) -> Comparable:
+def _of_dataset(encode: StatementEncoder, algorithm: RewardLoss, path: str) -> Comparable:
     config, units = encode.config, algorithm.units
     columns = key_values(config.columns, "--columns")
     statements = read_statements(path, algorithm.data, columns, margins=algorithm.margin)
@@ -132,8 +131,8 @@ def _of_dataset(encode: Encoder, algorithm: RewardLoss, path: str) -> Comparable
 
     if not any(units(g.target) for g in train):
         raise UserError(
-            f"dataset {path}: expected a line in which one completion is better than another, "
-            "all of them are ties or held out"
+            f"dataset {path}: expected a training line that the loss can learn from, "
+            f"got {len(train)} lines, all ties, and {len(held)} held out"
         )
     if config.eval.prompts and not held:
         raise UserError(
@@ -144,7 +143,7 @@ def _of_dataset(encode: Encoder, algorithm: RewardLoss, path: str) -> Comparable
     return Comparable(lambda some: [train[i] for i in some], len(train), lambda: few)
 
 
-def _of_task(encode: Encoder, algorithm: RewardLoss, task: TaskWithSteps) -> Comparable:
+def _of_task(encode: StatementEncoder, algorithm: RewardLoss, task: TaskWithSteps) -> Comparable:
     config = encode.config
 
     def statements(split: str, indices: Sequence[int]) -> list[Statement]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.data.comparisons import Group, Statement
 from fastrl.report.stats import Bin, Estimate, calibration, share_interval, wilson
-from fastrl.train.source import Metrics, Sample
+from fastrl.train.source import LoggedSample, Metrics
 
 Outcome = tuple[float, float]  # log-odds that the model gives something, and 1.0 if it holds, else 0.0
 
@@ -41,7 +41,7 @@ def judge_held_out(
     return metrics, {"names": names, "better": best, "worse": rest, "bins": bins, "ece": ece}
 
 
-def shown(statement: Statement, rewards: Sequence[float]) -> list[Sample]:
+def shown(statement: Statement, rewards: Sequence[float]) -> list[LoggedSample]:
     """A held-out group's completions as samples.jsonl has them."""
     rows = zip(statement.completions, rewards, statement.target, strict=True)
     prompt = statement.prompt or ""

@@ -7,7 +7,7 @@ from functools import partial
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
 from fastrl.methods.method import Context, Method, Origin
-from fastrl.methods.reward.batches import Comparisons, Encoder, comparable
+from fastrl.methods.reward.batches import Comparisons, StatementEncoder, comparable
 from fastrl.methods.reward.objective import RewardBatch, ScoreObjective, group_scores
 from fastrl.methods.reward.options import choose_reward_loss, separator_of
 from fastrl.model.reward import RewardModel
@@ -45,7 +45,7 @@ def source(context: RewardContext, learner: Trainable[RewardBatch]) -> tuple[Sou
 def comparisons(context: RewardContext) -> Comparisons:
     """The groups of the dataset or the task, and those held out."""
     config, algorithm = context.config, context.algorithm
-    encode = Encoder(config, context.tokenizer, context.model.config)
+    encode = StatementEncoder(config, context.tokenizer, context.model.config)
     scores = partial(group_scores, context.model, micro_tokens=config.micro_tokens)
     return Comparisons(config, algorithm, comparable(encode, algorithm, context.task), scores, context.world)
 

@@ -17,11 +17,11 @@ from fastrl.data.encode import Sample, encode_all
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
-from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.methods.sft.objective import noise_key
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World
 from fastrl.tasks import Task
+from fastrl.tasks.task import TRAIN
 from fastrl.train.source import State, Step, order
 from fastrl.train.weighting import reweigh, weigh
 
@@ -95,7 +95,7 @@ class Demonstrations:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class DemonstrationEncoder:
     """Turns rows into samples of a run, and refuses what its model cannot take."""
 
     config: Sft
@@ -121,7 +121,7 @@ class Encoder:
         return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)]
 
 
-def demonstrations(encode: Encoder, task: Task | None) -> tuple[Items, int]:
+def demonstrations(encode: DemonstrationEncoder, task: Task | None) -> tuple[Items, int]:
     """What there is to imitate, and how much; every line of a dataset is checked before training.
 
     Raises:  UserError where there is nothing to imitate.
@@ -140,7 +140,7 @@ def demonstrations(encode: Encoder, task: Task | None) -> tuple[Items, int]:
     return _demonstrations_of(task, encode), task.size(TRAIN)
 
 
-def _demonstrations_of(task: Task, encode: Encoder) -> Items:
+def _demonstrations_of(task: Task, encode: DemonstrationEncoder) -> Items:
     def items(indices: Sequence[int]) -> list[Sample]:
         rows = []
         for i in indices:

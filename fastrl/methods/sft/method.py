@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastrl.batch.types import Batch
 from fastrl.config import Sft
 from fastrl.methods.method import Context, Method, language_model
-from fastrl.methods.sft.batches import Demonstrations, Encoder, demonstrations
-from fastrl.methods.sft.objective import SmoothedObjective
+from fastrl.methods.sft.batches import DemonstrationEncoder, Demonstrations, demonstrations
+from fastrl.methods.sft.objective import SupervisedObjective
 from fastrl.methods.sft.options import SupervisedAlgorithm, choose_supervised
 from fastrl.model.language import LanguageModel
 from fastrl.report.metrics import LOGGED
@@ -23,14 +23,14 @@ def learner(context: SftContext) -> Learner[Batch]:
     plain = PolicyObjective(model, algorithm.policy, context.temperature)
 
     adds = algorithm.label_smoothing or algorithm.z_loss or algorithm.neftune_alpha
-    objective = SmoothedObjective(plain, algorithm) if adds else plain
+    objective = SupervisedObjective(plain, algorithm) if adds else plain
     return context.learner(objective, context.weights(model))
 
 
 def source(context: SftContext, learner: Trainable[Batch]) -> tuple[Source[Batch], int]:
     """Demonstrations of the dataset or the task."""
     config, shape = context.config, context.model.config
-    encode = Encoder(config, context.tokenizer, shape.max_position_embeddings, shape.vocab_size)
+    encode = DemonstrationEncoder(config, context.tokenizer, shape.max_position_embeddings, shape.vocab_size)
     items, size = demonstrations(encode, context.task)
 
     drawn = Demonstrations(

@@ -2,7 +2,7 @@
 on the embeddings.
 
 Label smoothing and z-loss are functions of all logits of a row, so their rows go through
-`ops.linear_cross_entropy`.  Noise alone leaves the loss what it is.
+`ops.linear_cross_entropy`.  With noise alone the loss is the plain one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastrl.train.source import Metrics
 
 
 @dataclass(frozen=True, slots=True)
-class SmoothedObjective:
+class SupervisedObjective:
     """The supervised loss with the algorithm's options; its metrics are the plain loss's."""
 
     policy: PolicyObjective

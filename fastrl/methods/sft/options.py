@@ -16,14 +16,12 @@ class SupervisedAlgorithm(HoldsPolicy):
     """Cross-entropy with the options of `fastrl.config.Sft`.
 
     policy  the loss of supervised tokens
-    seed    of the noise on the embeddings
     """
 
     policy: Algorithm = ALGORITHMS["sft"]
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     neftune_alpha: float = 0.0
-    seed: int = 0
 
 
 def choose_supervised(config: Sft) -> SupervisedAlgorithm:
@@ -38,10 +36,9 @@ def choose_supervised(config: Sft) -> SupervisedAlgorithm:
     require("--z-loss", z_loss, 0 <= z_loss < math.inf, "a number of 0 or more")
     require("--neftune-alpha", alpha, 0 <= alpha < math.inf, "a number of 0 or more")
 
-    weighted = config.sample_weights
-    require(
-        "--sample-weights", weighted, not weighted or config.dataset is not None, "a --dataset with weights"
-    )
-    return SupervisedAlgorithm(
-        label_smoothing=smoothing, z_loss=z_loss, neftune_alpha=alpha, seed=config.seed
-    )
+    if config.sample_weights and config.dataset is None:
+        raise UserError(
+            "--sample-weights: expected a --dataset with a weight column, got none; "
+            "give --dataset, or leave it out"
+        )
+    return SupervisedAlgorithm(label_smoothing=smoothing, z_loss=z_loss, neftune_alpha=alpha)

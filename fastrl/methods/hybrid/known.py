@@ -12,10 +12,10 @@ from fastrl.data.encode import Sample, encode_all
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
-from fastrl.methods.grpo.prompts import TRAIN
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
+from fastrl.tasks.task import TRAIN
 
 Demonstrations = Callable[[Sequence[int]], list[Sample | None]]  # numbers of prompts -> their demonstrations
 Pairs = Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]  # -> their chosen and rejected completions
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class PromptEncoder:
     """Turns rows of prompts with completions into samples, and refuses what the model cannot take."""
 
     config: Hybrid
@@ -59,7 +59,7 @@ class Encoder:
         return list(zip(samples[::2], samples[1::2], strict=True))
 
 
-def demonstrations_of_prompts(encode: Encoder, task: Task | None) -> Demonstrations:
+def demonstrations_of_prompts(encode: PromptEncoder, task: Task | None) -> Demonstrations:
     """The demonstration of each prompt of `load_prompts`; None where there is none, or an empty one.
 
     Every line of a dataset is checked before training.
@@ -82,7 +82,7 @@ def demonstrations_of_prompts(encode: Encoder, task: Task | None) -> Demonstrati
     return _demonstrations_of(task, encode)
 
 
-def _demonstrations_of(task: Task, encode: Encoder) -> Demonstrations:
+def _demonstrations_of(task: Task, encode: PromptEncoder) -> Demonstrations:
     def demonstrations(numbers: Sequence[int]) -> list[Sample | None]:
         rows = []
         for number in numbers:
@@ -94,7 +94,7 @@ def _demonstrations_of(task: Task, encode: Encoder) -> Demonstrations:
     return demonstrations
 
 
-def pairs_of_prompts(encode: Encoder, task: Task | None) -> Pairs:
+def pairs_of_prompts(encode: PromptEncoder, task: Task | None) -> Pairs:
     """The chosen and the rejected completion of each prompt of `load_prompts`, None for one that is empty.
 
     A dataset has them in its columns, and every line is checked before training; a task's are a demonstration
@@ -106,10 +106,12 @@ def pairs_of_prompts(encode: Encoder, task: Task | None) -> Pairs:
         known = encode.pairs([_pair_of_row(row) for row in rows])
         return lambda numbers: [known[number] for number in numbers]
 
+    if task is None:
+        raise UserError("--task or --dataset: expected one of them, to have pairs to learn from; got neither")
     if not has_mistakes(task):
         raise UserError(
-            f"--task: {task and task.name} has no wrong answers beside its demonstrations; "
-            "give a --dataset with chosen and rejected"
+            f"--task: expected a task with wrong answers to pair with its demonstrations, got {task.name}; "
+            "give a --dataset with the columns prompt, chosen and rejected"
         )
     return _pairs_of(task, encode)
 
@@ -123,7 +125,7 @@ def _pair_of_row(row: Row) -> Pair:
     return Pair(row.where, fields["prompt"], fields["chosen"], fields["rejected"])
 
 
-def _pairs_of(task: TaskWithMistakes, encode: Encoder) -> Pairs:
+def _pairs_of(task: TaskWithMistakes, encode: PromptEncoder) -> Pairs:
     def pairs(numbers: Sequence[int]) -> list[tuple[Sample | None, ...]]:
         found = []
         for number in numbers:
