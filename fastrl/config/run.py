@@ -23,9 +23,9 @@ class Optim:
     beta1: float = 0.9
     """Decay of AdamW's running mean of the gradient."""
     beta2: float = 0.95
-    """Decay of its running mean of the squared gradient."""
+    """Decay of AdamW's running mean of the squared gradient."""
     eps: float = 1e-8
-    """Added to the root of the latter, in the divisor."""
+    """Epsilon of AdamW, added to the denominator."""
     weight_decay: float = 0.0
     """Decoupled; applied to matrices only."""
 

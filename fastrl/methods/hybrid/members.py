@@ -204,7 +204,7 @@ def append_member(
 
 
 def _as_rollouts(rows: Sequence[Sample], like: Rollouts, version: int) -> Rollouts:
-    """Samples as if they had been sampled: log-probs are 0, as nobody knows what wrote them."""
+    """Samples as if they had been sampled: log-probs are 0, because what wrote them is unknown."""
     device = like.tokens.device
 
     def column(values: Sequence[int | bool], dtype: torch.dtype = torch.int64) -> Tensor:
