@@ -32,19 +32,21 @@ def choose_algorithm(config: GroupRelative) -> Algorithm:
     """
     name = config.algorithm.name
     row = choose(name, FAMILY, "--algorithm")
-    return with_options(replace(row, **columns(config.semantics, name)), config)
+    return with_group_options(replace(row, **columns(config.semantics, name)), config)
 
 
 def with_options(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
     """The algorithm with the columns that the run's options change.  Raises UserError for options that do not
     go with it.
     """
-    algorithm = _with_kl(algorithm, config)
-    if isinstance(config, GroupRelative):
-        algorithm = _with_advantage(algorithm, config)
-    for change in (_with_bounds, _with_correction, _with_stale_mask):
+    for change in (_with_kl, _with_bounds, _with_correction, _with_stale_mask):
         algorithm = change(algorithm, config)
     return algorithm
+
+
+def with_group_options(algorithm: Algorithm, config: GroupRelative) -> Algorithm:
+    """The same, with the options of an advantage that compares a prompt's completions."""
+    return _with_advantage(with_options(algorithm, config), config)
 
 
 def _with_kl(algorithm: Algorithm, config: OnPolicy) -> Algorithm:

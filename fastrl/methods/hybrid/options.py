@@ -10,7 +10,7 @@ from fastrl.algorithms.hybrid import HYBRIDS, HybridAlgorithm
 from fastrl.algorithms.presets import columns as preset
 from fastrl.config import Hybrid
 from fastrl.errors import UserError, choose, require
-from fastrl.methods.grpo.options import FAMILY, with_options
+from fastrl.methods.grpo.options import FAMILY, with_group_options
 
 SOLVED, DEMO_REWARD, REJECTED_REWARD = 1.0, 1.0, 0.0  # unless given
 IN_LOSS = ("gate", "sft_coef", "rl_coef", "mu", "mu_end", "mu_warmup", "mu_decay", "gamma")
@@ -27,7 +27,7 @@ def choose_mixture(config: Hybrid, rows: Mapping[str, HybridAlgorithm] = HYBRIDS
         if value is not None:
             row = _with_parameter(row, name, float(value))
 
-    policy = with_options(row.policy, config)
+    policy = with_group_options(row.policy, config)
     if config.algorithm.text("group_statistics") == "own":
         assert policy.advantage is not None, "a row of groups has one"
         policy = replace(policy, advantage=of_completions(policy.advantage))
