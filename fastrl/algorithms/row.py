@@ -24,7 +24,7 @@ class Loggable(Protocol):
         """Importance weight of the sampler against the trainer."""
 
 
-class Row(Loggable, Protocol):
+class LossRow(Loggable, Protocol):
     """A row that turns loss tokens into a loss."""
 
     @property
@@ -41,7 +41,7 @@ class Row(Loggable, Protocol):
         """These tokens' share of the optimizer step's loss, differentiable in their logp and entropy."""
 
 
-class PolicyRow(Row, Protocol):
+class PolicyRow(LossRow, Protocol):
     """A row of policy gradients, with the diagnostics of `ops.policy_loss`."""
 
     def corrected(self, tokens: Tokens) -> Tokens:

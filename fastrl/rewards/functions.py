@@ -38,7 +38,7 @@ Reward = Callable[..., Sequence[float | None]]
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
 Arguments = dict[str, Sequence[Any]]  # argument name -> one value per sample
 Ids = Sequence[Sequence[int]]  # token ids of every completion
-Row = Mapping[str, Any]  # one line of a dataset
+Columns = Mapping[str, Any]  # the other columns of a sample, by name
 Extra = dict[str, list[Any]]  # column -> what a function logged, one value per sample
 T = TypeVar("T")
 _SEARCHED = 64  # samples tried one by one to find the one a function fails on
@@ -179,7 +179,7 @@ def score(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     completion_ids: Ids | None = None,
-    columns: Sequence[Row] | None = None,
+    columns: Sequence[Columns] | None = None,
     *,
     weights: Sequence[float] | None = None,
 ) -> Scored:
@@ -232,7 +232,7 @@ def _arguments(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     ids: Ids | None,
-    rows: Sequence[Row] | None,
+    rows: Sequence[Columns] | None,
 ) -> Arguments:
     """Every per-sample argument, by name; its columns are those that any row has."""
     lengths = [len(x) for x in (prompts, completions, ids, rows) if x is not None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.parallel.device import memory_limited_by
 from fastrl.parallel.world import World
-from fastrl.train.objective import Objective, P, Rows
+from fastrl.train.objective import Objective, P, PartNumbers
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import B, Metrics, State
 
@@ -42,7 +42,9 @@ class Trainable(Protocol[B_contra]):
         """Restore what `state` returned."""
 
 
-def accumulate(loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int) -> Rows:
+def accumulate(
+    loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int
+) -> PartNumbers:
     """Add the gradient of this process's parts to the masters; returns each part's numbers."""
     numbers: list[Tensor] = []
     with memory_limited_by("--micro-tokens", micro_tokens):
@@ -53,7 +55,7 @@ def accumulate(loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P]
     return as_rows(numbers)
 
 
-def as_rows(numbers: list[Tensor]) -> Rows:
+def as_rows(numbers: list[Tensor]) -> PartNumbers:
     """Vectors as lists of floats, with one wait for the device."""
     if not numbers:
         return []

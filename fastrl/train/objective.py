@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms.correction import merge_mismatch, mismatch
-from fastrl.algorithms.row import PolicyRow, Row
+from fastrl.algorithms.row import LossRow, PolicyRow
 from fastrl.batch.pack import micro_batches, plan
 from fastrl.batch.prefix import shared
 from fastrl.batch.types import Batch, Tokens, token_columns
@@ -25,7 +25,7 @@ from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.model.language import LanguageModel
 from fastrl.train.source import Metrics
 
-Rows = list[list[float]]  # the numbers of every part of a step, of one process or of all
+PartNumbers = list[list[float]]  # the numbers of every part of a step, of one process or of all
 B_contra = TypeVar("B_contra", contravariant=True)
 P = TypeVar("P")  # a part of a batch
 
@@ -39,7 +39,7 @@ class Objective(Protocol[B_contra, P]):
     def loss(self, part: P) -> tuple[Tensor, Tensor]:
         """This part's share of the step's loss, differentiable; its numbers, (K,) float64, for `metrics`."""
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics, "loss" and "num_tokens" among them, from the numbers of all parts of all
         processes.
         """
@@ -76,7 +76,7 @@ class TokenScores:
         return self.tokens[self.rows].with_(self.stats.logp[self.rows], entropy)
 
 
-def score_tokens(model: LanguageModel, batch: Batch, algorithm: Row, temperature: float) -> TokenScores:
+def score_tokens(model: LanguageModel, batch: Batch, algorithm: LossRow, temperature: float) -> TokenScores:
     """Run the model over a micro-batch and evaluate the algorithm's loss of its tokens.
 
     Position t predicts token t + 1: `rows` index the T-1 predictions, so entry t is of token t + 1 of the
@@ -175,7 +175,7 @@ class PolicyObjective:
         numbers = torch.stack([loss.detach(), *(measured[name] for name in METRICS)])
         return torch.cat([numbers.double(), mismatch(self.algorithm.corrected(tokens))])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics; for a step without loss tokens only "loss" and "num_tokens"."""
         return merge_policy(rows)
 

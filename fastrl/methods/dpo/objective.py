@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.preference import Preference
-from fastrl.algorithms.row import Row
+from fastrl.algorithms.row import LossRow
 from fastrl.batch.pack import micro_batches
 from fastrl.batch.types import Batch, Tokens
 from fastrl.model.language import LanguageModel
-from fastrl.train.objective import Rows, score_tokens
+from fastrl.train.objective import PartNumbers, score_tokens
 from fastrl.train.source import Metrics
 
 
-class UnitLoss(Row, Protocol):
+class UnitLoss(LossRow, Protocol):
     """An algorithm whose loss is of `unit` sequences that lie next to each other."""
 
     @property
@@ -53,7 +53,7 @@ class UnitObjective:
             sums = algorithm.measure(scored.live_tokens)
             return scored.loss, torch.cat([scored.loss.detach().double().view(1), sums])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics."""
         return {"loss": sum(row[0] for row in rows)} | self.algorithm.merge([row[1:] for row in rows])
 

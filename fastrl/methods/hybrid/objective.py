@@ -17,7 +17,7 @@ from fastrl.batch.types import Batch, Tokens
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.parallel.world import World
 from fastrl.train.learner import accumulate
-from fastrl.train.objective import PolicyObjective, Rows
+from fastrl.train.objective import PartNumbers, PolicyObjective
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import Metrics
 
@@ -43,7 +43,7 @@ class HybridObjective:
         own = self.policy.measure(scores.loss, only(tokens, OWN))
         return scores.loss, torch.cat([own, _counts(tokens)])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The loss is of all tokens; ratios, clip fractions and the like are of the policy's own, and absent
         where it has none.
         """
@@ -131,7 +131,7 @@ class Both:
         loss, numbers = objective.loss(batch)
         return loss, torch.cat([numbers.new_tensor([term, coef]), numbers])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The policy's metrics, and the pairs' under names of their own."""
         policy = self.policy.metrics([row[2:] for row in rows if row[0] == POLICY])
         pairs = [row for row in rows if row[0] == PAIRS]

@@ -16,7 +16,7 @@ from fastrl.batch.types import Batch
 from fastrl.model.critic import Critic, ValueHead
 from fastrl.report.metric import ratios
 from fastrl.report.metrics import CRITIC_METRICS
-from fastrl.train.objective import PolicyObjective, Rows
+from fastrl.train.objective import PartNumbers, PolicyObjective
 from fastrl.train.source import Metrics
 
 
@@ -89,7 +89,7 @@ class HeadedPolicy:
         loss = scored.loss + self.algorithm.vf_coef * value
         return loss, torch.cat([policy.measure(loss, scored.live_tokens), sums])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics, the head's among them."""
         if self.head is None:
             metrics = self.policy.metrics(rows)
@@ -119,7 +119,7 @@ class ValueObjective:
         value = self.critic(part.tokens, part.cu_seqlens)[rows - 1]
         return _value_loss(value, part, rows, self.algorithm)
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics."""
         merged = merge_values(rows)
         return merged | {"loss": merged["vf_loss"]}
@@ -135,7 +135,7 @@ def _value_loss(
     return value_loss(value, *columns, algorithm.value_clip)
 
 
-def merge_values(rows: Rows) -> Metrics:
+def merge_values(rows: PartNumbers) -> Metrics:
     """The step's metrics from the VALUE_SUMS of every micro-batch of every process."""
     columns = list(zip(*rows, strict=True)) or [(0.0,)] * len(VALUE_SUMS)
     sums = dict(zip(VALUE_SUMS, map(sum, columns), strict=True))

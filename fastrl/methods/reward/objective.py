@@ -15,7 +15,7 @@ from fastrl.model.reward import RewardModel
 from fastrl.parallel.device import memory_limited_by
 from fastrl.report.metric import ratios
 from fastrl.report.metrics import SCORE_METRICS
-from fastrl.train.objective import Rows
+from fastrl.train.objective import PartNumbers
 from fastrl.train.source import Metrics
 
 
@@ -97,7 +97,7 @@ class ScoreObjective:
         tokens = score.new_tensor(float(packed.tokens.numel()))
         return loss, torch.cat([sums, torch.stack([score.amin(), score.amax(), tokens])])
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics, under TRL's names."""
         return merge(rows)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.methods.sft.options import SupervisedAlgorithm
-from fastrl.train.objective import PolicyObjective, Rows, TokenScores, spread
+from fastrl.train.objective import PartNumbers, PolicyObjective, TokenScores, spread
 from fastrl.train.source import Metrics
 
 
@@ -37,7 +37,7 @@ class SupervisedObjective:
         scored = self.score(part)
         return scored.loss, self.policy.measure(scored.loss, scored.live_tokens)
 
-    def metrics(self, rows: Rows) -> Metrics:
+    def metrics(self, rows: PartNumbers) -> Metrics:
         """The step's metrics."""
         return self.policy.metrics(rows)
 
