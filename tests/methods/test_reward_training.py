@@ -290,7 +290,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
     with pytest.raises(UserError, match=r"--step-separator: '\\n' does not join the steps of cards to '"):
         fastrl.trainer.train(run(tmp_path, algorithm="process"))
     with pytest.raises(
-        UserError, match="--task: gsm8k gives no wrong answers to learn from; give a --dataset"
+        UserError, match="--task: expected one with wrong answers, got gsm8k; give a --dataset"
     ):
         fastrl.trainer.train(
             run(tmp_path, "other", task="gsm8k", task_options=(), tokenizer=str(_saved_tokenizer(tmp_path)))

@@ -16,7 +16,7 @@ from fastrl.methods.reward.options import separator_of
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.parallel.world import World
 from fastrl.tasks import Task
-from fastrl.tasks.extras import TaskWithSteps
+from fastrl.tasks.extras import TaskWithMistakes, has_mistakes, has_steps
 from fastrl.tasks.task import TRAIN, assign_split, draw
 from fastrl.train.source import LoggedSample, Metrics, State, Step, order
 
@@ -106,10 +106,11 @@ def comparable(encode: StatementEncoder, algorithm: RewardLoss, task: Task | Non
         raise UserError(
             "--dataset or --task: expected one of them, to have something to learn from; got neither"
         )
-    for method, what in {"mistakes": "wrong answers", "steps": "steps"}.items():
-        if not hasattr(task, method) and (method == "mistakes" or algorithm.data == "steps"):
-            raise UserError(f"--task: {task.name} gives no {what} to learn from; give a --dataset")
-    return _of_task(encode, algorithm, task)  # type: ignore[arg-type]  # it was just looked for
+    if not has_mistakes(task):
+        raise UserError(f"--task: expected one with wrong answers, got {task.name}; give a --dataset")
+    if algorithm.data == "steps" and not has_steps(task):
+        raise UserError(f"--task: expected one that judges steps, got {task.name}; give a --dataset")
+    return _of_task(encode, algorithm, task)
 
 
 def _of_dataset(encode: StatementEncoder, algorithm: RewardLoss, path: str) -> Comparable:
@@ -143,7 +144,7 @@ def _of_dataset(encode: StatementEncoder, algorithm: RewardLoss, path: str) -> C
     return Comparable(lambda some: [train[i] for i in some], len(train), lambda: few)
 
 
-def _of_task(encode: StatementEncoder, algorithm: RewardLoss, task: TaskWithSteps) -> Comparable:
+def _of_task(encode: StatementEncoder, algorithm: RewardLoss, task: TaskWithMistakes) -> Comparable:
     config = encode.config
 
     def statements(split: str, indices: Sequence[int]) -> list[Statement]:
@@ -158,7 +159,7 @@ def _of_task(encode: StatementEncoder, algorithm: RewardLoss, task: TaskWithStep
 
 
 def _statement(
-    config: Reward, algorithm: RewardLoss, task: TaskWithSteps, split: str, index: int
+    config: Reward, algorithm: RewardLoss, task: TaskWithMistakes, split: str, index: int
 ) -> Statement:
     """The right answer and wrong ones, ranked by the verifier's reward; for verdicts, one of them chosen at
     random.
@@ -169,6 +170,7 @@ def _statement(
         texts = [texts[draw("verdict", config.seed, split, index) % 2]]
 
     if algorithm.data == "steps":
+        assert has_steps(task), "comparable() takes no other task here"
         parts, right = task.steps(example, texts[0])
         separator = separator_of(config)
         if separator.join(parts) != texts[0]:
