@@ -13,9 +13,10 @@ def philox4(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """The four uint32 words of each counter under each key; counters and keys are integers in [0, 2^32) of
     any type, and broadcast.
     """
-    a, b = tl.to_tensor(c0).to(tl.uint32), tl.to_tensor(c1).to(tl.uint32)
-    c, d = tl.to_tensor(c2).to(tl.uint32), tl.to_tensor(c3).to(tl.uint32)
-    j, k = tl.to_tensor(k0).to(tl.uint32), tl.to_tensor(k1).to(tl.uint32)
+    # tl.cast takes Python integers, too; tl.to_tensor came with Triton 3.7
+    a, b = tl.cast(c0, tl.uint32), tl.cast(c1, tl.uint32)
+    c, d = tl.cast(c2, tl.uint32), tl.cast(c3, tl.uint32)
+    j, k = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
     for _ in tl.static_range(10):
         x, y = a, c
         a = tl.umulhi(y, 0xCD9E8D57) ^ b ^ j

@@ -6,6 +6,7 @@ A step of B rows moves about 100 B bytes: its cost is the launch, so there is on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,6 @@ from torch import Tensor
 from fastrl.kernels._launch import Spec, on_device
 
 DTYPES = (torch.float32,)  # of the log-probs
-OPTIONS = {"num_warps": 4}
 LARGEST_BLOCK = 1024
 
 
@@ -96,6 +96,13 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
+def options(block: int) -> dict[str, Any]:
+    """One lane for each row, at most: lanes beyond the rows would repeat the work of others, and read rows
+    that these have advanced already.
+    """
+    return {"num_warps": max(1, min(4, block // 32)), "enable_fp_fusion": True}
+
+
 def forward(
     draw: tuple[Tensor, ...],
     rows: tuple[Tensor, ...],
@@ -124,7 +131,7 @@ def forward(
             stops.shape[0],
             PAGE=page,
             BLOCK=block,
-            **OPTIONS,
+            **options(block),
         )
 
 
@@ -159,7 +166,7 @@ def _specs() -> Iterator[Spec]:
             types=types | dict.fromkeys(("B", "C", "N", "n_stops"), "i32"),
             constants={"PAGE": 64, "BLOCK": block},
             divisible=False,
-            options=OPTIONS,
+            options=options(block),
         )
 
 

@@ -203,6 +203,7 @@ def combine_probes_kernel(  # type: ignore[no-untyped-def]
         s += tl.load(partial + at[:, None] * PROBES + j[None, :], (i + lane < many)[:, None], 0.0)
     above = (tl.sum(s, 0) > wide(radius)) & (j > 0)
     known = tl.where(shift == 28, 0, tl.load(low + u, shift != 28, 0))
+    tl.debug_barrier()  # every warp has read the bits that one of them replaces
     tl.store(low + u, known + (tl.sum(above.to(tl.int32), 0) << shift))
 
 

@@ -76,27 +76,8 @@ def token_kernel(  # type: ignore[no-untyped-def]
     none = tl.zeros((ROWS,), tl.float32)
     sums = (none, none, none, none, none, none, none, none, none, none, none, none, none, none, none, none)
     whole = T // (4 * ROWS)
-    for i in range(own, whole, programs):
-        block = block_sums(
-            i * (4 * ROWS),
-            vectors,
-            dlogp,
-            dentropy,
-            T,
-            kl_coef,
-            entropy_coef,
-            params,
-            SURROGATE,
-            KL,
-            REF,
-            CORRECTION,
-            ENTROPY,
-            MASK,
-            SEQUENCE,
-            True,
-            ROWS,
-        )
-        sums = merge(sums, block)
+    # The rest comes before the whole blocks: Triton 3.6 to 3.8 cannot compile a sum that a loop starts from
+    # zeros and an `if` continues.
     if (own == whole % programs) & (whole * (4 * ROWS) < T):
         block = block_sums(
             whole * (4 * ROWS),
@@ -115,6 +96,27 @@ def token_kernel(  # type: ignore[no-untyped-def]
             MASK,
             SEQUENCE,
             False,
+            ROWS,
+        )
+        sums = merge(sums, block)
+    for i in range(own, whole, programs):
+        block = block_sums(
+            i * (4 * ROWS),
+            vectors,
+            dlogp,
+            dentropy,
+            T,
+            kl_coef,
+            entropy_coef,
+            params,
+            SURROGATE,
+            KL,
+            REF,
+            CORRECTION,
+            ENTROPY,
+            MASK,
+            SEQUENCE,
+            True,
             ROWS,
         )
         sums = merge(sums, block)
