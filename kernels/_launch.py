@@ -8,8 +8,9 @@ and load widths.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,29 @@ class Spec:
             if aligned and name not in unspecialized:
                 names.append(name)
         return tuple(names)
+
+
+class Gpu(NamedTuple):
+    """What a launch depends on of the GPU that runs it."""
+
+    capability: tuple[int, int]  # (9, 0) for an H100
+    multiprocessors: int
+
+
+stand_ins: list[Gpu] = []  # GPUs that CPU tensors stand for, the innermost last: see bench/offline.py
+
+
+def gpu(x: Tensor) -> Gpu | None:
+    """The GPU that kernels on `x` run on; None in Triton's interpreter."""
+    if x.is_cuda:
+        return _gpu(x.device)
+    return stand_ins[-1] if stand_ins else None
+
+
+@functools.cache  # a launch asks for it each time
+def _gpu(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, transformed, unbuilt
 from fastrl.kernels._check import ends
+from fastrl.kernels._launch import gpu
 from fastrl.kernels._native import policy_loss as native
 from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, policy_arguments
 from fastrl.kernels._policy_metrics import METRICS, merge_metrics, policy_metrics
@@ -144,7 +145,7 @@ def _forward(
     if ratio == "sequence":  # in the op: torch.compile cannot trace code that reads values
         ends("cu_seqlens", cu_seqlens, logp.shape[0])
     row = SURROGATES[surrogate]
-    in_kernel = row.triton if logp.is_cuda else row.cpu_id
+    in_kernel = row.cpu_id if gpu(logp) is None else row.triton
     run = pick("policy_loss", logp, "columns" if in_kernel is None else "forward")
     return run(c, Options(surrogate, tuple(params), ratio, kl, kl_coef, entropy_coef))
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import TRITON_TYPES, Spec, gpu, on_device
 
 COLUMNS, ROWS = 32, 64  # 128 bytes of each partial; D / 32 programs
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -32,9 +32,8 @@ def combine_kernel(out, partials, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 def programs(x: Tensor, tiles: int, each: int = 2) -> int:
     """How many programs share `tiles` tiles of work: at most a wave of `each` on every multiprocessor."""
-    wave = INTERPRETED_PROGRAMS
-    if x.is_cuda:
-        wave = each * torch.cuda.get_device_properties(x.device).multi_processor_count
+    on = gpu(x)
+    wave = INTERPRETED_PROGRAMS if on is None else each * on.multiprocessors
     return max(1, min(tiles, wave))
 
 

@@ -13,7 +13,6 @@ token_logp is the faster form.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastrl.kernels._launch import Spec, on_device
+from fastrl.kernels._launch import Spec, gpu, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
@@ -153,8 +152,9 @@ def fits(hidden: Tensor) -> bool:
     """Whether this form is to be used: for a narrow model in 16 bits, on a GPU with TMA or in the
     interpreter.
     """
-    hopper = not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) >= (9, 0)
-    return hopper and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
+    on = gpu(hidden)
+    has_tma = on is None or on.capability >= (9, 0)
+    return has_tma and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
 
 
 def forward(
@@ -168,7 +168,7 @@ def forward(
     """
     (T, D), V = hidden.shape, weight.shape[0]
     target, temperature = target.contiguous(), temperature.contiguous()
-    hopper, processors = _hardware(hidden.device)
+    hopper, processors = _hardware(hidden)
     kind = WIDE if hopper and bias is None else NARROW
     tile, rows, columns = TILES[kind], TILES[kind]["BLOCK_M"], TILES[kind]["BLOCK_N"]
     blocks, tiles = triton.cdiv(T, rows), triton.cdiv(V, columns)
@@ -227,7 +227,7 @@ def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 
     It is copied unless its rows start at multiples of 16 bytes.
     """
-    if not x.is_cuda:
+    if gpu(x) is None:
         x = x.float()  # the interpreter would multiply the bits of bfloat16 as integers
     if x.stride(1) != 1 or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % (16 // x.itemsize))).contiguous().clone()
@@ -244,13 +244,10 @@ def shares(blocks: int, tiles: int, processors: int) -> int:
     return max(range(1, min(MAX_SPLITS, tiles) + 1), key=lambda splits: (round(busy(splits), 2), -splits))
 
 
-@functools.cache
-def _hardware(device: torch.device) -> tuple[bool, int]:
+def _hardware(x: Tensor) -> tuple[bool, int]:
     """Whether it is sm_90 or the interpreter, and how many programs run at once, one per multiprocessor."""
-    if device.type != "cuda":
-        return True, 8
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major == 9, properties.multi_processor_count
+    on = gpu(x)
+    return (True, 8) if on is None else (on.capability[0] == 9, on.multiprocessors)
 
 
 # --- what it compiles to ----------------------------------------------------------------------------
