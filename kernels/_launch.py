@@ -72,6 +72,15 @@ def _gpu(device: torch.device) -> Gpu:
     return Gpu((properties.major, properties.minor), properties.multi_processor_count)
 
 
+def launch_options(num_warps: int, **more: int) -> dict[str, int | bool]:
+    """The options of a Triton launch: warps a program, `more` of them by Triton's own names, and products and
+    sums fused.
+
+    Fusing is Triton's default only for now, and it decides bits: every launch says it.
+    """
+    return {"num_warps": num_warps, "enable_fp_fusion": True} | more
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the device of `x`, whatever the current one is."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

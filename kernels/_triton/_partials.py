@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, gpu, on_device
+from fastrl.kernels._launch import TRITON_TYPES, Spec, gpu, launch_options, on_device
 
 COLUMNS, ROWS = 32, 64  # 128 bytes of each partial; D / 32 programs
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = launch_options(num_warps=4)
 INTERPRETED_PROGRAMS = 8  # without a GPU to fill
 
 

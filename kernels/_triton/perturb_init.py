@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, on_device
+from fastrl.kernels._launch import Spec, launch_options, on_device
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of
 from fastrl.kernels._philox import split
 from fastrl.kernels._triton._philox import philox4
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 L2, LINF = tl.constexpr(0), tl.constexpr(1)
 OWNER = tl.constexpr(0x70657274)
 COUNTERS = 1024  # that a program draws from at once: four numbers each
-OPTIONS = {"num_warps": 8}
+OPTIONS = launch_options(num_warps=8)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import Spec
+from fastrl.kernels._launch import Spec, launch_options
 from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, over
 from fastrl.kernels._triton._tiles import (
     INFINITY,
@@ -40,8 +40,8 @@ NARROW = 512  # elements compared with 16 numbers at once
 BITS = 4
 PROBED_AT_ONCE = 128  # tiles whose 16 sums a program adds up at once
 PROBES = tl.constexpr(16)
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-PROBING = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = launch_options(num_warps=8)
+PROBING = launch_options(num_warps=4)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def by_ball(call: Call, tiles: Tiles, norm: int) -> None:
     move_kernel[(programs,)](delta, grad, *gradients, delta_stride, grad_stride, call.step, **masked)
 
     narrow = packed | {"BLOCK": min(NARROW, block)} | PROBING
-    combining = packed | {"AT_ONCE": PROBED_AT_ONCE, "num_warps": 4}
+    combining = packed | {"AT_ONCE": PROBED_AT_ONCE} | PROBING
     found = (tiles.cu, low, partial)
     for shift in range(32 - BITS, -1, -BITS):
         probe_kernel[(programs,)](delta, *found, *ends, D, delta_stride, shift, **narrow)
@@ -346,7 +346,7 @@ def _specs() -> Iterator[Spec]:
             (largest_kernel, masked, ("load",), OPTIONS),
             (move_kernel, masked, ("load", "store"), OPTIONS),
             (probe_kernel, {"BLOCK": NARROW}, ("load",), PROBING),
-            (combine_probes_kernel, combining, (), {"num_warps": 4}),
+            (combine_probes_kernel, combining, (), PROBING),
             (excess_kernel, wide, ("load",), OPTIONS),
             (shrink_kernel, wide | {"ADD": packed}, ("load", "store"), OPTIONS),
         )

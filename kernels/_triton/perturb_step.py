@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of, rows, write_back
 from fastrl.kernels._triton import perturb_l1, perturb_token
 from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, shrinkage
@@ -35,8 +35,8 @@ from fastrl.kernels._triton._tiles import INFINITY, Tiles, find_tile, load_row, 
 DTYPES = (torch.float32,)
 L2 = tl.constexpr(NORM_CODES["l2"])
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-OPTIONS_128_REGISTERS = OPTIONS | {"maxnreg": 128}  # without it ptxas aims at 64 or less, and spills two
+OPTIONS = launch_options(num_warps=8)
+OPTIONS_128_REGISTERS = launch_options(num_warps=8, maxnreg=128)  # without it ptxas aims at 64 or less, and spills two
 
 
 # --- kernels ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import Spec
+from fastrl.kernels._launch import Spec, launch_options
 from fastrl.kernels._perturb import NORM_CODES
 from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, over, shrinkage
 from fastrl.kernels._triton._tiles import INFINITY, finite, load_row, store_row, wide
@@ -21,8 +21,7 @@ from fastrl.kernels._triton._tiles import INFINITY, finite, load_row, store_row,
 L2, LINF = tl.constexpr(NORM_CODES["l2"]), tl.constexpr(NORM_CODES["linf"])
 TILE = 2048  # elements that a program holds: 8 a thread; with 16, an SM has room for one program only
 MAX_ROW_IN_REGISTERS = {"l2": 16384, "linf": 16384, "l1": 8192}  # elements
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-OPTIONS_128_REGISTERS = OPTIONS | {"maxnreg": 128}  # without it ptxas aims at 64 or less, and spills two
+REGISTERS = 128  # without a limit ptxas aims at 64 or less, and spills two
 SCALE_DOWN = tl.constexpr(2.0**-80)
 SQUARES_BACK = tl.constexpr(2.0**160)  # undoes SCALE_DOWN in a sum of squares
 
@@ -178,8 +177,8 @@ def rows_at_once(norm: str, block: int) -> int:
 
 def options(norm: str, block: int) -> dict[str, Any]:
     """Options for rows of `block` columns in registers."""
-    common = OPTIONS_128_REGISTERS if norm == "l1" else OPTIONS
-    return common | {"num_warps": 8 if block <= 4096 else 16}
+    limit = {"maxnreg": REGISTERS} if norm == "l1" else {}
+    return launch_options(num_warps=8 if block <= 4096 else 16, **limit)
 
 
 # --- what it compiles to ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, on_device
+from fastrl.kernels._launch import Spec, launch_options, on_device
 from fastrl.kernels._policy_arguments import Columns, Options
 from fastrl.kernels._policy_metrics import METRICS
 from fastrl.kernels._triton import surrogates
@@ -30,8 +30,8 @@ ROWS = 128  # of four tokens: 16 bytes of each vector a thread
 BLOCK = 4 * ROWS
 PROGRAMS = 2048  # at most, whatever the device: the order of the sums is part of the result
 ADDED = 512  # rows of sums added at once
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-COMBINE_OPTIONS = OPTIONS | {"num_warps": 16}
+OPTIONS = launch_options(num_warps=4)
+COMBINE_OPTIONS = launch_options(num_warps=16)
 # one place for each metric; the last, which follows from others, holds the loss
 SUMS = tl.constexpr(len(METRICS))
 LOSS, TOKENS, LARGEST, RATIO, WEIGHT, WEIGHT_SQ = (

@@ -22,15 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device, unit_rows
 from fastrl.kernels._triton._philox import philox4
 from fastrl.kernels._triton.sample_floor import block, floors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 2048  # 8 elements a thread, two Philox counters
 CHUNK = 16384  # of a row, to a program: 640 programs for 64 rows of 152k logits
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-ONE_WARP = OPTIONS | {"num_warps": 1}  # for the few numbers that are left of a row
+OPTIONS = launch_options(num_warps=8)
+ONE_WARP = launch_options(num_warps=1)  # for the few numbers that are left of a row
 # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOWEST = tl.constexpr(-1e30)
 # exp(d) below it wins no race: E / exp(d) is at most 22.9 for the largest logit, E at least 2^-33

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device
 
 # columns at once: 16 bytes a thread
 SEARCH = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}
 STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form, always 0
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = launch_options(num_warps=8)
 ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; numbers between 0 and 1 have lower bits
 
 
