@@ -36,7 +36,9 @@ DTYPES = (torch.float32,)
 L2 = tl.constexpr(NORM_CODES["l2"])
 TILE, BLOCK = 2048, 1024  # elements of a step of a loop, and of a row in it
 OPTIONS = launch_options(num_warps=8)
-OPTIONS_128_REGISTERS = launch_options(num_warps=8, maxnreg=128)  # without it ptxas aims at 64 or less, and spills two
+OPTIONS_128_REGISTERS = launch_options(
+    num_warps=8, maxnreg=128
+)  # without it ptxas aims at 64 or less, and spills two
 
 
 # --- kernels ----------------------------------------------------------------------------------------

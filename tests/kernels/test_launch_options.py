@@ -41,7 +41,9 @@ def is_named(function: ast.expr, name: str) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_launch_says_whether_it_fuses(path):
-    assert silent(path.read_text()) == [], f"{path.name}: these lines need `launch_options` of kernels/_launch.py"
+    assert silent(path.read_text()) == [], (
+        f"{path.name}: these lines need `launch_options` of kernels/_launch.py"
+    )
 
 
 @pytest.mark.parametrize(
