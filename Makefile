@@ -11,7 +11,7 @@ ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no 
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo demo-seeds learning grpo-loop test test-slow lint type compile-table bench gpu-check check clean
+.PHONY: demo demo-seeds learning grpo-loop test test-slow lint type compile-table sass bench gpu-check check clean
 
 demo: $(STAMP)
 	$(PY) -m fastrl.bench.studies.demo --output-dir demo
@@ -40,6 +40,9 @@ type: $(STAMP)
 
 compile-table: $(STAMP)
 	$(PY) -m fastrl.bench.compile_table --all
+
+sass: $(STAMP)
+	$(PY) -m fastrl.bench.sass --out bench/results/sass.json
 
 bench: $(STAMP)
 	$(PY) -m fastrl.bench.run $(OP)

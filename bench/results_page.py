@@ -17,7 +17,9 @@ from fastrl.bench.ledger import QUICK, Results, Row
 from fastrl.bench.table import group, named, ratio
 from fastrl.errors import UserError
 
-LEARNING = "learning-"  # begins the names of results of another kind (see fastrl.bench.studies.learning)
+# begin the names of results of other kinds: see fastrl.bench.studies.learning, compile_table and sass
+LEARNING, COMPILED, COUNTED = "learning-", "compile", "sass"
+OTHERS = (LEARNING, COMPILED, COUNTED)
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -34,7 +36,7 @@ def newest(folder: Path) -> list[Path]:
     """The newest results of each device in a folder, without quick ones; names end in a date."""
     found: dict[str, Path] = {}
     for path in sorted(
-        p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(LEARNING)
+        p for p in folder.glob("*.json") if QUICK not in p.stem and not p.stem.startswith(OTHERS)
     ):
         found[path.stem[: -len("-0000-00-00")]] = path
     return list(found.values())
