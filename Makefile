@@ -49,12 +49,12 @@ bench: $(STAMP)
 
 check: lint type test
 
-# With the Python, torch and nvcc of the GPU machine itself: no virtual environment, no network.  Only files with tests for a GPU are
-# read: the others may import what is not installed there.
+# With the Python, torch and nvcc of the GPU machine itself: no virtual environment, no network.  Everything that a
+# GPU has to show, in BUDGET seconds, the build included; the same command again continues.
+BUDGET ?= 480
+OUT ?= runs/gpu-check
 gpu-check:
-	$(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(or $(TESTS),$(shell grep -rl --include=test_*.py 'mark\.gpu' tests))
-	PYTHONPATH=. $(PYTHON) -m fastrl.bench.run --gpu-check --out bench/results
+	PYTHONPATH=. $(PYTHON) -m fastrl.bench.gpu_check --budget $(BUDGET) --out $(OUT) $(if $(RESUME),--resume $(RESUME))
 
 clean:
 	rm -rf .venv build dist *.egg-info fastrl/_C*.so

@@ -92,12 +92,16 @@ class Row:
 
 @dataclass(slots=True)
 class Results:
-    """A run: what it was measured on, the measured limits, and the rows."""
+    """A run: what it was measured on, the measured limits, and the rows.
+
+    context_lost  whether a kernel broke the CUDA context of this process, which can measure nothing more
+    """
 
     identity: dict[str, Any]
     ceilings: Ceilings
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    context_lost: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -109,7 +113,7 @@ class Results:
         return None if row.best is None else self.ceilings.floor_ms(row.bytes, row.flops) / row.best
 
     def save(self, path: Path) -> None:
-        """Write the JSON file."""
+        """Write the JSON file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
@@ -119,7 +123,9 @@ class Results:
         }
         rows = ",\n".join("  " + json.dumps(asdict(r), allow_nan=False) for r in self.rows)
         text = json.dumps(content, indent=1)
-        path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+        whole = path.with_name(path.name + ".part")
+        whole.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+        whole.replace(path)  # a run that is stopped leaves the rows before
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -20,7 +20,7 @@ import torch
 
 from fastrl.bench.common import Bench, Case
 from fastrl.bench.harness import Plan, left_out, run_bench
-from fastrl.bench.ledger import Results, Row, identity
+from fastrl.bench.ledger import LEFT_OUT, Results, Row, identity
 from fastrl.bench.results_page import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
@@ -33,11 +33,17 @@ FIRST = (  # the most important ones, in case time runs out
     *("decode_attention", "rollout", "train"),
 )
 QUICK_SECONDS, CHECK_SECONDS = 45.0, 300.0
+LOST_CONTEXT = 4  # exit status when a kernel broke the CUDA context: a run with --resume measures the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of this module's command line; `fastrl bench` has the first four."""
+    """The options of this module's command line; `fastrl bench` has the first four.
+
+    seconds   after which no further case starts; 0: the default of the kind of run
+    resume    keep the rows of the file that this run would write, if they are of the same sources and device
+    rehearse  the tiny cases of the tests, to try the run itself
+    """
 
     ops: tuple[str, ...] = ()
     device: str = "auto"
@@ -46,6 +52,9 @@ class Options:
     out: str | None = None
     gpu_check: bool = False
     threads: int = 0
+    seconds: float = 0.0
+    resume: bool = False
+    rehearse: bool = False
 
 
 def names() -> tuple[str, ...]:
@@ -69,11 +78,12 @@ def load(name: str) -> Bench:
 def choose(bench: Bench, device: str, options: Options) -> list[Case]:
     """The cases of a run.
 
-    On CPU --quick takes quick cases, on CUDA --quick and --gpu-check take headlines; the default is all full
-    cases.
+    On CPU --quick takes quick cases and --rehearse tiny ones, on CUDA --quick and --gpu-check take headlines;
+    the default is all full cases.
     """
-    level = "quick" if options.quick and device == "cpu" else "full"
-    headlines_only = options.quick or options.gpu_check
+    short = "tiny" if options.rehearse else "quick" if options.quick else "full"
+    level = short if device == "cpu" else "full"
+    headlines_only = (options.quick or options.gpu_check) and level != "tiny"
     cases = [c for c in bench.cases if c.device == device and c.level == level]
     return [c for c in cases if c.headline or not headlines_only]
 
@@ -81,9 +91,11 @@ def choose(bench: Bench, device: str, options: Options) -> list[Case]:
 def plan_for(device: str, options: Options, started: float) -> Plan:
     """Effort and deadline of a run."""
     if options.gpu_check:
-        return Plan(Effort(10, 5.0, 600.0), compiled_only=True, deadline=started + CHECK_SECONDS)
-    if options.quick:
-        return Plan(Effort(5, 2.0, 300.0), compile=False, deadline=started + QUICK_SECONDS)
+        seconds = options.seconds or CHECK_SECONDS
+        return Plan(Effort(10, 5.0, 600.0), compiled_only=True, deadline=started + seconds)
+    if options.quick or options.rehearse:
+        seconds = options.seconds or QUICK_SECONDS
+        return Plan(Effort(5, 2.0, 300.0), compile=False, deadline=started + seconds)
     return Plan(Effort(30, 10.0, 10_000.0) if device == "cuda" else Effort(15, 20.0, 30_000.0))
 
 
@@ -99,17 +111,34 @@ def run(options: Options) -> Results:
     set_threads(options.threads)
     chosen = [load(name) for name in options.ops or names()]
     settings = {"quick": options.quick, "gpu_check": options.gpu_check}
-    results = Results(identity(device), ceilings(device, options.quick), settings)
+    results = Results(identity(device), ceilings(device, options.quick or options.rehearse), settings)
+    results.rows = _earlier(results, options) if options.resume else []
     _announce(results)
     plan = plan_for(device.type, options, started)
     for i, bench in enumerate(chosen):
         share = started + (i + 1) / len(chosen) * (plan.deadline - started)
-        rows = list(run_bench(bench, choose(bench, device.type, options), plan, share))
-        results.rows += rows
+        known = {(r.op, r.case, r.mode) for r in results.rows}
+        cases = [c for c in choose(bench, device.type, options) if (bench.op, c.label, c.mode) not in known]
+        rows = []
+        for row in run_bench(bench, cases, plan, share):
+            rows.append(row)
+            results.rows.append(row)
+            if options.out and row.status != LEFT_OUT:
+                results.save(place(results, options))
         show(results, rows)
         if device.type == "cuda" and not _alive(results, rows[-1:], chosen[i + 1 :]):
             break
     return results
+
+
+def _earlier(results: Results, options: Options) -> list[Row]:
+    """The measured rows of the file that this run writes, if they are of these sources on this device."""
+    path = place(results, options)
+    if not path.exists():
+        return []
+    earlier = Results.load(path)
+    same = all(earlier.identity[k] == results.identity[k] for k in ("sources", "device"))
+    return [r for r in earlier.rows if same and r.status != LEFT_OUT]
 
 
 def _announce(results: Results) -> None:
@@ -138,19 +167,25 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
             f"the CUDA context was lost in {last[0].op if last else 'the benchmark before'}: "
             f"{' '.join(str(error).split())[:200]}"
         )
+        results.context_lost = True
         for bench in rest:
             results.rows.append(left_out(bench, bench.cases[-1], reason))
         print(reason, file=sys.stderr)
         return False
 
 
+def place(results: Results, options: Options) -> Path:
+    """The JSON file of a run: --output, else in --out, else in bench/results of a checkout."""
+    default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
+    return Path(options.output) if options.output else Path(options.out or default) / results.file_name()
+
+
 def save(results: Results, options: Options) -> Path:
-    """Write the JSON file to --output, else to --out, else to bench/results of a checkout.
+    """Write the JSON file.
 
     Plots lie beside it, and with --out a table too.
     """
-    default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
-    path = Path(options.output) if options.output else Path(options.out or default) / results.file_name()
+    path = place(results, options)
     results.save(path)
     short = section(results)
     if options.out:
@@ -199,12 +234,16 @@ def command(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help=f"the headline cases on CUDA in about {CHECK_SECONDS:.0f} seconds",
     )
+    parser.add_argument("--seconds", type=float, default=0.0, help="after which no further case starts")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of this run holds already")
+    parser.add_argument("--rehearse", action="store_true", help="tiny cases, to try the run itself")
     parser.add_argument("--output", help="a .json file for the measurements")
     parser.add_argument("--out", help="a folder for the .json file and the table")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")
     given = vars(parser.parse_args(argv))
     try:
-        return _main(Options(**{**given, "ops": tuple(given["ops"])})).exit_code
+        results = _main(Options(**{**given, "ops": tuple(given["ops"])}))
+        return LOST_CONTEXT if results.context_lost else results.exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
