@@ -101,3 +101,9 @@ def row_layout(x: Tensor) -> tuple[int, int, int]:
     if x.ndim == 2:
         return max(x.shape[0], 1), 0, x.stride(0)
     return max(x.shape[1], 1), x.stride(0), x.stride(1)
+
+
+def aligned_rows(x: Tensor) -> bool:
+    """Whether every row of `x` (T, V) or (B, L, V) begins at a multiple of 16 bytes."""
+    steps = (stride * x.element_size() for stride in x.stride()[:-1])
+    return all(n % 16 == 0 for n in (x.data_ptr(), *steps))
