@@ -14,9 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastrl.kernels._launch import launch_options
+
 LANES = tl.constexpr(256)  # one a thread
 BLOCK = tl.constexpr(4096)  # elements of a block: 16 a lane
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = launch_options(num_warps=8)
 
 
 @triton.jit
