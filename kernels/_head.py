@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, requested, unbuilt
+from fastrl.kernels._chunks import policy
 from fastrl.kernels._native import linear as native
 
-LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # default budget of logits
-# rows from which products run at full speed: a chunk of so many takes half of the default budget
-ENOUGH_ROWS = {"cpu": 128, "cuda": 4096}
 ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
 LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
 _TILE = 4096  # vocabulary rows widened at a time on CPU
@@ -33,27 +31,12 @@ _MOVED = 16  # rows of logits copied at a time
 _BUILT = not unbuilt("linear_forward_cpu")
 
 
-def logits_budget(device: torch.device, budget: int | None = None) -> int:
-    """Bytes of logits that may be alive at once: the caller's, or the device's default."""
-    return budget or LOGITS_BYTES.get(device.type, 1 << 26)
-
-
-def chunk_rows(V: int, itemsize: int, device: torch.device, budget: int | None = None) -> int:
-    """Rows of logits in one chunk, at least one.
-
-    They fill the caller's budget; of the default budget they take no more than is useful.
-    """
-    most = logits_budget(device, budget) // (V * itemsize)
-    useful = most if budget else max(most // 2, ENOUGH_ROWS.get(device.type, 128))
-    return max(1, min(most, useful))
-
-
 def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised logits (rows, V).
 
     On CUDA every row starts at a multiple of 16 elements, which cuBLAS and wide loads need.
     """
-    padding = -V % 16 if device.type == "cuda" else 0
+    padding = -V % policy(device).padding
     return torch.empty(rows, V + padding, dtype=dtype, device=device)[:, :V]
 
 
@@ -147,6 +130,32 @@ def add_weight_grad(out: Tensor, dlogits: Tensor, x: Tensor) -> None:
             torch.addmm(tile, dlogits[:, v : v + _TILE].to(out.dtype).T, wide, out=tile)
 
 
+def first_weight_grad(dlogits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dlogits^T x (V, D) in `dtype`, accumulated in float32 (float64 for float64), written and not read."""
+    if dlogits.dtype == x.dtype == dtype:
+        return weight_grad(dlogits, x)
+    if dlogits.is_cuda:
+        dy = dlogits.to(x.dtype).T
+        return dy @ x if x.dtype == dtype else torch.mm(dy, x, out_dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    out = torch.zeros(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
+    add_weight_grad(out, dlogits, x)
+    return out.to(dtype)
+
+
+def scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy scaled by the scalar `dloss`, so that a second backward finds the gradient unchanged.
+
+    The product is formed in float32 at least, and rounded as it is written.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    factor = dloss.to(wide).reshape([1] * grad.ndim)  # without dimensions it would be rounded to grad's dtype
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the latter to differentiate once more
+        return (grad * factor).to(dtype)
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    return torch.mul(grad, factor, out=out)
+
+
 def gradient_dtype(logits: Tensor, head: Tensor) -> torch.dtype:
     """The dtype in which the gradient of `logits` is written over them.
 
@@ -172,7 +181,8 @@ class HeadGrads:
 
     hidden   in its own dtype, 0 at rows of no chunk; in float32 when `partial`, as it is still to be summed
              over the processes of a group
-    weight   float32, or `weight_grad`, to which it is added
+    weight   float32, or `weight_grad`, to which it is added; in its own dtype where one chunk is all there is
+             and the device's policy is to write it once: the product rounds it, and nothing reads it again
     """
 
     def __init__(
@@ -182,13 +192,18 @@ class HeadGrads:
         bias: Tensor | None,
         wanted: Sequence[bool],
         *,
+        chunks: int,
         weight_grad: Tensor | None = None,
         partial: bool = False,
     ) -> None:
         self.head = weight
+        self.sole = chunks == 1
         share = torch.promote_types(hidden.dtype, torch.float32) if partial else hidden.dtype
         self.hidden = torch.zeros(hidden.shape, dtype=share, device=hidden.device) if wanted[0] else None
-        self.weight = (accumulator(weight) if weight_grad is None else weight_grad) if wanted[1] else None
+        self.weight = weight_grad if wanted[1] else None
+        self.unwritten = wanted[1] and weight_grad is None  # the first chunk writes the weight's gradient
+        if self.unwritten and not (chunks and policy(weight.device).once):
+            self.weight, self.unwritten = accumulator(weight), False
         self.bias = accumulator(bias) if wanted[2] and bias is not None else None
 
     def add(self, rows: slice | Tensor, x: Tensor, dlogits: Tensor) -> None:
@@ -197,7 +212,10 @@ class HeadGrads:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
             self._add_hidden(self.hidden, rows, dlogits)
-        if self.weight is not None:
+        if self.unwritten:
+            dtype = self.head.dtype if self.sole else torch.promote_types(self.head.dtype, torch.float32)
+            self.weight, self.unwritten = first_weight_grad(dlogits, x, dtype), False
+        elif self.weight is not None:
             add_weight_grad(self.weight, dlogits, x)
 
     def _add_hidden(self, out: Tensor, rows: slice | Tensor, dlogits: Tensor) -> None:

@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrl.kernels._chunks import logits_budget
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """The vocabulary rows [first, first + here) of `total`.
 
-    `most` is the size of the largest shard: it sets the chunks of all processes.
+    `most` is the size of the largest shard, `budget` the smallest default budget of logits in bytes: they set
+    the chunks of all processes, whose devices may differ.
     """
 
     group: Any
@@ -32,10 +35,11 @@ class Shard:
     here: int
     most: int
     total: int
+    budget: int
 
     @classmethod
     def of(cls, weight: Tensor, group: Any) -> Shard:
-        """This process's shard.  Waits for the device once, to gather the sizes of all shards.
+        """This process's shard.  Waits for the device once, to gather the sizes and budgets of all.
 
         Raises:  TypeError for what is not a group, ValueError for a group without this process.
         """
@@ -46,11 +50,11 @@ class Shard:
             raise ValueError(
                 "group: this process is not in it; call the op on the group's own processes only"
             )
-        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
-        sizes[rank] = weight.shape[0]
-        dist.all_reduce(sizes, group=group)
-        found = sizes.tolist()
-        return cls(group, sum(found[:rank]), found[rank], max(found), sum(found))
+        facts = torch.zeros(2, dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+        facts[0, rank], facts[1, rank] = weight.shape[0], logits_budget(weight.device)
+        dist.all_reduce(facts, group=group)
+        sizes, budgets = facts.tolist()
+        return cls(group, sum(sizes[:rank]), sizes[rank], max(sizes), sum(sizes), min(budgets))
 
     def local(self, target: Tensor) -> Tensor:
         """Targets counted from this shard's first row; those of other shards lie outside [0, here)."""

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, requested, use_backend
 from fastrl.kernels._check import compute_dtype, one_of
-from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, logits_buffer, project
+from fastrl.kernels._chunks import chunk_rows, spans
+from fastrl.kernels._head import HeadGrads, gradient_dtype, logits_buffer, project, scaled
 from fastrl.kernels.linear_logp import check_linear, check_mask
 from fastrl.kernels.token_logp import forward_op as forward_token_op
 from fastrl.kernels.token_logp import fused_op as fused_token_op
@@ -119,7 +120,7 @@ class _Options(NamedTuple):
     softcap: float
     z_loss: float
     logits_dtype: torch.dtype
-    rows: int  # per chunk of logits
+    rows: int  # the most per chunk of logits
 
     @property
     def plain(self) -> bool:
@@ -166,13 +167,14 @@ def _walk(
     """Loss (T,), 0 at ignored rows, and the `wanted` gradients for the upstream gradient `dloss` (T,)."""
     loss = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(o.logits_dtype, torch.float32))
     given_bias = bias if bias.numel() else None
-    grads = HeadGrads(hidden, weight, given_bias, wanted)
+    cuts = spans(live.numel(), o.rows, hidden.device)
+    grads = HeadGrads(hidden, weight, given_bias, wanted, chunks=len(cuts))
     buffer = logits_buffer(min(o.rows, live.numel()), weight.shape[0], o.logits_dtype, hidden.device)
     asked = requested("linear_cross_entropy")
 
     # a backend asked for this op runs its plain rows too
     with use_backend(asked, "token_logp") if asked else contextlib.nullcontext():
-        for part in live.split(o.rows) if live.numel() else ():
+        for part in (live[cut] for cut in cuts):
             x, y = hidden[part], target[part]
             logits = project(x, weight, given_bias, o.logits_dtype, buffer[: part.numel()])
             if not any(wanted):
@@ -287,7 +289,7 @@ def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.reduction == "none":
         grads = backward_op(dloss, *ctx.saved_tensors, wanted, *ctx.options)
     else:
-        grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+        grads = tuple(scaled(g, dloss, g.dtype) for g in ctx.saved_tensors)
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
@@ -317,9 +319,9 @@ def linear_cross_entropy(
              place of `ignore_index`
              ->  a scalar, or (T,) with 0 at ignored tokens for reduction "none"; fp32 (fp64 for fp64 inputs).
              "mean" divides by the number of tokens that count (NaN when there is none, as in PyTorch).
-    Memory:  one chunk of logits of `logits_bytes` (default: 64 MiB on CPU, 2 GiB on CUDA), and the gradients,
-             in the forward.  Finding the rows that count waits for the device once; rows given as int64
-             `mask` do not.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, a sixteenth of the
+             device's memory on CUDA), and the gradients, in the forward.  Finding the rows that count waits
+             for the device once; rows given as int64 `mask` do not.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index`
              gives NaN.
     """

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
-from fastrl.kernels._head import HeadGrads, chunk_rows, gradient_dtype, live_rows, logits_buffer, project
+from fastrl.kernels._chunks import chunk_rows, spans
+from fastrl.kernels._head import HeadGrads, gradient_dtype, live_rows, logits_buffer, project
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, narrow_view, row_temperature
 
@@ -50,7 +51,7 @@ def forward_chunks(
     rows: int,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s, each (T,), in chunks of `rows`.
+    """logp, entropy (empty unless asked for), m and log s, each (T,), in chunks of at most `rows`.
 
     An absent bias is empty.
     """
@@ -61,9 +62,8 @@ def forward_chunks(
     given_bias = bias if bias.numel() else None
     buffer = logits_buffer(min(rows, T), weight.shape[0], logits_dtype, hidden.device)
 
-    for a in range(0, T, rows):
-        part = slice(a, min(a + rows, T))
-        logits = project(hidden[part], weight, given_bias, logits_dtype, buffer[: part.stop - a])
+    for part in spans(T, rows, hidden.device):
+        logits = project(hidden[part], weight, given_bias, logits_dtype, buffer[: part.stop - part.start])
         stats = row_stats(logits, target[part], temperature[part], entropy, shard)
         logp[part], m[part], log_s[part] = stats[0], stats[2], stats[3]
         if entropy:
@@ -102,10 +102,11 @@ def backward_chunks(
     N = hidden.shape[0] if live is None else live.numel()
     target = target if shard is None else shard.local(target)
     given_bias = bias if bias.numel() else None
-    grads = HeadGrads(hidden, weight, given_bias, wanted, partial=shard is not None)
+    cuts = spans(N, rows, hidden.device)
+    grads = HeadGrads(hidden, weight, given_bias, wanted, chunks=len(cuts), partial=shard is not None)
     buffer = logits_buffer(min(rows, N), weight.shape[0], logits_dtype, hidden.device)
-    for a in range(0, N, rows):
-        part: slice | Tensor = slice(a, min(a + rows, N)) if live is None else live[a : a + rows]
+    for cut in cuts:
+        part: slice | Tensor = cut if live is None else live[cut]
         x = hidden[part]
         logits = project(x, weight, given_bias, logits_dtype, buffer[: x.shape[0]])
         h, dh = (entropy[part], dentropy[part]) if dentropy.numel() else (entropy, dentropy)
@@ -243,16 +244,15 @@ def linear_logp(
              order of the ranks and of any size; hidden and target (ids of the whole vocabulary) are the same
              on all, and so are the results and the gradient of hidden.  The processes wait for the device
              once, to learn each other's sizes.
-    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), in the
-             forward and in the backward.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, a sixteenth of the
+             device's memory on CUDA), in the forward and in the backward.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
     shard = None if group is None else Shard.of(weight, group)
-    rows = chunk_rows(
-        weight.shape[0] if shard is None else shard.most, dtype.itemsize, hidden.device, logits_bytes
-    )
+    most, default = (weight.shape[0], None) if shard is None else (shard.most, shard.budget)
+    rows = chunk_rows(most, dtype.itemsize, hidden.device, logits_bytes, default)
     b = weight.new_empty(0) if bias is None else bias
     inputs = (hidden, weight, b, target, tau, entropy, dtype, rows)
     logp, h, m, log_s = forward_linear_op(*inputs) if shard is None else _Sharded.apply(*inputs, shard)

@@ -9,7 +9,8 @@ For each chunk of live rows:
 These are three products of 2 N D V FLOPs for N live rows; nothing is recomputed, and one chunk of logits is
 alive at a time.  Masked rows are dropped before the first product and, on CPU, rows of zero derivative
 (clipped tokens) before the other two.  A sequence-level loss needs every log-prob before any derivative: its
-logits are kept when they fit `logits_bytes`, and recomputed (a fourth product) when not.
+logits are kept when they fit `logits_bytes`, and recomputed (a fourth product) when not; on CUDA all but as
+many rows as fit.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._check import compute_dtype, dims, one_of, same_device
+from fastrl.kernels._chunks import chunk_rows, logits_budget, policy, rows_that_fit, spans
 from fastrl.kernels._head import (
     HeadGrads,
     accumulator,
-    chunk_rows,
     compact,
     gradient_dtype,
     live_rows,
-    logits_budget,
     logits_buffer,
     project,
+    scaled,
 )
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.linear_logp import check_linear, check_mask, row_stats
@@ -105,55 +106,81 @@ class _Pass:
         self.loss = hidden.new_zeros((), dtype=stat)
         self.logp, self.lse = (hidden.new_zeros(T, dtype=stat) for _ in range(2))
         self.entropy = hidden.new_zeros(T if call.entropy else 0, dtype=stat)
-        partial = call.shard is not None
-        self.grads = HeadGrads(hidden, weight, bias, needs, weight_grad=call.weight_grad, partial=partial)
+        self.differentiate = any(needs)
         # counted from the first row of these logits
         self.target = call.target if call.shard is None else call.shard.local(call.target)
-        self.differentiate = any(needs)
 
-        rows, itemsize, budget = call.rows.numel(), call.dtype.itemsize, call.logits_bytes
-        most = weight.shape[0] if call.shard is None else call.shard.most
-        self.size = chunk_rows(most, itemsize, hidden.device, budget)  # rows of a chunk
-        all_fit = rows * most * itemsize <= logits_budget(hidden.device, budget)
-        self.keep = call.level == "token" or all_fit
-        keep_all = call.level == "sequence" and all_fit and self.differentiate
-        alive = rows if keep_all else min(self.size, rows)
+        self.cut()
+        rows = max([0, *(s.stop - s.start for s in self.spans)])
+        alive = call.rows.numel() if self.keep_all else rows
         self.buffer = logits_buffer(alive, weight.shape[0], call.dtype, hidden.device)
+        self.grads = HeadGrads(
+            hidden,
+            weight,
+            bias,
+            needs,
+            chunks=len(self.spans),
+            weight_grad=call.weight_grad,
+            partial=call.shard is not None,
+        )
+
+    def cut(self) -> None:
+        """Choose the chunks, and whose logits outlive their forward.
+
+        keep_all   a sequence-level loss whose logits fit the budget together
+        keep_last  one whose logits do not: those of the last chunk are still in the buffer when its turn
+                   comes first; only where chunks are cut for it, as another order gives other bits
+        """
+        call, device, N = self.call, self.hidden.device, self.call.rows.numel()
+        V, default = self.weight.shape[0], None if call.shard is None else call.shard.budget
+        if call.shard is not None:  # chunks are the same on every rank
+            V = call.shard.most
+        budgets = call.logits_bytes, default
+        size = V, call.dtype.itemsize, device
+        most = chunk_rows(*size, *budgets)
+
+        sequence = call.level == "sequence" and self.differentiate
+        all_fit = rows_that_fit(*size, logits_budget(device, *budgets)) >= N
+        self.keep_all = sequence and all_fit
+        self.keep_last = sequence and not all_fit and policy(device).once
+        self.spans = spans(N, most, device, full_last=self.keep_last)
 
     def run(self) -> None:
         call = self.call
-        starts = range(0, call.rows.numel(), self.size)
         if call.level == "token":
-            for a in starts:
-                chunk = self.forward(a)
-                derivatives = self.derivative(call.rows[a : a + self.size], chunk.logp, chunk.entropy)
+            for span in self.spans:
+                chunk = self.forward(span, keep=True)
+                derivatives = self.derivative(call.rows[span], chunk.logp, chunk.entropy)
                 self.backward(chunk, *derivatives)
             return
 
-        chunks = [self.forward(a) for a in starts]
-        if chunks:
-            logp, entropy = torch.cat([c.logp for c in chunks]), torch.cat([c.entropy for c in chunks])
-            dlogp, dentropy = self.derivative(call.rows, logp, entropy)
-            for a, chunk in zip(starts, chunks, strict=True):
-                self.backward(chunk, dlogp[a : a + self.size], dentropy[a : a + self.size])
+        last = len(self.spans) - 1
+        keep = [self.keep_all or (self.keep_last and i == last) for i in range(len(self.spans))]
+        chunks = [self.forward(span, k) for span, k in zip(self.spans, keep, strict=True)]
+        if not chunks:
+            return
+        logp, entropy = torch.cat([c.logp for c in chunks]), torch.cat([c.entropy for c in chunks])
+        dlogp, dentropy = self.derivative(call.rows, logp, entropy)
+        parts = list(zip(self.spans, chunks, strict=True))
+        for span, chunk in reversed(parts) if self.keep_last else parts:
+            self.backward(chunk, dlogp[span], dentropy[span])
 
     def project(self, x: Tensor, a: int = 0) -> Tensor:
         """The logits of x, in the buffer: from its row `a` on when it holds all logits."""
         first = a if a + x.shape[0] <= self.buffer.shape[0] else 0
         return project(x, self.weight, self.bias, self.call.dtype, self.buffer[first : first + x.shape[0]])
 
-    def forward(self, a: int) -> _Chunk:
+    def forward(self, span: slice, keep: bool) -> _Chunk:
         call = self.call
-        stop = min(a + self.size, call.rows.numel())
-        at: slice | Tensor = slice(a, stop) if call.all_live else call.rows[a:stop]
+        at: slice | Tensor = span if call.all_live else call.rows[span]
         x = self.hidden[at]
-        logits = self.project(x, a)
+        logits = self.project(x, span.start)
         logp, h, m, log_s = row_stats(logits, call.target[at], call.temperature[at], call.entropy, call.shard)
         self.logp[at] = logp
         self.lse[at] = m + log_s
         if call.entropy:
             self.entropy[at] = h
-        return _Chunk(at, x, logits if self.keep else None, logp, h, m, log_s)
+        return _Chunk(at, x, logits if keep else None, logp, h, m, log_s)
 
     def derivative(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Add the loss of these rows; returns its derivative by logp, and by entropy (empty without one)."""
@@ -210,15 +237,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if g is None else _scaled(g, dloss, dtype) for g, dtype in grads), None)
-
-
-def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scaled copy, so that a second backward finds the gradient unchanged."""
-    if grad.dtype == dtype or torch.compiler.is_compiling():
-        return (grad * dloss.to(grad.dtype)).to(dtype)
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    return torch.mul(grad, dloss.to(grad.dtype), out=out)  # rounded as it is written
+        return (*(None if g is None else scaled(g, dloss, dtype) for g, dtype in grads), None)
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -254,10 +273,11 @@ def linear_loss(
              vocabulary, of any size and in the order of the ranks; everything else is the same on every
              process, as are the loss and the gradient of hidden.  The processes wait for the device once, to
              exchange their sizes.
-    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, 2 GiB on CUDA), one
-             float32 gradient of the weight, one gradient of hidden.  `weight_grad`, a float32 (V, D) buffer,
-             takes the weight's gradient instead, added during the forward, so that micro-batches share it;
-             the loss must then be differentiated with an upstream gradient of 1.
+    Memory:  one chunk of logits of `logits_bytes` (default: at most 64 MiB on CPU, a sixteenth of the
+             device's memory on CUDA: `_chunks.py`), one float32 gradient of the weight (on CUDA in the
+             weight's dtype where all rows are one chunk), one gradient of hidden.  `weight_grad`, a float32
+             (V, D) buffer, takes the weight's gradient instead, added during the forward, so that
+             micro-batches share it; the loss must then be differentiated with an upstream gradient of 1.
     Raises:  ValueError or TypeError naming the argument.
     """
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)

@@ -22,7 +22,7 @@ from fastrl.config.dpo import TRL_NAMES
 from fastrl.data.encode import Sample
 from fastrl.data.pairs import LabelledSample, Unit
 from fastrl.errors import UserError
-from fastrl.kernels._head import LOGITS_BYTES
+from fastrl.kernels._chunks import LOGITS_BYTES
 from fastrl.methods.dpo.batches import pack_units
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.methods.dpo.options import choose_preference

@@ -15,7 +15,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.batch.pack import micro_batches
 from fastrl.config import Optim
 from fastrl.errors import UserError
-from fastrl.kernels._head import LOGITS_BYTES
+from fastrl.kernels._chunks import LOGITS_BYTES
 from fastrl.model.decoder import Decoder, Layer
 from fastrl.train.objective import batch_logp
 from fastrl.train.optimizer import NotFinite, learning_rate
