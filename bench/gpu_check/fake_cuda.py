@@ -24,6 +24,9 @@ import pytest
 import torch
 import torch._dynamo.testing  # takes torch's own classes as types, before they are replaced
 
+from fastrl import ops
+from fastrl.kernels import _backend
+
 SECONDS = float(os.environ.get("FASTRL_REHEARSAL_SECONDS", "10"))  # of a test
 FACTORIES = (
     *(
@@ -90,9 +93,6 @@ class _Generator(torch.Generator):
 
 def _replace_compiled() -> None:
     """Where csrc/cuda would run, the reference does."""
-    from fastrl import ops  # registers every op; after the environment above is set
-    from fastrl.kernels import _backend
-
     assert ops.implementations()
     for table in _backend._table.values():
         if "cuda" in table:
