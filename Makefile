@@ -11,7 +11,7 @@ ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no 
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo demo-seeds learning grpo-loop test test-slow lint type compile-table sass bench gpu-check check clean
+.PHONY: demo demo-seeds learning grpo-loop test test-slow ptx lint type compile-table sass bench gpu-check check clean
 
 demo: $(STAMP)
 	$(PY) -m fastrl.bench.studies.demo --output-dir demo
@@ -26,10 +26,14 @@ grpo-loop: $(STAMP)
 	$(PY) -m fastrl.recipes.grpo_loop
 
 test: $(STAMP)
-	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu" $(TESTS)
+	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu and not ptx" $(TESTS)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)
+
+# all cases of the GPU code that is interpreted, and every mutation of its barriers
+ptx: $(STAMP)
+	$(PY) -m pytest -n auto --dist worksteal tests/ptx
 
 lint: $(STAMP)
 	$(PY) -m ruff check

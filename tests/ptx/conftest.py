@@ -1,0 +1,28 @@
+"""What the gate's tests share: the children that run the cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptx.server import OLDEST, VERSIONS, Server, servers
+
+
+@pytest.fixture(scope="session")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if shared.name.startswith("popen-") else shared  # the workers of xdist share it
+    with servers(shared / "ptx-cache") as found:
+        yield found
+
+
+@pytest.fixture(params=list(VERSIONS))
+def ask(request: pytest.FixtureRequest, children: dict[str, Server]) -> Callable[[str], dict[str, Any]]:
+    """Judge a case on a version of Triton."""
+    where: Path | None = VERSIONS[request.param]
+    if where is not None and not where.exists():
+        pytest.skip(f"Triton {request.param} is not at {OLDEST}: make .triton/{request.param}")
+    return children[request.param].ask

@@ -1,0 +1,23 @@
+"""The sm_90 code of every Triton kernel, interpreted, on the oldest Triton that is supported and the newest.
+
+Each case runs under two schedules of warps, "one at a time" and "random", with approximations as far off as
+they may be: no race, no access out of bounds or misaligned, nothing read that nobody wrote, results within
+their budget of float64, and the same bits under both.  "Interpreted" is not "run on a GPU".
+"""
+
+from __future__ import annotations
+
+import pytest
+from ptx.cases.table import CASES, LONG
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(ask, name):
+    """Wrong: what a schedule or an approximation that a GPU may choose brings to light."""
+    assert ask(name)["complaints"] == []
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("name", LONG)
+def test_long_case(ask, name):
+    assert ask(name)["complaints"] == []
