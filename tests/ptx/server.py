@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,6 @@ class Server:
     def __init__(self, version: str, cache: Path) -> None:
         self.version, self.cache = version, cache
         self.process: subprocess.Popen[str] | None = None
-        self.errors = tempfile.TemporaryFile(mode="w+")
 
     def ask(self, name: str) -> dict[str, Any]:
         """The verdict on a case.  Raises AssertionError with what the child wrote where it died."""
@@ -41,28 +39,32 @@ class Server:
         if not line:
             status = self.process.wait()
             self.process = None
-            self.errors.seek(0)
-            raise AssertionError(f"{name}: the child ended with {status}:\n{self.errors.read()[-4000:]}")
+            said = self.errors.read_text(errors="replace")[-4000:]
+            raise AssertionError(f"{name}: the child ended with {status}:\n{said}")
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen[str]:
-        self.errors.seek(0)
-        self.errors.truncate()
-        return subprocess.Popen(
-            [sys.executable, "-m", "ptx.child"],
-            cwd=ROOT,
-            env=environment(self.version, self.cache),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
+        with self.errors.open("w") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ptx.child"],
+                cwd=ROOT,
+                env=environment(self.version, self.cache),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    @property
+    def errors(self) -> Path:
+        """What the child writes to its standard error."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        return self.cache / f"errors-{self.version}-{os.getpid()}"
 
     def close(self) -> None:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
             self.process.wait()
-        self.errors.close()
 
 
 def environment(version: str, cache: Path) -> dict[str, str]:

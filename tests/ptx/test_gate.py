@@ -8,6 +8,7 @@ their budget of float64, and the same bits under both.  "Interpreted" is not "ru
 from __future__ import annotations
 
 import pytest
+
 from ptx.cases.table import CASES, LONG
 
 
