@@ -66,6 +66,16 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Check the GPU kernels now, each against its reference; exit status 1 if one fails."""
+
+    device: str = "auto"
+    """auto, cuda or cuda:N."""
+    model: str | None = None
+    """A folder whose config.json gives the widths to check, beside the fixed ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Env:
     """Print versions, devices and the backend of each op, for a bug report."""
 
@@ -89,6 +99,7 @@ COMMANDS = {
     "generate": Command(Generate, "fastrl.run.generate:run"),
     "report": Command(Report, "fastrl.report.report:run"),
     "bench": Command(Bench, "fastrl.bench.run:main"),
+    "check": Command(Check, "fastrl.run.check:run"),
     "env": Command(Env, "fastrl.run.environment:run"),
 }
 

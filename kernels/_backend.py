@@ -1,7 +1,6 @@
-"""Which implementation of an op runs: the registry, the automatic choice, and how to overrule it.
+"""Which implementation of an op runs: the automatic choice, and how to overrule it.
 
-An op file registers its implementations under the op's public name, each as named parts ("forward",
-"backward"):
+An op file registers its implementations (`_registry`) under the op's public name, each as named parts:
 
     register("token_logp", "reference", forward=_forward, backward=_backward)
 
@@ -9,6 +8,10 @@ and its torch.library body asks `pick("token_logp", logits, "forward")` for the 
 function calls what `route` returns: that registered op, or the picked implementation itself where the
 difference cannot be observed.  An op that several libraries can run (attention) gives each of them a name,
 and the order in which they are tried, with `ladder`.
+
+A kernel whose note is COMPILED_ONLY is chosen once it has passed its check on the very device (`_verdicts`),
+in exact mode too.  FASTRL_BACKEND states a preference, with the usual choice where it cannot be met;
+`use_backend` is strict.
 
 In exact mode (`exact`) every op between tokens and log-probs runs an implementation that is registered as
 batch-invariant: the bits of a row depend on that row alone, not on the number of rows, its place among them,
@@ -18,113 +21,63 @@ padding, chunks or threads.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the automatic choice takes the first that fits
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+from fastrl.kernels._registry import (
+    BACKENDS,
+    COMPILED_ONLY,
+    EXACT_ONLY,
+    NOT_BY_DEFAULT,
+    Implementation,
+    _ladders,
+    _table,
+    devices,
+    exact_blocks,
+    extension,
+    ladder,
+    order,
+    register,
+    register_triton,
+    unbuilt,
+)
+from fastrl.kernels._verdicts.first_use import verdict_of
+from fastrl.kernels._verdicts.machine import machine
+from fastrl.kernels._verdicts.table import TABLE
+
+__all__ = [
+    "BACKENDS",
+    "COMPILED_ONLY",
+    "EXACT_ONLY",
+    "NOT_BY_DEFAULT",
+    "Implementation",
+    "_ladders",
+    "_table",
+    "devices",
+    "extension",
+    "ladder",
+    "order",
+    "register",
+    "register_triton",
+    "unbuilt",
+]
+
 INTERPRETED = (
     "triton",
     "cpu",
 )  # under TRITON_INTERPRET=1, slowly: for tests, and only when asked for by name
 ASKED_BY = "FASTRL_BACKEND"
+AUTO = "auto"
 PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ of their own
-
-# builds, but has never run on the hardware it is for: chosen only when asked for
-COMPILED_ONLY = "compiled only"
-# batch-invariant, but not the fastest: chosen in exact mode, and when asked for
-EXACT_ONLY = "exact mode only"
-NOT_BY_DEFAULT = (COMPILED_ONLY, EXACT_ONLY)
 
 Asked = tuple[str, frozenset[str]]  # a backend's name and the ops it was asked for; no ops means all
 
-
-@dataclass(frozen=True, slots=True)
-class Implementation:
-    parts: dict[str, Callable[..., Any]]
-    dtypes: tuple[torch.dtype, ...] | None  # None: every dtype
-    note: str  # shown by `backend()`; COMPILED_ONLY keeps it from being chosen by default
-    missing: str  # why it cannot be used in this process; empty when it can
-    devices: tuple[str, ...]
-    obstacle: Callable[[Tensor], str] | None  # why it cannot take a tensor of its devices and dtypes, or ""
-    exact: tuple[str, ...] = ()  # the devices on which its forward is batch-invariant
-    default: tuple[torch.dtype, ...] | None = None  # dtypes for which it may be chosen by default; None: all
-
-
-_table: dict[str, dict[str, Implementation]] = {}
-_ladders: dict[str, tuple[str, ...]] = {}  # ops with implementation names of their own; others use BACKENDS
 _asked: list[Asked] = []  # for the whole process: autograd runs a CUDA backward in threads of its own
-_exact: list[None] = []  # for the whole process too: one entry for every open `exact` block
-
-
-def register(
-    op: str,
-    backend: str,
-    *,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    note: str = "",
-    missing: str = "",
-    devices: tuple[str, ...] | None = None,
-    obstacle: Callable[[Tensor], str] | None = None,
-    exact: tuple[str, ...] = (),
-    default: tuple[torch.dtype, ...] | None = None,
-    **parts: Callable[..., Any],
-) -> None:
-    """Add an implementation of `op`; called once, by the op's own file, when it is imported.
-
-    `devices` is needed for a name that is not in BACKENDS.
-    """
-    _table.setdefault(op, {})[backend] = Implementation(
-        parts=parts,
-        dtypes=dtypes,
-        note=note,
-        missing=missing,
-        devices=DEVICES[backend] if devices is None else devices,
-        obstacle=obstacle,
-        exact=exact,
-        default=default,
-    )
-
-
-def ladder(op: str, *names: str) -> None:
-    """Set the order in which the implementations of `op` are tried; their names may be their own."""
-    _ladders[op] = names
-
-
-def order(op: str) -> tuple[str, ...]:
-    """The names an implementation of `op` may have, in the order in which the automatic choice tries them."""
-    return _ladders.get(op, BACKENDS)
-
-
-def register_triton(op: str, module: str, *parts: str, exact: bool = False) -> None:
-    """Add the Triton implementation of `op`: the functions `parts` of fastrl.kernels._triton.`module`.
-
-    It takes the module's DTYPES.  `exact` says that it is batch-invariant.  Where triton is not installed (it
-    has no wheels outside Linux) the implementation is listed as missing.
-    """
-    try:
-        implementation = importlib.import_module(f"fastrl.kernels._triton.{module}")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("triton"):
-            raise
-        register(op, "triton", missing="triton is not installed")
-        return
-    register(
-        op,
-        "triton",
-        dtypes=implementation.DTYPES,
-        note=COMPILED_ONLY,
-        exact=("cuda", "cpu") if exact else (),
-        **{part: getattr(implementation, part) for part in parts},
-    )
 
 
 def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
@@ -150,16 +103,40 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     """The function that runs `part` of `op` by default, exact mode aside: the first that fits."""
-    table = _table[op]
-    for name in order(op):
+    table, liked = _table[op], preferred()
+    for name in _in_turn(op, liked):
         impl = table.get(name)
-        if impl is None or impl.note in NOT_BY_DEFAULT:
+        if impl is None or impl.note == EXACT_ONLY:
             continue
         if impl.default is not None and x.dtype not in impl.default:
             continue
-        if not _obstacle(impl, name, x, part):
-            return impl.parts[part]
+        if _obstacle(impl, name, x, part, by_name=name == liked):
+            continue
+        run = _proven(op, name, impl, x, part, liked)
+        if run is not None:
+            return run
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
+
+
+def _in_turn(op: str, liked: str | None) -> tuple[str, ...]:
+    """The names in the order in which they are tried: the preferred backend first."""
+    return order(op) if liked is None else (liked, *order(op))
+
+
+def _proven(
+    op: str, name: str, impl: Implementation, x: Tensor, part: str, liked: str | None
+) -> Callable[..., Any] | None:
+    """The function, if the implementation has passed its check on the device of `x`, or needs none.
+
+    One that is preferred by name also runs where it was not checked; never where it failed.
+    """
+    if impl.note != COMPILED_ONLY:
+        return impl.parts[part]
+    key = op, name, x.dtype, x.device.index
+    parts = TABLE.runs.get(key) or verdict_of(key, x)
+    if parts is not None:
+        return parts[part]
+    return impl.parts[part] if name == liked and not TABLE.failed(key) else None
 
 
 def route(
@@ -205,12 +182,18 @@ def transformed() -> bool:
 
 def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     """The function that runs `part` of `op` by default in exact mode."""
-    table, where = _table[op], x.device.type
-    names = [n for n in dict.fromkeys((*order(op), *table)) if n in table and where in table[n].exact]
-    reasons = {n: _obstacle(table[n], n, x, part) for n in names}
-    for name, reason in reasons.items():
-        if not reason:
-            return table[name].parts[part]
+    table, where, liked = _table[op], x.device.type, preferred()
+    names = [
+        n for n in dict.fromkeys((*_in_turn(op, liked), *table)) if n in table and where in table[n].exact
+    ]
+    reasons = {}
+    for name in names:
+        impl = table[name]
+        reason = _obstacle(impl, name, x, part, by_name=name == liked)
+        run = None if reason else _proven(op, name, impl, x, part, liked)
+        if run is not None:
+            return run
+        reasons[name] = reason or TABLE.reason((op, name, x.dtype, x.device.index))
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none is written"
     raise RuntimeError(
         f"{op}: exact mode has no batch-invariant implementation for {x.dtype} on {where} ({why})"
@@ -226,40 +209,52 @@ def exact() -> Iterator[None]:
     op without such an implementation for a dtype and device raises RuntimeError when called: float64 has
     none, and float16 none on CPU.
     """
-    _exact.append(None)
+    exact_blocks.append(None)
     try:
         yield
     finally:
-        _exact.pop()
+        exact_blocks.pop()
 
 
 def is_exact() -> bool:
     """Whether exact mode is on."""
-    return bool(_exact)
+    return bool(exact_blocks)
 
 
 def requested(op: str) -> str | None:
-    """The backend asked for by the innermost `use_backend` that covers `op`, else by FASTRL_BACKEND, else
-    None.
-    """
+    """The backend asked for by the innermost `use_backend` that covers `op`, else None."""
     for name, ops in reversed(_asked):
         if not ops or op in ops:
             return name
+    return None
+
+
+def preferred() -> str | None:
+    """The backend that FASTRL_BACKEND prefers: each op takes it where it can run, else its usual one.
+
+    None for "auto", or nothing.  Raises ValueError for an unknown name.
+    """
     # os.environ.get raises and catches a KeyError inside, which takes three times as long
     if ASKED_BY not in os.environ:
         return None
     name = os.environ[ASKED_BY]
-    return _known(name, ASKED_BY) if name else None
+    if not name or name == AUTO:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{ASKED_BY}: expected one of {', '.join((AUTO, *BACKENDS))}; got {name!r}")
+    return name
 
 
 def asked() -> tuple[object, ...]:
-    """All requests in force: while this value is unchanged, the same tensors get the same implementations."""
-    return is_exact(), tuple(_asked), os.environ.get(ASKED_BY)
+    """All requests in force, and the state of the verdicts: while this value is unchanged, the same tensors
+    get the same implementations.
+    """
+    return is_exact(), tuple(_asked), os.environ.get(ASKED_BY), TABLE.generation
 
 
 def overruled() -> bool:
-    """Whether a backend is asked for by name, for any op."""
-    return bool(_asked) or bool(os.environ.get(ASKED_BY))
+    """Whether a backend is asked for or preferred by name, for any op."""
+    return bool(_asked) or preferred() is not None
 
 
 @contextlib.contextmanager
@@ -284,53 +279,52 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
 
 
 def backend(device: str | None = None) -> dict[str, str]:
-    """Which implementation each op uses on `device`, "cpu" or "cuda"; default: CUDA where there is a GPU."""
+    """Which implementation each op uses on `device`, "cpu" or "cuda"; default: CUDA where there is a GPU.
+
+    On CUDA, kernels that have passed their check on the current device, in every dtype that was checked.
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {op: requested(op) or _by_default(op, kind) for op in sorted(_table)}
 
 
 def _by_default(op: str, kind: str) -> str:
     """The first implementation of `op` that may be chosen on devices of this kind."""
-    table = _table[op]
-    for name in order(op):
+    table, liked = _table[op], preferred()
+    for name in _in_turn(op, liked):
         impl = table.get(name)
-        if impl is None or kind not in impl.devices or impl.missing:
+        if impl is None or impl.missing or impl.note == EXACT_ONLY or impl.default == ():
             continue
-        if impl.note not in NOT_BY_DEFAULT:
+        played = impl.note == COMPILED_ONLY and machine().stands_in == kind
+        if kind not in impl.devices and not played:
+            continue
+        if impl.note != COMPILED_ONLY or name == liked or TABLE.has_passed(op, name, _index(kind)):
             return name
     raise RuntimeError(f"{op}: no implementation on {kind}")
 
 
+def _index(kind: str) -> int | None:
+    """The index of the current device of this kind, as tensors have it."""
+    if kind != "cuda":
+        return None
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 def implementations() -> dict[str, dict[str, str]]:
-    """Every implementation of every op, with "ready", or why it is not chosen by default."""
-    return {
-        op: {b: i.missing or i.note or "ready" for b, i in table.items()}
-        for op, table in sorted(_table.items())
-    }
+    """Every implementation of every op, with "ready", or why it is not chosen by default.
 
-
-def devices(op: str, name: str) -> tuple[str, ...]:
-    """Where an implementation of `op` runs."""
-    return _table[op][name].devices
-
-
-@functools.cache  # an import statement that finds its module takes 0.4 us
-def extension() -> Any:
-    """The compiled module fastrl._C, or None when it was not built (a source tree that was never
-    installed).
+    A kernel that has passed its check on the current CUDA device is ready.
     """
-    try:
-        from fastrl import _C  # after torch, whose OpenMP runtime it shares
-    except ImportError as error:
-        if "fastrl._C" in str(error) or "'_C'" in str(error):
-            return None
-        raise
-    return _C
+    states = {}
+    for op, table in sorted(_table.items()):
+        states[op] = {name: _state(op, name, impl) for name, impl in table.items()}
+    return states
 
 
-def unbuilt(function: str) -> str:
-    """Why an implementation over `function` of fastrl._C is missing; empty when it was built."""
-    return "" if hasattr(extension(), function) else "fastrl._C was built without it"
+def _state(op: str, name: str, impl: Implementation) -> str:
+    if impl.note != COMPILED_ONLY or impl.missing:
+        return impl.missing or impl.note or "ready"
+    kind = machine().stands_in or "cuda"
+    return "ready" if TABLE.has_passed(op, name, _index(kind)) else COMPILED_ONLY
 
 
 def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
@@ -349,7 +343,8 @@ def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_n
         return impl.missing
     kind = x.device.type
     interpreted = by_name and (name, kind) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
-    if kind not in impl.devices and not interpreted:
+    played = impl.note == COMPILED_ONLY and machine().stands_in == kind
+    if kind not in impl.devices and not interpreted and not played:
         return f"it does not run on {kind} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"

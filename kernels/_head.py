@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, requested, unbuilt
+from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, preferred, requested, unbuilt
 from fastrl.kernels._chunks import policy
 from fastrl.kernels._native import linear as native
 
@@ -47,7 +47,9 @@ def compiled(x: Tensor, weight: Tensor, *, differentiable: bool = False) -> bool
     """
     if not _BUILT or x.shape[0] < LEAST_ROWS or not x.is_cpu or not weight.is_cpu:
         return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or requested("linear") not in ASKED_FOR:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if requested("linear") not in ASKED_FOR or preferred() == "reference":
         return False
     return direct(x, weight, differentiable=differentiable)
 

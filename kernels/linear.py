@@ -35,7 +35,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.linear(x, weight, bias if bias.numel() else None)
 
 
-register("linear", "reference", forward=reference)
+def reference_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same into `out`, whose dtype may be wider, and is then that of the product."""
+    return out.copy_(reference(*(t.to(out.dtype) for t in (x, weight, bias))))
+
+
+register("linear", "reference", forward=reference, into=reference_into)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -49,7 +54,7 @@ register(
     forward=native.forward,
     into=native.into,
 )
-register_triton("linear", "linear", "forward", "into", exact=True)
+register_triton("linear", "linear", "forward", "into", exact=True, default=())
 
 
 # --- registration and autograd ----------------------------------------------------------------------

@@ -43,7 +43,7 @@ BESIDE = (  # ops that call another op: (importer, imported); cycles are refused
     ("fastrl.kernels.sample", "fastrl.kernels.token_logp"),
 )
 NOT_OPS = {"surrogates"}  # public names of kernels/ that are no ops of their own
-LAZY = {("fastrl.kernels._backend", "extension")}  # fastrl._C may be absent, and must be loaded after torch
+LAZY = {("fastrl.kernels._registry", "extension")}  # fastrl._C may be absent, and must be loaded after torch
 
 Sources = dict[str, str]  # module name -> its text
 

@@ -11,6 +11,9 @@ import torch
 
 from fastrl import __version__, ops
 from fastrl.kernels._backend import BACKENDS, extension
+from fastrl.kernels._verdicts.first_use import load
+from fastrl.kernels._verdicts.machine import machine
+from fastrl.kernels._verdicts.summary import table
 
 PACKAGES = (
     "torch",
@@ -27,6 +30,7 @@ PACKAGES = (
 )
 VARIABLES = (
     "FASTRL_BACKEND",
+    "FASTRL_CHECK",
     "FASTRL_CPU_ISA",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -46,7 +50,8 @@ def environment_text() -> str:
     for title, rows in parts.items():
         lines = [f"  {name:<22} {value}" for name, value in rows.items()]
         blocks.append("\n".join([title, *lines]))
-    return "\n\n".join([*blocks, _op_table()])
+    verdicts = _verdicts()  # before the table of ops, which shows what they allow
+    return "\n\n".join([*blocks, _op_table(), *verdicts])
 
 
 def run(options: object) -> None:
@@ -106,6 +111,18 @@ def _compiled() -> dict[str, str]:
 
 def _variables() -> dict[str, str]:
     return {name: os.environ.get(name, "-") for name in VARIABLES}
+
+
+def _verdicts() -> list[str]:
+    """What is known of the kernels on each GPU: nothing is checked here."""
+    here = machine()
+    blocks = []
+    for i in range(here.devices()):
+        device = torch.device(here.stands_in or f"cuda:{i}")
+        load(device)
+        lines = table(device, ops.backend(device.type)).replace("\n", "\n  ")
+        blocks.append(f"kernels on cuda:{i}\n  {lines}")
+    return blocks
 
 
 def _op_table() -> str:

@@ -21,6 +21,7 @@ from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World
 from fastrl.report.stats import Estimate, share_interval, wilson
 from fastrl.rewards.functions import Reward, load_reward, score
+from fastrl.run.kernels import say_kernels
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.search import SEARCHES, Candidates, pass_at_k
@@ -202,6 +203,7 @@ def run(config: Evaluate) -> None:
     if config.reward is not None:
         reward = load_reward(config.reward, dtype=dtype, device=device)
     model = load_model(config.model, dtype=dtype, device=device)
+    say_kernels(model)
     sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task.tokenizer))
     evaluation = evaluate(
         sampler,

@@ -34,6 +34,7 @@ from fastrl.files import Json, JsonObject, as_object, decode, parse_json, read_j
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.run.kernels import say_kernels
 from fastrl.run.log import replace_text
 from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
@@ -61,6 +62,7 @@ def run(config: Generate) -> None:
     set_threads(config.threads)
     device, dtype = resolve_device(config.device, config.dtype)
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
+    say_kernels(model)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     sampler = SAMPLERS[config.sampler](model, tokenizer, config.sampling)
     params = SamplingParams(

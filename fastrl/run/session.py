@@ -16,20 +16,25 @@ import torch
 import yaml
 from torch import Tensor
 
+from fastrl import ops
 from fastrl.algorithms.row import Loggable
 from fastrl.config import Run
 from fastrl.config.parse import dump
 from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines
+from fastrl.kernels._verdicts.summary import difference, sentence
 from fastrl.methods import command_of, method_of
 from fastrl.methods.method import AnyContext, AnyMethod, Context, Origin
 from fastrl.model.decoder import Decoder
+from fastrl.model.widths import kernel_widths
 from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.parallel.kernels import settle_kernels
 from fastrl.parallel.world import World, init_world
 from fastrl.report.metric import Need, over_batches
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS
+from fastrl.sampler.engine import PAGE
 from fastrl.tasks import load_run_task
 from fastrl.train.learner import Trainable
 from fastrl.train.source import Source
@@ -67,7 +72,8 @@ class Session:
         context, config = self.context, self.context.config
         source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
         tensors = self.learner.state() | source
-        meta = {"version": self.version, "command": command_of(config)}
+        kernels = ops.backend(context.device.type)
+        meta = {"version": self.version, "command": command_of(config), "kernels": kernels}
         return checkpoint.save(
             Path(config.output_dir),
             step,
@@ -130,6 +136,7 @@ def set_up(config: Run) -> Session:
 
     start = meta["step"]
     log = _open_log(config, start if resumed else None, world)
+    _name_kernels(log, context.device, meta.get("kernels", {}))
     evaluated = world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)
     return Session(
         method=method,
@@ -173,6 +180,7 @@ def _context(config: Run, method: AnyMethod, folder: str, world: World) -> AnyCo
     task = load_run_task(config.task, config.task_options)
     origin = Origin(config, algorithm, folder, dtype, device, task)
     model = method.load(origin)
+    settle_kernels(device, kernel_widths(model.config, PAGE), dtype, world)
     if config.exact and not isinstance(model, Decoder):
         raise UserError(
             "--exact: expected a model that the fast decoder takes (Llama, Qwen2, Qwen3), "
@@ -213,6 +221,16 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
         listed = ", ".join(f"{option} {now}, which was {was}" for option, (was, now) in differ.items())
         log.message(f"resumed with other options: {listed}")
     return log
+
+
+def _name_kernels(log: RunLog, device: torch.device, saved: Mapping[str, str]) -> None:
+    """Say which kernels run on a GPU, and where they are not those that the checkpoint was written with."""
+    chosen = ops.backend(device.type)
+    line = sentence(device, chosen)
+    if line:
+        log.message(line)
+    if saved and saved != chosen:
+        log.message(f"resumed with other kernels, which changes bits: {difference(saved, chosen)}")
 
 
 def _check(config: Run, method: AnyMethod) -> None:

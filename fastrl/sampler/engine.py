@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fastrl.errors import UserError
 from fastrl.kernels._launch import on_device
+from fastrl.kernels._verdicts.first_use import ensure
 from fastrl.model.language import LanguageModel
+from fastrl.model.widths import kernel_widths
 from fastrl.sampler import admit
 from fastrl.sampler.cache import PagedCache
 from fastrl.sampler.prefill import PREFILL_TOKENS
@@ -79,6 +81,7 @@ class Engine:
         self.steps = window or WINDOW.get(kind, 1)
         self.compact_below = COMPACT_BELOW.get(kind, 0.95)
         self.peak_pages, self.timing = 0, dict[str, float]()
+        ensure(model.device, kernel_widths(model.config, page), (torch.float32, model.dtype))
         self.release()
 
     # --- a call ---

@@ -107,7 +107,9 @@ class Graphs:
         """Replay the step of the first b rows."""
         key = b, filters, asked()
         if key not in self.captured:
-            self.captured[key] = self._capture(b, filters)
+            graph = self._capture(b, filters)
+            key = b, filters, asked()  # warming up may have proven a kernel
+            self.captured[key] = graph
         self.captured[key].replay()
 
     def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:

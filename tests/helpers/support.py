@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.kernels._backend import COMPILED_ONLY, EXACT_ONLY
+from fastrl.kernels._budget import ULP, allowed_error, largest_error
+
+__all__ = ["DATA", "ULP", "data_file", "no_waiting", "paged", "tiny_config", "use", "within_budget"]
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def within_budget(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: float = 1.5) -> None:
@@ -27,8 +29,8 @@ def within_budget(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: float 
     ours, theirs, truth = ours.detach(), theirs.detach(), truth.detach().double()
     if not truth.numel():
         return
-    error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
-    allowed = factor * budget + ULP[ours.dtype] * max(truth.abs().max().item(), 2.0**-20)
+    error, budget = (largest_error(x, truth) for x in (ours, theirs))
+    allowed = allowed_error(theirs, truth, ours.dtype, factor=factor)
     assert error <= allowed, (
         f"error {error:.3e} against float64, allowed {allowed:.3e} (PyTorch itself: {budget:.3e})"
     )

@@ -54,9 +54,34 @@ def test_the_environment_asks_too(monkeypatch):
         assert ops.backend("cpu")["token_logp"] == "cpu", "the innermost wish wins"
     monkeypatch.setenv("FASTRL_BACKEND", "fastest")
     with pytest.raises(
-        ValueError, match="FASTRL_BACKEND: expected one of cuda, triton, cpu, reference; got 'fastest'"
+        ValueError, match="FASTRL_BACKEND: expected one of auto, cuda, triton, cpu, reference; got 'fastest'"
     ):
         ops.token_logp(X, Y)
+
+
+def test_the_environment_states_a_preference(monkeypatch):
+    """Wrong: a backend that lacks an op, or a dtype of it, makes the op fail: attention, need and rms_norm in
+    float64 have no Triton kernel.
+    """
+    monkeypatch.setenv("FASTRL_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # Triton takes no CPU tensors then
+    x, w = torch.randn(3, 8), torch.ones(8)
+    usual = {op: name for op, name in ops.backend("cpu").items() if name == "triton"}
+    assert usual == {}
+    assert torch.equal(ops.rms_norm(x, w), x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+    assert ops.rms_norm(x.double(), w.double()).dtype == torch.float64
+    assert _backend.pick("need", torch.ones(2, dtype=torch.bool), "forward")
+    monkeypatch.setenv("FASTRL_BACKEND", "auto")
+    assert _backend.preferred() is None and not _backend.overruled()
+
+
+def test_a_preferred_linear_stays_the_fast_product(monkeypatch):
+    """Wrong: the batch-invariant product for every layer, because it is the one that Triton has."""
+    monkeypatch.setenv("FASTRL_BACKEND", "triton")
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    picked = _backend.inexact("linear", x, "forward")
+    assert picked is not _backend._table["linear"]["triton"].parts["forward"]
+    assert torch.equal(ops.linear(x, w), torch.nn.functional.linear(x, w))
 
 
 def test_nesting_and_exceptions_restore():
