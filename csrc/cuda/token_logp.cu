@@ -1,9 +1,8 @@
 // Log-probability and entropy of a target token per row of logits, and their gradient: formulas in token_logp.cuh.
 //
-// Tile map:  one CTA of 512 threads owns a row and strides over further rows by the grid.  A step of the CTA moves 32 bytes a
-//            thread (2 packs of 16 bytes, neighbouring threads next to each other; with 4, ptxas spills).  Each thread keeps
-//            (X, s, a) of what it saw; the 512 triples are merged once per row, in a fixed order: no atomics, the same bits
-//            every run.
+// Tile map:  one CTA of 512 threads owns a row and strides over further rows by the grid.  A step of the CTA moves 16 elements a
+//            thread, in packs of 16 bytes, neighbouring threads next to each other.  Each thread keeps (X, s, a) of what it saw;
+//            the 512 triples are merged once per row, in a fixed order: no atomics, the same bits every run.
 // Shared:    16 warps x 3 floats = 192 bytes.
 // Traffic:   forward reads the logits once; backward reads them once and writes them once.
 #include <algorithm>
@@ -13,36 +12,34 @@
 namespace fastrl {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kUnroll = 2;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kEach = 16;  // elements of a thread at a time
 
 // --- forward ------------------------------------------------------------------------------------------
 template <class T>
-__device__ Sums row_sums(const T* row, int64_t V, float k) {
-  constexpr int kSize = Pack<T>::kSize;
+__device__ Sums row_sums(const T* row, int V, float k) {
+  constexpr int kPacks = kEach / kPack<T>;
   const Span<T> span(row, V);
-  const auto* packs = reinterpret_cast<const Pack<T>*>(row + span.head);
+  const auto* packs = reinterpret_cast<const uint4*>(row + span.head);
   Sums sums;
-  for (int64_t i = threadIdx.x; i < span.packs; i += kThreads * kUnroll) {
-    Pack<T> loaded[kUnroll];
+  int i = threadIdx.x;
+  for (; i + (kPacks - 1) * kThreads < span.packs; i += kPacks * kThreads) {
+    uint4 loaded[kPacks];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (i + u * kThreads < span.packs) loaded[u] = packs[i + u * kThreads];
-    }
+    for (int u = 0; u < kPacks; u++) loaded[u] = packs[i + u * kThreads];
+    float x[kEach];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (i + u * kThreads >= span.packs) break;
-      float x[kSize];
-#pragma unroll
-      for (int j = 0; j < kSize; j++) x[j] = to_float(loaded[u].at[j]);
-      sums.add(x, k);
-    }
-  }
-  for (int64_t i = threadIdx.x; i < span.head; i += kThreads) {
-    const float x[1] = {to_float(row[i])};
+    for (int u = 0; u < kPacks; u++) to_floats<T>(x + u * kPack<T>, loaded[u]);
     sums.add(x, k);
   }
-  for (int64_t i = span.tail() + threadIdx.x; i < V; i += kThreads) {
-    const float x[1] = {to_float(row[i])};
+  for (; i < span.packs; i += kThreads) {
+    float x[kPack<T>];
+    to_floats<T>(x, packs[i]);
+    sums.add(x, k);
+  }
+  const int edge = span.edge(threadIdx.x);
+  if (edge < V) {
+    const float x[1] = {to_float(row[edge])};
     sums.add(x, k);
   }
   return sums;
@@ -51,7 +48,7 @@ __device__ Sums row_sums(const T* row, int64_t V, float k) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     forward(const T* logits, RowsAt at, const int64_t* target, const float* temperature, float* logp, float* entropy,
-            float* m, float* log_s, int64_t rows, int64_t V) {
+            float* m, float* log_s, int64_t rows, int V) {
   __shared__ float shared[3][kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int64_t t = blockIdx.x; t < rows; t += gridDim.x) {
@@ -77,34 +74,39 @@ __global__ void __launch_bounds__(kThreads)
 // --- backward -----------------------------------------------------------------------------------------
 // Nothing is stored before it was loaded, though `out` may be the row itself, or lie in its front half (bf16 of fp32): there a
 // step's stores end before the loads of the next begin, so one barrier between the loads and the stores of a step is enough.
-template <class Out, class T>
-__device__ void row_gradient(Out* out, const T* row, int64_t V, const Gradient& gradient) {
-  constexpr int kSize = Pack<T>::kSize;
-  const Span<T> span(row, V);
-  const int64_t edge = threadIdx.x < span.head ? threadIdx.x : span.tail() + threadIdx.x - span.head;  // outside the packs
-  const float x_edge = edge < V ? to_float(row[edge]) : 0.f;
-  __syncthreads();
-  const auto* packs = reinterpret_cast<const Pack<T>*>(row + span.head);
-  Out* to = out + span.head;
-  const bool wide = reinterpret_cast<std::uintptr_t>(to) % sizeof(Pack<Out, kSize>) == 0;
-  for (int64_t first = 0; first < span.packs; first += kThreads * kUnroll) {
-    Pack<T> loaded[kUnroll];
+template <bool kWide, class Out, class T, class F>
+__device__ void pack_gradients(Out* to, const uint4* packs, int count, const F& gradient) {
+  constexpr int kSize = kPack<T>, kPacks = kEach / kSize;
+  for (int first = 0; first < count; first += kPacks * kThreads) {
+    const int i = first + threadIdx.x;
+    uint4 loaded[kPacks];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int64_t i = first + u * kThreads + threadIdx.x;
-      if (i < span.packs) loaded[u] = packs[i];
+    for (int u = 0; u < kPacks; u++) {
+      if (i + u * kThreads < count) loaded[u] = packs[i + u * kThreads];
     }
     if (sizeof(Out) != sizeof(T)) __syncthreads();
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int64_t i = first + u * kThreads + threadIdx.x;
-      if (i >= span.packs) break;
-      Pack<Out, kSize> moved;
+    for (int u = 0; u < kPacks; u++) {
+      if (i + u * kThreads >= count) break;
+      float x[kSize];
+      to_floats<T>(x, loaded[u]);
 #pragma unroll
-      for (int j = 0; j < kSize; j++) assign(moved.at[j], gradient(to_float(loaded[u].at[j])));
-      store_pack(to + i * kSize, moved, wide);
+      for (int j = 0; j < kSize; j++) x[j] = gradient(x[j]);
+      store_floats<kWide>(to + (i + u * kThreads) * kSize, x);
     }
   }
+}
+
+template <class Out, class T, class F>
+__device__ void row_gradient(Out* out, const T* row, int V, const F& gradient) {
+  const Span<T> span(row, V);
+  const int edge = span.edge(threadIdx.x);
+  const float x_edge = edge < V ? to_float(row[edge]) : 0.f;
+  __syncthreads();
+  const auto* packs = reinterpret_cast<const uint4*>(row + span.head);
+  Out* to = out + span.head;
+  if (fits_wide<kPack<T>>(to)) pack_gradients<true, Out, T>(to, packs, span.packs, gradient);
+  else pack_gradients<false, Out, T>(to, packs, span.packs, gradient);
   if (edge < V) assign(out[edge], gradient(x_edge));
 }
 
@@ -112,7 +114,7 @@ template <class Out, class T>
 __global__ void __launch_bounds__(kThreads)
     backward(Out* out, RowsAt out_at, const T* logits, RowsAt at, const int64_t* target, const float* temperature,
              const float* dlogp, const float* dentropy, const float* entropy, const float* m, const float* log_s,
-             int64_t rows, int64_t V) {
+             int64_t rows, int V) {
   for (int64_t t = blockIdx.x; t < rows; t += gridDim.x) {
     const T* row = logits + at(t);
     Out* to = out + out_at(t);
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t y = target[t];
     const bool inside = y >= 0 && y < V;
     const float x = inside ? to_float(row[y]) : 0.f;
-    row_gradient(to, row, V, gradient);
+    if (gradient.live) row_gradient(to, row, V, gradient);
+    else row_gradient(to, row, V, None{});
     __syncthreads();  // the target's element is overwritten last
     if (threadIdx.x == 0 && inside) assign(to[y], gradient.at_target(x));
   }
@@ -137,7 +140,7 @@ void launch_forward(Address logits, const RowsAt& at, Address target, Address te
                     Address m, Address log_s, int64_t rows, int64_t V, Address stream) {
   forward<T><<<grid(rows), kThreads, 0, array<CUstream_st>(stream)>>>(
       array<const T>(logits), at, array<const int64_t>(target), array<const float>(temperature), array<float>(logp),
-      array<float>(entropy), array<float>(m), array<float>(log_s), rows, V);
+      array<float>(entropy), array<float>(m), array<float>(log_s), rows, static_cast<int>(V));
 }
 
 template <class Out, class T>
@@ -147,7 +150,7 @@ void launch_backward(Address out, const RowsAt& to, Address logits, const RowsAt
   backward<Out, T><<<grid(rows), kThreads, 0, array<CUstream_st>(stream)>>>(
       array<Out>(out), to, array<const T>(logits), at, array<const int64_t>(target), array<const float>(temperature),
       array<const float>(dlogp), array<const float>(dentropy), array<const float>(entropy), array<const float>(m),
-      array<const float>(log_s), rows, V);
+      array<const float>(log_s), rows, static_cast<int>(V));
 }
 
 }  // namespace

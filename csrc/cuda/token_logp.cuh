@@ -24,23 +24,26 @@ struct Sums {
     top = high;
   }
 
+  // N elements: the top moves once for all of them, without a branch, since some lane of a warp almost always has a new one
   template <int N>
   __device__ void add(const float (&x)[N], float k) {
-    float high = x[0];
+    float high = top;
 #pragma unroll
-    for (int i = 1; i < N; i++) high = fmaxf(high, x[i]);
-    if (high > top) merge(high, 0, 0, k);
-    float s2[4] = {}, a2[4] = {};  // several partial sums: one would wait for its own last addition
+    for (int i = 0; i < N; i++) high = fmaxf(high, x[i]);
+    const float down = fmaxf(top - high, kMasked), w = exp2_fast(down * k);
+    a = w * (a + down * s);
+    top = high;
+    float s_new = 0, a_new = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      float d = x[i] - top;
+      float d = x[i] - high;
       d = d < kMasked ? kMasked : d;  // not fmaxf, which would drop a NaN
       const float e = exp2_fast(d * k);
-      s2[i % 4] += e;
-      a2[i % 4] += e * d;
+      s_new += e;
+      a_new += e * d;
     }
-    s += (s2[0] + s2[1]) + (s2[2] + s2[3]);
-    a += (a2[0] + a2[1]) + (a2[2] + a2[3]);
+    s = w * s + s_new;
+    a += a_new;
   }
 
   __device__ void merge_warp(int lanes, float k) {
@@ -72,7 +75,7 @@ struct RowStats {  // log p = (x - top) / tau - ln
 struct Gradient {  // of one row: exp(d / tau) (slope d + offset), d = x - top; the target's element is another
   float tau, top, ln, g, gh, h;
   float k, slope, offset;
-  bool live;  // false for a masked token: its logits may be anything
+  bool live;  // false for a masked token: its logits may be anything, and `None` is its gradient
 
   __device__ Gradient(float tau, float top, float ln, float g, float gh, float h)
       : tau(tau), top(top), ln(ln), g(g), gh(gh), h(h), k(kLog2e / tau), live(g != 0.f || gh != 0.f) {
@@ -81,7 +84,6 @@ struct Gradient {  // of one row: exp(d / tau) (slope d + offset), d = x - top; 
     offset = (-g - gh * (h - ln)) * scale;
   }
   __device__ float operator()(float x) const {
-    if (!live) return 0.f;
     float d = x - top;
     d = d < kMasked ? kMasked : d;
     return exp2_fast(d * k) * fmaf(slope, d, offset);
@@ -93,6 +95,10 @@ struct Gradient {  // of one row: exp(d / tau) (slope d + offset), d = x - top; 
   }
 };
 
+struct None {
+  __device__ float operator()(float) const { return 0.f; }
+};
+
 // --- arguments, for the launchers ---------------------------------------------------------------------
 template <class T>
 T* array(Address address) {
@@ -102,7 +108,7 @@ T* array(Address address) {
 inline void check_rows(Address logits, int code, const RowsAt& at, int64_t T, int64_t V) {
   FASTRL_CHECK(code == kFloat32 || code == kBFloat16, "code", "0 (fp32) or 1 (bf16)", code);
   FASTRL_CHECK(T >= 0, "T", "at least 0", T);
-  FASTRL_CHECK(V >= 1, "V", "at least 1", V);
+  FASTRL_CHECK(V >= 1 && V < int64_t{1} << 31, "V", "1 to 2^31 - 1", V);
   FASTRL_CHECK(at.L >= 1, "L", "at least 1", at.L);
   FASTRL_CHECK(at.row >= 0 && at.batch >= 0, "row, batch", "strides of at least 0", at.row < at.batch ? at.row : at.batch);
   FASTRL_CHECK(T == 0 || logits, "logits", "an address", "0");

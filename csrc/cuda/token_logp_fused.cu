@@ -21,80 +21,68 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512, kWarps = kThreads / 32, kStages = 4, kLargestCluster = 8;
+constexpr int kEach = 16;  // elements of a thread at a time
 constexpr int64_t kSlice = 108 << 10, kMost = 220 << 10;
 
 struct Shares {  // what a CTA tells its cluster
-  float top, s, a, x;  // x: the target's logit, 0 where it lies in another slice
+  float top, s, a;
 };
 
-// Packs of a row, counted from the 16-byte boundary at or before its first element.
+// The share of a CTA of a row's packs.  The elements outside of the packs are rank 0's, one a thread.
 template <class T>
 struct Slice {
-  static constexpr int kSize = Pack<T>::kSize;
-  const T* start;      // that boundary
-  int64_t pad, end;    // the row is start[pad .. end)
-  int64_t first, count;  // packs of this CTA
+  const uint4* packs;
+  int first, count;  // of the row's packs
 
-  __device__ Slice(const T* row, int64_t V, int rank, int ranks) {
-    pad = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(row) % 16 / sizeof(T));
-    start = row - pad, end = pad + V;
-    const int64_t packs = (end + kSize - 1) / kSize, each = (packs + ranks - 1) / ranks;
+  __device__ Slice(const T* row, const Span<T>& span, int rank, int ranks) {
+    const int each = (span.packs + ranks - 1) / ranks;
     first = rank * each;
-    count = first < packs ? (packs - first < each ? packs - first : each) : 0;
+    count = min(max(span.packs - first, 0), each);
+    packs = reinterpret_cast<const uint4*>(row + span.head) + first;
   }
-  __device__ int64_t element(int64_t i) const { return (first + i) * kSize; }  // of its pack i, counted from `start`
-  __device__ bool whole(int64_t i) const { return element(i) >= pad && element(i) + kSize <= end; }
 };
 
-template <class T>
-__device__ void fetch(Pack<T>* chip, const Slice<T>& slice) {
-  const int64_t each = (slice.count + kStages - 1) / kStages;
+__device__ void fetch(uint4* chip, const uint4* packs, int count) {
+  const int each = (count + kStages - 1) / kStages;
 #pragma unroll
   for (int stage = 0; stage < kStages; stage++) {
-    const int64_t stop = each * (stage + 1) < slice.count ? each * (stage + 1) : slice.count;
-    for (int64_t i = each * stage + threadIdx.x; i < stop; i += kThreads) {
-      const int64_t e = slice.element(i);
-      if (slice.whole(i)) {
-        copy_async(&chip[i], slice.start + e);
-        continue;
-      }
-      for (int j = 0; j < Pack<T>::kSize; j++) {
-        const bool inside = e + j >= slice.pad && e + j < slice.end;
-        if (inside) chip[i].at[j] = slice.start[e + j];
-        else assign(chip[i].at[j], -INFINITY);
-      }
-    }
+    const int stop = min(each * (stage + 1), count);
+    for (int i = each * stage + threadIdx.x; i < stop; i += kThreads) copy_async(&chip[i], &packs[i]);
     close_copies();
   }
 }
 
 template <class T>
-__device__ void add_stage(Sums& sums, const Pack<T>* chip, int64_t count, int stage, float k) {
-  constexpr int kSize = Pack<T>::kSize;
-  const int64_t each = (count + kStages - 1) / kStages;
-  const int64_t stop = each * (stage + 1) < count ? each * (stage + 1) : count;
-  for (int64_t i = each * stage + threadIdx.x; i < stop; i += kThreads) {
-    const Pack<T> pack = chip[i];
-    float x[kSize];
+__device__ void add_stage(Sums& sums, const uint4* chip, int count, int stage, float k) {
+  constexpr int kPacks = kEach / kPack<T>;
+  const int each = (count + kStages - 1) / kStages, stop = min(each * (stage + 1), count);
+  int i = each * stage + threadIdx.x;
+  for (; i + (kPacks - 1) * kThreads < stop; i += kPacks * kThreads) {
+    float x[kEach];
 #pragma unroll
-    for (int j = 0; j < kSize; j++) x[j] = to_float(pack.at[j]);
+    for (int u = 0; u < kPacks; u++) to_floats<T>(x + u * kPack<T>, chip[i + u * kThreads]);
+    sums.add(x, k);
+  }
+  for (; i < stop; i += kThreads) {
+    float x[kPack<T>];
+    to_floats<T>(x, chip[i]);
     sums.add(x, k);
   }
 }
 
 template <class T>
-__device__ Sums slice_sums(const Pack<T>* chip, int64_t count, float k) {
+__device__ Sums slice_sums(const uint4* chip, int count, float k) {
   static_assert(kStages == 4, "a wait for each stage");
   Sums sums;
-  wait_copies<3>(), add_stage(sums, chip, count, 0, k);
-  wait_copies<2>(), add_stage(sums, chip, count, 1, k);
-  wait_copies<1>(), add_stage(sums, chip, count, 2, k);
-  wait_copies<0>(), add_stage(sums, chip, count, 3, k);
+  wait_copies<3>(), add_stage<T>(sums, chip, count, 0, k);
+  wait_copies<2>(), add_stage<T>(sums, chip, count, 1, k);
+  wait_copies<1>(), add_stage<T>(sums, chip, count, 2, k);
+  wait_copies<0>(), add_stage<T>(sums, chip, count, 3, k);
   return sums;
 }
 
-// The sums of the whole row, in every thread of the cluster, and the target's logit (NaN for a target outside [0, V)).
-__device__ Sums merge_cluster(Sums sums, float x_mine, bool inside, float k, Shares* mine, float (*warps)[kWarps], float& x) {
+// The sums of the whole row, in every thread of the cluster.
+__device__ Sums merge_cluster(Sums sums, float k, Shares* mine, float (*warps)[kWarps]) {
   const auto cluster = cg::this_cluster();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   sums.merge_warp(32, k);
@@ -104,80 +92,79 @@ __device__ Sums merge_cluster(Sums sums, float x_mine, bool inside, float k, Sha
     const int w = lane % kWarps;
     sums.top = warps[0][w], sums.s = warps[1][w], sums.a = warps[2][w];
     sums.merge_warp(kWarps, k);
-    if (lane == 0) *mine = {sums.top, sums.s, sums.a, x_mine};
+    if (lane == 0) *mine = {sums.top, sums.s, sums.a};
   }
   cluster.sync();
   Sums all;
-  x = 0;
   for (unsigned r = 0; r < cluster.num_blocks(); r++) {
     const Shares share = *cluster.map_shared_rank(mine, r);
     all.merge(share.top, share.s, share.a, k);
-    x += share.x;
   }
-  x = inside ? x : NAN;
   return all;
 }
 
-template <class Out, class T>
-__device__ void store_gradient(Out* out, const Pack<T>* chip, const Slice<T>& slice, const Gradient& gradient, int64_t target) {
-  constexpr int kSize = Pack<T>::kSize;
-  Out* base = out - slice.pad;  // element e of the slice goes to base[e]
-  const bool wide = reinterpret_cast<std::uintptr_t>(base) % sizeof(Pack<Out, kSize>) == 0;
-  for (int64_t i = threadIdx.x; i < slice.count; i += kThreads) {
-    const int64_t e = slice.element(i);
-    const Pack<T> pack = chip[i];
-    Pack<Out, kSize> moved;
+template <bool kWide, class Out, class T, class F>
+__device__ void pack_gradients(Out* to, const uint4* chip, int count, const F& gradient) {
+  constexpr int kSize = kPack<T>;
+  to += threadIdx.x * kSize;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    float x[kSize];
+    to_floats<T>(x, chip[i]);
 #pragma unroll
-    for (int j = 0; j < kSize; j++) {
-      const float x = to_float(pack.at[j]);
-      assign(moved.at[j], e + j == target ? gradient.at_target(x) : gradient(x));
-    }
-    if (slice.whole(i)) {
-      store_pack(base + e, moved, wide);
-      continue;
-    }
-#pragma unroll
-    for (int j = 0; j < kSize; j++) {
-      if (e + j >= slice.pad && e + j < slice.end) base[e + j] = moved.at[j];
-    }
+    for (int j = 0; j < kSize; j++) x[j] = gradient(x[j]);
+    store_floats<kWide>(to, x);
+    to += kThreads * kSize;
   }
+}
+
+template <class Out, class T, class F>
+__device__ void slice_gradient(Out* to, const uint4* chip, int count, const F& gradient) {
+  if (fits_wide<kPack<T>>(to)) pack_gradients<true, Out, T>(to, chip, count, gradient);
+  else pack_gradients<false, Out, T>(to, chip, count, gradient);
 }
 
 template <class Out, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     fused(Out* out, RowsAt out_at, const T* logits, RowsAt at, const int64_t* target, const float* temperature,
-          const float* dlogp, const float* dentropy, float* logp, float* entropy, float* m, float* log_s, int64_t rows,
-          int64_t V) {
-  extern __shared__ __align__(16) unsigned char bytes[];
+          const float* dlogp, const float* dentropy, float* logp, float* entropy, float* m, float* log_s, int64_t rows, int V) {
+  extern __shared__ uint4 chip[];
   __shared__ float warps[3][kWarps];
   __shared__ Shares mine;
-  auto* chip = reinterpret_cast<Pack<T>*>(bytes);
   const auto cluster = cg::this_cluster();
   const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
   for (int64_t t = blockIdx.x / ranks; t < rows; t += gridDim.x / ranks) {
-    const Slice<T> slice(logits + at(t), V, rank, ranks);
-    fetch(chip, slice);
+    const T* row = logits + at(t);
+    Out* to = out + out_at(t);
+    const Span<T> span(row, V);
+    const Slice<T> slice(row, span, rank, ranks);
+    fetch(chip, slice.packs, slice.count);
+
     const float tau = temperature[t], k = kLog2e / tau;
-    const int64_t y = target[t], y_at = y + slice.pad;  // counted from `start`
+    const int64_t y = target[t];
     const bool inside = y >= 0 && y < V;
-    const bool here = inside && y_at >= slice.element(0) && y_at < slice.element(slice.count);
-    const float x_mine = here && threadIdx.x == 0 ? to_float(slice.start[y_at]) : 0.f;
-    float x;
-    const Sums sums = merge_cluster(slice_sums(chip, slice.count, k), x_mine, inside, k, &mine, warps, x);
-    const RowStats stats(sums, tau, x);
+    const int edge = rank == 0 ? span.edge(threadIdx.x) : V;
+    const float x_edge = edge < V ? to_float(row[edge]) : -INFINITY;
+    const float x_target = inside ? to_float(row[y]) : NAN;
+    Sums sums = slice_sums<T>(chip, slice.count, k);
+    if (edge < V) sums.add({x_edge}, k);
+    sums = merge_cluster(sums, k, &mine, warps);  // nothing is stored before the whole row is on chip
+    const RowStats stats(sums, tau, x_target);
     if (rank == 0 && threadIdx.x == 0) stats.store(t, logp, entropy, m, log_s);
+
     const float gh = dentropy != nullptr ? dentropy[t] : 0.f;
     const Gradient gradient(tau, stats.top, stats.ln, dlogp[t], gh, gh != 0.f ? stats.entropy : 0.f);
-    store_gradient(out + out_at(t), chip, slice, gradient, inside ? y_at : -1);
-    cluster.sync();  // all blocks have read `mine`, and are done with their slices
+    Out* here = to + span.head + slice.first * kPack<T>;
+    if (gradient.live) slice_gradient<Out, T>(here, chip, slice.count, gradient);
+    else slice_gradient<Out, T>(here, chip, slice.count, None{});
+    if (edge < V) assign(to[edge], gradient.live ? gradient(x_edge) : 0.f);
+    cluster.sync();  // all blocks have read `mine`, and are done with their slices; the target's element is written last
+    if (rank == 0 && threadIdx.x == 0 && inside) assign(to[y], gradient.at_target(x_target));
   }
 }
 
 // --- launch -------------------------------------------------------------------------------------------
-int64_t slice_bytes(int64_t V, int64_t itemsize, int ranks) {  // a row may begin anywhere in its first pack
-  const int64_t packs = (V * itemsize + 15) / 16 + 1;
-  return (packs + ranks - 1) / ranks * 16;
-}
+int64_t slice_bytes(int64_t V, int64_t itemsize, int ranks) { return (V * itemsize / 16 + ranks - 1) / ranks * 16; }
 
 int cluster_size(int64_t V, int64_t itemsize) {
   int ranks = 1;
@@ -207,7 +194,7 @@ void launch(Address out, const RowsAt& to, Address logits, const RowsAt& at, Add
       cudaLaunchKernelEx(&config, kernel, array<Out>(out), to, static_cast<const T*>(array<T>(logits)), at,
                          array<const int64_t>(target), array<const float>(temperature), array<const float>(dlogp),
                          array<const float>(dentropy), array<float>(logp), array<float>(entropy), array<float>(m),
-                         array<float>(log_s), rows, V),
+                         array<float>(log_s), rows, static_cast<int>(V)),
       "token_logp fused");
 }
 
