@@ -83,7 +83,20 @@ def warm(check: Check) -> list[str]:
 
 
 def verdicts(check: Check) -> list[str]:
-    return python("-m", "fastrl.kernels._verdict", *(["--rehearse"] if check.rehearse else []))
+    """`fastrl check`; in a rehearsal, of one op on a GPU that is not there."""
+    module = "fastrl.bench.gpu_check.verdicts"
+    if not check.rehearse:
+        return python("-m", module)
+    settings = {
+        "TRITON_INTERPRET": "1",
+        "FASTRL_FAKE_CACHE": check.out / "cache",
+        "FASTRL_FAKE_OPS": "swiglu",
+    }
+    return [
+        "env",
+        *(f"{n}={v}" for n, v in settings.items()),
+        *python("tests/helpers/fake_device.py", module),
+    ]
 
 
 def gpu_tests(root: Path) -> list[str]:
@@ -111,7 +124,7 @@ def tests(check: Check) -> list[str]:
         workers = min(WORKERS, os.cpu_count() or 1)
         command += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]
     if check.rehearse:
-        command += ["-p", "fake_cuda"]
+        command += ["-p", "fastrl.bench.gpu_check.fake_cuda"]
     return command + gpu_tests(check.root)
 
 
