@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastrl.run import check
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Options:
     """The options of `fastrl check`, at their defaults."""
 
