@@ -25,7 +25,17 @@ learning: $(STAMP)
 grpo-loop: $(STAMP)
 	$(PY) -m fastrl.recipes.grpo_loop
 
-test: $(STAMP)
+# Kernels also compile with older Tritons, installed beside the newest.  There is none outside Linux, where these tests are skipped.
+ifeq ($(shell uname -s),Linux)
+OLDEST := .triton/3.6.0
+endif
+
+.triton/%: | $(STAMP)
+	rm -rf $@.part
+	$(PY) -m pip install --target $@.part --no-deps triton==$*
+	mv $@.part $@
+
+test: $(STAMP) $(OLDEST)
 	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not slow and not multigpu and not ptx" $(TESTS)
 
 test-slow: $(STAMP)
@@ -42,8 +52,8 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(PY) -m mypy
 
-compile-table: $(STAMP)
-	$(PY) -m fastrl.bench.compile_table --all
+compile-table: $(STAMP) .triton/3.6.0 .triton/3.7.1
+	$(PY) -m fastrl.bench.compile_table --arch 90 80 100 --beside 3.6.0 3.7.1 --out bench/results/compile.json
 
 sass: $(STAMP)
 	$(PY) -m fastrl.bench.sass --out bench/results/sass.json

@@ -1,107 +1,92 @@
 """What every Triton kernel compiles to: registers, shared memory, spills, width of loads and stores.
 
-    python -m fastrl.bench.compile_table [--all] [--out FILE.json] [NAME ...]
+    python -m fastrl.bench.compile_table [--arch 80 90 100] [--few] [--beside VERSION ...] [OP ...]
 
-compiles each production variant (the `COMPILE` table beside the kernels) for sm_90, with --all for sm_80,
-sm_90 and sm_100.  No GPU is needed.  The exit status is 1 if a variant spills, or has accesses of less than
-16 bytes where its sizes allow more.
+compiles every variant that the calls of `bench/variants.py` launch.  No GPU is needed.  --few takes as many
+variants of each kernel as show every value of its constexprs; --beside also compiles with the Tritons
+installed in .triton/VERSION (`make .triton/3.6.0`).  The exit status is 1 if a variant does not compile,
+spills without a reason stated in SPILLS, or has accesses of less than 16 bytes where its sizes allow more.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fastrl.kernels._triton
-from fastrl.errors import UserError
-from fastrl.kernels._launch import Spec
+import torch
+import triton
 
-HOPPER, ALL = (90,), (80, 90, 100)
-WIDE = 16  # bytes of the widest load that every architecture has
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+from fastrl.bench.cubin import usage
+from fastrl.bench.offline import GPUS, refuse_interpreter
+from fastrl.bench.variants import OPS, Variant, cover, record
+from fastrl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDEST = 16  # bytes of the widest access that every architecture has
 MOVE = {name: re.compile(rf"\b{name}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b") for name in ("ld", "st")}
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* [^;]*?, (0x[0-9a-f]+|\d+)[,;]")
 BULK = "cp.async.bulk.tensor"  # whole tiles: TMA
+# kernel -> the bytes that it may spill, and why they stay
+SPILLS: dict[str, tuple[int, str]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One variant on one architecture; `spill` is stack and local memory; bytes, except the registers."""
+    """One variant on one architecture; bytes, except the registers."""
 
     kernel: str
-    case: str
+    variant: str
     arch: int
-    registers: int
-    shared: int
-    spill: int
-    load: int
-    store: int
-    wide: tuple[str, ...]
+    registers: int = 0
+    shared: int = 0
+    spill: int = 0  # stack and local memory of a thread
+    load: int = 0  # the widest
+    store: int = 0
+    wide: tuple[str, ...] = ()  # what must move 16 bytes at a time: "load", "store"
+    failure: str = ""  # of the compiler
 
     @property
     def faults(self) -> list[str]:
-        """Spills and narrow accesses."""
-        found = [f"{self.spill} bytes spilled"] if self.spill > 0 else []
-        for move in self.wide:
-            size = getattr(self, move)
-            if size < WIDE:
-                found.append(f"{move} of {size} bytes")
-        return found
+        """Why it is not as it should be."""
+        if self.failure:
+            return [self.failure]
+        most, _ = SPILLS.get(self.kernel, (0, ""))
+        found = [f"{self.spill} bytes spilled"] if self.spill > most else []
+        sizes = {"load": self.load, "store": self.store}
+        return found + [f"{move} of {sizes[move]} bytes" for move in self.wide if sizes[move] < WIDEST]
 
 
-def specs() -> Iterator[tuple[str, Spec]]:
-    """(module, variant) of every kernel file.  Raises UserError under Triton's interpreter."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise UserError("TRITON_INTERPRET: expected it unset, the interpreter compiles nothing")
-    for module in sorted(m.name for m in pkgutil.iter_modules(fastrl.kernels._triton.__path__)):
-        table = getattr(importlib.import_module(f"fastrl.kernels._triton.{module}"), "COMPILE", ())
-        yield from ((module, spec) for spec in table)
-
-
-def compile_for(spec: Spec, arch: int) -> Any:
-    """Triton's compiled kernel: `.asm` holds its PTX and cubin."""
-    triton, backend = importlib.import_module("triton"), importlib.import_module("triton.backends.compiler")
-    names = spec.kernel.arg_names
-    source = importlib.import_module("triton.compiler").ASTSource(
-        fn=spec.kernel,
-        signature=spec.signature,
-        constexprs={(names.index(n),): value for n, value in spec.constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in spec.hints},
+# --- one variant ------------------------------------------------------------------------------------
+def figures_of(variant: Variant) -> Figures:
+    """Compile it and read the result."""
+    launch = variant.launch
+    compiled = launch.compile()
+    (used,) = usage(compiled.asm["cubin"]).values()
+    return Figures(
+        kernel=launch.name,
+        variant=launch.text,
+        arch=launch.arch,
+        registers=used.registers,
+        shared=max(
+            used.shared, compiled.metadata.shared
+        ),  # the cubin does not count what the launch asks for
+        spill=used.spill,
+        load=widest(compiled.asm["ptx"], "load"),
+        store=widest(compiled.asm["ptx"], "store"),
+        wide=variant.moves,
     )
-    return triton.compile(source, target=backend.GPUTarget("cuda", arch, 32), options=dict(spec.options))
-
-
-def usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, shared memory and spilled bytes of a cubin.
-
-    Raises UserError where Triton's cuobjdump cannot read it.
-    """
-    nvidia = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(nvidia / "bin" / "cuobjdump"), "-res-usage", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    found = USAGE.search(done.stdout)
-    if found is None:
-        raise UserError(
-            f"cuobjdump: expected the resource usage of a kernel, got {done.stdout + done.stderr!r}"
-        )
-    registers, stack, shared, local = map(int, found.groups())
-    return registers, shared, stack + local
 
 
 def widest(ptx: str, move: str) -> int:
@@ -110,88 +95,119 @@ def widest(ptx: str, move: str) -> int:
     sizes = [int(lanes or 1) * int(bits) // 8 for lanes, bits in MOVE[instruction].findall(ptx)]
     if move == "load":
         sizes += [int(size, 0) for size in COPY.findall(ptx)]
-        sizes += [WIDE] * (f"{BULK}.2d.shared" in ptx)
+        sizes += [WIDEST] * (f"{BULK}.2d.shared" in ptx)
     return max(sizes, default=0)
 
 
-def figures_of(name: str, spec: Spec, arch: int) -> Figures:
-    """Compile one variant and read the result."""
-    compiled = compile_for(spec, arch)
-    registers, shared, spill = usage(compiled.asm["cubin"])
-    kernel = f"{name}.{spec.kernel.__name__.removesuffix('_kernel')}"
-    load, store = (widest(compiled.asm["ptx"], move) for move in ("load", "store"))
-    shared = max(shared, compiled.metadata.shared)  # the cubin does not count memory requested at the launch
-    return Figures(
-        kernel=kernel,
-        case=spec.case,
-        arch=arch,
-        registers=registers,
-        shared=shared,
-        spill=spill,
-        load=load,
-        store=store,
-        wide=spec.wide,
-    )
-
-
-def _side_by_side(jobs: Sequence[tuple[str, Spec, int]], processes: int) -> Iterator[Figures]:
-    """`figures_of` every job, in order; in forked processes, because kernels cannot be pickled."""
+# --- all of them ------------------------------------------------------------------------------------
+def compile_all(variants: Sequence[Variant], processes: int) -> Iterator[Figures]:
+    """The figures of each variant, in order; in forked processes, because kernels cannot be pickled."""
     global _jobs
-    _jobs = jobs
+    _jobs = variants
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_job, range(len(jobs)))
+        for variant, job in zip(variants, [pool.submit(_job, i) for i in range(len(variants))], strict=True):
+            yield _result(variant, job)
 
 
-_jobs: Sequence[tuple[str, Spec, int]] = ()  # inherited by forked processes
+_jobs: Sequence[Variant] = ()  # inherited by forked processes
 
 
 def _job(i: int) -> Figures:
-    return figures_of(*_jobs[i])
+    return figures_of(_jobs[i])
+
+
+def _result(variant: Variant, job: Future[Figures]) -> Figures:
+    error = job.exception()
+    if error is None:
+        return job.result()
+    while error.__cause__ is not None:
+        error = error.__cause__
+    failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    launch = variant.launch
+    return Figures(kernel=launch.name, variant=launch.text, arch=launch.arch, failure=failure)
 
 
 # --- output -----------------------------------------------------------------------------------------
+HEAD = f"{'kernel':28} {'arch':6} registers  shared spill load store  variant"
+
+
 def line(f: Figures) -> str:
     """A row of the table."""
-    return (
-        f"{f.kernel:30} {f.case:34} sm_{f.arch:<4} {f.registers:9} {f.shared:8} {f.spill:6} {f.load:5} "
-        f"{f.store:6}  {'; '.join(f.faults)}"
+    use = f"{f.registers:9} {f.shared:7} {f.spill:5} {f.load:4} {f.store:5}"
+    faults = f"   <-- {'; '.join(f.faults)}" if f.faults else ""
+    return f"{f.kernel:28} sm_{f.arch:<3} {use}  {f.variant}{faults}"
+
+
+def summary(rows: Sequence[Figures]) -> dict[str, Any]:
+    """Counts by architecture, and every failure, spill and narrow access."""
+    return {
+        "variants": {f"sm_{arch}": n for arch, n in sorted(Counter(f.arch for f in rows).items())},
+        "kernels": len({f.kernel for f in rows}),
+        "faults": [asdict(f) | {"faults": f.faults} for f in rows if f.faults],
+        "spills": [asdict(f) | {"why": SPILLS[f.kernel][1]} for f in rows if f.spill and not f.faults],
+    }
+
+
+def with_other(version: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The summary that this program writes when it runs with the Triton of .triton/VERSION."""
+    folder = ROOT / ".triton" / version
+    if not (folder / "triton").is_dir():
+        raise UserError(f"--beside {version}: expected a Triton in {folder}; make .triton/{version}")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "table.json"
+        command = [sys.executable, "-m", "fastrl.bench.compile_table", *argv, "--out", str(out)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+        subprocess.run(command, cwd=ROOT, env=environment)
+        if not out.exists():
+            raise UserError(f"--beside {version}: expected a table, got none; the errors stand above")
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("names", nargs="*", metavar="OP", help=f"{', '.join(OPS)}; default: all")
+    parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=tuple(GPUS), metavar="N")
+    parser.add_argument("--few", action="store_true", help="a part of the variants")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="VERSION", help="other Tritons")
+    parser.add_argument(
+        "--triton-cache", action="store_true", help="only fill Triton's cache; show what does not compile"
     )
+    parser.add_argument("--out", type=Path, help="a JSON file for what was found")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiles at a time")
+    options = parser.parse_args(argv)
+    unknown = set(options.names) - set(OPS)
+    if unknown:
+        parser.error(f"OP: expected {', '.join(OPS)}; got {', '.join(sorted(unknown))}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if a variant spills or is too narrow."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="kernel files, such as token_logp; default: all"
-    )
-    parser.add_argument("--all", action="store_true", help="sm_80, sm_90 and sm_100 instead of sm_90 alone")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="compiles at a time; default: the processor's threads",
-    )
-    options = parser.parse_args(argv)
-    os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated, by the import below
-    print(f"{'kernel':30} {'case':34} {'arch':7} registers   shared  spill  load  store")
-    jobs = []
-    for name, spec in specs():
-        if not options.names or name in options.names:
-            jobs += [(name, spec, arch) for arch in (ALL if options.all else HOPPER) if arch in spec.archs]
+    """Print the table; 1 if a variant is not as it should be."""
+    options = arguments(argv)
+    refuse_interpreter()
+    torch.set_num_threads(1)  # what runs between two launches is small
+    variants = [v for arch in options.arch for v in record(arch, options.names)]
+    if options.few:
+        variants = cover(variants)
 
+    print(f"Triton {triton.__version__}\n{HEAD}", flush=True)
     rows = []
-    for figures in _side_by_side(jobs, options.jobs):
+    for figures in compile_all(variants, options.jobs):
         rows.append(figures)
-        print(line(figures), flush=True)
-    bad = sum(bool(f.faults) for f in rows)
-    print(f"{len(rows)} variants, {bad} with spills or narrow accesses")
+        if figures.failure or not options.triton_cache:
+            print(line(figures), flush=True)
+    found = {triton.__version__: summary(rows)}
+    print(f"{len(rows)} variants, {len(found[triton.__version__]['faults'])} not as they should be")
+
+    same = [*options.names, "--arch", *map(str, options.arch), *["--few"] * options.few]
+    for version in options.beside:
+        found |= with_other(version, [*same, "--jobs", str(options.jobs)])
     if options.out:
-        content = {"rows": [asdict(f) | {"faults": f.faults} for f in rows]}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return bool(bad)
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.triton_cache:
+        return int(any(f.failure for f in rows))
+    return int(any(table["faults"] for table in found.values()))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,26 @@ class Launch:
         return f"{self.kernel.module.rpartition('.')[2]}.{self.kernel.__name__.removesuffix('_kernel')}"
 
     @property
+    def traits(self) -> dict[str, str]:
+        """Argument -> its type, with "/16" if it is a multiple of 16; its value if that is compiled in."""
+        names = list(self.signature)
+        found = {
+            n: kind + "/16" * bool(self.attributes.get((i,)))
+            for i, (n, kind) in enumerate(self.signature.items())
+        }
+        for at, value in self.constants.items():
+            found[names[at[0]]] = getattr(value, "__name__", str(value))
+        return found
+
+    @property
+    def text(self) -> str:
+        """Its constexprs and the types of its arrays, to be read."""
+        arrays = dict.fromkeys(kind.lstrip("*") for kind in self.signature.values() if kind[0] in "*t")
+        values = {n: self.traits[n] for n, kind in self.signature.items() if kind == "constexpr"}
+        numbers = (f"{n}={v}" for n, v in values.items() if v not in ("True", "False"))
+        return " ".join((",".join(arrays), *(n for n, v in values.items() if v == "True"), *numbers))
+
+    @property
     def key(self) -> str:
         """The same for two launches that share a compiled kernel."""
         aligned = {at: True for at, value in self.attributes.items() if value}

@@ -1,52 +1,15 @@
-"""What the launchers of kernels share: contiguous rows, the tensors' device made current, and the compiles
-they ask for as data.
-
-`bench/compile_table.py` compiles each `Spec` for GPUs that need not be present, and shows registers, spills
-and load widths.
-"""
+"""What the launchers of kernels share: contiguous rows, the tensors' device made current, launch options."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1}  # enum Float of csrc/ops.h
-TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
-    """One compile of a Triton kernel as a launch asks for it.  Pointers are multiples of 16."""
-
-    kernel: Any  # a @triton.jit function
-    case: str
-    types: dict[str, str]  # argument -> "*bf16", "i32", ...
-    constants: dict[str, int | bool]
-    divisible: bool  # sizes and strides are multiples of 16 too, which 16-byte accesses need
-    wide: tuple[str, ...] = ()  # accesses that must move 16 bytes at a time: "load", "store"
-    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
-    archs: tuple[int, ...] = (80, 90, 100)  # the architectures that run it
-
-    @property
-    def signature(self) -> dict[str, str]:
-        """The type of every argument, in order; constants are "constexpr"."""
-        return {n: "constexpr" if n in self.constants else self.types[n] for n in self.kernel.arg_names}
-
-    @property
-    def hints(self) -> tuple[str, ...]:
-        """The arguments that the compiler may take for multiples of 16."""
-        unspecialized = getattr(self.kernel, "do_not_specialize", None) or ()
-        names = []
-        for name, kind in self.signature.items():
-            aligned = kind.startswith("*") or (self.divisible and kind in ("i32", "i64"))
-            if aligned and name not in unspecialized:
-                names.append(name)
-        return tuple(names)
 
 
 class Gpu(NamedTuple):

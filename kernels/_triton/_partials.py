@@ -6,14 +6,12 @@ alone, so that two runs give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, gpu, launch_options, on_device
+from fastrl.kernels._launch import gpu, launch_options, on_device
 
 COLUMNS, ROWS = 32, 64  # 128 bytes of each partial; D / 32 programs
 OPTIONS = launch_options(num_warps=4)
@@ -44,18 +42,3 @@ def combine(partials: Tensor, dtype: torch.dtype) -> Tensor:
     with on_device(partials):
         combine_kernel[(triton.cdiv(D, COLUMNS),)](out, partials, P, D, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS)
     return out
-
-
-def _specs() -> Iterator[Spec]:
-    for dtype, name in TRITON_TYPES.items():
-        yield Spec(
-            kernel=combine_kernel,
-            case=str(dtype).removeprefix("torch."),
-            types={"out": name, "partials": "*fp32", "P": "i32", "D": "i32"},
-            constants={"ROWS": ROWS, "COLUMNS": COLUMNS},
-            divisible=False,
-            options=OPTIONS,
-        )
-
-
-COMPILE = tuple(_specs())

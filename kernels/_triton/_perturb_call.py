@@ -1,6 +1,4 @@
-"""What the Triton kernels of perturb_step share: the rows of one call, the types of their arguments, and how
-an element and a ball shrink.
-"""
+"""What the Triton kernels of perturb_step share: the rows of a call, and how an element and a ball shrink."""
 
 from __future__ import annotations
 
@@ -13,17 +11,6 @@ from torch import Tensor
 from fastrl.kernels._perturb import TINY
 
 LEAST_NORM = tl.constexpr(TINY)  # a gradient of no greater norm has no direction
-TYPES = dict.fromkeys(
-    ("S", "L", "T", "R", "tiles", "D", "delta_stride", "grad_stride", "embeds_stride", "out_stride"), "i32"
-) | {
-    "delta": "*fp32",
-    "mask": "*u8",
-    "usable": "*u8",
-    "cu": "*i32",
-    "partial": "*fp64",
-    "step": "fp64",
-    "radius": "fp64",
-}
 
 
 class Call(NamedTuple):

@@ -5,7 +5,6 @@ A step of B rows moves about 100 B bytes: its cost is the launch, so there is on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, on_device
+from fastrl.kernels._launch import on_device
 
 DTYPES = (torch.float32,)  # of the log-probs
 LARGEST_BLOCK = 1024
@@ -133,41 +132,3 @@ def forward(
             BLOCK=block,
             **options(block),
         )
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    longs = (
-        "token",
-        "seq",
-        "length",
-        "drawn",
-        "budget",
-        "until",
-        "last",
-        "tokens",
-        "lengths",
-        "top",
-        "stops",
-        "version",
-        "total",
-    )
-    floats = ("logp", "behaviour", "entropy", "logps", "behaviours", "entropies")
-    types = (
-        dict.fromkeys(longs, "*i64")
-        | dict.fromkeys(floats, "*fp32")
-        | dict.fromkeys(("alive", "chosen"), "*i1")
-    )
-    types |= dict.fromkeys(("table", "versions", "free", "refs"), "*i32") | {"finish": "*i8"}
-    for block in (16, 256, LARGEST_BLOCK):
-        yield Spec(
-            kernel=forward_kernel,
-            case=f"{block} rows",
-            types=types | dict.fromkeys(("B", "C", "N", "n_stops"), "i32"),
-            constants={"PAGE": 64, "BLOCK": block},
-            divisible=False,
-            options=options(block),
-        )
-
-
-COMPILE = tuple(_specs())

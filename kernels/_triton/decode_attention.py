@@ -17,16 +17,14 @@ read once: with SPLIT 256, bf16 and seven heads of 64 to a key head, 6% of the k
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens of a program: 64 KB of bf16 keys and values of width 64, a wave of two for 256 queries of 1024 tokens
@@ -249,40 +247,3 @@ def _options(dtype: torch.dtype, E: int) -> dict[str, int | bool]:
         "num_stages": 2 if wide else 3,
         "enable_fp_fusion": True,
     }
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    models = ((14, 2, 64), (16, 8, 128), (8, 8, 80), (32, 8, 96))
-    for dtype, (H, K, E), one in itertools.product(DTYPES, models, (False, True)):
-        name = TRITON_TYPES[dtype]
-        types = dict.fromkeys(("y", "q", "k_cache", "v_cache"), name) | dict.fromkeys(
-            ("partials", "tops", "totals"), "*fp32"
-        )
-        types |= {"table": "*i32", "lengths": "*i32", "rows": "*i64", "scale": "fp32"}
-        types |= dict.fromkeys(("q_token", "q_head", "table_row", "splits"), "i32")
-        case = f"{name[1:]} H={H} K={K} E={E}"
-        constants = _shape(H, K, E, 64, dtype) | {"BY_ROW": False, "ONE": one}
-        yield Spec(
-            kernel=split_kernel,
-            case=case + " one split" * one,
-            types=types,
-            constants=constants,
-            divisible=True,
-            wide=("load", "store"),
-            options=_options(dtype, E),
-        )
-        if not one:
-            constants = {"H": H, "E": E, "SPLIT": SPLIT, "CHUNK": CHUNK, "WIDTH": _width(E)}
-            yield Spec(
-                kernel=combine_kernel,
-                case=case,
-                types=types,
-                constants=constants,
-                divisible=True,
-                wide=("load",),
-                options=COMBINE,
-            )
-
-
-COMPILE = tuple(_specs())

@@ -13,14 +13,12 @@ of a long sequence cancel.  Where a is 0, a NaN of a later token must not pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # least and most tokens that a program holds: a power of two near the mean length, found without the lengths
@@ -111,35 +109,3 @@ def block(T: int, S: int) -> int:
 def options(tokens: int) -> dict[str, int | bool]:
     """Enough warps for EACH tokens a thread."""
     return {"num_warps": max(1, tokens // (32 * EACH)), "enable_fp_fusion": True}
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    fixed = {
-        "cu_seqlens": "*i32",
-        "mask": "*u8",
-        "advantage": "*fp32",
-        "returns": "*fp32",
-        "gamma": "fp32",
-        "lam": "fp32",
-        "rest": "fp32",
-    }
-    for dtype, masked, tokens in (
-        (torch.float32, True, 2048),
-        (torch.float32, False, 1024),
-        (torch.float32, True, 128),
-        (torch.bfloat16, True, 1024),
-        (torch.float16, False, 2048),
-    ):
-        name = TRITON_TYPES[dtype]
-        yield Spec(
-            kernel=gae_kernel,
-            case=f"{name[1:]} block={tokens}{' masked' * masked}",
-            types=fixed | {"reward": name, "value": name},
-            constants={"MASKED": masked, "BLOCK": tokens},
-            divisible=False,
-            options=options(tokens),
-        )
-
-
-COMPILE = tuple(_specs())

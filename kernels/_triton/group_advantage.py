@@ -9,16 +9,13 @@ order.  Baseline and scale are runtime values: three shapes are all that is comp
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._group_advantage import BASELINES, SCALES, SHAPES
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TILE = 1024  # members of a group that are held at once
@@ -325,54 +322,3 @@ def shape_of_tile(size: int, itemsize: int) -> dict[str, int]:
     block = max(2, triton.next_power_of_2(size))
     members = BYTES // (itemsize if block == size else 4)  # narrow accesses gain nothing from more
     return {"ROWS": max(1, members // block), "BLOCK": block}
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(("P", "G", "S", "per_part", "steps", "n_parts", "baseline", "scale"), "i32")
-    fixed = ints | dict.fromkeys(("eps", "ddof", "tau"), "fp32") | {"out": "*fp32", "parts": "*fp64"}
-    shapes = tuple(enumerate(SHAPES))
-    for dtype, G, (kind, shape) in itertools.product((torch.float32, torch.bfloat16), (16, 7), shapes):
-        name, tile = TRITON_TYPES[dtype], shape_of_tile(G, dtype.itemsize)
-        full = tile["BLOCK"] == G
-        yield Spec(
-            kernel=tile_kernel,
-            case=f"{name[1:]} G={G} {shape}",
-            types=fixed | {"reward": name},
-            constants={"SHAPE": kind, "FULL": full, "PARTS": PARTS, **tile},
-            divisible=False,
-            wide=("load", "store") if full else (),
-            options=OPTIONS,
-        )
-    for by_ids, (kind, shape) in itertools.product((True, False), shapes):
-        yield Spec(
-            kernel=walk_kernel,
-            case=f"fp32 {'ids' if by_ids else 'size'} {shape}",
-            types=fixed
-            | {
-                "reward": "*fp32",
-                "ids": "*i64" if by_ids else "*fp32",
-                "order": "*i64" if by_ids else "*fp32",
-            },
-            constants={
-                "BY_IDS": by_ids,
-                "SHAPE": kind,
-                "TILE": TILE,
-                "CHUNK": RANK_CHUNK if shape == "rank" else CHUNK,
-                "PARTS": PARTS,
-            },
-            divisible=False,
-            options=WALK,
-        )
-    yield Spec(
-        kernel=parts_kernel,
-        case="fp32",
-        types=fixed | {"reward": "*fp32"},
-        constants={"PARTS": PARTS, "BLOCK": PART},
-        divisible=True,
-        wide=("load",),
-        options=OPTIONS,
-    )
-
-
-COMPILE = tuple(_specs())

@@ -7,8 +7,6 @@ that may choose is faster when there are few rows.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = {
@@ -111,25 +109,3 @@ def into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def tile_of(dtype: torch.dtype) -> dict[str, Any]:
     """The one tile of operands of `dtype`."""
     return TILE_FP32 if dtype == torch.float32 else TILE
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    sizes = dict.fromkeys(("M", "N", "K", "x_stride", "weight_stride", "y_stride"), "i32")
-    pairs = [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
-    for (dtype, out), bias in itertools.product(pairs, (False, True)):
-        name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
-        tile = tile_of(dtype)
-        yield Spec(
-            kernel=forward_kernel,
-            case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)}{' bias' * bias}",
-            types=sizes | {"x": name, "weight": name, "bias": name, "y": to},
-            constants={"BIAS": bias, "GROUP": GROUP}
-            | {k: v for k, v in tile.items() if k.startswith("BLOCK")},
-            divisible=True,
-            wide=("load", "store"),
-            options={k: v for k, v in tile.items() if not k.startswith("BLOCK")},
-        )
-
-
-COMPILE = tuple(_specs())

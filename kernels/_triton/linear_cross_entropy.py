@@ -9,15 +9,12 @@ polynomial where that would cancel.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import on_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # 16 elements a thread
@@ -209,32 +206,3 @@ def fused_into(
 
 def _block(V: int) -> int:
     return min(BLOCK, max(128, triton.next_power_of_2(V)))
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("loss", "dloss", "m", "log_s"), "*fp32") | dict.fromkeys(
-        ("smoothing", "softcap", "z_loss"), "fp32"
-    )
-    types |= {"target": "*i64"} | dict.fromkeys(("V", "stride", "out_stride"), "i32")
-    fp32, bf16 = torch.float32, torch.bfloat16
-    # of the logits, of the gradient
-    for (dtype, out), V in itertools.product(((fp32, fp32), (bf16, bf16), (fp32, bf16)), (151936, 50257)):
-        for smooth, cap in itertools.product((False, True), repeat=2):
-            for kernel, moves in ((forward_kernel, ("load",)), (backward_kernel, ("load", "store"))):
-                if dtype != out and kernel is forward_kernel:
-                    continue
-                name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
-                yield Spec(
-                    kernel=kernel,
-                    case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)} "
-                    f"V={V}{' smooth' * smooth}{' cap' * cap}",
-                    types=types | {"logits": name, "out": to},
-                    constants={"SMOOTH": smooth, "CAP": cap, "BLOCK": BLOCK},
-                    divisible=V % 16 == 0,
-                    wide=moves if V % 16 == 0 else (),
-                    options=OPTIONS,
-                )
-
-
-COMPILE = tuple(_specs())

@@ -13,16 +13,13 @@ token_logp is the faster form.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastrl.kernels._launch import Spec, gpu, on_device
+from fastrl.kernels._launch import gpu, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
@@ -248,49 +245,3 @@ def _hardware(x: Tensor) -> tuple[bool, int]:
     """Whether it is sm_90 or the interpreter, and how many programs run at once, one per multiprocessor."""
     on = gpu(x)
     return (True, 8) if on is None else (on.capability[0] == 9, on.multiprocessors)
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "parts", "logp", "entropy", "m", "log_s"), "*fp32") | {
-        "target": "*i64"
-    }
-    types |= dict.fromkeys(("T", "V", "D", "per_split", "splits"), "i32")
-    variants = (
-        ("bf16", True, False, 151936),
-        ("bf16", False, False, 151936),
-        ("bf16", True, True, 151936),
-        ("fp16", True, False, 151936),
-        ("bf16", True, False, 50257),
-    )
-    for kind, (dtype, entropy, bias, V) in itertools.product(TILES, variants):
-        if kind == WIDE and bias:
-            continue
-        tile = TILES[kind]
-        shapes = {
-            n: f"tensordesc<{dtype}[{tile[b]}, {tile['BLOCK_K']}]>"
-            for n, b in (("hidden", "BLOCK_M"), ("weight", "BLOCK_N"))
-        }
-        yield Spec(
-            kernel=partial_kernel,
-            case=f"{kind} {dtype} V={V}{' entropy' * entropy}{' bias' * bias}",
-            types=types | shapes | {"bias": f"*{dtype}"},
-            constants={"BIAS": bias, "ENTROPY": entropy} | tile,
-            divisible=V % 16 == 0,
-            wide=("load",),
-            options=OPTIONS[kind],
-            archs=(90,) if kind == WIDE else (90, 100),  # TMA came with sm_90
-        )
-    for entropy in (True, False):
-        constants = {"ENTROPY": entropy, "ROWS": ROWS}
-        yield Spec(
-            kernel=combine_kernel,
-            case=f"shares{' entropy' * entropy}",
-            types=types,
-            constants=constants,
-            divisible=False,
-            options=COMBINE,
-        )
-
-
-COMPILE = tuple(_specs())

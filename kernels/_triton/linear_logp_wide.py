@@ -13,7 +13,6 @@ cache cost no memory traffic; whole rows of them cost 8 bytes a logit, 10% of th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._head import project
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device
+from fastrl.kernels._launch import on_device
 from fastrl.kernels._triton import linear_logp as in_registers
 from fastrl.kernels._triton.linear_logp import LOG2E, LOWEST, merge
 
@@ -122,23 +121,3 @@ def forward(
                 **OPTIONS,
             )
     return merge(parts, target, temperature, V, entropy)
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = {"target": "*i64", "temperature": "*fp32", "parts": "*fp32"} | dict.fromkeys(
-        ("T", "first", "v", "columns", "stride"), "i32"
-    )
-    for dtype, entropy, V in itertools.product(DTYPES, (True, False), (151936, 50257)):
-        yield Spec(
-            kernel=tile_kernel,
-            case=f"{TRITON_TYPES[dtype][1:]} V={V}{' entropy' * entropy}",
-            types=types | {"logits": TRITON_TYPES[dtype]},
-            constants={"ENTROPY": entropy, "COLUMNS": COLUMNS},
-            divisible=V % 16 == 0,
-            wide=("load",) if V % 16 == 0 else (),
-            options=OPTIONS,
-        )
-
-
-COMPILE = tuple(_specs())

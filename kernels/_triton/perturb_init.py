@@ -5,15 +5,12 @@ Every random word is that of the reference, and so is every rounding: fp64 from 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, launch_options, on_device
+from fastrl.kernels._launch import launch_options, on_device
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of
 from fastrl.kernels._philox import split
 from fastrl.kernels._triton._philox import philox4
@@ -113,26 +110,3 @@ def forward(
             **OPTIONS,
         )
     return delta
-
-
-def _specs() -> Iterator[Spec]:
-    ints = dict.fromkeys(("S", "L", "T", "R", "D"), "i32") | {"seed_low": "i64", "seed_high": "i64"}
-    for (norm, code), packed in itertools.product(NORM_CODES.items(), (False, True)):
-        yield Spec(
-            kernel=start_kernel,
-            case=f"{norm} D=4096{' packed mask' * packed}",
-            types=ints | {"delta": "*fp32", "mask": "*u8", "cu": "*i32", "radius": "fp64"},
-            constants={
-                "NORM": code,
-                "TOKEN": not packed,
-                "MASKED": packed,
-                "PACKED": packed,
-                "COUNTERS": COUNTERS,
-            },
-            divisible=True,
-            wide=("store",),
-            options=OPTIONS,
-        )
-
-
-COMPILE = tuple(_specs())

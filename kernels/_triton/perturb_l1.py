@@ -13,16 +13,14 @@ A threshold is fp64, subtracted as two fp32 parts: |delta| - x keeps its digits 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import Spec, launch_options
-from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, over
+from fastrl.kernels._launch import launch_options
+from fastrl.kernels._triton._perturb_call import LEAST_NORM, Call, over
 from fastrl.kernels._triton._tiles import (
     INFINITY,
     TILES_AT_ONCE,
@@ -332,36 +330,3 @@ def by_ball(call: Call, tiles: Tiles, norm: int) -> None:
         ADD=call.add,
         **wide,
     )
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    l1_types = TYPES | {"shift": "i32", "low": "*i32", "top": "*fp32", "ties": "*i64"}
-    wide = {"ROWS": TILE // BLOCK, "BLOCK": BLOCK}
-    for grad, packed in itertools.product(("*fp32", "*bf16"), (False, True)):
-        types = l1_types | {"grad": grad, "embeds": grad, "out": grad}
-        masked = wide | {"MASKED": packed}
-        combining = {"AT_ONCE": PROBED_AT_ONCE}
-        variants: tuple[tuple[Any, dict[str, Any], tuple[str, ...], dict[str, Any]], ...] = (
-            (largest_kernel, masked, ("load",), OPTIONS),
-            (move_kernel, masked, ("load", "store"), OPTIONS),
-            (probe_kernel, {"BLOCK": NARROW}, ("load",), PROBING),
-            (combine_probes_kernel, combining, (), PROBING),
-            (excess_kernel, wide, ("load",), OPTIONS),
-            (shrink_kernel, wide | {"ADD": packed}, ("load", "store"), OPTIONS),
-        )
-        for kernel, constants, moves, options in variants:
-            typed = "grad" in kernel.arg_names or "embeds" in kernel.arg_names
-            if grad == "*fp32" or typed:
-                yield Spec(
-                    kernel=kernel,
-                    case=f"{grad[1:]} D=4096{' packed mask add' * packed}",
-                    types=types,
-                    constants=constants | {"PACKED": packed},
-                    divisible=True,
-                    wide=moves,
-                    options=options,
-                )
-
-
-COMPILE = tuple(_specs())

@@ -17,8 +17,6 @@ runtime values.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device
+from fastrl.kernels._launch import launch_options, on_device
 from fastrl.kernels._perturb import NORM_CODES, ball, bytes_of, rows, write_back
 from fastrl.kernels._triton import perturb_l1, perturb_token
-from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, shrinkage
+from fastrl.kernels._triton._perturb_call import LEAST_NORM, Call, shrinkage
 from fastrl.kernels._triton._tiles import INFINITY, Tiles, find_tile, load_row, store_row, total, wide
 
 DTYPES = (torch.float32,)
@@ -259,32 +257,3 @@ def shape(D: int) -> tuple[int, int]:
     """Rows and columns that a step of a loop takes at once."""
     block = min(BLOCK, max(16, triton.next_power_of_2(D)))
     return TILE // block, block
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    for grad, packed in itertools.product(TRITON_TYPES.values(), (False, True)):
-        types = TYPES | {"grad": grad, "embeds": grad, "out": grad}
-        flags = {"MASKED": packed, "PACKED": packed, "ROWS": TILE // BLOCK, "BLOCK": BLOCK}
-        case = f"{grad[1:]} D=4096{' packed mask add' * packed}"
-        yield Spec(
-            kernel=sums_kernel,
-            case=case,
-            types=types,
-            constants=flags,
-            divisible=True,
-            wide=("load",),
-            options=OPTIONS,
-        )
-        yield Spec(
-            kernel=step_kernel,
-            case=case,
-            types=types,
-            constants=flags | {"ADD": packed, "NORM": NORM_CODES["l2"]},
-            divisible=True,
-            wide=("load", "store"),
-            options=OPTIONS_128_REGISTERS,
-        )
-
-
-COMPILE = tuple(_specs())

@@ -6,16 +6,14 @@ more, scaled.  The projection onto an l1 ball takes Newton's steps from 0, as in
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import Spec, launch_options
+from fastrl.kernels._launch import launch_options
 from fastrl.kernels._perturb import NORM_CODES
-from fastrl.kernels._triton._perturb_call import LEAST_NORM, TYPES, Call, over, shrinkage
+from fastrl.kernels._triton._perturb_call import LEAST_NORM, Call, over, shrinkage
 from fastrl.kernels._triton._tiles import INFINITY, finite, load_row, store_row, wide
 
 L2, LINF = tl.constexpr(NORM_CODES["l2"]), tl.constexpr(NORM_CODES["linf"])
@@ -179,25 +177,3 @@ def options(norm: str, block: int) -> dict[str, Any]:
     """Options for rows of `block` columns in registers."""
     limit = {"maxnreg": REGISTERS} if norm == "l1" else {}
     return launch_options(num_warps=8 if block <= 4096 else 16, **limit)
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    for grad, packed in (("*fp32", False), ("*bf16", True)):
-        types = TYPES | {"grad": grad, "embeds": grad, "out": grad}
-        for (norm, code), block in itertools.product(NORM_CODES.items(), (256, 1024, 4096, 8192, 16384)):
-            if block > MAX_ROW_IN_REGISTERS[norm]:
-                continue
-            flags = {"MASKED": packed, "ADD": packed, "NORM": code}
-            yield Spec(
-                kernel=token_kernel,
-                case=f"{norm} {grad[1:]} D={block}{' mask add' * packed}",
-                types=types,
-                constants=flags | {"ROWS": rows_at_once(norm, block), "BLOCK": block},
-                divisible=True,
-                wide=("load", "store"),
-                options=options(norm, block),
-            )
-
-
-COMPILE = tuple(_specs())

@@ -10,7 +10,6 @@ written without a mask, 16 bytes at a time; T itself is a runtime value, so a ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, launch_options, on_device
+from fastrl.kernels._launch import launch_options, on_device
 from fastrl.kernels._policy_arguments import Columns, Options
 from fastrl.kernels._policy_metrics import METRICS
 from fastrl.kernels._triton import surrogates
@@ -243,70 +242,3 @@ def columns(row: Surrogate, kl: str) -> dict[str, Any]:
         "SURROGATE": getattr(surrogates, str(row.triton)) if named else row.triton,
         "KL": surrogates.KLS[kl] if kl else None,
     }
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-TYPES = (
-    dict.fromkeys(
-        (
-            "logp",
-            "old_logp",
-            "advantage",
-            "weight",
-            "ref_logp",
-            "correction",
-            "entropy",
-            "mean",
-            "dlogp",
-            "dentropy",
-        ),
-        "*fp32",
-    )
-    | dict.fromkeys(("partial", "loss", "metrics"), "*fp32")
-    | dict.fromkeys(("kl_coef", "entropy_coef", "p0", "p1", "p2"), "fp32")
-    | {"mask": "*i1", "ends": "*i32", "T": "i32", "programs": "i32"}
-)
-
-
-def _token(name: str, kl: str, switches: str) -> Spec:
-    """The token kernel of a row, a KL and the inputs that are there: m(ask), c(orrection), e(ntropy),
-    s(equence).
-    """
-    flags = {"MASK": "m", "CORRECTION": "c", "ENTROPY": "e", "SEQUENCE": "s"}
-    constants = {"ROWS": ROWS, "REF": bool(kl)} | {n: letter in switches for n, letter in flags.items()}
-    return _spec(
-        token_kernel, f"{name} {kl or '-'} {switches or '-'}", constants | columns(SURROGATES[name], kl)
-    )
-
-
-def _spec(kernel: Any, case: str, constants: dict[str, Any]) -> Spec:
-    moves = ("load", "store")
-    return Spec(
-        kernel=kernel,
-        case=case,
-        types=TYPES,
-        constants=constants,
-        divisible=True,
-        wide=moves,
-        options=OPTIONS,
-    )
-
-
-def _specs() -> Iterator[Spec]:
-    """Every row and every KL once, the headline, and all inputs together."""
-    yield from (_token(name, "", "m") for name in SURROGATES)
-    yield from (_token("clip", kl, "mces") for kl in surrogates.KLS)
-    yield from (_token(name, "k3", "mces") for name in ("sapo", "luffy_off"))
-    for masked in (True, False):
-        yield _spec(mean_kernel, "m" * masked or "-", {"MASK": masked, "ROWS": ROWS})
-    yield Spec(
-        kernel=combine_kernel,
-        case="",
-        types=TYPES,
-        constants={"ADDED": ADDED},
-        divisible=True,
-        options=COMBINE_OPTIONS,
-    )
-
-
-COMPILE = tuple(_specs())

@@ -9,16 +9,12 @@ the number of rows are runtime values.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import on_device, unit_rows
 from fastrl.kernels._triton._partials import combine, programs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -258,44 +254,3 @@ def _tile(D: int, elements: int) -> dict[str, int]:
         "num_warps": min(16, max(4, rows * block // 512)),
         "enable_fp_fusion": True,
     }
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    strides = dict.fromkeys(("T", "D", "x_stride", "residual_stride", "dy_stride", "dh_stride"), "i32")
-    for dtype, add_, D in itertools.product(DTYPES, (True, False), (896, 4096, 8192, 16384)):
-        name = TRITON_TYPES[dtype]
-        arrays = dict.fromkeys(("x", "residual", "weight", "y", "h", "dx", "dy", "dh"), name) | {
-            "r": "*fp32",
-            "partials": "*fp32",
-        }
-
-        def spec(
-            kernel: Any,
-            tile: dict[str, int],
-            dtype: str = name,
-            add_: bool = add_,
-            D: int = D,
-            arrays: Any = arrays,
-        ) -> Spec:
-            constants = {n: v for n, v in {"ADD": add_, **tile}.items() if n in kernel.arg_names}
-            return Spec(
-                kernel=kernel,
-                case=f"{dtype[1:]} D={D}{' add' * add_}",
-                types=arrays | strides | {"eps": "fp32"},
-                constants=constants,
-                divisible=True,
-                wide=("load",) if kernel is walk_weight_kernel else ("load", "store"),
-                options={n: tile[n] for n in ("num_warps", "enable_fp_fusion")},
-            )
-
-        if D <= WIDEST:
-            yield spec(forward_kernel, _tile(D, FORWARD))
-            yield spec(backward_kernel, _tile(D, BACKWARD))
-            continue
-        yield spec(walk_forward_kernel, WALKING)
-        yield spec(walk_backward_kernel, WALKING)
-        yield spec(walk_weight_kernel, WEIGHT)
-
-
-COMPILE = tuple(_specs())

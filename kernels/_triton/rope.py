@@ -11,15 +11,12 @@ STORE: the same launch copies each token's turned key and its value into paged c
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import on_device, unit_rows
 from fastrl.kernels._triton._heads import (
     angles,
     inverse_rms,
@@ -338,41 +335,3 @@ def _tile(heads: int, E: int) -> dict[str, int]:
         "num_warps": max(1, min(8, count * half // 256)),
         "enable_fp_fusion": True,
     }
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    ints = (
-        "T",
-        "N",
-        "H",
-        "K",
-        "half",
-        *(f"{x}_{of}" for x in ("q", "k", "v", "dq", "dk") for of in ("token", "head")),
-    )
-    for dtype, norm, (heads, E) in itertools.product(DTYPES, (False, True), ((40, 128), (16, 64))):
-        name = TRITON_TYPES[dtype]
-        arrays = ("q", "k", "v", "q_norm", "k_norm", "yq", "yk", "k_cache", "v_cache", "gq", "gk", "dq", "dk")
-        types = dict.fromkeys(arrays, name) | dict.fromkeys(
-            ("cos", "sin", "q_partials", "k_partials"), "*fp32"
-        )
-        types |= dict.fromkeys(ints, "i32")
-        types |= {"positions": "*i64", "slots": "*i64", "eps": "fp32", "sense": "fp32"}
-        tile = _tile(heads, E)
-        options = {n: tile.pop(n) for n in ("num_warps", "enable_fp_fusion")}
-        for kernel, stores in ((turn_kernel, False), (turn_kernel, True), (backward_kernel, False)):
-            if kernel is backward_kernel and not norm:
-                continue
-            constants = {"Q_NORM": norm, "K_NORM": norm, "STORE": stores, **tile}
-            yield Spec(
-                kernel=kernel,
-                case=f"{name[1:]} heads={heads} E={E}{' norm' * norm}{' store' * stores}",
-                types=types,
-                constants={n: value for n, value in constants.items() if n in kernel.arg_names},
-                divisible=True,
-                wide=("load", "store"),
-                options=options,
-            )
-
-
-COMPILE = tuple(_specs())

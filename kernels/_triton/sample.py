@@ -14,15 +14,12 @@ launch before: sample_floor.py finds the floor, and only tokens that are not bel
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device, unit_rows
+from fastrl.kernels._launch import launch_options, on_device, unit_rows
 from fastrl.kernels._triton._philox import philox4
 from fastrl.kernels._triton.sample_floor import block, floors
 
@@ -289,29 +286,3 @@ def forward(
             **ONE_WARP,
         )
     return token, logp, behaviour_logp, entropy
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    floats = ("temperature", "row_top", "row_floor", "parts", "logp", "behaviour_logp", "entropy")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("V", "stride", "plane", "chunks"), "i32")
-    types |= dict.fromkeys(("seed", "sequence", "position", "token"), "*i64") | {"tokens": "*i32"}
-    for dtype, V, filtered in itertools.product(DTYPES, (151936, 50257), (False, True)):
-        aligned = V % 16 == 0
-        parts = (
-            (draw_kernel, {"CHUNK": CHUNK, "BLOCK": BLOCK}, ("load",) if aligned else (), OPTIONS),
-            (combine_kernel, {"CHUNKS": triton.next_power_of_2(triton.cdiv(V, CHUNK))}, (), ONE_WARP),
-        )
-        for kernel, constants, wide, options in parts:
-            yield Spec(
-                kernel=kernel,
-                case=f"{TRITON_TYPES[dtype][1:]} V={V}{' filtered' * filtered}",
-                types=types | {"logits": TRITON_TYPES[dtype]},
-                constants=constants | {"FILTER": filtered},
-                divisible=aligned,
-                wide=wide,
-                options=options,
-            )
-
-
-COMPILE = tuple(_specs())

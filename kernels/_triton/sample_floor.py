@@ -8,17 +8,15 @@ any row.
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, launch_options, on_device
+from fastrl.kernels._launch import launch_options, on_device
 
 # columns at once: 16 bytes a thread
 SEARCH = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}
@@ -153,25 +151,3 @@ def block(V: int, most: int) -> int:
 def mass_bits(V: int) -> int:
     """n such that V masses of up to 2^n add up to less than 2^62, as in sample.py."""
     return 62 - V.bit_length()
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "row_top", "row_floor"), "*fp32") | {
-        "top_p": "i64",
-        "log_min_p": "fp32",
-    }
-    types |= dict.fromkeys(("V", "stride", "top_k", "bits"), "i32")
-    for dtype, V in itertools.product(SEARCH, (151936, 50257)):
-        yield Spec(
-            kernel=floor_kernel,
-            case=f"{TRITON_TYPES[dtype][1:]} V={V}",
-            types=types | {"logits": TRITON_TYPES[dtype]},
-            constants={"STOP": STOP[dtype], "BLOCK": SEARCH[dtype]},
-            divisible=V % 16 == 0,
-            wide=("load",) if V % 16 == 0 else (),
-            options=OPTIONS,
-        )
-
-
-COMPILE = tuple(_specs())

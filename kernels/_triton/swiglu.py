@@ -6,15 +6,12 @@ values.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, on_device, unit_rows
+from fastrl.kernels._launch import on_device, unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 1024  # 8 elements a thread: 16 bytes of bf16 from each half
@@ -72,21 +69,3 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
                 dx, dy, x, F, dy.stride(0), x.stride(0), BLOCK=BLOCK, **OPTIONS
             )
     return dx
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    for (dtype, name), kernel in itertools.product(TRITON_TYPES.items(), (forward_kernel, backward_kernel)):
-        yield Spec(
-            kernel=kernel,
-            case=str(dtype).removeprefix("torch."),
-            types=dict.fromkeys(("x", "y", "dx", "dy"), name)
-            | dict.fromkeys(("F", "stride", "dy_stride"), "i32"),
-            constants={"BLOCK": BLOCK},
-            divisible=True,
-            wide=("load", "store"),
-            options=OPTIONS,
-        )
-
-
-COMPILE = tuple(_specs())

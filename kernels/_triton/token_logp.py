@@ -20,8 +20,6 @@ The rows are the grid, V and the temperature are runtime values: nothing is comp
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec, aligned_rows, on_device, row_layout, unit_rows
+from fastrl.kernels._launch import aligned_rows, on_device, row_layout, unit_rows
 from fastrl.kernels._triton._vocabulary import BLOCK, LANES, OPTIONS, block_of, piece_of, piece_size, row_at
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -304,37 +302,3 @@ def _launch_over(
                 ALIGNED=aligned_rows(logits) and aligned_rows(out),
                 **OPTIONS,
             )
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("temperature", "logp", "dlogp", "dentropy", "entropy", "m", "log_s"), "*fp32") | {
-        "target": "*i64"
-    }
-    types |= dict.fromkeys(("V", "L", "batch", "stride", "out_batch", "out_stride"), "i32")
-    kernels = (
-        (forward_kernel, ("load",)),
-        (backward_kernel, ("load", "store")),
-        (fused_kernel, ("load", "store")),
-    )
-    narrow = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]  # (logits, gradient)
-    for (dtype, out), entropy, aligned in itertools.product(
-        [*((d, d) for d in DTYPES), *narrow], (True, False), (True, False)
-    ):
-        name, to = TRITON_TYPES[dtype], TRITON_TYPES[out]
-        for kernel, moves in kernels:
-            if dtype != out and kernel is forward_kernel:
-                continue
-            yield Spec(
-                kernel=kernel,
-                case=f"{name[1:]}{f' to {to[1:]}' * (dtype != out)}{' entropy' * entropy}"
-                f"{'' if aligned else ' unaligned'}",
-                types=types | {"logits": name, "out": to},
-                constants={"ENTROPY": entropy, "ALIGNED": aligned},
-                divisible=False,  # the columns: their number may be anything
-                wide=moves if aligned else (),
-                options=OPTIONS,
-            )
-
-
-COMPILE = tuple(_specs())
