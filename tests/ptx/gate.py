@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,16 +27,28 @@ class Verdict:
     interpreting: float = 0.0
     errors: list[float] = field(default_factory=list)  # as parts of what is allowed, the largest
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
+def judge(
+    name: str,
+    build: Build,
+    *,
+    bias: str = "mixed",
+    change: Change | None = None,
+    seen: dict[str, Ran] | None = None,
+    first: bool = False,
+) -> Verdict:
+    """Run a case under every schedule; whatever goes wrong becomes a complaint.
 
-def judge(name: str, build: Build, *, bias: str = "mixed", change: Change | None = None) -> Verdict:
-    """Run a case under every schedule; whatever goes wrong becomes a complaint."""
+    `seen` receives the launches by kernel; `first` stops at the first schedule that complains.
+    """
     verdict, began = Verdict(name), time.process_time()
     torch.manual_seed(0)
     try:
-        _run(verdict, build(), bias, change)
+        for ran in _schedules(verdict, build(), bias, change):
+            if seen is not None:
+                seen.update((launch.kernel, launch) for launch in ran)
+            if first and verdict.complaints:
+                break
     except Exception as e:  # a compiler error, a Fault: any of them is the finding
         last = traceback.extract_tb(e.__traceback__)[-1]
         verdict.complaints.append(f"{type(e).__name__}: {e} ({last.filename}:{last.lineno})")
@@ -44,10 +56,11 @@ def judge(name: str, build: Build, *, bias: str = "mixed", change: Change | None
     return verdict
 
 
-def _run(verdict: Verdict, case: Case, bias: str, change: Change | None) -> None:
+def _schedules(verdict: Verdict, case: Case, bias: str, change: Change | None) -> Iterator[Sequence[Ran]]:
+    """Run the case under one schedule after the other, and give the launches of each."""
     first: list[Tensor] | None = None
     for name, schedule in SCHEDULES.items():
-        with interpreted(schedule, bias=bias, change=change) as ran:
+        with (case.interpreted or interpreted)(schedule, bias=bias, change=change) as ran:
             got = [x.clone() for x in case.run()]
         _add(verdict, name, ran)
         verdict.complaints += _wrong(name, case, got, verdict)
@@ -55,6 +68,7 @@ def _run(verdict: Verdict, case: Case, bias: str, change: Change | None) -> None
             first = got
         elif not all(same(a, b) for a, b in zip(first, got, strict=True)):
             verdict.complaints.append(f"{name}: other bits than under {next(iter(SCHEDULES))}")
+        yield ran
 
 
 def _add(verdict: Verdict, schedule: str, ran: Sequence[Ran]) -> None:

@@ -293,7 +293,11 @@ class Machine:
         return rest if rest.any() else None
 
     def _ended(self, w: Warp) -> None:
-        """Barriers no longer wait for it."""
+        """Barriers no longer wait for it; the shared memory that its copies read is gone."""
+        if w.bulk.queue or w.bulk.open:
+            self.findings.add("ends with bulk copies under way", w.agent, self.code[-1].source)
+            w.bulk.close()
+            w.bulk.wait(w, 0)
         for barrier in w.block.barriers.values():
             barrier.check()
         self.cluster_barrier.check()

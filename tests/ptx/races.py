@@ -201,9 +201,11 @@ class States:
         for w in state.writers:
             if not view.after(w.agent, w.clock):
                 finding, other = WRITE_AFTER_WRITE, w.agent
-        for agent, clock in state.readers:
+        owners = {w.agent for w in state.writers}
+        for agent, clock in sorted(state.readers, key=lambda r: r[0] not in owners):
             if not view.after(agent, clock):
-                finding, other = WRITE_AFTER_READ, agent
+                # who has written the same value reads it, whoever else writes it
+                finding, other = WRITE_AFTER_WRITE if agent in owners else WRITE_AFTER_READ, agent
 
         write = Write(view.agent, view.clock, view.asynchronous)
         return Step(self._intern(State(True, (write,), ())), finding, other)

@@ -7,9 +7,12 @@ their budget of float64, and the same bits under both.  "Interpreted" is not "ru
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from ptx.cases.table import CASES, LONG
+from ptx.cases.table import CASES, CUDA, LONG, LONG_CUDA
+from ptx.server import NEWEST
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -22,3 +25,21 @@ def test_case(ask, name):
 @pytest.mark.parametrize("name", LONG)
 def test_long_case(ask, name):
     assert ask(name)["complaints"] == []
+
+
+def judge_cuda(children, name):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH: csrc/cuda is not compiled")
+    assert children[NEWEST].ask(name)["complaints"] == []
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_case_of_csrc(children, name):
+    """The same for csrc/cuda, launched by its own host code."""
+    judge_cuda(children, name)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("name", LONG_CUDA)
+def test_long_case_of_csrc(children, name):
+    judge_cuda(children, name)

@@ -16,6 +16,9 @@ NONE = torch.empty(0)
 ROUNDING = {F32: 2.0**-23, BF16: 2.0**-8, F16: 2.0**-11}  # half of the last place of 1, for 16 bits
 
 
+Interpreted = Callable[..., Any]  # as launch.interpreted
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """One result: its truth, and its budget where the largest of the truth is 1 or less, else times that."""
@@ -28,13 +31,19 @@ class Output:
 class Case:
     run: Callable[[], Sequence[Tensor]]
     outputs: list[Output]
+    interpreted: Interpreted | None = None  # launch.interpreted, unless its launches come from elsewhere
 
 
 Build = Callable[[], Case]
 
 
-def case(run: Callable[[], Sequence[Tensor]], want: Sequence[Tensor], budgets: Sequence[float]) -> Case:
-    return Case(run, [Output(w, b) for w, b in zip(want, budgets, strict=True)])
+def case(
+    run: Callable[[], Sequence[Tensor]],
+    want: Sequence[Tensor],
+    budgets: Sequence[float],
+    interpreted: Interpreted | None = None,
+) -> Case:
+    return Case(run, [Output(w, b) for w, b in zip(want, budgets, strict=True)], interpreted)
 
 
 def kernel(op: str, name: str, like: Tensor) -> Callable[..., Any]:

@@ -58,6 +58,8 @@ def _cvta(m: Machine, i: Instruction) -> Run:
         x = value(w)
         if shared and "to" in i.mods:
             x = (x - BASE) % STEP
+        elif "param" in i.mods:
+            pass  # one space here
         elif shared:
             x = x + BASE + np.uint64(w.block.rank) * STEP
         m.put(w, i.args[0], mask, x)
