@@ -41,7 +41,7 @@ test: $(STAMP) $(OLDEST)
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)
 
-# all cases of the GPU code that is interpreted, and every mutation of its barriers
+# the GPU code that is interpreted in `make test`, on more shapes, and its barriers taken away one by one
 ptx: $(STAMP)
 	$(PY) -m pytest -n auto --dist worksteal tests/ptx
 

@@ -7,6 +7,7 @@
     mutants of rms_norm fp32 [in KERNEL]         whether the gate notices each barrier that is taken away
     --all, --long, --cuda, --long-cuda           the verdicts on a group of cases
     version                                      of Triton
+    kernels                                      the names of all that the cases of the gate launch
 
 TRITON_INTERPRET must not be set: kernels would not be compiled.  The version of Triton is that of PYTHONPATH.
 """
@@ -23,7 +24,7 @@ import triton
 
 from ptx.cases.faults import FAULTS
 from ptx.cases.table import CASES, CUDA, LONG, LONG_CUDA
-from ptx.gate import judge
+from ptx.gate import judge, launched
 from ptx.mutate import mutants
 
 GROUPS = {"--all": CASES, "--long": LONG, "--cuda": CUDA, "--long-cuda": LONG_CUDA}
@@ -34,6 +35,8 @@ MUTANTS, INSIDE = "mutants of ", " in "
 def answers(request: str) -> Iterator[dict[str, object]]:
     if request == "version":
         yield {"triton": triton.__version__}
+    elif request == "kernels":
+        yield {"kernels": sorted(launched(CASES))}
     elif request.startswith(MUTANTS):
         case, _, kernel = request.removeprefix(MUTANTS).partition(INSIDE)
         yield asdict(mutants(case, TABLE[case], kernel))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastrl.bench.offline import recorded
 from ptx.cases.case import Build, Case, allowed, error, same
 from ptx.launch import SCHEDULES, Change, Ran, interpreted
 
@@ -69,6 +70,15 @@ def _schedules(verdict: Verdict, case: Case, bias: str, change: Change | None) -
         elif not all(same(a, b) for a, b in zip(first, got, strict=True)):
             verdict.complaints.append(f"{name}: other bits than under {next(iter(SCHEDULES))}")
         yield ran
+
+
+def launched(cases: dict[str, Build]) -> set[str]:
+    """file.kernel of every launch of these cases; nothing is compiled or run."""
+    with recorded(90) as launches:
+        for build in cases.values():
+            torch.manual_seed(0)
+            build().run()
+    return {launch.name for launch in launches}
 
 
 def _add(verdict: Verdict, schedule: str, ran: Sequence[Ran]) -> None:

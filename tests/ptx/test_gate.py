@@ -7,7 +7,9 @@ their budget of float64, and the same bits under both.  "Interpreted" is not "ru
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,15 @@ from ptx.server import NEWEST
 def test_case(ask, name):
     """Wrong: what a schedule or an approximation that a GPU may choose brings to light."""
     assert ask(name)["complaints"] == []
+
+
+def test_every_kernel_is_in_a_case(children):
+    """Wrong: a new kernel that the gate never sees."""
+    files = (Path(__file__).parents[2] / "kernels" / "_triton").glob("*.py")
+    defined = {
+        f"{p.stem}.{k}" for p in files for k in re.findall(r"^def (\w+)_kernel\(", p.read_text(), re.M)
+    }
+    assert defined and defined <= set(children[NEWEST].ask("kernels")["kernels"])
 
 
 @pytest.mark.ptx

@@ -14,8 +14,8 @@ def raced(complaints: list[str], kernel: str) -> bool:
 
 @pytest.mark.parametrize("rows", [40, 64])
 def test_copies_of_rows_in_the_page_allocator(ask, rows):
-    """advance ran four warps over blocks of 64 rows: two of them read rows that the others had moved on, and a
-    page could go to two sequences.  As many lanes as rows, at most, have no copies.
+    """advance ran four warps over blocks of 64 rows: two of them read rows that the others had moved on, and
+    a page could go to two sequences.  As many lanes as rows, at most, have no copies.
     """
     assert raced(ask(f"advance of {rows} with 4 warps")["complaints"], "advance.forward")
     assert ask("advance of 40" if rows == 40 else "advance of 64")["complaints"] == []

@@ -132,6 +132,7 @@ LONG: dict[str, Build] = {
     "cross_entropy fp32 of 7": partial(cross_entropy, F32, 7, 0.2, 10.0, 0.0, out=BF16),
     "cross_entropy bf16 long": partial(cross_entropy, BF16, 9000, 0.1, 0.0, 1e-3),
     "linear_logp bf16 two blocks of rows": partial(linear_logp, BF16, 130, 136, 520),
+    "linear_logp bf16 deep": partial(linear_logp, BF16, 3, 264, 130),
     "linear_logp bf16 tiles": partial(linear_logp, BF16, 2, 4104, 4200),
     "linear_logp fp32 of one tile more": partial(linear_logp, F32, 2, 4, 4097),
     "linear bf16 two blocks": partial(linear, BF16, 129, 200, 64),
