@@ -55,8 +55,8 @@ type: $(STAMP)
 compile-table: $(STAMP) .triton/3.6.0 .triton/3.7.1
 	$(PY) -m fastrl.bench.compile_table --arch 90 80 100 --beside 3.6.0 3.7.1 --out bench/results/compile.json
 
-sass: $(STAMP)
-	$(PY) -m fastrl.bench.sass --out bench/results/sass.json
+sass: $(STAMP) .triton/3.6.0
+	$(PY) -m fastrl.bench.sass --beside 3.6.0 --out bench/results/sass.json
 
 bench: $(STAMP)
 	$(PY) -m fastrl.bench.run $(OP)

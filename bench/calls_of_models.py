@@ -61,7 +61,7 @@ def rope() -> Blocks:
         q, k, v = fused.split((H, K, K), 1)
         weight = zeros(E, dtype=dtype)
         axes = {
-            "positions": (ints(6), ints(6, dtype=torch.int32)) if first else (ints(6),),
+            "positions": (ints(6), ints(6, dtype=torch.int32)) if first and dtype == BF16 else (ints(6),),
             "cos": (cos,),
             "sin": (sin,),
             "q_norm": (None, weight),
@@ -220,15 +220,7 @@ def perturb_init() -> Blocks:
 
 
 def perturb_step() -> Blocks:
-    for dtype, D in (
-        (FP32, 70),
-        (BF16, 70),
-        (FP16, 896),
-        (FP32, 896),
-        (BF16, 4096),
-        (BF16, 9000),
-        (BF16, 20000),
-    ):
+    for dtype, D in ((FP32, 896), (FP16, 896), (BF16, 4096), (BF16, 70), (BF16, 9000), (BF16, 20000)):
         shapes = ((4, D), (2, 2, D))
         x = tuple(zeros(*shape, dtype=dtype) for shape in shapes)
         axes = {
@@ -238,8 +230,14 @@ def perturb_step() -> Blocks:
             "embeds": (None, *x),
             "out": (None, *x),
         }
-        wide = D in (896, 4096)
-        yield Block(function=ops.perturb_step, axes=axes | PERTURBED, possible=_one_layout, wide=wide)
+        models = D in (896, 4096)
+        possible = _one_layout if models else _extremes
+        yield Block(function=ops.perturb_step, axes=axes | PERTURBED, possible=possible, wide=models)
+
+
+def _extremes(given: Given) -> bool:
+    """With all optional inputs, and with none."""
+    return _one_layout(given) and (given["mask"] is None) == (given["out"] is None)
 
 
 def _one_layout(given: Given) -> bool:

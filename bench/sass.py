@@ -1,6 +1,6 @@
 """What the hot kernels execute per element, counted in their machine code (SASS) for sm_90.
 
-    python -m fastrl.bench.sass [--loops] [--out FILE.json] [NAME ...]
+    python -m fastrl.bench.sass [--loops] [--beside VERSION ...] [--out FILE.json] [NAME ...]
 
 No GPU is needed.  Each row is a production call of a kernel (`bench/sass_rows.py`), compiled as its launch
 would be, and its main loop: the instructions on the path of one iteration (`bench/disassembly.py`), divided
@@ -10,7 +10,9 @@ Predicted times are arithmetic, not measurements: the largest of the bytes at th
 TB/s), and of all instructions, exponentials and fp64 instructions at the rates at which its 132
 multiprocessors can issue them at 1.98 GHz.  A kernel that waits for memory or barriers takes longer.
 
-NAME limits it to rows whose label or kernel contains it; --loops shows all loops of their kernels.
+Both the newest Triton and the one a machine has decide what is executed: --beside also counts with those
+installed in .triton/VERSION.  NAME limits it to rows whose label or kernel contains it; --loops
+shows all loops of their kernels.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 import triton
 
 from fastrl.bench import offline
+from fastrl.bench.beside import with_other
 from fastrl.bench.cubin import Usage, cubins_in, disassemble, usage
 from fastrl.bench.disassembly import Function, parse
 from fastrl.bench.disassembly import Path as Way
@@ -246,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of labels or kernels; default: all")
     parser.add_argument("--loops", action="store_true", help="show all loops of the kernels")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="VERSION", help="other Tritons")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
@@ -255,13 +259,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(text for row in rows for text in show_loops(row)))
         return 0
 
-    print(HEAD)
-    found = []
+    print(f"Triton {triton.__version__}\n{HEAD}")
+    counted = []
     for row in rows:
-        found.append(figures_of(row))
-        print(line(found[-1]), flush=True)
+        counted.append(figures_of(row))
+        print(line(counted[-1]), flush=True)
+    found = {triton.__version__: [asdict(f) for f in counted]}
+    for version in options.beside:
+        found |= with_other(version, "fastrl.bench.sass", options.names)["rows"]
     if options.out:
-        content = {"triton": triton.__version__, "sources": digest(), "rows": [asdict(f) for f in found]}
+        content = {"sources": digest(), "rows": found}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
