@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -220,6 +221,14 @@ HEAD = (
 )
 
 
+def readable(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables of all Tritons as text."""
+    parts = []
+    for version, rows in sorted(found.items()):
+        parts += [f"Triton {version}", HEAD, *(line(Figures(**row)) for row in rows), ""]
+    return "\n".join(parts)
+
+
 def show_loops(row: Row) -> Iterator[str]:
     """Every loop of a row's kernel."""
     code = code_of(row)
@@ -250,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of labels or kernels; default: all")
     parser.add_argument("--loops", action="store_true", help="show all loops of the kernels")
     parser.add_argument("--beside", nargs="+", default=[], metavar="VERSION", help="other Tritons")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures; the table goes beside it")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
 
@@ -270,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         content = {"sources": digest(), "rows": found}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        options.out.with_suffix(".txt").write_text(readable(found), encoding="utf-8")
     return 0
 
 

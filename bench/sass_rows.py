@@ -66,10 +66,12 @@ class Goal:
     figure: str  # a field of sass.Figures
     most: float = math.inf
     least: float = -math.inf
+    was: float | None = None  # before the kernel was rewritten for it
 
     @property
     def text(self) -> str:
-        return f"<= {self.most:g}" if self.most < math.inf else f">= {self.least:g}"
+        bound = f"<= {self.most:g}" if self.most < math.inf else f">= {self.least:g}"
+        return bound if self.was is None else f"{bound}, was {self.was:g}"
 
     def by(self, value: float) -> float:
         """How far `value` is from the goal, as a share of it; 0 where it is met."""
@@ -113,8 +115,12 @@ SUMMING, WRITING = Main(has=("LDS", "MUFU"), lacks=("STG", "SHFL")), Main(has=("
 EPILOGUE, PRODUCT = Main(has=("MUFU",), outer=True), Main(has=("HMMA",))
 ONE, FOUR, EIGHT = Elements(fixed=1), Elements(fixed=4), Elements(fixed=8)
 FIRST = Main(has=("LDG",), lacks=("STG",), first=True)
-FEWER = (Goal("instructions", most=9.5),)
-TOP_P = (Goal("passes", most=2), Goal("fp64", most=0), Goal("predicted_ms", most=0.25))
+FEWER, FEWER_STORED = (Goal("instructions", most=9.5, was=n) for n in (15.75, 23.38))
+TOP_P = (
+    Goal("passes", most=2, was=11),
+    Goal("fp64", most=0, was=16),
+    Goal("predicted_ms", most=0.25, was=1.42),
+)
 SHARE = (512, 76 << 10)  # a row of 151936 in bf16 lies on 4 CTAs
 
 ROWS = (
@@ -124,7 +130,7 @@ ROWS = (
         call.logp,
         READING,
         BF16,
-        goals=FEWER,
+        goals=(FEWER,),
         problem=READ,
     ),
     Row("token_logp forward bf16", "token_logp.forward", call.logp_alone, READING, BF16, problem=READ),
@@ -151,7 +157,7 @@ ROWS = (
         None,
         WRITING,
         FROM_CHIP,
-        goals=FEWER,
+        goals=(FEWER_STORED,),
         native=SHARE,
     ),
     Row(
@@ -162,7 +168,7 @@ ROWS = (
         ONE,
         unit="tile",
         body=True,
-        goals=(Goal("instructions", most=1500),),
+        goals=(Goal("instructions", most=1500, was=2242),),
         problem=TILED,
     ),
     Row(

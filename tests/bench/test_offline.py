@@ -7,10 +7,10 @@ from __future__ import annotations
 import pytest
 from compiled import beside, facts
 
-from fastrl.bench import offline
 from fastrl.errors import UserError
 
 pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
+from fastrl.bench import offline
 
 SCRIPT = """
 import json, torch, triton

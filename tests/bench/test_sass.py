@@ -107,7 +107,7 @@ def test_predicted_times(monkeypatch):
 def test_goals():
     assert Goal("ctas", least=4).by(3) == 0.25 and Goal("ctas", least=4).by(4) == 0
     assert Goal("fp64", most=0).by(16) == 16 and Goal("fp64", most=0).by(0) == 0
-    assert (Goal("a", most=9.5).text, Goal("a", least=2).text) == ("<= 9.5", ">= 2")
+    assert (Goal("a", most=9.5, was=15.75).text, Goal("a", least=2).text) == ("<= 9.5, was 15.75", ">= 2")
 
 
 def test_a_kernel_without_the_loop_says_so():

@@ -28,6 +28,7 @@ from fastrl.kernels.policy_loss import SURROGATES
 
 pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
 from fastrl.bench import compile_table, variants
+from fastrl.bench.beside import with_other
 from fastrl.bench.calls import Block
 from fastrl.kernels._triton import surrogates
 
@@ -227,6 +228,11 @@ def test_the_summary_names_what_is_wrong(monkeypatch):
     assert found["variants"] == {"sm_80": 1, "sm_90": 2} and found["kernels"] == 2
     assert [(f["kernel"], f["faults"]) for f in found["faults"]] == [("a.b", ["no"])]
     assert [(f["kernel"], f["why"]) for f in found["spills"]] == [("c.d", "one register too many")]
+
+
+def test_a_triton_that_is_not_installed():
+    with pytest.raises(UserError, match=r"--beside 0\.0\.0: expected a Triton in .*make \.triton/0\.0\.0"):
+        with_other("0.0.0", "fastrl.bench.compile_table", [])
 
 
 def test_what_ptx_says_of_its_accesses():
