@@ -110,7 +110,7 @@ def token_logp() -> Blocks:
                 "inplace_backward": EITHER,
             },
             grads=("logits",),
-            wide=stride == WIDE,
+            wide=V == WIDE,  # a gradient of its own has no padded rows
         )
     padded = (zeros(2, 5, ODD)[:, :-1], zeros(2, 5, WIDE, dtype=BF16)[:, :-1], zeros(2, 4, WIDE + 1)[..., 1:])
     axes = {"logits": padded, "target": (ints(2, 4),), "entropy": (True,)}

@@ -95,7 +95,8 @@ class Loop:
     nested: bool  # it holds another loop
 
     def has(self, *names: str) -> bool:
-        return any(i.name in names for i in self.body)
+        """Whether it holds an instruction of one of these names: "STG", or "STG.E.128" for that width."""
+        return any(f"{i.opcode}.".startswith(f"{name}.") for i in self.body for name in names)
 
 
 @dataclass

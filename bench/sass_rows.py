@@ -111,7 +111,8 @@ ALL_COLUMNS = Problem("131072 tokens, 10 columns", 131072, 37 * 131072)
 
 BF16, FP32, FROM_CHIP = Elements(size=2), Elements(size=4), Elements(size=2, names=("LDS",))
 WHOLE, READING, STORING = Main(), Main(has=("LDG",), lacks=("STG",)), Main(has=("LDG", "STG"))
-SUMMING, WRITING = Main(has=("LDS", "MUFU"), lacks=("STG", "SHFL")), Main(has=("LDS", "STG"))
+SUMMING, WRITING = Main(has=("LDS", "MUFU"), lacks=("STG", "SHFL")), Main(has=("LDS", "STG.E.128"))
+IN_PACKS = Main(has=("LDG", "STG.E.128"))  # not the loop for rows that start anywhere
 EPILOGUE, PRODUCT = Main(has=("MUFU",), outer=True), Main(has=("HMMA",))
 ONE, FOUR, EIGHT = Elements(fixed=1), Elements(fixed=4), Elements(fixed=8)
 FIRST = Main(has=("LDG",), lacks=("STG",), first=True)
@@ -145,7 +146,7 @@ ROWS = (
         "csrc backward bf16",
         "backwardI13__nv_bfloat16S2_",
         None,
-        STORING,
+        IN_PACKS,
         BF16,
         problem=IN_PLACE,
         native=(512, 0),

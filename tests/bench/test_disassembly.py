@@ -64,10 +64,6 @@ PACKS = """
 """
 
 
-def loop_with(code, *names):
-    return next(loop for loop in code.loops if loop.has(*names) and loop.nested == ("MUFU" in names))
-
-
 def test_a_loop_is_all_that_leads_back_to_its_head():
     (code,) = parse(TILES).values()
     outer, inner = code.loops  # the padding behind EXIT, a loop that nothing reaches, is none
@@ -100,6 +96,12 @@ def test_a_path_takes_wide_accesses_and_its_exponentials():
     assert [i.opcode for i in path.instructions if i.name == "STG"] == ["STG.E.128"]
     assert path.mix["MUFU"] == 1 and len(path) == 10
     assert len(code.iteration(loop)) == 8  # where none is asked for
+
+
+def test_a_loop_is_found_by_a_width():
+    (loop,) = next(iter(parse(PACKS).values())).loops
+    assert loop.has("STG") and loop.has("STG.E.128") and loop.has("STG.E.64")
+    assert not loop.has("STG.E.12") and not loop.has("ST") and not loop.has("LDG")
 
 
 def test_what_an_instruction_moves():

@@ -214,7 +214,7 @@ def test_a_spill_a_narrow_access_and_a_failure_are_faults(monkeypatch):
     assert replace(GOOD, spill=8).faults == ["8 bytes spilled"]
     assert replace(GOOD, wide=("load", "store")).faults == ["store of 4 bytes"]
     assert replace(GOOD, failure="AttributeError: to_tensor").faults == ["AttributeError: to_tensor"]
-    monkeypatch.setitem(compile_table.SPILLS, "a.b", (8, "why"))
+    monkeypatch.setitem(compile_table.SPILLS, "a.b", (8, True, "why"))
     odd = replace(GOOD, wide=())
     assert replace(odd, spill=8).faults == []
     assert replace(odd, spill=16).faults == ["16 bytes spilled"]
@@ -222,8 +222,8 @@ def test_a_spill_a_narrow_access_and_a_failure_are_faults(monkeypatch):
 
 
 def test_the_summary_names_what_is_wrong(monkeypatch):
-    monkeypatch.setitem(compile_table.SPILLS, "c.d", (8, "one register too many"))
-    rows = [GOOD, replace(GOOD, arch=80, failure="no"), replace(GOOD, kernel="c.d", wide=(), spill=8)]
+    monkeypatch.setitem(compile_table.SPILLS, "c.d", (8, False, "one register too many"))
+    rows = [GOOD, replace(GOOD, arch=80, failure="no"), replace(GOOD, kernel="c.d", spill=8)]
     found = compile_table.summary(rows)
     assert found["variants"] == {"sm_80": 1, "sm_90": 2} and found["kernels"] == 2
     assert [(f["kernel"], f["faults"]) for f in found["faults"]] == [("a.b", ["no"])]
