@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ptx.formats import LANES, Array, Mask
 from ptx.memory import WINDOW, WINDOW_SIZE, WINDOWS, Offsets, Region
 from ptx.parse import Fault, Instruction
-from ptx.races import DISAGREE, View
+from ptx.races import DISAGREE, EARLY_READ, EARLY_WRITE, View
 
 if TYPE_CHECKING:
     from ptx.machine import Block, Machine, Warp
@@ -40,6 +40,8 @@ def load(m: Machine, w: Warp, mask: Mask | None, at: Offsets, size: int, space: 
     for region, offsets, place in parts(m, w, at, size, space, i):
         index = region.of(offsets, size)
         m.states.read(region, index, w.view, i)
+        if not w.alone and region.before is not None and region.before[index].any():
+            m.findings.add(EARLY_READ, region.name, i)
         data = region.data[index].reshape(-1, size)
         if place is None:
             out[:] = data
@@ -60,6 +62,8 @@ def store(
     _check_alignment(at, size, i)
     data = data if lanes is None else data[lanes]
     for region, offsets, place in parts(m, w, at, size, space, i):
+        if not w.alone and region.base:
+            m.findings.add(EARLY_WRITE, region.name, i)
         put(m, region, offsets, data if place is None else data[place], size, w.view, i)
 
 

@@ -27,6 +27,7 @@ class Fresh(TorchDispatchMode):
         super().__init__()
         self.bytes: dict[int, Mask] = {}  # address of a storage -> which of its bytes are written
         self.kept: list[Any] = []  # so that no address is used twice
+        self.last: dict[int, Mask] = {}  # what the last launch wrote
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,8 +42,9 @@ class Fresh(TorchDispatchMode):
         written = self.bytes.get(address)
         return None if written is None else ~written
 
-    def written(self, memory: Global) -> None:
-        """After a launch: what it wrote is no longer fresh."""
+    def written(self, memory: Global, wrote: Mask) -> None:
+        """After a launch: what it wrote is no longer fresh.  `wrote`: whether a state is after a write."""
+        self.last = {region.base: wrote[region.states] for region in memory.regions}
         for region in memory.regions:
             if region.base in self.bytes:
                 self.bytes[region.base] |= region.states != UNTOUCHED
@@ -80,6 +82,7 @@ def memory_of(tensors: dict[str, Tensor], fresh: Fresh) -> Global:
         size = inside[0][1].untyped_storage().nbytes()
         region = memory.add("/".join(n for n, _ in inside), address, size)
         region.writable = covered(size, [t for _, t in inside])
+        region.before = fresh.last.get(address)
         unwritten = fresh.unwritten(address)
         if unwritten is not None:
             region.states[unwritten] = UNTOUCHED

@@ -128,7 +128,7 @@ class Calls:
         machine = Machine(kernel, memory, decode, self.schedule, cluster=cluster, bias=self.bias)
         blocks = (min(grid[0], self.clusters * cluster), *grid[1:])
         machine.launch(blocks, threads, shared, *packed(kernel, values))
-        self.fresh.written(memory)
+        self.fresh.written(memory, machine.states.wrote())
         seconds = time.process_time() - began
         found = machine.findings
         facts = (machine.instructions, seconds, machine.executed)

@@ -23,7 +23,8 @@ file of tests/ptx/cases; `python -m ptx.child CASE...` runs some of them.
 What is checked: every access lies within a tensor of the call and is aligned; no byte is read that nobody
 wrote (torch.empty counts as unwritten); two accesses of which one writes have a barrier between them, unless
 they are of one warp, or write the same value and nobody else reads it; what the asynchronous proxy touches
-(TMA, wgmma) was fenced after generic writes; no deadlock.  What is not: ptxas, time, lanes of one warp
+(TMA, wgmma) was fenced after generic writes; what a launch with launch_pdl reads of the launch before it, it
+reads after griddepcontrol.wait; no deadlock.  What is not: ptxas, time, lanes of one warp
 against each other, memory orders weaker than "no barrier", whether wgmma.fence is missing.  Noted only, in
 `r.notes`: lanes of one store that write different values to one address, as Triton's reductions by a function
 that is not symmetric to the last bit do (an fma of one side and not the other).
@@ -115,7 +116,7 @@ def _run(launch: Launch, schedule: Schedule, bias: str, change: Change | None, f
         _start(machine, launch, compiled)
     except Fault as fault:
         raise Fault(f"{launch.name}: {fault}") from fault
-    fresh.written(machine.memory)
+    fresh.written(machine.memory, machine.states.wrote())
     seconds = time.process_time() - began
     found, ran = machine.findings, (machine.instructions, seconds, machine.executed)
     return Ran(launch.name, found.lines(), found.notes(), *ran, kernel)
@@ -127,7 +128,8 @@ def _machine(
     tensors = {n: getattr(v, "base", v) for n, v in launch.arguments.items()}
     memory = memory_of({n: t for n, t in tensors.items() if isinstance(t, Tensor)}, fresh)
     cluster = getattr(compiled.metadata, "num_ctas", 1)
-    return Machine(kernel, memory, decode, schedule, cluster=cluster, bias=bias)
+    dependent = bool(launch.options.get("launch_pdl"))
+    return Machine(kernel, memory, decode, schedule, cluster=cluster, bias=bias, dependent=dependent)
 
 
 def _start(machine: Machine, launch: Launch, compiled: Any) -> None:

@@ -68,6 +68,7 @@ class Warp:
         self.bulk = Copies(f"bulk copies of {self.agent}")
         self.products = Copies(f"products of {self.agent}")
         self.arrivals = 0  # at the barrier of the cluster
+        self.alone = True  # the launch before has ended
 
     @property
     def active(self) -> Mask:
@@ -143,7 +144,8 @@ def _union(a: Mask | None, b: Mask | None) -> Mask | None:
 class Machine:
     """Runs one kernel over a grid, and keeps the findings.
 
-    `bias`: which way approximations err, see ops/approximations.py.
+    `bias`: which way approximations err, see ops/approximations.py.  `dependent`: it may begin before the
+    launch before it has ended, and waits for that by griddepcontrol.wait.
     """
 
     def __init__(
@@ -155,9 +157,10 @@ class Machine:
         *,
         cluster: int = 1,
         bias: str = "mixed",
+        dependent: bool = False,
     ) -> None:
         self.kernel, self.memory, self.schedule = kernel, memory, schedule
-        self.cluster, self.bias = cluster, bias
+        self.cluster, self.bias, self.dependent = cluster, bias, dependent
         self.random = np.random.default_rng(schedule.seed)
         self.findings = Findings()
         self.states = States(self.findings)
@@ -199,6 +202,8 @@ class Machine:
 
     def _run_cluster(self) -> None:
         warps = [w for b in self.blocks for w in b.warps]
+        for w in warps:
+            w.alone = not self.dependent
         if self.schedule.order == "down":
             warps.reverse()
         while any(w.groups for w in warps):

@@ -27,6 +27,7 @@ class Region:
         self.data = data
         self.states = np.full(len(data), int(given), np.int32)
         self.writable: Mask | None = None  # bytes of the tensors that were passed; None: all
+        self.before: Mask | None = None  # bytes that the launch before wrote; None: none
 
     def of(self, offsets: Offsets, size: int) -> Index:
         """The bytes of accesses of `size` at `offsets`: a slice where they are one run."""

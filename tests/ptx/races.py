@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptx.formats import Array
+from ptx.formats import Array, Mask
 from ptx.memory import Index, Region
 from ptx.parse import Instruction
 
@@ -31,6 +31,8 @@ READ_AFTER_WRITE = "reads what another agent writes, without a barrier between"
 WRITE_AFTER_READ = "writes what another agent reads, without a barrier between"
 WRITE_AFTER_WRITE = "writes what another agent writes, without a barrier between"
 UNFENCED = "asynchronous proxy meets a write of the generic proxy without fence.proxy.async between"
+EARLY_READ = "reads what the launch before may still write: griddepcontrol.wait has not passed"
+EARLY_WRITE = "writes while the launch before may still run: griddepcontrol.wait has not passed"
 DISAGREE = "lanes write different values to one address"
 
 
@@ -124,6 +126,10 @@ class States:
     def write(self, region: Region, index: Index, view: View, i: Instruction, data: Array | None) -> None:
         """Before the bytes are stored; `data` tells replicated stores of one value, which may meet."""
         self._move(region, index, view.writes, lambda s: self._after_write(s, view), i, data)
+
+    def wrote(self) -> Mask:
+        """By state, whether an agent has written."""
+        return np.array([bool(s.writers) for s in self.all])
 
     def _move(
         self,

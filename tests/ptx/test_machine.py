@@ -17,6 +17,8 @@ from ptx.ops.bulk import TensorMap
 from ptx.parse import Fault, parse
 from ptx.races import (
     DISAGREE,
+    EARLY_READ,
+    EARLY_WRITE,
     READ_AFTER_WRITE,
     UNFENCED,
     UNINITIALISED,
@@ -47,7 +49,16 @@ HEAD = """
 """
 
 
-def run(body: str, *, threads: int = 64, order: str = "up", words: int = 64, grid: int = 1, cluster: int = 1):
+def run(
+    body: str,
+    *,
+    threads: int = 64,
+    order: str = "up",
+    words: int = 64,
+    grid: int = 1,
+    cluster: int = 1,
+    dependent: bool = False,
+):
     """(what is found, the global words, initially 0 ..) of threads that know
 
     %r1 their number, %rd3 and %r4 their words of global and shared memory, %r5 that of the other warp.
@@ -55,10 +66,12 @@ def run(body: str, *, threads: int = 64, order: str = "up", words: int = 64, gri
     data = np.arange(words, dtype=np.uint32)
     kernel = parse(HEAD.format(threads=threads, body=body))["kernel"]
     memory = Global()
-    memory.add("data", data.ctypes.data, data.nbytes)
+    region = memory.add("data", data.ctypes.data, data.nbytes)
+    region.before = np.arange(data.nbytes) < data.nbytes // 2
     blob = data.ctypes.data.to_bytes(8, "little").ljust(192, b"\0")
     with np.errstate(all="ignore"):
-        machine = Machine(kernel, memory, decode, Schedule(order=order), cluster=cluster)
+        how = {"cluster": cluster, "dependent": dependent}
+        machine = Machine(kernel, memory, decode, Schedule(order=order), **how)
         machine.descriptors[64] = TensorMap(data.ctypes.data, (2, 32), (32, 1), (2, 32), 4, 128)
         machine.launch((grid, 1, 1), threads, 0, blob, {"data": 0, "map": 64})
     return {what for what, _, _ in machine.findings.counts}, data
@@ -207,6 +220,16 @@ def test_a_cluster_meets(order):
     assert run(STORE + SYNC + NEIGHBOUR + MEET, **kept)[0]
     assert run(STORE + MEET.replace("arrive", "arrive.relaxed") + NEIGHBOUR + MEET, **kept)[0]
     assert run(STORE + MEET + NEIGHBOUR, **kept)[0] or order == "random"
+
+
+def test_a_dependent_launch_waits_for_the_one_before():
+    """Wrong: a wait after the load; none at all; weights that must wait, though nobody writes them."""
+    load, store = "ld.global.b32 %r6, [%rd1+{}];", "st.global.b32 [%rd3], %r1;"
+    wait = "griddepcontrol.wait;"
+    assert run(load.format(0) + wait, dependent=True)[0] == {EARLY_READ}
+    assert run(load.format(128) + wait + SYNC + load.format(0), dependent=True)[0] == set()
+    assert run(store + wait, dependent=True)[0] == {EARLY_WRITE}
+    assert run(wait + store, dependent=True)[0] == run(store)[0] == set()
 
 
 # --- approximations ---------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ import pytest
 from ptx.server import NEWEST
 
 LANES = "only lanes of one warp meet there, and the interpreter runs a warp's lanes together"
-LAST = "nothing touches the shared memory after it in this launch: the loop has come to its end"
-ONE_WARP = "one warp holds all that the reduction adds up"
+OWN = "each warp overwrites only what it alone has read since the barrier before"
+FIRST = "nothing has touched these bytes before"
+EARLIER = "a barrier between has ordered the last accesses to these bytes already"
+IN_PLACE = "each thread stores over what it has itself loaded; the barrier is for a narrower result"
 
 Places = dict[tuple[str, int], str]
 REDUNDANT: dict[str, Places] = {
@@ -24,12 +26,21 @@ REDUNDANT: dict[str, Places] = {
     "decode bf16": {},
     "group_advantage batch": {},
     "linear bf16": {},
-    "linear_logp bf16 wide tile": {},
     "cuda fused bf16": {},
     "cuda token_logp bf16": {},
+}
+LONG: dict[str, Places] = {
+    "swiglu fp32": {},
+    "sample fp32 of 7": {},
+    "policy_loss pg": {},
+    "rms_norm fp32": {("_partials.combine", 1): OWN},
+    "rope bf16 normed": {("rope.turn", 3): OWN, ("_partials.combine", 1): OWN},
+    "cross_entropy fp32 softcap": {("linear_cross_entropy.backward", 0): IN_PLACE},
+    "perturb l2 token": {("perturb_token.token", 9): IN_PLACE, ("perturb_token.token", 10): IN_PLACE},
+    "advance of 300": {("advance.forward", 0): FIRST, ("advance.forward", 20): EARLIER},
+    "cuda token_logp fp32 to bf16": {("cuda backward<__nv_bfloat16, float>", 0): LANES},
     "cuda fused fp32 two rows in a cluster": {},
 }
-LONG: dict[str, Places] = {}
 
 
 def unnoticed(children, case: str) -> set[tuple[str, int]]:
@@ -44,6 +55,16 @@ def unnoticed(children, case: str) -> set[tuple[str, int]]:
 def test_a_missing_barrier_is_noticed(children, case):
     """Wrong: a gate that sees races only where they change a result."""
     assert unnoticed(children, case) == set(REDUNDANT[case])
+
+
+def test_waits_for_tiles_and_products_are_noticed(children):
+    """Each wait for a tile and for a product of linear_logp.  Triton sets a bar.sync before each instruction
+    that one thread executes, several in a row, of which each does for its neighbour: one is not missed.
+    """
+    found = children[NEWEST].ask("mutants of linear_logp bf16 deep")
+    waits = [m for m in found["mutants"] if "bar.sync" not in m["instruction"]]
+    assert found["complaints"] == [] and [m for m in waits if m["found"] is None] == []
+    assert {m["instruction"].split()[2].split(".")[0] for m in waits} == {"mbarrier", "wgmma"}
 
 
 @pytest.mark.ptx

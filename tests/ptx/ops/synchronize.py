@@ -102,6 +102,17 @@ def _fence(m: Machine, i: Instruction) -> Run:
     return run
 
 
+def _dependent(m: Machine, i: Instruction) -> Run:
+    """Programmatic dependent launch: wait until the launch before has ended, or let the next one begin."""
+    if "wait" not in i.mods:
+        return nothing(m, i)
+
+    def run(w: Warp, mask: Mask | None) -> None:
+        w.alone = True
+
+    return run
+
+
 def _trap(m: Machine, i: Instruction) -> Run:
     def run(w: Warp, mask: Mask | None) -> None:
         raise Fault(f"trap ({i})")
@@ -114,7 +125,7 @@ TABLE: dict[str, Maker] = {
     "barrier": _either,
     "fence": _fence,
     "membar": nothing,
-    "griddepcontrol": nothing,
+    "griddepcontrol": _dependent,
     "nanosleep": nothing,
     "setmaxnreg": nothing,
     "trap": _trap,
