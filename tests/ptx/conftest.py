@@ -13,6 +13,7 @@ from ptx.server import OLDEST, VERSIONS, Server, servers
 
 @pytest.fixture(scope="session")
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if shared.name.startswith("popen-") else shared  # the workers of xdist share it
     with servers(shared / "ptx-cache") as found:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton.backends.nvidia", reason="triton is not installed")
+
 from ptx.cases.table import CASES, CUDA, LONG, LONG_CUDA
 from ptx.server import NEWEST
 
