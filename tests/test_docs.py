@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     ROOT.glob("docs/*.md")
 )
-OTHERS = {"--nproc-per-node", "--optim", "--algorithm.OPTION"}  # of torchrun; groups of options
+OTHERS = {  # of torchrun; groups of options; of python -m fastrl.bench.gpu_check
+    "--nproc-per-node",
+    "--optim",
+    "--algorithm.OPTION",
+    "--rehearse",
+}
 COMMAND = re.compile(rf"^fastrl (?:{'|'.join(cli.COMMANDS)})(?: .*)?$", re.MULTILINE)
 
 
