@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
+from ptx.races import UNFENCED
 from ptx.server import OLDEST, VERSIONS, Server, servers
+
+# Version -> kernel -> what its compiler leaves out.  Triton 3.6 sets no fence.proxy.async between cp.async
+# into shared memory and the wgmma that reads it, which NVIDIA's manual asks for.  3.9 sets it: it is checked.
+EXCUSED = {"3.6.0": {"linear.forward": f"{UNFENCED} [shared memory of rank 0, against copies of"}}
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +31,12 @@ def ask(request: pytest.FixtureRequest, children: dict[str, Server]) -> Callable
     where: Path | None = VERSIONS[request.param]
     if where is not None and not where.exists():
         pytest.skip(f"Triton {request.param} is not at {OLDEST}: make .triton/{request.param}")
-    return children[request.param].ask
+
+    def judge(name: str) -> dict[str, Any]:
+        found = children[request.param].ask(name)
+        for kernel, what in EXCUSED.get(request.param, {}).items():
+            kept = [c for c in found["complaints"] if not (f" {kernel}: " in c and what in c)]
+            found["complaints"] = kept
+        return found
+
+    return judge

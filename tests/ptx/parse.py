@@ -37,7 +37,7 @@ class Instruction:
         return self.op.split(".")[1:]
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
+        return f"line {self.line}: {self.text[:100]}"
 
 
 @dataclass(slots=True)
