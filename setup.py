@@ -11,7 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pybind11
 from setuptools import Extension, find_namespace_packages, setup
@@ -42,6 +45,12 @@ def static_runtime(compiler: str) -> list[str]:
     return [str(archive), "-lrt", "-ldl", "-lpthread"]
 
 
+def side_by_side(compile_one: Callable[[Any], Any], sources: Sequence[Any]) -> list[Any]:
+    """The results of compiling each source, in order: as many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
 class Build(build_ext):
     """build_ext, with csrc/cuda/*.cu compiled to objects first."""
 
@@ -54,10 +63,13 @@ class Build(build_ext):
         )
         if compiler:
             ext.define_macros.append(("FASTRL_CUDA", "1"))
-            ext.extra_objects = [
-                self.compile_cuda(compiler, source) for source in sorted(Path("csrc/cuda").glob("*.cu"))
-            ]
+            sources = sorted(Path("csrc/cuda").glob("*.cu"))
+            ext.extra_objects = side_by_side(lambda source: self.compile_cuda(compiler, source), sources)
             ext.extra_link_args += static_runtime(compiler)
+        whole = self.compiler.compile
+        self.compiler.compile = lambda sources, **options: [
+            target for (target,) in side_by_side(lambda source: whole([source], **options), sources)
+        ]
         super().build_extension(ext)
 
     def compile_cuda(self, compiler: str, source: Path) -> str:
