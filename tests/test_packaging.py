@@ -224,14 +224,17 @@ def test_building_without_cuda_leaves_its_functions_out(tmp_path):
 # --- the wheel --------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path):
-    """Builds in isolation (only setuptools and pybind11).  Wrong: find_packages,
-    which misses fastrl.kernels.
+    """Builds in isolation (only setuptools and pybind11).  Wrong: find_packages, which misses fastrl.kernels;
+    packing a Triton that `make` installed beside.
     """
     copy = tmp_path / "source"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", "demo"
+        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", "demo", ".triton"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    other = copy / ".triton" / "3.6.0" / "triton"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-q", "-w", str(tmp_path)]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
