@@ -39,8 +39,8 @@ SPILLS = {  # kernel -> the bytes that it may spill, whether for odd sizes only,
     "decode_attention.split": (
         8,
         False,
-        "fp32 on Triton 3.6 for sm_100 and on 3.7 for sm_80 only: one value, stored before the loop and loaded "
-        "behind it",
+        "fp32 on Triton 3.6 for sm_100 and on 3.7 for sm_80 only: one value, stored before the loop and "
+        "loaded behind it",
     ),
     "linear.forward": (
         48,
