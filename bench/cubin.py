@@ -39,12 +39,15 @@ def disassemble(cubin: bytes) -> str:
     return _run("nvdisasm", cubin, "-c")
 
 
-def cubins_in(library: Path) -> list[bytes]:
-    """The cubins that a compiled library carries."""
+def cubins_in(library: Path) -> dict[str, list[bytes]]:
+    """The cubins that a compiled library carries, by their architecture: "sm_90"."""
+    found: dict[str, list[bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [_tool("cuobjdump"), "-xelf", "all", str(library.resolve())]
         subprocess.run(command, cwd=folder, capture_output=True, check=True)
-        return [path.read_bytes() for path in sorted(Path(folder).glob("*.cubin"))]
+        for path in sorted(Path(folder).glob("*.cubin")):  # library.1.sm_90.cubin
+            found.setdefault(path.suffixes[-2].removeprefix("."), []).append(path.read_bytes())
+    return found
 
 
 def _usage(registers: int, stack: int, shared: int, local: int) -> Usage:

@@ -132,7 +132,7 @@ def _native(part: str) -> tuple[Function, Usage]:
 @functools.cache
 def _library() -> list[tuple[Function, Usage]]:
     built = extension()
-    cubins = cubins_in(Path(built.__file__)) if built else []
+    cubins = cubins_in(Path(built.__file__)).get(f"sm_{ARCH}", []) if built else []
     return [(f, usage(c)[name]) for c in cubins for name, f in parse(disassemble(c)).items()]
 
 

@@ -19,6 +19,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logp_backward_cuda", &token_logp_backward_cuda, NoGil());
   m.def("token_logp_fused_cuda", &token_logp_fused_cuda, NoGil());
   m.def("token_logp_fused_limit", &token_logp_fused_limit);
+  m.def("cuda_architectures", &cuda_architectures);
+  m.def("cuda_runtime_version", &cuda_runtime_version);
+  m.def("cuda_driver_version", &cuda_driver_version);
 #endif
   m.def("sample_forward_cpu", &sample_forward_cpu, NoGil());
 

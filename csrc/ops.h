@@ -51,7 +51,12 @@ void token_logp_fused_cuda(Address out, int out_code, int64_t out_batch, int64_t
                            int64_t L, int64_t batch, int64_t row, Address target, Address temperature, Address dlogp,
                            Address dentropy, Address logp, Address entropy, Address m, Address log_s, int64_t T, int64_t V,
                            Address stream);
-int64_t token_logp_fused_limit(int code);  // the largest V of which a cluster keeps a row on chip
+int64_t token_logp_fused_limit(int code, int device);  // the largest V of which a cluster keeps a row on chip; 0 without clusters
+
+// --- the CUDA build: csrc/cuda/build.cu ---------------------------------------------------------------
+const char* cuda_architectures();
+int cuda_runtime_version();
+int cuda_driver_version();
 #endif
 
 // --- perturb: formulas in kernels/perturb.py ----------------------------------------------------------

@@ -124,8 +124,17 @@ def token_logp_fused_cuda(
     stream: int,
     /,
 ) -> None: ...
-def token_logp_fused_limit(code: int, /) -> int:
-    """The largest vocabulary of which a cluster of CTAs keeps a row on chip."""
+def token_logp_fused_limit(code: int, device: int, /) -> int:
+    """The largest vocabulary of which a cluster of CTAs keeps a row on chip; 0 on a GPU without clusters."""
+
+def cuda_architectures() -> str:
+    """What csrc/cuda was compiled for, as in FASTRL_CUDA_ARCH of setup.py."""
+
+def cuda_runtime_version() -> int:
+    """The CUDA it was compiled with: 13000 is 13.0."""
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the driver of this machine knows; 0 without a driver."""
 
 def group_advantage_cpu(
     reward: int,

@@ -20,6 +20,7 @@ from fastrl.kernels._backend import COMPILED_ONLY, pick, register, register_trit
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import token_logp as native
+from fastrl.kernels._native.build import obstacle
 
 
 class TokenStats(NamedTuple):
@@ -105,6 +106,7 @@ for _device, _note, _exact in (("cpu", "", ("cpu",)), ("cuda", COMPILED_ONLY, ()
         dtypes=tuple(FLOAT_CODES),
         note=_note,
         missing=unbuilt(f"token_logp_forward_{_device}"),
+        obstacle=obstacle,
         exact=_exact,
         forward=native.forward,
         backward=native.backward,

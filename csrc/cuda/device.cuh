@@ -116,11 +116,14 @@ class DeviceOf {
     cudaPointerAttributes attributes{};
     check(cudaGetDevice(&before_), "device");
     check(cudaPointerGetAttributes(&attributes, address), "device");
-    if (attributes.device >= 0 && attributes.device != before_) check(cudaSetDevice(attributes.device), "device");
+    device = attributes.device >= 0 ? attributes.device : before_;
+    if (device != before_) check(cudaSetDevice(device), "device");
   }
   ~DeviceOf() { cudaSetDevice(before_); }
   DeviceOf(const DeviceOf&) = delete;
   DeviceOf& operator=(const DeviceOf&) = delete;
+
+  int device = 0;
 
   static void check(cudaError_t error, const char* what) {  // RuntimeError in Python
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA, ") + what + ": " + cudaGetErrorString(error));
@@ -129,5 +132,11 @@ class DeviceOf {
  private:
   int before_ = 0;
 };
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  DeviceOf::check(cudaDeviceGetAttribute(&value, name, device), "device");
+  return value;
+}
 
 }  // namespace fastrl

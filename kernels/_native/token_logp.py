@@ -5,6 +5,8 @@ The compiled functions take addresses, sizes and strides.  Each is called for th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -100,5 +102,10 @@ def _fits_fused(logits: Tensor) -> bool:
     if logits.stride(-1) != 1:
         return False
     if logits.is_cuda:
-        return logits.shape[-1] <= extension().token_logp_fused_limit(FLOAT_CODES[logits.dtype])
+        return logits.shape[-1] <= _fused_limit(logits.dtype, logits.device.index)
     return True
+
+
+@functools.cache
+def _fused_limit(dtype: torch.dtype, device: int) -> int:
+    return int(extension().token_logp_fused_limit(FLOAT_CODES[dtype], device))

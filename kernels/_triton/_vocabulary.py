@@ -54,11 +54,16 @@ def block_of(row, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def piece_of(row, v, V):  # type: ignore[no-untyped-def]
     """The piece at column v, element by element, -inf from column V on: 8 tensors, or 4 of fp32 logits."""
-    size: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     x = ()
-    for j in tl.static_range(size):
-        x = x + _column(row, v + tl.arange(0, LANES) * size + j, V)
+    for i in tl.static_range(128 // row.dtype.element_ty.primitive_bitwidth):
+        x = x + _column(row, column_at(row, v, i), V)
     return x
+
+
+@triton.jit
+def column_at(row, v, i):  # type: ignore[no-untyped-def]
+    """The columns (LANES,) of tensor i of the piece at column v."""
+    return v + tl.arange(0, LANES) * (128 // row.dtype.element_ty.primitive_bitwidth) + i
 
 
 @triton.jit

@@ -4,7 +4,14 @@ and one write backward.
 Forward is that of token_logp at temperature 1: every lane keeps its own top and s = sum exp(z - top), merged
 once at the end of the row.  Label smoothing also needs the mean of z; a lane sums z - top, moved along with
 its top, so that an offset costs no digits.  Softcap's tanh is written out: exp2 for large arguments, a
-polynomial where that would cancel.
+polynomial where that would cancel.  The backward writes the target's element last.
+
+Instructions an element without softcap, plain and with smoothing (SASS, sm_90, the more of Triton 3.9 and
+3.6):
+
+                bf16         fp32         fp32 to bf16
+    forward     6.9, 9.0     6.0, 8.2
+    backward    8.1          6.6          6.8
 """
 
 from __future__ import annotations
@@ -14,11 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import on_device
+from fastrl.kernels._launch import aligned_rows, on_device
+from fastrl.kernels._triton._vocabulary import (
+    BLOCK,
+    LANES,
+    OPTIONS,
+    block_of,
+    column_at,
+    piece_of,
+    piece_size,
+    row_at,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 4096  # 16 elements a thread
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
 LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -40,6 +55,48 @@ def _tanh(u):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _capped(z, softcap, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    if CAP:
+        z = softcap * _tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def _add(x, state, softcap, row, v, V, SMOOTH: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(top, s, r, n) of each lane with the tensors of `x`; MASKED: of the piece at column v, which ends at V.
+
+    r is the sum of z - top, n its number of terms.
+    """
+    top, s, r, n = state
+    new = top
+    for i in tl.static_range(len(x)):
+        z = _capped(x[i], softcap, CAP)
+        if MASKED:
+            z = tl.where(column_at(row, v, i) < V, z, float("-inf"))
+        new = tl.maximum(new, z)  # drops a NaN, which then reaches s through d
+
+    down = top - new
+    s *= tl.exp2(down * LOG2E)
+    if SMOOTH:
+        r += n * down
+    for i in tl.static_range(len(x)):
+        z = _capped(x[i], softcap, CAP)
+        if MASKED:
+            z = tl.where(column_at(row, v, i) < V, z, float("-inf"))
+        d = z - new
+        s += tl.exp2(d * LOG2E)
+        if SMOOTH:
+            d = tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            if MASKED:
+                d = tl.where(column_at(row, v, i) < V, d, 0.0)
+                n += tl.where(column_at(row, v, i) < V, 1.0, 0.0)
+            r += d
+    if not MASKED:
+        n += len(x)
+    return new, s, r, n
+
+
+@triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
     logits,
     target,
@@ -53,43 +110,29 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     z_loss,
     SMOOTH: tl.constexpr,
     CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)  # T V exceeds 2^31 at V = 152k, T = 14k
-    row = logits + t * stride
-    lane = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), LOWEST, tl.float32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    r = tl.zeros((BLOCK,), tl.float32)  # sum of z - top
-    n = 0.0  # how many this lane has seen
-    for v in range(0, V, BLOCK):
-        at = v + lane
-        z = tl.load(row + at, at < V, float("-inf")).to(tl.float32)
-        if CAP:
-            z = tl.where(at < V, softcap * _tanh(z / softcap), LOWEST)
-        z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        d = z - top
-        e = tl.exp2(-tl.abs(d) * LOG2E)
-        above = d > 0
-        s = tl.where(above, e * s + 1.0, s + e)
-        if SMOOTH:
-            r = tl.where(above, r - n * d, tl.where(at < V, r + d, r))
-            n += 1.0
-        top = tl.where(above, z, top)
+    t = tl.program_id(0)
+    row = row_at(logits, t, t + 1, 0, stride, ALIGNED)
+    nothing = tl.zeros((LANES,), tl.float32)
+    state = (nothing + LOWEST, nothing, nothing, nothing)
+    whole = V // BLOCK * BLOCK
+    for v in range(0, whole, BLOCK):
+        state = _add(block_of(row + v, ALIGNED), state, softcap, row, v, V, SMOOTH, CAP, False)
+    for v in range(whole, V, piece_size(row)):
+        state = _add(piece_of(row, v, V), state, softcap, row, v, V, SMOOTH, CAP, True)
+
+    top, s, r, n = state
     high = tl.max(top, 0)
     s_row = tl.sum(tl.exp2((top - high) * LOG2E) * s, 0)
     s_row = tl.where(high <= LOWEST, float("nan"), s_row)  # nothing above -inf: no distribution
     ln = tl.log(s_row)
     y = tl.load(target + t)
     inside = (y >= 0) & (y < V)
-    z = tl.load(row + y, inside, 0.0).to(tl.float32)
-    if CAP:
-        z = softcap * _tanh(z / softcap)
+    z = _capped(tl.load(row + y, inside, 0.0).to(tl.float32), softcap, CAP)
     each = (1.0 - smoothing) * (ln - (z - high))
     if SMOOTH:
-        # the last block may have ended before this lane
-        seen = n - tl.where((lane + (n - 1.0) * BLOCK) < V, 0.0, 1.0)
-        sum_d = tl.sum(r + seen * (top - high), 0)
+        sum_d = tl.sum(r + n * (top - high), 0)
         # a banned token has no finite share of the smoothing
         sum_d = tl.where(sum_d < 0.5 * LOWEST, float("-inf"), sum_d)
         each += smoothing * (ln - sum_d / V)
@@ -97,6 +140,18 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(loss + t, tl.where(inside, each + z_loss * lse * lse, float("nan")))
     tl.store(m + t, high)
     tl.store(log_s + t, ln)
+
+
+@triton.jit
+def _gradient(x, taken, terms, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(share p - taken) times the slope of softcap and the upstream gradient."""
+    high, ln2, share, softcap, up = terms
+    z = x.to(tl.float32)
+    slope = up
+    if CAP:
+        tanh = _tanh(z / softcap)
+        slope, z = up * (1.0 - tanh * tanh), softcap * tanh
+    return (share * tl.exp2(tl.fma(z - high, LOG2E, -ln2)) - taken) * slope
 
 
 @triton.jit
@@ -115,28 +170,35 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     z_loss,
     SMOOTH: tl.constexpr,
     CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)
-    row, to = logits + t * stride, out + t * out_stride
-    high, ln, y, up = tl.load(m + t), tl.load(log_s + t), tl.load(target + t), tl.load(dloss + t)
-    ln2 = ln * LOG2E
+    t = tl.program_id(0)
+    row = row_at(logits, t, t + 1, 0, stride, ALIGNED)
+    to = row_at(out, t, t + 1, 0, out_stride, ALIGNED)
+    high, ln, y = tl.load(m + t), tl.load(log_s + t), tl.load(target + t)
     share = 1.0 + 2.0 * z_loss * (high + ln)
+    terms = (high, ln * LOG2E, share, softcap, tl.load(dloss + t))
+    taken = 0.0
+    if SMOOTH:
+        taken = smoothing / V
+    inside = (y >= 0) & (y < V)
+    at_target = _gradient(tl.load(row + y, inside, 0.0), taken + (1.0 - smoothing), terms, CAP)
+
+    # over the row, or its front half: no block is stored before all warps have loaded theirs
     lane = tl.arange(0, BLOCK)
-    for v in range(0, V, BLOCK):
-        at = v + lane
-        z = tl.load(row + at, at < V, float("-inf")).to(tl.float32)
-        slope = 1.0
-        if CAP:
-            tanh = _tanh(z / softcap)
-            slope, z = 1.0 - tanh * tanh, softcap * tanh
-        g = share * tl.exp2(tl.fma(z - high, LOG2E, -ln2))
-        if SMOOTH:
-            g -= smoothing / V
-        g = (g - tl.where(at == y, 1.0 - smoothing, 0.0)) * slope * up
-        # over the row, or its front half: no block is stored before all warps have loaded theirs
+    whole = V // BLOCK * BLOCK
+    for v in range(0, whole, BLOCK):
+        dx = _gradient(tl.load(row + v + lane), taken, terms, CAP)
         tl.debug_barrier()
-        tl.store(to + at, g.to(out.dtype.element_ty), at < V)
+        tl.store(to + v + lane, dx.to(to.dtype.element_ty))
+    if whole < V:
+        rest = whole + lane
+        dx = _gradient(tl.load(row + rest, rest < V, float("-inf")), taken, terms, CAP)
+        tl.debug_barrier()
+        tl.store(to + rest, dx.to(to.dtype.element_ty), rest < V)
+
+    tl.debug_barrier()  # the target's element is written last
+    tl.store(to + y, at_target.to(to.dtype.element_ty), inside)
 
 
 # --- launch -----------------------------------------------------------------------------------------
@@ -161,7 +223,7 @@ def forward(
                 z_loss,
                 SMOOTH=smoothing != 0,
                 CAP=softcap != 0,
-                BLOCK=_block(V),
+                ALIGNED=aligned_rows(logits),
                 **OPTIONS,
             )
     return loss, m, log_s
@@ -198,11 +260,7 @@ def fused_into(
                 z_loss,
                 SMOOTH=smoothing != 0,
                 CAP=softcap != 0,
-                BLOCK=_block(V),
+                ALIGNED=aligned_rows(logits) and aligned_rows(out),
                 **OPTIONS,
             )
     return loss
-
-
-def _block(V: int) -> int:
-    return min(BLOCK, max(128, triton.next_power_of_2(V)))

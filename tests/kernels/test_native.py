@@ -393,17 +393,19 @@ def test_cuda_sources_compile_without_spills(source, tmp_path):
         NVCC,
         "-O3",
         "-std=c++17",
-        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
         "-Xptxas",
         "-v",
         "-DFASTRL_CUDA=1",
+        '-DFASTRL_CUDA_ARCH="80,90"',
         "-c",
         str(source),
     ]
     done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "spill" in line]
-    assert lines
+    assert lines or source.name == "build.cu"  # which has no kernel
     assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in lines), (
         done.stderr
     )
