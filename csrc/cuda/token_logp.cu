@@ -5,7 +5,7 @@
 //            the 512 triples are merged once per row, in a fixed order: no atomics, the same bits every run.
 // Shared:    16 warps x 3 floats = 192 bytes.
 // Traffic:   forward reads the logits once; backward reads them once and writes them once.
-// Machine code (sm_90): forward 8.9 instructions an element of bf16, 8.1 of fp32; backward 9.3 of bf16.
+// Machine code (sm_90): forward 8.9 instructions an element of bf16, 8.1 of fp32; backward 9.7 of bf16.
 #include <algorithm>
 
 #include "token_logp.cuh"
