@@ -1,6 +1,6 @@
 """Runs csrc/cuda on CPU tensors: its own host code launches, and the kernels' PTX is interpreted.
 
-nvcc compiles the sources for compute_90a with cuda_runtime.cpp in place of the CUDA runtime; a launch arrives
+nvcc compiles the sources for compute_90 with cuda_runtime.cpp in place of the CUDA runtime; a launch arrives
 here with the values that a GPU would get: grid, cluster, shared memory and arguments are not restated.
 """
 
@@ -30,7 +30,8 @@ from ptx.parse import parse
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
-FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=compute_90a", "-DFASTRL_CUDA=1")
+FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90,code=compute_90", "-DFASTRL_CUDA=1")
+FLAGS += ('-DFASTRL_CUDA_ARCH="90+PTX"',)
 LIBRARY = "kernels.so"
 RECEIVE = ctypes.CFUNCTYPE(
     None,

@@ -82,10 +82,11 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // an H200's
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-           : attribute == cudaDevAttrMultiProcessorCount    ? 132
-                                                            : 1;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor           ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor         ? 0
+           : attribute == cudaDevAttrMultiProcessorCount            ? 132
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin   ? 227 << 10
+                                                                    : 1;
   return cudaSuccess;
 }
 
