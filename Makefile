@@ -42,7 +42,7 @@ test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)
 
 # the GPU code that is interpreted in `make test`, on more shapes, and its barriers taken away one by one
-ptx: $(STAMP)
+ptx: $(STAMP) $(OLDEST)
 	$(PY) -m pytest -n auto --dist worksteal tests/ptx
 
 lint: $(STAMP)

@@ -26,7 +26,7 @@ from ptx.buffers import Fresh, memory_of
 from ptx.launch import Change, Ran, packed
 from ptx.machine import Machine, Schedule
 from ptx.ops import decode
-from ptx.parse import parse
+from ptx.parse import Fault, parse
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -103,7 +103,7 @@ class Calls:
         self.clusters = clusters
         self.ran: list[Ran] = []
         self.tensors: dict[str, Tensor] = {}
-        self.fault: Exception | None = None
+        self.fault: Fault | None = None
         self.receiver = RECEIVE(self._receive)
 
     def __call__(self, name: str, *arguments: Tensor | int) -> None:
@@ -118,7 +118,7 @@ class Calls:
     def _receive(self, name: bytes, grid, threads, shared, cluster, arguments) -> None:  # type: ignore[no-untyped-def]
         try:
             self._run(name.decode(), tuple(grid[:3]), threads, shared, cluster, arguments)
-        except Exception as fault:  # raised again on the other side of the C++ in between
+        except Fault as fault:  # raised again on the other side of the C++ in between
             self.fault = fault
 
     def _run(self, name, grid, threads, shared, cluster, arguments) -> None:  # type: ignore[no-untyped-def]

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from fastrl.bench.offline import recorded
 from ptx.cases.case import Build, Case, allowed, error, same
 from ptx.launch import SCHEDULES, Change, Ran, interpreted
+from ptx.parse import Fault
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ def judge(
                 seen.update((launch.kernel, launch) for launch in ran)
             if first and verdict.complaints:
                 break
-    except Exception as e:  # a compiler error, a Fault: any of them is the finding
+    except (Fault, TritonError, RuntimeError) as e:  # the compiler's, too, are findings
         last = traceback.extract_tb(e.__traceback__)[-1]
         verdict.complaints.append(f"{type(e).__name__}: {e} ({last.filename}:{last.lineno})")
     verdict.seconds = time.process_time() - began

@@ -53,17 +53,25 @@ def address(m: Machine, i: Instruction, text: str) -> Read:
         raise Fault(f"address {text} is not modelled ({i})")
     base, offset = match.group(1), int(match.group(2) or "0", 0)
     if base in m.kernel.widths or base.startswith("%"):
-        return lambda w: w.registers[base].astype(np.int64) + offset
+        return lambda w: _set(w, base).astype(np.int64) + offset
     start = read(m, i, base, "s64")
     return lambda w: start(w) + offset
+
+
+def _set(w: Warp, name: str) -> Array:
+    """A register that must have been set: an address, a predicate."""
+    value = w.registers.get(name)
+    if value is None:
+        raise Fault(f"{name} is used before it is set, by {w.agent}")
+    return value
 
 
 def _register(m: Machine, name: str, kind: str) -> Read:
     dtype = DTYPES[kind]
     if kind == "pred":
         if name.startswith("!"):
-            return lambda w: ~w.registers[name[1:]]
-        return lambda w: w.registers[name]
+            return lambda w: ~_set(w, name[1:])
+        return lambda w: _set(w, name)
 
     def value(w: Warp) -> Array:
         v = w.registers.get(name)

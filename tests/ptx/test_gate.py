@@ -35,6 +35,7 @@ def test_every_kernel_is_in_a_case(children):
 
 
 @pytest.mark.ptx
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LONG)
 def test_long_case(ask, name):
     assert ask(name)["complaints"] == []
@@ -53,6 +54,7 @@ def test_case_of_csrc(children, name):
 
 
 @pytest.mark.ptx
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LONG_CUDA)
 def test_long_case_of_csrc(children, name):
     judge_cuda(children, name)

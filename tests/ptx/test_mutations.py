@@ -68,6 +68,7 @@ def test_waits_for_tiles_and_products_are_noticed(children):
 
 
 @pytest.mark.ptx
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", LONG)
 def test_a_missing_barrier_is_noticed_in_all_kernels(children, case):
     assert unnoticed(children, case) == set(LONG[case])

@@ -112,8 +112,8 @@ CASES: dict[str, Build] = {
     "rope bf16 normed": partial(rope, BF16, 2, 4, 2, 128, normed=True),
     "decode bf16": partial(decode_attention, BF16, [0, 1, 17, 65], 4, 2, 64, 64),
     "decode bf16 splits": partial(decode_attention, BF16, [300, 5], 14, 2, 64, 64, rows=True),
-    "decode fp16 short pages": partial(decode_attention, F16, [20, 50], 4, 4, 80, 16),
-    "decode fp32": partial(decode_attention, F32, [33, 100], 4, 4, 32, 64),
+    "decode fp16 short pages": partial(decode_attention, F16, [20, 50], 2, 2, 80, 16),
+    "decode fp32": partial(decode_attention, F32, [33, 70], 2, 2, 32, 64),
 }
 LONG: dict[str, Build] = {
     "rms_norm bf16 of many rows": partial(rms_norm, BF16, 70, 96),

@@ -198,12 +198,8 @@ def _inside(region: Region, at: Offsets, i: Instruction) -> None:
 
 
 # --- barriers in memory -----------------------------------------------------------------------------
-def _place(m: Machine, w: Warp, at: int) -> tuple[Block, int]:
-    return block_of(m, w, at)
-
-
 def _barrier(m: Machine, w: Warp, at: int, i: Instruction) -> MemoryBarrier:
-    block, offset = _place(m, w, at)
+    block, offset = block_of(m, w, at)
     if offset not in block.memory_barriers:
         raise Fault(f"{w.agent} uses a memory barrier at {offset} that nobody initialised ({i})")
     m.states.read(block.shared, slice(offset, offset + BARRIER_BYTES), w.view, i)
@@ -215,7 +211,7 @@ def _init(m: Machine, i: Instruction) -> Run:
 
     def run(w: Warp, mask: Mask | None) -> None:
         for lane in _each(mask):
-            block, offset = _place(m, w, int(at(w)[lane]))
+            block, offset = block_of(m, w, int(at(w)[lane]))
             m.states.write(block.shared, slice(offset, offset + BARRIER_BYTES), w.view, i, None)
             where = f"the memory barrier at {offset} of block {block.number}"
             block.memory_barriers[offset] = MemoryBarrier(int(count(w)[lane]), where)
@@ -228,7 +224,7 @@ def _inval(m: Machine, i: Instruction) -> Run:
 
     def run(w: Warp, mask: Mask | None) -> None:
         for lane in _each(mask):
-            block, offset = _place(m, w, int(at(w)[lane]))
+            block, offset = block_of(m, w, int(at(w)[lane]))
             barrier = block.memory_barriers.pop(offset, None)
             if barrier is None:
                 raise Fault(f"no memory barrier at {offset} ({i})")
