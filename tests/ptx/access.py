@@ -75,10 +75,12 @@ def put(
     flat = data.reshape(-1)
     if region.writable is not None and not region.writable[index].all():
         m.findings.add(OUTSIDE, region.name, i)
-    m.states.write(region, index, view, i, flat)
+    before = region.data[index].copy()
     region.data[index] = flat
-    if not isinstance(index, slice) and (region.data[index] != flat).any():
+    after = flat if isinstance(index, slice) else region.data[index]
+    if (after != flat).any():  # of several lanes, the last one
         m.findings.add(DISAGREE, region.name, i)
+    m.states.write(region, index, view, i, before == after)
 
 
 def parts(m: Machine, w: Warp, at: Offsets, size: int, space: str, i: Instruction) -> Iterator[Part]:

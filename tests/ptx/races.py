@@ -123,9 +123,9 @@ class States:
     def read(self, region: Region, index: Index, view: View, i: Instruction) -> None:
         self._move(region, index, view.reads, lambda s: self._after_read(s, view), i, None)
 
-    def write(self, region: Region, index: Index, view: View, i: Instruction, data: Array | None) -> None:
-        """Before the bytes are stored; `data` tells replicated stores of one value, which may meet."""
-        self._move(region, index, view.writes, lambda s: self._after_write(s, view), i, data)
+    def write(self, region: Region, index: Index, view: View, i: Instruction, same: Mask | None) -> None:
+        """`same`: the bytes that are what they were, as replicated stores of one value leave them."""
+        self._move(region, index, view.writes, lambda s: self._after_write(s, view), i, same)
 
     def wrote(self) -> Mask:
         """By state, whether an agent has written."""
@@ -138,17 +138,17 @@ class States:
         known: dict[int, Step],
         transition: Callable[[int], Step],
         i: Instruction,
-        data: Array | None,
+        same: Mask | None,
     ) -> None:
         states = region.states[index]
         first = int(states[0])
         if (states == first).all():
-            region.states[index] = self._step(first, region, index, known, transition, i, data, None)
+            region.states[index] = self._step(first, region, index, known, transition, i, same, None)
             return
 
         old, place = np.unique(states, return_inverse=True)
         new = [
-            self._step(int(s), region, index, known, transition, i, data, place == n)
+            self._step(int(s), region, index, known, transition, i, same, place == n)
             for n, s in enumerate(old)
         ]
         region.states[index] = np.array(new, np.int32)[place]
@@ -161,7 +161,7 @@ class States:
         known: dict[int, Step],
         transition: Callable[[int], Step],
         i: Instruction,
-        data: Array | None,
+        same: Mask | None,
         part: Array | None,
     ) -> int:
         """The next state of the bytes of one access that are in `state`."""
@@ -170,11 +170,12 @@ class States:
             step = known[state] = transition(state)
         if step.finding is None:
             return step.state
-        if step.finding is WRITE_AFTER_WRITE and data is not None:
-            before = region.data[index]
-            same = before == data if part is None else (before == data)[part]
-            if same.all():
-                return self._shared(state, step)
+        if (
+            step.finding is WRITE_AFTER_WRITE
+            and same is not None
+            and (same if part is None else same[part]).all()
+        ):
+            return self._shared(state, step)
         self.findings.add(step.finding, f"{region.name}, against {step.other}", i)
         return step.state
 
