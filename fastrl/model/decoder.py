@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastrl.kernels._native.decoder_layer import LayerWeights, Paged, decoder_layer, is_supported
+from fastrl.kernels._layer import LayerWeights, Paged
+from fastrl.kernels.decoder_layer import Run, layer_for
 from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model import weights
@@ -71,16 +72,19 @@ class Layer(nn.Module):
         angles: Angles,
         attend: Attention,
         slab: Slab | None = None,
-        paged: Paged | None = None,
+        whole: tuple[Run, Paged] | None = None,
         only_store: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """What the layer adds, and the residual stream to add it to.
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the layer adds, and the residual stream to add it to; or their sum and None.
+
+        `whole` is what runs the layer in one call, and the pages that it then attends over.
 
         With `only_store` the layer stops after its keys and values; what it returns is then unspecified.
         """
         config = self.config
-        if paged is not None and self._untouched():
-            done = decoder_layer(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
+        if whole is not None and self._untouched():
+            run, paged = whole
+            done = run(x, residual, self._weights(), angles, paged, config.rms_norm_eps)
             if done is not None:
                 return done
 
@@ -183,14 +187,15 @@ class Decoder(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds.to(self.dtype)
         residual = None
         slab_of = getattr(attend, "slab", None)
-        paged_of = getattr(attend, "paged", None) if is_supported(x) else None
+        paged_of = getattr(attend, "paged", None)
+        run = None if paged_of is None else layer_for(x)
         keep_inputs_only = self.gradient_checkpointing and torch.is_grad_enabled()
 
         for i, layer in enumerate(self.layers):
             attention_i: Attention = packed if attend is None else partial(attend, i)
             slab = None if slab_of is None else slab_of(i)
-            paged = None if paged_of is None else paged_of(i)
-            inputs = (x, residual, angles, attention_i, slab, paged)
+            whole = None if run is None or paged_of is None else (run, paged_of(i))
+            inputs = (x, residual, angles, attention_i, slab, whole)
             if only_store and i + 1 == len(self.layers):
                 return layer(*inputs, True)[0]  # only_store
             if keep_inputs_only:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.kernels._native.decoder_layer import Paged
+from fastrl.kernels._layer import Paged, Scratch
 from fastrl.kernels.advance import Pages
 from fastrl.model.language import Attend, LanguageModel, has_cache
 
@@ -175,8 +175,8 @@ class DecodeAttention(CachedAttention):
         self, cache: PagedCache, slots: Tensor, attend: Attend, table: Tensor, lengths: Tensor
     ) -> None:
         super().__init__(cache, slots, attend)
-        self.table, self.lengths = table, lengths
+        self.table, self.lengths, self.scratch = table, lengths, Scratch()
 
     def paged(self, layer: int) -> Paged:
         """The layer's pages, where each new key and value goes, and what each row's query sees."""
-        return Paged(*self.cache.paged[layer], self.slots, self.table, self.lengths)
+        return Paged(*self.cache.paged[layer], self.slots, self.table, self.lengths, self.scratch)

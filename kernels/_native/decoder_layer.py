@@ -7,45 +7,14 @@ small model the Python calls take longer than the arithmetic of the layer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastrl.kernels._backend import direct, extension, is_exact, overruled, unbuilt
 from fastrl.kernels._head import LEAST_ROWS
+from fastrl.kernels._layer import LayerWeights, Paged, readable, uniform
 
 _BUILT = not unbuilt("decoder_layer_cpu")
-
-
-class LayerWeights(NamedTuple):
-    """The weights of a layer, None where absent: norms (D,), projections (N, K), a bias, head norms (E,)."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Tensor
-    mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-class Paged(NamedTuple):
-    """The pages that one query per row attends over.
-
-    k_cache, v_cache  (pages, page, K, E)
-    slots             (B,) int64   where the new key and value of each row are stored
-    table             (B, N) int32
-    lengths           (B,) int32
-    """
-
-    k_cache: Tensor
-    v_cache: Tensor
-    slots: Tensor
-    table: Tensor
-    lengths: Tensor
 
 
 def is_supported(x: Tensor) -> bool:
@@ -57,7 +26,7 @@ def is_supported(x: Tensor) -> bool:
     return (is_exact() or x.shape[0] >= LEAST_ROWS) and direct(x)
 
 
-def decoder_layer(
+def forward(
     x: Tensor,
     residual: Tensor | None,
     weights: LayerWeights,
@@ -72,10 +41,9 @@ def decoder_layer(
 
     Raises:  ValueError for a position, slot, page or length out of range.
     """
-    for w in weights:
-        if w is not None and (w.dtype != torch.float32 or not w.is_contiguous()):
-            return None
-    if not _is_readable(paged, x.shape[0]) or angles[0].shape != x.shape[:1]:
+    if not uniform(weights, torch.float32) or not readable(paged, x.shape[0], torch.float32):
+        return None
+    if angles[0].shape != x.shape[:1]:
         return None
 
     x = x.contiguous()
@@ -106,16 +74,3 @@ def decoder_layer(
         torch.get_num_threads(),
     )
     return y, stream
-
-
-def _is_readable(paged: Paged, B: int) -> bool:
-    """Whether the pages have the dtypes, shapes and strides that compiled code assumes at their addresses."""
-    k, v, slots, table, lengths = paged
-    if k.dtype != torch.float32 or v.dtype != torch.float32 or slots.dtype != torch.int64:
-        return False
-    if table.dtype != torch.int32 or lengths.dtype != torch.int32:
-        return False
-    if k.shape != v.shape or not len(table) == len(lengths) == len(slots) == B:
-        return False
-    contiguous = all(x.is_contiguous() for x in (k, v, slots, lengths))
-    return contiguous and table.stride(1) == 1

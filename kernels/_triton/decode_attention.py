@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import on_device, unit_rows
+from fastrl.kernels._triton._chain import after_others, chain, last_to_arrive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens of a program: 64 KB of bf16 keys and values of width 64, a wave of two for 256 queries of 1024 tokens
@@ -55,6 +56,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     partials,
     tops,
     totals,
+    tickets,
     q,
     k_cache,
     v_cache,
@@ -73,11 +75,14 @@ def split_kernel(  # type: ignore[no-untyped-def]
     PAGES: tl.constexpr,
     BY_ROW: tl.constexpr,
     ONE: tl.constexpr,
+    TICKETS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    after_others(CHAIN)
     b, h, split = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, tl.program_id(1)
     length, first = tl.load(lengths + b).to(tl.int32), split * SPLIT
     if (first >= length) & (split > 0):
@@ -112,6 +117,28 @@ def split_kernel(  # type: ignore[no-untyped-def]
         tl.store(partials + to[:, None] * E + lane, acc, part[:, None] & (lane < E))
         tl.store(tops + to, top, part)
         tl.store(totals + to, total, part)
+        if TICKETS:
+            n = tl.cdiv(length, SPLIT)
+            if n > 1:
+                if last_to_arrive(tickets, tl.program_id(0), n):
+                    out = _added(partials, tops, totals, head * splits, n, g < G, lane, E, ROWS, WIDTH)
+                    tl.store(y + head[:, None] * E + lane, out.to(y.dtype.element_ty), live)
+
+
+@triton.jit
+def _added(partials, tops, totals, at, n, live, lane, E, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The n splits of each query head, from place `at` on, added in order: (ROWS, WIDTH) fp32."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    for i in range(0, n):
+        top = tl.maximum(top, tl.load(tops + at + i, live, 0.0, cache_modifier=".cg"))
+    total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+    for i in range(0, n):
+        weight = tl.exp2(tl.load(tops + at + i, live, 0.0, cache_modifier=".cg") - top)
+        total += weight * tl.load(totals + at + i, live, 1.0, cache_modifier=".cg")
+        part = partials + (at + i)[:, None] * E + lane
+        some = live[:, None] & (lane < E)
+        acc += weight[:, None] * tl.load(part, some, 0.0, cache_modifier=".cg")
+    return acc / total[:, None]
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -158,8 +185,13 @@ def forward(
     lengths: Tensor,
     rows: Tensor | None,
     scale: float,
+    tickets: Tensor | None = None,
 ) -> Tensor:
-    """y (B, H, E); one launch where the table holds at most SPLIT tokens, else two."""
+    """y (B, H, E); one launch where the table holds at most SPLIT tokens, else two.
+
+    With `tickets`, B K zeros int32, which are left as they were, there is always one: the last program of a
+    query to finish adds up its splits.
+    """
     q, table = unit_rows(q), unit_rows(block_table)
     (B, H, E), (_, page, K, _), N = q.shape, k_cache.shape, table.shape[1]
     y = torch.empty(B, H, E, dtype=q.dtype, device=q.device)
@@ -179,6 +211,7 @@ def forward(
             partials,
             tops,
             totals,
+            lengths if tickets is None else tickets,
             q,
             k_cache,
             v_cache,
@@ -192,10 +225,12 @@ def forward(
             scale * math.log2(math.e),
             BY_ROW=rows is not None,
             ONE=splits == 1,
+            TICKETS=tickets is not None,
             **_shape(H, K, E, page, q.dtype),
             **_options(q.dtype, E),
+            **(chain(q) if tickets is not None else {"CHAIN": False}),
         )
-        if splits > 1:
+        if splits > 1 and tickets is None:
             combine_kernel[(B * H,)](
                 y,
                 partials,
