@@ -1,4 +1,5 @@
-"""End a decode step on the device: record what was drawn, end rows, and give pages to those that go on.
+"""Begin and end a decode step on the device: find where the newest tokens go; record what was drawn, end
+rows, and give pages to those that go on.
 
 For each live row b, of sequence s = seq[b] with c = length[b] tokens so far:
 
@@ -15,7 +16,7 @@ Other rows change nothing.  The host reads none of this, so a captured graph can
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +86,17 @@ def reference_need(alive: Tensor, length: Tensor, until: Tensor, page: int) -> t
     return alive.sum(), torch.where(alive, pages, 0).sum()
 
 
+def reference_newest(
+    length: Tensor, table: Tensor, seq: Tensor, key: Tensor, page: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition of `newest`."""
+    position = length - 1
+    pages = table.gather(1, (position // page)[:, None])[:, 0].long()
+    return position, pages * page + position % page, length.to(torch.int32), key[seq]
+
+
 register("advance", "reference", forward=reference)
+register("newest", "reference", forward=reference_newest)
 register("need", "reference", forward=reference_need)
 
 
@@ -93,9 +104,42 @@ register("need", "reference", forward=reference_need)
 register("need", "cpu", missing=unbuilt("need_cpu"), forward=native.need)
 register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=native.forward)
 register_triton("advance", "advance", "forward")
+register("newest", "cpu", forward=reference_newest)  # a few numbers, for which a call would be no faster
+register_triton("newest", "newest", "forward")
 
 
 # --- public -----------------------------------------------------------------------------------------
+class Newest(NamedTuple):
+    """What a step needs to know of each row's newest token.
+
+    position  (B,) int64  in its sequence
+    slot      (B,) int64  of the caches, where its key and value go
+    length    (B,) int32  tokens of its sequence up to it
+    key       (B,) int64  the sequence's number in the noise
+    """
+
+    position: Tensor
+    slot: Tensor
+    length: Tensor
+    key: Tensor
+
+
+def newest(rows: Rows, key: Tensor, page: int) -> Newest:
+    """Where the newest token of each row is, and where its key and value go; one launch on CUDA.
+
+    Shapes:  those of `Rows` (B rows);  key (S,) int64, a number for each sequence of the records.
+    Raises:  ValueError or TypeError naming the argument.  No values are read.
+    """
+    (B, _) = dims("rows.table", rows.table, "B N", (torch.int32,))
+    for name, x in (("rows.length", rows.length), ("rows.seq", rows.seq)):
+        dims(name, x, "B", (torch.int64,), B=B)
+    dims("key", key, "S", (torch.int64,))
+    same_device(length=rows.length, table=rows.table, key=key)
+    if page < 1:
+        raise ValueError(f"page: expected a positive number of tokens, got {page}")
+    return Newest(*pick("newest", rows.length, "forward")(rows.length, rows.table, rows.seq, key, page))
+
+
 def advance(
     draw: Sample,
     rows: Rows,

@@ -5,10 +5,10 @@
     a = h + attention(q) out^T
     y = swiglu(norm(a) gate_up^T) down^T,   returned with the stream a: the next layer adds them
 
-It is no op of torch.library: it writes pages, and has no gradient.  An implementation may return the sum a + y
-with None in place of the stream.  Where it returns None, or `layer_for` has none, the model runs the ops one
-by one, which give the same numbers, up to the order of sums in a product, and name what is wrong with an
-argument.
+It is no op of torch.library: it writes pages, and has no gradient.  An implementation may return the sum
+a + y with None in place of the stream.  Where it returns None, or `layer_for` has none, the model runs the
+ops one by one, which give the same numbers, up to the order of sums in a product, and name what is wrong with
+an argument.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPS = ("rms_norm", "linear", "rope", "decode_attention", "swiglu")  # what the l
 # --- reference --------------------------------------------------------------------------------------
 def reference(
     x: Tensor, residual: Tensor | None, weights: LayerWeights, angles: Angles, paged: Paged, eps: float
-) -> tuple[Tensor, Tensor | None] | None:
+) -> tuple[Tensor, Tensor]:
     """The definition: what the layer adds, and the residual stream, both (B, D)."""
     (B, _), (_, _, K, E) = x.shape, paged.k_cache.shape
     stream = x if residual is None else x + residual

@@ -41,6 +41,7 @@ BESIDE = (  # ops that call another op: (importer, imported); cycles are refused
     ("fastrl.kernels.rope", "fastrl.kernels.rms_norm"),
     ("fastrl.kernels.advance", "fastrl.kernels.sample"),
     ("fastrl.kernels.sample", "fastrl.kernels.token_logp"),
+    ("fastrl.kernels.decoder_layer", "fastrl.kernels.*"),
 )
 NOT_OPS = {"surrogates"}  # public names of kernels/ that are no ops of their own
 LAZY = {("fastrl.kernels._registry", "extension")}  # fastrl._C may be absent, and must be loaded after torch

@@ -71,7 +71,8 @@ class State:
     rows      `Rows` of B rows, the live ones first
     records   `Records` of S sequences, and of the padding row S
     key       (S+1,) int64, each sequence's number in the noise
-    seed, temperature, version, total, stops   of the call, on the device
+    seed, temperature   (B,) of the call, the same for every row
+    version, total, stops   of the call, on the device
     """
 
     def __init__(
@@ -80,14 +81,13 @@ class State:
         self.cache, self.B, self.S, self.C, self.device = cache, B, S, C, device
         self.records = empty_records(S, C, device)
         self.rows = empty_rows(B, -(-C // cache.page), S, device)
-        self.index = torch.arange(B, device=device)
         self.key = torch.zeros(S + 1, dtype=torch.int64, device=device)
 
-        self.seed, self.version, self.total = (
-            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3)
-        )
+        self.version, self.total = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        # one number for each row, so that a step copies none
+        self.seed = torch.zeros(B, dtype=torch.int64, device=device)
         wide = torch.float64 if cache.k.dtype == torch.float64 else torch.float32
-        self.temperature = torch.ones(1, dtype=wide, device=device)
+        self.temperature = torch.ones(B, dtype=wide, device=device)
         self.stops = torch.full((max(STOPS, stops),), -1, dtype=torch.int64, device=device)
 
     def fits(self, S: int, C: int, stops: int) -> bool:

@@ -13,7 +13,7 @@ from fastrl import ops
 from fastrl.kernels._backend import asked
 from fastrl.kernels._head import project
 from fastrl.kernels._launch import on_device
-from fastrl.kernels.advance import Rows, advance
+from fastrl.kernels.advance import Newest, Rows, advance, newest
 from fastrl.kernels.sample import Sample
 from fastrl.model.language import LanguageModel
 from fastrl.sampler.state import State
@@ -41,10 +41,11 @@ class DecodeStep:
         """Draw one token for each of the first b rows that is alive."""
         state, began = self.state, time.perf_counter()
         rows = Rows(*(column[:b] for column in state.rows))
-        logits = self._logits(rows)
+        new = newest(rows, state.key, state.cache.page)
+        logits = self._logits(rows, new)
         drawn_at = time.perf_counter()
         advance(
-            self._draw(logits, rows, filters),
+            self._draw(logits, rows, new, filters),
             rows,
             state.records,
             state.cache.pages,
@@ -56,33 +57,31 @@ class DecodeStep:
         self.seconds["decode"] += drawn_at - began
         self.seconds["sample"] += time.perf_counter() - drawn_at
 
-    def _logits(self, rows: Rows) -> Tensor:
+    def _logits(self, rows: Rows, new: Newest) -> Tensor:
         """(b, V) after each row's newest token, fp32 or wider."""
         model = self.model
-        hidden = self._cached(rows) if model.supports_cache else self._whole(rows)
+        hidden = self._cached(rows, new) if model.supports_cache else self._whole(rows)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return project(hidden, model.head_weight, model.head_bias, wide)
 
-    def _draw(self, logits: Tensor, rows: Rows, filters: Filters) -> Sample:
+    def _draw(self, logits: Tensor, rows: Rows, new: Newest, filters: Filters) -> Sample:
         state, b = self.state, logits.shape[0]
         top_k, top_p, min_p = filters
         return ops.sample(
             logits,
-            seed=state.seed.expand(b),
-            sequence=state.key[rows.seq],
+            seed=state.seed[:b],
+            sequence=new.key,
             position=rows.drawn,
-            temperature=state.temperature.expand(b),
+            temperature=state.temperature[:b],
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
         )
 
-    def _cached(self, rows: Rows) -> Tensor:
+    def _cached(self, rows: Rows, new: Newest) -> Tensor:
         """Hidden states (b, D) of each row's newest token; its key and value go to the cache."""
-        cache, position = self.state.cache, rows.length - 1
-        slots = cache.slots(rows.table, self.state.index[: position.shape[0]], position)
-        attend = cache.decode(slots, rows.table, rows.length.to(torch.int32))
-        return self.model(rows.last, None, positions=position, attend=attend)
+        attend = self.state.cache.decode(new.slot, rows.table, new.length)
+        return self.model(rows.last, None, positions=new.position, attend=attend)
 
     def _whole(self, rows: Rows) -> Tensor:
         """The same for a model without a cache, which forwards every sequence whole."""

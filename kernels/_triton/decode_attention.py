@@ -50,6 +50,38 @@ def _slots(table, pages, first, start, last, PAGE: tl.constexpr, PAGES: tl.const
     return tl.load(table + position // PAGE, position < last, 0).to(tl.int64) * PAGE + position % PAGE
 
 
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    y,
+    partials,
+    tops,
+    totals,
+    tickets,
+    head,
+    splits,
+    n,
+    live,
+    lane,
+    E,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Add up the n splits of a query, in order, if this is the last of its programs to arrive."""
+    if last_to_arrive(tickets, tl.program_id(0), n):
+        at, some = head * splits, live[:, None] & (lane < E)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        for i in range(0, n):
+            top = tl.maximum(top, tl.load(tops + at + i, live, 0.0, cache_modifier=".cg"))
+        total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+        for i in range(0, n):
+            weight = tl.exp2(tl.load(tops + at + i, live, 0.0, cache_modifier=".cg") - top)
+            total += weight * tl.load(totals + at + i, live, 1.0, cache_modifier=".cg")
+            part = tl.load(partials + (at + i)[:, None] * E + lane, some, 0.0, cache_modifier=".cg")
+            acc += weight[:, None] * part
+        out = acc / total[:, None]
+        tl.store(y + head[:, None] * E + lane, out.to(y.dtype.element_ty), some)
+
+
 @triton.jit(do_not_specialize=["q_token", "table_row", "splits"])
 def split_kernel(  # type: ignore[no-untyped-def]
     y,
@@ -120,25 +152,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         if TICKETS:
             n = tl.cdiv(length, SPLIT)
             if n > 1:
-                if last_to_arrive(tickets, tl.program_id(0), n):
-                    out = _added(partials, tops, totals, head * splits, n, g < G, lane, E, ROWS, WIDTH)
-                    tl.store(y + head[:, None] * E + lane, out.to(y.dtype.element_ty), live)
-
-
-@triton.jit
-def _added(partials, tops, totals, at, n, live, lane, E, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The n splits of each query head, from place `at` on, added in order: (ROWS, WIDTH) fp32."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    for i in range(0, n):
-        top = tl.maximum(top, tl.load(tops + at + i, live, 0.0, cache_modifier=".cg"))
-    total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
-    for i in range(0, n):
-        weight = tl.exp2(tl.load(tops + at + i, live, 0.0, cache_modifier=".cg") - top)
-        total += weight * tl.load(totals + at + i, live, 1.0, cache_modifier=".cg")
-        part = partials + (at + i)[:, None] * E + lane
-        some = live[:, None] & (lane < E)
-        acc += weight[:, None] * tl.load(part, some, 0.0, cache_modifier=".cg")
-    return acc / total[:, None]
+                _finish(y, partials, tops, totals, tickets, head, splits, n, g < G, lane, E, ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -26,57 +26,16 @@ from fastrl.kernels._launch import gpu, on_device
 from fastrl.kernels._layer import LayerWeights, Paged, readable, uniform
 from fastrl.kernels._triton import decode_attention
 from fastrl.kernels._triton._chain import chain
+from fastrl.kernels._triton._layer_tiles import ENTER, splits_of, tiles
 from fastrl.kernels._triton.linear_residual import enter_kernel, residual_kernel
 from fastrl.kernels._triton.norm_linear import gated_kernel, heads_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GAINS = ((1024, 256), (2048, 64), (4096, 16))  # (width at most, rows at most): predicted to gain
-SPLITS = 8  # of a product along K, at most
-LEAST_SHARE = 256  # of K, to a split
 INTERPRETED_PROCESSORS = 8  # without a GPU to fill
-ENTER = {"BLOCK": 1024, "TICKETS": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
-# --- tiles ------------------------------------------------------------------------------------------
-def tiles(rows: int, half: int, normed: bool, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """The tiles of the three kernels for this number of rows; a head with a norm is not cut."""
-    if dtype == torch.float32:
-        m = 16
-        heads, gated, residual = _tile(m, 16, 32, 2), _tile(m, 16, 32, 2), _tile(m, 16, 32, 2)
-    elif rows <= 16:
-        heads, gated, residual = _tile(16, 16, 128, 4), _tile(16, 32, 128, 4), _tile(16, 32, 128, 4)
-    elif rows <= 64:
-        m = 32 if rows <= 32 else 64
-        heads, gated, residual = _tile(m, 16, 64, 4), _tile(m, 32, 64, 4), _tile(m, 32, 64, 4)
-    else:
-        heads, gated, residual = _tile(64, 32, 64, 4), _tile(128, 64, 64, 3, 8), _tile(64, 64, 64, 4)
-    if normed:
-        heads["LANES"] = max(16, triton.next_power_of_2(half))
-    residual["BLOCK_N"] = residual.pop("LANES")
-    return {"heads": heads, "gated": gated, "residual": residual}
-
-
-def _tile(rows: int, lanes: int, depth: int, stages: int, warps: int = 4) -> dict[str, Any]:
-    return {
-        "BLOCK_M": rows,
-        "LANES": lanes,
-        "BLOCK_K": depth,
-        "num_stages": stages,
-        "num_warps": warps,
-        "enable_fp_fusion": True,
-    }
-
-
-def splits_of(programs: int, K: int, processors: int) -> int:
-    """Into how many parts a product of `programs` tiles is cut along K, to fill the processors: 1, 2, 4 or
-    8.
-    """
-    splits = 1
-    while 2 * splits * programs <= processors and 2 * splits <= min(SPLITS, K // LEAST_SHARE):
-        splits *= 2
-    return splits
-
-
+# --- which shapes ---------------------------------------------------------------------------------
 def gains(rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a layer of this width is predicted to be faster in five launches."""
     most = next((m for w, m in GAINS if width <= w), 0)

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrl.kernels._backend import use_backend
-from fastrl.kernels.advance import Pages, Records, Rows, advance, need
+from fastrl.kernels.advance import Pages, Records, Rows, advance, need, newest
 from fastrl.kernels.sample import Sample
 
 PAGE, STOPS = 4, torch.tensor([7, 3, -1])
@@ -228,3 +228,31 @@ def test_need_names_what_does_not_fit():
         need(rows.alive, rows.length, rows.until, 0)
     with pytest.raises(TypeError, match="until: expected dtype int64, got int32"):
         need(rows.alive, rows.length, rows.until.int(), PAGE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("B", [0, 1, 7, 130])
+def test_where_the_newest_tokens_go(backend, B):
+    """Wrong: the page after the newest token's, or that of another row; a key taken by row, not by sequence;
+    rows past a block of the kernel.
+    """
+    rows, records, _, _ = state(B, S=140)
+    key = torch.randint(2**62, (records.tokens.shape[0],))
+    with use_backend(backend, "newest"):
+        got = newest(rows, key, PAGE)
+    assert got.length.dtype == torch.int32 and got.slot.dtype == torch.int64
+    for b in range(B):
+        at = int(rows.length[b]) - 1
+        assert int(got.position[b]) == at and int(got.length[b]) == at + 1
+        assert int(got.slot[b]) == int(rows.table[b, at // PAGE]) * PAGE + at % PAGE
+        assert int(got.key[b]) == int(key[rows.seq[b]])
+
+
+def test_newest_names_the_argument():
+    rows, _, _, _ = state(3)
+    with pytest.raises(TypeError, match="key: expected dtype int64"):
+        newest(rows, torch.zeros(40), PAGE)
+    with pytest.raises(ValueError, match=r"rows.seq: expected shape \(B=3\)"):
+        newest(rows._replace(seq=rows.seq[:2]), torch.zeros(40, dtype=torch.int64), PAGE)
+    with pytest.raises(ValueError, match="page: expected a positive number of tokens, got 0"):
+        newest(rows, torch.zeros(40, dtype=torch.int64), 0)
