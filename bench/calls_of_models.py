@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrl import ops
 from fastrl.bench.calls import (
@@ -23,8 +24,11 @@ from fastrl.bench.calls import (
     zeros,
 )
 from fastrl.kernels._advance import Pages, Records, Rows
+from fastrl.kernels._backend import pick
 from fastrl.kernels._group_advantage import BASELINES, SCALES, SHAPES
+from fastrl.kernels._layer import LayerWeights, Paged, Scratch
 from fastrl.kernels.advance import advance as advance_rows
+from fastrl.kernels.advance import newest as newest_rows
 from fastrl.kernels.policy_loss import KLS, SURROGATES
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.kernels.sample import Sample
@@ -108,6 +112,59 @@ def decode_attention() -> Blocks:
             )
 
 
+def decoder_layer() -> Blocks:
+    for dtype, (H, K, E) in once_in_fp16(HEADS):
+        first = HEADS[0][0] == H
+        axes = {
+            "B": (1, 40, 70, 256) if first else (16, 256),
+            "dtype": (dtype,),
+            "heads": ((H, K, E),),
+            "layers": (2,),
+            "residual": EITHER,
+            "biased": EITHER,
+            "normed": EITHER,
+        }
+        yield Block(function=_decoder_layer, axes=axes, possible=_of_a_family, wide=E % 64 == 0)
+
+
+def _of_a_family(given: Given) -> bool:
+    """A bias, head norms or neither; what a layer enters with does not depend on them."""
+    both = given["biased"] and given["normed"]
+    return not both and (not given["residual"] or given["biased"])
+
+
+def _decoder_layer(
+    B: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    layers: int,
+    residual: bool,
+    biased: bool,
+    normed: bool,
+) -> None:
+    """One layer after another: the second takes the stream of the first."""
+    (H, K, E), D, F = heads, 896, 4864
+    x, cos, cache = zeros(B, D, dtype=dtype), zeros(64, E // 2), zeros(20, 64, K, E, dtype=dtype)
+    norm, head_norm = zeros(D, dtype=dtype), zeros(E, dtype=dtype) if normed else None
+    weights = LayerWeights(
+        norm,
+        zeros((H + 2 * K) * E, D, dtype=dtype),
+        zeros((H + 2 * K) * E, dtype=dtype) if biased else None,
+        head_norm,
+        head_norm,
+        zeros(D, H * E, dtype=dtype),
+        norm,
+        zeros(2 * F, D, dtype=dtype),
+        zeros(D, F, dtype=dtype),
+    )
+    lengths = torch.ones(B, dtype=torch.int32)
+    paged = Paged(cache, cache, ints(B), ints(B, 6, dtype=torch.int32), lengths, Scratch())
+    stream: Tensor | None = x if residual else None
+    for _ in range(layers):
+        done = pick("decoder_layer", x, "forward")(x, stream, weights, (ints(B), cos, cos), paged, 1e-6)
+        x, stream = done
+
+
 # --- sequences and samples --------------------------------------------------------------------------
 def gae() -> Blocks:
     for dtype, (T, S) in once_in_fp16(((2048, 1), (1000, 1), (64, 2), (2048, 8))):
@@ -157,6 +214,7 @@ def _advance(B: int, page: int, stops: int) -> None:
     pages = Pages(ints(B, dtype=torch.int32), ints(1), ints(B, dtype=torch.int32))
     draw = Sample(ints(B), zeros(B), zeros(B), zeros(B))
     one = ints(1)
+    newest_rows(rows, records, ints(S), page)
     advance_rows(draw, rows, records, pages, stops=ints(stops), version=one, total=one, page=page)
 
 

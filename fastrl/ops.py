@@ -5,6 +5,7 @@ fastrl/kernels/<op>.py.
 from fastrl.kernels._backend import backend, exact, implementations, use_backend
 from fastrl.kernels.attention import attention
 from fastrl.kernels.decode_attention import decode_attention
+from fastrl.kernels.decoder_layer import layer_for as _layer_for  # noqa: F401  registers it among the others
 from fastrl.kernels.gae import gae
 from fastrl.kernels.group_advantage import group_advantage
 from fastrl.kernels.linear import linear

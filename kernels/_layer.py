@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,3 +72,28 @@ def readable(paged: Paged, B: int, dtype: torch.dtype) -> bool:
         return False
     contiguous = all(x.is_contiguous() for x in (k, v, slots, lengths))
     return contiguous and table.stride(1) == 1
+
+
+def summed(run: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`run`, which is a layer, with pages and angles one by one, and the residual stream after it alone."""
+
+    def call(
+        x: Tensor,
+        residual: Tensor | None,
+        weights: LayerWeights,
+        position: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        eps: float,
+    ) -> Tensor:
+        paged = Paged(k_cache, v_cache, slots, table, lengths, Scratch())
+        added, stream = run(x, residual, weights, (position, cos, sin), paged, eps)
+        result: Tensor = added if stream is None else stream + added
+        return result
+
+    return call

@@ -95,17 +95,21 @@ def reference_newest(
     return position, pages * page + position % page, length.to(torch.int32), key[seq]
 
 
-register("advance", "reference", forward=reference)
-register("newest", "reference", forward=reference_newest)
+register("advance", "reference", forward=reference, newest=reference_newest)
 register("need", "reference", forward=reference_need)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
 register("need", "cpu", missing=unbuilt("need_cpu"), forward=native.need)
-register("advance", "cpu", dtypes=(torch.float32,), missing=unbuilt("advance_cpu"), forward=native.forward)
-register_triton("advance", "advance", "forward")
-register("newest", "cpu", forward=reference_newest)  # a few numbers, for which a call would be no faster
-register_triton("newest", "newest", "forward")
+register(
+    "advance",
+    "cpu",
+    dtypes=(torch.float32,),
+    missing=unbuilt("advance_cpu"),
+    forward=native.forward,
+    newest=reference_newest,  # of a few numbers, for which a call of compiled code is no faster
+)
+register_triton("advance", "advance", "forward", "newest")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -124,20 +128,20 @@ class Newest(NamedTuple):
     key: Tensor
 
 
-def newest(rows: Rows, key: Tensor, page: int) -> Newest:
+def newest(rows: Rows, records: Records, key: Tensor, page: int) -> Newest:
     """Where the newest token of each row is, and where its key and value go; one launch on CUDA.
 
-    Shapes:  those of `Rows` (B rows);  key (S,) int64, a number for each sequence of the records.
+    Shapes:  those of `Rows` (B rows) and `Records` (S sequences);  key (S,) int64.
     Raises:  ValueError or TypeError naming the argument.  No values are read.
     """
     (B, _) = dims("rows.table", rows.table, "B N", (torch.int32,))
     for name, x in (("rows.length", rows.length), ("rows.seq", rows.seq)):
         dims(name, x, "B", (torch.int64,), B=B)
-    dims("key", key, "S", (torch.int64,))
+    dims("key", key, "S", (torch.int64,), S=len(records.length))
     same_device(length=rows.length, table=rows.table, key=key)
     if page < 1:
         raise ValueError(f"page: expected a positive number of tokens, got {page}")
-    return Newest(*pick("newest", rows.length, "forward")(rows.length, rows.table, rows.seq, key, page))
+    return Newest(*pick("advance", records.logp, "newest")(rows.length, rows.table, rows.seq, key, page))
 
 
 def advance(

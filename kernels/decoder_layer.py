@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastrl.kernels import decode_attention, linear, rms_norm, rope, swiglu
 from fastrl.kernels._backend import direct, is_exact, pick, register, register_triton, requested, unbuilt
-from fastrl.kernels._layer import LayerWeights, Paged
+from fastrl.kernels._layer import LayerWeights, Paged, summed
 from fastrl.kernels._native import decoder_layer as native
 
 Angles = tuple[Tensor, Tensor, Tensor]  # positions (B,) int64, cos and sin
@@ -57,7 +57,7 @@ def _or_empty(w: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if w is None else w
 
 
-register("decoder_layer", "reference", forward=reference)
+register("decoder_layer", "reference", forward=reference, summed=summed(reference))
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ register(
     missing=unbuilt("decoder_layer_cpu"),
     forward=native.forward,
 )
-register_triton("decoder_layer", "decoder_layer", "forward")
+register_triton("decoder_layer", "decoder_layer", "forward", "summed")
 
 
 # --- which ------------------------------------------------------------------------------------------

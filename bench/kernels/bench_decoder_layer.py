@@ -118,7 +118,7 @@ def _sum(added: Tensor, stream: Tensor | None) -> Tensor:
     return added if stream is None else stream + added
 
 
-PROVIDERS = {"fastrl": plain(ours), "one by one": plain(one_by_one)}
+PROVIDERS = {"fastrl": plain(ours), "one by one": plain(one_by_one), "eager": plain(defined)}
 BENCH = Bench(
     op="decoder_layer",
     cases=CASES,

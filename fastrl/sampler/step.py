@@ -41,7 +41,7 @@ class DecodeStep:
         """Draw one token for each of the first b rows that is alive."""
         state, began = self.state, time.perf_counter()
         rows = Rows(*(column[:b] for column in state.rows))
-        new = newest(rows, state.key, state.cache.page)
+        new = newest(rows, state.records, state.key, state.cache.page)
         logits = self._logits(rows, new)
         drawn_at = time.perf_counter()
         advance(

@@ -47,9 +47,3 @@ def splits_of(programs: int, K: int, processors: int) -> int:
     while 2 * splits * programs <= processors and 2 * splits <= min(SPLITS, K // LEAST_SHARE):
         splits *= 2
     return splits
-
-
-def constants(tile: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constants of a tile, and its launch options."""
-    given = {n: v for n, v in tile.items() if n.isupper()}
-    return given, {n: v for n, v in tile.items() if n not in given}

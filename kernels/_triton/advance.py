@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import on_device
+from fastrl.kernels._triton.newest import newest as newest
 
 DTYPES = (torch.float32,)  # of the log-probs
 LARGEST_BLOCK = 1024

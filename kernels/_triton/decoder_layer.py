@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastrl.kernels import _layer as layers
 from fastrl.kernels._backend import requested
 from fastrl.kernels._launch import gpu, on_device
 from fastrl.kernels._layer import LayerWeights, Paged, readable, uniform
@@ -62,8 +63,23 @@ def forward(
         return None
     if B == 0 or (requested("decoder_layer") is None and not gains(B, D, x.dtype)):
         return None
+    return _always(x, residual, weights, angles, paged, eps)
+
+
+def _always(
+    x: Tensor,
+    residual: Tensor | None,
+    weights: LayerWeights,
+    angles: tuple[Tensor, Tensor, Tensor],
+    paged: Paged,
+    eps: float,
+) -> tuple[Tensor, None]:
+    """`forward` for any shape and arguments that are right."""
     with on_device(x):
         return _launch(x, residual, weights, angles, paged, eps), None
+
+
+summed = layers.summed(_always)
 
 
 def _launch(

@@ -9,15 +9,10 @@ the same bits.  `enter` makes a stream with its squares of what comes from elsew
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec
 from fastrl.kernels._triton._chain import after_others, last_to_arrive
-from fastrl.kernels._triton._layer_tiles import ENTER, constants, tiles
 from fastrl.kernels._triton._rows import rounded
 
 
@@ -100,29 +95,3 @@ def enter_kernel(  # type: ignore[no-untyped-def]
     for first in range(tl.program_id(0) * TICKETS, n_tickets, tl.num_programs(0) * TICKETS):
         ticket = first + tl.arange(0, TICKETS)
         tl.store(tickets + ticket, tl.zeros((TICKETS,), tl.int32), ticket < n_tickets)
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    types = dict.fromkeys(("M", "parts", "N", "K", "D", "n_tickets"), "i32") | {"tickets": "*i32"}
-    types |= dict.fromkeys(("squares", "partials"), "*fp32")
-    for (dtype, name), rows, splits in itertools.product(TRITON_TYPES.items(), (16, 64, 256), (1, 4)):
-        given, options = constants(tiles(rows, 32, False, dtype)["residual"])
-        entered, entering = constants(ENTER)
-        cases = (
-            (residual_kernel, given | {"SPLITS": splits}, options),
-            (enter_kernel, entered | {"ADD": splits > 1}, entering),
-        )
-        for kernel, values, launched in cases:
-            yield Spec(
-                kernel=kernel,
-                case=f"{name[1:]} {rows} rows {splits} splits",
-                types=types | dict.fromkeys(("h", "x", "weight", "residual"), name),
-                constants=values | {"CHAIN": False},
-                divisible=True,
-                wide=("load",),
-                options=launched,
-            )
-
-
-COMPILE = tuple(_specs())

@@ -1,23 +1,20 @@
-"""newest in Triton: one launch for the numbers of all rows that a decode step starts with."""
+"""The numbers of all rows that a decode step starts with, in one launch: `newest` of advance in Triton."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._launch import Spec, launch_options, on_device
+from fastrl.kernels._launch import launch_options, on_device
 
-DTYPES = (torch.int64,)  # of the lengths
 BLOCK = 128
 OPTIONS = launch_options(4)
 
 
 @triton.jit(do_not_specialize=["B", "N"])
-def forward_kernel(  # type: ignore[no-untyped-def]
+def newest_kernel(  # type: ignore[no-untyped-def]
     position,
     slot,
     short,
@@ -43,7 +40,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- launch -----------------------------------------------------------------------------------------
-def forward(
+def newest(
     length: Tensor, table: Tensor, seq: Tensor, key: Tensor, page: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positions, slots, lengths as int32, and keys, each (B,)."""
@@ -52,7 +49,7 @@ def forward(
     short = torch.empty(B, dtype=torch.int32, device=device)
     if B:
         with on_device(length):
-            forward_kernel[(triton.cdiv(B, BLOCK),)](
+            newest_kernel[(triton.cdiv(B, BLOCK),)](
                 position,
                 slot,
                 short,
@@ -68,20 +65,3 @@ def forward(
                 **OPTIONS,
             )
     return position, slot, short, number
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    longs = ("position", "slot", "number", "length", "seq", "key")
-    types = dict.fromkeys(longs, "*i64") | {"table": "*i32", "short": "*i32", "B": "i32", "N": "i32"}
-    yield Spec(
-        kernel=forward_kernel,
-        case="pages of 64",
-        types=types,
-        constants={"PAGE": 64, "BLOCK": BLOCK},
-        divisible=False,
-        options=OPTIONS,
-    )
-
-
-COMPILE = tuple(_specs())

@@ -10,16 +10,11 @@ number of rows: a few rows read the weights once and want many programs, many ro
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 
-from fastrl.kernels._launch import TRITON_TYPES, Spec
 from fastrl.kernels._triton._chain import after_others
 from fastrl.kernels._triton._heads import angles, inverse_rms, norm_weights, normed_by
-from fastrl.kernels._triton._layer_tiles import constants, tiles
 from fastrl.kernels._triton._rows import inverse_of, rounded, two_products
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -129,26 +124,3 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     out = gate / (1.0 + tl.exp2(-gate * LOG2E)) * up
     to = y + m.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(to, out.to(y.dtype.element_ty), (m < M)[:, None] & (f < F)[None, :])
-
-
-# --- what it compiles to ----------------------------------------------------------------------------
-def _specs() -> Iterator[Spec]:
-    sizes = dict.fromkeys(("M", "N", "parts", "D", "H", "K", "half", "F"), "i32") | {"eps": "fp32"}
-    fixed = dict.fromkeys(("squares", "cos", "sin"), "*fp32") | dict.fromkeys(("positions", "slots"), "*i64")
-    for (dtype, name), rows, normed in itertools.product(TRITON_TYPES.items(), (16, 64, 256), (False, True)):
-        arrays = ("q", "k_cache", "v_cache", "h", "norm", "weight", "bias", "q_norm", "k_norm", "y")
-        for kernel, kind in ((heads_kernel, "heads"), (gated_kernel, "gated")):
-            given, options = constants(tiles(rows, 64, normed, dtype)[kind])
-            given |= {"BIAS": not normed, "NORMS": normed, "PARTS": 16, "CHAIN": False}
-            yield Spec(
-                kernel=kernel,
-                case=f"{name[1:]} {rows} rows{' norm' * normed}",
-                types=sizes | fixed | dict.fromkeys(arrays, name),
-                constants={n: v for n, v in given.items() if n in kernel.arg_names},
-                divisible=True,
-                wide=("load",),
-                options=options,
-            )
-
-
-COMPILE = tuple(_specs())

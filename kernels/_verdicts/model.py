@@ -1,4 +1,4 @@
-"""Cases of the decoder's ops: rms_norm, rope, swiglu, linear and decode_attention."""
+"""Cases of the decoder's ops: rms_norm, rope, swiglu, linear, decode_attention and decoder_layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._budget import ULP
+from fastrl.kernels._layer import LayerWeights
 from fastrl.kernels._verdicts.case import ROWS, Arguments, Case, Check, Few, Make, first_rows, rows
 
 EPS = 1e-6
@@ -241,7 +242,44 @@ DECODE_ATTENTION = Check(
     },
 )
 
+
+# --- decoder_layer ----------------------------------------------------------------------------------
+def decoder_layer(m: Make) -> Iterator[Case]:
+    """A layer with a bias and one with head norms; rows for tiles of every size."""
+    batches = ([5, 1, 17],) if m.small else ([1], [300, 17, 1, 600], [9] * 40, [3] * 150)
+    D, F = (
+        widths((24,) if m.small else (896,), m.widths.D)[-1],
+        widths((20,) if m.small else (1000,), m.widths.F)[-1],
+    )
+    for (H, K, E), lengths, normed in product(heads(m), batches, (False, True)) if m.dots else ():
+        page, N = m.widths.page or 16, POSITIONS if m.small else 640
+        k, v, table, ends = _paged(m, lengths, page, K, E)
+        position = ends.long() - 1
+        slots = table.gather(1, (position // page)[:, None])[:, 0].long() * page + position % page
+        head_norm = 1 + m.normal(E, scale=0.2) if normed else None
+        weights = LayerWeights(
+            1 + m.normal(D, scale=0.2),
+            m.normal((H + 2 * K) * E, D, scale=D**-0.5),
+            None if normed else m.normal((H + 2 * K) * E),
+            head_norm,
+            head_norm,
+            m.normal(D, H * E, scale=(H * E) ** -0.5),
+            1 + m.normal(D, scale=0.2),
+            m.normal(2 * F, D, scale=D**-0.5),
+            m.normal(D, F, scale=F**-0.5),
+        )
+        angle = m.single(N, E // 2)
+        x, stream = m.normal(len(lengths), D), m.normal(len(lengths), D)
+        args = (x, stream, weights, position, angle.cos(), angle.sin(), k, v, slots, table, ends, EPS)
+        name = f"rows={len(lengths)} D={D} F={F} H={H} K={K} E={E}{' normed' * normed}"
+        # ten ops in a row: where the reference is lucky, another order of sums need not be
+        yield Case(name, "summed", args, writes=(6, 7), floor=8 * ULP[m.dtype])
+
+
+DECODER_LAYER = Check(decoder_layer)
+
 CHECKS = {
+    "decoder_layer": DECODER_LAYER,
     "rms_norm": RMS_NORM,
     "rope": ROPE,
     "swiglu": SWIGLU,

@@ -219,6 +219,9 @@ def advance(m: Make) -> Iterator[Case]:
         args = (*state, m.tensor([7, 3, -1]), m.tensor([17]), m.tensor([100]), page)
         name = f"B={B} page={page}"
         yield Case(name, "forward", args, writes=(1, 2, 3, 6), defined=_but_the_pad_row)
+        _, rows, records, _ = state
+        key = m.ints(0, 2**62, len(records.length))
+        yield Case(f"{name} newest", "newest", (rows.length, rows.table, rows.seq, key, page))
 
 
 def _but_the_pad_row(outputs: list[Tensor]) -> list[Tensor]:
@@ -256,6 +259,7 @@ def _decoding(m: Make, B: int, page: int) -> tuple[Draw, Rows, Records, Pages]:
 
 
 ADVANCE = Check(advance)
+
 
 CHECKS = {
     "gae": GAE,

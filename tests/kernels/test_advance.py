@@ -238,8 +238,8 @@ def test_where_the_newest_tokens_go(backend, B):
     """
     rows, records, _, _ = state(B, S=140)
     key = torch.randint(2**62, (records.tokens.shape[0],))
-    with use_backend(backend, "newest"):
-        got = newest(rows, key, PAGE)
+    with use_backend(backend, "advance"):
+        got = newest(rows, records, key, PAGE)
     assert got.length.dtype == torch.int32 and got.slot.dtype == torch.int64
     for b in range(B):
         at = int(rows.length[b]) - 1
@@ -249,10 +249,11 @@ def test_where_the_newest_tokens_go(backend, B):
 
 
 def test_newest_names_the_argument():
-    rows, _, _, _ = state(3)
+    rows, records, _, _ = state(3)
+    key = torch.zeros(len(records.length), dtype=torch.int64)
     with pytest.raises(TypeError, match="key: expected dtype int64"):
-        newest(rows, torch.zeros(40), PAGE)
+        newest(rows, records, key.float(), PAGE)
     with pytest.raises(ValueError, match=r"rows.seq: expected shape \(B=3\)"):
-        newest(rows._replace(seq=rows.seq[:2]), torch.zeros(40, dtype=torch.int64), PAGE)
+        newest(rows._replace(seq=rows.seq[:2]), records, key, PAGE)
     with pytest.raises(ValueError, match="page: expected a positive number of tokens, got 0"):
-        newest(rows, torch.zeros(40, dtype=torch.int64), 0)
+        newest(rows, records, key, 0)
