@@ -29,8 +29,11 @@ def tiles(rows: int, half: int, normed: bool, dtype: torch.dtype) -> dict[str, d
         heads, gated, residual = _tile(m, 16, 64, 4), _tile(m, 32, 64, 4), _tile(m, 32, 64, 4)
     else:
         heads, gated, residual = _tile(64, 32, 64, 4), _tile(128, 64, 64, 3, 8), _tile(64, 64, 64, 4)
-    if normed:
-        heads["LANES"] = max(16, triton.next_power_of_2(half))
+    if normed and triton.next_power_of_2(half) > heads["LANES"]:
+        lanes = triton.next_power_of_2(half)
+        heads = heads | {"LANES": lanes}
+        if dtype != torch.float32 and lanes >= 64:  # registers of four warps do not hold 64 rows
+            heads = _tile(32, lanes, 64, 3) if rows <= 64 else _tile(64, lanes, 64, 3, 8)
     residual["BLOCK_N"] = residual.pop("LANES")
     return {"heads": heads, "gated": gated, "residual": residual}
 

@@ -201,6 +201,7 @@ def _residual(x: Tensor, weight: Tensor, stream: Tensor, paged: Paged, tile: dic
     """stream + x W^T, (B, D), whose sums of squares are left in the scratch."""
     (B, K), N, scratch = x.shape, weight.shape[0], paged.scratch
     down, across = triton.cdiv(B, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"])
+    depth = min(tile["BLOCK_K"], max(16, triton.next_power_of_2(K) // 2))  # two blocks, at least
     on = gpu(x)
     splits = splits_of(down * across, K, INTERPRETED_PROCESSORS if on is None else on.multiprocessors)
     h = torch.empty_like(stream)
@@ -220,7 +221,7 @@ def _residual(x: Tensor, weight: Tensor, stream: Tensor, paged: Paged, tile: dic
         N,
         K,
         SPLITS=splits,
-        **tile,
+        **tile | {"BLOCK_K": depth},
         **chain(x),
     )
     scratch.stream, scratch.squares = h, squares

@@ -110,10 +110,10 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def recorded():
-    """Kernel -> the constexprs of its variants on sm_90; the kernels that sm_80 launches."""
+    """Kernel -> the constexprs of its variants on sm_90, and on sm_80."""
     found = facts(SCRIPT)
-    old = {name.split()[0] for name in found if name.endswith(" 80")}
-    return {name.split()[0]: flags for name, flags in found.items() if name.endswith(" 90")}, old
+    new, old = ({n.split()[0]: flags for n, flags in found.items() if n.endswith(a)} for a in ("90", "80"))
+    return new, old
 
 
 def kernels():
@@ -132,14 +132,15 @@ def test_every_kernel_is_launched(recorded):
     """Wrong: a kernel that no call of the table reaches."""
     on_hopper, on_ampere = recorded
     assert set(on_hopper) == kernels()
-    assert on_ampere == kernels() - {"linear_logp.partial"}  # its tiles move by TMA
+    assert set(on_ampere) == kernels() - {"linear_logp.partial"}  # its tiles move by TMA
 
 
 def test_every_flag_has_both_values(recorded):
-    """Wrong: policy_loss compiled with masks only."""
-    for kernel, found in recorded[0].items():
+    """Wrong: policy_loss compiled with masks only; a flag of the GPU that is the same on both."""
+    on_hopper, on_ampere = recorded
+    for kernel, found in on_hopper.items():
         values = defaultdict(set)
-        for flags in found:
+        for flags in (*found, *on_ampere.get(kernel, ())):
             for name, value in flags.items():
                 values[name].add(value)
         one_sided = {n for n, seen in values.items() if seen < {"True", "False"}}
@@ -177,7 +178,7 @@ def unvaried(function, blocks):
     return [name for name in optional if len(values[name]) < 2]
 
 
-@pytest.mark.parametrize("name", sorted(set(variants.OPS) - {"advance", "rope"}))
+@pytest.mark.parametrize("name", sorted(set(variants.OPS) - {"advance", "decoder_layer", "rope"}))
 def test_every_optional_input_is_there_and_not(name):
     assert unvaried(getattr(ops, name), variants.OPS[name]()) == []
 
