@@ -22,6 +22,24 @@ def inverse_of(squares, m, M, parts, D, eps, PARTS: tl.constexpr):  # type: igno
 
 
 @triton.jit
+def fence():  # type: ignore[no-untyped-def]
+    """Let the tensor cores of sm_90 see copies to shared memory; Triton 3.6 leaves it out where the other
+    operand is in registers.
+    """
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def in_registers(x):  # type: ignore[no-untyped-def]
+    """x, which a product then takes from registers: what follows comes after the wait for its copy."""
+    if x.dtype.primitive_bitwidth == 16:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def two_products(  # type: ignore[no-untyped-def]
     h,
     inverse,
@@ -36,6 +54,7 @@ def two_products(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     """Normed rows m of h times rows `first` and rows `second` of the weight (N, D), fp32 (BLOCK_M, LANES)
     each.
@@ -52,6 +71,8 @@ def two_products(  # type: ignore[no-untyped-def]
         x = tl.load(rows + at[None, :], (m < M)[:, None] & inside[None, :], 0.0)
         w = tl.load(norm + at, inside, 0.0).to(tl.float32)[None, :]
         x = ((x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32) * w).to(x.dtype)
+        if FENCE:
+            fence()
         columns = live[None, :] & inside[:, None]
         a = tl.dot(x, tl.load(firsts + at[:, None], columns, 0.0), a, input_precision="ieee")
         b = tl.dot(x, tl.load(seconds + at[:, None], columns, 0.0), b, input_precision="ieee")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels._triton._chain import after_others, last_to_arrive
-from fastrl.kernels._triton._rows import rounded
+from fastrl.kernels._triton._rows import fence, in_registers, rounded
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -48,6 +48,9 @@ def residual_kernel(  # type: ignore[no-untyped-def]
         at = k + lane
         a = tl.load(rows + at[None, :], (m < M)[:, None] & (at < K)[None, :], 0.0)
         b = tl.load(columns + at[:, None], (n < N)[None, :] & (at < K)[:, None], 0.0)
+        if CHAIN:
+            a = in_registers(a)
+            fence()
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if SPLITS > 1:
         within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

@@ -66,7 +66,9 @@ def heads_kernel(  # type: ignore[no-untyped-def]
     m, live = tl.program_id(0) % down * BLOCK_M + tl.arange(0, BLOCK_M), lane < half
     first = head * 2 * half + lane
     inverse = inverse_of(squares, m, M, parts, D, eps, PARTS)
-    a, b = two_products(h, inverse, norm, weight, m, M, D, first, first + half, live, BLOCK_M, LANES, BLOCK_K)
+    a, b = two_products(
+        h, inverse, norm, weight, m, M, D, first, first + half, live, BLOCK_M, LANES, BLOCK_K, CHAIN
+    )
     a = rounded(biased(a, bias, first, live, BIAS), q)
     b = rounded(biased(b, bias, first + half, live, BIAS), q)
     row, lane = tl.minimum(m, M - 1).to(tl.int64)[:, None], lane[None, :]  # rows past the end are not stored
@@ -119,7 +121,9 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     m = tl.program_id(0) % down * BLOCK_M + tl.arange(0, BLOCK_M)
     f = tl.program_id(0) // down * LANES + tl.arange(0, LANES)
     inverse = inverse_of(squares, m, M, parts, D, eps, PARTS)
-    gate, up = two_products(h, inverse, norm, weight, m, M, D, f, F + f, f < F, BLOCK_M, LANES, BLOCK_K)
+    gate, up = two_products(
+        h, inverse, norm, weight, m, M, D, f, F + f, f < F, BLOCK_M, LANES, BLOCK_K, CHAIN
+    )
     gate, up = rounded(gate, y), rounded(up, y)
     out = gate / (1.0 + tl.exp2(-gate * LOG2E)) * up
     to = y + m.to(tl.int64)[:, None] * F + f[None, :]

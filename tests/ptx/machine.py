@@ -167,6 +167,7 @@ class Machine:
         self.instructions = 0
         self.executed: set[int] = set()  # the instructions that ran
         self.descriptors: dict[int, object] = {}  # address of a tensor map -> it
+        self.released: dict[int, Clock] = {}  # address of an atomic with acq_rel -> what it has handed on
         self.dynamic_at = -(-kernel.static // 128) * 128
         self.code = [self._decoded(decode, i) for i in kernel.code]
 

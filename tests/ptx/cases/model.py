@@ -1,15 +1,20 @@
-"""The model's own ops: rms_norm, swiglu, rope, decode_attention."""
+"""The model's own ops: rms_norm, swiglu, rope, decode_attention, and a layer of them in one call."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from fastrl.kernels import _layer as layers
 from fastrl.kernels import decode_attention as decoding
+from fastrl.kernels import decoder_layer as layer
 from fastrl.kernels import rms_norm as norms
 from fastrl.kernels import rope as turning
 from fastrl.kernels import swiglu as gates
+from fastrl.kernels._layer import LayerWeights
 from ptx.cases.case import BF16, F16, F32, Build, Case, case, doubled, kernel
 
 EPS = 1e-6
@@ -100,7 +105,49 @@ def decode_attention(
     return case(lambda: [kernel("decode_attention", "forward", q)(q, k, v, *given)], (want,), (low,))
 
 
+def decoder_layer(
+    dtype: torch.dtype, lengths: list[int], sizes: tuple[int, ...], *, normed: bool = False
+) -> Case:
+    """A layer of sizes D, F, H, K, E over pages of 64, its second row on page 0, as one that has ended."""
+    (D, F, H, K, E), B = sizes, len(lengths)
+    N = -(-max(lengths) // 64)
+    table, ends = torch.arange(1, B * N + 1).view(B, N).int(), torch.tensor(lengths, dtype=torch.int32)
+    table[1:2] = 0
+    position = ends.long() - 1
+    slots = table.gather(1, (position // 64)[:, None])[:, 0].long() * 64 + position % 64
+    k, v = (torch.randn(B * N + 1, 64, K, E).to(dtype) for _ in range(2))
+    shapes = (
+        (D,),
+        ((H + 2 * K) * E, D),
+        ((H + 2 * K) * E,),
+        (E,),
+        (E,),
+        (D, H * E),
+        (D,),
+        (2 * F, D),
+        (D, F),
+    )
+    given = [(torch.randn(shape) * shape[-1] ** (0.5 - 0.5 * len(shape))).to(dtype) for shape in shapes]
+    absent = {2} if normed else {3, 4}
+    weights = LayerWeights(*(None if i in absent else w for i, w in enumerate(given)))
+    x, stream = (torch.randn(B, D).to(dtype) for _ in range(2))
+    angle = torch.randn(max(lengths), E // 2)
+    rest = (position, angle.cos(), angle.sin())
+
+    def call(run: Callable[..., Tensor], wide: bool) -> list[Tensor]:
+        to = torch.float64 if wide else dtype
+        cast = LayerWeights(*(w if w is None else w.to(to) for w in weights))
+        caches = [c.clone().to(to) for c in (k, v)]
+        args = (x.to(to), stream.to(to), cast, *rest, *caches, slots, table, ends, EPS)
+        return [run(*args), *(c[1:] for c in caches)]
+
+    want = call(layers.summed(layer.reference), True)
+    low = {F32: 4e-6, BF16: 2.0**-5, F16: 2.0**-8}[dtype]
+    return case(lambda: call(kernel("decoder_layer", "summed", x), False), want, (low,) * 3)
+
+
 CASES: dict[str, Build] = {
+    "decoder_layer bf16": partial(decoder_layer, BF16, [270, 1, 9], (32, 512, 2, 1, 16)),
     "rms_norm fp32": partial(rms_norm, F32, 5, 513),
     "rms_norm bf16": partial(rms_norm, BF16, 2, 896),
     "rms_norm fp16 narrow": partial(rms_norm, F16, 33, 16),
@@ -116,6 +163,12 @@ CASES: dict[str, Build] = {
     "decode fp32": partial(decode_attention, F32, [33, 70], 2, 2, 32, 64),
 }
 LONG: dict[str, Build] = {
+    "decoder_layer bf16 normed": partial(
+        decoder_layer, BF16, [5, 1, *range(2, 17)], (72, 48, 4, 2, 32), normed=True
+    ),
+    "decoder_layer fp16 of 40 rows": partial(decoder_layer, F16, [3] * 40, (64, 48, 2, 1, 24)),
+    "decoder_layer bf16 of 70 rows": partial(decoder_layer, BF16, [3] * 70, (64, 80, 2, 1, 16)),
+    "decoder_layer fp32": partial(decoder_layer, F32, [40, 1], (40, 512, 2, 2, 16)),
     "rms_norm bf16 of many rows": partial(rms_norm, BF16, 70, 96),
     "swiglu fp16": partial(swiglu, F16, 2, 40),
     "rope fp32 narrow": partial(rope, F32, 7, 2, 1, 16, normed=True),

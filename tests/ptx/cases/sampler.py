@@ -79,16 +79,21 @@ def results(step: Step) -> list[torch.Tensor]:
 
 
 def advance(B: int) -> Case:
+    """Where the newest tokens go, and a step."""
     start = step_of(B)
     want = copy.deepcopy(start)
+    key = torch.randint(2**62, (len(want.records.length),))
+    newest = (start.rows.length, start.rows.table, start.rows.seq, key, PAGE)
+    places = stepping.reference_newest(*newest)
     stepping.reference(*want)
 
     def run() -> list[torch.Tensor]:
         ours = copy.deepcopy(start)
+        found = kernel("advance", "newest", ours.draw.logp)(*newest)
         kernel("advance", "forward", ours.draw.logp)(*ours)
-        return results(ours)
+        return [*found, *results(ours)]
 
-    return case(run, results(want), (0,) * len(results(want)))
+    return case(run, (*places, *results(want)), (0,) * (4 + len(results(want))))
 
 
 # --- perturbations ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ptx.operands import address, read, reads
 from ptx.ops.convert import fitted
 from ptx.ops.shared import Function, Maker, nothing
 from ptx.parse import Instruction, elements
+from ptx.races import NOTHING, joined
 
 PARAMETER = re.compile(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]")
 
@@ -80,11 +81,15 @@ ATOMIC: dict[str, Function] = {
 def _atom(m: Machine, i: Instruction) -> Run:
     """One lane after the other.  Plain accesses to the same bytes race with it unless a barrier orders them;
     so do atomic ones of other warps, whose order decides the bits.
+
+    With acq_rel it hands on what the warp has seen, its own past included, to the warps whose atomics on the
+    same address come after it.
     """
     space, kind = space_of(i.mods), i.mods[-1]
     returns = i.name == "atom"
     out, place = (i.args[0], i.args[1]) if returns else ("_", i.args[0])
     function = next(f for name, f in ATOMIC.items() if name in i.mods)
+    ordering = "acq_rel" in i.mods
     at, value = address(m, i, place), read(m, i, i.args[2 if returns else 1], kind)
 
     def run(w: Warp, mask: Mask | None) -> None:
@@ -93,10 +98,16 @@ def _atom(m: Machine, i: Instruction) -> Run:
         for lane in range(LANES) if mask is None else np.flatnonzero(mask):
             one = np.zeros(LANES, bool)
             one[lane] = True
+            place_of_lane = int(addresses[lane])
+            if ordering:
+                w.know(joined(w.seen, m.released.get(place_of_lane, NOTHING)), w.fenced)
             old = of_bytes(load(m, w, one, addresses, SIZES[kind], space, i), DTYPES[kind])
             before[lane] = old[lane]
             new = function(old, values).astype(DTYPES[kind])
             store(m, w, one, addresses, bytes_of(new), SIZES[kind], space, i)
+            if ordering:
+                m.released[place_of_lane] = w.everything()
+                w.know(w.seen, w.fenced)  # what it does from now on is not handed on
         if out != "_":
             m.put(w, out, mask, before)
 
