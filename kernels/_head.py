@@ -23,6 +23,7 @@ from torch import Tensor
 from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, preferred, requested, unbuilt
 from fastrl.kernels._chunks import policy
 from fastrl.kernels._native import linear as native
+from fastrl.kernels._rows import put_rows
 
 ASKED_FOR = (None, "cpu")  # backends of `linear` under which the compiled products run
 LEAST_ROWS = 8  # of x, from which csrc/cpu/linear.cpp is faster than torch's product
@@ -231,10 +232,7 @@ class HeadGrads:
             dx = torch.mm(dlogits, self.head, out_dtype=out.dtype)
         else:
             dx = _tiled_input_grad(dlogits, self.head).to(out.dtype)
-        if isinstance(rows, slice):
-            out[rows] = dx
-        else:
-            out.index_copy_(0, rows, dx)
+        put_rows(out, rows, dx)
 
 
 # --- rows without a gradient ------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from fastrl.kernels._advance import LENGTH, RUNNING, STOP, Pages, Records, Rows
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import INTS, dims, same_device
 from fastrl.kernels._native import advance as native
+from fastrl.kernels._rows import in_any_order, put_rows
 from fastrl.kernels.sample import Sample
 
 _DTYPES = {  # of the fields, in order
@@ -53,7 +54,7 @@ def reference(
     place = seq * C + torch.where(alive, rows.length, 0)
     values = (draw.token, draw.logp, draw.behaviour_logp, draw.entropy, alive, version.expand_as(seq))
     for record, value in zip(records[:6], values, strict=True):
-        record.view(-1).index_copy_(0, place, value.to(record.dtype))
+        put_rows(record.view(-1), place, value.to(record.dtype))
 
     rows.length.add_(alive)
     rows.drawn.add_(alive)
@@ -62,9 +63,9 @@ def reference(
 
     stopped = (draw.token[:, None] == stops).any(1)
     ended = alive & (stopped | (rows.drawn >= rows.budget) | (rows.length >= rows.until))
-    records.length.index_copy_(0, seq, rows.length)
+    put_rows(records.length, seq, rows.length)
     finish = torch.where(ended, torch.where(stopped, STOP, LENGTH), RUNNING)
-    records.finish.index_copy_(0, seq, finish.to(torch.int8))
+    put_rows(records.finish, seq, finish.to(torch.int8))
     rows.alive.logical_and_(~ended)
 
     newest = rows.length - 1
@@ -73,9 +74,10 @@ def reference(
     given = pages.free[torch.where(needy, pages.top - rank, 0)]
     column = torch.where(needy, newest // page, 0)[:, None]
     kept = rows.table.gather(1, column)[:, 0]
-    rows.table.scatter_(1, column, torch.where(needy, given, kept)[:, None])
+    with in_any_order(rows.table):  # one entry a row
+        rows.table.scatter_(1, column, torch.where(needy, given, kept)[:, None])
     # page 0 is never given to a row
-    pages.refs.index_copy_(0, torch.where(needy, given, 0).long(), torch.ones_like(given))
+    pages.refs.index_fill_(0, torch.where(needy, given, 0).long(), 1)
     pages.top.sub_(rank[-1:])
 
 

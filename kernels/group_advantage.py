@@ -31,6 +31,7 @@ from torch import Tensor
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
 from fastrl.kernels._native import group_advantage as native
+from fastrl.kernels._rows import put_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,9 @@ def _rank(g: _Groups, o: _Options) -> Tensor:
     ends = _offsets(run)
     # mean place of the run, counted from the group's start
     rank = (ends[run] + ends[run + 1] - 1).double() / 2 - g.offsets[of]
-    return 2 * torch.empty_like(rank).scatter_(0, order, rank) / (g.count - 1) - 1
+    placed = torch.empty_like(rank)
+    put_rows(placed, order, rank)
+    return 2 * placed / (g.count - 1) - 1
 
 
 def _softmax(g: _Groups, o: _Options) -> Tensor:
@@ -142,7 +145,9 @@ def reference(
     g = _statistics(reward.double()[order], of)
     a = SHAPES[shape](g, _Options(baseline, scale, eps, int(unbiased), tau))
     a = torch.where(g.scored & (g.high > g.low), a, 0)
-    return torch.empty_like(a).scatter_(0, order, a).to(compute_dtype(reward))  # order has no duplicates
+    placed = torch.empty_like(a)
+    put_rows(placed, order, a)  # order has no duplicates
+    return placed.to(compute_dtype(reward))
 
 
 def _statistics(reward: Tensor, of: Tensor) -> _Groups:

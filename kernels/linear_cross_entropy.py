@@ -25,6 +25,7 @@ from fastrl.kernels._backend import pick, register, register_triton, requested, 
 from fastrl.kernels._check import compute_dtype, one_of
 from fastrl.kernels._chunks import chunk_rows, spans
 from fastrl.kernels._head import HeadGrads, gradient_dtype, logits_buffer, project, scaled
+from fastrl.kernels._rows import in_any_order, put_rows
 from fastrl.kernels.linear_logp import check_linear, check_mask
 from fastrl.kernels.token_logp import forward_op as forward_token_op
 from fastrl.kernels.token_logp import fused_op as fused_token_op
@@ -99,8 +100,8 @@ def rows_fused_into(
         g -= smoothing / z.shape[1]
     inside = (target >= 0) & (target < z.shape[1])
     at = torch.where(inside, target, 0)[:, None].long()
-    # one entry a row: deterministic
-    g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])
+    with in_any_order(g):  # one entry a row
+        g.scatter_add_(1, at, torch.where(inside, smoothing - 1.0, 0.0).to(g.dtype)[:, None])
     g = (g if slope is None else g.mul_(slope)).mul_(dloss[:, None])
     if g is not out:
         out.copy_(g.to(out.dtype))  # a copy first: `out` may be narrower, and lie over g
@@ -178,10 +179,10 @@ def _walk(
             x, y = hidden[part], target[part]
             logits = project(x, weight, given_bias, o.logits_dtype, buffer[: part.numel()])
             if not any(wanted):
-                loss.index_copy_(0, part, _rows_forward(logits, y, o))
+                put_rows(loss, part, _rows_forward(logits, y, o))
                 continue
             dtype = gradient_dtype(logits, weight)
-            loss.index_copy_(0, part, _rows_fused(logits, y, dloss[part], o, dtype))
+            put_rows(loss, part, _rows_fused(logits, y, dloss[part], o, dtype))
             grads.add(part, x, narrow_view(logits, dtype))
     return loss, grads
 

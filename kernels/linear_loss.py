@@ -34,6 +34,7 @@ from fastrl.kernels._head import (
     project,
     scaled,
 )
+from fastrl.kernels._rows import put_rows
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.linear_logp import check_linear, check_mask, row_stats
 from fastrl.kernels.linear_logp import reference as linear_reference
@@ -176,10 +177,10 @@ class _Pass:
         x = self.hidden[at]
         logits = self.project(x, span.start)
         logp, h, m, log_s = row_stats(logits, call.target[at], call.temperature[at], call.entropy, call.shard)
-        self.logp[at] = logp
-        self.lse[at] = m + log_s
+        put_rows(self.logp, at, logp)
+        put_rows(self.lse, at, m + log_s)
         if call.entropy:
-            self.entropy[at] = h
+            put_rows(self.entropy, at, h)
         return _Chunk(at, x, logits if keep else None, logp, h, m, log_s)
 
     def derivative(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from fastrl.kernels._backend import pick, register, register_triton, route, unbu
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import rope as native
+from fastrl.kernels._rows import put_rows
 from fastrl.kernels.rms_norm import reference as norm
 from fastrl.kernels.rms_norm import reference_backward as norm_backward
 
@@ -124,8 +125,8 @@ def reference_store(
 ) -> tuple[Tensor, Tensor]:
     """The same, with the turned keys and the values written to the caches."""
     q, k = reference(q, k, positions, cos, sin, q_norm, k_norm, eps)
-    k_cache.index_copy_(0, slots, k)
-    v_cache.index_copy_(0, slots, v)
+    put_rows(k_cache, slots, k)
+    put_rows(v_cache, slots, v)
     return q, k
 
 

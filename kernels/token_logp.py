@@ -21,6 +21,7 @@ from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import token_logp as native
 from fastrl.kernels._native.build import obstacle
+from fastrl.kernels._rows import in_any_order
 
 
 class TokenStats(NamedTuple):
@@ -69,8 +70,9 @@ def reference_backward(
     p = log_p.exp()
     g = -dlogp[:, None] * p
     inside = (target >= 0) & (target < logits.shape[-1])
-    # one entry a row
-    g.scatter_add_(1, torch.where(inside, target, 0)[:, None].long(), torch.where(inside, dlogp, 0)[:, None])
+    at = torch.where(inside, target, 0)[:, None].long()
+    with in_any_order(g):  # one entry a row
+        g.scatter_add_(1, at, torch.where(inside, dlogp, 0)[:, None])
     if dentropy.numel():
         g -= dentropy[:, None] * p * (torch.where(p > 0, log_p, 0) + entropy[:, None])
     return (g / temperature[:, None]).to(logits.dtype).view(logits.shape)

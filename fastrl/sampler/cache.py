@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.kernels._layer import Paged, Scratch
+from fastrl.kernels._rows import in_any_order, put_rows
 from fastrl.kernels.advance import Pages
 from fastrl.model.language import Attend, LanguageModel, has_cache
 
@@ -40,10 +41,11 @@ class PagedCache:
     def reset(self) -> None:
         """Free every page, used or not."""
         free, top, refs = self.pages
-        free.copy_(torch.arange(self.capacity, -1, -1))  # page 1 is on top; page 0 lies past the stack's end
+        # page 1 is on top; page 0 lies past the stack's end
+        free.copy_(torch.arange(self.capacity, -1, -1, device=free.device))
         top.fill_(self.capacity)
         refs.fill_(-1)
-        refs[0] = 1
+        refs[:1].fill_(1)  # refs[0] = 1 would copy the number from the host
 
     @staticmethod
     def token_bytes(model: LanguageModel) -> int:
@@ -77,13 +79,14 @@ class PagedCache:
         # pages that stay in use are written past the end of the stack, which is never read
         place = torch.where(freed, top + rank - 1, self.capacity)
         numbers = torch.arange(self.capacity + 1, dtype=torch.int32, device=free.device)
-        free.index_copy_(0, place, numbers)
+        put_rows(free, place, numbers)
         refs.sub_(freed.int())
         top.add_(rank[-1])
 
     def _count(self, taken: Tensor, by: int) -> None:
         change = torch.where(taken > 0, by, 0).to(torch.int32)
-        self.pages.refs.index_add_(0, taken.long(), change)
+        with in_any_order(self.pages.refs):
+            self.pages.refs.index_add_(0, taken.long(), change)
 
     # --- slots and the attentions over them ---
     def slots(self, table: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -95,7 +98,8 @@ class PagedCache:
         """Copy keys and values of all layers from slots to slots."""
         for slab in (self.k, self.v):
             flat = slab.flatten(1, 2)
-            flat.index_copy_(1, target, flat.index_select(1, source))
+            with in_any_order(flat):
+                flat.index_copy_(1, target, flat.index_select(1, source))
 
     def prefill(self, cu_seqlens: Tensor, max_seqlen: int, slots: Tensor) -> Attend:
         """Packed causal attention of whole prompts, or of their beginnings, that also stores every token's

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import inexact, pick
 from fastrl.kernels._check import compute_dtype
+from fastrl.kernels._rows import put_rows
 
 PAGE = 64  # tokens
 
@@ -52,7 +53,8 @@ def prefix(
 
 def _paged(x: Tensor, slots: Tensor, pages: int) -> Tensor:
     """Tokens (T, K, E) copied to their slots of pages (pages, PAGE, K, E); other slots hold anything."""
-    flat = x.new_empty(pages * PAGE, *x.shape[1:]).index_copy_(0, slots, x)
+    flat = x.new_empty(pages * PAGE, *x.shape[1:])
+    put_rows(flat, slots, x)
     return flat.view(pages, PAGE, *x.shape[1:])
 
 

@@ -32,8 +32,11 @@ Call = Callable[..., tuple[Tensor, ...]]
 
 
 @contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Ask torch's backward kernels for their deterministic form, which is a setting of the whole process."""
+def deterministic(*, warn_only: bool = False) -> Iterator[None]:
+    """Ask torch's kernels for their deterministic form; the setting, of the whole process, is put back.
+
+    warn_only  an operation that has none warns instead of failing
+    """
     settings: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -41,7 +44,7 @@ def deterministic() -> Iterator[None]:
     )
     fill = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False  # or every torch.empty would write NaN
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrl.kernels._attention.flash import deterministic
 from fastrl.kernels._attention.prefix import dense
 from fastrl.kernels._check import compute_dtype
+from fastrl.kernels._rows import put_rows
 
 PADDED_TOKENS = 1 << 16  # of one padded batch
 ALONE = 128  # tokens from which, on CPU, a sequence is a batch of its own: a call costs less than padding
@@ -58,7 +59,7 @@ class Padded:
             out[self.span].unflatten(0, self.index.shape).copy_(x.transpose(1, 2))
             return
         rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
-        out.index_copy_(0, self.tokens, rows.to(out.dtype))  # each token is written once
+        put_rows(out, self.tokens, rows.to(out.dtype))
 
     def take_lse(self, lse: Tensor) -> Tensor:
         """Packed (T, H) as (n, H, L), infinite at the padding, so that its probabilities are 0."""
