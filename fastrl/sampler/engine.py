@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import send
 from fastrl.errors import UserError
 from fastrl.kernels._launch import on_device
 from fastrl.kernels._verdicts.first_use import ensure
@@ -133,9 +134,10 @@ class Engine:
                 group.table = None
 
         state = self.state
-        ids = torch.tensor([request.seq for request in removed], dtype=torch.int64, device=state.device)
+        waiting = [request.seq for request in removed]
+        host = [torch.tensor(numbers, dtype=torch.int64) for numbers in (waiting, list(seqs))]
+        ids, cancelled = send(host, state.device)
         state.records.finish.index_fill_(0, ids, CANCELLED)
-        cancelled = torch.tensor(list(seqs), dtype=torch.int64, device=state.device)
         state.end(self.n, torch.isin(state.rows.seq[: self.n], cancelled), CANCELLED)
 
     @torch.no_grad()
@@ -207,7 +209,7 @@ class Engine:
         free_rows = self.max_rows - self.n
         if not len(self.queue) or (self.n and free_rows < self._at_once()):
             return
-        free_pages = self.latest.free_pages if self.n else self.cache.spare()
+        free_pages = self.latest.free_pages if self.n else self.cache.capacity - self.queue.held()
         admissions = self.queue.admit(free_rows, free_pages, idle=self.n == 0)
         if admissions:
             began = time.perf_counter()

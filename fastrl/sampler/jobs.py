@@ -9,8 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import fetch, send
 from fastrl.batch.types import Rollouts
 from fastrl.errors import UserError
+from fastrl.kernels._rows import put_rows
 from fastrl.kernels.advance import LENGTH
 from fastrl.sampler.engine import Engine
 from fastrl.sampler.params import SamplingParams
@@ -59,11 +61,11 @@ def carried_jobs(carried: Rollouts | None, params: SamplingParams) -> list[Job]:
                 f"carried: expected unfinished sequences only; sequence {i} ended with {reason!r}"
             )
 
-    tokens, ends = carried.tokens.tolist(), carried.cu_seqlens.tolist()
     zero = carried.prompt_lengths.new_zeros(1)
-    drawn_before = torch.cat([zero, carried.completion_mask.cumsum(0)]).tolist()
-    prompt_lengths, prompt_index = carried.prompt_lengths.tolist(), carried.prompt_index.tolist()
-    numbers = carried.sequence.tolist()
+    before = torch.cat([zero, carried.completion_mask.cumsum(0)])
+    columns = (carried.tokens, carried.cu_seqlens, before, carried.prompt_lengths, carried.prompt_index)
+    read = (x.tolist() for x in fetch([*columns, carried.sequence]))
+    tokens, ends, drawn_before, prompt_lengths, prompt_index, numbers = read
 
     jobs = []
     for i, number in enumerate(numbers):
@@ -81,16 +83,25 @@ def write_records(state: State, jobs: Sequence[Job], carried: Rollouts | None) -
     for column in records:
         column[:S] = 0
     lengths = torch.tensor([job.length for job in jobs])
-    state.key[:S] = torch.tensor([job.number for job in jobs])
-    records.length[:S] = lengths
-
-    inside = (torch.arange(state.C) < lengths[:, None]).to(state.device)
+    keys = torch.tensor([job.number for job in jobs])
     new = jobs[0 if carried is None else len(carried) :]
-    tokens = _prompt_tokens(new).to(state.device)
+    host = [lengths, keys, places_of(lengths, state.C), _prompt_tokens(new)]
+    on_device, keys, places, tokens = send(host, state.device)
+
+    state.key[:S] = keys
+    records.length[:S] = on_device
     if carried is not None:
         tokens = torch.cat([carried.tokens, tokens])
-        _write_carried(state, carried, inside[: len(carried)])
-    records.tokens[:S][inside] = tokens
+        _write_carried(state, carried, places[: len(carried.tokens)])
+    put_rows(records.tokens.view(-1), places, tokens)
+
+
+def places_of(lengths: Tensor, width: int) -> Tensor:
+    """Where the tokens of sequences of these lengths (S,) lie in rows of `width`, sequence by sequence.  Both
+    are on the host.
+    """
+    inside = torch.arange(width) < lengths[:, None]
+    return inside.flatten().nonzero().squeeze(1)
 
 
 def _prompt_tokens(jobs: Sequence[Job]) -> Tensor:
@@ -101,14 +112,18 @@ def _prompt_tokens(jobs: Sequence[Job]) -> Tensor:
     return torch.cat([prompts[id(job.prompt)] for job in jobs])
 
 
-def _write_carried(state: State, carried: Rollouts, inside: Tensor) -> None:
+def _write_carried(state: State, carried: Rollouts, places: Tensor) -> None:
     """The numbers of the carried sequences' tokens, which come first in the records."""
-    records, n = state.records, len(carried)
-    records.logp[:n][inside] = carried.logp
-    records.behaviour_logp[:n][inside] = carried.behaviour_logp
-    records.entropy[:n][inside] = carried.entropy
-    records.chosen[:n][inside] = carried.completion_mask
-    records.version[:n][inside] = carried.weight_version.int()
+    records = state.records
+    pairs = (
+        (records.logp, carried.logp),
+        (records.behaviour_logp, carried.behaviour_logp),
+        (records.entropy, carried.entropy),
+        (records.chosen, carried.completion_mask),
+        (records.version, carried.weight_version),
+    )
+    for record, column in pairs:
+        put_rows(record.view(-1), places, column.to(record.dtype))
 
 
 def queue_jobs(engine: Engine, jobs: Sequence[Job], max_lengths: Sequence[int]) -> None:
@@ -123,7 +138,8 @@ def queue_jobs(engine: Engine, jobs: Sequence[Job], max_lengths: Sequence[int]) 
         else:
             waiting.append((i, job))
     if over:
-        records.finish[over] = LENGTH
+        (ended,) = send([torch.tensor(over)], records.finish.device)
+        records.finish.index_fill_(0, ended, LENGTH)
 
     for _, same in groupby(waiting, key=lambda pair: (pair[1].origin, pair[1].prompt)):
         members = list(same)

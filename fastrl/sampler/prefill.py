@@ -6,7 +6,7 @@ chunks; a chunk with tokens before it sees their keys through the block table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,32 +21,47 @@ PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, end) of a sequence; `tokens` holds it from position 0 on, and its pages are row `row` of
-    the block table.
-    """
+    """Tokens [start, end) of record `seq`; the sequence's pages are row `row` of the block table."""
 
     row: int
-    tokens: Tensor
+    seq: int
     start: int
     end: int
 
 
-def prefill(model: CachedModel, cache: PagedCache, table: Tensor, spans: Sequence[Span], budget: int) -> None:
-    """Store the keys and values of the spans' tokens; those before each span are stored already."""
-    for pack in packs(spans, budget):
-        tokens = torch.cat([s.tokens[s.start : s.end] for s in pack])
-        numbers = [(s.row, s.start, s.end) for s in pack]
-        row, start, end = torch.tensor(numbers, device=tokens.device).T
+Pack = list[Span]
+
+
+def numbers(pack: Pack) -> Tensor:
+    """(4, S) int64 on the host: row, sequence, start and end of each span."""
+    return torch.tensor([(s.row, s.seq, s.start, s.end) for s in pack], dtype=torch.int64).T.contiguous()
+
+
+def prefill(
+    model: CachedModel,
+    cache: PagedCache,
+    table: Tensor,
+    tokens: Tensor,
+    packed: Sequence[Pack],
+    sent: Sequence[Tensor],
+) -> None:
+    """Store the keys and values of the packs' tokens; those before each span are stored already.
+
+    tokens  (S, C) of all sequences
+    sent    the `numbers` of each pack, on the device
+    """
+    for pack, (row, seq, start, end) in zip(packed, sent, strict=True):
+        total = sum(s.end - s.start for s in pack)
+        place, position = token_places(start, end, total)
         cu_seqlens = _ends(end - start)
-        place, position = token_places(start, end, len(tokens))
         attend = _attention(cache, table, pack, row, end, cu_seqlens, row[place], position)
-        model(tokens, cu_seqlens, positions=position, attend=attend, only_store=True)
+        model(tokens[seq[place], position], cu_seqlens, positions=position, attend=attend, only_store=True)
 
 
 def _attention(
     cache: PagedCache,
     table: Tensor,
-    pack: Sequence[Span],
+    pack: Pack,
     row: Tensor,
     end: Tensor,
     cu_seqlens: Tensor,
@@ -84,26 +99,28 @@ def _ends(size: Tensor) -> Tensor:
     return torch.cat([size.new_zeros(1), size.cumsum(0)]).to(torch.int32)
 
 
-def packs(spans: Sequence[Span], budget: int) -> Iterator[list[Span]]:
+def packs(spans: Sequence[Span], budget: int) -> list[Pack]:
     """The spans as chunks of at most `budget` tokens, packed up to it: first those that begin a sequence,
     then those that continue one.
     """
     chunks = []
     for s in spans:
         for start in range(s.start, s.end, budget):
-            chunks.append(Span(s.row, s.tokens, start, min(start + budget, s.end)))
+            chunks.append(Span(s.row, s.seq, start, min(start + budget, s.end)))
 
+    found: list[Pack] = []
     for continues in (False, True):
-        pack: list[Span] = []
+        pack: Pack = []
         packed = 0
         for chunk in chunks:
             if (chunk.start > 0) != continues:
                 continue
             size = chunk.end - chunk.start
             if packed + size > budget:
-                yield pack
+                found.append(pack)
                 pack, packed = [], 0
             pack.append(chunk)
             packed += size
         if pack:
-            yield pack
+            found.append(pack)
+    return found

@@ -114,6 +114,11 @@ class Queue:
                 break
         return admissions
 
+    def held(self) -> int:
+        """Pages that the prompts of waiting samples have: all that are in use while nothing runs."""
+        groups = {id(request.group): request.group for request in self.waiting}.values()
+        return sum(group.full_pages(self.page) + 1 for group in groups if group.table is not None)
+
     def cost(self, request: Request, opens: bool) -> int:
         """Pages that this request may need beyond those its group holds; one that opens the group also needs
         the prompt's pages.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import fetch, send
 from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
 from fastrl.errors import UserError
@@ -14,7 +15,7 @@ from fastrl.kernels.advance import LENGTH
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.sampler.cache import PagedCache
 from fastrl.sampler.engine import PAGE, CallSettings, Engine
-from fastrl.sampler.jobs import Job, carried_jobs, new_jobs, queue_jobs, write_records
+from fastrl.sampler.jobs import Job, carried_jobs, new_jobs, places_of, queue_jobs, write_records
 from fastrl.sampler.params import SamplingParams, Tail
 from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
 from fastrl.sampler.state import REASONS, UNFINISHED, State, pages_of
@@ -223,20 +224,21 @@ class Sampler:
     def _collect(self, state: State, jobs: Sequence[Job]) -> Rollouts:
         """The records of the call's sequences, packed."""
         device, S, records = self.model.device, len(jobs), state.records
-        lengths = records.length[:S]
-        inside = torch.arange(state.C, device=device) < lengths[:, None]
-        columns = (column[:S][inside] for column in records[:6])
-        tokens, logp, behaviour_logp, entropy, chosen, version = columns
-
+        lengths, finish = fetch([records.length[:S], records.finish[:S]])
+        ends = _ends(lengths)
         numbers = [(job.index, len(job.prompt), job.number) for job in jobs]
-        by_job = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, 3)
-        prompt_index, prompt_lengths, sequence = by_job.T.contiguous()
-        reasons = [REASONS[code] for code in records.finish[:S].tolist()]
+        by_job = torch.tensor(numbers, dtype=torch.int64).view(-1, 3).T.contiguous()
+        places, cu_seqlens, by_job = send([places_of(lengths, state.C), ends, by_job], device)
+
+        columns = (column.view(-1).index_select(0, places) for column in records[:6])
+        tokens, logp, behaviour_logp, entropy, chosen, version = columns
+        prompt_index, prompt_lengths, sequence = by_job
+        reasons = [REASONS[code] for code in finish.tolist()]
         versions = torch.where(chosen, version.long(), -1)
-        text = self._text(records.tokens[:S], lengths, jobs)
+        text = self._text(tokens, ends, jobs)
         return Rollouts(
             tokens=tokens,
-            cu_seqlens=_ends(lengths),
+            cu_seqlens=cu_seqlens,
             completion_mask=chosen,
             prompt_index=prompt_index,
             prompt_lengths=prompt_lengths,
@@ -249,12 +251,13 @@ class Sampler:
             finish_reason=reasons,
         )
 
-    def _text(self, tokens: Tensor, lengths: Tensor, jobs: Sequence[Job]) -> list[str] | None:
-        """The completions as text; None without a tokenizer."""
+    def _text(self, tokens: Tensor, ends: Tensor, jobs: Sequence[Job]) -> list[str] | None:
+        """The completions as text; None without a tokenizer.  `ends` of the packed tokens are on the host."""
         if self.tokenizer is None:
             return None
-        rows = zip(jobs, tokens.tolist(), lengths.tolist(), strict=True)
-        ids = [row[len(job.prompt) : end] for job, row, end in rows]
+        packed, borders = tokens.tolist(), ends.tolist()
+        sides = zip(jobs, borders, borders[1:], strict=False)
+        ids = [packed[start + len(job.prompt) : end] for job, start, end in sides]
         # of no sequences, a tokenizer makes one empty text
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import send
 from fastrl.kernels.advance import Records, Rows, need
 from fastrl.sampler.cache import PagedCache
 
@@ -100,7 +101,8 @@ class State:
         for column, value in zip(self.rows, empty, strict=True):
             column.copy_(value)
         self.stops.fill_(-1)
-        self.stops[: len(stops)] = torch.tensor(stops, dtype=torch.int64)
+        (given,) = send([torch.tensor(stops, dtype=torch.int64)], self.device)
+        self.stops[: len(stops)] = given
         self.seed.fill_(seed)
         self.temperature.fill_(temperature)
         self.version.fill_(version)

@@ -95,7 +95,10 @@ class Graphs:
     """The step as CUDA graphs that share one memory pool, each the whole step, captured when first needed.
 
     A graph holds the kernels that were chosen when it was captured: exact mode, or another backend, has
-    graphs of its own.
+    graphs of its own, and so has each set of filters, whose sampling kernels differ.  They live as long as
+    the cache that they read: `Engine.release`, which `keep_cache=False` calls after every call, drops them,
+    and the next call captures those that it needs.  Each capture waits for the device and returns unused
+    memory to it (torch.cuda.graph does), once per size of the step and set of filters.
     """
 
     def __init__(self, step: DecodeStep) -> None:
@@ -113,22 +116,30 @@ class Graphs:
 
     def _capture(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
         """Warm up and capture with no row alive: nothing is drawn, and all writes repeat what is there, or go
-        to page 0.
+        to page 0.  The rows are alive again afterwards, also when that fails.
         """
         alive = self.step.state.rows.alive
-        before = alive.clone()
-        alive.fill_(False)
         with on_device(alive):  # streams are of the current device, which need not be the model's
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # Triton compiles, cuBLAS chooses
-                    self.step(b, filters)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            before = alive.clone()
+            alive.fill_(False)
+            try:
+                return self._record(b, filters)
+            finally:
+                alive.copy_(before)
+
+    def _record(self, b: int, filters: Filters) -> torch.cuda.CUDAGraph:
+        """The step of the first b rows as a graph, recorded on a stream of the current device.
+
+        torch.cuda.graph would record on one stream of the process, which is the first device's.
+        """
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # Triton compiles, cuBLAS chooses
                 self.step(b, filters)
-        alive.copy_(before)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self.pool, stream=side):
+            self.step(b, filters)
         return graph
 
 

@@ -64,7 +64,8 @@ def graphs(as_on_cuda, monkeypatch):
         def wait_stream(self, other: Stream) -> None: ...
 
     @contextlib.contextmanager
-    def capture(graph: Graph, pool: object) -> Iterator[None]:
+    def capture(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+        assert isinstance(stream, Stream), "or torch takes the one stream of the process"
         with graph:
             yield
 
@@ -158,3 +159,53 @@ def test_released_graphs_are_gone(graphs):
     assert not sampler._engine.run.captured
     same(sampler.generate(LONG, PARAMS), before)
     assert sampler._engine.run is not old
+
+
+@pytest.mark.parametrize("when", ["warming up", "capturing"])
+def test_a_capture_that_fails_leaves_the_rows_as_they_were(when, graphs, monkeypatch):
+    """Wrong: rows that are not alive any more, after memory ran out in a capture: nothing is drawn, and no
+    window ends.
+    """
+    model = decoder(eos_token_id=None)
+    sampler = Sampler(model, max_rows=4)
+    want = sampler.generate(LONG[:2], PARAMS)
+    run = sampler._engine.run
+    alive, table = run.step.state.rows.alive, run.step.state.rows.table
+    before = torch.tensor([True, False, True, True])
+    alive.copy_(before)
+    kept, graphs_before = table.clone(), dict(run.captured)
+
+    def out_of_memory(*args: Any) -> None:
+        assert not alive.any(), "nothing is drawn"
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as broken:
+        if when == "capturing":
+            broken.setattr(torch.cuda, "graph", out_of_memory_on_entry(out_of_memory))
+        else:
+            broken.setattr(DecodeStep, "__call__", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+            run(3, (7, 1.0, 0.0))
+    assert torch.equal(alive, before) and torch.equal(table, kept) and run.captured == graphs_before
+    same(sampler.generate(LONG[:2], PARAMS), want)
+
+
+def out_of_memory_on_entry(fail: Any) -> Any:
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+        fail()
+        yield
+
+    return capture
+
+
+def test_each_set_of_filters_has_graphs_of_its_own(graphs):
+    """Wrong: a graph of other filters replayed; a set captured again for its next call."""
+    sampler = Sampler(decoder(eos_token_id=None), max_rows=4)
+    filtered = SamplingParams(n=3, max_new_tokens=12, seed=5, top_k=2)
+    plain, few = (sampler.generate(LONG[:2], params) for params in (PARAMS, filtered))
+    captured = dict(sampler._engine.run.captured)
+    assert {key[1] for key in captured} == {(0, 1.0, 0.0), (2, 1.0, 0.0)}
+    same(sampler.generate(LONG[:2], PARAMS), plain)
+    same(sampler.generate(LONG[:2], filtered), few)
+    assert sampler._engine.run.captured == captured
