@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastrl.config import Run
 from fastrl.methods.method import arithmetic
+from fastrl.parallel.device import reproducible
 from fastrl.report import report
 from fastrl.run.evaluate import evaluate
 from fastrl.run.interrupt import Interrupt
@@ -35,9 +36,10 @@ def train(config: Run) -> RunResult:
 
     Ctrl-C or SIGTERM finishes the step, saves, and returns.  Raises UserError for whatever the user can mend.
     """
-    session = set_up(config)
-    with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
-        result = _loop(config, session, stop)
+    with reproducible():
+        session = set_up(config)
+        with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
+            result = _loop(config, session, stop)
     if session.context.world.is_main and result.steps > 0:
         page = report.build(config.output_dir)
         written = {"checkpoint": result.checkpoint, "report": page}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from fastrl.config import Eval, Optim, Save
 from fastrl.config.parse import load
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
+from fastrl.parallel.device import reproducible
 from fastrl.run.checkpoint import complete_checkpoints
 from fastrl.tasks import Cards
 from fastrl.tasks.tokens import train_bpe
@@ -265,3 +269,51 @@ def test_sft_on_gsm8k(tmp_path, no_report):
     assert AutoModelForCausalLM.from_pretrained(result.checkpoint).config.vocab_size == 400
     words = AutoTokenizer.from_pretrained(result.checkpoint)
     assert words.decode(words.encode(text[0])) == text[0]
+
+
+# --- settings of the process ------------------------------------------------------------------------
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_a_run_leaves_torchs_settings_as_they_were(before, fails, tmp_path, no_report, monkeypatch):
+    """Wrong implementations: deterministic mode stays on, after a run or one that raised; a run that does
+    not have it; cuBLAS's workspaces left to chance.
+    """
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    seen, step = [], fastrl.trainer._step
+
+    def watched(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        if fails:
+            raise ZeroDivisionError
+        return step(*args)
+
+    monkeypatch.setattr(fastrl.trainer, "_step", watched)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        train(sft(tmp_path, steps=1, eval=Eval(prompts=0)))
+    assert seen == [(True, ":4096:8")]
+    assert torch.are_deterministic_algorithms_enabled() == before[0]
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == before[1]
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_cublas_is_told_before_cuda_starts_or_the_user_is(monkeypatch):
+    """Wrong implementations: a setting of the user's replaced; a warning where nothing is wrong, or again."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(name, ":16:8")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with reproducible():
+            assert os.environ[name] == ":16:8"
+    monkeypatch.delenv(name)
+    with (
+        pytest.warns(UserWarning, match="CUBLAS_WORKSPACE_CONFIG: expected :4096:8 before CUDA starts"),
+        reproducible(),
+    ):
+        assert os.environ[name] == ":4096:8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with reproducible():
+            pass

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from fastrl.errors import UserError
+from fastrl.kernels._attention.flash import deterministic
 
+WORKSPACES = ":4096:8"  # of cuBLAS: eight of 4 MiB, with which its products have the same bits in every run
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,6 +40,25 @@ def resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if resolved.index is None:
         resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved, DTYPES.get(dtype, torch.bfloat16)
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Two runs of what is inside give the same bits; afterwards torch's settings are what they were.
+
+    cuBLAS reads its setting once, when its first handle is made, so CUDA should not have been used before;
+    where it has been, and nobody set it, one warning says so.
+    """
+    if WORKSPACE_VARIABLE not in os.environ:
+        os.environ[WORKSPACE_VARIABLE] = WORKSPACES
+        if torch.cuda.is_initialized():
+            warnings.warn(
+                f"{WORKSPACE_VARIABLE}: expected {WORKSPACES} before CUDA starts, which it has: "
+                "matrix products may differ in the last bits between two runs; set it in the environment",
+                stacklevel=3,
+            )
+    with deterministic(warn_only=True):
+        yield
 
 
 def set_threads(threads: int) -> None:

@@ -116,7 +116,6 @@ def set_up(config: Run) -> Session:
     method = method_of(command_of(config))
     _check(config, method)
     set_threads(config.threads)
-    _deterministic()
     world = init_world()
 
     resumed = _resume_from(config)
@@ -149,13 +148,6 @@ def set_up(config: Run) -> Session:
         version=meta["version"],
         max_new_tokens=longest,
     )
-
-
-def _deterministic() -> None:
-    """Two runs give the same bits."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Deterministic mode would first fill every torch.empty with NaN.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
