@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.sequence import mean, totals
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Tokens
 from fastrl.errors import UserError
 from fastrl.kernels.surrogates import bounded
@@ -100,7 +101,7 @@ def mismatch(tokens: Tokens) -> Tensor:
     recorded = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
     s = (tokens.logp - recorded).double()
     if not s.numel():
-        return s.new_tensor(NO_TOKENS)
+        return send([torch.tensor(NO_TOKENS, dtype=s.dtype)], s.device)[0]
 
     w = bounded(s).exp()
     k = torch.ones_like(s) if tokens.correction is None else tokens.correction.double()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastrl.algorithms.preference import Preference, Scores
 from fastrl.algorithms.row import WithoutKl
-from fastrl.batch.types import Tokens
+from fastrl.batch.transfer import send
+from fastrl.batch.types import Batch, Tokens
 
 
 class Compared(NamedTuple):
@@ -50,6 +51,11 @@ class Comparison(Protocol):
 
     def units(self, reward: Tensor) -> Tensor:
         """(P,) int64: how many loss terms each prompt gives, by the rewards (P, unit) of those kept."""
+
+    def known(self, reward: Tensor, device: torch.device) -> Comparison:
+        """The comparison of a micro-batch whose rewards (P, unit) are known on the host: what it looks up by
+        them is sent to `device`.
+        """
 
     def loss(self, compared: Compared) -> Tensor:
         """The share of the optimizer step's loss, differentiable in the scores."""
@@ -84,10 +90,17 @@ class OnlinePairs:
 
     pairing  a row of PAIRINGS: the best against the worst, or every pair
     gap      the least difference of two rewards that makes a pair; equal rewards never do
+    places   (2 N,) of a micro-batch: which completions are the chosen and the rejected one of each of its
+             pairs in turn; None where they are looked for in its rewards, which waits for a device
     """
 
     pairing: str = "extremes"
     gap: float = 0.0
+    places: Tensor | None = None
+
+    def known(self, reward: Tensor, device: torch.device) -> OnlinePairs:
+        (places,) = send([self._places(reward)], device)
+        return replace(self, places=places)
 
     def unit(self, group: int) -> int:
         return 2 if self.pairing == "extremes" else group
@@ -106,7 +119,7 @@ class OnlinePairs:
     def measure(self, compared: Compared) -> Tensor:
         """`Preference.sums` of the pairs, then the number of tokens."""
         sums = compared.preference.sums(self._pairs(compared), None)
-        return torch.cat([sums, sums.new_tensor([float(compared.tokens)])])
+        return torch.cat([sums, sums.new_full((1,), compared.tokens)])
 
     def merge(self, preference: Preference, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         pairs = preference.merge([row[:-1] for row in rows])
@@ -119,13 +132,17 @@ class OnlinePairs:
 
     def _pairs(self, compared: Compared) -> Scores:
         """Scores of the chosen and the rejected completion of each of N pairs in turn, (2 N,)."""
-        s, reward = compared.scores, compared.reward
+        s = compared.scores
+        at = self._places(compared.reward) if self.places is None else self.places
+        good = torch.arange(len(at), device=at.device) % 2 == 0
+        return Scores(s.score[at], s.logp[at], s.length[at], good, s.weight[at])
+
+    def _places(self, reward: Tensor) -> Tensor:
+        """See `places`."""
         prompt, chosen, rejected = self._better(reward).nonzero().unbind(1)
         sides = torch.stack([chosen, rejected], 1)
         first = prompt[:, None] * reward.shape[1]
-        at = (first + sides).flatten()
-        good = torch.arange(len(at), device=at.device) % 2 == 0
-        return Scores(s.score[at], s.logp[at], s.length[at], good, s.weight[at])
+        return (first + sides).flatten()
 
 
 def under_pairs(metrics: dict[str, float]) -> dict[str, float]:
@@ -145,6 +162,9 @@ class Listwise:
 
     tau: float = 0.5
 
+    def known(self, reward: Tensor, device: torch.device) -> Listwise:
+        return self
+
     def unit(self, group: int) -> int:
         return group
 
@@ -162,8 +182,8 @@ class Listwise:
         """Groups, tokens, and the KL of the groups' targets to the policy's choices; float64."""
         target, log_p, _ = self._choices(compared)
         kl = (torch.special.xlogy(target, target) - target * log_p).double().sum()
-        counts = kl.new_tensor([float(len(target)), float(compared.tokens)])
-        return torch.cat([counts, kl.view(1)])
+        groups, tokens = (kl.new_full((1,), n) for n in (len(target), compared.tokens))
+        return torch.cat([groups, tokens, kl.view(1)])
 
     def merge(self, preference: Preference, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         if not rows:
@@ -230,6 +250,14 @@ class GroupPreference(WithoutKl):
     def units(self, reward: Tensor) -> Tensor:
         """(P,) int64: how many loss terms each prompt gives, by the rewards (P, unit) of those kept."""
         return self.comparison.units(reward)
+
+    def known(self, batch: Batch) -> GroupPreference:
+        """The row for a micro-batch, with what its comparison looks up by rewards."""
+        host = batch.host
+        first = host.cu_seqlens[:-1].long().clamp(max=max(host.advantage.numel() - 1, 0))
+        live = host.live_ends.diff() > 0
+        reward = torch.where(live, host.advantage[first], torch.nan).view(-1, self.unit)
+        return replace(self, comparison=self.comparison.known(reward, batch.tokens.device))
 
     def loss(self, tokens: Tokens) -> Tensor:
         """These groups' share of the step's loss, differentiable in the tokens' logp."""

@@ -94,7 +94,7 @@ class Preference(WithoutKl):
     """
 
     rule: Rule
-    params: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1})
+    params: Mapping[str, float | Tensor] = field(default_factory=lambda: {"beta": 0.1})
     paired: bool = True
     reference: bool = True
     average: bool = False
@@ -122,7 +122,7 @@ class Preference(WithoutKl):
         """Whether the rule compares with completions of other prompts (KTO's z0)."""
         return "baseline" in self.params
 
-    def with_params(self, **params: float) -> Preference:
+    def with_params(self, **params: float | Tensor) -> Preference:
         """The row with parameters of its rule changed."""
         return replace(self, params={**self.params, **params})
 
@@ -191,7 +191,7 @@ class Preference(WithoutKl):
 
         entropy = s.logp.new_zeros(()) if token_entropy is None else token_entropy.sum()
         nll = torch.where(s.good, -s.logp / s.length, 0).sum()
-        units = s.length.new_tensor(s.length.numel() // self.unit)
+        units = s.length.new_full((), s.length.numel() // self.unit)
         out = [units, s.length.sum(), entropy, nll, accurate]
         for side in (s.good, ~s.good):
             rewards, logps = torch.where(side, reward, 0), torch.where(side, s.logp, 0)

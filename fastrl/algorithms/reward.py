@@ -9,7 +9,7 @@ its verdict; or one completion with a verdict for each of its steps.  Everything
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.algorithms.row import WithoutKl
+from fastrl.batch.transfer import send
+from fastrl.kernels._rows import spread_rows
 
 # the sums of `measure`, in order
 MEASURES = (
@@ -41,6 +43,11 @@ class Judged:
     sizes         scores of each group, G numbers that sum to N
     margin  (G,)  the least difference that a group's rewards should have
     total         units of the whole optimizer step (see `RewardLoss.units`)
+    slots   (N,)  int64 the place of each score in a table (G, K) of the groups, each padded to the largest
+    pairs   (M,)  int64 the places in `gaps` of the pairs of which the first is better
+
+    The last two follow from the others.  Without them they are worked out where they are needed, which waits
+    for a device.
     """
 
     score: Tensor
@@ -48,14 +55,30 @@ class Judged:
     sizes: Sequence[int]
     margin: Tensor
     total: float
+    slots: Tensor | None = None
+    pairs: Tensor | None = None
+
+    def to(self, score: Tensor) -> Judged:
+        """The groups with scores on a device; the labels are on the host, and are sent by one copy."""
+        host = [self.target, self.margin, self._slots(), self.better()]
+        target, margin, slots, pairs = send(host, score.device)
+        return replace(self, score=score, target=target, margin=margin, slots=slots, pairs=pairs)
+
+    def _slots(self) -> Tensor:
+        if self.slots is not None:
+            return self.slots
+        K = max(self.sizes, default=0)
+        slots = [g * K + k for g, size in enumerate(self.sizes) for k in range(size)]
+        return torch.tensor(slots, dtype=torch.int64, device=self.target.device)
+
+    def better(self) -> Tensor:
+        """See `pairs`."""
+        return self.beats().flatten().nonzero().squeeze(1) if self.pairs is None else self.pairs
 
     def padded(self, values: Tensor) -> Tensor:
-        """(N,) values as (G, K), zeros behind; without duplicate indices the gradient is deterministic."""
+        """(N,) values as (G, K), zeros behind."""
         G, K = len(self.sizes), max(self.sizes, default=0)
-        slots = [g * K + k for g, size in enumerate(self.sizes) for k in range(size)]
-        index = torch.tensor(slots, dtype=torch.int64, device=values.device)
-        flat = values.new_zeros(G * K).index_copy(0, index, values)
-        return flat.view(G, K)
+        return spread_rows(values, self._slots(), G * K).view(G, K)
 
     def beats(self) -> Tensor:
         """(G, K, K) bool: completion i of the group is strictly better than its completion j."""
@@ -165,10 +188,10 @@ class RewardLoss(WithoutKl):
                 loss,
                 centering,
                 units,
-                logits.new_tensor(logits.numel()),
+                logits.new_full((), logits.numel()),
                 (logits > 0).sum(),
                 logits.sum(),
-                logits.new_tensor(judged.score.numel()),
+                logits.new_full((), judged.score.numel()),
                 judged.score.sum(),
             )
             return loss, torch.stack([x.detach().double() for x in sums])
@@ -176,7 +199,7 @@ class RewardLoss(WithoutKl):
     def _logits(self, judged: Judged) -> Tensor:
         """Log-odds of each right answer: that the better of a pair wins, or that a verdict is met."""
         if self.compares:
-            return judged.gaps()[judged.beats()]
+            return judged.gaps().flatten()[judged.better()]
         sign = torch.where(judged.target >= 0.5, 1, -1)
         return judged.score * sign
 

@@ -21,8 +21,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import fetch, send
+
 Axis = Literal["T", "S", "ragged"]
 ENDS = "cu_seqlens"  # the field that marks where sequences end; every packed dataclass has it
+KNOWN = "known"  # the field of what the host knows of the others, which follows by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def packed_columns(kind: type) -> Mapping[str, Column]:
     """
     declared = columns(kind)
     for f in fields(kind):
-        if f.name != ENDS and f.name not in declared:
+        if f.name not in (ENDS, KNOWN) and f.name not in declared:
             raise TypeError(
                 f"{kind.__name__}.{f.name}: expected a declared axis, got a plain field; "
                 'add field(metadata=column("T" or "S" or "ragged"))'
@@ -99,8 +102,8 @@ class Ragged:
 
     def select(self, samples: Sequence[int]) -> Ragged:
         """The rows of the named sequences, in the order given."""
-        ends = self.ends.tolist()
-        index = rows_of(ends, samples, self.values.device)
+        rows = rows_of(self.ends.tolist(), samples)
+        (index,) = send([rows], self.values.device)
         lengths = self.ends.diff()[list(samples)]
         return Ragged(self.values[index], _ends_of(lengths))
 
@@ -112,15 +115,10 @@ class Ragged:
         return Ragged(torch.cat(values), join_ends(ends))
 
 
-def rows_of(ends: Sequence[int], samples: Sequence[int], device: torch.device) -> Tensor:
-    """int64 indices of the rows of the named sequences, in the order given; `ends` are on the host."""
-    parts = []
-    for i in samples:
-        start, end = ends[i], ends[i + 1]
-        parts.append(torch.arange(start, end, device=device))
-    if not parts:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    return torch.cat(parts)
+def rows_of(ends: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """int64 indices of the rows of the named sequences, in the order given.  Both ways on the host."""
+    parts = [torch.arange(ends[i], ends[i + 1]) for i in samples]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def join_ends(parts: Sequence[Tensor]) -> Tensor:
@@ -138,14 +136,18 @@ def _ends_of(lengths: Tensor) -> Tensor:
 
 
 # --- sequences ----------------------------------------------------------------------------------------
-def select(packed: P, samples: Sequence[int]) -> P:
-    """The named sequences, in the order given.  The indices are computed once for all columns."""
-    device = packed.cu_seqlens.device
-    tokens = rows_of(packed.cu_seqlens.tolist(), samples, device)
-    sequences = torch.tensor(list(samples), dtype=torch.int64, device=device)
-    lengths = packed.cu_seqlens.diff()[sequences]
+def select(packed: P, samples: Sequence[int], ends: Tensor | None = None) -> P:
+    """The named sequences, in the order given.  The indices are computed once for all columns.
 
-    taken: dict[str, object] = {ENDS: _ends_of(lengths).to(torch.int32)}
+    ends  `cu_seqlens` on the host; without it, selecting from a device waits for that
+    """
+    (ends,) = fetch([packed.cu_seqlens]) if ends is None else (ends,)
+    rows = rows_of(ends.tolist(), samples)
+    places = torch.tensor(list(samples), dtype=torch.int64)
+    selected = _ends_of(ends.diff()[places]).to(torch.int32)
+    tokens, sequences, cu_seqlens = send([rows, places, selected], packed.cu_seqlens.device)
+
+    taken: dict[str, object] = {ENDS: cu_seqlens}
     for name, declared in packed_columns(type(packed)).items():
         value = getattr(packed, name)
         if value is None:
@@ -167,6 +169,8 @@ def join(parts: Sequence[P]) -> P:
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, object] = {ENDS: join_ends([part.cu_seqlens for part in parts])}
+    if hasattr(parts[0], KNOWN):
+        joined[KNOWN] = None
     for name, declared in packed_columns(type(parts[0])).items():
         values = [getattr(part, name) for part in parts]
         if declared.within_call:

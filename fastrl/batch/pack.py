@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fastrl.batch.columns import P, select
+from fastrl.batch.types import Batch
 from fastrl.errors import UserError
 
 
@@ -33,12 +33,13 @@ def plan(lengths: Sequence[int], budget: int, what: str = "a sequence") -> list[
     return [sorted(b) for b in bins]
 
 
-def micro_batches(batch: P, budget: int, unit: int = 1) -> Iterator[P]:
+def micro_batches(batch: Batch, budget: int, unit: int = 1) -> Iterator[Batch]:
     """The micro-batches of `batch`, each at most `budget` tokens; their losses sum to the loss of the batch.
 
     `unit` sequences that lie next to each other (the two of a pair) stay together.
     """
-    lengths = batch.cu_seqlens.diff().tolist()
+    batch = batch.with_known()
+    lengths = batch.host.cu_seqlens.diff().tolist()
     what = "a sequence" if unit == 1 else f"{unit} sequences that belong together,"
     firsts = range(0, len(lengths), unit)
     totals = [sum(lengths[i : i + unit]) for i in firsts]
@@ -48,4 +49,4 @@ def micro_batches(batch: P, budget: int, unit: int = 1) -> Iterator[P]:
         return
     for units in bins:
         samples = [firsts[u] + k for u in units for k in range(unit)]
-        yield select(batch, samples)
+        yield batch.select(samples)

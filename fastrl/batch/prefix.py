@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastrl import ops
-from fastrl.batch.types import Batch
+from fastrl.batch.copies import Copies, place
+from fastrl.kernels._rows import take_rows
 
 MAX_TOKENS_PER_SPARED = 16  # copying queries, keys and values pays once one token in so many is spared
 
@@ -29,59 +30,57 @@ class Attending(Protocol):
     def __call__(self, tokens: Tensor, cu_seqlens: None, *, positions: Tensor, attend: Attend) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Rows of an array (U, ...) by index (N,), some of them several times.
+class Sequences(Protocol):
+    """What is read of a batch, on the host."""
 
-    parts   places 0..N-1, cut so that no part takes a row twice: the gradients of copies are added part by
-            part, always in that order
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A batch with its common prefixes taken once, on the device of the model that forwards it.
+
+    tokens, positions   (U,)   what is forwarded
+    whole               the tokens of all sequences, copied from the U
+    first               (U,)   the place of each of the U in `whole`
+    live                the tokens whose hidden states are asked for, among the U
+    cu_seqlens          (S+1,) int32, ends of the sequences in `whole`, of at most max_seqlen tokens
     """
 
-    index: Tensor
-    parts: tuple[Tensor, ...]
+    tokens: Tensor
+    positions: Tensor
+    whole: Copies
+    first: Tensor
+    live: Copies
+    cu_seqlens: Tensor
+    max_seqlen: int
 
-    @classmethod
-    def of(cls, index: Tensor, rank: Tensor) -> Copies:
-        """`rank` (N,) counts the earlier copies of the same row."""
-        order = rank.argsort(stable=True)
-        return cls(index, order.split(torch.bincount(rank).tolist()))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the U tokens, for `Decoder.forward`."""
+        q = self.whole.take(q)
+        k = self.whole.take(k)
+        v = self.whole.take(v)
+        out = ops.attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
+        return take_rows(out, self.first)
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows, (N, ...)."""
-        taken: Tensor = _Take.apply(x, self)
-        return taken
-
-
-class _Take(torch.autograd.Function):
-    """index_select whose backward adds without atomics: the same bits in every run."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: Copies) -> Tensor:
-        ctx.copies, ctx.shape = copies, x.shape
-        return x.index_select(0, copies.index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        copies = ctx.copies
-        out = grad.new_zeros(ctx.shape)
-        for part in copies.parts:
-            rows = copies.index[part]
-            out.index_add_(0, rows, grad.index_select(0, part))
-        return out, None
+    def hidden(self, model: Attending) -> Tensor:
+        """Hidden states of the tokens that were asked for, (N, D)."""
+        return self.live.take(model(self.tokens, None, positions=self.positions, attend=self.attend))
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A batch with its common prefixes taken once.
+    """The same, on the host.
 
-    tokens, positions   (U,)   what is forwarded
-    row                 (T,)   where each token of the batch is among them; undefined for a sequence's last
-                        loss token, which predicts nothing and is left out
-    rank                (T,)   how many sequences before it share the token
-    whole               the tokens of all sequences, copied from the U
-    first               (U,)   the place of each of the U in `whole`
-    cu_seqlens          (S+1,) int32, ends of the sequences in `whole`, of at most max_seqlen tokens
+    row        (T,)   where each token of the batch is among the U; undefined for a sequence's last loss
+               token, which predicts nothing and is left out
+    rank       (T,)   how many sequences before it share the token
     """
 
     tokens: Tensor
@@ -93,19 +92,13 @@ class Shared:
     cu_seqlens: Tensor
     max_seqlen: int
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the U tokens, for `Decoder.forward`."""
-        q = self.whole.take(q)
-        k = self.whole.take(k)
-        v = self.whole.take(v)
-        out = ops.attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
-        return out.index_select(0, self.first)
-
-    def hidden(self, model: Attending, rows: Tensor) -> Tensor:
-        """Hidden states of the batch's tokens `rows`, (N, D)."""
-        hidden = model(self.tokens, None, positions=self.positions, attend=self.attend)
-        copies = Copies.of(self.row[rows], self.rank[rows])
-        return copies.take(hidden)
+    def place(self, rows: Tensor, device: torch.device) -> tuple[Prefix, Tensor]:
+        """The batch on `device`, its tokens `rows` (N,) asked for; and `rows` there.  Waits for nothing."""
+        live = Copies.of(self.row[rows], self.rank[rows])
+        others = (self.tokens, self.positions, self.first, self.cu_seqlens, rows)
+        (whole, asked), sent = place((self.whole, live), self.tokens.numel(), others, device)
+        tokens, positions, first, ends, rows = sent
+        return Prefix(tokens, positions, whole, first, asked, ends, self.max_seqlen), rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +117,7 @@ class _Places:
     lengths: Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> _Places:
+    def of(cls, batch: Sequences) -> _Places:
         T = batch.tokens.numel()
         ends = batch.cu_seqlens.long()
         starts, lengths = ends[:-1], ends.diff()
@@ -145,11 +138,11 @@ class _Places:
         return torch.zeros_like(self.starts).index_add_(0, self.sequence, chosen.long())
 
 
-def shared(batch: Batch) -> Shared | None:
+def shared(batch: Sequences) -> Shared | None:
     """The prefixes that neighbouring sequences have in common, taken once; None when they are too short.
 
     Only whole prefixes of the same length, all tokens before the first loss token, are compared: those of one
-    prompt.  Waits for the device.
+    prompt.  The batch is read on the host (see `Batch.known`).
     """
     places = _Places.of(batch)
     sequence, position, prefix = places.sequence, places.position, places.prefix
@@ -191,7 +184,7 @@ def shared(batch: Batch) -> Shared | None:
     )
 
 
-def _like_left_neighbour(batch: Batch, places: _Places, prompt: Tensor) -> Tensor:
+def _like_left_neighbour(batch: Sequences, places: _Places, prompt: Tensor) -> Tensor:
     """(S,) bool: the sequence's prefix, of `prompt` tokens, is that of the sequence on its left."""
     back = places.starts - torch.roll(places.starts, 1)  # from a sequence to its neighbour on the left
     T = batch.tokens.numel()

@@ -8,13 +8,15 @@ the tokens before it in the same sequence.  A new column is one field here, with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.batch import columns
 from fastrl.batch.columns import column, rows_of, take_tokens
+from fastrl.batch.transfer import fetch, send
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,8 @@ class Batch:
     number     (T,)   int64   the sequence's place among those of the step, all processes included; None
                unless noise is keyed by position (NEFTune)
     baseline   (T,)   fp32    KTO's z0, the same number everywhere, nats; None for other losses
+    known      what the host knows of it, so that cutting it into micro-batches waits for no device; None
+               where that must be read first, and after a column that it repeats was replaced
     """
 
     tokens: Tensor = field(metadata=column("T"))
@@ -120,6 +124,11 @@ class Batch:
     kind: Tensor | None = field(default=None, metadata=column("T"))
     number: Tensor | None = field(default=None, metadata=column("T"))
     baseline: Tensor | None = field(default=None, metadata=column("T"))
+    known: Known | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.known is not None and not self.known.repeats(self):
+            object.__setattr__(self, "known", None)
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -127,18 +136,108 @@ class Batch:
     @property
     def live_ends(self) -> Tensor:
         """(S+1,) int32: where each sequence ends among the tokens that count in the loss."""
-        counted = self.mask.long().cumsum(0)
-        before = torch.cat([counted.new_zeros(1), counted])
-        return before[self.cu_seqlens.long()].to(torch.int32)
+        return _live_ends(self.mask, self.cu_seqlens)
 
-    def rows(self, samples: Sequence[int]) -> Tensor:
-        """Indices into T of the named sequences' tokens, in the order given, int64."""
-        ends = self.cu_seqlens.tolist()
-        return rows_of(ends, samples, self.tokens.device)
+    def per_token(self, values: Tensor) -> Tensor:
+        """(T,) each sequence's value (S,), for each of its tokens."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(values, lengths, output_size=self.tokens.numel())
+
+    @property
+    def host(self) -> HostColumns:
+        """Its shape and tokens, on the host.  Waits for the device where they are not known yet."""
+        known = self.known or Known.read(self)
+        return known.columns
+
+    def with_known(self) -> Batch:
+        """The batch with `known`, as far as that is not itself.  Waits for the device where it is missing."""
+        if self.known is not None or self.tokens.device.type == "cpu":
+            return self
+        return replace(self, known=Known.read(self))
+
+    def to(self, device: torch.device) -> Batch:
+        """A batch that was made on the host, on `device`, by one copy for which nobody waits."""
+        if device.type == "cpu":
+            return self
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        sent = send([getattr(self, name) for name in names], device)
+        columns_there: dict[str, Any] = dict(zip(names, sent, strict=True))
+        there = replace(self, **columns_there)
+        return replace(there, known=Known.between(there, self))
 
     def select(self, samples: Sequence[int]) -> Batch:
         """The batch of the named sequences, in the order given."""
-        return columns.select(self, samples)
+        if self.known is None:
+            return columns.select(self, samples)
+        host = columns.select(self.known.columns, samples)
+        there = columns.select(self, samples, self.known.columns.cu_seqlens)
+        return replace(there, known=Known.between(there, host))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostColumns:
+    """The columns of a `Batch` that decide what is computed of it, on the host."""
+
+    tokens: Tensor = field(metadata=column("T"))
+    cu_seqlens: Tensor
+    mask: Tensor = field(metadata=column("T"))
+    advantage: Tensor = field(metadata=column("T"))
+    kind: Tensor | None = field(default=None, metadata=column("T"))
+    number: Tensor | None = field(default=None, metadata=column("T"))
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def live_ends(self) -> Tensor:
+        """See `Batch.live_ends`."""
+        return _live_ends(self.mask, self.cu_seqlens)
+
+    def rows(self, samples: Sequence[int]) -> Tensor:
+        """Indices into T of the named sequences' tokens, in the order given, int64."""
+        return rows_of(self.cu_seqlens.tolist(), samples)
+
+
+REPEATED = tuple(f.name for f in fields(HostColumns))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the host knows of a batch on a device.
+
+    columns  the batch's own, on the host
+    there    the columns on the device that these repeat, in the order of REPEATED
+    """
+
+    columns: HostColumns
+    there: tuple[Tensor | None, ...]
+
+    @classmethod
+    def between(cls, batch: Batch, host: Batch | HostColumns) -> Known:
+        """Of a batch that is the same as `host`."""
+        own = {name: getattr(host, name) for name in REPEATED}
+        return cls(HostColumns(**own), _repeated(batch))
+
+    @classmethod
+    def read(cls, batch: Batch) -> Known:
+        """Read from the device, by one copy.  Waits for it."""
+        present = {name: x for name, x in zip(REPEATED, _repeated(batch), strict=True) if x is not None}
+        values = fetch(list(present.values()))
+        return cls(HostColumns(**dict(zip(present, values, strict=True))), _repeated(batch))
+
+    def repeats(self, batch: Batch) -> bool:
+        """Whether these are still the batch's columns."""
+        return all(a is b for a, b in zip(self.there, _repeated(batch), strict=True))
+
+
+def _live_ends(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    counted = mask.long().cumsum(0)
+    before = torch.cat([counted.new_zeros(1), counted])
+    return before[cu_seqlens.long()].to(torch.int32)
+
+
+def _repeated(batch: Batch) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(batch, name) for name in REPEATED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

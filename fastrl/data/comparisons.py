@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.batch.transfer import send
 from fastrl.data.encode import check_known, encode_all, encode_prompt, end_of_sequence
 from fastrl.data.pairs import prompt_of
 from fastrl.data.rows import Row, Text, read_table
@@ -114,12 +115,9 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
             rows += [ends[-1] + position for position in at]
             tokens += sequence
             ends.append(len(tokens))
-    return Packed(
-        groups,
-        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
-        at=torch.tensor(rows, dtype=torch.int64, device=device),
-    )
+    lists = ((tokens, torch.int64), (ends, torch.int32), (rows, torch.int64))
+    host = [torch.tensor(values, dtype=dtype) for values, dtype in lists]
+    return Packed(groups, *send(host, torch.device(device)))
 
 
 # --- reading ----------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ class Adapter(nn.Module):
         if positions is not None and not self._takes_positions:
             raise ValueError(f"positions: {self.config.architecture} computes its own; pass None")
         if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, tokens.shape[0]], device=tokens.device)
+            cu_seqlens = tokens.new_zeros(2)
+            cu_seqlens[1:] = tokens.shape[0]
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
 
         hidden, taken = [], []

@@ -177,7 +177,8 @@ class Decoder(nn.Module):
         if positions is None or attend is None:
             ends = cu_seqlens
             if ends is None:
-                ends = torch.tensor([0, T], dtype=torch.int32, device=device)
+                ends = torch.zeros(2, dtype=torch.int32, device=device)
+                ends[1:] = T
             packed = partial(attention, cu_seqlens=ends, max_seqlen=longest)
             if positions is None:
                 starts = torch.repeat_interleave(ends[:-1].long(), ends.diff().long(), output_size=T)

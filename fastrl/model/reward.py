@@ -19,6 +19,7 @@ from fastrl.batch.pack import plan
 from fastrl.data.comparisons import SEPARATOR, Group, Statement, encode_statements, pack
 from fastrl.errors import UserError
 from fastrl.files import shorten
+from fastrl.kernels._rows import take_rows
 from fastrl.model import weights
 from fastrl.model.adapter import Source, load_model
 from fastrl.model.config import CAUSAL, SCORING, ModelConfig, Settings, is_scoring, scoring_body
@@ -65,7 +66,7 @@ class RewardModel(nn.Module):
         """
         at = cu_seqlens[1:].long() - 1 if at is None else at
         wide = torch.promote_types(self.dtype, torch.float32)
-        hidden = self.body(tokens, cu_seqlens)[at]
+        hidden = take_rows(self.body(tokens, cu_seqlens), at)
         return (hidden.to(wide) * self.head.to(wide)).sum(-1)
 
     @torch.no_grad()

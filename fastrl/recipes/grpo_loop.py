@@ -106,8 +106,11 @@ def policy_loss(model: Decoder, batch: Batch) -> Tensor:
 
     # Answers to one prompt begin alike: forward the prompt once where that saves time, as `fastrl grpo` does.
     # The plain forward in its place would change no more than the rounding.
-    once = shared(batch)
-    hidden = model(batch.tokens, batch.cu_seqlens)[before] if once is None else once.hidden(model, before)
+    once = shared(batch.host)
+    if once is None:
+        hidden = model(batch.tokens, batch.cu_seqlens)[before]
+    else:
+        hidden = once.place(before.cpu(), model.device)[0].hidden(model)
 
     def loss_of(logp: Tensor, entropy: Tensor | None, rows: Tensor) -> Tensor:
         old, a, w = old_logp[rows], advantage[rows], weight[rows]

@@ -44,35 +44,40 @@ class Trainable(Protocol[B_contra]):
 
 def accumulate(
     loss_of: Callable[[P], tuple[Tensor, Tensor]], parts: Iterable[P], micro_tokens: int
-) -> PartNumbers:
-    """Add the gradient of this process's parts to the masters; returns each part's numbers."""
+) -> list[Tensor]:
+    """Add the gradient of this process's parts to the masters; returns each part's numbers, on their way."""
     numbers: list[Tensor] = []
     with memory_limited_by("--micro-tokens", micro_tokens):
         for part in parts:
             loss, row = loss_of(part)
             loss.backward()
             numbers.append(row)
-    return as_rows(numbers)
+    return numbers
 
 
 def as_rows(numbers: list[Tensor]) -> PartNumbers:
     """Vectors as lists of floats, with one wait for the device."""
     if not numbers:
         return []
-    flat = iter(torch.cat(numbers).tolist())
+    flat = iter(torch.cat([row.double() for row in numbers]).tolist())
     return [[next(flat) for _ in range(row.numel())] for row in numbers]
 
 
 def gradients(
     objective: Objective[B, Any], batch: B, weights: MasterWeights, world: World, micro_tokens: int
-) -> Metrics:
-    """Leave the whole step's gradient, all processes included, in the masters; returns the step's metrics."""
-    rows = accumulate(objective.loss, objective.split(batch, micro_tokens), micro_tokens)
+) -> tuple[Metrics, float]:
+    """Leave the whole step's gradient, all processes included, in the masters; returns the step's metrics,
+    and the gradient's L2 norm.
+
+    The host waits for the device once, when all is computed.
+    """
+    numbers = accumulate(objective.loss, objective.split(batch, micro_tokens), micro_tokens)
     world.sum_gradients(weights.masters)
-    return objective.metrics(world.gather(rows))
+    *rows, (norm,) = as_rows([*numbers, weights.norm()])
+    return objective.metrics(world.gather(rows)), norm
 
 
-Gradients = Callable[[Any, Any, MasterWeights, World, int], Metrics]  # see `gradients`
+Gradients = Callable[[Any, Any, MasterWeights, World, int], tuple[Metrics, float]]  # see `gradients`
 
 
 @final
@@ -101,12 +106,13 @@ class Learner(Generic[B]):
                  UserError when memory runs out.
         """
         try:
-            metrics = self.gradients(self.objective, batch, self.weights, self.world, self.micro_tokens)
+            given = (self.objective, batch, self.weights, self.world, self.micro_tokens)
+            metrics, norm = self.gradients(*given)
             # No loss token is left: AdamW must not step on its momentum alone.
             if metrics["num_tokens"] == 0:
                 lr = self.weights.learning_rate(step)
                 return metrics | {"grad_norm": 0.0, "learning_rate": lr}
-            taken = self.weights.step(step, metrics["loss"])
+            taken = self.weights.step(step, metrics["loss"], norm)
         finally:
             self.weights.clear()
 

@@ -19,8 +19,10 @@ from fastrl import ops
 from fastrl.algorithms.correction import merge_mismatch, mismatch
 from fastrl.algorithms.row import LossRow, PolicyRow
 from fastrl.batch.pack import micro_batches, plan
-from fastrl.batch.prefix import shared
+from fastrl.batch.prefix import Prefix, shared
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch, Tokens, token_columns
+from fastrl.kernels._rows import put_rows, spread_rows, take_rows
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.model.language import LanguageModel
 from fastrl.train.source import Metrics
@@ -67,7 +69,7 @@ class TokenScores:
     @property
     def live_hidden(self) -> Tensor:
         """(N, D): the hidden states that predict the tokens of `rows`."""
-        return self.hidden if self.live is None else self.hidden[self.live]
+        return self.hidden if self.live is None else take_rows(self.hidden, self.live)
 
     @property
     def live_tokens(self) -> Tokens:
@@ -83,15 +85,14 @@ def score_tokens(model: LanguageModel, batch: Batch, algorithm: LossRow, tempera
     batch.  Nothing outside this module and `token_columns` shifts.  Prompts that neighbouring sequences share
     are forwarded once.
     """
-    rows = batch.mask[1:].nonzero().squeeze(1)
+    rows, prefix = predictions(model, batch)
     tokens = token_columns(batch, rows)
-    prefix = shared(batch) if model.supports_cache else None
 
     if prefix is None:
         hidden = model(batch.tokens, batch.cu_seqlens)[:-1]
         target, live = batch.tokens[1:], rows
     else:
-        hidden = prefix.hidden(model, rows)
+        hidden = prefix.hidden(model)
         target, live = batch.tokens[1:][rows], None
 
     def share(logp: Tensor, entropy: Tensor | None, some: Tensor) -> Tensor:
@@ -114,10 +115,25 @@ def score_tokens(model: LanguageModel, batch: Batch, algorithm: LossRow, tempera
     return TokenScores(loss, stats, tokens, rows, hidden, live)
 
 
+def predictions(model: LanguageModel, batch: Batch) -> tuple[Tensor, Prefix | None]:
+    """The rows (N,) whose next tokens count in the loss; and, where that spares the model enough tokens, the
+    batch with common prefixes taken once.
+
+    Both are worked out on the host, and sent to the batch's device by one copy for which nobody waits.
+    """
+    host, device = batch.host, batch.tokens.device
+    rows = host.mask[1:].nonzero().squeeze(1)
+    found = shared(host) if model.supports_cache else None
+    if found is not None:
+        prefix, rows = found.place(rows, device)
+        return rows, prefix
+    (rows,) = send([rows], device)
+    return rows, None
+
+
 def spread(stats: ops.TokenStats, rows: Tensor, like: Tensor) -> ops.TokenStats:
     """Statistics of the tokens `rows` (N,) as vectors of the shape of `like`, 0 elsewhere."""
-    blank = stats.logp.new_zeros(like.shape)
-    logp, entropy, lse = (None if x is None else blank.index_copy(0, rows, x) for x in stats)
+    logp, entropy, lse = (None if x is None else spread_rows(x, rows, len(like)) for x in stats)
     assert logp is not None and lse is not None
     return ops.TokenStats(logp, entropy, lse)
 
@@ -126,15 +142,15 @@ def spread(stats: ops.TokenStats, rows: Tensor, like: Tensor) -> ops.TokenStats:
 def batch_logp(model: LanguageModel, batch: Batch, *, micro_tokens: int, temperature: float) -> Tensor:
     """(T,) log-probs of the batch's loss tokens under `model`, nats; 0 elsewhere."""
     out = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-    for samples in plan(batch.cu_seqlens.diff().tolist(), micro_tokens):
+    batch = batch.with_known()
+    for samples in plan(batch.host.cu_seqlens.diff().tolist(), micro_tokens):
         micro = batch.select(samples)
-        rows = micro.mask[1:].nonzero().squeeze(1)
-        prefix = shared(micro) if model.supports_cache else None
+        rows, prefix = predictions(model, micro)
 
         if prefix is None:
             hidden = model(micro.tokens, micro.cu_seqlens)[rows]
         else:
-            hidden = prefix.hidden(model, rows)
+            hidden = prefix.hidden(model)
 
         stats = ops.linear_logp(
             hidden,
@@ -143,7 +159,8 @@ def batch_logp(model: LanguageModel, batch: Batch, *, micro_tokens: int, tempera
             bias=model.head_bias,
             temperature=temperature,
         )
-        out[batch.rows(samples)[rows + 1]] = stats.logp.float()
+        (places,) = send([batch.host.rows(samples)], out.device)
+        put_rows(out, places[rows + 1], stats.logp.float())
     return out
 
 

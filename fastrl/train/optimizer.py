@@ -67,28 +67,38 @@ class MasterWeights:
             fused=True,
         )
 
-    def step(self, step: int, loss: float) -> Metrics:
-        """Clip the gradient in the masters and take AdamW's step, at the learning rate of training step
-        `step`.
+    def norm(self) -> Tensor:
+        """(1,) the L2 norm of the gradient in the masters, on their device; 0 without one."""
+        gradients = [p.grad for p in self.masters if p.grad is not None]
+        if not gradients:
+            return torch.zeros(1, device=self.masters[0].device if self.masters else None)
+        return nn.utils.get_total_norm(gradients).view(1)
+
+    def step(self, step: int, loss: float, norm: float) -> Metrics:
+        """Clip the gradient in the masters, of this norm, and take AdamW's step, at the learning rate of
+        training step `step`.
 
         Raises:  NotFinite, before any weight is touched, when the loss or the gradient is not finite.
         """
-        gradients = [p.grad for p in self.masters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not math.isfinite(value):
                 raise NotFinite(
                     f"step {step + 1}: {name} is {value}; the weights are those before this update"
                 )
-        if self.optim.clip > 0:
-            nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, torch.tensor(norm))
+        self._clip(norm)
 
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         return {"grad_norm": norm, "learning_rate": lr}
+
+    def _clip(self, norm: float) -> None:
+        """As nn.utils.clip_grads_with_norm_, whose factor is a tensor that it would copy to the device."""
+        gradients = [p.grad for p in self.masters if p.grad is not None]
+        if self.optim.clip > 0 and gradients:
+            factor = (self.optim.clip / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, float(factor))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastrl.algorithms import Algorithm, Totals
 from fastrl.algorithms.correction import Correction
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch, Tokens
+from fastrl.kernels._rows import put_rows
 from fastrl.parallel.world import World
 
 
@@ -17,7 +19,7 @@ def correct(batch: Batch, correction: Correction, logp: Tensor) -> Batch:
     """The batch with the trainer's log-probs (T,) as its old ones, and the weights that make up for the
     difference to the recorded.
     """
-    rows = batch.mask.nonzero().squeeze(1)
+    (rows,) = send([batch.host.mask.nonzero().squeeze(1)], batch.mask.device)
     tokens = Tokens(
         old_logp=batch.old_logp[rows],
         advantage=batch.advantage[rows],
@@ -27,7 +29,8 @@ def correct(batch: Batch, correction: Correction, logp: Tensor) -> Batch:
     )
     weight = correction(tokens.with_(logp[rows], None)).correction
     assert weight is not None
-    spread_out = torch.ones_like(logp).index_put((rows,), weight)
+    spread_out = torch.ones_like(logp)
+    put_rows(spread_out, rows, weight)
     return replace(batch, old_logp=logp, sampler_logp=batch.old_logp, correction=spread_out)
 
 
@@ -35,11 +38,12 @@ def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) 
     """The batch with its tokens' weights: the algorithm's aggregate over the whole optimizer step, all
     processes included.
     """
-    live = batch.live_ends.diff()
-    tokens, samples = world.sum(float(live.sum()), float((live > 0).sum()))
+    batch = batch.with_known()
+    known = batch.host.live_ends.diff()
+    tokens, samples = world.sum(float(known.sum()), float((known > 0).sum()))
     totals = Totals(tokens=int(tokens), samples=int(samples), max_length=max_length)
-    per_sample = algorithm.aggregate(live.to(torch.float32), totals)
-    return replace(batch, weight=torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long()))
+    live = batch.live_ends.diff()
+    return replace(batch, weight=batch.per_token(algorithm.aggregate(live.to(torch.float32), totals)))
 
 
 def reweigh(batch: Batch, share: Tensor, world: World) -> Batch:

@@ -26,4 +26,5 @@ def learner_of(
 
 def leave_gradient(trained: Learner[Any], batch: Any) -> dict[str, float]:
     """Leave a batch's whole gradient in the masters; the step's metrics."""
-    return trained.gradients(trained.objective, batch, trained.weights, trained.world, trained.micro_tokens)
+    given = (trained.objective, batch, trained.weights, trained.world, trained.micro_tokens)
+    return trained.gradients(*given)[0]

@@ -27,14 +27,14 @@ LogProbs = Callable[[Batch], Tensor]  # a batch -> (T,) log-probs of its loss to
 def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Batch:
     """The batch of `units`, which are `count` over all processes; no reference log-probs yet."""
     judged = [one for unit in units for one in unit]
-    lengths = torch.tensor([len(one.sample.tokens) for one in judged], dtype=torch.int64, device=device)
-    sign = torch.tensor([1.0 if one.good else -1.0 for one in judged], dtype=torch.float32, device=device)
-    tokens = torch.tensor([t for one in judged for t in one.sample.tokens], dtype=torch.int64, device=device)
-    mask = torch.tensor([m for one in judged for m in one.sample.mask], dtype=torch.bool, device=device)
+    lengths = torch.tensor([len(one.sample.tokens) for one in judged], dtype=torch.int64)
+    sign = torch.tensor([1.0 if one.good else -1.0 for one in judged], dtype=torch.float32)
+    tokens = torch.tensor([t for one in judged for t in one.sample.tokens], dtype=torch.int64)
+    mask = torch.tensor([m for one in judged for m in one.sample.mask], dtype=torch.bool)
 
-    zeros = torch.zeros(tokens.shape, device=device)
+    zeros = torch.zeros(tokens.shape)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Batch(
+    batch = Batch(
         tokens=tokens,
         cu_seqlens=ends.to(torch.int32),
         mask=mask,
@@ -42,6 +42,7 @@ def pack_units(units: Sequence[Unit], count: int, device: torch.device) -> Batch
         old_logp=zeros,
         weight=torch.full_like(zeros, 1 / count),
     )
+    return batch.to(device)
 
 
 def mismatched(samples: Sequence[Sample], limit: int) -> list[Sample]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastrl.algorithms.group_preference import GroupPreference
 from fastrl.algorithms.preference import Preference
 from fastrl.algorithms.row import LossRow
 from fastrl.batch.pack import micro_batches
@@ -46,7 +47,7 @@ class UnitObjective:
 
     def loss(self, part: Batch) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss; the loss and the algorithm's sums."""
-        algorithm = at_baseline(self.algorithm, part)
+        algorithm = known(self.algorithm, part)
         scored = score_tokens(self.model, part, algorithm, self.temperature)
 
         with torch.no_grad():
@@ -58,9 +59,11 @@ class UnitObjective:
         return {"loss": sum(row[0] for row in rows)} | self.algorithm.merge([row[1:] for row in rows])
 
 
-def at_baseline(algorithm: UnitLoss, batch: Batch) -> UnitLoss:
-    """The algorithm with the batch's z0, where it has one."""
+def known(algorithm: UnitLoss, batch: Batch) -> UnitLoss:
+    """The algorithm with what it looks up in a micro-batch: z0, or the pairs that rewards make."""
+    if isinstance(algorithm, GroupPreference):
+        return algorithm.known(batch)
     z0 = batch.baseline
     if not isinstance(algorithm, Preference) or z0 is None or not z0.numel():
         return algorithm
-    return algorithm.with_params(baseline=float(z0[0]))
+    return algorithm.with_params(baseline=z0[0])

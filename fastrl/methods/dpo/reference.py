@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastrl.algorithms.preference import Preference
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo
 from fastrl.data.pairs import Unit
@@ -112,9 +113,9 @@ class Precomputed:
         """(T,) of the batch made of the items `indices`, in this order; 0 where a token does not count."""
         ends = self.ends.tolist()
         parts = [self.logp[ends[p] : ends[p + 1]] for p in (self.place[i] for i in indices)]
-        out = torch.zeros_like(batch.weight)
-        out[batch.mask] = torch.cat([*parts, self.logp[:0]]).to(out.device)
-        return out
+        out = torch.zeros(batch.weight.shape, dtype=batch.weight.dtype)
+        out[batch.host.mask] = torch.cat([*parts, self.logp[:0]])
+        return send([out], batch.weight.device)[0]
 
 
 def drawn(size: int, seed: int, count: int) -> list[int]:
@@ -197,7 +198,7 @@ def _compute(
     values, counts = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
     for units in _chunks(items, indices):
         batch = pack_units(units, 1, device)
-        values.append(logp(batch)[batch.mask].float().cpu())
+        values.append(logp(batch).float().cpu()[batch.host.mask])
         counts.append(torch.tensor([sum(sum(one.sample.mask) for one in unit) for unit in units]))
     return torch.cat(values), torch.cat(counts)
 

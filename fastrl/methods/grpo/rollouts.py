@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrl.algorithms.correction import Correction
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch
 from fastrl.config import OnPolicy
 from fastrl.methods.grpo.groups import SampledGroups, has_signal, rollout_metrics
@@ -126,8 +127,7 @@ class RolloutSource:
         samples, credit = self.shaping.credit(groups, samples)
         batch = self._pack(groups, samples)
 
-        lengths = batch.cu_seqlens.diff().long()
-        batch = replace(batch, advantage=torch.repeat_interleave(credit, lengths))
+        batch = replace(batch, advantage=batch.per_token(credit)).with_known()
         if self.extra.correction is not None:
             assert self.extra.trainer is not None
             batch = correct(batch, self.extra.correction, self.extra.trainer(batch))
@@ -140,10 +140,10 @@ class RolloutSource:
         rollouts = groups.rollouts
         mask = rollouts.completion_mask
         if self.config.overlong_filter:
-            ended = torch.tensor(
-                [reason != "length" for reason in rollouts.finish_reason], device=mask.device
-            )
-            mask = mask & torch.repeat_interleave(ended, rollouts.cu_seqlens.diff().long())
+            stayed = torch.tensor([reason != "length" for reason in rollouts.finish_reason])
+            (ended,) = send([stayed], mask.device)
+            lengths = rollouts.cu_seqlens.diff().long()
+            mask = mask & torch.repeat_interleave(ended, lengths, output_size=mask.numel())
 
         zeros = torch.zeros_like(rollouts.logp)
         batch = Batch(
@@ -165,7 +165,7 @@ class RolloutSource:
         Minibatch k takes the groups with place % config.minibatches == k, so it holds the same groups for any
         number of processes.  The prompts are shuffled already.
         """
-        count = self.config.minibatches
+        batch, count = batch.with_known(), self.config.minibatches
         size = len(batch) // max(len(places), 1)
         for _ in range(self.config.epochs):
             for k in range(count):

@@ -49,13 +49,14 @@ def prune(batch: Batch) -> Batch:
     computed before, so these samples still count in the denominators.
     """
     # The advantage is constant over a sequence, so its first token tells.
-    first = batch.cu_seqlens[:-1].long()
-    moves = (batch.advantage[first] != 0) & (batch.live_ends.diff() > 0)
+    host = batch.host
+    first = host.cu_seqlens[:-1].long()
+    moves = (host.advantage[first] != 0) & (host.live_ends.diff() > 0)
     return keep(batch, moves)
 
 
 def keep(batch: Batch, kept: Tensor) -> Batch:
-    """The batch of the sequences where `kept` (S,) is True."""
+    """The batch of the sequences where `kept` (S,), on the host, is True."""
     return batch if bool(kept.all()) else batch.select(kept.nonzero().squeeze(1).tolist())
 
 

@@ -111,9 +111,8 @@ class Joining:
         self, batch: Batch, groups: SampledGroups, samples: list[int], credit: Tensor
     ) -> tuple[Batch, Metrics]:
         """The batch with each token's kind, and its sequence's coefficient as its weight."""
-        members, lengths = _members(groups), batch.cu_seqlens.diff().long()
-        kind = torch.repeat_interleave(members.kind[samples], lengths)
-        coef = torch.repeat_interleave(members.coef[samples], lengths)
+        members = _members(groups)
+        kind, coef = (batch.per_token(x[samples]) for x in (members.kind, members.coef))
         return replace(batch, kind=kind, weight=coef, mask=batch.mask & (coef != 0)), {}
 
     def weigh(self, part: Batch) -> Batch:
@@ -125,12 +124,13 @@ class Joining:
 
     def prune(self, batch: Batch) -> Batch:
         """Without the sequences that do not count, or cannot move anything; their denominators stay."""
-        policy, first = self.algorithm.policy, batch.cu_seqlens[:-1].long()
-        moves = batch.advantage[first] != 0
+        policy, host = self.algorithm.policy, batch.host
+        first = host.cu_seqlens[:-1].long()
+        moves = host.advantage[first] != 0
         if policy.kl_coef or policy.entropy_coef:
-            assert batch.kind is not None
-            moves = moves | (batch.kind[first] == OWN)
-        return keep(batch, moves & (batch.live_ends.diff() > 0))
+            assert host.kind is not None
+            moves = moves | (host.kind[first] == OWN)
+        return keep(batch, moves & (host.live_ends.diff() > 0))
 
 
 def _members(groups: SampledGroups) -> Members:
@@ -175,8 +175,7 @@ def weigh_apart(
     rl = algorithm.policy.aggregate(length, rl_totals) * (open_ / group / prompts)
     sft = token_mean(length, sft_totals) * (shut / prompts)
     per_sample = torch.where(taught, sft, rl)
-    weight = torch.repeat_interleave(per_sample, batch.cu_seqlens.diff().long())
-    return replace(batch, weight=batch.weight * weight)
+    return replace(batch, weight=batch.weight * batch.per_token(per_sample))
 
 
 def append_member(

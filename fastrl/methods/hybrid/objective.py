@@ -13,15 +13,17 @@ from torch import Tensor
 
 from fastrl.algorithms.group_preference import under_pairs
 from fastrl.algorithms.hybrid import MEMBER, OWN, SUPERVISED, HybridAlgorithm
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch, Tokens
 from fastrl.methods.dpo.objective import UnitObjective
 from fastrl.parallel.world import World
-from fastrl.train.learner import accumulate
+from fastrl.train.learner import accumulate, as_rows
 from fastrl.train.objective import PartNumbers, PolicyObjective
 from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import Metrics
 
 POLICY, PAIRS = 0.0, 1.0  # which term a row of numbers is of
+NORMS = "grad_norm/rl", "grad_norm/pairs"
 Term = tuple[float, Batch, float]  # which term it is, its micro-batch, the pairs' coefficient
 
 
@@ -40,7 +42,7 @@ class HybridObjective:
         """The micro-batch's share of the loss; the policy's numbers, then those of other kinds of tokens."""
         scores = self.policy.score(part)
         tokens = scores.live_tokens
-        own = self.policy.measure(scores.loss, only(tokens, OWN))
+        own = self.policy.measure(scores.loss, only(tokens, OWN, _places(part, OWN)))
         return scores.loss, torch.cat([own, _counts(tokens)])
 
     def metrics(self, rows: PartNumbers) -> Metrics:
@@ -71,11 +73,22 @@ def _counts(tokens: Tokens) -> Tensor:
     return torch.stack(sums).detach()
 
 
-def only(tokens: Tokens, kind: int) -> Tokens:
-    """The tokens of one kind; sequences of others keep their places, without tokens."""
+def _places(part: Batch, kind: int) -> Tensor:
+    """(M,) int64: the tokens of one kind among those that count, found on the host."""
+    host = part.host
+    assert host.kind is not None
+    found = (host.kind[host.mask] == kind).nonzero().squeeze(1)
+    return send([found], part.tokens.device)[0]
+
+
+def only(tokens: Tokens, kind: int, rows: Tensor | None = None) -> Tokens:
+    """The tokens of one kind; sequences of others keep their places, without tokens.
+
+    rows  (M,) int64: which they are; without them they are looked for, which waits for a device
+    """
     assert tokens.kind is not None
     kept = tokens.kind == kind
-    rows = kept.nonzero().squeeze(1)
+    rows = kept.nonzero().squeeze(1) if rows is None else rows
     entropy = None if tokens.entropy is None else tokens.entropy[rows]
     taken = tokens[rows].with_(tokens.logp[rows], entropy)
     if tokens.cu_seqlens is None:
@@ -129,7 +142,8 @@ class Both:
         term, batch, coef = part
         objective = self.pairs if term == PAIRS else self.policy
         loss, numbers = objective.loss(batch)
-        return loss, torch.cat([numbers.new_tensor([term, coef]), numbers])
+        which, share = (numbers.new_full((1,), x) for x in (term, coef))
+        return loss, torch.cat([which, share, numbers])
 
     def metrics(self, rows: PartNumbers) -> Metrics:
         """The policy's metrics, and the pairs' under names of their own."""
@@ -153,19 +167,23 @@ def gradients_by_term(
     weights: MasterWeights,
     world: World,
     micro_tokens: int,
-) -> Metrics:
+) -> tuple[Metrics, float]:
     """As train.learner.gradients; with each term's gradient norm where the batch asks for it."""
     policy = accumulate(objective.loss, objective.policy_parts(batch, micro_tokens), micro_tokens)
     first = [None if p.grad is None else p.grad.clone() for p in weights.masters] if batch.measured else []
     pairs = accumulate(objective.loss, objective.pair_parts(batch, micro_tokens), micro_tokens)
 
     world.sum_gradients(weights.masters)
-    norms = _norms(first, weights, world) if batch.measured else {}
-    return objective.metrics(world.gather(policy + pairs)) | norms
+    squares = _squares(first, weights, world) if batch.measured else ()
+    *rows, (norm,) = as_rows([*policy, *pairs, *squares, weights.norm()])
+    parts = len(policy) + len(pairs)
+    norms = {name: math.sqrt(math.fsum(row)) for name, row in zip(NORMS, rows[parts:], strict=False)}
+    return objective.metrics(world.gather(rows[:parts])) | norms, norm
 
 
-def _norms(first: Sequence[Tensor | None], weights: MasterWeights, world: World) -> Metrics:
-    """The L2 norm of each term's gradient as it is in the sum, coefficients included.
+def _squares(first: Sequence[Tensor | None], weights: MasterWeights, world: World) -> tuple[Tensor, Tensor]:
+    """The squared L2 norm of each term's gradient as it is in the sum, coefficients included, weight by
+    weight: (W,) float64, in the order of NORMS.
 
     `first` is this process's part of the policy's gradient; the sum is in the masters.  That takes no further
     pass over the data: the pairs' gradient is what the sum has beside the policy's.
@@ -176,13 +194,13 @@ def _norms(first: Sequence[Tensor | None], weights: MasterWeights, world: World)
         p.grad = grad
     world.sum_gradients(masters)
 
-    zero = torch.zeros(())
+    zero = masters[0].new_zeros(())
     own = [zero if p.grad is None else p.grad for p in masters]
     for p, grad in zip(masters, whole, strict=True):
         p.grad = grad
     pairs = [a if g is None else g - a for g, a in zip(whole, own, strict=True)]
-    return {"grad_norm/rl": _norm(own), "grad_norm/pairs": _norm(pairs)}
+    return _squared(own), _squared(pairs)
 
 
-def _norm(grads: Sequence[Tensor]) -> float:
-    return math.sqrt(math.fsum(float(g.double().square().sum()) for g in grads))
+def _squared(grads: Sequence[Tensor]) -> Tensor:
+    return torch.stack([g.double().square().sum() for g in grads])

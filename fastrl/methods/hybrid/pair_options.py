@@ -107,7 +107,7 @@ def _online(row: GroupPreference, config: Hybrid) -> GroupPreference:
 
 
 def _listwise(row: GroupPreference, config: Hybrid) -> GroupPreference:
-    beta = config.algorithm.number("beta", row.preference.params["beta"])
+    beta = config.algorithm.number("beta", float(row.preference.params["beta"]))
     comparison = Listwise(config.algorithm.number("tau", Listwise().tau))
     return replace(row, preference=row.preference.with_params(beta=beta), comparison=comparison)
 

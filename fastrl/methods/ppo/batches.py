@@ -70,8 +70,7 @@ class Credit:
     ) -> tuple[Batch, Metrics]:
         """The batch with values, returns and advantages; what they show of the KL moves its coefficient."""
         algorithm = self.algorithm
-        known = torch.repeat_interleave(~score.isnan(), batch.cu_seqlens.diff().long())
-        batch = replace(batch, mask=batch.mask & known)
+        batch = replace(batch, mask=batch.mask & batch.per_token(~score.isnan())).with_known()
 
         kl = None
         if batch.ref_logp is not None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fastrl.algorithms.ppo import VALUE_SUMS, ActorCriticAlgorithm, value_loss
 from fastrl.batch.pack import micro_batches, plan
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch
+from fastrl.kernels._rows import put_rows, take_rows
 from fastrl.model.critic import Critic, ValueHead
 from fastrl.report.metric import ratios
 from fastrl.report.metrics import CRITIC_METRICS
@@ -47,14 +49,17 @@ def values_of(after: Callable[[Batch], Tensor], batch: Batch, micro_tokens: int)
     """The values of a batch, from `after(micro-batch)` -> (T,) values after each of its tokens."""
     before = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
     last = torch.zeros(len(batch), device=before.device)
-    for samples in plan(batch.cu_seqlens.diff().tolist(), micro_tokens):
+    batch = batch.with_known()
+    for samples in plan(batch.host.cu_seqlens.diff().tolist(), micro_tokens):
         micro = batch.select(samples)
         value = after(micro)
         before, last = before.to(value.dtype), last.to(value.dtype)
 
-        rows = micro.mask.nonzero().squeeze(1)
-        before[batch.rows(samples)[rows]] = value[rows - 1]
-        last[samples] = value[micro.cu_seqlens[1:].long() - 1]
+        live = micro.host.mask.nonzero().squeeze(1)
+        places = batch.host.rows(samples)[live]
+        rows, places, sequences = send([live, places, torch.tensor(samples)], before.device)
+        put_rows(before, places, value[rows - 1])
+        put_rows(last, sequences, value[micro.cu_seqlens[1:].long() - 1])
     return Values(before, last)
 
 
@@ -115,8 +120,9 @@ class ValueObjective:
 
     def loss(self, part: Batch) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and VALUE_SUMS."""
-        rows = part.mask.nonzero().squeeze(1)
-        value = self.critic(part.tokens, part.cu_seqlens)[rows - 1]
+        live = part.host.mask.nonzero().squeeze(1)
+        (rows,) = send([live], part.tokens.device)
+        value = take_rows(self.critic(part.tokens, part.cu_seqlens), rows - 1)
         return _value_loss(value, part, rows, self.algorithm)
 
     def metrics(self, rows: PartNumbers) -> Metrics:

@@ -43,13 +43,10 @@ def judged(packed: Packed, score: Tensor, total: float) -> Judged:
     groups = packed.groups
     target = [t for g in groups for t in g.target]
     margin = [g.margin for g in groups]
-    return Judged(
-        score=score,
-        target=torch.tensor(target, dtype=score.dtype, device=score.device),
-        sizes=[len(g.target) for g in groups],
-        margin=torch.tensor(margin, dtype=score.dtype, device=score.device),
-        total=total,
-    )
+    labels, margins = (torch.tensor(x, dtype=score.dtype) for x in (target, margin))
+    sizes = [len(g.target) for g in groups]
+    host = Judged(score=torch.zeros_like(labels), target=labels, sizes=sizes, margin=margins, total=total)
+    return host.to(score)
 
 
 def packs(
@@ -94,7 +91,7 @@ class ScoreObjective:
         loss, sums = self.algorithm.measure(judged(packed, scores, part.total))
 
         score = scores.detach().double()
-        tokens = score.new_tensor(float(packed.tokens.numel()))
+        tokens = score.new_full((), packed.tokens.numel())
         return loss, torch.cat([sums, torch.stack([score.amin(), score.amax(), tokens])])
 
     def metrics(self, rows: PartNumbers) -> Metrics:

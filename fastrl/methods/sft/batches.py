@@ -59,7 +59,8 @@ class Demonstrations:
 
         batch, share = self._pack(rows, keys)
         batch = weigh(batch, self.algorithm, self.world, max_length=1)
-        return Step([reweigh(batch, share, self.world) if self.weighted else batch])
+        batch = reweigh(batch, share, self.world) if self.weighted else batch
+        return Step([batch.to(self.device)])
 
     def state(self) -> State:
         """Nothing: the data is a function of the step's number."""
@@ -69,16 +70,17 @@ class Demonstrations:
         """Nothing to restore."""
 
     def _pack(self, rows: Sequence[Sample], keys: Sequence[int]) -> tuple[Batch, Tensor]:
-        """The batch of `rows`, not yet weighed, and each token's weight among demonstrations (T,)."""
-        device = self.device
-        tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64, device=device)
-        mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool, device=device)
-        lengths = torch.tensor([0, *(len(row.tokens) for row in rows)], device=device)
+        """The batch of `rows`, not yet weighed, and each token's weight among demonstrations (T,); on the
+        host.
+        """
+        tokens = torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int64)
+        mask = torch.tensor([m for row in rows for m in row.mask], dtype=torch.bool)
+        lengths = torch.tensor([0, *(len(row.tokens) for row in rows)])
         cu_seqlens = lengths.cumsum(0).to(torch.int32)
-        zeros = torch.zeros(tokens.shape, device=device)
+        zeros = torch.zeros(tokens.shape)
 
         def per_token(values: Sequence[float]) -> Tensor:
-            each = torch.tensor(values, device=device)
+            each = torch.tensor(values)
             return torch.repeat_interleave(each, cu_seqlens.diff().long()) if rows else zeros
 
         share = per_token([row.weight for row in rows])

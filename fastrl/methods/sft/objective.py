@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops
+from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch, Tokens, token_columns
 from fastrl.methods.sft.options import SupervisedAlgorithm
 from fastrl.train.objective import PartNumbers, PolicyObjective, TokenScores, spread
@@ -43,7 +44,8 @@ class SupervisedObjective:
 
     def score(self, part: Batch) -> TokenScores:
         """A forward pass; the loss holds the smoothing and the z-loss, the statistics do not."""
-        model, rows = self.policy.model, part.mask[1:].nonzero().squeeze(1)
+        model = self.policy.model
+        (rows,) = send([part.host.mask[1:].nonzero().squeeze(1)], part.tokens.device)
         embeds = self._noisy_embeddings(part) if self.algorithm.neftune_alpha else None
         hidden = model(part.tokens, part.cu_seqlens, embeds=embeds)[:-1]
 
@@ -99,8 +101,10 @@ class SupervisedObjective:
             raise ValueError("number: expected a key of each sequence's noise, got None; NEFTune draws by it")
         x = self.policy.model.embed(part.tokens)
 
-        lengths = part.cu_seqlens.diff().tolist()
-        keys = part.number[part.cu_seqlens[:-1].long()].tolist()
+        host = part.host
+        assert host.number is not None
+        lengths = host.cu_seqlens.diff().tolist()
+        keys = host.number[host.cu_seqlens[:-1].long()].tolist()
         noise = [
             neftune_noise(length, x.shape[1], self.algorithm.neftune_alpha, key, x.device)
             for length, key in zip(lengths, keys, strict=True)
