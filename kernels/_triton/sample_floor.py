@@ -1,146 +1,316 @@
-"""The floor of a row under sample's filters, in Triton: one program per row, no sorting.
+"""The floor of a row under sample's filters, and the draw above it: one Triton program per row.
 
-A logit is mapped to an unsigned integer of the same order.  The largest integer with enough at or above it
-(top_k tokens, or top_p of the mass) is found three bits at a time: a pass adds up what lies at or above each
-of eight thresholds, and the digit is how many of them have enough.  fp32 takes 11 passes, bf16 6, fp16 7, for
-any row.
+`draw_kernel` (sample_filtered.py) has set aside the tokens of a window around the floor and left the mass and
+the number of those above it.  The floor is the d of the first token set aside, in falling order, with which
+the sum reaches its limit; it is found by sums at 16 thresholds at a time, until few enough tokens lie between
+two of them for a program to hold, and by halving from there.  Keys are the bits of -d: smaller for the more
+probable.
+
+The masses are those of _fixed_mass.py.  The floor is the definition's, which sums fp64 masses, wherever the
+limit is further than `slack` from the two sums next to it.  Where it is not (about 1 row in 10,000 for
+top_p = 0.9 of a flat distribution over 152k tokens), where more tokens lie in the window than were set aside
+(nearly equal logits), and where the window misses the floor, `exact_floor` finds it by the definition, and
+the race takes the logits themselves.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastrl.kernels._launch import launch_options, on_device
+from fastrl.kernels._launch import launch_options
+from fastrl.kernels._triton._exact_floor import exact_floor, limit_of
+from fastrl.kernels._triton._fixed_mass import distance, mass, slack
+from fastrl.kernels._triton._philox import philox4
+from fastrl.kernels._triton._race import LOG2E, LOWEST, faster, fastest, unit_exponential
 
-# columns at once: 16 bytes a thread
-SEARCH = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}
 STOP = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # low bits of the fp32 form, always 0
-OPTIONS = launch_options(num_warps=8)
-ONE = tl.constexpr(0x3FF0000000000000)  # the bits of 1.0; numbers between 0 and 1 have lower bits
+TILE = tl.constexpr(2048)  # tokens that a program holds at once
+PROBED = tl.constexpr(256)  # tokens compared with 16 thresholds at once
+RACED = tl.constexpr(1024)  # tokens that race at once
+SEARCHED = tl.constexpr(1024)  # logits at once, by the definition
+BEYOND = tl.constexpr(0x7FFFFFFF)  # above every key; of -inf it is 0x7F800000
+INFINITE = tl.constexpr(0x7F800000)
+SETTLING = launch_options(num_warps=8, maxnreg=128)
 
 
-# --- kernels ----------------------------------------------------------------------------------------
+# --- among what was set aside -----------------------------------------------------------------------
 @triton.jit
-def ordered(x):  # type: ignore[no-untyped-def]
-    """fp32 as uint32 in the same order."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
-
-
-@triton.jit
-def logit(key, STOP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The fp32 number that `ordered` maps to `key`."""
-    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, ~key)
-    return ((bits >> STOP) << STOP).to(tl.float32, bitcast=True)
+def key_of(d):  # type: ignore[no-untyped-def]
+    """The bits of -d, for d <= 0; -1, below every key, for d > 0."""
+    bits = d.to(tl.int32, bitcast=True)
+    return tl.where(d > 0, -1, bits & 0x7FFFFFFF)
 
 
 @triton.jit
-def mass(x, top, tau, among, bits):  # type: ignore[no-untyped-def]
-    """The integer mass of each token that is not below `among`."""
-    d = tl.div_rn(x - top, tau)
-    scale = (tl.full((), 1, tl.int64) << bits).to(tl.float64)
-    return tl.where(d >= among, tl.exp(d.to(tl.float64)) * scale, 0.0).to(tl.int64)
+def distance_of(key):  # type: ignore[no-untyped-def]
+    return -(key.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def threshold(  # type: ignore[no-untyped-def]
-    row, V, limit, top, tau, among, bits, MASS: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.constexpr
+def weights(key, bits, MASS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What each token adds to the sum: its mass or 1; 0 beyond the last key."""
+    weight = tl.full(key.shape, 1, tl.int64)
+    if MASS:
+        weight = mass(distance_of(tl.minimum(key, INFINITE)), bits)
+    return tl.where(key == BEYOND, 0, weight)
+
+
+@triton.jit
+def keys_at(aside, at, live):  # type: ignore[no-untyped-def]
+    return tl.where(live, key_of(tl.load(aside + at, live, 0.0)), BEYOND)
+
+
+@triton.jit
+def sum_until(aside, fills, chunks, last, bits, MASS: tl.constexpr, ASIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weight of the tokens set aside with keys up to each of `last` (16,), and their number."""
+    lane = tl.arange(0, PROBED)
+    weight = tl.zeros((16, PROBED), tl.int64)
+    count = tl.zeros((16, PROBED), tl.int32)
+    for c in range(chunks):
+        n = tl.load(fills + c).to(tl.int32)
+        for i in range(0, n, PROBED):
+            key = keys_at(aside, c * (3 * ASIDE) + i + lane, i + lane < n)
+            within = (key[None, :] <= last[:, None]) & (key != BEYOND)[None, :]
+            weight = tl.where(within, weight + weights(key, bits, MASS)[None, :], weight)
+            count = tl.where(within, count + 1, count)
+    return tl.sum(weight, 1), tl.sum(count, 1)
+
+
+@triton.jit
+def gather(aside, fills, chunks, last, first_key, last_key, ASIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The keys set aside above `first_key` and up to `last_key`, TILE at most, through the scratch `last`."""
+    lane = tl.arange(0, RACED)
+    filled = tl.full((), 0, tl.int32)
+    tl.debug_barrier()  # an earlier call has read the scratch
+    for c in range(chunks):
+        n = tl.load(fills + c).to(tl.int32)
+        for i in range(0, n, RACED):
+            key = keys_at(aside, c * (3 * ASIDE) + i + lane, i + lane < n)
+            put = ((key > first_key) & (key <= last_key)).to(tl.int32)
+            run = tl.cumsum(put, 0)
+            at = filled + run - put
+            tl.store(last + at, key, (put != 0) & (at < TILE))
+            filled += tl.max(run, 0)
+    tl.debug_barrier()
+    tile = tl.arange(0, TILE)
+    return tl.load(last + tile, tile < filled, BEYOND)
+
+
+@triton.jit
+def search(  # type: ignore[no-untyped-def]
+    aside,
+    fills,
+    chunks,
+    last,
+    many,
+    first_key,
+    last_key,
+    above,
+    need,
+    bits,
+    MASS: tl.constexpr,
+    ASIDE: tl.constexpr,
 ):
-    """The largest key with at least `limit` at or above it: by count of logits, or by MASS."""
-    lane = tl.arange(0, BLOCK)[None, :]
-    step = tl.arange(0, 8)[:, None].to(tl.uint32)
-    found = tl.full((), 0, tl.uint32)
-    for i in range((34 - STOP) // 3):
-        shift = tl.maximum(29 - 3 * i, STOP)
-        least = found + (step << shift)
-        above = tl.zeros((8, BLOCK), tl.int64 if MASS else tl.int32)
-        for v in range(0, V, BLOCK):
-            x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
-            weight = mass(x, top, tau, among, bits) if MASS else 1
-            above += tl.where(ordered(x) >= least, weight, 0)
-        enough = tl.sum((tl.sum(above, 1) >= limit).to(tl.int32), 0)
-        found += (tl.maximum(enough, 1) - 1).to(tl.uint32) << shift
-    return logit(found, STOP)
+    """The smallest key in (first_key, last_key] up to which the tokens set aside, with `above`, weigh `need`,
+    and the weights up to the key before it and up to it; `many` tokens are set aside.
+
+    If there is none, the last weight is less than `need`.
+    """
+    index = tl.arange(0, 16)
+    before, until = above, above
+    skipped = tl.full((), 0, tl.int32)
+    while (many > TILE) & (last_key - first_key > 1):
+        step = (last_key - first_key + 15) // 16
+        # in int64: the last thresholds may pass the largest int32
+        key = tl.minimum(first_key + step.to(tl.int64) * (index + 1), last_key).to(tl.int32)
+        weight, count = sum_until(aside, fills, chunks, key, bits, MASS, ASIDE)
+        weight += above
+        short = tl.minimum(tl.sum((weight < need).to(tl.int32), 0), 15)
+        here, prior = index == short, index == short - 1
+        before = tl.where(short > 0, tl.sum(tl.where(prior, weight, 0), 0), before)
+        first_key = tl.where(short > 0, tl.sum(tl.where(prior, key, 0), 0), first_key)
+        skipped = tl.where(short > 0, tl.sum(tl.where(prior, count, 0), 0), skipped)
+        until = tl.sum(tl.where(here, weight, 0), 0)
+        last_key = tl.sum(tl.where(here, key, 0), 0)
+        many = tl.sum(tl.where(here, count, 0), 0) - skipped
+    if many <= TILE:
+        tile = gather(aside, fills, chunks, last, first_key, last_key, ASIDE)
+        weight = weights(tile, bits, MASS)
+        base = before
+        until = base + tl.sum(weight, 0)
+        while last_key - first_key > 1:
+            middle = first_key + (last_key - first_key) // 2
+            sum_ = base + tl.sum(tl.where(tile <= middle, weight, 0), 0)
+            enough = sum_ >= need
+            last_key = tl.where(enough, middle, last_key)
+            until = tl.where(enough, sum_, until)
+            first_key = tl.where(enough, first_key, middle)
+            before = tl.where(enough, before, sum_)
+    return last_key, before, until
 
 
-@triton.jit(do_not_specialize=["top_k", "top_p", "bits"])
-def floor_kernel(  # type: ignore[no-untyped-def]
+# --- the draw above the floor -----------------------------------------------------------------------
+@triton.jit
+def noise_of(v, place, who, code):  # type: ignore[no-untyped-def]
+    """The unit exponentials of tokens v, wherever they lie."""
+    w = philox4(v >> 2, place, who, who >> 32, code, code >> 32)
+    even, odd = tl.where((v & 2) != 0, w[2], w[0]), tl.where((v & 2) != 0, w[3], w[1])
+    return unit_exponential(tl.where((v & 1) != 0, odd, even))
+
+
+@triton.jit(do_not_specialize=["chunks", "top_k", "top_p", "bits", "plane"])
+def settle_kernel(  # type: ignore[no-untyped-def]
     logits,
+    seed,
+    sequence,
+    position,
     temperature,
-    row_top,
+    rows,
+    parts,
+    sums,
+    tokens,
+    aside,
+    last,
+    token,
+    logp,
+    behaviour_logp,
+    entropy,
     row_floor,
     V,
+    chunks,
     stride,
     top_k,
     top_p,
     log_min_p,
     bits,
+    plane,
+    MASS: tl.constexpr,
+    COUNT: tl.constexpr,
     STOP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ASIDE: tl.constexpr,
 ):
-    """The largest logit of a row, and the d below which its tokens are filtered out.
-
-    top_p is passed as the bits of a double.
-    """
+    """Arguments as in `draw_kernel`; `top_p` is the bits of a double."""
     b = tl.program_id(0).to(tl.int64)
-    row = logits + b * stride
+    row, own, first = logits + b * stride, b * chunks, b * chunks * (3 * ASIDE)
     tau = tl.load(temperature + b)
     greedy = tau == 0
     tau = tl.where(greedy, 1.0, tau)
-    lane = tl.arange(0, BLOCK)
-    high = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for v in range(0, V, BLOCK):
-        high = tl.maximum(high, tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32))
-    top = tl.max(high, 0)
-    among = tl.full((), float("-inf"), tl.float32)
-    floor = tl.maximum(among, log_min_p)
-    if top_k > 0:
-        among = tl.div_rn(threshold(row, V, top_k, top, tau, among, bits, False, STOP, BLOCK) - top, tau)
-    if top_p < ONE:
-        total = tl.zeros((BLOCK,), tl.int64)
-        for v in range(0, V, BLOCK):
-            total += mass(
-                tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32), top, tau, among, bits
-            )
-        limit = top_p.to(tl.float64, bitcast=True) * tl.sum(total, 0).to(tl.float64)
-        x = threshold(row, V, tl.maximum(limit.to(tl.int64), 1), top, tau, among, bits, True, STOP, BLOCK)
-        floor = tl.maximum(floor, tl.div_rn(x - top, tau))
-    floor = tl.maximum(floor, among)
-    tl.store(row_top + b, top)
+    top = tl.load(rows + 3 * b)
+    lane = tl.arange(0, CHUNKS)
+    at, live = own + lane, lane < chunks
+    least = tl.load(parts + 2 * plane + at, live, float("inf"))
+    drawn = tl.load(tokens + at, live, 2147483647)
+    kept = tl.sum(tl.load(parts + 3 * plane + at, live, 0.0), 0)
+    floor = tl.full((), 0, tl.float32) + log_min_p
+    if MASS or COUNT:
+        fill = tl.load(sums + at, live, 0)
+        many = tl.sum(fill, 0).to(tl.int32)
+        ok = tl.max(fill, 0) <= ASIDE
+        first_key, last_key = key_of(tl.load(rows + 3 * b + 1)), key_of(tl.load(rows + 3 * b + 2))
+        # the window's upper edge belongs to what lies above
+        found = tl.full((), float("-inf"), tl.float32)
+        fills, listed, scratch = sums + own, aside + first, last + b * TILE
+        if greedy:
+            ok = many < 0
+        if COUNT:
+            above = tl.sum(tl.load(sums + plane + at, live, 0), 0)
+            if ok:
+                key, before, until = search(
+                    listed,
+                    fills,
+                    chunks,
+                    scratch,
+                    many,
+                    first_key,
+                    last_key,
+                    above,
+                    top_k,
+                    bits,
+                    False,
+                    ASIDE,
+                )
+                ok = (before < top_k) & (until >= top_k)
+                last_key = key
+                found = distance_of(key)
+        if MASS:
+            above = tl.sum(tl.load(sums + 2 * plane + at, live, 0), 0)
+            total = tl.sum(tl.load(sums + 3 * plane + at, live, 0), 0)
+            if ok:
+                if COUNT:
+                    weight, _ = sum_until(
+                        listed, fills, chunks, tl.zeros((16,), tl.int32) + last_key, bits, True, ASIDE
+                    )
+                    total = above + tl.max(weight, 0)
+                limit = limit_of(top_p, total)
+                key, before, until = search(
+                    listed, fills, chunks, scratch, many, first_key, last_key, above, limit, bits, True, ASIDE
+                )
+                doubt = slack(total, V)
+                ok = (before + doubt < limit) & (limit + doubt <= until)
+                found = distance_of(key)
+        if ok | greedy:
+            found = tl.where(greedy, float("-inf"), found)
+        else:
+            found = exact_floor(row, V, top, tau, top_k, top_p, bits, COUNT, MASS, STOP, SEARCHED)
+        floor = tl.maximum(floor, found)
+        if (ok == 0) & (greedy == 0):
+            least = tl.full((CHUNKS,), float("inf"), tl.float32)
+            kept = 0.0
+        code, who, place = tl.load(seed + b), tl.load(sequence + b), tl.load(position + b)
+        lanes = tl.arange(0, RACED)
+        e, best = tl.full((RACED,), 1.0, tl.float32), tl.zeros((RACED,), tl.float32)
+        winner, share = tl.zeros((RACED,), tl.int32), tl.zeros((RACED,), tl.float32)
+        if ok:
+            for c in range(chunks):
+                n = tl.load(fills + c).to(tl.int32)
+                for i in range(0, n, RACED):
+                    here, within = listed + c * (3 * ASIDE) + i + lanes, i + lanes < n
+                    d = tl.load(here, within, float("-inf"))
+                    part = tl.where(d >= floor, tl.exp2(d * LOG2E), 0.0)
+                    share += part
+                    noise = tl.load(here + ASIDE, within, 1.0)
+                    v = tl.load(here + 2 * ASIDE, within, 0.0).to(tl.int32, bitcast=True)
+                    e, best, winner = faster(e, best, winner, noise, part, v)
+        if (ok == 0) & (greedy == 0):
+            inverse = tl.div_rn(1.0, tau)
+            for i in range(0, V, RACED):
+                v = i + lanes
+                x = tl.load(row + v, v < V, float("-inf")).to(tl.float32)
+                d = distance(x, top, tau, inverse)
+                part = tl.where((d >= floor) & (v < V), tl.exp2(d * LOG2E), 0.0)
+                share += part
+                e, best, winner = faster(e, best, winner, noise_of(v, place, who, code), part, v)
+        cost, other = fastest(e, best, winner)
+        cost = tl.where(tl.max(best, 0) > 0, cost, float("inf"))
+        kept += tl.sum(share, 0)
+    winning = tl.min(least, 0)
+    chosen = tl.min(tl.where(live & (least == winning), drawn, 2147483647), 0)
+    if MASS or COUNT:
+        first_of_equals = (cost < winning) | ((cost == winning) & (other < chosen))
+        chosen = tl.where(first_of_equals, other, chosen)
+    chosen = tl.minimum(chosen, V - 1)
+    s = tl.sum(tl.load(parts + at, live, 0.0), 0)
+    a = tl.sum(tl.load(parts + plane + at, live, 0.0), 0)
+    s = tl.where(top <= LOWEST, float("nan"), s)  # nothing above -inf: no distribution
+    ln = tl.log(s)
+    d = tl.div_rn(tl.load(row + chosen).to(tl.float32) - top, tau)
+    tl.store(token + b, chosen.to(tl.int64))
+    tl.store(logp + b, d - ln)
+    tl.store(entropy + b, ln - a / s)
+    tl.store(behaviour_logp + b, tl.where(greedy, 0.0, d - tl.log(kept)))
     tl.store(row_floor + b, tl.where(greedy, float("-inf"), floor))
 
 
-# --- launch -----------------------------------------------------------------------------------------
-def floors(
-    logits: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
-) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, and the d below which its tokens are filtered out, each (B,)."""
-    B, V = logits.shape
-    top, floor = (torch.empty(B, dtype=torch.float32, device=logits.device) for _ in range(2))
-    p_bits = struct.unpack("<q", struct.pack("<d", top_p))[0]  # a float argument would be rounded to fp32
-    with on_device(logits):
-        floor_kernel[(B,)](
-            logits,
-            temperature,
-            top,
-            floor,
-            V,
-            logits.stride(0),
-            top_k if top_k < V else 0,
-            p_bits,
-            math.log(min_p) if min_p else -math.inf,
-            mass_bits(V),
-            STOP=STOP[logits.dtype],
-            BLOCK=block(V, SEARCH[logits.dtype]),
-            **OPTIONS,
-        )
-    return top, floor
+# --- what launches need -----------------------------------------------------------------------------
+def exact(top_p: float) -> int:
+    """The bits of a double: as a float argument it would be rounded to fp32."""
+    return struct.unpack("<q", struct.pack("<d", top_p))[0]  # type: ignore[no-any-return]
 
 
 def block(V: int, most: int) -> int:

@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from fastrl import ops
-from fastrl.kernels import sample as sample_file
 from fastrl.kernels._philox import MASK, philox, uniform
 from fastrl.kernels.sample import forward_op, sample
 
 kernels = pytest.importorskip(
     "fastrl.kernels._triton.sample", reason="triton is not installed", exc_type=ImportError
 )
-floor_kernels = pytest.importorskip(
-    "fastrl.kernels._triton.sample_floor", reason="triton is not installed", exc_type=ImportError
+filtered_kernels = pytest.importorskip(
+    "fastrl.kernels._triton.sample_filtered", reason="triton is not installed", exc_type=ImportError
 )
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -143,30 +142,9 @@ def test_cold_and_hot(tau):
 
 
 # --- filters ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("filters", [*draws.FILTERS[1:5], {"top_k": 150, "top_p": 1 - 2**-53}], ids=str)
-@pytest.mark.parametrize("kind", ["random", "tied", "bf16", "fp16", "banned"])
-def test_the_floor_is_the_definition_s_to_the_bit(kind, filters):
-    """Wrong: a search that stops a bit early, sums that include the tie, top_p rounded to fp32, -0 below +0,
-    padding that is counted.
-    """
-    logits = draws.tied(3, 203) if kind == "tied" else 2 * torch.randn(3, 203)
-    logits = logits.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32))
-    if kind == "banned":
-        logits[:, ::2] = -torch.inf
-    tau = torch.rand(3) + 0.5
-    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
-    top, floor = floor_kernels.floors(logits, tau, *options.values())
-    assert torch.equal(top, logits.float().amax(-1))
-    assert torch.equal(floor, sample_file._floor(draws.distances(logits, tau), *options.values())[:, 0])
-
-
 @pytest.mark.parametrize("filters", draws.FILTERS[:4], ids=str)
 def test_banned_tokens(filters):
     draws.banned_are_never_drawn(5, 203, **filters)
-
-
-def test_both_files_count_the_same_bits():
-    assert all(floor_kernels.mass_bits(V) == sample_file.mass_bits(V) for V in (1, 7, 2**17, 151936, 2**20))
 
 
 # --- the op around them -----------------------------------------------------------------------------
@@ -230,12 +208,14 @@ def test_a_launch_of_70000_rows(monkeypatch):
             return lambda *_, **__: None
 
     grids = []
-    for module, name in (
-        (kernels, "draw_kernel"),
-        (kernels, "combine_kernel"),
-        (floor_kernels, "floor_kernel"),
+    for module, names in (
+        (kernels, ("draw_kernel", "combine_kernel")),
+        (filtered_kernels, ("survey_kernel", "draw_kernel", "settle_kernel")),
     ):
-        monkeypatch.setattr(module, name, Recorder())
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder())
     T = 70000
     sample(torch.zeros(T, 5), **draws.keys(T), top_k=2)
-    assert grids == [(T,), (T,), (T,)]
+    assert grids == [(T,)] * 3
+    sample(torch.zeros(T, 5), **draws.keys(T))
+    assert grids[3:] == [(T,)] * 2
