@@ -71,14 +71,15 @@ MOVES: dict[str, tuple[str, ...]] = {  # kernel -> what moves 16 bytes at a time
     "rope.backward": BOTH,
     "rope.turn": BOTH,
     "sample.draw": LOADS,
-    "sample_floor.floor": LOADS,
+    "sample_window.survey": LOADS,
     "swiglu.backward": BOTH,
     "swiglu.forward": BOTH,
     "token_logp.backward": BOTH,
     "token_logp.forward": LOADS,
     "token_logp.fused": BOTH,
 }
-# begin anywhere, or are a few numbers: packed sequences, sorted samples, records, sums of programs
+# begin anywhere, or are a few numbers: packed sequences, sorted samples, records, sums of programs, lists of
+# tokens; sample_filtered.draw has only 4 numbers of 16 bits a thread, so that two programs fit
 NARROW = (
     "_partials.combine",
     "advance.forward",
@@ -89,6 +90,8 @@ NARROW = (
     "perturb_l1.combine_probes",
     "policy_loss.combine",
     "sample.combine",
+    "sample_filtered.draw",
+    "sample_floor.settle",
 )
 
 

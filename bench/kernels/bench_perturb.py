@@ -43,7 +43,9 @@ def data(case: Case) -> Data:
 def cost(case: Case) -> Cost:
     """delta and the gradient are read and delta written; with ADD, embeds are read and the sum written.
 
-    They are read twice where a sample does not fit the cache.
+    The length of a sample is known only when all of it has been read.  One that does not fit the cache is
+    read twice: 16 bytes an element with a bf16 gradient (0.50 ms for 8 x 4096 x 4096 at 4.3 TB/s), against
+    10 where it does, or where a ball is one token.
     """
     B, L, D = case.sizes("B L D")
     read = 4 + case.itemsize

@@ -2,9 +2,12 @@
 
 A program holds whole rows in registers: one of 1024 to 8192 columns, several of narrower ones.  The backward
 runs on one wave of programs, each of which walks over its share of the rows and keeps its own sum of dy n for
-the weight; the sums are added in a fixed order (_partials.py).  Rows of more than 8192 columns are read
-twice, the second time from the cache, and the gradient of their weight takes another launch.  The width and
-the number of rows are runtime values.
+the weight; the sums are added in a fixed order (_partials.py).  It loads the next rows before it sums the
+current ones: 32 KB (48 with an addition) are on their way to a multiprocessor all the time, of the 23 KB that
+4.3 TB/s take at a latency of 700 ns (4.3e12 / 132 x 7e-7).  Rows of 8192 fp32 numbers leave no registers for
+that; they are 64 (96) KB each.  Rows of more than 8192 columns are read twice, the second time from the
+cache, and the gradient of their weight takes another launch.  The width and the number of rows are runtime
+values.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from fastrl.kernels._triton._partials import combine, programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns a program holds: dy, x, the weight and its gradient take 64 of a thread's registers
 FORWARD, BACKWARD = 1024, 4096  # least elements of a tile, for 16 and for 2 programs a multiprocessor
+# bytes of a tile of one input, up to which two programs of the backward fit on a multiprocessor, and up to
+# which a program holds the next tile, too
+SMALL, HELD = 8 << 10, 16 << 10
 WALK = 4096  # columns at a time of a row that is not held
 WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
 WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone
@@ -97,6 +103,27 @@ def walk_forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(y + t * D + at, _scaled(tl.load(again, at < D, 0.0).to(tl.float32), inverse, w, y), at < D)
 
 
+@triton.jit
+def _rows(first, T, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """ROWS rows from `first` on, and which of their elements there are."""
+    t = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    return t, (t < T) & (tl.arange(0, BLOCK)[None, :] < D)
+
+
+@triton.jit
+def _inputs(  # type: ignore[no-untyped-def]
+    dy, dh, x, r, t, ok, T, dy_stride, dh_stride, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows t of dy, x and dh (of dy without ADD), as they are stored, and of r."""
+    lane = tl.arange(0, BLOCK)[None, :]
+    up = tl.load(dy + t * dy_stride + lane, ok, 0.0)
+    v = tl.load(x + t * x_stride + lane, ok, 0.0)
+    other = up
+    if ADD:
+        other = tl.load(dh + t * dh_stride + lane, ok, 0.0)
+    return up, v, other, tl.load(r + t, t < T, 0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(  # type: ignore[no-untyped-def]
     dx,
@@ -112,6 +139,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     dh_stride,
     x_stride,
     ADD: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -119,18 +147,23 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + lane, lane < D, 0.0).to(tl.float32)
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    t, ok = _rows(p * ROWS, T, D, ROWS, BLOCK)
+    up, v, other, inverse = _inputs(dy, dh, x, r, t, ok, T, dy_stride, dh_stride, x_stride, ADD, BLOCK)
     for first in range(p * ROWS, T, tl.num_programs(0) * ROWS):
-        t = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        ok = (t < T) & (lane < D)
-        up = tl.load(dy + t * dy_stride + lane, ok, 0.0).to(tl.float32)
-        v = tl.load(x + t * x_stride + lane, ok, 0.0).to(tl.float32)
-        inverse = tl.load(r + t, t < T, 0.0)
-        n, g = v * inverse, up * w
-        acc += up * n
+        s, near = _rows(first + tl.num_programs(0) * ROWS, T, D, ROWS, BLOCK)
+        if AHEAD:  # the next rows are on their way while these are summed
+            coming = _inputs(dy, dh, x, r, s, near, T, dy_stride, dh_stride, x_stride, ADD, BLOCK)
+        upward = up.to(tl.float32)
+        n, g = v.to(tl.float32) * inverse, upward * w
+        acc += upward * n
         out = (g - n * (tl.sum(g * n, 1)[:, None] / D)) * inverse
         if ADD:
-            out += tl.load(dh + t * dh_stride + lane, ok, 0.0).to(tl.float32)
+            out += other.to(tl.float32)
         tl.store(dx + t * D + lane, out.to(dx.dtype.element_ty), ok)
+        if not AHEAD:
+            coming = _inputs(dy, dh, x, r, s, near, T, dy_stride, dh_stride, x_stride, ADD, BLOCK)
+        t, ok = s, near
+        up, v, other, inverse = coming
     d = tl.arange(0, BLOCK)
     tl.store(partials + p.to(tl.int64) * D + d, tl.sum(acc, 0), d < D)
 
@@ -226,7 +259,9 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
         return dx, torch.zeros_like(weight)
     other, wide = dy if dh is None else dh, D > WIDEST
     tile = _tile(D, BACKWARD)
-    P = programs(x, triton.cdiv(T, WEIGHT["ROWS"] if wide else tile["ROWS"]))
+    size = tile["ROWS"] * tile["BLOCK"] * x.element_size()
+    each = 2 if wide or size <= SMALL else 1
+    P = programs(x, triton.cdiv(T, WEIGHT["ROWS"] if wide else tile["ROWS"]), each)
     partials = torch.empty(P, D, dtype=torch.float32, device=x.device)
     strides = dy.stride(0), other.stride(0), x.stride(0)
     with on_device(x):
@@ -239,7 +274,19 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
             )
         else:
             backward_kernel[(P,)](
-                dx, partials, dy, other, x, weight, r, T, D, *strides, ADD=dh is not None, **tile
+                dx,
+                partials,
+                dy,
+                other,
+                x,
+                weight,
+                r,
+                T,
+                D,
+                *strides,
+                ADD=dh is not None,
+                AHEAD=size <= HELD,
+                **tile,
             )
     return dx, combine(partials, weight.dtype)
 
