@@ -172,9 +172,9 @@ def sample(
     Shapes:  logits (B, V) bf16|fp16|fp32|fp64;  sequence, position (B,) int;  seed an int or (B,) int64;
              temperature a float or (B,)
              ->  token (B,) int64;  logp, behaviour_logp, entropy (B,) fp32 (fp64 for fp64 logits).
-    Memory:  the results; on CPU, filters need 8 bytes per token of the vocabulary and thread, on CUDA about
-             3 bytes per logit.  The PyTorch definition (fp16 on CPU, fp64) takes about 50 bytes per logit while it runs, and sorts each row
-             for top_p.
+    Memory:  the results; filters need 8 bytes per token of the vocabulary and thread on CPU, 3 bytes per
+             logit on CUDA.  The PyTorch definition (fp16 on CPU, fp64) takes about 50 bytes per logit while
+             it runs, and sorts each row for top_p.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Gumbel-max; filters in the order of transformers' logits warpers, ties kept together.
     """

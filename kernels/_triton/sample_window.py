@@ -1,8 +1,9 @@
 """Where the floor under sample's filters lies, roughly: one read of the logits, in Triton.
 
 `survey_kernel` leaves, per chunk of a row, the largest logit, and the mass (and the number) of the tokens
-above each of 15 edges; a chunk is 64 KB at most, and its second loop finds it in the L1 cache.  Edges lie on a grid of SPACING bits of probability that is the same in all chunks, so
-the chunks of a row add up.  `window` is then the stretch between two edges in which the floor lies.
+above each of 15 edges; a chunk is 64 KB at most, and its second loop finds it in the L1 cache.  Edges lie on
+a grid of SPACING bits of probability that is the same in all chunks, so the chunks of a row add up.
+`window` is then the stretch between two edges in which the floor lies.
 
 The sums are fp32, their edges are rounded: what follows from a window is checked by exact sums before it is
 believed (sample_floor.py).
