@@ -26,6 +26,7 @@ FORWARD, BACKWARD = 1024, 4096  # least elements of a tile, for 16 and for 2 pro
 # bytes of a tile of one input, up to which two programs of the backward fit on a multiprocessor, and up to
 # which a program holds the next tile, too
 SMALL, HELD = 8 << 10, 16 << 10
+MOST_REGISTERS = 248  # of one program of 8 warps; without it ptxas may aim at 128, and spill two
 WALK = 4096  # columns at a time of a row that is not held
 WALKING = {"BLOCK": WALK, "num_warps": 8, "enable_fp_fusion": True}
 WEIGHT = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}  # the weight's gradient alone
@@ -262,6 +263,7 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
     size = tile["ROWS"] * tile["BLOCK"] * x.element_size()
     each = 2 if wide or size <= SMALL else 1
     P = programs(x, triton.cdiv(T, WEIGHT["ROWS"] if wide else tile["ROWS"]), each)
+    limit = {"maxnreg": MOST_REGISTERS} if each == 1 and tile["num_warps"] == 8 else {}
     partials = torch.empty(P, D, dtype=torch.float32, device=x.device)
     strides = dy.stride(0), other.stride(0), x.stride(0)
     with on_device(x):
@@ -287,6 +289,7 @@ def _backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, r: Tenso
                 ADD=dh is not None,
                 AHEAD=size <= HELD,
                 **tile,
+                **limit,
             )
     return dx, combine(partials, weight.dtype)
 

@@ -33,6 +33,7 @@ SURVEYED, READ = 1024, 2048  # logits at once; half for mass and number
 # 8 a thread; of 16 bits 4, or two programs do not fit on a multiprocessor
 DRAWN = {torch.float32: 2048, torch.bfloat16: 1024, torch.float16: 1024}
 OPTIONS = launch_options(num_warps=8)
+DRAWING = launch_options(num_warps=8, maxnreg=128)  # without it ptxas may aim at 64, and spill two
 FAR = tl.constexpr(-1e4)  # exp of it is 0, and its product with 0 is not NaN
 
 
@@ -223,7 +224,7 @@ def forward(
             plane,
             BLOCK=block(V, DRAWN[logits.dtype]),
             **drawing,
-            **OPTIONS,
+            **DRAWING,
         )
         settle_kernel[(B,)](
             logits,
