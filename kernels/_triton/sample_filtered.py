@@ -13,7 +13,7 @@ bits depend on nothing but itself.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +38,52 @@ FAR = tl.constexpr(-1e4)  # exp of it is 0, and its product with 0 is not NaN
 
 
 # --- kernels ----------------------------------------------------------------------------------------
+@triton.jit
+def weigh(count, above, total, d, high, bits, MASS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number and the mass of the tokens above a window, and the mass of all, with tokens d added."""
+    if COUNT:
+        count = tl.where(d >= high, count + 1, count)
+    if MASS:
+        weight = mass(d, bits)
+        above = tl.where(d >= high, above + weight, above)
+        if not COUNT:
+            total += weight
+    return count, above, total
+
+
+@triton.jit
+def set_aside(at, d, noise, index, fits, ASIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(at, d, fits)
+    tl.store(at + ASIDE, noise, fits)
+    tl.store(at + 2 * ASIDE, index.to(tl.float32, bitcast=True), fits)
+
+
+@triton.jit
+def winner_of(e, best, token, row, start, end, top, greedy, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The winner of the lanes, and its E / exp(d); of a greedy row the first of the largest logits, and 0."""
+    least, winner = fastest(e, best, token)
+    winner = tl.minimum(winner, end - 1)  # a row without a winner may draw the padding
+    if greedy:
+        winner = first_of(row, start, end, top, BLOCK)
+        least = tl.where(tl.load(row + winner).to(tl.float32) >= top, 0.0, float("inf"))
+    return winner, least
+
+
+@triton.jit
+def store_parts(at, plane, x, y, z, w):  # type: ignore[no-untyped-def]
+    tl.store(at, x)
+    tl.store(at + plane, y)
+    tl.store(at + 2 * plane, z)
+    tl.store(at + 3 * plane, w)
+
+
+@triton.jit
+def keep_window(rows, top, high, low, first):  # type: ignore[no-untyped-def]
+    """Keep the largest logit of a row and its window, in the first of its programs."""
+    edge = tl.arange(0, 4)
+    tl.store(rows + edge, tl.where(edge == 0, top, tl.where(edge == 1, high, low)), (edge < 3) & first)
+
+
 @triton.jit(do_not_specialize=["top_k", "bits", "plane"])
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits,
@@ -84,12 +130,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     inverse = tl.div_rn(1.0, tau)
     top, high, low = window(tops, masses, counts, tau, b, chunks, top_k, p, MASS, COUNT, CHUNKS)
     if not (MASS or COUNT):
-        high = log_min_p
-        low = log_min_p
-    if start == 0:
-        tl.store(rows + 3 * b, top)
-        tl.store(rows + 3 * b + 1, high)
-        tl.store(rows + 3 * b + 2, low)
+        high, low = log_min_p, log_min_p
+    keep_window(rows + 3 * b, top, high, low, start == 0)
     sure = tl.maximum(high, log_min_p)
     key, who, place = tl.load(seed + b), tl.load(sequence + b), tl.load(position + b)
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
@@ -109,15 +151,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         for i in tl.static_range(4):
             s += share[i]
             a += product[i]
-            if COUNT:
-                count = tl.where(d[i] >= high, count + 1, count)
-            if MASS:
-                weight = mass(d[i], bits)
-                above = tl.where(d[i] >= high, above + weight, above)
-                if not COUNT:
-                    total += weight
-        nearest = tl.maximum(tl.maximum(d[0], d[1]), tl.maximum(d[2], d[3]))
-        if tl.max(nearest, 0) >= low:
+            count, above, total = weigh(count, above, total, d[i], high, bits, MASS, COUNT)
+        if tl.max(tl.maximum(tl.maximum(d[0], d[1]), tl.maximum(d[2], d[3])), 0) >= low:
             words = philox4(v // 4 + counter, place, who, who >> 32, key, key >> 32)
             at = tl.full((N,), filled, tl.int32)
             put = quarters(((far >= low) & (far < high) & (v + lane < V)).to(tl.int32), N)
@@ -129,33 +164,54 @@ def draw_kernel(  # type: ignore[no-untyped-def]
             for i in tl.static_range(4):
                 mine = tl.where(d[i] >= sure, share[i], 0.0)
                 kept += mine
-                noise = unit_exponential(words[i])
-                index = v + 4 * counter + i
+                noise, index = unit_exponential(words[i]), v + 4 * counter + i
                 e, best, token = faster(e, best, token, noise, mine, index)
                 if MASS or COUNT:
-                    fits = (put[i] != 0) & (at < ASIDE)
-                    tl.store(own + at, d[i], fits)
-                    tl.store(own + ASIDE + at, noise, fits)
-                    tl.store(own + 2 * ASIDE + at, index.to(tl.float32, bitcast=True), fits)
+                    set_aside(own + at, d[i], noise, index, (put[i] != 0) & (at < ASIDE), ASIDE)
                     at += put[i]
-    least, winner = fastest(e, best, token)
-    winner = tl.minimum(winner, end - 1)  # a row without a winner may draw the padding
-    if greedy:
-        winner = first_of(row, start, end, top, BLOCK)
-        least = tl.where(tl.load(row + winner).to(tl.float32) >= top, 0.0, float("inf"))
+    winner, least = winner_of(e, best, token, row, start, end, top, greedy, BLOCK)
     tl.store(tokens + pid, winner)
-    tl.store(parts + pid, tl.sum(s, 0))
-    tl.store(parts + plane + pid, tl.sum(a, 0))
-    tl.store(parts + 2 * plane + pid, least)
-    tl.store(parts + 3 * plane + pid, tl.sum(kept, 0))
+    store_parts(parts + pid, plane, tl.sum(s, 0), tl.sum(a, 0), least, tl.sum(kept, 0))
     if MASS or COUNT:
-        tl.store(sums + pid, filled.to(tl.int64))
-        tl.store(sums + plane + pid, tl.sum(count, 0).to(tl.int64))
-        tl.store(sums + 2 * plane + pid, tl.sum(above, 0))
-        tl.store(sums + 3 * plane + pid, tl.sum(total, 0))
+        many = filled.to(tl.int64), tl.sum(count, 0).to(tl.int64)
+        store_parts(sums + pid, plane, many[0], many[1], tl.sum(above, 0), tl.sum(total, 0))
 
 
 # --- launch -----------------------------------------------------------------------------------------
+class Work(NamedTuple):
+    """What the three kernels hand on; shapes in `draw_kernel` and `survey_kernel`."""
+
+    tops: Tensor
+    masses: Tensor
+    counts: Tensor
+    rows: Tensor
+    parts: Tensor
+    sums: Tensor
+    tokens: Tensor
+    aside: Tensor
+    last: Tensor  # TILE keys a row
+
+    @classmethod
+    def of(cls, B: int, plane: int, searched: bool, device: torch.device) -> Work:
+        """For B rows of `plane` chunks in all; what only the search for a floor reads is else empty."""
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        lists = plane if searched else 0
+        return cls(
+            tops=numbers(plane),
+            masses=numbers(lists, EDGES.value),
+            counts=numbers(lists, EDGES.value),
+            rows=numbers(B, 3),
+            parts=numbers(4, plane),
+            sums=numbers(4, plane, dtype=torch.int64),
+            tokens=numbers(plane, dtype=torch.int32),
+            aside=numbers(lists, 3, ASIDE),
+            last=numbers(B if searched else 0, TILE.value, dtype=torch.int32),
+        )
+
+
 def forward(
     logits: Tensor,
     seed: Tensor,
@@ -168,88 +224,33 @@ def forward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """token, logp, behaviour_logp and entropy, and the floor under d, each (B,)."""
     B, V = logits.shape
-    device = logits.device
     flags: dict[str, Any] = {"MASS": top_p < 1, "COUNT": 0 < top_k < V, "CHUNK": CHUNK}
-    searched = flags["MASS"] or flags["COUNT"]
+    both, searched = flags["MASS"] and flags["COUNT"], flags["MASS"] or flags["COUNT"]
     chunks = triton.cdiv(V, CHUNK)
-    plane = B * chunks
-
-    token = torch.empty(B, dtype=torch.int64, device=device)
-    logp, behaviour_logp, entropy, floor = (
-        torch.empty(B, dtype=torch.float32, device=device) for _ in range(4)
-    )
-    tops, rows = (torch.empty(n, dtype=torch.float32, device=device) for n in (plane, 3 * B))
-    edges = torch.empty((2, plane * EDGES.value if searched else 1), dtype=torch.float32, device=device)
-    parts = torch.empty((4, plane), dtype=torch.float32, device=device)
-    sums = torch.empty((4, plane), dtype=torch.int64, device=device)
-    tokens = torch.empty(plane, dtype=torch.int32, device=device)
-    aside = torch.empty(3 * plane * ASIDE if searched else 1, dtype=torch.float32, device=device)
-    last = torch.empty(B * TILE if searched else 1, dtype=torch.int32, device=device)
-
-    bits = mass_bits(V)
+    plane, stride, bits = B * chunks, logits.stride(0), mass_bits(V)
     log_min_p = math.log(min_p) if min_p else -math.inf
-    drawing = flags | {"CHUNKS": triton.next_power_of_2(chunks), "ASIDE": ASIDE}
-    keys = (seed, sequence, position, temperature)
+
+    work = Work.of(B, plane, searched, logits.device)
+    out = (
+        torch.empty(B, dtype=torch.int64, device=logits.device),
+        *torch.empty((4, B), dtype=torch.float32, device=logits.device),
+    )
+    inputs = (logits, seed, sequence, position, temperature)
+    surveyed, drawn = (work.tops, work.masses, work.counts), (work.rows, work.parts, work.sums, work.tokens)
+    survey = {"BLOCK": block(V, SURVEYED // 2 if both else SURVEYED), "READ": block(V, READ)}
+    draw = flags | {"CHUNKS": triton.next_power_of_2(chunks), "ASIDE": ASIDE}
+
     with on_device(logits):
-        survey_kernel[(plane,)](
-            logits,
-            temperature,
-            tops,
-            edges[0],
-            edges[1],
-            V,
-            logits.stride(0),
-            BLOCK=block(V, SURVEYED // 2 if flags["MASS"] and flags["COUNT"] else SURVEYED),
-            READ=block(V, READ),
-            **flags,
-            **OPTIONS,
-        )
+        survey_kernel[(plane,)](logits, temperature, *surveyed, V, stride, **survey, **flags, **OPTIONS)
+        numbers = (V, stride, top_k, top_p, log_min_p, bits, plane)
+        BLOCK = block(V, DRAWN[logits.dtype])
         draw_kernel[(plane,)](
-            logits,
-            *keys,
-            tops,
-            edges[0],
-            edges[1],
-            rows,
-            parts,
-            sums,
-            tokens,
-            aside,
-            V,
-            logits.stride(0),
-            top_k,
-            top_p,
-            log_min_p,
-            bits,
-            plane,
-            BLOCK=block(V, DRAWN[logits.dtype]),
-            **drawing,
-            **DRAWING,
+            *inputs, *surveyed, *drawn, work.aside, *numbers, **draw, BLOCK=BLOCK, **DRAWING
         )
+        numbers = (V, chunks, stride, top_k, exact(top_p), log_min_p, bits, plane)
+        STOPPING = STOP[logits.dtype]
         settle_kernel[(B,)](
-            logits,
-            *keys,
-            rows,
-            parts,
-            sums,
-            tokens,
-            aside,
-            last,
-            token,
-            logp,
-            behaviour_logp,
-            entropy,
-            floor,
-            V,
-            chunks,
-            logits.stride(0),
-            top_k,
-            exact(top_p),
-            log_min_p,
-            bits,
-            plane,
-            STOP=STOP[logits.dtype],
-            **drawing,
-            **SETTLING,
+            *inputs, *drawn, work.aside, work.last, *out, *numbers, **draw, STOP=STOPPING, **SETTLING
         )
+    token, logp, behaviour_logp, entropy, floor = out
     return (token, logp, behaviour_logp, entropy), floor

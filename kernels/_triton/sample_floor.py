@@ -162,6 +162,99 @@ def noise_of(v, place, who, code):  # type: ignore[no-untyped-def]
     return unit_exponential(tl.where((v & 1) != 0, odd, even))
 
 
+@triton.jit
+def floor_aside(  # type: ignore[no-untyped-def]
+    aside,
+    sums,
+    rows,
+    last,
+    chunks,
+    plane,
+    top_k,
+    top_p,
+    bits,
+    V,
+    MASS: tl.constexpr,
+    COUNT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ASIDE: tl.constexpr,
+):
+    """The floor among the tokens of a row that are set aside, and whether it is certain."""
+    lane = tl.arange(0, CHUNKS)
+    fill = tl.load(sums + lane, lane < chunks, 0)
+    many = tl.sum(fill, 0).to(tl.int32)
+    ok = tl.max(fill, 0) <= ASIDE
+    # the window's upper edge belongs to what lies above
+    first, end = key_of(tl.load(rows + 1)), key_of(tl.load(rows + 2))
+    found = tl.full((), float("-inf"), tl.float32)
+    if COUNT:
+        above = tl.sum(tl.load(sums + plane + lane, lane < chunks, 0), 0)
+        if ok:
+            end, before, until = search(
+                aside, sums, chunks, last, many, first, end, above, top_k, bits, False, ASIDE
+            )
+            ok = (before < top_k) & (until >= top_k)
+            found = distance_of(end)
+    if MASS:
+        above = tl.sum(tl.load(sums + 2 * plane + lane, lane < chunks, 0), 0)
+        total = tl.sum(tl.load(sums + 3 * plane + lane, lane < chunks, 0), 0)
+        if ok:
+            if COUNT:
+                whole = tl.zeros((16,), tl.int32) + end
+                total = above + tl.max(sum_until(aside, sums, chunks, whole, bits, True, ASIDE)[0], 0)
+            limit = limit_of(top_p, total)
+            end, before, until = search(
+                aside, sums, chunks, last, many, first, end, above, limit, bits, True, ASIDE
+            )
+            doubt = slack(total, V)
+            ok = (before + doubt < limit) & (limit + doubt <= until)
+            found = distance_of(end)
+    return found, ok
+
+
+@triton.jit
+def race_aside(aside, fills, chunks, floor, ASIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The cost and the index of the winner among the tokens set aside, and what those above `floor` hold."""
+    lane = tl.arange(0, RACED)
+    e, best = tl.full((RACED,), 1.0, tl.float32), tl.zeros((RACED,), tl.float32)
+    winner, kept = tl.zeros((RACED,), tl.int32), tl.zeros((RACED,), tl.float32)
+    for c in range(chunks):
+        n = tl.load(fills + c).to(tl.int32)
+        for i in range(0, n, RACED):
+            at, within = aside + c * (3 * ASIDE) + i + lane, i + lane < n
+            d = tl.load(at, within, float("-inf"))
+            share = tl.where(d >= floor, tl.exp2(d * LOG2E), 0.0)
+            kept += share
+            noise = tl.load(at + ASIDE, within, 1.0)
+            v = tl.load(at + 2 * ASIDE, within, 0.0).to(tl.int32, bitcast=True)
+            e, best, winner = faster(e, best, winner, noise, share, v)
+    return finish(e, best, winner, kept)
+
+
+@triton.jit
+def race_row(row, V, top, tau, floor, place, who, code):  # type: ignore[no-untyped-def]
+    """The same among all tokens of a row."""
+    lane = tl.arange(0, RACED)
+    e, best = tl.full((RACED,), 1.0, tl.float32), tl.zeros((RACED,), tl.float32)
+    winner, kept = tl.zeros((RACED,), tl.int32), tl.zeros((RACED,), tl.float32)
+    inverse = tl.div_rn(1.0, tau)
+    for i in range(0, V, RACED):
+        v = i + lane
+        x = tl.load(row + v, v < V, float("-inf")).to(tl.float32)
+        d = distance(x, top, tau, inverse)
+        share = tl.where((d >= floor) & (v < V), tl.exp2(d * LOG2E), 0.0)
+        kept += share
+        e, best, winner = faster(e, best, winner, noise_of(v, place, who, code), share, v)
+    return finish(e, best, winner, kept)
+
+
+@triton.jit
+def finish(e, best, winner, kept):  # type: ignore[no-untyped-def]
+    """One winner of all lanes; its cost is infinite if nobody raced."""
+    cost, token = fastest(e, best, winner)
+    return tl.where(tl.max(best, 0) > 0, cost, float("inf")), token, tl.sum(kept, 0)
+
+
 @triton.jit(do_not_specialize=["chunks", "top_k", "top_p", "bits", "plane"])
 def settle_kernel(  # type: ignore[no-untyped-def]
     logits,
@@ -197,7 +290,7 @@ def settle_kernel(  # type: ignore[no-untyped-def]
 ):
     """Arguments as in `draw_kernel`; `top_p` is the bits of a double."""
     b = tl.program_id(0).to(tl.int64)
-    row, own, first = logits + b * stride, b * chunks, b * chunks * (3 * ASIDE)
+    row, own, listed = logits + b * stride, b * chunks, aside + b * chunks * (3 * ASIDE)
     tau = tl.load(temperature + b)
     greedy = tau == 0
     tau = tl.where(greedy, 1.0, tau)
@@ -208,93 +301,40 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     drawn = tl.load(tokens + at, live, 2147483647)
     kept = tl.sum(tl.load(parts + 3 * plane + at, live, 0.0), 0)
     floor = tl.full((), 0, tl.float32) + log_min_p
+    cost, other, more = tl.full((), float("inf"), tl.float32), tl.full((), 0, tl.int32), tl.zeros_like(kept)
     if MASS or COUNT:
-        fill = tl.load(sums + at, live, 0)
-        many = tl.sum(fill, 0).to(tl.int32)
-        ok = tl.max(fill, 0) <= ASIDE
-        first_key, last_key = key_of(tl.load(rows + 3 * b + 1)), key_of(tl.load(rows + 3 * b + 2))
-        # the window's upper edge belongs to what lies above
-        found = tl.full((), float("-inf"), tl.float32)
-        fills, listed, scratch = sums + own, aside + first, last + b * TILE
-        if greedy:
-            ok = many < 0
-        if COUNT:
-            above = tl.sum(tl.load(sums + plane + at, live, 0), 0)
+        fills, scratch = sums + own, last + b * TILE
+        if greedy == 0:
+            found, ok = floor_aside(
+                listed,
+                fills,
+                rows + 3 * b,
+                scratch,
+                chunks,
+                plane,
+                top_k,
+                top_p,
+                bits,
+                V,
+                MASS,
+                COUNT,
+                CHUNKS,
+                ASIDE,
+            )
             if ok:
-                key, before, until = search(
-                    listed,
-                    fills,
-                    chunks,
-                    scratch,
-                    many,
-                    first_key,
-                    last_key,
-                    above,
-                    top_k,
-                    bits,
-                    False,
-                    ASIDE,
-                )
-                ok = (before < top_k) & (until >= top_k)
-                last_key = key
-                found = distance_of(key)
-        if MASS:
-            above = tl.sum(tl.load(sums + 2 * plane + at, live, 0), 0)
-            total = tl.sum(tl.load(sums + 3 * plane + at, live, 0), 0)
-            if ok:
-                if COUNT:
-                    weight, _ = sum_until(
-                        listed, fills, chunks, tl.zeros((16,), tl.int32) + last_key, bits, True, ASIDE
-                    )
-                    total = above + tl.max(weight, 0)
-                limit = limit_of(top_p, total)
-                key, before, until = search(
-                    listed, fills, chunks, scratch, many, first_key, last_key, above, limit, bits, True, ASIDE
-                )
-                doubt = slack(total, V)
-                ok = (before + doubt < limit) & (limit + doubt <= until)
-                found = distance_of(key)
-        if ok | greedy:
-            found = tl.where(greedy, float("-inf"), found)
-        else:
-            found = exact_floor(row, V, top, tau, top_k, top_p, bits, COUNT, MASS, STOP, SEARCHED)
-        floor = tl.maximum(floor, found)
-        if (ok == 0) & (greedy == 0):
-            least = tl.full((CHUNKS,), float("inf"), tl.float32)
-            kept = 0.0
-        code, who, place = tl.load(seed + b), tl.load(sequence + b), tl.load(position + b)
-        lanes = tl.arange(0, RACED)
-        e, best = tl.full((RACED,), 1.0, tl.float32), tl.zeros((RACED,), tl.float32)
-        winner, share = tl.zeros((RACED,), tl.int32), tl.zeros((RACED,), tl.float32)
-        if ok:
-            for c in range(chunks):
-                n = tl.load(fills + c).to(tl.int32)
-                for i in range(0, n, RACED):
-                    here, within = listed + c * (3 * ASIDE) + i + lanes, i + lanes < n
-                    d = tl.load(here, within, float("-inf"))
-                    part = tl.where(d >= floor, tl.exp2(d * LOG2E), 0.0)
-                    share += part
-                    noise = tl.load(here + ASIDE, within, 1.0)
-                    v = tl.load(here + 2 * ASIDE, within, 0.0).to(tl.int32, bitcast=True)
-                    e, best, winner = faster(e, best, winner, noise, part, v)
-        if (ok == 0) & (greedy == 0):
-            inverse = tl.div_rn(1.0, tau)
-            for i in range(0, V, RACED):
-                v = i + lanes
-                x = tl.load(row + v, v < V, float("-inf")).to(tl.float32)
-                d = distance(x, top, tau, inverse)
-                part = tl.where((d >= floor) & (v < V), tl.exp2(d * LOG2E), 0.0)
-                share += part
-                e, best, winner = faster(e, best, winner, noise_of(v, place, who, code), part, v)
-        cost, other = fastest(e, best, winner)
-        cost = tl.where(tl.max(best, 0) > 0, cost, float("inf"))
-        kept += tl.sum(share, 0)
+                floor = tl.maximum(floor, found)
+                cost, other, more = race_aside(listed, fills, chunks, floor, ASIDE)
+            else:
+                found = exact_floor(row, V, top, tau, top_k, top_p, bits, COUNT, MASS, STOP, SEARCHED)
+                floor = tl.maximum(floor, found)
+                place, who, code = tl.load(position + b), tl.load(sequence + b), tl.load(seed + b)
+                cost, other, more = race_row(row, V, top, tau, floor, place, who, code)
+                least, kept = tl.full((CHUNKS,), float("inf"), tl.float32), tl.zeros_like(kept)
+    kept += more
     winning = tl.min(least, 0)
     chosen = tl.min(tl.where(live & (least == winning), drawn, 2147483647), 0)
-    if MASS or COUNT:
-        first_of_equals = (cost < winning) | ((cost == winning) & (other < chosen))
-        chosen = tl.where(first_of_equals, other, chosen)
-    chosen = tl.minimum(chosen, V - 1)
+    first = (cost < winning) | ((cost == winning) & (other < chosen))
+    chosen = tl.minimum(tl.where((cost < float("inf")) & first, other, chosen), V - 1)
     s = tl.sum(tl.load(parts + at, live, 0.0), 0)
     a = tl.sum(tl.load(parts + plane + at, live, 0.0), 0)
     s = tl.where(top <= LOWEST, float("nan"), s)  # nothing above -inf: no distribution
@@ -310,7 +350,8 @@ def settle_kernel(  # type: ignore[no-untyped-def]
 # --- what launches need -----------------------------------------------------------------------------
 def exact(top_p: float) -> int:
     """The bits of a double: as a float argument it would be rounded to fp32."""
-    return struct.unpack("<q", struct.pack("<d", top_p))[0]  # type: ignore[no-any-return]
+    bits: int = struct.unpack("<q", struct.pack("<d", top_p))[0]
+    return bits
 
 
 def block(V: int, most: int) -> int:
