@@ -78,10 +78,11 @@ def store_parts(at, plane, x, y, z, w):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def keep_window(rows, top, high, low, first):  # type: ignore[no-untyped-def]
+def keep_window(rows, top, high, low, start):  # type: ignore[no-untyped-def]
     """Keep the largest logit of a row and its window, in the first of its programs."""
     edge = tl.arange(0, 4)
-    tl.store(rows + edge, tl.where(edge == 0, top, tl.where(edge == 1, high, low)), (edge < 3) & first)
+    few = tl.where(start == 0, 3, 0)
+    tl.store(rows + edge, tl.where(edge == 0, top, tl.where(edge == 1, high, low)), edge < few)
 
 
 @triton.jit(do_not_specialize=["top_k", "bits", "plane"])
@@ -123,7 +124,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     b = (pid // chunks).to(tl.int64)
     start = (pid % chunks) * CHUNK
     end = tl.minimum(start + CHUNK, V)
-    row = logits + b * stride
+    row, own = logits + b * stride, aside + pid.to(tl.int64) * (3 * ASIDE)
     tau = tl.load(temperature + b)
     greedy = tau == 0
     tau = tl.where(greedy, 1.0, tau)
@@ -131,7 +132,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     top, high, low = window(tops, masses, counts, tau, b, chunks, top_k, p, MASS, COUNT, CHUNKS)
     if not (MASS or COUNT):
         high, low = log_min_p, log_min_p
-    keep_window(rows + 3 * b, top, high, low, start == 0)
+    keep_window(rows + 3 * b, top, high, low, start)
     sure = tl.maximum(high, log_min_p)
     key, who, place = tl.load(seed + b), tl.load(sequence + b), tl.load(position + b)
     lane, counter = tl.arange(0, BLOCK), tl.arange(0, N)
@@ -139,9 +140,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     e, best = tl.full((N,), 1.0, tl.float32), tl.zeros((N,), tl.float32)  # E and exp(d) of the lane's winner
     token = start + 4 * counter
     total, above = tl.zeros((N,), tl.int64), tl.zeros((N,), tl.int64)
-    count = tl.zeros((N,), tl.int32)
-    filled = tl.full((), 0, tl.int32)
-    own = aside + pid.to(tl.int64) * (3 * ASIDE)
+    count, filled = tl.zeros((N,), tl.int32), tl.full((), 0, tl.int32)
     for v in range(start, end, BLOCK):
         x = tl.load(row + v + lane, v + lane < V, float("-inf")).to(tl.float32)
         far = distance(x, top, tau, inverse)
@@ -173,8 +172,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     tl.store(tokens + pid, winner)
     store_parts(parts + pid, plane, tl.sum(s, 0), tl.sum(a, 0), least, tl.sum(kept, 0))
     if MASS or COUNT:
-        many = filled.to(tl.int64), tl.sum(count, 0).to(tl.int64)
-        store_parts(sums + pid, plane, many[0], many[1], tl.sum(above, 0), tl.sum(total, 0))
+        store_parts(sums + pid, plane, filled, tl.sum(count, 0), tl.sum(above, 0), tl.sum(total, 0))
 
 
 # --- launch -----------------------------------------------------------------------------------------
@@ -247,10 +245,10 @@ def forward(
         draw_kernel[(plane,)](
             *inputs, *surveyed, *drawn, work.aside, *numbers, **draw, BLOCK=BLOCK, **DRAWING
         )
-        numbers = (V, chunks, stride, top_k, exact(top_p), log_min_p, bits, plane)
+        settling = (V, chunks, stride, top_k, exact(top_p), log_min_p, bits, plane)
         STOPPING = STOP[logits.dtype]
         settle_kernel[(B,)](
-            *inputs, *drawn, work.aside, work.last, *out, *numbers, **draw, STOP=STOPPING, **SETTLING
+            *inputs, *drawn, work.aside, work.last, *out, *settling, **draw, STOP=STOPPING, **SETTLING
         )
     token, logp, behaviour_logp, entropy, floor = out
     return (token, logp, behaviour_logp, entropy), floor
