@@ -52,6 +52,10 @@ class Sampling:
     """
     max_rows: int | None = None
     """Sequences decoded together; None is 256 on CPU, 1024 on CUDA."""
+    logits_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the logits that tokens are drawn from. bfloat16, for a bfloat16 model, halves their
+    traffic; recorded log-probs then differ from the trainer's by that rounding.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

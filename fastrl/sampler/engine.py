@@ -59,6 +59,7 @@ class Engine:
     max_rows        sequences decoded together
     prefill_tokens  tokens of one prefill
     window          decode steps between two snapshots
+    logits_dtype    of the logits that tokens are drawn from, or wider where the model is
     """
 
     weights: tuple[int, ...]  # where captured graphs read them; empty while there are none
@@ -74,12 +75,14 @@ class Engine:
         max_rows: int | None = None,
         prefill_tokens: int | None = None,
         window: int | None = None,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
         kind = model.device.type
         self.model, self.tokens, self.page = model, tokens, page
         self.max_rows = max_rows or MAX_ROWS.get(kind, 256)
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(kind, 4096)
         self.steps = window or WINDOW.get(kind, 1)
+        self.logits_dtype = logits_dtype
         self.compact_below = COMPACT_BELOW.get(kind, 0.95)
         self.peak_pages, self.timing = 0, dict[str, float]()
         ensure(model.device, kernel_widths(model.config, page), (torch.float32, model.dtype))
@@ -261,7 +264,7 @@ class Engine:
         """
         self.cache = PagedCache(self.model, pages, self.page)
         self.state = State(self.cache, B, S, C, self.model.device, stops)
-        self.step = DecodeStep(self.model, self.state)
+        self.step = DecodeStep(self.model, self.state, self.logits_dtype)
         self.run = runner(self.step, self.model.device)
 
     def _make_room(self, S: int, C: int, pages: int, stops: int) -> None:

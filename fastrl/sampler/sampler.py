@@ -11,6 +11,7 @@ from fastrl.batch.transfer import fetch, send
 from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
 from fastrl.errors import UserError
+from fastrl.kernels._backend import is_exact
 from fastrl.kernels.advance import LENGTH
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.sampler.cache import PagedCache
@@ -38,6 +39,9 @@ class Sampler:
     max_rows               sequences decoded together; None takes 256 on CPU, 1024 on CUDA
     prefill_tokens         tokens of one prefill; longer prompts are cut; None takes 4096 on CPU, 16384 on
                            CUDA
+    logits_dtype           of the logits that tokens are drawn from: float32 (or the model's, if wider), or
+                           bfloat16 for a bfloat16 model: half the bytes, and a log-prob is off by up to 2^-8
+                           of its logit
     timing                 seconds of the last call by phase: prefill, decode, sample (part of decode on
                            CUDA), schedule
     peak_pages             cache pages, of 64 tokens, that the last call had in use at once
@@ -53,7 +57,14 @@ class Sampler:
         keep_cache: bool = True,
         max_rows: int | None = None,
         prefill_tokens: int | None = None,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
+        if logits_dtype not in (torch.float32, model.dtype):
+            raise UserError(
+                f"logits_dtype: expected torch.float32, or the model's {model.dtype}, got {logits_dtype}; "
+                "logits are never narrower than what they are computed from"
+            )
+        self.logits_dtype = logits_dtype
         self.model, self.tokenizer, self.keep_cache = model, tokenizer, keep_cache
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.max_tokens_in_flight = max_tokens_in_flight
@@ -71,6 +82,7 @@ class Sampler:
             cache_bytes=sampling.cache_bytes,
             keep_cache=sampling.keep_cache,
             max_rows=sampling.max_rows,
+            logits_dtype=getattr(torch, sampling.logits_dtype),
         )
 
     @property
@@ -118,6 +130,11 @@ class Sampler:
         Raises UserError for a prompt that is empty, foreign to the vocabulary or too long for the context,
         and for a budget that does not hold one sequence.
         """
+        if is_exact() and self.logits_dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"logits_dtype: expected torch.float32 in exact mode, got {self.logits_dtype}; "
+                "the trainer's logits are not rounded"
+            )
         if lengths is not None and (len(lengths) != len(prompts) or min(lengths, default=1) < 1):
             raise UserError(
                 f"lengths: expected {len(prompts)} positive numbers, one for each prompt, got {list(lengths)}"
@@ -188,6 +205,7 @@ class Sampler:
                 tokens=self.max_tokens_in_flight,
                 max_rows=self.max_rows,
                 prefill_tokens=self.prefill_tokens,
+                logits_dtype=self.logits_dtype,
             )
             self._engine = engine
         engine.tokens = self.max_tokens_in_flight

@@ -33,8 +33,9 @@ def bucket(b: int, device: torch.device) -> int:
 class DecodeStep:
     """token -> layers -> head -> draw -> records, for rows of `state`.  The host reads no value of it."""
 
-    def __init__(self, model: LanguageModel, state: State) -> None:
+    def __init__(self, model: LanguageModel, state: State, logits_dtype: torch.dtype = torch.float32) -> None:
         self.model, self.state = model, state
+        self.logits_dtype = torch.promote_types(model.dtype, logits_dtype)
         self.seconds = {"decode": 0.0, "sample": 0.0}  # right only where the host waits for each op
 
     def __call__(self, b: int, filters: Filters) -> None:
@@ -58,11 +59,10 @@ class DecodeStep:
         self.seconds["sample"] += time.perf_counter() - drawn_at
 
     def _logits(self, rows: Rows, new: Newest) -> Tensor:
-        """(b, V) after each row's newest token, fp32 or wider."""
+        """(b, V) after each row's newest token."""
         model = self.model
         hidden = self._cached(rows, new) if model.supports_cache else self._whole(rows)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return project(hidden, model.head_weight, model.head_bias, wide)
+        return project(hidden, model.head_weight, model.head_bias, self.logits_dtype)
 
     def _draw(self, logits: Tensor, rows: Rows, new: Newest, filters: Filters) -> Sample:
         state, b = self.state, logits.shape[0]

@@ -87,6 +87,7 @@ class VllmSampler:
             ("cache-bytes", sampling.cache_bytes, 0),
             ("keep-cache", sampling.keep_cache, True),
             ("max-rows", sampling.max_rows, None),
+            ("logits-dtype", sampling.logits_dtype, "float32"),
         ):
             if given != default:
                 raise UserError(

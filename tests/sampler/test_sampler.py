@@ -48,6 +48,32 @@ def forward(model: Decoder, rollouts: Rollouts, temperature: float = 1.0) -> tup
 
 
 # --- what is recorded -------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tokens_are_drawn_from_logits_of_the_dtype_asked_for(dtype, monkeypatch):
+    """Wrong: an option that changes nothing; log-probs of other logits than those that are drawn from."""
+    sample, seen = ops.sample, []
+
+    def spy(logits, **arguments):
+        drawn = sample(logits, **arguments)
+        want = logits.float().log_softmax(-1).gather(1, drawn.token[:, None])[:, 0]
+        torch.testing.assert_close(drawn.logp, want, atol=1e-5, rtol=0)
+        seen.append(logits.dtype)
+        return drawn
+
+    monkeypatch.setattr(ops, "sample", spy)
+    model = decoder("qwen2").to(torch.bfloat16)
+    Sampler(model, logits_dtype=dtype).generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12, seed=5))
+    assert seen and set(seen) == {dtype}
+
+
+def test_narrow_logits_are_refused_where_nothing_else_is_narrow():
+    with pytest.raises(UserError, match=r"logits_dtype: expected torch.float32, or .* got torch.bfloat16"):
+        Sampler(decoder("qwen2"), logits_dtype=torch.bfloat16)
+    sampler = Sampler(decoder("qwen2").to(torch.bfloat16), logits_dtype=torch.bfloat16)
+    with ops.exact(), pytest.raises(UserError, match=r"expected torch.float32 in exact mode, got torch.bf"):
+        sampler.generate(PROMPTS, SamplingParams())
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logp_and_entropy_are_the_trainers(family):
     """Wrong implementations: log-probs at temperature 1, after the filters, or of the token before."""
