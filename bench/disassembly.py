@@ -19,8 +19,10 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][
 LABEL = re.compile(r"^(\.L_x_\w+|\$\S+):")
 SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)")
 TARGET = re.compile(r"`\(([^)]+)\)")
+LISTED = re.compile(r"BRANCH_TARGETS ([^\s\"]+)")  # where a jump to a register may lead
 BRANCHES, ENDS = ("BRA", "JMP"), ("EXIT", "RET")
-UNREADABLE = ("BRX", "JMX", "BRXU", "JMXU")  # targets in registers
+INDEXED = ("BRX", "JMX", "BRXU", "JMXU")  # targets in registers
+JUMPS = (*BRANCHES, *ENDS, *INDEXED)
 GLOBAL_LOADS, STORES = ("LDG", "LDGSTS"), ("STG",)
 MEMORY = (*GLOBAL_LOADS, *STORES, "LDS", "STS", "UTMALDG", "UTMASTG", "ATOMG", "REDG")
 SIZES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
@@ -114,7 +116,7 @@ class Function:
     def starts(self) -> list[int]:
         """The index of each block's first instruction."""
         leaders = {0, *self.labels.values()}
-        leaders |= {i + 1 for i, x in enumerate(self.instructions) if x.name in (*BRANCHES, *ENDS)}
+        leaders |= {i + 1 for i, x in enumerate(self.instructions) if x.name in JUMPS}
         return sorted(i for i in leaders if i < len(self.instructions))
 
     def block(self, b: int) -> list[Instruction]:
@@ -125,14 +127,14 @@ class Function:
     def edges(self) -> list[list[int]]:
         """The blocks that may follow each block.
 
-        Raises ValueError for a jump whose target is in a register.
+        Raises ValueError for a jump to a register without a list of targets.
         """
         return [self._after(b) for b in range(len(self.starts))]
 
     def _after(self, b: int) -> list[int]:
         last, following = self.block(b)[-1], [b + 1] if b + 1 < len(self.starts) else []
-        if last.name in UNREADABLE:
-            raise ValueError(f"{self.name}: {last.opcode} at {last.address:#x} jumps to a register")
+        if last.name in INDEXED:
+            return self._listed(last) + (following if last.guard else [])
         if last.name in ENDS:
             return following if last.guard else []
         if last.name not in BRANCHES:
@@ -142,6 +144,13 @@ class Function:
         to = self.starts.index(self.labels[label[1]])
         conditional = last.guard or "," in last.operands or last.opcode.startswith("BRA.DIV")
         return [to, *following] if conditional else [to]
+
+    def _listed(self, jump: Instruction) -> list[int]:
+        """The blocks that the disassembler lists beside a jump to a register."""
+        listed = LISTED.search(jump.operands)
+        if listed is None:
+            raise ValueError(f"{self.name}: {jump.opcode} at {jump.address:#x} jumps to a register")
+        return [self.starts.index(self.labels[label]) for label in listed[1].split(",")]
 
     @functools.cached_property
     def dominators(self) -> dict[int, set[int]]:

@@ -94,7 +94,7 @@ class Launch:
         than a program may have.
         """
         if self.key not in self.memo:
-            source = triton.compiler.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+            source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
             compiled = triton.compile(source, target=target(self.arch), options=self.settings)
             if compiled.metadata.shared > SHARED[self.arch]:
                 raise OutOfResources(compiled.metadata.shared, SHARED[self.arch], "shared memory")

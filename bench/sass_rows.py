@@ -113,7 +113,8 @@ BF16, FP32, FROM_CHIP = Elements(size=2), Elements(size=4), Elements(size=2, nam
 WHOLE, READING, STORING = Main(), Main(has=("LDG",), lacks=("STG",)), Main(has=("LDG", "STG"))
 SUMMING, WRITING = Main(has=("LDS", "MUFU"), lacks=("STG", "SHFL")), Main(has=("LDS", "STG.E.128"))
 IN_PACKS = Main(has=("LDG", "STG.E.128"))  # not the loop for rows that start anywhere
-EPILOGUE, PRODUCT = Main(has=("MUFU",), outer=True), Main(has=("HMMA",))
+# of the warps that compute; the loop around it, with BRX, hands specialised warps their part
+EPILOGUE, PRODUCT = Main(has=("MUFU",), lacks=("BRX",), outer=True), Main(has=("HMMA",))
 ONE, FOUR, EIGHT = Elements(fixed=1), Elements(fixed=4), Elements(fixed=8)
 # the two reads of a row under filters take 0.23 ms of 0.25, settling it the rest; the search before took 1.42
 NO_FP64 = Goal("fp64", most=0, was=16)
@@ -164,7 +165,7 @@ ROWS = (
     ),
     Row(
         "linear_logp epilogue D=896",
-        "linear_logp.partial",
+        "linear_logp_hopper.partial",
         call.head,
         EPILOGUE,
         ONE,

@@ -1,14 +1,16 @@
 """linear_logp forward in Triton for small D: logits live in registers, tile by tile, and never reach memory.
 
 A program owns BLOCK_M tokens and one share of the vocabulary.  Tile after tile it multiplies (tensor cores,
-float32 sums), and folds the tile into four float32 numbers a token:
+float32 sums), and folds the tile into three float32 numbers a token:
 
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
-    the x of the target
 
-A second kernel merges the shares of a token in a fixed order: two runs give the same bits.  With D <= 1536
-the bytes of a materialised (T, V) cost more than the product; beyond that a library GEMM in front of
-token_logp is the faster form.
+The logit of the target is a product of two rows, apart from the tiles: to look for it there takes as many
+instructions as the exponents.  A last kernel merges the shares of a token in a fixed order: two runs give
+the same bits.  With D <= 1536 the bytes of a materialised (T, V) cost more than the product; beyond that a
+library GEMM in front of token_logp is the faster form.
+
+On sm_90 without a bias, linear_logp_hopper.py takes the place of the first kernel.
 """
 
 from __future__ import annotations
@@ -19,25 +21,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastrl.kernels._launch import gpu, on_device
+from fastrl.kernels._launch import gpu, launch_options, on_device
+from fastrl.kernels._triton import linear_logp_hopper as hopper
+from fastrl.kernels._triton.linear_logp_fold import LOG2E, LOWEST, finish, fold
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 1536  # D up to which this is the form to use
-WIDE, NARROW = "wide", "narrow"  # tiles; sm_90 has the registers for the wide one if there is no bias
-TILES = {
-    WIDE: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
-    NARROW: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
-}
-OPTIONS = {
-    WIDE: {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
-    NARROW: {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True},
-}
-COMBINE = {"num_warps": 4, "enable_fp_fusion": True}
-ROWS = 128  # tokens a program of the second kernel merges
+# with TMA, and the 131 KB of shared memory that a program takes: sm_90 and sm_100 have 227, sm_120 only 99
+GENERATIONS = (9, 10)
+TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+OPTIONS = launch_options(num_warps=8, num_stages=4)
+HOPPER_COLUMNS = hopper.COLUMNS.value
+COMBINE = launch_options(num_warps=4)
+ROWS = 128  # tokens a program of the last kernel merges
+TARGETS = {"ROWS": 4, "BLOCK": 256}  # tokens, and numbers of each at a time, of a program of target_kernel
+TARGET = launch_options(num_warps=4)
 MAX_SPLITS = 32
-# stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
-LOWEST = tl.constexpr(-1e30)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -46,7 +45,6 @@ def partial_kernel(  # type: ignore[no-untyped-def]
     hidden,
     weight,
     bias,
-    target,
     temperature,
     parts,
     T,
@@ -59,46 +57,73 @@ def partial_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """parts (splits, 4, T): top, s, a and the target's logit (0 where it lies in another share)."""
+    """parts (splits, 3, T): top, s and a of BLOCK_M tokens over one share of the vocabulary."""
     first, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < T
     k = LOG2E / tl.load(temperature + rows, live, 1.0)
-    y = tl.load(target + rows, live, -1)
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    c = tl.zeros((BLOCK_M,), tl.float32)
     s = tl.zeros((BLOCK_M,), tl.float32)
     a = tl.zeros((BLOCK_M,), tl.float32)
-    chosen = tl.zeros((BLOCK_M,), tl.float32)
     begin = split * per_split
     for v in range(begin, tl.minimum(begin + per_split, V), BLOCK_N):
-        lane = tl.arange(0, BLOCK_N)
-        columns = v + lane
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for d in range(0, D, BLOCK_K):
             z = tl.dot(hidden.load([first, d]), weight.load([v, d]).T, z)
+        columns = v + tl.arange(0, BLOCK_N)
         if BIAS:
             b = tl.load(bias + columns, columns < V, float("-inf")).to(tl.float32)
             z += tl.where(b < LOWEST, LOWEST, b)[None, :]
         elif v + BLOCK_N > V:
             z = tl.where((columns < V)[None, :], z, LOWEST)
-        chosen += tl.sum(tl.where(lane[None, :] == (y - v)[:, None], z, 0.0), 1)
-        high = tl.maximum(top, tl.max(z, 1))
-        shrink = tl.exp2((top - high) * k)
-        e = tl.exp2((z - high[:, None]) * k[:, None])
-        if ENTROPY:
-            a = shrink * (a + (top - high) * s) + tl.sum(e * (z - high[:, None]), 1)
-        s = shrink * s + tl.sum(e, 1)
-        top = high
-    out = parts + split.to(tl.int64) * 4 * T + rows
+        top, c, s, a = fold(z, top, c, s, a, k, ENTROPY)
+
+    s, a = finish(top, c, s, a, k, ENTROPY)
+    out = parts + split.to(tl.int64) * 3 * T + rows
     tl.store(out, top, live)
     tl.store(out + T, s, live)
-    tl.store(out + 2 * T, a, live)
-    tl.store(out + 3 * T, chosen, live)
+    if ENTROPY:
+        tl.store(out + 2 * T, a, live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def target_kernel(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    bias,
+    target,
+    chosen,
+    T,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """chosen (T,): the logit of each token's target, -inf where it is not in the vocabulary."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y = tl.load(target + t, t < T, -1).to(tl.int64)
+    inside = (y >= 0) & (y < V)
+    lane = tl.arange(0, BLOCK)
+    x, w = hidden + t.to(tl.int64) * hidden_stride, weight + y * weight_stride
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for d in range(0, D, BLOCK):
+        here = inside[:, None] & (d + lane < D)[None, :]
+        a = tl.load(x[:, None] + (d + lane)[None, :], here, 0.0).to(tl.float32)
+        total += a * tl.load(w[:, None] + (d + lane)[None, :], here, 0.0).to(tl.float32)
+    z = tl.sum(total, 1)
+    if BIAS:
+        z += tl.load(bias + y, inside, 0.0).to(tl.float32)
+    tl.store(chosen + t, tl.where(inside, z, float("-inf")), t < T)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def combine_kernel(  # type: ignore[no-untyped-def]
     parts,
+    chosen,
     target,
     temperature,
     logp,
@@ -120,10 +145,9 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     part = parts + t
     for _ in range(0, splits):
         high = tl.maximum(high, tl.load(part, live, 0.0))
-        part += 4 * T
+        part += 3 * T
     s = tl.zeros((ROWS,), tl.float32)
     a = tl.zeros((ROWS,), tl.float32)
-    chosen = tl.zeros((ROWS,), tl.float32)
     part = parts + t
     for _ in range(0, splits):
         d = tl.load(part, live, 0.0) - high
@@ -131,13 +155,16 @@ def combine_kernel(  # type: ignore[no-untyped-def]
         s += share * s_part
         if ENTROPY:
             a += share * (tl.load(part + 2 * T, live, 0.0) + d * s_part)
-        chosen += tl.load(part + 3 * T, live, 0.0)
-        part += 4 * T
+        part += 3 * T
     s = tl.where(high <= LOWEST, float("nan"), s)  # nothing above -inf: no distribution
     ln = tl.log(s)
     scaled = high / tau
-    chosen = tl.where(chosen <= LOWEST, float("-inf"), chosen)
-    tl.store(logp + t, tl.where((y >= 0) & (y < V), (chosen - high) / tau - ln, float("nan")), live)
+    inside = (y >= 0) & (y < V)
+    z = tl.load(chosen + t, live & inside, 0.0)
+    z = tl.where(z <= LOWEST, float("-inf"), z)
+    found = (z - high) / tau - ln
+    found = tl.where(found > 0, 0.0, found)  # the target's logit is rounded apart from those in s
+    tl.store(logp + t, tl.where(inside, found, float("nan")), live)
     tl.store(m + t, scaled, live)
     tl.store(log_s + t, ln - tl.fma(scaled, tau, -high) / tau, live)  # relative to the rounded m
     if ENTROPY:
@@ -146,12 +173,12 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 # --- launch -----------------------------------------------------------------------------------------
 def fits(hidden: Tensor) -> bool:
-    """Whether this form is to be used: for a narrow model in 16 bits, on a GPU with TMA or in the
+    """Whether this form is to be used: for a narrow model in 16 bits, on a GPU of GENERATIONS or in the
     interpreter.
     """
     on = gpu(hidden)
-    has_tma = on is None or on.capability >= (9, 0)
-    return has_tma and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
+    runs = on is None or on.capability[0] in GENERATIONS
+    return runs and hidden.dtype in DTYPES and hidden.shape[1] <= MAX_WIDTH
 
 
 def forward(
@@ -160,42 +187,90 @@ def forward(
     """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D) in
     bfloat16 or float16.
 
-    Memory:  16 bytes a token and share of the vocabulary, of which there are at most 32; no logits.  A copy
+    Memory:  12 bytes a token and share of the vocabulary, of which there are at most 32; no logits.  A copy
              of hidden or weight whose rows do not start at multiples of 16 bytes.
     """
-    (T, D), V = hidden.shape, weight.shape[0]
+    T, V = hidden.shape[0], weight.shape[0]
     target, temperature = target.contiguous(), temperature.contiguous()
-    hopper, processors = _hardware(hidden)
-    kind = WIDE if hopper and bias is None else NARROW
-    tile, rows, columns = TILES[kind], TILES[kind]["BLOCK_M"], TILES[kind]["BLOCK_N"]
-    blocks, tiles = triton.cdiv(T, rows), triton.cdiv(V, columns)
+    b = None if bias is None else bias.contiguous()
+    x, w = _aligned(hidden), _aligned(weight)
+
+    on = gpu(hidden)
+    processors = 8 if on is None else on.multiprocessors
+    overlapped = on is not None and on.capability[0] == 9 and b is None and hopper.available()
+    columns = HOPPER_COLUMNS if overlapped else TILE["BLOCK_N"]
+    blocks, tiles = triton.cdiv(T, TILE["BLOCK_M"]), triton.cdiv(V, columns)
     per_split = triton.cdiv(tiles, shares(max(blocks, 1), tiles, processors)) * columns
-    parts = torch.empty((triton.cdiv(V, per_split), 4, T), dtype=torch.float32, device=hidden.device)
+
+    parts = torch.empty((triton.cdiv(V, per_split), 3, T), dtype=torch.float32, device=hidden.device)
+    chosen = torch.empty(T, dtype=torch.float32, device=hidden.device)
     if T:
+        grid = blocks, parts.shape[0]
         with on_device(hidden):
-            partial_kernel[(blocks, parts.shape[0])](
-                _tiles(hidden, rows, tile["BLOCK_K"]),
-                _tiles(weight, columns, tile["BLOCK_K"]),
-                parts if bias is None else bias.contiguous(),
-                target,
-                temperature,
-                parts,
-                T,
-                V,
-                D,
-                per_split,
-                BIAS=bias is not None,
-                ENTROPY=entropy,
-                **tile,
-                **OPTIONS[kind],
-            )
-    return merge(parts, target, temperature, V, entropy)
+            _launch_target(x, w, b, target, chosen, hidden.shape[1])
+            if overlapped:
+                hopper.launch(grid, x, w, temperature, parts, per_split, entropy)
+            else:
+                _launch(grid, x, w, b, temperature, parts, per_split, entropy)
+    return merge(parts, chosen, target, temperature, V, entropy)
+
+
+def _launch(
+    grid: tuple[int, int],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    parts: Tensor,
+    per_split: int,
+    entropy: bool,
+) -> None:
+    """Fill parts (shares, 3, T); the grid is (blocks of tokens, shares)."""
+    (T, D), V = hidden.shape, weight.shape[0]
+    partial_kernel[grid](
+        _tiles(hidden, TILE["BLOCK_M"], TILE["BLOCK_K"]),
+        _tiles(weight, TILE["BLOCK_N"], TILE["BLOCK_K"]),
+        parts if bias is None else bias,
+        temperature,
+        parts,
+        T,
+        V,
+        D,
+        per_split,
+        BIAS=bias is not None,
+        ENTROPY=entropy,
+        **TILE,
+        **OPTIONS,
+    )
+
+
+def _launch_target(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chosen: Tensor, D: int
+) -> None:
+    T, V = hidden.shape[0], weight.shape[0]
+    target_kernel[(triton.cdiv(T, TARGETS["ROWS"]),)](
+        hidden,
+        weight,
+        chosen if bias is None else bias,
+        target,
+        chosen,
+        T,
+        V,
+        D,
+        hidden.stride(0),
+        weight.stride(0),
+        BIAS=bias is not None,
+        **TARGETS,
+        **TARGET,
+    )
 
 
 def merge(
-    parts: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: bool
+    parts: Tensor, chosen: Tensor, target: Tensor, temperature: Tensor, V: int, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy (empty unless asked for), m and log s from parts (shares, 4, T)."""
+    """logp, entropy (empty unless asked for), m and log s from parts (shares, 3, T) and the targets' logits
+    (T,).
+    """
     T = parts.shape[2]
     logp, m, log_s = (torch.empty(T, dtype=torch.float32, device=parts.device) for _ in range(3))
     h = torch.empty(T if entropy else 0, dtype=torch.float32, device=parts.device)
@@ -203,6 +278,7 @@ def merge(
         with on_device(parts):
             combine_kernel[(triton.cdiv(T, ROWS),)](
                 parts,
+                chosen,
                 target,
                 temperature,
                 logp,
@@ -219,15 +295,17 @@ def merge(
     return logp, h, m, log_s
 
 
-def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    """`x` as tiles (rows, depth) for TMA, which reads zeros past its ends.
-
-    It is copied unless its rows start at multiples of 16 bytes.
-    """
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy with zeros behind its rows, so that they start at multiples of 16 bytes."""
     if gpu(x) is None:
         x = x.float()  # the interpreter would multiply the bits of bfloat16 as integers
-    if x.stride(1) != 1 or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % (16 // x.itemsize))).contiguous().clone()
+    if x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % (16 // x.itemsize))).contiguous().clone()
+
+
+def _tiles(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    """`x` as tiles (rows, depth) for TMA, which reads zeros past its ends."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
 
 
@@ -239,9 +317,3 @@ def shares(blocks: int, tiles: int, processors: int) -> int:
         return blocks * splits / (waves * processors)
 
     return max(range(1, min(MAX_SPLITS, tiles) + 1), key=lambda splits: (round(busy(splits), 2), -splits))
-
-
-def _hardware(x: Tensor) -> tuple[bool, int]:
-    """Whether it is sm_90 or the interpreter, and how many programs run at once, one per multiprocessor."""
-    on = gpu(x)
-    return (True, 8) if on is None else (on.capability[0] == 9, on.multiprocessors)

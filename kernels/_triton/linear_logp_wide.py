@@ -3,11 +3,10 @@ kernel that reduces each.
 
     logits[rows, columns] = x W^T   2048 tokens by 4096 of the vocabulary, 32 MiB of float32 in one buffer
     top = max x      s = sum exp((x - top) / tau)      a = sum exp((x - top) / tau) (x - top)
-    the x of the target
 
-The second kernel of linear_logp.py merges the shares of a token.  Logits that are written and read within the
-cache cost no memory traffic; whole rows of them cost 8 bytes a logit, 10% of the product at D = 4096, 20% at
-2048.
+and the x of the target.  The last kernel of linear_logp.py merges the shares of a token.  Logits that are
+written and read within the cache cost no memory traffic; whole rows of them cost 8 bytes a logit, 10% of the
+product at D = 4096, 20% at 2048.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from torch import Tensor
 from fastrl.kernels._head import project
 from fastrl.kernels._launch import on_device
 from fastrl.kernels._triton import linear_logp as in_registers
-from fastrl.kernels._triton.linear_logp import LOG2E, LOWEST, merge
+from fastrl.kernels._triton.linear_logp import merge
+from fastrl.kernels._triton.linear_logp_fold import LOG2E, LOWEST
 
 ROWS, COLUMNS = 2048, 4096  # 256 output tiles of 128 x 256: two waves on 132 multiprocessors, 97% busy
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 128}
@@ -35,6 +35,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     target,
     temperature,
     parts,
+    chosen,
     T,
     first,
     v,
@@ -45,7 +46,8 @@ def tile_kernel(  # type: ignore[no-untyped-def]
 ):
     """One row of a tile, columns [v, v + columns) of the vocabulary.
 
-    Stores its top, s, a and the target's logit to parts (4, T) of this share.
+    Stores its top, s and a to parts (3, T) of this share, and the target's logit to `chosen` (T,) if this is
+    the share that has it.
     """
     row, t = tl.program_id(0), first + tl.program_id(0)
     k = LOG2E / tl.load(temperature + t)
@@ -61,7 +63,8 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     if ENTROPY:
         tl.store(parts + 2 * T + t, tl.sum(e * d, 0))
     y = tl.load(target + t) - v
-    tl.store(parts + 3 * T + t, tl.load(start + y, (y >= 0) & (y < columns), 0.0).to(tl.float32))
+    here = (y >= 0) & (y < columns)
+    tl.store(chosen + t, tl.load(start + y, here, 0.0).to(tl.float32), here)
 
 
 # --- launch -----------------------------------------------------------------------------------------
@@ -93,11 +96,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy (empty unless asked for), m and log s, each (T,), of hidden (T, D) and weight (V, D).
 
-    Memory:  one tile of logits, and 16 bytes a token and share of 4096 of the vocabulary.
+    Memory:  one tile of logits, and 12 bytes a token and share of 4096 of the vocabulary.
     """
     T, V = hidden.shape[0], weight.shape[0]
     target, temperature = target.contiguous(), temperature.contiguous()
-    parts = torch.empty((triton.cdiv(V, COLUMNS), 4, T), dtype=torch.float32, device=hidden.device)
+    parts = torch.empty((triton.cdiv(V, COLUMNS), 3, T), dtype=torch.float32, device=hidden.device)
+    chosen = torch.empty(T, dtype=torch.float32, device=hidden.device)
     buffer = torch.empty(min(T, ROWS) * min(V, COLUMNS), dtype=logits_dtype, device=hidden.device)
     with on_device(hidden):
         for first, (share, part) in itertools.product(range(0, T, ROWS), enumerate(parts)):
@@ -111,6 +115,7 @@ def forward(
                 target,
                 temperature,
                 part,
+                chosen,
                 T,
                 first,
                 v,
@@ -120,4 +125,4 @@ def forward(
                 COLUMNS=COLUMNS,
                 **OPTIONS,
             )
-    return merge(parts, target, temperature, V, entropy)
+    return merge(parts, chosen, target, temperature, V, entropy)

@@ -116,3 +116,17 @@ def test_a_jump_to_a_register_is_refused():
     (code,) = parse("\t.section\t.text.table,\n        /*0000*/  BRX R4 -0x10 ;\n").values()
     with pytest.raises(ValueError, match="table: BRX at 0x0 jumps to a register"):
         code.loops  # noqa: B018
+
+
+def test_a_jump_to_a_register_leads_where_the_disassembler_says():
+    """Wrong: the loop of a specialised warp, which is reached by such a jump only, is not seen."""
+    text = """	.section	.text.table,"ax"
+        /*0000*/  BRX R4 -0x10 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*) ;
+.L_x_1:
+        /*0010*/  MUFU.EX2 R1, R1 ;
+        /*0020*/  @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0030*/  EXIT ;
+"""
+    (code,) = parse(text).values()
+    assert code.edges[0] == [1, 2] and len(code.loops) == 1 and code.loops[0].has("MUFU")

@@ -56,6 +56,7 @@ class Kernel:
     labels: dict[tuple[str, int], int] = field(
         default_factory=dict
     )  # (name, scope) -> index of an instruction
+    tables: dict[str, list[str]] = field(default_factory=dict)  # of brx.idx: name -> labels
     symbols: dict[str, int] = field(default_factory=dict)  # in shared memory: offset, bytes
     static: int = 0  # bytes of shared memory that the symbols take
     dynamic: str | None = None  # the symbol of the shared memory that the launch asks for
@@ -67,12 +68,17 @@ class Kernel:
         found = self.widths.get(register)
         return self.widths[register.rstrip("0123456789")] if found is None else found
 
-    def target(self, i: Instruction) -> int:
-        """Where a branch goes: the label of the innermost scope that has it."""
+    def target(self, i: Instruction, label: str = "") -> int:
+        """Where a branch goes: its label, or another, of the innermost scope that has it."""
+        label = label or i.args[0]
         for scope in reversed(i.scopes):
-            if (i.args[0], scope) in self.labels:
-                return self.labels[i.args[0], scope]
-        raise Fault(f"no label {i.args[0]} ({i})")
+            if (label, scope) in self.labels:
+                return self.labels[label, scope]
+        raise Fault(f"no label {label} ({i})")
+
+    def targets(self, i: Instruction) -> list[int]:
+        """Where an indexed branch may go."""
+        return [self.target(i, label) for label in self.tables[i.args[1]]]
 
 
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*([^{]*?)\{", re.S)
@@ -159,7 +165,7 @@ def _add_symbols(kernel: Kernel, before: str, body: str) -> None:
 
 def _add_code(kernel: Kernel, source: str, start: int, end: int, breaks: list[int]) -> None:
     scopes: list[int] = [0]
-    opened = 0
+    opened, label = 0, ""
     for kind, at, text in _statements(source, start, end):
         line = bisect.bisect(breaks, at) + 1
         if kind == "{":
@@ -168,7 +174,10 @@ def _add_code(kernel: Kernel, source: str, start: int, end: int, breaks: list[in
         elif kind == "}":
             scopes.pop()
         elif kind == "label":
+            label = text
             kernel.labels[text, scopes[-1]] = len(kernel.code)
+        elif text.startswith(".branchtargets"):
+            kernel.tables[label] = split(text.removeprefix(".branchtargets").strip())
         elif text.startswith(".reg"):
             _add_registers(kernel, text)
         elif not text.startswith("."):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import torch
 
 from fastrl.kernels import linear_cross_entropy as cross
+from fastrl.kernels._triton import linear_logp as in_registers
 from fastrl.kernels.token_logp import narrow_view, reference, reference_backward
 from ptx.cases.case import BF16, F16, F32, NONE, ROUNDING, Build, Case, case, doubled, kernel
 
@@ -78,9 +80,19 @@ def cross_entropy(
 
 
 def linear_logp(
-    dtype: torch.dtype, T: int, D: int, V: int, *, bias: bool = False, entropy: bool = True
+    dtype: torch.dtype,
+    T: int,
+    D: int,
+    V: int,
+    *,
+    bias: bool = False,
+    entropy: bool = True,
+    shares: int | None = None,
 ) -> Case:
-    """By the form that the width asks for: logits in registers, or tiles of logits."""
+    """By the form that the width asks for: logits in registers, or tiles of logits.
+
+    `shares` of the vocabulary in place of as many as fill a GPU: a program then has several tiles.
+    """
     hidden, weight = torch.randn(T, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
     b = torch.randn(V).to(dtype) if bias else NONE.to(dtype)
     y, tau = torch.randint(V, (T,)), torch.rand(T) + 0.5
@@ -90,7 +102,9 @@ def linear_logp(
 
     def run() -> list[torch.Tensor]:
         forward = kernel("linear_logp", "forward_chunks", hidden)
-        a, e, top, s = forward(hidden, weight, b, y, tau, entropy, F32, T)
+        cut = in_registers.shares if shares is None else lambda *_: shares
+        with mock.patch.object(in_registers, "shares", cut):
+            a, e, top, s = forward(hidden, weight, b, y, tau, entropy, F32, T)
         return [a, e, top + s]
 
     return case(run, (logp, h, m + log_s), (3e-5, 3e-5, 3e-5))
@@ -115,7 +129,8 @@ CASES: dict[str, Build] = {
     "cross_entropy fp32 softcap": partial(cross_entropy, F32, 1000, 0.1, 30.0, 1e-4),
     "cross_entropy fp32 to bf16": partial(cross_entropy, F32, 1200, 0.0, 0.0, 1e-3, out=BF16),
     "cross_entropy bf16 smoothing": partial(cross_entropy, BF16, 1003, 0.1, 0.0, 0.0),
-    "linear_logp bf16 wide tile": partial(linear_logp, BF16, 3, 72, 300),
+    "linear_logp bf16 overlapped": partial(linear_logp, BF16, 3, 264, 1400, shares=2),
+    "linear_logp bf16 of two steps a tile": partial(linear_logp, BF16, 3, 72, 1300, shares=1),
     "linear_logp bf16 bias": partial(linear_logp, BF16, 3, 64, 256, bias=True),
     "linear_logp fp16 no entropy": partial(linear_logp, F16, 5, 64, 256, entropy=False),
     "linear_logp fp32 tiles": partial(linear_logp, F32, 2, 16, 5000),
@@ -133,6 +148,8 @@ LONG: dict[str, Build] = {
     "cross_entropy bf16 long": partial(cross_entropy, BF16, 9000, 0.1, 0.0, 1e-3),
     "linear_logp bf16 two blocks of rows": partial(linear_logp, BF16, 130, 136, 520),
     "linear_logp bf16 deep": partial(linear_logp, BF16, 3, 264, 130),
+    "linear_logp bf16 D=896": partial(linear_logp, BF16, 70, 896, 1100, shares=1),
+    "linear_logp fp16 of one step a tile": partial(linear_logp, F16, 130, 40, 2100, entropy=False, shares=1),
     "linear_logp bf16 tiles": partial(linear_logp, BF16, 2, 4104, 4200),
     "linear_logp fp32 of one tile more": partial(linear_logp, F32, 2, 4, 4097),
     "linear bf16 two blocks": partial(linear, BF16, 129, 200, 64),

@@ -130,7 +130,21 @@ def _match(m: Machine, i: Instruction) -> Run:
     return run
 
 
+def _brx(m: Machine, i: Instruction) -> Run:
+    """A jump by an index that all lanes share: how specialised warps reach their part of a kernel."""
+    index, targets = read(m, i, i.args[0], "u32"), m.kernel.targets(i)
+
+    def run(w: Warp, mask: Mask | None) -> None:
+        to = index(w)
+        if len(w.groups) != 1 or (to != to[0]).any():
+            raise Fault(f"lanes of a warp jump to different places ({i})")
+        w.groups[0].at = targets[int(to[0])]
+
+    return run
+
+
 TABLE: dict[str, Maker] = {
+    "brx": _brx,
     "shfl": _shfl,
     "redux": _redux,
     "vote": _vote,
