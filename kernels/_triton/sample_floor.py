@@ -7,8 +7,8 @@ two of them for a program to hold, and by halving from there.  Keys are the bits
 probable.
 
 The masses are those of _fixed_mass.py.  The floor is the definition's, which sums fp64 masses, wherever the
-limit is further than `slack` from the two sums next to it.  Where it is not (about 1 row in 10,000 for
-top_p = 0.9 of a flat distribution over 152k tokens), where more tokens lie in the window than were set aside
+limit is further than `slack` from the two sums next to it.  Where it is not (2 slack / mass of the token at
+the floor: 1 row in 1,000 if that holds 2^-18 of the row, 1 in 30,000 at 2^-13), where more tokens lie in the window than were set aside
 (nearly equal logits), and where the window misses the floor, `exact_floor` finds it by the definition, and
 the race takes the logits themselves.
 """
