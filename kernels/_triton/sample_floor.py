@@ -8,9 +8,9 @@ probable.
 
 The masses are those of _fixed_mass.py.  The floor is the definition's, which sums fp64 masses, wherever the
 limit is further than `slack` from the two sums next to it.  Where it is not (2 slack / mass of the token at
-the floor: 1 row in 1,000 if that holds 2^-18 of the row, 1 in 30,000 at 2^-13), where more tokens lie in the window than were set aside
-(nearly equal logits), and where the window misses the floor, `exact_floor` finds it by the definition, and
-the race takes the logits themselves.
+the floor: 1 row in 1,000 if that holds 2^-18 of the row, 1 in 30,000 at 2^-13), where more tokens lie in the
+window than were set aside (nearly equal logits), and where the window misses the floor, `exact_floor` finds
+it by the definition, and the race takes the logits themselves.
 """
 
 from __future__ import annotations
