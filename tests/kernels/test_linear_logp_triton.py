@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastrl import ops
+from fastrl.kernels._launch import Gpu
 from fastrl.kernels.token_logp import reference
 
 kernels = pytest.importorskip(
@@ -177,3 +178,18 @@ def test_the_op_runs_on_it_when_asked(D, dtype, form):
     assert calls
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("major, yes", [(8, False), (9, True), (10, True), (12, False)], ids="sm_{}0".format)
+def test_only_gpus_with_enough_shared_memory_keep_logits_in_registers(monkeypatch, major, yes):
+    """Wrong: ">= (9, 0)", which takes an sm_120, whose 99 KB are less than a program's 131."""
+    monkeypatch.setattr(kernels, "gpu", lambda x: Gpu(capability=(major, 0), multiprocessors=100))
+    assert kernels.fits(torch.empty(4, 64, dtype=torch.bfloat16)) is yes
+
+
+def test_a_log_probability_is_at_most_zero():
+    """Wrong: the target's logit, rounded apart from those of the sum, gives a little more than 1."""
+    hidden, weight = torch.randn(64, 24).bfloat16(), torch.randn(8, 24).bfloat16()
+    target = (hidden.float() @ weight.float().T).argmax(1)
+    logp = kernels.forward(hidden, weight, target, None, torch.full((64,), 0.05), True)[0]
+    assert (logp <= 0).all() and logp.max() > -1e-6

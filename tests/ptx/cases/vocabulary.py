@@ -88,13 +88,17 @@ def linear_logp(
     bias: bool = False,
     entropy: bool = True,
     shares: int | None = None,
+    offset: float = 0.0,
 ) -> Case:
     """By the form that the width asks for: logits in registers, or tiles of logits.
 
-    `shares` of the vocabulary in place of as many as fill a GPU: a program then has several tiles.
+    shares   of the vocabulary in place of as many as fill a GPU: a program then has several tiles
+    offset   of the bias, with hidden states of 0: logits are exact, and what rounding the reference point of
+             the sums leaves is all there is to lose
     """
     hidden, weight = torch.randn(T, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
-    b = torch.randn(V).to(dtype) if bias else NONE.to(dtype)
+    b = (torch.randn(V) + offset).to(dtype) if bias else NONE.to(dtype)
+    hidden = torch.zeros_like(hidden) if offset else hidden
     y, tau = torch.randint(V, (T,)), torch.rand(T) + 0.5
     y[0] = -5
     z = hidden.double() @ weight.double().T + (b.double() if bias else 0)
@@ -107,7 +111,8 @@ def linear_logp(
             a, e, top, s = forward(hidden, weight, b, y, tau, entropy, F32, T)
         return [a, e, top + s]
 
-    return case(run, (logp, h, m + log_s), (3e-5, 3e-5, 3e-5))
+    budget = 3e-6 if offset else 3e-5
+    return case(run, (logp, h, m + log_s), (budget, budget, budget))
 
 
 def linear(dtype: torch.dtype, M: int, K: int, N: int, *, bias: bool = False) -> Case:
@@ -132,6 +137,7 @@ CASES: dict[str, Build] = {
     "linear_logp bf16 overlapped": partial(linear_logp, BF16, 3, 264, 1400, shares=2),
     "linear_logp bf16 of two steps a tile": partial(linear_logp, BF16, 3, 72, 1300, shares=1),
     "linear_logp bf16 bias": partial(linear_logp, BF16, 3, 64, 256, bias=True),
+    "linear_logp fp16 at an offset": partial(linear_logp, F16, 9, 64, 300, bias=True, offset=1000.0),
     "linear_logp fp16 no entropy": partial(linear_logp, F16, 5, 64, 256, entropy=False),
     "linear_logp fp32 tiles": partial(linear_logp, F32, 2, 16, 5000),
     "linear bf16": partial(linear, BF16, 5, 96, 130, bias=True),
