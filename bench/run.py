@@ -25,6 +25,7 @@ from fastrl.bench.results_page import section
 from fastrl.bench.table import show, text
 from fastrl.bench.timing import Effort, ceilings
 from fastrl.errors import UserError, nearest
+from fastrl.kernels._verdicts.first_use import ensure
 from fastrl.parallel.device import resolve_device, set_threads
 
 HERE = Path(__file__).parent
@@ -108,6 +109,7 @@ def run(options: Options) -> Results:
     device, _ = resolve_device("cuda" if options.gpu_check else options.device, "auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        ensure(device)  # else the first call of an op would pay for it
     set_threads(options.threads)
     chosen = [load(name) for name in options.ops or names()]
     settings = {"quick": options.quick, "gpu_check": options.gpu_check}

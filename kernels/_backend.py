@@ -294,8 +294,7 @@ def _by_default(op: str, kind: str) -> str:
         impl = table.get(name)
         if impl is None or impl.missing or impl.note == EXACT_ONLY or impl.default == ():
             continue
-        played = impl.note == COMPILED_ONLY and machine().stands_in == kind
-        if kind not in impl.devices and not played:
+        if not _runs_on(impl, name, kind, by_name=name == liked):
             continue
         if impl.note != COMPILED_ONLY or name == liked or TABLE.has_passed(op, name, _index(kind)):
             return name
@@ -341,13 +340,19 @@ def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_n
         return "it has no such implementation"
     if impl.missing:
         return impl.missing
-    kind = x.device.type
-    interpreted = by_name and (name, kind) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
-    played = impl.note == COMPILED_ONLY and machine().stands_in == kind
-    if kind not in impl.devices and not interpreted and not played:
-        return f"it does not run on {kind} tensors"
+    if not _runs_on(impl, name, x.device.type, by_name):
+        return f"it does not run on {x.device.type} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"
     if part not in impl.parts:
         return f"it has no {part}"
     return impl.obstacle(x) if impl.obstacle is not None else ""
+
+
+def _runs_on(impl: Implementation, name: str, kind: str, by_name: bool) -> bool:
+    """Whether it takes tensors of this kind of device: its own, or the CPU's in the GPU's place."""
+    if kind in impl.devices:
+        return True
+    if by_name and (name, kind) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return impl.note == COMPILED_ONLY and machine().stands_in == kind

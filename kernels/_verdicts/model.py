@@ -64,9 +64,8 @@ def _angles(m: Make, E: int) -> tuple[Tensor, Tensor]:
 
 
 def rope(m: Make) -> Iterator[Case]:
-    for T, (H, K, E), (on_q, on_k) in product(
-        m.sizes.T, heads(m), ((False, False), (True, True), (True, False))
-    ):
+    norms_of = ((False, False), (True, True), (True, False))
+    for T, (H, K, E), (on_q, on_k) in product(m.sizes.T[-1:] if m.small else m.sizes.T, heads(m), norms_of):
         name = f"T={T} H={H} K={K} E={E}{' q_norm' * on_q}{' k_norm' * on_k}"
         fused = m.normal(T, H + 2 * K, E)  # views of a projection, as the decoder has them
         q, k, v = fused.split((H, K, K), 1)
@@ -137,8 +136,8 @@ PRODUCTS = ((7, 5), (130, 64), (64, 1000))  # N, K
 def _products(m: Make) -> tuple[tuple[int, int], ...]:
     if not m.dots:
         return ()
-    own = m.widths.D
-    return (*PRODUCTS, (own, own)) if own else PRODUCTS
+    own, fixed = m.widths.D, ((7, 5), (64, 70)) if m.small else PRODUCTS
+    return (*fixed, (own, own)) if own else fixed
 
 
 def linear(m: Make) -> Iterator[Case]:

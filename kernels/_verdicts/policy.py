@@ -98,7 +98,7 @@ def policy_loss(m: Make) -> Iterator[Case]:
     forms: list[tuple[str, str, str, tuple[str, ...]]]
     forms = [(s, r, k, FLAGS[3]) for s, r, k in product(("clip", "cispo"), RATIOS, ("", "k3"))]
     forms += [(s, "token", "", FLAGS[2]) for s in SURROGATES]
-    forms += [("clip", "token", k, FLAGS[3]) for k in KLS]
+    forms += [("clip", "token", k, FLAGS[3]) for k in (list(KLS)[:3] if m.small else KLS)]
     forms += [("clip", ratio, "", flags) for ratio, flags in product(RATIOS, FLAGS)]
     for T, form in product((5,) if m.small else (1, 3, 514), dict.fromkeys(forms)):
         surrogate, ratio, kl, flags = form
@@ -152,7 +152,9 @@ LENGTHS = (4, 0, 5)
 
 def _balls(m: Make) -> Iterator[tuple[int, str, str, bool]]:
     widths = [7, *([] if m.small else [896]), *filter(None, [m.widths.D])]
-    yield from product(widths, RADIUS, SCOPES, (False, True))
+    for D, norm, scope in product(widths, RADIUS, SCOPES):
+        for masked in (scope == "token",) if m.small else (False, True):
+            yield D, norm, scope, masked
 
 
 def perturb_init(m: Make) -> Iterator[Case]:

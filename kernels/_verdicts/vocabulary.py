@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels._registry import registered
-from fastrl.kernels._verdicts.case import ROWS, Arguments, Case, Check, Few, Make, rows
+from fastrl.kernels._verdicts.case import ROWS, Arguments, Case, Check, Few, Make, replaced, rows
 
 HEAD = 4096  # rows of the head's weight in a first launch
 LOGP = 1e-5  # nats: what a log-prob from logits may be off
@@ -44,26 +44,38 @@ def temperatures(m: Make, T: int) -> Tensor:
     return 0.5 + m.single(T).abs()
 
 
+def with_lse(outputs: list[Tensor]) -> list[Tensor]:
+    """m and log s added up, in float64: log s is relative to the rounded m, so neither is defined alone."""
+    logp, entropy, m, log_s, *rest = outputs
+    return [logp, entropy, m.double() + log_s.double(), *rest]
+
+
 # --- token_logp -------------------------------------------------------------------------------------
 def token_logp(m: Make) -> Iterator[Case]:
     reference = registered("token_logp")["reference"].parts["forward"]
     for (T, V), entropy in product(shapes(m), (True, False)):
         name = f"T={T} V={V}{' entropy' * entropy}"
         x, y, tau = logits(m, T, V), targets(m, T, V), temperatures(m, T)
-        yield Case(name, "forward", (x, y, tau, entropy), floor=LOGP)
+        yield Case(name, "forward", (x, y, tau, entropy), floor=LOGP, defined=with_lse)
 
         _, h, top, log_s = (s.float() for s in reference(x.double(), y, tau.double(), entropy))
         up = m.single(T), m.single(T if entropy else 0)
         rest = (*up, x, y, tau, h, top, log_s)
         yield Case(name, "backward", rest)
         yield Case(name, "backward_into", (torch.zeros_like(x), *rest), writes=(0,), over=(0, 3))
-        fused = (torch.zeros_like(x), x, y, tau, *up)
-        yield Case(name, "fused_into", fused, writes=(0,), over=(0, 1), floor=LOGP)
+        fused = Case(
+            name,
+            "fused_into",
+            (torch.zeros_like(x), x, y, tau, *up),
+            writes=(0,),
+            over=(0, 1),
+            floor=LOGP,
+            defined=with_lse,
+        )
+        yield fused
         if m.dtype == torch.float32:
             narrow = torch.zeros_like(x, dtype=torch.bfloat16)
-            yield Case(
-                f"{name} narrow", "fused_into", (narrow, *fused[1:]), writes=(0,), over=(0, 1), floor=LOGP
-            )
+            yield replaced(fused, name=f"{name} narrow", args=(narrow, *fused.args[1:]))
 
 
 def _vocabulary(x: Tensor) -> tuple[int, int]:
@@ -99,7 +111,9 @@ def linear_logp(m: Make) -> Iterator[Case]:
         bias = m.normal(V) if biased else m.normal(0)
         args = (x, w, bias, targets(m, T, V), temperatures(m, T), entropy, torch.float32, 4096)
         name = f"T={T} V={V} D={D}{' entropy' * entropy}{' bias' * biased}"
-        yield Case(name, "forward_chunks", args, floor=1e-3 if m.dtype != torch.float32 else 1e-4)
+        yield Case(
+            name, "forward_chunks", args, floor=1e-3 if m.dtype != torch.float32 else 1e-4, defined=with_lse
+        )
 
 
 def _cut_head(args: Arguments) -> Arguments:
@@ -160,6 +174,8 @@ LEAD = 0.25  # by which the logit of the drawn token is raised: rounding cannot 
 def sample(m: Make) -> Iterator[Case]:
     draw = registered("sample")["reference"].parts["forward"]
     for (T, V), filters in product(shapes(m), FILTERS):
+        if m.small and (V, filters) not in ((m.sizes.V[0], filters), (V, FILTERS[0])):
+            continue
         x = m.normal(T, V + -V % 16, scale=3.0)[:, :V]
         keys = m.ints(0, 1 << 40, T), m.ints(0, 1 << 40, T), m.ints(0, 4096, T)
         tau = temperatures(m, T)

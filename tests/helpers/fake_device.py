@@ -26,11 +26,14 @@ from typing import Any
 
 import torch
 
+import fastrl.kernels.advance
+import fastrl.ops
 from fastrl.kernels import _registry
 from fastrl.kernels._verdicts import cache, first_use
 from fastrl.kernels._verdicts.machine import Limits, Machine, pretend, start_child
 from fastrl.kernels._verdicts.table import TABLE
 
+assert fastrl.kernels.advance and fastrl.ops  # which register the ops
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0", "driver": "580.159"}
 FAULTS_VARIABLE = "FASTRL_FAKE_FAULTS"  # "op=fault,op=fault": read by the child when it imports this module
 ONLY_VARIABLE = "FASTRL_FAKE_OPS"  # ops whose kernels are checked; all where it is empty
@@ -120,6 +123,28 @@ def _in_child() -> None:
     """What the child does when it imports this module: keep the ops that are wanted, break those to break."""
     for pair in filter(None, os.environ.get(FAULTS_VARIABLE, "").split(",")):
         plant(*pair.split("="))
+
+
+# A child that has checked everything in no time: every job passes, or fails for FASTRL_FAKE_REASON; a line
+# goes to FASTRL_FAKE_LOG.
+CANNED = """
+import json, os, sys, time
+request, reason = json.load(sys.stdin), os.environ.get("FASTRL_FAKE_REASON", "")
+with open(os.environ["FASTRL_FAKE_LOG"], "a") as log:
+    log.write("started\\n")
+time.sleep(float(os.environ.get("FASTRL_FAKE_SECONDS", "0")))
+print(json.dumps({"ready": True}))
+for number, job in request["jobs"]:
+    print(json.dumps({"case": "forward a case"}))
+    print(json.dumps({"reason": reason, "fraction": 0.5, "variant": "forward "}))
+    print(json.dumps({"job": number}))
+"""
+
+
+def canned(log: Path, seconds: float = 0.0) -> Callable[..., Any]:
+    """A way to start such a child."""
+    changes = {"FASTRL_FAKE_LOG": str(log), "FASTRL_FAKE_SECONDS": str(seconds)}
+    return lambda command, environment: start_child(["-c", CANNED], {**environment, **changes})
 
 
 # --- the machine ------------------------------------------------------------------------------------
