@@ -27,13 +27,14 @@ from typing import Any
 import torch
 
 import fastrl.kernels.advance
+import fastrl.kernels.decoder_layer
 import fastrl.ops
 from fastrl.kernels import _registry
 from fastrl.kernels._verdicts import cache, first_use
 from fastrl.kernels._verdicts.machine import Limits, Machine, pretend, start_child
 from fastrl.kernels._verdicts.table import TABLE
 
-assert fastrl.kernels.advance and fastrl.ops  # which register the ops
+assert fastrl.kernels.advance and fastrl.kernels.decoder_layer and fastrl.ops  # which register the ops
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0", "driver": "580.159"}
 FAULTS_VARIABLE = "FASTRL_FAKE_FAULTS"  # "op=fault,op=fault": read by the child when it imports this module
 ONLY_VARIABLE = "FASTRL_FAKE_OPS"  # ops whose kernels are checked; all where it is empty

@@ -13,18 +13,20 @@ import torch
 from fake_device import FAULTS
 
 import fastrl.kernels.advance
+import fastrl.kernels.decoder_layer
 from fastrl import ops
 from fastrl.kernels._registry import registered, unproven
 from fastrl.kernels._verdicts.case import ROWS, SMALL, Case, Make, Widths, each_tensor, tensors
 from fastrl.kernels._verdicts.checks import CHECKS
 from fastrl.kernels._verdicts.judge import judge
 
-assert fastrl.kernels.advance and ops.backend  # they register their ops
+assert fastrl.kernels.advance and fastrl.kernels.decoder_layer and ops  # which register the ops
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set where there is no GPU"
 )
 TRITON = [(op, impl) for op, name, impl in unproven() if name == "triton"]
+INSIDE = {"decoder_layer": {"forward"}}  # parts that a checked part calls
 NARROW = ("token_logp", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "sample")
 Parts = dict[str, Callable[..., Any]]
 
@@ -54,7 +56,8 @@ def test_every_kernel_has_a_check_of_every_part():
     """
     for op, name, impl in unproven():
         assert op in CHECKS, f"{op} has a {name} kernel and no check in kernels/_verdicts"
-        assert set(impl.parts) <= {case.part for case in cases(op)}, op
+        checked = {case.part for case in cases(op)} | INSIDE.get(op, set())
+        assert set(impl.parts) <= checked, op
 
 
 @interpreted
@@ -207,6 +210,10 @@ def no_scale(*args):
     return parts_of("decode_attention")["forward"](*args[:-1], 1.0)
 
 
+def layer_without_residual(x, stream, *rest):
+    return parts_of("decoder_layer")["summed"](x, torch.zeros_like(stream), *rest)
+
+
 def mask_ignored(reward, value, cu_seqlens, mask, gamma, lam):
     return parts_of("gae")["forward"](
         reward.nan_to_num(), value.nan_to_num(), cu_seqlens, mask[:0], gamma, lam
@@ -269,6 +276,7 @@ WRONG: dict[str, dict[str, tuple[Callable[..., Any], ...]]] = {  # op -> part ->
     "swiglu": {"forward": (gate_and_up_swapped,), "backward": (sigmoid_alone,)},
     "linear": {"forward": (bias_left_out,), "into": (rounded_operands,)},
     "decode_attention": {"forward": (one_key_more, no_scale)},
+    "decoder_layer": {"summed": (layer_without_residual,)},
     "gae": {"forward": (mask_ignored, ends_ignored)},
     "group_advantage": {"forward": (biased_std, unscored_as_zero)},
     "policy_loss": {"forward": (no_correction, no_mask)},
