@@ -22,6 +22,16 @@ OPTIONS = launch_options(num_warps=8)
 
 
 @triton.jit
+def rounded(a, b):  # type: ignore[no-untyped-def]
+    """a b, rounded before a sum over lanes adds it to another's.
+
+    The compiler would fuse the product with that addition: of two lanes that add each other's products, each
+    would round only the other's, and the lanes of a warp would disagree in the last bit.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def piece_size(row):  # type: ignore[no-untyped-def]
     """Elements of a piece: 2048, or 1024 of fp32 logits."""
     size: tl.constexpr = LANES * 128 // row.dtype.element_ty.primitive_bitwidth

@@ -30,6 +30,7 @@ from fastrl.kernels._triton._vocabulary import (
     column_at,
     piece_of,
     piece_size,
+    rounded,
     row_at,
 )
 
@@ -124,7 +125,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
     top, s, r, n = state
     high = tl.max(top, 0)
-    s_row = tl.sum(tl.exp2((top - high) * LOG2E) * s, 0)
+    s_row = tl.sum(rounded(tl.exp2((top - high) * LOG2E), s), 0)
     s_row = tl.where(high <= LOWEST, float("nan"), s_row)  # nothing above -inf: no distribution
     ln = tl.log(s_row)
     y = tl.load(target + t)

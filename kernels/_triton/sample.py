@@ -32,6 +32,7 @@ from fastrl.kernels._triton._race import (
     quarters,
     unit_exponential,
 )
+from fastrl.kernels._triton._vocabulary import rounded
 from fastrl.kernels._triton.sample_floor import block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,8 +103,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         winner = first_of(row, start, end, m, BLOCK)
     tl.store(tokens + pid, winner)
     tl.store(parts + pid, m)
-    tl.store(parts + plane + pid, tl.sum(scale * s, 0))
-    tl.store(parts + 2 * plane + pid, tl.sum(scale * (a + (top - m) * s), 0))
+    tl.store(parts + plane + pid, tl.sum(rounded(scale, s), 0))
+    tl.store(parts + 2 * plane + pid, tl.sum(rounded(scale, a + (top - m) * s), 0))
     tl.store(parts + 3 * plane + pid, least)
 
 
@@ -138,8 +139,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     cost = tl.where(live, tl.where(greedy, tl.where(top == m, 0.0, float("inf")), cost), float("inf"))
     drawn = tl.load(tokens + at, live, 2147483647)
     drawn = tl.min(tl.where(cost == tl.min(cost, 0), drawn, 2147483647), 0)
-    s_row = tl.sum(share * s, 0)
-    a_row = tl.sum(share * (a + (top - m) * s), 0)
+    s_row = tl.sum(rounded(share, s), 0)
+    a_row = tl.sum(rounded(share, a + (top - m) * s), 0)
     s_row = tl.where(m <= LOWEST, float("nan"), s_row)  # nothing above -inf: no distribution
     ln = tl.log(s_row)
     x = tl.div_rn(tl.load(logits + b * stride + drawn).to(tl.float32) - m, tau)

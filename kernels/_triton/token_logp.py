@@ -28,7 +28,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._launch import aligned_rows, on_device, row_layout, unit_rows
-from fastrl.kernels._triton._vocabulary import BLOCK, LANES, OPTIONS, block_of, piece_of, piece_size, row_at
+from fastrl.kernels._triton._vocabulary import (
+    BLOCK,
+    LANES,
+    OPTIONS,
+    block_of,
+    piece_of,
+    piece_size,
+    rounded,
+    row_at,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # stands for -inf: exp2 of its distance to any logit is 0, and that distance times V is finite
@@ -71,8 +80,8 @@ def _sums(row, tau, V, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
     high = tl.max(top, 0)
     share = tl.exp2((top - high) * k)
-    s_row = tl.sum(share * s, 0)
-    a_row = tl.sum(share * (a + (top - high) * s), 0)
+    s_row = tl.sum(rounded(share, s), 0)
+    a_row = tl.sum(rounded(share, a + (top - high) * s), 0)
     return high, tl.where(high <= LOWEST, float("nan"), s_row), a_row  # nothing above -inf: no distribution
 
 

@@ -4,7 +4,7 @@
     PYTHONPATH=.:tests python -m ptx.child "swiglu fp32" ...    # or as arguments
 
     swiglu fp32                                  the verdict on a case
-    mutants of rms_norm fp32 [in KERNEL]         whether the gate notices each barrier that is taken away
+    mutants of rms_norm fp32 [inside KERNEL]     whether the gate notices each barrier that is taken away
     --all, --long, --cuda, --long-cuda           the verdicts on a group of cases
     version                                      of Triton
     kernels                                      the names of all that the cases of the gate launch
@@ -29,7 +29,7 @@ from ptx.mutate import mutants
 
 GROUPS = {"--all": CASES, "--long": LONG, "--cuda": CUDA, "--long-cuda": LONG_CUDA}
 TABLE = CASES | LONG | CUDA | LONG_CUDA | FAULTS
-MUTANTS, INSIDE = "mutants of ", " in "
+MUTANTS, INSIDE = "mutants of ", " inside "
 
 
 def answers(request: str) -> Iterator[dict[str, object]]:

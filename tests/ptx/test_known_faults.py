@@ -23,7 +23,7 @@ def test_copies_of_rows_in_the_page_allocator(ask, rows):
 
 def test_bits_of_another_warp_in_a_sum_of_probes(ask):
     """combine_probes loaded what another warp replaces; a barrier stands between now."""
-    found = ask("mutants of perturb l1 sequence in perturb_l1.combine_probes")
+    found = ask("mutants of perturb l1 sequence inside perturb_l1.combine_probes")
     assert found["complaints"] == []
     assert any(raced([m["found"] or ""], "combine_probes") for m in found["mutants"])
 
