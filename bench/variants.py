@@ -47,6 +47,8 @@ MOVES: dict[str, tuple[str, ...]] = {  # kernel -> what moves 16 bytes at a time
     "linear_cross_entropy.backward": BOTH,
     "linear_cross_entropy.forward": LOADS,
     "linear_logp.partial": LOADS,
+    "linear_logp.target": LOADS,
+    "linear_logp_hopper.partial": LOADS,
     "linear_logp_wide.tile": LOADS,
     "linear_residual.enter": LOADS,
     "linear_residual.residual": LOADS,
