@@ -47,7 +47,7 @@ from fastrl.kernels._registry import (
     unbuilt,
 )
 from fastrl.kernels._verdicts.first_use import verdict_of
-from fastrl.kernels._verdicts.machine import machine
+from fastrl.kernels._verdicts.machine import machine, pretended
 from fastrl.kernels._verdicts.table import TABLE
 
 __all__ = [
@@ -89,7 +89,7 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     table = _table[op]
     strict = is_exact() and any(i.exact for i in table.values())
     if wanted is not None:
-        reason = _obstacle(table.get(wanted), wanted, x, part, by_name=True)
+        reason = _obstacle(table.get(wanted), wanted, x, part, x.device.type, by_name=True)
         if not reason and strict and x.device.type not in table[wanted].exact:
             reason = "it is not batch-invariant, which exact mode asks for"
         if reason:
@@ -103,16 +103,16 @@ def pick(op: str, x: Tensor, part: str) -> Callable[..., Any]:
 
 def inexact(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     """The function that runs `part` of `op` by default, exact mode aside: the first that fits."""
-    table, liked = _table[op], preferred()
+    table, liked, kind = _table[op], preferred(), x.device.type
     for name in _in_turn(op, liked):
         impl = table.get(name)
         if impl is None or impl.note == EXACT_ONLY:
             continue
         if impl.default is not None and x.dtype not in impl.default:
             continue
-        if _obstacle(impl, name, x, part, by_name=name == liked):
+        if _obstacle(impl, name, x, part, kind, by_name=name == liked):
             continue
-        run = _proven(op, name, impl, x, part, liked)
+        run = impl.parts[part] if impl.note != COMPILED_ONLY else _proven(op, name, impl, x, part, liked)
         if run is not None:
             return run
     raise RuntimeError(f"{op}: no implementation for {x.dtype} on {x.device.type}")
@@ -189,7 +189,7 @@ def batch_invariant(op: str, x: Tensor, part: str) -> Callable[..., Any]:
     reasons = {}
     for name in names:
         impl = table[name]
-        reason = _obstacle(impl, name, x, part, by_name=name == liked)
+        reason = _obstacle(impl, name, x, part, where, by_name=name == liked)
         run = None if reason else _proven(op, name, impl, x, part, liked)
         if run is not None:
             return run
@@ -335,13 +335,13 @@ def _known(name: str, where: str, ops: tuple[str, ...] = ()) -> str:
     return name
 
 
-def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, by_name: bool = False) -> str:
+def _obstacle(impl: Implementation | None, name: str, x: Tensor, part: str, kind: str, by_name: bool) -> str:
     if impl is None:
         return "it has no such implementation"
     if impl.missing:
         return impl.missing
-    if not _runs_on(impl, name, x.device.type, by_name):
-        return f"it does not run on {x.device.type} tensors"
+    if kind not in impl.devices and not _runs_on(impl, name, kind, by_name):
+        return f"it does not run on {kind} tensors"
     if impl.dtypes is not None and x.dtype not in impl.dtypes:
         return f"it does not take {x.dtype}"
     if part not in impl.parts:
@@ -355,4 +355,4 @@ def _runs_on(impl: Implementation, name: str, kind: str, by_name: bool) -> bool:
         return True
     if by_name and (name, kind) == INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    return impl.note == COMPILED_ONLY and machine().stands_in == kind
+    return len(pretended) > 1 and impl.note == COMPILED_ONLY and machine().stands_in == kind

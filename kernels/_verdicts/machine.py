@@ -105,19 +105,19 @@ def driver_version() -> str:
 
 
 HERE = Machine(devices=_devices, identity=_identity, start=start_child)
-_current = [HERE]  # the innermost `pretend` last
+pretended = [HERE]  # the innermost `pretend` last
 
 
 def machine() -> Machine:
     """The machine in force."""
-    return _current[-1]
+    return pretended[-1]
 
 
 @contextlib.contextmanager
 def pretend(other: Machine) -> Iterator[None]:
     """Take another machine for this one inside the `with` block."""
-    _current.append(other)
+    pretended.append(other)
     try:
         yield
     finally:
-        _current.pop()
+        pretended.pop()
