@@ -229,10 +229,10 @@ def forward(
     log_min_p = math.log(min_p) if min_p else -math.inf
 
     work = Work.of(B, plane, searched, logits.device)
-    out = (
-        torch.empty(B, dtype=torch.int64, device=logits.device),
-        *torch.empty((4, B), dtype=torch.float32, device=logits.device),
-    )
+    floats = (
+        torch.empty(B, dtype=torch.float32, device=logits.device) for _ in range(4)
+    )  # of an op: no views
+    out = (torch.empty(B, dtype=torch.int64, device=logits.device), *floats)
     inputs = (logits, seed, sequence, position, temperature)
     surveyed, drawn = (work.tops, work.masses, work.counts), (work.rows, work.parts, work.sums, work.tokens)
     survey = {"BLOCK": block(V, SURVEYED // 2 if both else SURVEYED), "READ": block(V, READ)}
