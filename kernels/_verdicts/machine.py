@@ -104,7 +104,9 @@ def driver_version() -> str:
     return found[1] if found else ""
 
 
-HERE = Machine(devices=_devices, identity=_identity, start=start_child)
+# a child compiles most of the time, on a core of its own
+LANES = max(1, min(8, (os.cpu_count() or 2) // 2))
+HERE = Machine(devices=_devices, identity=_identity, start=start_child, lanes=LANES)
 pretended = [HERE]  # the innermost `pretend` last
 
 
