@@ -1,7 +1,7 @@
 """When the checks run, and what becomes of their verdicts in this process.
 
 `ensure(device, widths)` is called where a run is set up: it reads the verdicts from disk, has a child process
-find those that are missing (about 30 s, once a machine), and warns of every failure.  A program that only
+find those that are missing (about a minute, once a machine), and warns of every failure.  A program that only
 calls ops gets there with its first eager call on CUDA (`verdict_of`).  Inside a graph capture, under
 torch.compile, a transform or fake tensors nothing is checked and nothing remembered.
 
@@ -122,7 +122,7 @@ def _settle(
         trouble = ""
         if left:
             ops = len({job.op for job in left})
-            cache.say(f"checking the kernels of {ops} ops on {gpu['gpu']}: about 30 s, once")
+            cache.say(f"checking the kernels of {ops} ops on {gpu['gpu']}: about a minute, once")
             answers = runner.check(here, index, left, widths)
             trouble = answers.trouble
             fresh = {job: _with_older(job, v, entries, anew) for job, v in answers.done.items()}

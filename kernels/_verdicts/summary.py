@@ -15,7 +15,7 @@ from fastrl.kernels._verdicts.first_use import mode, number_of, table_index
 from fastrl.kernels._verdicts.machine import machine
 from fastrl.kernels._verdicts.table import TABLE, Verdict
 
-NOT_CHECKED = "not checked: about 30 s at first use, or now: fastrl check"
+NOT_CHECKED = "not checked: about a minute at first use, or now: fastrl check"
 UNUSED = "not checked (FASTRL_CHECK=0)"
 
 

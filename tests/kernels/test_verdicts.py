@@ -306,7 +306,7 @@ def test_what_is_known_as_text(simulated):
     assert row["gae"] == (
         "cpu triton FAILED 2026-12-01 (float32): forward T=3: error 1.0 against float64, allowed 0.1"
     )
-    assert row["rope"] == "triton not checked: about 30 s at first use, or now: fastrl check"
+    assert row["rope"] == "triton not checked: about a minute at first use, or now: fastrl check"
     said = sentence(CPU, ops.backend("cpu"))
     assert said.startswith("kernels: 2 checked on NVIDIA H200 (triton ")
     assert "): swiglu triton; others: " in said and "reference: linear_cross_entropy" in said

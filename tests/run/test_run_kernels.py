@@ -76,7 +76,7 @@ def test_a_failure_stands_in_the_environment(tmp_path):
         )
         text = environment.environment_text()
         assert "gae" in text and "triton FAILED 2026-12-01 (float32): forward: an illegal address" in text
-        assert "not checked: about 30 s at first use, or now: fastrl check" in text
+        assert "not checked: about a minute at first use, or now: fastrl check" in text
         assert not (tmp_path / "log").exists(), "it only shows"
 
 
