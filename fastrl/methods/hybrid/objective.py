@@ -23,7 +23,6 @@ from fastrl.train.optimizer import MasterWeights
 from fastrl.train.source import Metrics
 
 POLICY, PAIRS = 0.0, 1.0  # which term a row of numbers is of
-NORMS = "grad_norm/rl", "grad_norm/pairs"
 Term = tuple[float, Batch, float]  # which term it is, its micro-batch, the pairs' coefficient
 
 
@@ -177,13 +176,16 @@ def gradients_by_term(
     squares = _squares(first, weights, world) if batch.measured else ()
     *rows, (norm,) = as_rows([*policy, *pairs, *squares, weights.norm()])
     parts = len(policy) + len(pairs)
-    norms = {name: math.sqrt(math.fsum(row)) for name, row in zip(NORMS, rows[parts:], strict=False)}
-    return objective.metrics(world.gather(rows[:parts])) | norms, norm
+    metrics = objective.metrics(world.gather(rows[:parts]))
+    if squares:
+        rl, pairs_norm = (math.sqrt(math.fsum(row)) for row in rows[parts:])
+        metrics |= {"grad_norm/rl": rl, "grad_norm/pairs": pairs_norm}
+    return metrics, norm
 
 
 def _squares(first: Sequence[Tensor | None], weights: MasterWeights, world: World) -> tuple[Tensor, Tensor]:
     """The squared L2 norm of each term's gradient as it is in the sum, coefficients included, weight by
-    weight: (W,) float64, in the order of NORMS.
+    weight: (W,) float64, the policy's first.
 
     `first` is this process's part of the policy's gradient; the sum is in the masters.  That takes no further
     pass over the data: the pairs' gradient is what the sum has beside the policy's.
