@@ -145,12 +145,8 @@ def test_more_tokens_than_are_set_aside(filters, monkeypatch, falls_back):
     assert len(falls_back) >= 3
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param("equal", marks=SLOW), pytest.param("uniform", marks=SLOW), "tied"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["equal", "uniform", "tied"])
 def test_flat_rows_of_a_real_vocabulary(kind):
     logits = {
         "equal": torch.zeros(1, 151936, dtype=torch.bfloat16),
