@@ -306,6 +306,7 @@ def test_a_reward_model_that_has_diverged_is_named(tmp_path):
 
 
 # --- what joint training is for ----------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_frozen_policys_reward_model_learns_what_the_oracle_wants(tmp_path):
     """Accuracy on comparisons of held-out prompts rises above 0.9.  Wrong implementations: comparisons turned
     round; a reward model that is never stepped, or by the policy's learning rate; a policy that moves at a

@@ -64,14 +64,26 @@ def judge(args):
             within_budget(mine, its, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T, D", [(1, 3), (7, 64), (9, 513), (3, 1024), (70, 96), (2, 9000)])
-def test_values_and_gradients(T, D, dtype):
+SHORT = [(1, 3), (7, 64), (9, 513), (3, 1024), (70, 96)]
+WALKED = (2, 9000)
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        *((shape, dtype) for shape in SHORT for dtype in (torch.float32, *NARROW)),
+        (WALKED, torch.float32),
+        *(pytest.param(WALKED, dtype, marks=pytest.mark.slow) for dtype in NARROW),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(shape, dtype):
     """Wrong: a tail of columns or rows that is counted or dropped; a mean over the block; walked rows (9000)
     whose second half forgets the sum; rows that two programs add to the weight's gradient (70: two turns of
     the loop).
     """
-    judge(case(T, D, dtype))
+    judge(case(*shape, dtype))
 
 
 def test_rounds_where_hugging_face_rounds():

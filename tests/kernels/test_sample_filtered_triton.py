@@ -116,9 +116,17 @@ def test_the_floor_is_the_definition_s_to_the_bit(kind, filters):
 
 
 @pytest.mark.parametrize(
-    "filters", [{"top_p": 0.9}, {"top_k": 50}, {"top_k": 1000, "top_p": 0.7, "min_p": 1e-4}], ids=str
+    "filters, offset",
+    [
+        ({"top_p": 0.9}, 1000.0),
+        ({"top_k": 1000, "top_p": 0.7, "min_p": 1e-4}, 0.0),
+        pytest.param({"top_p": 0.9}, 0.0, marks=pytest.mark.slow),
+        pytest.param({"top_k": 50}, 0.0, marks=pytest.mark.slow),
+        pytest.param({"top_k": 50}, 1000.0, marks=pytest.mark.slow),
+        pytest.param({"top_k": 1000, "top_p": 0.7, "min_p": 1e-4}, 1000.0, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_ordinary_rows_need_no_fp64(filters, offset, falls_back):
     """Wrong: a window that misses the floor, chunks whose grids do not add up, a slack of 1e-6."""
     out = check(3 * torch.randn(2, 17000) + offset, torch.tensor([0.8, 1.3]), **filters)

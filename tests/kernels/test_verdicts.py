@@ -126,9 +126,9 @@ def test_passing_kernels_are_the_default_and_run(checked):
 
 def test_a_hang_ends_in_time_and_costs_one_verdict(tmp_path):
     """Wrong: a limit for all cases together only, which one hang uses up."""
-    limits = Limits(start=240, case=20, total=600)
+    limits = Limits(start=240, case=10, total=600)
     with fake_device(tmp_path, "gae", "linear_logp", limits=limits), break_kernels(gae="hang"):
-        with pytest.warns(RuntimeWarning, match="gae: .*no answer within 20 s"):
+        with pytest.warns(RuntimeWarning, match="gae: .*no answer within 10 s"):
             ensure(CPU, dtypes=FP32)
         assert passing(CPU) == {"linear_logp/triton/float32"}
 

@@ -30,6 +30,9 @@ REDUNDANT: dict[str, Places] = {
     "decode bf16": {},
     "group_advantage batch": {},
     "linear bf16": {},
+    "cuda token_logp bf16": {},
+}
+LONG: dict[str, Places] = {
     "linear_logp bf16 deep": {
         ("linear_logp.target", 2): SERIES,
         ("linear_logp_hopper.partial", 0): INIT,
@@ -38,9 +41,6 @@ REDUNDANT: dict[str, Places] = {
         ("linear_logp_hopper.partial", 23): LAST,
     },
     "cuda fused bf16": {},
-    "cuda token_logp bf16": {},
-}
-LONG: dict[str, Places] = {
     "swiglu fp32": {},
     "sample fp32 of 7": {},
     "policy_loss pg": {},
