@@ -20,8 +20,8 @@ from tyro.conf import Positional
 from fastrl import __version__
 from fastrl.config import Evaluate, Generate
 from fastrl.config.parse import UsageError, dump, parse
-from fastrl.errors import UserError, nearest
-from fastrl.methods import METHODS, options_of
+from fastrl.errors import UserError
+from fastrl.methods import METHODS, command_hint, options_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -56,7 +56,10 @@ class Bench:
     """Time the kernels against their peers and against the hardware's limit."""
 
     ops: Positional[tuple[str, ...]] = ()
-    """Names of ops; without any, all."""
+    """Names of ops and systems (token_logp, linear_logp, linear_loss, linear_cross_entropy, policy_loss,
+    decode_attention, rollout, train, advance, attention, decoder_layer, gae, group_advantage, grpo,
+    linear, perturb, rms_norm, rope, sample, swiglu); without any, all.
+    """
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
@@ -125,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, f"{error.filename}: {error.strerror}" if named else str(error))
     except Exception as error:  # the outermost frame: even a bug must end in one line with advice
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return _fail(args, f"internal error: {message} (run again with --debug for the traceback)")
+        advice = "please report it with this traceback"
+        if not _debugging(args):
+            advice = "run again with --debug for the traceback"
+        return _fail(args, f"internal error: {message} ({advice})")
 
 
 def _dispatch(args: list[str]) -> int:
@@ -138,7 +144,7 @@ def _dispatch(args: list[str]) -> int:
 
     name, *rest = args
     if name not in COMMANDS:
-        advice = nearest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        advice = command_hint(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {name!r}{advice}")
     command = COMMANDS[name]
     parsed = parse(
@@ -196,12 +202,17 @@ def _fail(
     """
     if usage and _rank() != 0:
         return code
-    if "--debug" in args:
+    if _debugging(args):
         traceback.print_exc()
     rank = f"[rank {_rank()}] " if _rank() else ""
     outcome = "interrupted" if code == INTERRUPTED else f"error: {message}"
     print(f"{rank}fastrl: {outcome}", file=sys.stderr)
     return code
+
+
+def _debugging(args: Sequence[str]) -> bool:
+    """Whether tracebacks are asked for."""
+    return "--debug" in args
 
 
 def _rank() -> int:

@@ -27,7 +27,7 @@ from fastrl.config.algorithm import row_option_names
 from fastrl.config.parse import load
 from fastrl.errors import UserError, nearest
 from fastrl.files import Json, JsonObject
-from fastrl.methods import METHODS, options_of
+from fastrl.methods import METHODS, command_hint, options_of
 from fastrl.report.page import Html, figures, folded, section, table, text
 from fastrl.report.report import RunFiles, panels, read_run, summary, write_page
 from fastrl.run import checkpoint
@@ -106,7 +106,7 @@ def read_stages(path: Path) -> list[Stage]:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
 
-    folder = Path(str(tree.get("output_dir", "runs/pipeline")))
+    folder = Path(str(tree.get("output_dir", "runs/pipeline"))).expanduser()
     shared = tree.get("shared") or {}
     stages: list[Stage] = []
     for number, entry in enumerate(tree["stages"], 1):
@@ -160,7 +160,7 @@ def _entry(where: str, entry: Json) -> tuple[str, JsonObject]:
         example = "`sft: {steps: 100}`"
         raise UserError(f"{where}: expected one command with its options, like {example}, got {entry!r}")
     if command not in METHODS:
-        near = nearest(str(command), METHODS)
+        near = command_hint(str(command))
         known = ", ".join(METHODS)
         raise UserError(f"{where}: unknown command {command!r}{near}; expected one of {known}")
     return command, dict(options or {})

@@ -113,7 +113,7 @@ class WithAlgorithm(Run):
     algorithm: AlgorithmChoice
     """A row of the command's table, by its name."""
 
-    rows: ClassVar[Rows] = {}  # row -> its options; a row without any may be left out
+    rows: ClassVar[Rows] = {}  # every row -> its options, in the order of the table
     other_names: ClassVar[Mapping[str, str]] = {}  # TRL's name of a row -> ours
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -17,11 +18,23 @@ class UsageError(UserError):
     """An option, a key or a value that the command does not take: exit code 2."""
 
 
-def read(path: Path, schema: Schema, refused: Mapping[str, object]) -> dict[str, object]:
-    """The values that a file sets, by path.  Raises UsageError, also for the keys in `refused`, which say how
-    a command is run.
+class Contents(NamedTuple):
+    """What a file sets.
+
+    values   path of an option -> its value
+    foreign  path -> TRL's name, for options that are set by TRL's
+    """
+
+    values: dict[str, object]
+    foreign: dict[str, str]
+
+
+def read(path: Path, schema: Schema, refused: Mapping[str, object]) -> Contents:
+    """The options that a file sets.  Raises UsageError, also for the keys in `refused`, which say how a
+    command is run.
     """
     values: dict[str, object] = {}
+    foreign: dict[str, str] = {}
     for key, value in _flatten(_tree(path), schema, "").items():
         name = key.replace("-", "_")
         if name in refused:
@@ -34,6 +47,8 @@ def read(path: Path, schema: Schema, refused: Mapping[str, object]) -> dict[str,
             raise UsageError(f"{path}: {_unknown(key, name, value, schema)}")
         if option in values:
             raise UsageError(f"{path}: {option!r} is set twice (the second time as {key!r})")
+        if schema.foreign(name):
+            foreign[option] = name
 
         kind = schema.kind(option)
         try:
@@ -41,16 +56,18 @@ def read(path: Path, schema: Schema, refused: Mapping[str, object]) -> dict[str,
         except ValueError:
             got = f"{value!r} ({type(value).__name__})"
             raise UsageError(f"{path}: {key}: expected {describe(kind)}, got {got}") from None
-    return values
+    return Contents(values, foreign)
 
 
 def _unknown(key: str, name: str, value: object, schema: Schema) -> str:
     group = schema.group(name)
     if group:
-        return f"{key}: expected a group of options ({', '.join(group)}), got {value!r}"
-    near, elsewhere = schema.nearest(name), owners(name)
+        advice = schema.advice(name)
+        return f"{key}: expected a group of options ({', '.join(group)}), got {value!r}{advice}"
+    elsewhere = schema.advice(name) or owners(name)
     if elsewhere:
         return f"unknown key {key!r}{elsewhere}"
+    near = schema.nearest(name)
     hint = f"did you mean {near!r}?" if near else f"known are {', '.join(schema.general)}"
     return f"unknown key {key!r}; {hint}"
 

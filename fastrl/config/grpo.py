@@ -26,8 +26,12 @@ ROWS: Rows = {
         "epsilon_high": RowOption(float, "Upper bound of the log-ratio; see epsilon.", POSITIVE),
     },
     "cispo": {"epsilon_high": RowOption(float, "Largest importance weight of a token.", POSITIVE)},
+    "sapo": {},
+    "vespo": {},
+    "rloo": {},
     "reinforce++": CLIP,
     "reinforce++_baseline": CLIP,
+    "gpg": {},
     "pass_at_k": {**CLIP, "pass_k": PASS_K},
     "max_rl": CLIP,
 }

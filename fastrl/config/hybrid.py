@@ -17,14 +17,16 @@ from fastrl.config.algorithm import (
     RowOptions,
     Rows,
 )
+from fastrl.config.dpo import ROWS as PAIR_ROWS
+from fastrl.config.grpo import ROWS as POLICY_ROWS
 from fastrl.config.on_policy import CLIP, GroupRelative
 
 # --- options that several rows have -----------------------------------------------------------------
 POLICY: RowOptions = {  # of rows that train the policy's completions by a row of ALGORITHMS
     "rl": RowOption(
         str,
-        "The row of fastrl.algorithms.ALGORITHMS that trains the policy's own completions; by default the "
-        "hybrid's own.",
+        "The algorithm that trains the policy's own completions, one of those of fastrl grpo "
+        f"({', '.join(POLICY_ROWS)}); by default the hybrid's own.",
     ),
     **CLIP,
 }
@@ -46,7 +48,7 @@ GROUP_STATISTICS = RowOption(
     "completions.",
 )
 PREFERENCE = RowOption(
-    str, "Loss of a pair, a row of fastrl.algorithms.preference.PREFERENCES; dpo unless given."
+    str, f"Loss of a pair, one of those of fastrl dpo ({', '.join(PAIR_ROWS)}); dpo unless given."
 )
 BETA = RowOption(float, "Beta of the preference loss; by default its own.", POSITIVE)
 NLL_COEF = RowOption(

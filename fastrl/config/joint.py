@@ -27,9 +27,7 @@ class Joint(GroupRelative):
     defaults to --model.
     """
     reward_loss: str = "bradley_terry"
-    """A row of fastrl.algorithms.reward.REWARD_LOSSES that compares completions: bradley_terry or
-    plackett_luce.
-    """
+    """Loss of the reward model, which compares completions: bradley_terry or plackett_luce."""
     center: float = 0.01
     """Weight of the squared sum of a pair's rewards, which keeps rewards near 0."""
     reward_lr: float | None = None

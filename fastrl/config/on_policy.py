@@ -55,8 +55,8 @@ class OnPolicy(WithAlgorithm):
     sampler: Literal["fastrl", "vllm"] = "fastrl"
     """Rollout engine: fastrl's own, on the weights being trained, or vLLM (if installed) on a copy."""
     correction: str | None = None
-    """Importance weights of the sampler against the trainer, a row of
-    fastrl.algorithms.correction.CORRECTIONS; None trusts the recorded log-probs.
+    """Importance weights of the sampler against the trainer: token_truncate, token_mask, sequence_truncate,
+    sequence_mask or geometric_mask; None trusts the recorded log-probs.
     """
     correction_min: float | None = None
     """Lower bound of these weights; None is the correction's own."""
@@ -93,8 +93,8 @@ class GroupRelative(OnPolicy):
     """Advantages from a comparison of a prompt's completions."""
 
     advantage: str | None = None
-    """A row of fastrl.algorithms.advantage.ADVANTAGES (zscore, best, rank, softmax, ...); None is the
-    algorithm's own.
+    """How rewards become advantages: zscore, center, rloo, batch_std, best, best_range, rank, softmax,
+    leave_one_out_zscore, whiten, center_whiten, gpg, max_rl or max_at_k; None is the algorithm's own.
     """
     scale_rewards: Literal["group", "batch", "range", "none"] | None = None
     """What the advantage is divided by: the group's or the batch's standard deviation, the group's range, or

@@ -24,15 +24,19 @@ import yaml
 
 from fastrl.config.algorithm import AlgorithmChoice, RowOptions, WithAlgorithm, dashed
 from fastrl.config.files import UsageError, read
-from fastrl.config.schema import ALIASES, ROW, Schema, owners
+from fastrl.config.schema import ROW, Schema
+from fastrl.config.trl import differing
+from fastrl.config.typed import read_arguments
+from fastrl.config.values import expanded
 from fastrl.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["ALIASES", "Invocation", "UsageError", "dump", "load", "parse", "resolve"]
+__all__ = ["Invocation", "UsageError", "dump", "load", "parse", "resolve"]
 
 C = TypeVar("C", bound="DataclassInstance")
+VERBATIM = {f"{ROW}step_separator", "columns", "task_options"}  # options whose text is no path: ~ stays
 # how a command is run: offered by every command, never part of a configuration
 INVOCATION: dict[str, tuple[Any, object, str]] = {
     "config": (
@@ -62,11 +66,15 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: boo
              SystemExit(0) after --help.
     """
     schema = Schema.of(cls)
-    files, rest = _take_files(args)
-    rest = [_spell(arg, schema, prog) for arg in rest]
+    typed = read_arguments(args, schema, INVOCATION, prog)
+    rest = typed.rest
     values: dict[str, object] = {}
-    for file in files:
-        values |= read(Path(file), schema, INVOCATION)
+    names: dict[str, str] = {}  # path of an option -> how it was called last
+    for file in typed.files:
+        contents = read(Path(file).expanduser(), schema, INVOCATION)
+        values |= contents.values
+        names |= {path: contents.foreign.get(path, path) for path in contents.values}
+    names |= typed.names
 
     offered = _offered(cls, rest, values)
     command = _command(cls, offered)
@@ -81,7 +89,9 @@ def parse(cls: type[C], args: Sequence[str], *, prog: str = "fastrl", quiet: boo
 
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(cls)}
     given |= {ROW + option: getattr(parsed, option) for option in offered}
-    return Invocation(_configuration(cls, given), dry_run=parsed.dry_run, debug=parsed.debug)
+    config = _configuration(cls, given)
+    _check_foreign(config, names, schema)
+    return Invocation(config, dry_run=parsed.dry_run, debug=parsed.debug)
 
 
 def resolve(cls: type[C], args: Sequence[str] = ()) -> C:
@@ -95,14 +105,17 @@ def load(cls: type[C], path: str | Path) -> C:
 
     Raises:  UsageError for an unknown key, a wrong type, or a required option that is missing.
     """
-    values = read(Path(path), Schema.of(cls), INVOCATION)
+    schema = Schema.of(cls)
+    values, foreign = read(Path(path), schema, INVOCATION)
     for field in dataclasses.fields(cls):
         if _is_required(field) and field.name not in values:
             raise UsageError(f"{path}: required option {field.name!r} is missing")
     try:
-        return _configuration(cls, values)
+        config = _configuration(cls, values)
+        _check_foreign(config, foreign, schema)
     except UserError as error:
         raise UsageError(f"{path}: {error}") from None
+    return config
 
 
 def dump(config: DataclassInstance) -> str:
@@ -115,10 +128,22 @@ def dump(config: DataclassInstance) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
+def _check_foreign(config: DataclassInstance, names: Mapping[str, str], schema: Schema) -> None:
+    """Refuse an option that was given by TRL's name where it means something else in this configuration."""
+    foreign = {path: name for path, name in names.items() if schema.foreign(name)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config, WithAlgorithm):
+        values["algorithm"] = config.algorithm.name
+    problem = differing(foreign, values)
+    if problem:
+        raise UsageError(problem)
+
+
 # --- from values to a configuration -----------------------------------------------------------------
 def _configuration(cls: type[C], values: Mapping[str, Any]) -> C:
     """An instance of `cls` with `values`, by path or by field; UsageError for another row's option."""
     chosen: dict[str, Any] = {}
+    values = {path: value if path in VERBATIM else expanded(value) for path, value in values.items()}
     if issubclass(cls, WithAlgorithm):
         name = values.get("algorithm", _default(cls, "algorithm").name)
         options = {_without_prefix(path): value for path, value in values.items() if path.startswith(ROW)}
@@ -162,49 +187,6 @@ def _without_prefix(path: str) -> str:
 
 
 # --- the command line -------------------------------------------------------------------------------
-def _take_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files named by --config, in order (a later one overrides an earlier), and the other arguments."""
-    files, rest, queue = [], [], list(args)
-    while queue:
-        arg = queue.pop(0)
-        if arg == "--config":
-            if not queue:
-                raise UsageError("--config: expected a file, got nothing")
-            files.append(queue.pop(0))
-        elif arg.startswith("--config="):
-            files.append(arg.partition("=")[2])
-        else:
-            rest.append(arg)
-    return files, rest
-
-
-def _spell(arg: str, schema: Schema, prog: str) -> str:
-    """An argument with an option's path in place of its other names.  Raises UsageError for an option that
-    does not exist.
-    """
-    if not arg.startswith("--") or arg == "--":
-        return arg
-    name, equals, value = arg[2:].partition("=")
-    path = name.replace("-", "_")
-    option = schema.find(path)
-    if option is not None:
-        return f"--{option}{equals}{value}"
-    if path in {*INVOCATION, "help", *_negated(schema)}:
-        return f"--{path}{equals}{value}"
-
-    elsewhere, near = owners(path), schema.nearest(path, INVOCATION)
-    hint = f"; did you mean {dashed(near)}?" if near else f"; see {prog} --help"
-    raise UsageError(f"unknown option --{name}{elsewhere or hint}")
-
-
-def _negated(schema: Schema) -> set[str]:
-    """The options that turn a flag off: --no-resume."""
-    flags = [path for path, kind in schema.general.items() if kind is bool]
-    flags += [name for name in INVOCATION if name not in schema.general]
-    groups = [path.rpartition(".") for path in flags]
-    return {f"{group}{dot}no_{name}" for group, dot, name in groups}
-
-
 def _offered(cls: type, rest: Sequence[str], values: Mapping[str, object]) -> RowOptions:
     """The row options that the command line takes: those that are given, and those of an algorithm that is
     named, which --help shows.
@@ -237,7 +219,9 @@ def _command(cls: type[DataclassInstance], offered: RowOptions) -> type[Any]:
     """`cls` as tyro reads it: with the options of INVOCATION and of rows, the algorithm as a name."""
     fields: list[tuple[str, Any, Any]] = []
     if issubclass(cls, WithAlgorithm):
-        fields.append(("algorithm", str, dataclasses.field(default=_default(cls, "algorithm").name)))
+        argument = tyro.conf.arg(help=_algorithms(cls), metavar="NAME")
+        default_name = dataclasses.field(default=_default(cls, "algorithm").name)
+        fields.append(("algorithm", Annotated[str, argument], default_name))
     for name, declared in offered.items():
         argument = tyro.conf.arg(
             name=ROW + name,
@@ -263,6 +247,13 @@ def _metavar(kind: Any) -> str:
     return "{" + ",".join(choices) + "}" if choices else str(kind.__name__).upper()
 
 
+def _algorithms(cls: type[WithAlgorithm]) -> str:
+    """The help of --algorithm."""
+    text = f"The loss, one of {', '.join(cls.rows)}"
+    others = ", ".join(cls.other_names)
+    return f"{text}; or TRL's name of one: {others}." if others else f"{text}."
+
+
 def _about(cls: type, schema: Schema, prog: str) -> str:
     """What stands above the options in --help."""
     parts = [inspect.cleandoc(cls.__doc__ or "")]
@@ -270,7 +261,7 @@ def _about(cls: type, schema: Schema, prog: str) -> str:
         parts.append(
             f"Options of single algorithms are shown by {prog} --algorithm NAME --help, and are written "
             "--algorithm.OPTION, or `algorithm: {name: NAME, OPTION: VALUE}` in a file.  Algorithms with "
-            f"options of their own: {', '.join(cls.rows)}."
+            f"options of their own: {', '.join(name for name, row in cls.rows.items() if row)}."
         )
     aliases = schema.aliases()
     if aliases:

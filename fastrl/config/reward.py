@@ -43,6 +43,7 @@ class Reward(WithAlgorithm):
     rows: ClassVar[Rows] = {
         "bradley_terry": COMPARED,
         "plackett_luce": COMPARED,
+        "outcome": {},
         "process": {
             "step_separator": RowOption(
                 str, "Text that ends each step of a completion; a line break unless given."

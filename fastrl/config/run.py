@@ -93,7 +93,7 @@ class Run:
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; defaults to the model's, or to the task's own."""
     task: str | None = None
-    """Name of a built-in task (see fastrl.tasks), or my_task.py:MyTask."""
+    """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask."""
     task_options: tuple[str, ...] = ()
     """Options of the task, key=value with values in YAML: k=3 targets=[1,40]."""
     dataset: str | None = None

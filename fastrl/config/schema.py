@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,58 +22,61 @@ from fastrl.config.joint import Joint
 from fastrl.config.ppo import Ppo
 from fastrl.config.reward import Reward
 from fastrl.config.sft import Sft
+from fastrl.config.trl import ALIASES, INSTEAD, ONLY
 from fastrl.config.values import Kind
 
 ROW = "algorithm."  # before the name of a row's option
-ALIASES = {  # TRL's name -> ours, on the command line and in files
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "reward_funcs": "reward",
-    "num_generations": "group",
-    "learning_rate": "optim.lr",
-    "max_completion_length": "max_new_tokens",
-    "max_steps": "steps",
-    "loss_type": "algorithm",
-    "beta": "kl_coef",
-    "neftune_noise_alpha": "neftune_alpha",
-    "label_smoothing_factor": "label_smoothing",
-    "num_iterations": "epochs",
-    "mask_truncated_completions": "overlong_filter",
-    "vllm_importance_sampling_mode": "correction",
-    "vllm_importance_sampling_clip_min": "correction_min",
-    "vllm_importance_sampling_clip_max": "correction_max",
-    "center_rewards_coefficient": "center",
-    "num_ppo_epochs": "epochs",
-    "num_mini_batches": "minibatches",
-    "cliprange": "epsilon",
-    "cliprange_value": "value_clip",
-    "kl_estimator": "kl",
-}
+OPTION = re.compile(r"(?<!\w)--([a-z][\w.-]*\w)")
+TRAINING = {c.__name__.lower(): c for c in (Sft, Reward, Dpo, Grpo, Ppo, Hybrid, Joint)}
+CLOSE = 0.75  # least likeness of a name that is suggested; below it save_steps would be steps, and epochs eps
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
     """The options of one configuration class.
 
+    command  the name of the class, in lower case
     general  path -> type, of what every row of the command takes
     of_rows  name -> declaration, of what some rows have
     """
 
+    command: str
     general: Mapping[str, Kind]
     of_rows: RowOptions
 
     @staticmethod
+    @functools.cache
     def of(cls: type) -> Schema:
         """The options of a configuration class."""
         of_rows = cls.all_row_options() if issubclass(cls, WithAlgorithm) else {}
-        return Schema(_leaves(cls), of_rows)
+        return Schema(cls.__name__.lower(), _leaves(cls), of_rows)
 
     def find(self, name: str) -> str | None:
         """The path of the option that is called `name`; None if there is none."""
         path = self._exact(name)
-        if path is None and name in ALIASES:
+        if path is None and self._means_the_same(name):
             path = self._exact(ALIASES[name])
         return path
+
+    def foreign(self, name: str) -> bool:
+        """Whether an option of the command is called `name` by TRL alone."""
+        return self._exact(name) is None and self.find(name) is not None
+
+    def advice(self, name: str) -> str:
+        """`: ` and what to give in place of TRL's option of this name, where nothing here means the same;
+        else the empty string.
+        """
+        first = name.partition(".")[0]
+        name = name if self.group(first) else first  # `fsdp_config: {...}` in a file
+        if name not in INSTEAD or self.find(name) is not None:
+            return ""
+        text = INSTEAD[name]
+        named = [option.replace("-", "_") for option in OPTION.findall(text)]
+        lacking = [option for option in named if self.find(option) is None]
+        if self.command not in TRAINING and lacking:
+            return ""  # `fastrl eval` has no batches of prompts
+        having = owners(lacking[0]) if named and len(lacking) == len(named) else ""
+        return f": {text}{having.replace('; it is an', ', an')}"
 
     def kind(self, path: str) -> Kind:
         """The type of the option at a path."""
@@ -83,21 +88,25 @@ class Schema:
 
     def aliases(self) -> dict[str, str]:
         """TRL's names that are understood here -> our names."""
-        ours = {alias: self.find(alias) for alias in ALIASES if self._exact(alias) is None}
+        ours = {alias: self.find(alias) for alias in ALIASES if self.foreign(alias)}
         return {alias: path.removeprefix(ROW) for alias, path in ours.items() if path is not None}
 
     def nearest(self, name: str, more: typing.Iterable[str] = ()) -> str | None:
-        """The option whose path, last name or TRL's name comes closest to `name`."""
+        """The option whose path, last name or TRL's name comes closest to `name`, if it is close."""
         last = {path.split(".")[-1]: path for path in reversed(list(self.general)) if "." in path}
+        flat = {path.replace(".", "_"): path for path in self.general}
         ours = {path: path for path in [*self.general, *self.of_rows, *more]}
-        table = self.aliases() | last | ours
+        table = self.aliases() | last | flat | ours
         if name.startswith(ROW):
             table = {option: option for option in self.of_rows}
         for typed in (name.removeprefix(ROW), name.split(".")[-1]):
-            near = difflib.get_close_matches(typed, table, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(typed, table, n=1, cutoff=CLOSE)
             if near:
                 return table[near[0]]
         return None
+
+    def _means_the_same(self, name: str) -> bool:
+        return name in ALIASES and self.command in ONLY.get(name, (self.command,))
 
     def _exact(self, name: str) -> str | None:
         if name in self.general:
@@ -110,8 +119,7 @@ class Schema:
 
 def owners(name: str) -> str:
     """`; it is an option of fastrl ...` where training commands have the option, else the empty string."""
-    commands = (Sft, Reward, Dpo, Grpo, Ppo, Hybrid, Joint)
-    having = [c.__name__.lower() for c in commands if Schema.of(c).find(name) is not None]
+    having = [name_of for name_of, c in TRAINING.items() if Schema.of(c).find(name) is not None]
     return f"; it is an option of fastrl {', '.join(having)}" if having else ""
 
 

@@ -46,7 +46,7 @@ class Evaluate:
     model: str
     """Hugging Face folder."""
     task: str
-    """Name of a built-in task (see fastrl.tasks), or my_task.py:MyTask."""
+    """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask."""
     task_options: tuple[str, ...] = ()
     """Options of the task, key=value with values in YAML."""
     split: str = "test"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from typing import Literal, get_args, get_origin
@@ -39,3 +40,17 @@ def describe(kind: Kind) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if k is type(None) else describe(k) for k in inner)
     return str(kind.__name__)
+
+
+def expanded(value: object) -> object:
+    """A path with the home directory in place of ~, also within a list, `model:~/...` and
+    `implicit:~/...,~/...`; other values as they are.
+    """
+    if isinstance(value, tuple):
+        return tuple(expanded(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    kind, colon, names = value.partition(":")
+    if colon and kind in ("model", "implicit"):
+        return f"{kind}:{','.join(map(os.path.expanduser, names.split(',')))}"
+    return os.path.expanduser(value)

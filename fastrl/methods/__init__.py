@@ -7,7 +7,11 @@ A line says where a command's options and its method are.  Nothing is imported b
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
+
+from fastrl.config.algorithm import WithAlgorithm
+from fastrl.errors import nearest
 
 if TYPE_CHECKING:
     from fastrl.config.run import Run
@@ -39,6 +43,34 @@ def method_of(command: str) -> AnyMethod:
 def command_of(config: Run) -> str:
     """The command that a configuration is of."""
     return next(name for name in METHODS if options_of(name) is type(config))
+
+
+# what other trainers call a command that is an algorithm here
+OTHER_COMMANDS = {"rm": "bradley_terry", "orm": "outcome", "prm": "process", "reinforce": "reinforce++"}
+
+
+def command_hint(name: str, commands: Collection[str] = METHODS) -> str:
+    """What to type where a command called `name` is an algorithm here, or close to one or to a command; else
+    the empty string.
+    """
+    plain = name.lower().replace("-", "_")
+    plain = OTHER_COMMANDS.get(plain, plain)
+    algorithms: dict[str, list[str]] = {}
+    for command, algorithm in _algorithms():
+        algorithms.setdefault(algorithm, []).append(f"fastrl {command} --algorithm {algorithm}")
+    if plain in algorithms:
+        return f"; it is an algorithm: {' or '.join(algorithms[plain])}"
+
+    return nearest(plain, commands) or nearest(plain, algorithms)
+
+
+def _algorithms() -> Iterator[tuple[str, str]]:
+    """Every (command, algorithm), TRL's names included."""
+    for command in METHODS:
+        options = options_of(command)
+        if issubclass(options, WithAlgorithm):
+            for name in (*options.rows, *options.other_names):
+                yield command, name
 
 
 def _load(place: str) -> Any:

@@ -26,7 +26,8 @@ from fastrl.config import (
     WithAlgorithm,
 )
 from fastrl.config.parse import UsageError, dump, load, parse, resolve
-from fastrl.config.schema import ALIASES, Schema
+from fastrl.config.schema import Schema
+from fastrl.config.trl import ALIASES
 from fastrl.errors import UserError
 from fastrl.methods import METHODS, options_of
 from fastrl.methods.dpo.options import choose_preference
@@ -63,7 +64,6 @@ def write(folder, text, name="run.yaml"):
         ["--algorithm.name", "chord", "--algorithm.mu", "0.5"],
         ["--algorithm", "chord", "--mu", "0.5"],
         ["--loss_type", "chord", "--mu", "0.5"],
-        ["--mu", "0.5", "--algorithm", "hpt", "--algorithm", "chord"],
     ],
     ids=" ".join,
 )
