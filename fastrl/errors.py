@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
+import os
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -36,3 +39,10 @@ def nearest(name: str, choices: Collection[str]) -> str:
     """`; did you mean 'x'?` when one of `choices` is close to `name`, else the empty string."""
     close = difflib.get_close_matches(name, choices, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@functools.cache
+def notice(text: str) -> None:
+    """Say one line that is no error, on the logger "fastrl": once, and on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("fastrl").warning("fastrl: %s", text)

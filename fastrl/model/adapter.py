@@ -7,11 +7,11 @@ has no cache here: the sampler runs the whole sequence again for every token.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,36 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from fastrl.errors import UserError
-from fastrl.model.config import Settings, architecture, as_token_ids, unsupported
+from fastrl.errors import UserError, notice
+from fastrl.model.carried import OF_MODEL, Files, read_carried, write_carried
+from fastrl.model.config import FAMILIES, Settings, architecture, as_token_ids, unsupported
 from fastrl.model.decoder import Decoder
+from fastrl.model.fields import refuse
+from fastrl.model.head import check_language_model
 from fastrl.model.language import Attend
-from fastrl.model.weights import read_config, read_json
+from fastrl.model.weights import check_dtypes, read_config, read_json
 
 PADDED_TOKENS = 1 << 14  # of one forward pass
 Source = str | Path | Settings  # a folder, a file, or a parsed config.json
+FAST = ", ".join(FAMILIES)
 UNBOUNDED = 2**31 - 1  # the context where a config names none
+# what transformers raises for a config or weights that it cannot make a model of
+ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    ZeroDivisionError,
+    NotImplementedError,
+    SafetensorError,
+)
 
 
 def load_model(
@@ -37,14 +57,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    *,
+    trust: bool = False,
 ) -> Decoder | Adapter:
     """The model of a Hugging Face folder, or one with random weights from a config.json, a YAML of one, or a
     dict.
 
     Llama, Qwen2 and Qwen3 become a `Decoder`; every other causal language model, and settings that the
-    decoder lacks, an `Adapter`, with a warning that says why.  `seed` fixes the random weights.
-    Raises:  UserError for a path that does not exist, a config that no model fits, or weights that do not fit
-             the config.
+    decoder lacks, an `Adapter`, with a line that says why.  `seed` fixes the random weights.  `trust` runs
+    code that the folder brings (config.json's auto_map); without it, none is run and nothing is asked.
+    Raises:  UserError for a path that does not exist, a config that no model fits, quantised weights, weights
+             that do not fit the config, and a model of code that is not trusted.
     """
     folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
     if isinstance(source, Mapping):
@@ -52,17 +75,41 @@ def load_model(
     else:
         config = read_config(folder) if folder else _read_file(Path(source))
 
-    reason = unsupported(config)
-    kind: type[Decoder | Adapter] = Adapter if reason else Decoder
-    if reason:
-        warnings.warn(
-            f"{architecture(config)} runs through transformers, slowly: "
-            f"the fast decoder cannot take {reason}",
-            stacklevel=2,
-        )
+    refuse(config)
+    own_code = folder is not None and _runs_own_code(config, trust)
+    reason = "" if own_code else unsupported(config)
+    if reason or own_code:
+        name = architecture(config)
+        why = f"the fast decoder does not take {reason}" if name in FAMILIES else f"it is none of {FAST}"
+        if own_code:
+            why = "its code is the folder's own"
+        notice(f"{name} runs through transformers, several times slower than the fast decoder: {why}")
+        if folder is not None:
+            return Adapter.from_pretrained(folder, dtype, device, trust=own_code)
+        return Adapter.from_config(config, dtype=dtype, device=device, seed=seed)
     if folder is not None:
-        return kind.from_pretrained(folder, dtype, device)
-    return kind.from_config(config, dtype=dtype, device=device, seed=seed)
+        return Decoder.from_pretrained(folder, dtype, device)
+    return Decoder.from_config(config, dtype=dtype, device=device, seed=seed)
+
+
+def _runs_own_code(config: Settings, trust: bool) -> bool:
+    """Whether the folder's own code makes the model.
+
+    Raises:  UserError where only that could make it, and it is not trusted.
+    """
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    if not code or trust:
+        return bool(code)
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"config.json: auto_map: the model is made by code of its own ({code}), which is not run without "
+            "--trust-remote-code; read the code first"
+        )
+    notice(
+        f"config.json: auto_map: the folder's own code ({code}) is not run, but transformers' "
+        f"{architecture(config)}; --trust-remote-code runs it"
+    )
+    return False
 
 
 def _read_file(path: Path) -> Settings:
@@ -106,9 +153,17 @@ class Adapter(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm.eval()
-        self.config = self._shape()
-        self._takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
-        self._check_head()
+        self.carried: Files = {}
+        try:
+            self.config = self._shape()
+            self._takes_positions = "position_ids" in inspect.signature(lm.base_model.forward).parameters
+            check_language_model(self.lm, self._hidden)
+        except UserError:
+            raise
+        except ERRORS as error:
+            raise UserError(
+                f"{type(lm).__name__}: transformers cannot run it as config.json describes it: {_line(error)}"
+            ) from error
 
     def _shape(self) -> AdapterConfig:
         config = self.lm.config.get_text_config()
@@ -183,23 +238,7 @@ class Adapter(nn.Module):
         return embeddings
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
-        return self.lm.base_model(**inputs, use_cache=False).last_hidden_state
-
-    def _check_head(self) -> None:
-        """Refuse a model with logits other than hidden @ head_weight.T + head_bias: scaled, capped or of
-        another module.
-        """
-        tokens = torch.arange(min(8, self.config.vocab_size), device=self.device)[None]
-        with torch.no_grad():
-            theirs = self.lm(input_ids=tokens, use_cache=False).logits.float()
-            hidden = self._hidden(input_ids=tokens)
-            ours = nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
-        relative = 1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2
-        if not torch.allclose(ours, theirs, rtol=0, atol=relative * float(theirs.abs().max())):
-            raise UserError(
-                f"{self.config.architecture}: its logits are not a plain product of hidden states "
-                "and a head, which every loss here needs"
-            )
+        return self.lm.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
 
     @property
     def head_weight(self) -> Tensor:
@@ -251,34 +290,45 @@ class Adapter(nn.Module):
         seed: int | None = None,
     ) -> Adapter:
         """Random weights as transformers draws them, from `seed` or from torch's global generator."""
-        settings = dict(config)
+        settings = copy.deepcopy(dict(config))  # transformers writes into nested mappings
         try:
             typed = AutoConfig.for_model(settings.pop("model_type", ""), **settings)
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                lm = AutoModelForCausalLM.from_config(typed, dtype=torch.float32)
-        except (ValueError, KeyError, TypeError) as error:
+                lm = AutoModelForCausalLM.from_config(typed, dtype=torch.float32, trust_remote_code=False)
+        except ERRORS as error:
             raise UserError(
                 f"config.json: {architecture(config)} is no causal language model that transformers "
-                f"can make: {error}"
+                f"can make: {_line(error)}"
             ) from error
         return cls(lm.to(device=device, dtype=dtype))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        trust: bool = False,
     ) -> Adapter:
-        """The model of a Hugging Face folder, read by transformers.
+        """The model of a Hugging Face folder, read by transformers; with `trust`, by the folder's own code.
 
         Raises:  UserError for weights that are missing or do not fit.
         """
+        check_dtypes(Path(folder))
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: transformers cannot load it: {error}") from error
+            with _without_bars():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    trust_remote_code=trust,
+                )
+        except ERRORS as error:
+            raise UserError(f"{folder}: transformers cannot load it: {_line(error)}") from error
 
         lm, info = loaded
         wrong = []
@@ -286,14 +336,43 @@ class Adapter(nn.Module):
             wrong += [f"{kind.removesuffix('_keys')} {name}" for name in info.get(kind, ())]
         if wrong:
             raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(sorted(wrong)[:5])}")
-        return cls(lm.to(device))
+        model = cls(lm.to(device))
+        model.carried = read_carried(Path(folder), OF_MODEL)
+        return model
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30
     ) -> None:
         """Write the folder with transformers' own save_pretrained, in `dtype` or the model's own."""
         lm = self.lm if dtype in (None, self.dtype) else copy.deepcopy(self.lm).to(dtype)
-        lm.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        with _without_bars():
+            lm.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        write_carried(Path(folder), self.carried)
+
+    def end_with(self, tokens: tuple[int, ...]) -> None:
+        """Make these the end-of-sequence tokens, of sampling and of what is saved."""
+        saved = tokens[0] if len(tokens) == 1 else list(tokens) or None
+        self.lm.config.get_text_config().eos_token_id = saved
+        if getattr(self.lm, "generation_config", None) is not None:
+            self.lm.generation_config.eos_token_id = saved
+        self.config = replace(self.config, eos_token_id=tokens)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which would end up inside our own lines."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

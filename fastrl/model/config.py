@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from fastrl.errors import UserError
-from fastrl.kernels.rope import SCALINGS
+from fastrl.model.fields import Settings, refuse, rope_settings, strange
 
-Number = TypeVar("Number", int, float)
-Settings = Mapping[str, Any]  # a parsed config.json
+__all__ = [
+    "CAUSAL",
+    "FAMILIES",
+    "SCORING",
+    "Family",
+    "ModelConfig",
+    "Settings",
+    "architecture",
+    "as_token_ids",
+    "is_scoring",
+    "scoring_body",
+    "unsupported",
+]
+
 CAUSAL = "ForCausalLM"  # how the class of a language model ends in config.json
 SCORING = "ForSequenceClassification"  # and the class of a reward model
 DEFAULT_LABELS = (0, 1)  # transformers' own, where config.json has neither num_labels nor id2label
@@ -24,20 +35,21 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     head_dim: int | None = None  # if config.json has none; None: width / heads
+    key_heads: int | None = None  # if config.json does not have the key; None: as many as query heads
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama"),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, key_heads=32),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, key_heads=32),
 }
 REWRITTEN = ("rope_parameters", "dtype", "transformers_version")  # keys that saving writes anew
 DERIVED = {
     "architecture",
     "qkv_bias",
     "qk_norm",
-    "eos_token_id",
     "extra",
+    "generation",
 }  # fields that are no keys of config.json
 
 
@@ -64,13 +76,16 @@ class ModelConfig:
     eos_token_id: tuple[int, ...]
     # the rest of config.json, kept for saving
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    # generation_config.json, kept for saving
+    generation: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, config: Settings) -> ModelConfig:
-        """The typed form of a config.json.
+    def from_dict(cls, config: Settings, generation: Settings | None = None) -> ModelConfig:
+        """The typed form of a config.json; `generation` is its generation_config.json.
 
         Raises:  UserError for a key that is missing, of the wrong type or not supported.
         """
+        refuse(config)
         reason = unsupported(config)
         if reason:
             raise UserError(
@@ -79,11 +94,16 @@ class ModelConfig:
             )
 
         family = FAMILIES[architecture(config)]
-        theta, scaling = _rope_settings(config)
-        eps = _number(config, "rms_norm_eps", float, 1e-6)
-        deviation = _number(config, "initializer_range", float, 0.02)
-        tied = bool(config.get("tie_word_embeddings", False))
+        theta, scaling = rope_settings(config)
+        eps = _real(config, "rms_norm_eps", 1e-6)
+        deviation = _real(config, "initializer_range", 0.02)
+        tied = config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise UserError(f"config.json: tie_word_embeddings: expected true or false, got {tied!r}")
         kept = {key: value for key, value in config.items() if key not in REWRITTEN}
+        ends = as_token_ids(config.get("eos_token_id"))
+        kept_generation = dict(generation or {})
+        sizes = _sizes(config, family)
         made = cls(
             architecture=architecture(config),
             rms_norm_eps=eps,
@@ -93,9 +113,10 @@ class ModelConfig:
             initializer_range=deviation,
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            eos_token_id=as_token_ids(config.get("eos_token_id")),
+            eos_token_id=ends,
             extra=kept,
-            **_sizes(config, family),
+            generation=kept_generation,
+            **sizes,
         )
 
         if made.num_attention_heads % made.num_key_value_heads or made.head_dim % 2:
@@ -110,7 +131,9 @@ class ModelConfig:
         """A config.json for transformers 4 and 5: the keys that were read, with this decoder's own values."""
         names = {f.name for f in fields(self)} - DERIVED
         typed = {name: getattr(self, name) for name in names}
+        ends = self.eos_token_id
         fixed = {
+            "eos_token_id": (list(ends) if len(ends) > 1 else ends[0]) if ends else None,
             "architectures": [self.architecture],
             "model_type": FAMILIES[self.architecture].model_type,
             "hidden_act": "silu",
@@ -132,11 +155,11 @@ def unsupported(config: Settings) -> str:
     if name not in FAMILIES:
         return f"architectures: expected {', '.join(FAMILIES)}; got {name}"
 
-    rope_type = _rope_type(config)
-    wrong = []
-    for key, (expected, supports) in FEATURES.items():
-        if not supports(config):
-            wrong.append(f"{key}: expected {expected}, got {config.get(key, rope_type)!r}")
+    # transformers reads model_type and never the class
+    of_family, given = FAMILIES[name].model_type, config.get("model_type")
+    wrong = strange(config)
+    if given not in (None, of_family):
+        wrong.insert(0, f"model_type: expected {of_family} for {name}, got {given!r}")
     return "; ".join(wrong)
 
 
@@ -160,80 +183,49 @@ def scoring_body(config: Settings, where: str) -> ModelConfig:
     return ModelConfig.from_dict({**config, "architectures": [causal], "tie_word_embeddings": True})
 
 
-def as_token_ids(eos: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
-    """The end-of-sequence tokens of a config.json, which holds one, a list, or none."""
+def as_token_ids(eos: object) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a config.json, which holds one, a list, or none.
+
+    Raises:  UserError for anything else.
+    """
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-
-
-# --- what the decoder supports ----------------------------------------------------------------------
-def _full_attention(config: Settings) -> bool:
-    return all(kind == "full_attention" for kind in config.get("layer_types") or [])
-
-
-def _no_window(config: Settings) -> bool:
-    """True unless some layer has a sliding window; layer_types, where given, says so instead."""
-    if config.get("layer_types") or not config.get("use_sliding_window"):
-        return True
-    first = config.get("max_window_layers", 0)
-    return config.get("sliding_window") is None or first >= config.get("num_hidden_layers", 0)
-
-
-def _full_rotary(config: Settings) -> bool:
-    settings = config.get("rope_parameters") or config
-    return bool(settings.get("partial_rotary_factor", 1.0) == 1.0)
-
-
-def _rope_type(config: Settings) -> str:
-    scaling = _rope_settings(config)[1] or {}
-    return str(scaling.get("rope_type", "default"))
-
-
-FEATURES: dict[
-    str, tuple[str, Callable[[Settings], bool]]
-] = {  # key -> the supported value, and a test of it
-    "layer_types": ("full_attention", _full_attention),
-    "use_sliding_window": ("false", _no_window),
-    "attention_bias": ("false", lambda config: not config.get("attention_bias", False)),
-    "mlp_bias": ("false", lambda config: not config.get("mlp_bias", False)),
-    "hidden_act": ("silu", lambda config: config.get("hidden_act", "silu") == "silu"),
-    "attention_dropout": ("0", lambda config: not config.get("attention_dropout", 0.0)),
-    "partial_rotary_factor": ("1", _full_rotary),
-    "quantization_config": ("none", lambda config: not config.get("quantization_config")),
-    "rope_scaling": (f"rope_type {', '.join(SCALINGS)}", lambda config: _rope_type(config) in SCALINGS),
-}
+    ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UserError(
+            f"config.json: eos_token_id: expected a token id, a list of them or null, got {eos!r}"
+        )
+    return ids
 
 
 # --- reading keys -----------------------------------------------------------------------------------
-def _rope_settings(config: Settings) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, from transformers 5's rope_parameters or from the older two keys."""
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = settings.pop("type", None)
-    theta = settings.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = settings.setdefault("rope_type", kind or "default")
-    return float(theta), None if kind == "default" else settings
-
-
 def _sizes(config: Settings, family: Family) -> dict[str, int]:
     """The integer fields of `ModelConfig`."""
-    width = _number(config, "hidden_size", int)
-    heads = _number(config, "num_attention_heads", int)
+    width = _integer(config, "hidden_size")
+    heads = _integer(config, "num_attention_heads")
     required = ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    key_heads = heads
+    if "num_key_value_heads" not in config and family.key_heads:
+        key_heads = family.key_heads
     return {
         "hidden_size": width,
         "num_attention_heads": heads,
-        **{name: _number(config, name, int) for name in required},
-        "num_key_value_heads": _number(config, "num_key_value_heads", int, heads),
-        "head_dim": _number(config, "head_dim", int, family.head_dim or width // heads),
+        **{name: _integer(config, name) for name in required},
+        "num_key_value_heads": _integer(config, "num_key_value_heads", key_heads),
+        "head_dim": _integer(config, "head_dim", family.head_dim or width // heads),
     }
 
 
-def _number(config: Settings, key: str, kind: type[Number], default: Number | None = None) -> Number:
-    value: Any = config.get(key)
-    if value is None:
-        value = default
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise UserError(f"config.json: {key}: expected {kind.__name__}, got {value!r}") from None
+def _integer(config: Settings, key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    lowest = 0 if key == "num_hidden_layers" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise UserError(f"config.json: {key}: expected int, {lowest} or more, got {value!r}")
+    return value
+
+
+def _real(config: Settings, key: str, default: float) -> float:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"config.json: {key}: expected float, got {value!r}")
+    return float(value)

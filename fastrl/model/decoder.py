@@ -21,6 +21,7 @@ from fastrl.kernels.decoder_layer import Run, layer_for
 from fastrl.kernels.linear import linear_layer
 from fastrl.kernels.rope import Store, rope_tables
 from fastrl.model import weights
+from fastrl.model.carried import OF_MODEL, Files, read_carried, write_carried
 from fastrl.model.config import ModelConfig, Settings
 from fastrl.model.language import Attend
 from fastrl.ops import attention, rms_norm, rope, swiglu
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self._tables: tuple[Tensor, Tensor] | None = None
+        self.carried: Files = {}
 
     def forward(
         self,
@@ -280,7 +282,9 @@ class Decoder(nn.Module):
                  shape.
         """
         folder = Path(folder)
-        model = cls.empty(ModelConfig.from_dict(weights.read_config(folder)), dtype, device)
+        config = ModelConfig.from_dict(weights.read_config(folder), weights.read_generation(folder))
+        model = cls.empty(config, dtype, device)
+        model.carried = read_carried(folder, OF_MODEL)
         parameters = dict(model.named_parameters())
         weights.read(folder, parameters, model.layout(), tied=model.config.tie_word_embeddings)
         return model
@@ -294,8 +298,14 @@ class Decoder(nn.Module):
         More than `max_shard_bytes` is cut into shards with an index.  A tied head is left out.
         """
         dtype = dtype or self.dtype
-        weights.write_config(Path(folder), self.config.to_dict(), self.config.eos_token_id, dtype)
+        config = self.config
+        weights.write_config(Path(folder), config.to_dict(), config.eos_token_id, dtype, config.generation)
         weights.write(Path(folder), dict(self.named_parameters()), self.layout(), dtype, max_shard_bytes)
+        write_carried(Path(folder), self.carried)
+
+    def end_with(self, tokens: tuple[int, ...]) -> None:
+        """Make these the end-of-sequence tokens, of sampling and of what is saved."""
+        self.config = replace(self.config, eos_token_id=tokens)
 
     def layout(self) -> weights.Layout:
         """Each parameter's tensors in a Hugging Face file: their names, and how many of its rows each has."""

@@ -116,6 +116,9 @@ class LanguageModel(Protocol):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, with its name."""
 
+    def end_with(self, tokens: tuple[int, ...]) -> None:
+        """Make these the end-of-sequence tokens, of sampling and of what is saved."""
+
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30
     ) -> None:

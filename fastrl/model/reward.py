@@ -22,6 +22,7 @@ from fastrl.files import shorten
 from fastrl.kernels._rows import take_rows
 from fastrl.model import weights
 from fastrl.model.adapter import Source, load_model
+from fastrl.model.carried import OF_MODEL, read_carried, write_carried
 from fastrl.model.config import CAUSAL, SCORING, ModelConfig, Settings, is_scoring, scoring_body
 from fastrl.model.decoder import Decoder
 from fastrl.model.language import Tokenizer
@@ -243,6 +244,7 @@ class RewardModel(nn.Module):
         tied = bool(config.get("tie_word_embeddings", False))
         model = cls(body, tied=tied, steps=config.get("step_separator"))
         model.read(folder)
+        body.carried = read_carried(folder, OF_MODEL)
         return model
 
     def read(self, folder: str | Path) -> None:
@@ -272,6 +274,11 @@ class RewardModel(nn.Module):
             settings["step_separator"] = self.steps
         weights.write_config(Path(folder), settings, (), dtype)
         weights.write(Path(folder), dict(self.named_parameters()), self.layout(), dtype, max_shard_bytes)
+        write_carried(Path(folder), self.body.carried)
+
+    def end_with(self, tokens: tuple[int, ...]) -> None:
+        """Make these the end-of-sequence tokens of what is saved."""
+        self.body.end_with(tokens)
 
     def layout(self) -> weights.Layout:
         """Each parameter's tensors in a Hugging Face file."""

@@ -26,6 +26,8 @@ Layout = dict[str, dict[str, int]]
 """Our parameter -> {Hugging Face tensor: how many of the parameter's rows it holds}, in row order."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older transformers wrote beside the weights
 
 
@@ -40,10 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a Hugging Face model folder with a config.json, which is not there"
         )
     config = read_json(folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        eos = read_json(folder / "generation_config.json").get("eos_token_id")
-        config = config if eos is None else config | {"eos_token_id": eos}
-    return config
+    eos = read_generation(folder).get("eos_token_id")
+    return config if eos is None else config | {"eos_token_id": eos}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,17 +54,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_config(folder: Path, config: Settings, eos: tuple[int, ...], dtype: torch.dtype) -> None:
-    """config.json in the spelling that transformers 4 and 5 both read; and generation_config.json, if `eos`
-    is known.
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json, empty where there is none.  Raises UserError as `read_json` does."""
+    path = folder / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def write_config(
+    folder: Path,
+    config: Settings,
+    eos: tuple[int, ...],
+    dtype: torch.dtype,
+    generation: Settings | None = None,
+) -> None:
+    """config.json in the spelling that transformers 4 and 5 both read; and generation_config.json: what
+    `generation` holds, with the end-of-sequence tokens `eos`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", config)
+    settings = dict(generation or {})
     if eos:
         special = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
-        special["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
-        _write_json(folder / "generation_config.json", special)
+        settings = special | settings
+        settings["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    if settings:
+        _write_json(folder / GENERATION, settings)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -74,10 +89,11 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 # --- reading ----------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies, and its shape."""
+    """Where a tensor lies, its shape, and its dtype in safetensors' spelling."""
 
     path: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 def read(folder: Path, parameters: Mapping[str, Tensor], layout: Layout, *, tied: bool) -> None:
@@ -123,10 +139,32 @@ def _check(
                 f"{stored[part].path}: tensor {part}: expected shape {shape} by config.json, "
                 f"got {stored[part].shape}"
             )
+        _check_dtype(part, stored[part])
     for part in stored.keys() - expected.keys():
         raise UserError(
             f"{stored[part].path}: tensor {part} is not part of the model that config.json describes"
         )
+
+
+def _check_dtype(name: str, stored: Stored) -> None:
+    """Refuse numbers that mean something else than what they say: codes of a quantised weight."""
+    if stored.dtype not in FLOATS:
+        raise UserError(
+            f"{stored.path}: tensor {name}: expected float32, bfloat16 or float16, got {stored.dtype}: codes "
+            "of quantised weights, without the scales that give them a value; name the folder of the model "
+            "that was quantised"
+        )
+
+
+def check_dtypes(folder: Path) -> None:
+    """Refuse a folder whose safetensors hold matrices of integers or of 8-bit numbers, whatever model they
+    are of.  Raises UserError.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, stored in _header(path).items():
+            narrow = stored.dtype.startswith(("F8", "F4", "F6"))
+            if narrow or (len(stored.shape) > 1 and name.endswith("weight")):
+                _check_dtype(name, stored)
 
 
 def _inventory(folder: Path) -> dict[str, Stored]:
@@ -144,7 +182,7 @@ def _inventory(folder: Path) -> dict[str, Stored]:
             if listed:
                 why = f"{INDEX} names it"
             raise UserError(f"{path}: weight file is missing ({why})")
-        stored |= {name: Stored(path, shape) for name, shape in _header(path).items()}
+        stored |= _header(path)
 
     for name, file in listed.items():
         if name not in stored:
@@ -152,8 +190,8 @@ def _inventory(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; UserError naming the first tensor that a truncated file cuts off."""
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors by name; UserError naming the first tensor that a truncated file cuts off."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -161,7 +199,9 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             entries = json.loads(file.read(length) if length <= size else b"")
         entries.pop("__metadata__", None)
         spans = sorted((entry["data_offsets"][1], name) for name, entry in entries.items())
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        stored = {
+            name: Stored(path, tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()
+        }
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not a whole safetensors file: its header cannot be read ({size} bytes)"
@@ -172,7 +212,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                 f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, "
                 f"the file at {size}; copy it again"
             )
-    return shapes
+    return stored
 
 
 def _tensor(path: Path, name: str) -> Tensor:

@@ -113,11 +113,15 @@ def test_config_files(tmp_path):
         tmp_path,
         eos_token_id=[1, 2],
         pad_token_id=3,
-        my_own_key="kept",
+        unsloth_version="kept",
         rope_parameters={"rope_theta": 77.0, "rope_type": "default"},
     )
     config = json.loads((folder / "config.json").read_text())
-    assert (config["my_own_key"], config["rope_theta"], config["torch_dtype"]) == ("kept", 77.0, "float32")
+    assert (config["unsloth_version"], config["rope_theta"], config["torch_dtype"]) == (
+        "kept",
+        77.0,
+        "float32",
+    )
     assert "rope_parameters" not in config  # transformers 4 would not know it, and 5 reads rope_theta
     assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 77.0
     generation = GenerationConfig.from_pretrained(folder)
