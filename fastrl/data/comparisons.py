@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fastrl.batch.transfer import send
-from fastrl.data.encode import check_known, encode_all, encode_prompt, end_of_sequence
+from fastrl.data.encode import continuations, encode_all, encode_prompt, end_of_sequence
+from fastrl.data.messages import check_messages
 from fastrl.data.pairs import prompt_of
 from fastrl.data.rows import Row, Text, read_table
 from fastrl.data.tokenizer import Tokenizer
@@ -233,8 +234,9 @@ def _check_text(
     """Raises UserError unless `value` is text or, except for a step, a list of messages."""
     if isinstance(value, str):
         return
-    is_list = isinstance(value, list) and bool(value)
-    messages = is_list and all(isinstance(m, dict) and "role" in m for m in value)
+    messages = isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
+    if messages and not steps:
+        check_messages(column, value, where)
     if steps or not messages:
         expected = "the text of a step" if steps else "text or a list of messages"
         got = f"{type(value).__name__} {shorten(value, 80)}"
@@ -290,12 +292,11 @@ def _encode_steps(
     eos = end_of_sequence(tokenizer)
     last = len(s.completions) - 1
     prompt = "" if s.prompt is None else s.prompt
-    tokens = encode_prompt(prompt, tokenizer, where=s.where)
+    tokens = encode_prompt(prompt, tokenizer, where=s.where, columns=s.columns)
     at = []
     texts = [f"{step}{separator}" if i < last else f"{step}" for i, step in enumerate(s.completions)]
-    pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for i, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
-        check_known(piece, text, s.where, tokenizer)
+    pieces = continuations([(text, s.where) for text in texts], tokenizer)
+    for i, piece in enumerate(pieces):
         tokens = [*tokens, *piece]
         if i == last:
             tokens.append(eos)

@@ -6,19 +6,17 @@ Nothing is truncated: a row that is too long is a UserError that names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
 
-from jinja2 import TemplateError
-
-from fastrl.data.rows import Messages, Row, Text, check_value
+from fastrl.data.messages import NONE, Extras, Messages, extras_of, plain
+from fastrl.data.rows import Row, Text, check_value
+from fastrl.data.template import render
 from fastrl.data.tokenizer import Tokenizer
+from fastrl.data.turns import Segment, Talk, Turns, cut
 from fastrl.errors import UserError
 from fastrl.files import Json, shorten
-
-Turns = Literal["all", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +30,6 @@ class Sample:
     tokens: list[int]
     mask: list[bool]
     weight: float = 1.0
-
-
-class Segment(NamedTuple):
-    """A piece of a sequence's text that is tokenised by itself."""
-
-    text: str
-    trained: bool
 
 
 def encode(
@@ -70,14 +61,18 @@ def encode_all(
     """`encode` of every row in one call of the tokenizer: ten times as fast as a call per row."""
     eos = end_of_sequence(tokenizer)
     pieces = [_segments(row, tokenizer, turns) for row in rows]
-    texts = []
+    first: list[tuple[str, str]] = []
+    rest: list[tuple[str, str]] = []
     for row, (segments, _) in zip(rows, pieces, strict=True):
-        texts += [(segment.text, row.where) for segment in segments]
-    ids = iter(_ids(texts, tokenizer))
+        texts = [(segment.text, row.where) for segment in segments]
+        first += texts[:1]
+        rest += texts[1:]
+    begun = iter(_ids(first, tokenizer))
+    continued = iter(continuations(rest, tokenizer))
 
     samples = []
     for row, (segments, chat) in zip(rows, pieces, strict=True):
-        parts = [(segment, next(ids)) for segment in segments]
+        parts = [(segment, next(continued if i else begun)) for i, segment in enumerate(segments)]
         begin = [] if chat else _beginning(tokenizer)
         sample = _assemble(row, parts, begin, chat, eos)
         _check_length(
@@ -90,11 +85,21 @@ def encode_all(
     return samples
 
 
-def encode_prompt(prompt: Text, tokenizer: Tokenizer, *, where: str = "prompt") -> list[int]:
+def encode_prompt(
+    prompt: Text,
+    tokenizer: Tokenizer,
+    *,
+    where: str = "prompt",
+    columns: Mapping[str, Json] | None = None,
+) -> list[int]:
     """A prompt's tokens, the same that `encode` puts before a completion.
 
-    Chat messages end in the generation prompt.  Raises UserError naming `where` for an empty prompt, a
-    missing chat template, and text that the tokenizer has no tokens for.
+    Chat messages end in the generation prompt, or, where the last one is the assistant's, in its content,
+    which is to be continued.  `columns` are those of the prompt's row: its template gets `tools` and
+    `chat_template_kwargs`.
+
+    Raises UserError naming `where` for an empty prompt, a missing chat template, and text that the tokenizer
+    has no tokens for.
     """
     if isinstance(prompt, str):
         begin = _beginning(tokenizer)
@@ -102,11 +107,24 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, *, where: str = "prompt") 
         tokens = ids if begin and ids[:1] == begin else begin + ids
     else:
         check_value("prompt", prompt, where)
-        text = _render(prompt, tokenizer, where, generate=True)
+        text = prompt_text(plain(prompt), tokenizer, where, extras_of(columns or {}, where))
         tokens = _ids([(text, where)], tokenizer)[0]
     if not tokens:
         raise UserError(f"{where}: prompt: expected at least one token, got none")
     return tokens
+
+
+def prompt_text(messages: Messages, tokenizer: Tokenizer, where: str, extras: Extras = NONE) -> str:
+    """What a model is given to answer plain messages, or to continue the last one."""
+    if messages[-1]["role"] != "assistant":
+        return render(messages, tokenizer, where, extras=extras, generate=True)
+    if not is_open(messages):
+        got = "tool calls" if messages[-1].get("tool_calls") else "no text"
+        advice = "add the tool's answer, or the text to continue"
+        raise UserError(
+            f"{where}: prompt: expected its last message to have text to continue, got {got}; {advice}"
+        )
+    return render(messages, tokenizer, where, extras=extras, resume=True)
 
 
 def end_of_sequence(tokenizer: Tokenizer) -> int:
@@ -125,28 +143,30 @@ def _segments(row: Row, tokenizer: Tokenizer, turns: Turns) -> tuple[list[Segmen
     if row.kind == "prompt":
         raise UserError(f"{row.where}: expected a completion to train on, got a prompt alone")
     if row.kind == "messages":
-        return _conversation(row, row.fields["messages"], 0, tokenizer, turns), True
+        check_value("messages", row.fields["messages"], row.where)
+        return cut(_talk(row, plain(row.fields["messages"]), 0, turns), tokenizer), True
 
     prompt = row.fields["prompt"]
     completion = row.fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Segment(prompt, False), Segment(completion, True)], False
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    messages = prompt + completion
-    return _conversation(row, messages, len(prompt), tokenizer, turns), True
+    prompt = _as_messages(prompt, "user", "prompt", row.where)
+    completion = _as_messages(completion, "assistant", "completion", row.where)
+    if is_open(prompt) and completion[0]["role"] == "assistant":
+        return cut(_continued_talk(row, prompt, completion, turns), tokenizer), True
+    return cut(_talk(row, prompt + completion, len(prompt), turns), tokenizer), True
 
 
-def _conversation(
-    row: Row,
-    messages: Messages,
-    first: int,
-    tokenizer: Tokenizer,
-    turns: Turns,
-) -> list[Segment]:
-    """Messages as segments: the assistant's turns from message `first` on are trained, the rest is context.
+def _as_messages(value: Text, role: str, column: str, where: str) -> Messages:
+    """A prompt or a completion as plain messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    check_value(column, value, where)
+    return plain(value)
+
+
+def _talk(row: Row, messages: Messages, first: int, turns: Turns, opened: str = "") -> Talk:
+    """The assistant's turns from message `first` on are trained, the rest is context.
 
     An assistant's opening message is context too, because no prompt comes before it.
     """
@@ -156,56 +176,24 @@ def _conversation(
         raise UserError(
             f"{row.where}: expected an assistant message to train on, after the first; got roles {roles}"
         )
-
-    tools = row.fields.get("tools")
-    segments = []
-    done = ""
-    for i in trained if turns == "all" else trained[-1:]:
-        before = _render(
-            messages[:i],
-            tokenizer,
-            row.where,
-            generate=True,
-            tools=tools,
-        )
-        after = _render(
-            messages[: i + 1],
-            tokenizer,
-            row.where,
-            generate=False,
-            tools=tools,
-        )
-        if not before.startswith(done) or not after.startswith(before):
-            advice = "use prompt and completion as text"
-            if done:
-                advice = 'train on the last turn alone (turns="last")'
-            raise UserError(f"{row.where}: the chat template rewrites the turns before message {i}; {advice}")
-
-        segments.append(Segment(before[len(done) :], False))
-        segments.append(Segment(after[len(before) :], True))
-        done = after
-    return segments
+    if turns == "last":
+        opened = opened if len(trained) == 1 else ""
+        trained = trained[-1:]
+    return Talk(messages, trained, extras_of(row.fields, row.where), row.where, opened)
 
 
-def _render(
-    messages: Messages,
-    tokenizer: Tokenizer,
-    where: str,
-    *,
-    generate: bool,
-    tools: list[Json] | None = None,
-) -> str:
-    if tokenizer.chat_template is None:
-        advice = "use text columns, or a chat model's tokenizer"
-        raise UserError(f"{where}: the tokenizer has no chat template for messages; {advice}")
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=generate
-        )
-    except TemplateError as error:
-        roles = [m["role"] for m in messages]
-        raise UserError(f"{where}: the chat template refuses roles {roles}: {error}") from error
-    return str(text)
+def _continued_talk(row: Row, prompt: Messages, completion: Messages, turns: Turns) -> Talk:
+    """The prompt ends in the beginning of the turn that the completion goes on with: they are one message."""
+    opened = prompt[-1]["content"]
+    joined = {**prompt[-1], **completion[0], "content": opened + (completion[0].get("content") or "")}
+    messages = [*prompt[:-1], joined, *completion[1:]]
+    return _talk(row, messages, len(prompt) - 1, turns, opened)
+
+
+def is_open(prompt: Messages) -> bool:
+    """Whether plain messages end in the beginning of an assistant's turn, which is to be continued."""
+    last = prompt[-1]
+    return last["role"] == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
 
 
 # --- tokens -----------------------------------------------------------------------------------------
@@ -224,7 +212,8 @@ def _assemble(
             ids = ids[1:]
         live = [segment.trained] * len(ids)
         if segment.trained and row.kind != "text":
-            ids, live = _end(ids, eos, row.where, chat, last=i == len(parts) - 1)
+            last = i == len(parts) - 1
+            ids, live = _end(ids, eos, row.where, chat, last=last, closed=segment.closed)
         tokens, mask = tokens + ids, mask + live
         if i == 0 and not tokens:
             column = "text" if row.kind == "text" else "prompt"
@@ -243,13 +232,14 @@ def _end(
     chat: bool,
     *,
     last: bool,
+    closed: bool,
 ) -> tuple[list[int], list[bool]]:
     """A trained segment's tokens and mask, ended: nothing counts after its end-of-sequence token.
 
-    The last segment gets that token if it has none.
+    The last segment gets that token if it has none, and no other end.
     """
     if eos not in ids:
-        ids = [*ids, eos] if last else ids
+        ids = [*ids, eos] if last and not closed else ids
         return ids, [True] * len(ids)
 
     end = ids.index(eos) + 1
@@ -271,6 +261,38 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[in
     for ids, (text, where) in zip(rows, texts, strict=True):
         check_known(ids, text, where, tokenizer)
     return rows
+
+
+def continuations(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each (text, location) that goes on where another text ended.
+
+    Tokenizers like SentencePiece put a space before every text, which is in neither: there each text is
+    tokenised behind a short one, whose tokens are then dropped.
+    """
+    anchor = _anchor(tokenizer)
+    if not anchor:
+        return _ids(texts, tokenizer)
+    ahead = tokenizer.encode(anchor, add_special_tokens=False)
+    rows = _ids([(anchor + text, where) for text, where in texts], tokenizer)
+    for ids, (text, where) in zip(rows, texts, strict=True):
+        if ids[: len(ahead)] != ahead:
+            problem = f"the tokenizer joins {shorten(text)} to the text before it"
+            raise UserError(f"{where}: {problem}; begin it with another character, or use one text column")
+    return [ids[len(ahead) :] for ids in rows]
+
+
+@lru_cache(maxsize=8)
+def _anchor(tokenizer: Tokenizer) -> str:
+    """A text that nothing behind it joins, where the tokenizer puts a space before texts; else empty."""
+    for probe in ("e", "t", "0"):  # some tokenizers have few letters
+        alone = tokenizer.encode(probe, add_special_tokens=False)
+        for anchor in ("\n", "=", ":", ".", probe):
+            ahead = tokenizer.encode(anchor, add_special_tokens=False)
+            both = tokenizer.encode(anchor + probe, add_special_tokens=False)
+            known = tokenizer.unk_token_id not in both
+            if known and ahead and both[: len(ahead)] == ahead and len(both) > len(ahead):
+                return "" if both[len(ahead) :] == alone else anchor
+    return ""
 
 
 def check_known(

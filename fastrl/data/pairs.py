@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastrl.data.encode import Sample, encode_all
+from fastrl.data.messages import template_columns
 from fastrl.data.rows import Kinds, Row, Text, check_value
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
@@ -59,9 +60,9 @@ def encode_units(
 def _sides(row: Row) -> Iterator[tuple[Row, bool]]:
     """The chosen and the rejected completion of a pair, each with its prompt."""
     prompt, *sides = prompt_of(row)
-    tools = {k: v for k, v in row.fields.items() if k == "tools"}
+    extras = template_columns(row.fields)
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        fields = {"prompt": prompt, "completion": side, **tools}
+        fields = {"prompt": prompt, "completion": side, **extras}
         yield Row(f"{row.where}: {name}", "prompt-completion", fields), name == "chosen"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastrl.data.messages import Messages, check_messages, unpadded
 from fastrl.errors import UserError
 from fastrl.files import (
     BYTE_ORDER_MARK,
@@ -26,7 +27,6 @@ from fastrl.files import (
     shorten,
 )
 
-Messages = list[JsonObject]
 Text = str | Messages  # a prompt or a completion
 Kinds = Mapping[str, tuple[str, ...]]
 KINDS: Kinds = {  # the columns that make a row of this kind; the first kind with all its columns present wins
@@ -74,6 +74,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> li
         raise UserError(f"columns: expected a different new name for each column, got {columns}")
 
     rows = [(where, _rename(fields, columns, where)) for where, fields in reader(Path(path))]
+    if reader is _read_parquet:
+        rows = [(where, unpadded(fields)) for where, fields in rows]
     if not rows:
         raise UserError(f"dataset {path}: expected at least one row, the file has none")
     return rows
@@ -154,16 +156,4 @@ def check_value(column: str, value: Json, where: str) -> None:
         got = f"{type(value).__name__} {shorten(value, 80)}"
         raise UserError(f"{where}: {column}: expected {expected}, got {got}")
 
-    if not value:
-        raise UserError(f"{where}: {column}: expected at least one message, got an empty list")
-    for i, message in enumerate(value):
-        if not _is_message(message):
-            form = "{'role': ..., 'content': ...} with text in both"
-            got = shorten(message, 80)
-            raise UserError(f"{where}: {column}: expected message {i} to be {form}, got {got}")
-
-
-def _is_message(message: Json) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+    check_messages(column, value, where)

@@ -40,6 +40,9 @@ class Tokenizer(Hashable, Protocol):
     def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]:
         """The text of every list of token ids."""
 
+    def get_chat_template(self, chat_template: str | None = None, tools: list[Any] | None = None) -> str:
+        """The source of the template that `apply_chat_template` takes."""
+
     def apply_chat_template(
         self,
         conversation: list[dict[str, Any]],

@@ -80,7 +80,8 @@ class RewardModel(nn.Module):
         trajectory: str = "min",
     ) -> list[float]:
         """The reward of every sequence: a list of token ids, a text, a list of chat messages, or a pair
-        (prompt, completion) of those.
+        (prompt, completion) of those.  A third item, {"tools": ..., "chat_template_kwargs": ...}, is given to
+        the chat template.
 
         Text is tokenised as in training, its end-of-sequence token included; token lists are taken as they
         are.  A model that judges steps gives its probabilities that they are right, as one number by
@@ -308,9 +309,11 @@ def _parse(i: int, sequence: Any, steps: str | None) -> Group | Statement:
             raise UserError(f"{where}: expected at least one token, got none")
         return Group(where, [sequence], [[len(sequence) - 1]], [0.0])
 
-    prompt, completion = sequence if isinstance(sequence, tuple) and len(sequence) == 2 else (None, sequence)
+    prompt, completion, columns = None, sequence, None
+    if isinstance(sequence, tuple) and len(sequence) in (2, 3):
+        prompt, completion, columns = (*sequence, None)[:3]
     if steps is None:
-        return Statement(where, "compared", prompt, [completion], [0.0])
+        return Statement(where, "compared", prompt, [completion], [0.0], columns=columns)
 
     last = completion[-1] if isinstance(completion, list) and completion else completion
     text = last.get("content") if isinstance(last, dict) else last
@@ -320,4 +323,4 @@ def _parse(i: int, sequence: Any, steps: str | None) -> Group | Statement:
             f"got {shorten(sequence, 80)}"
         )
     parts = text.split(steps)
-    return Statement(where, "steps", prompt, parts, [0.0] * len(parts))
+    return Statement(where, "steps", prompt, parts, [0.0] * len(parts), columns=columns)

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastrl.data.messages import columns_of_rows
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, shorten
 from fastrl.model.config import is_scoring
@@ -161,8 +162,14 @@ def model_reward(
     model = RewardModel.load(folder, dtype, device, tokenizer=load_tokenizer(None, folder))
     model.requires_grad_(False)
 
-    def reward_model(prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[float]:
-        return model.score(list(zip(prompts, completions, strict=True)))
+    def reward_model(
+        prompts: Sequence[Prompt],
+        completions: Sequence[Prompt],
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Any] | None = None,
+    ) -> list[float]:
+        columns = columns_of_rows(len(prompts), tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return model.score(list(zip(prompts, completions, columns, strict=True)))
 
     return reward_model
 

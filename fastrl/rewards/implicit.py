@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.pack import plan
 from fastrl.data.encode import Sample, encode_all
+from fastrl.data.messages import columns_of_rows
 from fastrl.data.rows import Row
 from fastrl.errors import UserError
 from fastrl.model.adapter import load_model
@@ -32,7 +33,7 @@ MAX_TOKENS = 16384  # of one forward pass
 
 def implicit_reward(
     names: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Callable[[Sequence[object], Sequence[object]], list[float]]:
+) -> Callable[..., list[float]]:
     """The reward function of `POLICY,REFERENCE` or `POLICY,REFERENCE,BETA`: two folders, and beta (0.1).
 
     It reads text as training on preferences did: with the policy's own tokenizer and chat template, and an
@@ -53,10 +54,16 @@ def implicit_reward(
     tokenizer = load_tokenizer(None, folders[0])
     limit = min(model.config.max_position_embeddings for model in (policy, reference))
 
-    def implicit_reward(prompts: Sequence[object], completions: Sequence[object]) -> list[float]:
+    def implicit_reward(
+        prompts: Sequence[object],
+        completions: Sequence[object],
+        tools: Sequence[object] | None = None,
+        chat_template_kwargs: Sequence[object] | None = None,
+    ) -> list[float]:
+        extras = columns_of_rows(len(prompts), tools=tools, chat_template_kwargs=chat_template_kwargs)
         rows = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            fields = {"prompt": prompt, "completion": completion}
+            fields = {**extras[i], "prompt": prompt, "completion": completion}
             rows.append(Row(f"completion {i}", "prompt-completion", fields))
         samples = [Sample(s.tokens[:limit], s.mask[:limit]) for s in encode_all(rows, tokenizer)]
         margin = sequence_logp(policy, samples) - sequence_logp(reference, samples)

@@ -24,6 +24,7 @@ from fastrl.rewards.functions import Reward, load_reward, score
 from fastrl.run.kernels import say_kernels
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
+from fastrl.sampler.prompts import for_template
 from fastrl.search import SEARCHES, Candidates, pass_at_k
 from fastrl.tasks import Example, Score, Task, load_run_task
 
@@ -120,6 +121,7 @@ def evaluate(
         raise UserError(f"prompts: expected {expected}, got {prompts} of {size}")
     local = world.share(min(prompts, size))
     examples = [task.example(split, i) for i in local]
+    asked = for_template([e.prompt for e in examples], [e.fields for e in examples], sampler.tokenizer)
 
     def generate(n: int, temperature: float, first: int) -> list[_Drawn]:
         params = SamplingParams(
@@ -130,7 +132,7 @@ def evaluate(
             stop=tuple(task.stop),
         )
         rollouts = sampler.generate(
-            [e.prompt for e in examples],
+            asked,
             params,
             sequence_offset=first,
             weight_version=weight_version,

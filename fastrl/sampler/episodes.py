@@ -7,6 +7,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, cast
 
+from fastrl.data.encode import continuations
 from fastrl.errors import UserError
 from fastrl.files import call_user
 from fastrl.model.language import Tokenizer
@@ -57,7 +58,7 @@ class Dialogue:
         return Transcript(self.examples[turn.index], tuple(replies), tuple(observations))
 
     def _encode(self, text: str) -> list[int]:
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        (tokens,) = continuations([(text, "--task: step")], self.tokenizer)
         if not tokens:
             raise UserError(
                 "--task: step: expected an observation of at least one token where an episode "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import index
 from typing import cast
 
 from fastrl.data.encode import encode_prompt
-from fastrl.data.rows import Messages
+from fastrl.data.messages import Messages, template_columns
 from fastrl.errors import UserError
-from fastrl.files import shorten
+from fastrl.files import Json, shorten
 from fastrl.model.language import Tokenizer
 
 Prompt = str | Messages | list[int]
@@ -26,9 +27,44 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, vocab_size:
     return [_tokenize_one(f"prompts[{i}]", p, tokenizer, vocab_size) for i, p in enumerate(prompts)]
 
 
+def for_template(
+    prompts: Sequence[Prompt], columns: Sequence[Mapping[str, Json]], tokenizer: Tokenizer | None
+) -> list[Prompt]:
+    """Prompts as they are, but messages as tokens where their row has `tools` or `chat_template_kwargs`,
+    which their template is given.  Raises UserError as `tokenize` does.
+    """
+    rendered: list[Prompt] = []
+    for i, (prompt, row) in enumerate(zip(prompts, columns, strict=True)):
+        extras = template_columns(row)
+        if extras and tokenizer is not None and _are_messages(prompt):
+            prompt = encode_prompt(cast("Messages", prompt), tokenizer, where=f"prompts[{i}]", columns=extras)
+        rendered.append(prompt)
+    return rendered
+
+
+def _are_messages(prompt: object) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def _token_ids(prompt: object) -> list[int] | None:
+    """The ids of a prompt of tokens: a list or tuple of whole numbers, an array or a tensor of one axis."""
+    if not isinstance(prompt, list | tuple | str) and hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, list | tuple) or any(isinstance(t, bool) for t in prompt):
+        return None
+    try:
+        return [index(t) for t in prompt]
+    except TypeError:
+        return None
+
+
 def _tokenize_one(where: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
-        tokens = cast("list[int]", list(prompt))
+    ids = _token_ids(prompt)
+    if ids is not None:
+        tokens = ids
+    elif not isinstance(prompt, str | list):
+        expected = "text, a list of messages, or token ids (a list, or an array of one axis)"
+        raise UserError(f"{where}: expected {expected}; got {type(prompt).__name__} {shorten(prompt, 60)}")
     elif tokenizer is None:
         raise UserError(
             f"{where}: expected a list of token ids, because the sampler has no tokenizer; "

@@ -147,18 +147,33 @@ def test_a_template_that_does_not_end_in_eos_gets_one():
     assert trained(sample, tokenizer) == "4<|im_end|>\n6<|im_end|>\n<eos>"
 
 
-def test_a_template_that_rewrites_history_is_refused_or_trained_on_the_last_turn():
+def test_a_template_that_rewrites_history_is_trained_on_turns_as_they_are_generated():
+    """Training on the turns as they stand in the history would teach '...'; on the last turn alone, the
+    history is the template's own.
+    """
     strips = CHATML.replace(
         "m['content']", "('...' if m['role'] == 'assistant' and not loop.last else m['content'])"
     )
     tokenizer, row = chat_tokenizer(strips), Row("c:1", "messages", {"messages": CHAT})
+    sample = encode(row, tokenizer)
+    assert trained(sample, tokenizer) == "4<|im_end|>6<|im_end|>"
+    assert "..." not in whole(sample, tokenizer)
+    last = encode(row, tokenizer, turns="last")
+    assert trained(last, tokenizer) == "6<|im_end|>" and "...<|im_end|>" in whole(last, tokenizer)
+
+
+def test_turns_that_cannot_be_told_apart_are_refused():
+    joined = (
+        "{% set ns = namespace(text='') %}{% for m in messages %}"
+        "{% set ns.text = m['content'] + ns.text %}{% endfor %}{{ ns.text }}"
+    )
     with pytest.raises(
         UserError,
         match="c:1: the chat template rewrites the turns before message 4; train on the last turn alone",
     ):
-        encode(row, tokenizer)
-    sample = encode(row, tokenizer, turns="last")
-    assert trained(sample, tokenizer) == "6<|im_end|>" and "...<|im_end|>" in whole(sample, tokenizer)
+        encode(Row("c:1", "messages", {"messages": CHAT}), chat_tokenizer(joined))
+    with pytest.raises(UserError, match=r"writes another prompt before message 4 .*--chat-template FILE"):
+        encode(Row("c:1", "messages", {"messages": CHAT}), chat_tokenizer(joined), turns="last")
 
 
 def test_tools_and_refusals_of_a_template():

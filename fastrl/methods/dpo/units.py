@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastrl.config import Dpo
 from fastrl.data.check import check_budget, check_tokens
+from fastrl.data.messages import template_columns
 from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
@@ -94,4 +95,5 @@ def _pair(task: TaskWithMistakes, index: int) -> Row:
             f"{where}: expected a demonstration and a wrong answer, "
             f"got {example.demo!r} and {wrong}; give a --dataset"
         )
-    return Row(where, "pair", {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]})
+    sides = {"prompt": example.prompt, "chosen": example.demo, "rejected": wrong[0]}
+    return Row(where, "pair", {**template_columns(example.fields), **sides})

@@ -116,7 +116,7 @@ def _reward_weights(config: OnPolicy, functions: int) -> tuple[float, ...] | Non
 def _check_prompt(row: Row, config: OnPolicy, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:
     if "prompt" not in row.fields:
         raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
-    tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where)
+    tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where, columns=row.fields)
     limit = min(config.max_tokens or context, context)
     check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
     check_tokens(tokens, row.where, vocab_size)

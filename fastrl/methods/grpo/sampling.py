@@ -17,6 +17,7 @@ from fastrl.parallel.world import World
 from fastrl.rewards.functions import Scored, soft_overlong
 from fastrl.sampler import Sampler, SamplingParams, Tail
 from fastrl.sampler.episodes import Dialogue
+from fastrl.sampler.prompts import for_template
 from fastrl.train.source import State, order
 
 
@@ -81,9 +82,11 @@ class GroupSampler:
         self, items: Sequence[PromptItem], first: int, version: int, dialogue: Dialogue | None
     ) -> Rollouts:
         in_flight = self.config.sampling.max_tokens_in_flight
+        columns = [c for _, c in items]
+        prompts = for_template([p for p, _ in items], columns, self.sampler.tokenizer)
         with memory_limited_by("--sampling.max-tokens-in-flight", in_flight):
             return self.sampler.generate(
-                [prompt for prompt, _ in items],
+                prompts,
                 self.params,
                 sequence_offset=first,
                 weight_version=version,

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from fastrl.config import Hybrid
 from fastrl.data.check import check_budget, check_tokens
 from fastrl.data.encode import Sample, encode_all
+from fastrl.data.messages import template_columns
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
-from fastrl.files import key_values, shorten
+from fastrl.files import JsonObject, key_values, shorten
 from fastrl.model.language import LanguageConfig, Tokenizer
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
@@ -28,6 +29,7 @@ class Pair(NamedTuple):
     prompt: object
     chosen: object
     rejected: object
+    extras: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def _demonstrations_of(task: Task, encode: PromptEncoder) -> Demonstrations:
         rows = []
         for number in numbers:
             example = task.example(TRAIN, number)
-            fields = {"prompt": example.prompt, "completion": example.demo}
+            extras = template_columns(example.fields)
+            fields = {**extras, "prompt": example.prompt, "completion": example.demo}
             rows.append(Row(f"{task.name} {TRAIN}[{number}]", "prompt-completion", fields))
         return encode(rows)
 
@@ -122,7 +125,8 @@ def _pair_of_row(row: Row) -> Pair:
         raise UserError(
             f"{row.where}: expected the columns prompt, chosen and rejected, got {', '.join(fields)}"
         )
-    return Pair(row.where, fields["prompt"], fields["chosen"], fields["rejected"])
+    extras = template_columns(fields)
+    return Pair(row.where, fields["prompt"], fields["chosen"], fields["rejected"], extras)
 
 
 def _pairs_of(task: TaskWithMistakes, encode: PromptEncoder) -> Pairs:
@@ -132,7 +136,8 @@ def _pairs_of(task: TaskWithMistakes, encode: PromptEncoder) -> Pairs:
             example = task.example(TRAIN, number)
             wrong = task.mistakes(example, 1, number)
             where = f"{task.name} {TRAIN}[{number}]"
-            found.append(Pair(where, example.prompt, example.demo, wrong[0] if wrong else None))
+            extras = template_columns(example.fields)
+            found.append(Pair(where, example.prompt, example.demo, wrong[0] if wrong else None, extras))
         return encode.pairs(found)
 
     return pairs
@@ -147,7 +152,7 @@ def _sides(pair: Pair) -> list[Row]:
                 f"{pair.where}: {name}: expected what follows the prompt, text or messages like it, "
                 f"got {shorten(side, 80)}"
             )
-        fields = {"prompt": pair.prompt, "completion": side or ""}
+        fields = {**pair.extras, "prompt": pair.prompt, "completion": side or ""}
         rows.append(Row(f"{pair.where}: {name}", "prompt-completion", fields))
 
     if pair.chosen and pair.chosen == pair.rejected:

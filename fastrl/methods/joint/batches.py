@@ -14,6 +14,7 @@ import torch
 from fastrl.algorithms.reward import Judged, RewardLoss
 from fastrl.config import Joint
 from fastrl.data.comparisons import Group
+from fastrl.data.messages import template_columns
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.joint.groups import as_groups, as_tensors, compared, under
@@ -58,7 +59,7 @@ class Oracle:
     ) -> Scored:
         """The judge's rewards as numbers, the oracle's beside them."""
         verdict = self.score(prompts, texts, tokens, columns)
-        proxy = self.judge.rewards(self._read(prompts, texts or []))
+        proxy = self.judge.rewards(self._read(prompts, texts or [], columns))
 
         parts = {"joint/proxy": proxy, "joint/oracle": verdict.reward}
         extra = {"oracle": verdict.reward, "proxy": proxy}
@@ -72,7 +73,8 @@ class Oracle:
         """
         size, extra = self.config.group, groups.scored.extra
         oracle, proxy = extra.get("oracle", []), extra.get("proxy", [])
-        read = self._read([prompt for prompt, _ in groups.items], groups.rollouts.text or [])
+        prompts, columns = [p for p, _ in groups.items], [c for _, c in groups.items]
+        read = self._read(prompts, groups.rollouts.text or [], columns)
 
         known = [(read[i : i + size], oracle[i : i + size]) for i in range(0, len(oracle), size)]
         more = self._demonstrated(groups) if self.demonstrations else [([], [])] * len(known)
@@ -105,10 +107,14 @@ class Oracle:
             "joint/scale": scale.deviation,
         }
 
-    def _read(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[Group]:
+    def _read(
+        self, prompts: Sequence[Any], texts: Sequence[str], columns: Sequence[Mapping[str, Any]]
+    ) -> list[Group]:
         """Completions as the reward model reads them."""
-        pairs = zip(prompts, texts, strict=True)
-        return self.judge.model.groups([(prompt, as_message(prompt, text)) for prompt, text in pairs])
+        rows = zip(prompts, texts, columns, strict=True)
+        return self.judge.model.groups(
+            [(prompt, as_message(prompt, text), template_columns(row)) for prompt, text, row in rows]
+        )
 
     def _compares(self, target: Sequence[float]) -> bool:
         """Whether one of them is better than another: ties are not compared."""
@@ -124,7 +130,7 @@ class Oracle:
         texts = [c["example"].demo for c in columns]
 
         verdicts = self.score(prompts, texts, [self._ended(text) for text in texts], columns).reward
-        read = self._read(prompts, texts)
+        read = self._read(prompts, texts, columns)
         each = iter([([g], [y]) for g, y in zip(read, verdicts, strict=True)])
         return [next(each) if c["example"].demo is not None else ([], []) for _, c in items]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
 from fastrl.data.comparisons import Group, Statement, encode_statements, read_statements
+from fastrl.data.messages import template_columns
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
 from fastrl.methods.reward.evaluation import judge_held_out, shown
@@ -165,6 +166,7 @@ def _statement(
     random.
     """
     example, where = task.example(split, index), f"{task.name} {split}[{index}]"
+    extras = template_columns(example.fields)
     texts = [example.demo or "", *task.mistakes(example, config.group - 1, index)]
     if not algorithm.compares:
         texts = [texts[draw("verdict", config.seed, split, index) % 2]]
@@ -178,11 +180,12 @@ def _statement(
                 f"--step-separator: {separator!r} does not join the steps of {task.name} "
                 f"to {shorten(texts[0])}"
             )
-        return Statement(where, algorithm.data, example.prompt, parts, [float(r) for r in right])
+        target = [float(r) for r in right]
+        return Statement(where, algorithm.data, example.prompt, parts, target, columns=extras)
 
     verdicts = [task.verify(example, text) for text in texts]
     target = [v.reward if algorithm.compares else float(v.correct) for v in verdicts]
-    return Statement(where, algorithm.data, example.prompt, texts, target)
+    return Statement(where, algorithm.data, example.prompt, texts, target, columns=extras)
 
 
 def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:

@@ -14,6 +14,7 @@ from fastrl.batch.types import Batch
 from fastrl.config import Sft
 from fastrl.data.check import check_budget, check_tokens
 from fastrl.data.encode import Sample, encode_all
+from fastrl.data.messages import template_columns
 from fastrl.data.rows import Row, read_rows
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
@@ -147,7 +148,8 @@ def _demonstrations_of(task: Task, encode: DemonstrationEncoder) -> Items:
         rows = []
         for i in indices:
             example = task.example(TRAIN, i)
-            fields = {"prompt": example.prompt, "completion": example.demo}
+            extras = template_columns(example.fields)
+            fields = {**extras, "prompt": example.prompt, "completion": example.demo}
             rows.append(Row(f"{task.name} {TRAIN}[{i}]", "prompt-completion", fields))
         return encode(rows)
 
