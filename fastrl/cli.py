@@ -2,17 +2,22 @@
 
 Only the command that runs is imported, so that --help, --dry-run and usage errors never wait for torch.
 
-Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 used wrongly, 128 + N ended by signal N: 130 Ctrl-C, 143 SIGTERM, 129 a closed
+terminal, 141 a reader of the output that left.  A training run that a signal stops has been saved by then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
@@ -20,7 +25,7 @@ from tyro.conf import Positional
 from fastrl import __version__
 from fastrl.config import Evaluate, Generate
 from fastrl.config.parse import UsageError, dump, parse
-from fastrl.errors import UserError
+from fastrl.errors import Interrupted, UserError
 from fastrl.methods import METHODS, command_hint, options_of
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # like Ctrl-C: a command closes its files and says how to continue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,18 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a failure becomes one line on standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        with _ending_signals():
+            return _dispatch(args)
     except SystemExit as stop:  # tyro has printed the reason
         return stop.code if isinstance(stop.code, int) else 2
     except UsageError as error:
-        return _fail(args, str(error), code=2, usage=True)
+        return _fail(args, str(error), code=2, shared=True)
+    except Interrupted as error:
+        return _fail(args, "", code=128 + error.number, outcome=f"ended by {error}")
     except KeyboardInterrupt:
-        return _fail(args, "interrupted", code=INTERRUPTED)
+        return _fail(args, "", code=INTERRUPTED, outcome="interrupted")
     except BrokenPipeError:  # the reader of our output has exited, as in `fastrl generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except UserError as error:
-        return _fail(args, str(error))
+        return _fail(args, str(error), shared=error.of_all)
     except OSError as error:
         named = error.filename and error.strerror
         return _fail(args, f"{error.filename}: {error.strerror}" if named else str(error))
@@ -193,26 +202,50 @@ def _fail(
     message: str,
     *,
     code: int = 1,
-    usage: bool = False,
+    shared: bool = False,
+    outcome: str = "",
 ) -> int:
-    """Report a failure on standard error.
+    """Report a failure (or another outcome) on standard error.
 
-    Under torchrun every rank makes the same usage error, so only rank 0 reports it; any other failure may be
+    Under torchrun only rank 0 reports a failure that all ranks share, like a usage error; any other may be
     that of a single rank.
     """
-    if usage and _rank() != 0:
+    if shared and _rank() != 0:
         return code
     if _debugging(args):
         traceback.print_exc()
     rank = f"[rank {_rank()}] " if _rank() else ""
-    outcome = "interrupted" if code == INTERRUPTED else f"error: {message}"
-    print(f"{rank}fastrl: {outcome}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{rank}fastrl: {outcome or f'error: {message}'}", file=sys.stderr)
     return code
 
 
 def _debugging(args: Sequence[str]) -> bool:
     """Whether tracebacks are asked for."""
     return "--debug" in args
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP unwind the program as Ctrl-C does, unless nohup has them ignored."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Interrupted(number)
+        signal.signal(number, signal.SIG_DFL)  # a worker that was forked inside user code
+        os.kill(os.getpid(), number)
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                old[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _rank() -> int:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import logging
 import os
+import signal
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -13,7 +14,20 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message says what was expected, what came and what to do."""
+    """Something the user gave is wrong; the message says what was expected, what came and what to do.
+
+    of_all  every process of the run raises it, so that the first one alone reports it
+    """
+
+    of_all = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the program at once; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def require(

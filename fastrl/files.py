@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from fastrl.errors import UserError, nearest
+from fastrl.user import module_name
 
 T = TypeVar("T")
 Json = Any  # a JSON value: nothing is known of it until it is checked
@@ -65,26 +65,9 @@ def call_user(what: str, function: Callable[..., T], /, *args: object, **kwargs:
 
 
 def _module(file: Path, option: str) -> ModuleType:
-    stamp = file.stat()  # an edited file is another module
-    digest = hashlib.sha256(f"{file} {stamp.st_mtime_ns} {stamp.st_size}".encode()).hexdigest()[:12]
-    name = f"fastrl_user_{file.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, f"{file} ends in .py"
-    module = importlib.util.module_from_spec(spec)
-
-    sys.modules[name] = module  # dataclasses look their module up while it runs
-    sys.path.insert(0, str(file.parent))  # a script can import its neighbours, and so can this file
-    try:
-        call_user(f"{option}: {file.name}", spec.loader.exec_module, module)
-    except UserError:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(str(file.parent))
-    return module
+    name = module_name(file)  # an edited file is another module
+    known = sys.modules.get(name)
+    return known or call_user(f"{option}: {file.name}", importlib.import_module, name)
 
 
 def _where(error: Exception) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 from fastrl.config import Run
 from fastrl.methods.method import arithmetic
 from fastrl.parallel.device import reproducible
+from fastrl.parallel.world import init_world
 from fastrl.report import report
+from fastrl.run.checkpoint import number_of
 from fastrl.run.evaluate import evaluate
-from fastrl.run.interrupt import Interrupt
+from fastrl.run.folder import link_latest, run_folder
+from fastrl.run.interrupt import Interrupt, outlasting_terminal
 from fastrl.run.log import REWARDS, replace_text
 from fastrl.run.session import Session, set_up
 from fastrl.train.optimizer import NotFinite
@@ -23,48 +26,107 @@ from fastrl.train.source import Evaluable
 class RunResult:
     """How a run ended: steps done, the newest checkpoint, the last step's metrics, and whether it was stopped
     before its last step.
+
+    signal  the number of the signal that asked it to stop, also in its last step; 0 for none
+    folder  what it wrote to
     """
 
     steps: int
     checkpoint: Path | None
     metrics: dict[str, float]
     interrupted: bool
+    signal: int = 0
+    folder: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or what a shell reports for a program that a signal ended."""
+        return 128 + self.signal if self.signal else 0
 
 
 def train(config: Run) -> RunResult:
     """Train as `config` says; the run folder holds everything it leaves behind.
 
-    Ctrl-C or SIGTERM finishes the step, saves, and returns.  Raises UserError for whatever the user can mend.
+    Ctrl-C, SIGTERM or a closed terminal finishes the step, saves, and returns; a second one raises
+    Interrupted.  Raises UserError for whatever the user can mend.
     """
-    with reproducible():
-        session = set_up(config)
-        with arithmetic(config), session.log, Interrupt(config.max_seconds) as stop:
-            result = _loop(config, session, stop)
-    if session.context.world.is_main and result.steps > 0:
-        page = report.build(config.output_dir)
-        written = {"checkpoint": result.checkpoint, "report": page}
-        session.log.message("  ".join(f"{what} {path}" for what, path in written.items() if path))
+    world = init_world()
+    with reproducible(), run_folder(config, world) as settled:
+        session = set_up(settled)
+        if world.is_main:
+            session.log.message(link_latest(settled.output_dir))
+        stop = Interrupt(
+            settled.max_seconds,
+            save_seconds=60 * settled.save.minutes,
+            grace=settled.save.grace,
+            world=world,
+        )
+        with outlasting_terminal(stop), arithmetic(settled), session.log, stop:
+            result = _loop(settled, session, stop)
+        if world.is_main and result.steps > 0:
+            session.log.message("drawing the report")
+            page = report.build(settled.output_dir)
+            written = {"checkpoint": result.checkpoint, "report": page}
+            session.log.message("  ".join(f"{what} {path}" for what, path in written.items() if path))
     return result
 
 
 def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:
+    world = run.context.world
     metrics: dict[str, float] = {}
     step, saved = run.start, run.newest()
     if not run.evaluated:
+        stop.doing("finishing the evaluation before the first step", "only that")
         _evaluate(config, run, step)
 
-    stopping = stop.asked(run.context.world)
+    stopping = stop.asked(world)
     while step < config.steps and not stopping:
-        metrics = _step(run, step, saved)
+        stop.doing(f"finishing step {step + 1} of {config.steps}, then saving", _lost(step, saved))
+        metrics = _told_step(run, step, saved)
         step += 1
-        stopping = stop.asked(run.context.world)
-        if stopping or step == config.steps or _due(step, config.save.every):
-            saved = run.save(step)
-        _evaluate(config, run, step)
+
+        stopping = stop.asked(world)
+        wanted = stopping or step == config.steps or _due(step, config.save.every)
+        if wanted or stop.save_due:
+            stop.doing(f"saving step {step}", _lost(step, saved))
+            saved = run.save(step, temporary=not wanted)
+            stop.saved()
+
+        stop.doing(f"finishing the evaluation after step {step}, then saving", _lost(step, saved))
+        if _evaluate(config, run, step) and not stopping:
+            stopping = stop.agreed(world)
+            if stopping and saved != run.at(step):
+                saved = run.save(step)
 
     if step < config.steps:
         run.log.message(f"stopped after step {step} of {config.steps}; {run.how_to_resume(saved)}")
-    return RunResult(step, saved, metrics, step < config.steps)
+    return RunResult(
+        step,
+        saved,
+        metrics,
+        interrupted=step < config.steps,
+        signal=stop.signal,
+        folder=config.output_dir,
+    )
+
+
+def _told_step(run: Session, step: int, saved: Path | None) -> dict[str, float]:
+    """The metrics of a step; whatever breaks it off, the log says from where the run can go on."""
+    try:
+        return _step(run, step, saved)
+    except BaseException:
+        text = f"stopped in step {step + 1}, without {_lost(step, saved)}"
+        run.log.message(f"{text}; {run.how_to_resume(saved)}" if saved else text)
+        raise
+
+
+def _lost(step: int, saved: Path | None) -> str:
+    """What is lost where the step after `step` is broken off."""
+    if saved is None:
+        return f"all steps, {step + 1} with this one: there is no checkpoint yet"
+    count = step - number_of(saved) + 1
+    steps = "step" if count == 1 else "steps"
+    return f"{count} {steps}: the newest checkpoint is {saved.name}"
 
 
 def _step(run: Session, step: int, saved: Path | None) -> dict[str, float]:
@@ -86,12 +148,12 @@ def _step(run: Session, step: int, saved: Path | None) -> dict[str, float]:
     return metrics
 
 
-def _evaluate(config: Run, run: Session, step: int) -> None:
-    """Evaluate after `step` if that is due; the checkpoint comes first, so that nothing that fails here costs
-    a step.
+def _evaluate(config: Run, run: Session, step: int) -> bool:
+    """Evaluate after `step` if that is due, and say whether it was; the checkpoint comes first, so that
+    nothing that fails here costs a step.
     """
     if config.eval.prompts == 0 or not (step in (0, config.steps) or _due(step, config.eval.every)):
-        return
+        return False
     began = time.perf_counter()
     if isinstance(run.source, Evaluable):
         metrics = _held_out(config, run, run.source, step)
@@ -99,6 +161,7 @@ def _evaluate(config: Run, run: Session, step: int) -> None:
         metrics = _answers(config, run)
     if metrics:
         run.log.eval(step, metrics | {"eval/time": time.perf_counter() - began})
+    return True
 
 
 def _answers(config: Run, run: Session) -> dict[str, float]:

@@ -25,7 +25,7 @@ FLOORS = (
     ("fastrl.kernels.surrogates",),
     ("fastrl.kernels._*",),
     ("fastrl.kernels.*",),
-    ("fastrl.ops", "fastrl.errors"),
+    ("fastrl.ops", "fastrl.errors", "fastrl.user"),
     ("fastrl.files", "fastrl.config", "fastrl.batch", "fastrl.parallel", "fastrl.report"),
     ("fastrl.algorithms", "fastrl.data", "fastrl.tasks"),
     ("fastrl.model",),

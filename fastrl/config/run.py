@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+LATEST = "runs/latest"  # not a folder but a link: a run that names no folder gets one beside it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optim:
@@ -79,9 +81,17 @@ class Save:
     """Checkpoints."""
 
     every: int = 0
-    """Optimizer steps between checkpoints; 0 saves only the last step."""
+    """Optimizer steps between checkpoints; 0 saves the last step, and what --save.minutes asks for."""
+    minutes: float = 15.0
+    """Also save when the last checkpoint is this many minutes old; the next checkpoint replaces such a one.
+    0 turns this off.
+    """
     keep: int = 2
-    """Checkpoints kept; an older one is removed after a newer one is complete."""
+    """Checkpoints kept; an older one is removed after a newer one is complete.  0 keeps all."""
+    grace: float = 300.0
+    """Seconds that a step may still take after SIGTERM or a closed terminal; then the run ends without it.
+    0 waits as long as the step takes.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +110,10 @@ class Run:
     """JSON lines, JSON or parquet file with TRL's columns: prompt, completion, messages, text, ..."""
     columns: tuple[str, ...] = ()
     """Names of the dataset's columns, theirs=ours: question=prompt answer=completion."""
-    output_dir: str = "runs/latest"
-    """Folder for everything the run writes."""
+    output_dir: str = LATEST
+    """Folder for everything the run writes.  Without one, a new run gets runs/COMMAND-N, runs/latest links to
+    it, and --resume continues the command's newest.
+    """
     steps: int = 100
     """Training steps, of one batch of prompts each (and one optimizer step, unless minibatches or epochs ask
     for more).

@@ -7,13 +7,15 @@ collective is the identity.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+from fastrl.errors import UserError
 
 T = TypeVar("T")
 
@@ -57,6 +59,30 @@ class World:
         parts: list[list[T]] = [[] for _ in range(self.size)]
         torch_dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first process, on all of them; only that process calls it.
+
+        Raises UserError on every process where it fails on the first, so that all of them stop together.
+        """
+        if self.size == 1:
+            return make()
+        made: list[T | None] = [None]
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                made = [make()]
+            except (UserError, OSError) as error:
+                failure = UserError(str(error))
+                failure.__cause__ = error
+
+        box: list[object] = [failure and str(failure), *made]
+        torch_dist.broadcast_object_list(box)
+        if box[0] is not None:
+            failure = failure or UserError(str(box[0]))
+            failure.of_all = True
+            raise failure
+        return cast(T, box[1])
 
     def barrier(self) -> None:
         if self.size > 1:

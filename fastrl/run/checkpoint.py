@@ -7,6 +7,7 @@ file that is missing or truncated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl.errors import UserError
 from fastrl.files import JsonObject
 
 META, STATE = "trainer.json", "trainer.safetensors"
+TEMPORARY = "temporary"  # in trainer.json: the next checkpoint replaces this one
 ADVICE = "remove the folder to use an older checkpoint"
 _NAME = re.compile(r"step_(\d+)")
 
@@ -46,40 +48,60 @@ def save(
     *,
     keep: int = 0,
     others: Models | None = None,
+    temporary: bool = False,
 ) -> Path:
     """Write `run/checkpoints/step_N`, then remove all but the newest `keep` (0 keeps all).
 
-    state   the trainer's tensors
-    meta    the trainer's plain values
-    others  more models with their tokenizers, by the name of their subfolder
+    state      the trainer's tensors
+    meta       the trainer's plain values
+    others     more models with their tokenizers, by the name of their subfolder
+    temporary  the next checkpoint replaces this one; it does not count as kept
 
-    Raises UserError, naming the folder, when writing fails.
+    Raises UserError, naming the folder and the bytes that were missing, when writing fails.
     """
-    root = run / "checkpoints"
-    final = root / f"step_{step}"
+    final = folder_of(run, step)
+    root = final.parent
     partial = root / f".step_{step}.partial"
+    meta = {"step": step, **meta, **({TEMPORARY: True} if temporary else {})}
     models = {"": (model, tokenizer), **(others or {})}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        remove_partial(run)
 
         partial.mkdir()
-        _write(partial, models, state, {"step": step, **meta})
+        _write(partial, models, state, meta)
         _sync(partial)
         if final.exists():
             _discard(final)
         os.rename(partial, final)
         _sync_folder(root)
 
-        if keep:
-            for old in complete_checkpoints(run)[:-keep]:
-                _discard(old)
+        for old in _superseded(run, final, keep):
+            _discard(old)
     except (OSError, SafetensorError) as error:
+        room = _room(root, models, state)
+        with contextlib.suppress(OSError):  # what was written of it would keep a full disk full
+            remove_partial(run)
         raise UserError(
-            f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched"
+            f"checkpoint {final}: could not be written ({error}); earlier checkpoints are untouched; {room}"
         ) from error
     return final
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step_{step}"
+
+
+def number_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def remove_partial(run: Path) -> None:
+    """Remove what a crash or a full disk left of unfinished checkpoints."""
+    for leftover in (run / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(leftover)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -132,6 +154,34 @@ def _write(
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     (folder / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
+
+
+def _superseded(run: Path, newest: Path, keep: int) -> list[Path]:
+    """The checkpoints that `newest` makes superfluous, oldest first."""
+    complete = complete_checkpoints(run)
+    temporary = [path for path in complete if path != newest and _is_temporary(path)]
+    kept = [path for path in complete if path not in temporary]
+    return temporary + (kept[:-keep] if keep else [])
+
+
+def _is_temporary(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / META).read_text()).get(TEMPORARY))
+    except (OSError, ValueError, AttributeError):
+        return False  # damaged: whoever resumes is told, and nothing is removed
+
+
+def _room(root: Path, models: Models, state: Mapping[str, Tensor]) -> str:
+    """How much a checkpoint needs and how much there is, as a sentence."""
+    needed = sum(x.nbytes for x in state.values())
+    for model, _ in models.values():
+        if isinstance(model, nn.Module):
+            needed += sum(x.nbytes for x in model.parameters())
+    try:
+        free = shutil.disk_usage(root).free
+    except OSError:
+        return f"it takes about {needed:,} bytes"
+    return f"it takes about {needed:,} bytes, {free:,} are free at {root}"
 
 
 def _discard(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -18,10 +19,12 @@ from fastrl.files import call_user
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
-from fastrl.parallel.world import World
+from fastrl.parallel.world import World, init_world
 from fastrl.report.stats import Estimate, share_interval, wilson
 from fastrl.rewards.functions import Reward, load_reward, score
 from fastrl.run.kernels import say_kernels
+from fastrl.run.lock import claimed
+from fastrl.run.log import replace_text
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.sampler.prompts import for_template
@@ -193,7 +196,13 @@ def mean_logp(rollouts: Rollouts) -> list[float]:
 
 # --- the command ------------------------------------------------------------------------------------
 def run(config: Evaluate) -> None:
-    """The command `fastrl eval`."""
+    """The command `fastrl eval`; under torchrun the processes share the prompts and the first one reports."""
+    world = init_world()
+    with claimed(Path(config.output), "--output", world) if config.output else nullcontext():
+        _run(config, world)
+
+
+def _run(config: Evaluate, world: World) -> None:
     set_threads(config.threads)
     device, dtype = resolve_device(config.device, config.dtype)
     task = load_run_task(config.task, config.task_options)
@@ -205,7 +214,8 @@ def run(config: Evaluate) -> None:
     if config.reward is not None:
         reward = load_reward(config.reward, dtype=dtype, device=device)
     model = load_model(config.model, dtype=dtype, device=device)
-    say_kernels(model)
+    if world.is_main:
+        say_kernels(model)
     sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task.tokenizer))
     evaluation = evaluate(
         sampler,
@@ -215,7 +225,14 @@ def run(config: Evaluate) -> None:
         samples=config.samples,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        world=world,
     )
+    if world.is_main:
+        _report(config, evaluation, task, reward)
+
+
+def _report(config: Evaluate, evaluation: Evaluation, task: Task, reward: Reward | None) -> None:
+    """Print the accuracies and the search's table, and write the file."""
     _print_accuracy(evaluation, config, task)
 
     table: list[SearchRow] = []
@@ -272,7 +289,7 @@ def save(
 
     contents = {**evaluation.metrics(), **(more or {}), "answers": answers}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, indent=1))
+    replace_text(path, json.dumps(contents, indent=1))
 
 
 # --- search -----------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -34,7 +35,9 @@ from fastrl.files import Json, JsonObject, as_object, decode, parse_json, read_j
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.parallel.world import World, init_world
 from fastrl.run.kernels import say_kernels
+from fastrl.run.lock import claimed
 from fastrl.run.log import replace_text
 from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
@@ -55,14 +58,26 @@ MAY_CHANGE = (
 def run(config: Generate) -> None:
     """Complete every prompt `n` times; write a JSON line (on a terminal, a paragraph) per completion.
 
-    Raises UserError for prompts that cannot be completed, an output file that exists, and one that --resume
-    cannot continue.
+    Under torchrun the processes share the chunks of prompts, and the first one writes: the file has the bytes
+    that a single process would have written.
+
+    Raises UserError for prompts that cannot be completed, an output file that exists or that another process
+    writes, and one that --resume cannot continue.
     """
-    _check_output(config)
+    world = init_world()
+    path = Path(config.output)
+    stream = config.output == "-" or (path.exists() and not path.is_file())  # a device takes any number
+    with nullcontext() if stream else claimed(path, "--output", world):
+        world.from_main(lambda: _check_output(config))
+        _generate(config, path, world)
+
+
+def _generate(config: Generate, path: Path, world: World) -> None:
     set_threads(config.threads)
     device, dtype = resolve_device(config.device, config.dtype)
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
-    say_kernels(model)
+    if world.is_main:
+        say_kernels(model)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     sampler = SAMPLERS[config.sampler](model, tokenizer, config.sampling)
     params = SamplingParams(
@@ -77,26 +92,35 @@ def run(config: Generate) -> None:
 
     prompts = []
     encoded = []
-    for where, prompt in read_prompts(config.prompts):
+    for where, prompt in _listed(config, world):
         prompts.append(prompt)
         encoded.append(_encode(where, prompt, tokenizer, model.config.max_position_embeddings))
 
-    path = Path(config.output)
-    rows = 0 if config.output == "-" else _begin(config, path, prompts)
+    rows = 0 if config.output == "-" else world.from_main(lambda: _begin(config, path, prompts))
     done = rows // config.n
     with ExitStack() as stack:
-        out = sys.stdout if config.output == "-" else stack.enter_context(path.open("a", encoding="utf-8"))
-        progress = stack.enter_context(GenerateProgress(config, len(prompts), done, hidden=out.isatty()))
+        out = stack.enter_context(_output(config, path, world))
+        progress = stack.enter_context(
+            GenerateProgress(config, len(prompts), done, hidden=out.isatty(), quiet=not world.is_main)
+        )
+        terminal = world.from_main(out.isatty)
         complete = rows == len(prompts) * config.n
         begun = done if complete else done // CHUNK * CHUNK
-        for first in range(begun, len(prompts), CHUNK):
-            part = slice(first, first + CHUNK)
-            offset = first * config.n
-            rollouts = sampler.generate(
-                encoded[part], params, sequence_offset=offset, on_tokens=progress.tokens
-            )
-            _write(out, prompts[part], rollouts, first, config.n, skip=rows - offset)
-            progress.prompts(min(first + CHUNK, len(prompts)))
+        chunks = range(begun, len(prompts), CHUNK)
+        for turn in range(0, len(chunks), world.size):
+            texts = []
+            for first in chunks[turn : turn + world.size][world.rank : world.rank + 1]:
+                part = slice(first, first + CHUNK)
+                offset = first * config.n
+                rollouts = sampler.generate(
+                    encoded[part], params, sequence_offset=offset, on_tokens=progress.tokens
+                )
+                written = _texts(prompts[part], rollouts, first, config.n, terminal=terminal)
+                texts = written[max(0, rows - offset) :]
+            out.write("".join(world.gather(texts)))
+            out.flush()
+            last = chunks[turn : turn + world.size][-1]
+            progress.prompts(min(last + CHUNK, len(prompts)), int(world.sum(progress.sampled)[0]))
 
 
 # --- prompts ----------------------------------------------------------------------------------------
@@ -134,6 +158,23 @@ def _encode(
     tokens = encode_prompt(prompt, tokenizer, where=where)
     check_room(len(tokens), where, context)
     return tokens
+
+
+def _listed(config: Generate, world: World) -> Iterable[tuple[str, Prompt]]:
+    """The prompts, with where each stands; standard input is read once, by the first process."""
+    if config.prompts != "-":
+        return read_prompts(config.prompts)
+    return world.from_main(lambda: list(read_prompts(config.prompts)))
+
+
+@contextmanager
+def _output(config: Generate, path: Path, world: World) -> Iterator[TextIO]:
+    """Where completions go; what the other processes write goes nowhere."""
+    if config.output == "-" and world.is_main:
+        yield sys.stdout
+    else:
+        with (path if world.is_main else Path(os.devnull)).open("a", encoding="utf-8") as file:
+            yield file
 
 
 # --- the output file --------------------------------------------------------------------------------
@@ -232,35 +273,35 @@ def _row(index: int, sample: int, prompt: Prompt) -> JsonObject:
     return {"index": index, "sample": sample, "prompt": prompt}
 
 
-def _write(
-    out: TextIO,
+def _texts(
     prompts: Sequence[Prompt],
     rollouts: Rollouts,
     first: int,
     n: int,
     *,
-    skip: int,
-) -> None:
-    """Append a chunk's completions, without the first `skip`, which the file holds already.
+    terminal: bool,
+) -> list[str]:
+    """What is written of each of a chunk's completions: a JSON line, or a paragraph for a terminal.
 
     first  the index of the chunk's first prompt
     """
+    written = []
     texts = rollouts.text or []
     ends = rollouts.cu_seqlens.tolist()
-    for i in range(max(0, skip), len(texts)):
+    for i, text in enumerate(texts):
         prompt = prompts[i // n]
-        if out.isatty():
-            out.write(f"{prompt}\n  {texts[i]}\n")
+        if terminal:
+            written.append(f"{prompt}\n  {text}\n")
             continue
 
         tokens = slice(ends[i], ends[i + 1])
         logp = rollouts.logp[tokens][rollouts.completion_mask[tokens]]
         row: dict[str, Json] = _row(first + i // n, i % n, prompt)
-        row["completion"] = texts[i]
+        row["completion"] = text
         row["finish_reason"] = rollouts.finish_reason[i]
         row["logp"] = [round(x, 6) for x in logp.tolist()]
-        out.write(json.dumps(row) + "\n")
-    out.flush()
+        written.append(json.dumps(row) + "\n")
+    return written
 
 
 # --- progress ---------------------------------------------------------------------------------------
@@ -268,6 +309,7 @@ class GenerateProgress:
     """Progress on standard error: a bar on a terminal, else a line per chunk; a context manager.
 
     hidden   no bar, because the terminal shows the completions themselves
+    quiet    say nothing: another process does
 
     Leaving the block before the last prompt is done prints how to continue, if there is an output file.
     """
@@ -279,13 +321,15 @@ class GenerateProgress:
         done: int,
         *,
         hidden: bool,
+        quiet: bool = False,
     ) -> None:
+        self.quiet = quiet
         self.config, self.total = config, total
-        self.done, self.sampled = done, 0
+        self.done, self.sampled, self.elsewhere = done, 0, 0
         console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        if console.is_terminal and not hidden:
+        if console.is_terminal and not hidden and not quiet:
             self.bar = Progress(
                 TextColumn("generate"),
                 BarColumn(bar_width=24),
@@ -318,7 +362,7 @@ class GenerateProgress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-        if kind is not None and self.config.output != "-":
+        if kind is not None and self.config.output != "-" and not self.quiet:
             output = self.config.output
             written = shlex.quote(str(_config_path(Path(output))))
             stdin = " with the same prompts on standard input" if self.config.prompts == "-" else ""
@@ -334,14 +378,15 @@ class GenerateProgress:
         if self.bar is not None:
             self.bar.update(self.task, shown=self._pace())
 
-    def prompts(self, done: int) -> None:
-        """Report that the first `done` prompts are written."""
+    def prompts(self, done: int, sampled: int) -> None:
+        """Report that the first `done` prompts are written; all processes have sampled `sampled` tokens."""
         self.done = done
+        self.elsewhere = sampled - self.sampled
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
-        else:
+        elif not self.quiet:
             print(f"{done} of {self.total} prompts  {self._pace()}", file=sys.stderr)
 
     def _pace(self) -> str:
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        return f"{self.sampled / seconds:,.0f} tok/s"
+        return f"{(self.sampled + self.elsewhere) / seconds:,.0f} tok/s"

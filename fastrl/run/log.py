@@ -13,7 +13,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from fastrl.errors import UserError
 from fastrl.files import Json, JsonObject
 from fastrl.report.metric import progress
 from fastrl.report.metrics import all_metrics
@@ -123,9 +125,12 @@ class RunLog:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._metrics.close()
-        self._samples.close()
-        self._board.close()
+        for file in (self._metrics, self._samples, self._board):
+            try:
+                file.close()
+            except OSError:  # of a full disk, which has been reported
+                if kind is None:
+                    raise
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record optimizer step `step` (counted from 1) and show it.
@@ -162,8 +167,8 @@ class RunLog:
             _append(self._samples, [{"step": step, **row} for row in rows])
 
     def message(self, text: str) -> None:
-        """Print a line on the terminal, above the progress bar if there is one."""
-        if self.enabled:
+        """Print a line on the terminal, above the progress bar if there is one; nothing for no text."""
+        if self.enabled and text:
             self._print(text)
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -174,9 +179,22 @@ class RunLog:
                     "call .item() once per step"
                 )
         clock = round(time.monotonic() - self._began, 3)
+        self._check_folder()
         _append(self._metrics, [{"step": step, "time": clock, **metrics}])
         for key, value in metrics.items():
             self._board.add_scalar(key, value, step)
+
+    def _check_folder(self) -> None:
+        """Raise UserError where the files that are written to are not in the folder any more: what follows
+        would be lost, and what stands there may be another run's.
+        """
+        path = self.folder / METRICS
+        written = os.fstat(self._metrics.fileno())
+        if not path.exists() or path.stat().st_ino != written.st_ino:
+            raise UserError(
+                f"{path}: removed or replaced while the run was writing to it, which ends the run; "
+                "start it again in a folder of its own"
+            )
 
     def _due(self, step: int) -> bool:
         """Whether to print a progress line: at the first step, the last, and a bounded number between."""
@@ -241,13 +259,31 @@ def keep_until(path: Path, step: int) -> float:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
+    """Write a file so that a crash leaves either the old one or the new one.
+
+    Raises UserError naming the file, where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path, len(text.encode())):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path, size: int) -> Iterator[None]:
+    """Inside, an OSError becomes a UserError that names the file and what was to be written, `size` bytes."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: {size:,} bytes could not be written ({reason})") from error
 
 
 def _row(line: str) -> JsonObject | None:
@@ -260,10 +296,13 @@ def _row(line: str) -> JsonObject | None:
 
 
 def _append(file: TextIO, rows: Iterable[Mapping[str, Json]]) -> None:
+    text = ""
     for row in rows:
         finite = {key: _finite(value) for key, value in row.items()}
-        file.write(json.dumps(finite, allow_nan=False, default=str) + "\n")
-    file.flush()
+        text += json.dumps(finite, allow_nan=False, default=str) + "\n"
+    with writing(Path(file.name), len(text)):
+        file.write(text)
+        file.flush()
 
 
 def _finite(value: Json) -> Json:

@@ -62,13 +62,18 @@ class Session:
     version: int
     max_new_tokens: int
 
-    def save(self, step: int) -> Path | None:
-        """Write a checkpoint (the first process does; all wait)."""
-        path = self._write(step) if self.context.world.is_main else None
-        self.context.world.barrier()
-        return path
+    def save(self, step: int, *, temporary: bool = False) -> Path:
+        """Write a checkpoint (the first process does; all wait, and all stop where it fails).
 
-    def _write(self, step: int) -> Path:
+        temporary  the next checkpoint replaces it
+        """
+        return self.context.world.from_main(lambda: self._write(step, temporary))
+
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return checkpoint.folder_of(Path(self.context.config.output_dir), step)
+
+    def _write(self, step: int, temporary: bool) -> Path:
         context, config = self.context, self.context.config
         source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
         tensors = self.learner.state() | source
@@ -83,6 +88,7 @@ class Session:
             meta,
             keep=config.save.keep,
             others=self.learner.companions(),
+            temporary=temporary,
         )
 
     def newest(self) -> Path | None:
@@ -118,6 +124,7 @@ def set_up(config: Run) -> Session:
     set_threads(config.threads)
     world = init_world()
 
+    world.from_main(lambda: checkpoint.remove_partial(Path(config.output_dir)))
     resumed = _resume_from(config)
     state, meta = _saved(resumed, config)
     folder = str(resumed or config.model)
@@ -197,7 +204,9 @@ def _context(config: Run, method: AnyMethod, folder: str, world: World) -> AnyCo
 
 def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
     """The run's log; a resumed run is told of options that are not what it began with."""
-    differ = changed(config) if resume_step is not None else {}
+    resumed = resume_step is not None
+    differ = changed(config) if resumed else {}
+    lacks = resumed and not (Path(config.output_dir) / "config.yaml").is_file()
     texts = {}
     if world.is_main:
         texts = {"config.yaml": dump(config), "environment.txt": environment.environment_text()}
@@ -209,6 +218,8 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
         texts=texts,
         enabled=world.is_main,
     )
+    if lacks:
+        log.message("config.yaml was missing: whether options are those that the run began with is not known")
     if differ:
         listed = ", ".join(f"{option} {now}, which was {was}" for option, (was, now) in differ.items())
         log.message(f"resumed with other options: {listed}")
@@ -260,7 +271,14 @@ def changed(config: Run) -> dict[str, tuple[str, str]]:
     saved = Path(config.output_dir) / "config.yaml"
     if not saved.is_file():
         return {}
-    was, now = (yaml.safe_load(text) for text in (saved.read_text(encoding="utf-8"), dump(config)))
+    now = yaml.safe_load(dump(config))
+    try:
+        was = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{saved}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(was, dict):
+        advice = "remove the file to go on with the options that are given"
+        raise UserError(f"{saved}: expected the options that the run began with, got {was!r}; {advice}")
     differ = [key for key in now if key != "resume" and was.get(key) != now[key]]
     return {key: (json.dumps(was.get(key)), json.dumps(now[key])) for key in differ}
 
