@@ -30,7 +30,10 @@ def model(tmp_path_factory) -> str:
 
 
 def run(model: str, *args: str) -> int:
-    return cli.main(["generate", "--model", model, "--max-new-tokens", "6", "--n", "2", *args])
+    given = ["--model", model, *args]
+    for option, value in (("--max-new-tokens", "6"), ("--n", "2")):
+        given += [] if option in args else [option, value]
+    return cli.main(["generate", *given])
 
 
 def test_completions_are_those_of_the_sampler(model, tmp_path, monkeypatch):
@@ -116,9 +119,8 @@ def test_no_prompts_give_an_empty_file(model, tmp_path):
 # --- interrupted and resumed ------------------------------------------------------------------------
 def write(model: str, folder: Path, name: str, *args: str) -> tuple[int, bytes]:
     """The exit code of a run that writes folder/name, and what it wrote."""
-    code = run(
-        model, "--prompts", str(folder / "p.txt"), "--output", str(folder / name), "--seed", "3", *args
-    )
+    seed = () if "--seed" in args else ("--seed", "3")
+    code = run(model, "--prompts", str(folder / "p.txt"), "--output", str(folder / name), *seed, *args)
     return code, (folder / name).read_bytes() if (folder / name).exists() else b""
 
 

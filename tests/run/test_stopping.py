@@ -204,6 +204,7 @@ def test_a_closed_terminal_is_silence(monkeypatch):
     os.close(spare)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
 def test_a_folder_that_is_removed_ends_the_run_with_a_word(tmp_path, monkeypatch):
     """Wrong implementation: the run goes on writing into files that have no name."""
     config = sft(tmp_path, steps=6, eval=Eval())
