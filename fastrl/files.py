@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -20,6 +21,7 @@ T = TypeVar("T")
 Json = Any  # a JSON value: nothing is known of it until it is checked
 JsonObject = dict[str, Json]
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_USER_CODE = tuple(
     f"{Path(p).resolve()}{os.sep}"
@@ -130,12 +132,36 @@ def decode(raw: bytes, where: str) -> str:
 def parse_json(text: str, where: str) -> Json:
     """The value of a JSON text.  Raises UserError naming `where` and the column for other text."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
         raise UserError(f"{where}: expected a JSON object, got {shorten(text)} ({problem})") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
         raise UserError(f"{where}: expected a JSON object, got {shorten(text)} ({error})") from error
+    if _SURROGATE.search(text):  # escapes of half a character pass as JSON, and fail as text
+        check_text(value, where)
+    return value
+
+
+def check_text(value: Json, where: str) -> None:
+    """Raises UserError naming `where` if a text in `value` has half of a surrogate pair: no character."""
+    if isinstance(value, str):
+        half = next((c for c in value if "\ud800" <= c <= "\udfff"), None)
+        if half is not None:
+            place = value.index(half)
+            expected = "text of whole characters"
+            at = f"at character {place + 1} of {shorten(value, 60)}"
+            got = f"half of a surrogate pair, \\u{ord(half):04x}, {at}"
+            raise UserError(
+                f"{where}: expected {expected}, got {got}; write the character itself, or drop it"
+            )
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_text(name, where)
+            check_text(item, f"{where}: {name}")
+    elif isinstance(value, list):
+        for item in value:
+            check_text(item, where)
 
 
 def as_object(value: Json, where: str) -> JsonObject:

@@ -16,7 +16,7 @@ from fastrl.data.template import render
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.data.turns import Segment, Talk, Turns, cut
 from fastrl.errors import UserError
-from fastrl.files import Json, shorten
+from fastrl.files import Json, check_text, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,12 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[in
     """The tokens of each (text, location)."""
     if not texts:
         return []
-    rows: list[list[int]] = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+    try:
+        rows: list[list[int]] = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+    except TypeError:
+        for text, where in texts:  # the one that is no text
+            check_text(text, where)
+        raise
     for ids, (text, where) in zip(rows, texts, strict=True):
         check_known(ids, text, where, tokenizer)
     return rows

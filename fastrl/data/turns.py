@@ -172,8 +172,9 @@ def _whole(talk: Talk, whole: Rendered, tokenizer: Tokenizer) -> list[Segment]:
     done = 0
     for i in talk.trained:
         start, end = _turn(whole, i)
-        begin = start + _header(talk, i, whole, tokenizer)
-        segments.append(Segment(whole.text[done:begin], False))
+        header, given = _header(talk, i, whole, tokenizer)
+        begin = start + header
+        segments.append(Segment(whole.text[done:begin] + given, False))
         segments.append(Segment(whole.text[begin:end], True))
         done = end
     return segments
@@ -185,20 +186,23 @@ def _generated(talk: Talk, alone: dict[int, Rendered], tokenizer: Tokenizer) -> 
     for i in talk.trained:
         text = alone[i]
         start, end = _turn(text, i)
-        begin = start + _header(talk, i, text, tokenizer)
+        header, given = _header(talk, i, text, tokenizer)
+        begin = start + header
         between = [place for number, place in text.starts.items() if number >= first]
         done = min(between) if first else 0
-        segments.append(Segment(text.text[done:begin], False))
+        segments.append(Segment(text.text[done:begin] + given, False))
         segments.append(Segment(text.text[begin:end], True))
         first = i + 1
     return segments
 
 
-def _header(talk: Talk, i: int, text: Rendered, tokenizer: Tokenizer) -> int:
-    """How much of turn `i` in `text` is the prompt's: what the template gives to generate it.
+def _header(talk: Talk, i: int, text: Rendered, tokenizer: Tokenizer) -> tuple[int, str]:
+    """How much of turn `i` in `text` is the prompt's, what the template gives to generate it; and what that
+    prompt has beside.
 
     Where the turn begins otherwise than that prompt, a beginning of whole lines and special tokens counts,
-    and no reasoning.
+    and no reasoning.  The rest of the prompt is the context's too, as a closed and empty block of reasoning
+    is; a block that it leaves open is not, because the turn does not close it.
     """
     start, end = _turn(text, i)
     turn = text.text[start:end]
@@ -206,7 +210,7 @@ def _header(talk: Talk, i: int, text: Rendered, tokenizer: Tokenizer) -> int:
     given = prompt[start:] if prompt[:start] == text.text[:start] else _given(talk, i, text, tokenizer)
     shared = _shared(given, turn)
     if shared == given:
-        return len(given)
+        return len(given), ""
     if talk.opened and i == talk.trained[0]:
         raise _refusal(talk)
 
@@ -216,7 +220,11 @@ def _header(talk: Talk, i: int, text: Rendered, tokenizer: Tokenizer) -> int:
     ends = [match.end() for match in re.finditer("\n", shared)]
     for special in special_texts(tokenizer):
         ends += [match.end() for match in re.finditer(re.escape(special), shared)]
-    return max(ends, default=0)
+    header = max(ends, default=0)
+    rest = given[header:]
+    is_open = rest.rfind("<think>") > rest.rfind("</think>")
+    begins_alike = turn[header : header + 1] == rest[:1]
+    return header, "" if is_open or begins_alike else rest
 
 
 def _shared(a: str, b: str) -> str:

@@ -29,9 +29,10 @@ from fastrl.batch.types import Rollouts
 from fastrl.config import Generate
 from fastrl.config.parse import dump, load
 from fastrl.data.encode import encode_prompt
+from fastrl.data.rows import READERS, check_value, read_table
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
-from fastrl.files import Json, JsonObject, as_object, decode, parse_json, read_json_lines, shorten
+from fastrl.files import BYTE_ORDER_MARK, Json, JsonObject, as_object, decode, parse_json, shorten
 from fastrl.model.adapter import load_model
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
@@ -92,9 +93,9 @@ def _generate(config: Generate, path: Path, world: World) -> None:
 
     prompts = []
     encoded = []
-    for where, prompt in _listed(config, world):
-        prompts.append(prompt)
-        encoded.append(_encode(where, prompt, tokenizer, model.config.max_position_embeddings))
+    for where, row in _listed(config, world):
+        prompts.append(row["prompt"])
+        encoded.append(_encode(where, row, tokenizer, model.config.max_position_embeddings))
 
     rows = 0 if config.output == "-" else world.from_main(lambda: _begin(config, path, prompts))
     done = rows // config.n
@@ -125,46 +126,62 @@ def _generate(config: Generate, path: Path, world: World) -> None:
 
 # --- prompts ----------------------------------------------------------------------------------------
 def read_prompts(path: str) -> Iterator[tuple[str, Prompt]]:
-    """(`file:line`, prompt) of every line that is not blank.
+    """(`file:line`, prompt) of every row of `read_prompt_rows`."""
+    for where, row in read_prompt_rows(path):
+        yield where, row["prompt"]
 
-    A line is a prompt; of a .jsonl file, its `prompt` column is (text, or a list of messages).  Raises
+
+def read_prompt_rows(path: str) -> Iterator[tuple[str, JsonObject]]:
+    """(`file:line`, columns) of every prompt of a file, or of standard input where `path` is -.
+
+    A line that is not blank is a prompt.  A file that training reads (.jsonl, .json, .parquet) has them in
+    its `prompt` column, text or lists of messages, and beside them what their template is given.  Raises
     UserError naming the line that is wrong.
     """
-    if path.endswith(".jsonl"):
-        for where, row in read_json_lines(path):
+    if Path(path).suffix.lower() in READERS:
+        for where, row in read_table(path):
             if "prompt" not in row:
                 raise UserError(f"{where}: expected a prompt column, got {', '.join(row) or 'none'}")
-            yield where, row["prompt"]
+            check_value("prompt", row["prompt"], where)
+            yield where, row
         return
 
-    name = path
-    text = ""
-    if path == "-":
-        name = "standard input"
-        text = sys.stdin.read()
-    else:
-        text = decode(Path(path).read_bytes(), path)
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{name}:{number}", line.removesuffix("\r")
+    name = "standard input" if path == "-" else path
+    if path != "-" and not Path(path).is_file():
+        raise UserError(f"--prompts: no file {path} (looked in {Path.cwd()})")
+    raw = _standard_input() if path == "-" else Path(path).read_bytes()
+    for number, line in enumerate(raw.removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):
+        where = f"{name}:{number}"
+        text = decode(line, where)
+        if text.strip():
+            yield where, {"prompt": text.removesuffix("\r")}
+
+
+def _standard_input() -> bytes:
+    """Its bytes: as text, what is not UTF-8 would have become something else."""
+    binary = getattr(sys.stdin, "buffer", None)
+    if binary is None:  # a stand-in for it holds text alone
+        return sys.stdin.read().encode("utf-8", errors="surrogateescape")
+    data: bytes = binary.read()
+    return data
 
 
 def _encode(
     where: str,
-    prompt: Prompt,
+    row: JsonObject,
     tokenizer: Tokenizer,
     context: int,
 ) -> list[int]:
-    tokens = encode_prompt(prompt, tokenizer, where=where)
+    tokens = encode_prompt(row["prompt"], tokenizer, where=where, columns=row)
     check_room(len(tokens), where, context)
     return tokens
 
 
-def _listed(config: Generate, world: World) -> Iterable[tuple[str, Prompt]]:
-    """The prompts, with where each stands; standard input is read once, by the first process."""
+def _listed(config: Generate, world: World) -> Iterable[tuple[str, JsonObject]]:
+    """The prompts' rows, with where each stands; standard input is read once, by the first process."""
     if config.prompts != "-":
-        return read_prompts(config.prompts)
-    return world.from_main(lambda: list(read_prompts(config.prompts)))
+        return read_prompt_rows(config.prompts)
+    return world.from_main(lambda: list(read_prompt_rows(config.prompts)))
 
 
 @contextmanager
