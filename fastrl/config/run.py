@@ -102,6 +102,9 @@ class Run:
     """Hugging Face folder, or a config.json (or YAML of one) for random initial weights."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; defaults to the model's, or to the task's own."""
+    chat_template: str | None = None
+    """A file with a chat template (Jinja), in place of the tokenizer's own; saved with the checkpoint's.
+    """
     task: str | None = None
     """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask."""
     task_options: tuple[str, ...] = ()

@@ -22,6 +22,8 @@ class Generate:
     """Continue the output file of an interrupted run, with the completions it would have had."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; defaults to the model's."""
+    chat_template: str | None = None
+    """A file with a chat template (Jinja), in place of the tokenizer's own."""
     n: int = 1
     """Completions of each prompt."""
     max_new_tokens: int = 256
@@ -67,6 +69,8 @@ class Evaluate:
     """A .json file for the numbers and every answer."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; defaults to the model's."""
+    chat_template: str | None = None
+    """A file with a chat template (Jinja), in place of the tokenizer's own."""
     seed: int = 0
     """Seed of the sampling noise."""
     device: str = "auto"

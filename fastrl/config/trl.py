@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 ALIASES = {  # TRL's name -> ours, on the command line and in files
     "model_name_or_path": "model",
     "dataset_name": "dataset",
+    "chat_template_path": "chat_template",
     "reward_funcs": "reward",
     "num_generations": "group",
     "learning_rate": "optim.lr",
@@ -225,7 +226,7 @@ _TABLE = (  # names, separated by blanks, and what to give instead
     ("model_revision", "--model is a folder; download the revision you want"),
     ("trust_remote_code", "there is no such option; code that comes with a model is not run"),
     ("tokenizer_name tokenizer_name_or_path", "give --tokenizer"),
-    ("eos_token pad_token chat_template_path", _TOKENIZER),
+    ("eos_token pad_token", _TOKENIZER),
     ("model_init_kwargs dataset_kwargs generation_kwargs chat_template_kwargs", _KWARGS),
     ("router_aux_loss_coef", _ROUTER),
     ("use_cache", _ABSENT),

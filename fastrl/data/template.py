@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import ClassVar, NoReturn
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -119,6 +119,14 @@ def _reads_text(tokenizer: Tokenizer, template: str) -> bool:
 def template_of(tokenizer: Tokenizer, extras: Extras) -> str:
     """The template's source: of several, the one that these tools ask for."""
     return str(tokenizer.get_chat_template(None, extras.tools or None))
+
+
+def check_template(source: str, where: str) -> None:
+    """Raises UserError naming `where` and the line if `source` is no Jinja template."""
+    try:
+        _environment().parse(source)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}:{error.lineno}: expected a Jinja template, got {error.message}") from error
 
 
 def has_generation(template: str) -> bool:

@@ -108,7 +108,8 @@ class Origin(Generic[C, A]):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the options name, the folder's, or the task's own."""
         own = None if self.task is None else self.task.tokenizer
-        return load_tokenizer(self.config.tokenizer, self.folder, own)
+        template = self.config.chat_template
+        return load_tokenizer(self.config.tokenizer, self.folder, own, template=template)
 
 
 def language_model(origin: Origin[Any, Any]) -> LanguageModel:

@@ -216,7 +216,8 @@ def _run(config: Evaluate, world: World) -> None:
     model = load_model(config.model, dtype=dtype, device=device)
     if world.is_main:
         say_kernels(model)
-    sampler = Sampler(model, load_tokenizer(config.tokenizer, config.model, task.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer, config.model, task.tokenizer, template=config.chat_template)
+    sampler = Sampler(model, tokenizer)
     evaluation = evaluate(
         sampler,
         task,

@@ -79,7 +79,7 @@ def _generate(config: Generate, path: Path, world: World) -> None:
     model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
     if world.is_main:
         say_kernels(model)
-    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    tokenizer = load_tokenizer(config.tokenizer, config.model, template=config.chat_template)
     sampler = SAMPLERS[config.sampler](model, tokenizer, config.sampling)
     params = SamplingParams(
         n=config.n,
