@@ -64,7 +64,7 @@ compile-table sass:
 endif
 
 bench: $(STAMP)
-	$(PY) -m fastrl.bench.run $(OP)
+	$(PY) -m fastrl.bench.run $(OP) --output bench/results
 
 check: lint type test
 

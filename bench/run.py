@@ -12,6 +12,7 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fastrl.bench.timing import Effort, ceilings
 from fastrl.errors import UserError, nearest
 from fastrl.kernels._verdicts.first_use import ensure
 from fastrl.parallel.device import resolve_device, set_threads
+from fastrl.run.lock import claimed
 
 HERE = Path(__file__).parent
 FIRST = (  # the most important ones, in case time runs out
@@ -125,8 +127,9 @@ def run(options: Options) -> Results:
         for row in run_bench(bench, cases, plan, share):
             rows.append(row)
             results.rows.append(row)
-            if options.out and row.status != LEFT_OUT:
-                results.save(place(results, options))
+            path = place(results, options) if options.out and row.status != LEFT_OUT else None
+            if path is not None:
+                results.save(path)
         show(results, rows)
         if device.type == "cuda" and not _alive(results, rows[-1:], chosen[i + 1 :]):
             break
@@ -136,6 +139,8 @@ def run(options: Options) -> Results:
 def _earlier(results: Results, options: Options) -> list[Row]:
     """The measured rows of the file that this run writes, if they are of these sources on this device."""
     path = place(results, options)
+    if path is None:
+        raise UserError("--resume: expected --output or --out, the file to continue; got neither")
     if not path.exists():
         return []
     earlier = Results.load(path)
@@ -176,24 +181,28 @@ def _alive(results: Results, last: Sequence[Row], rest: Sequence[Bench]) -> bool
         return False
 
 
-def place(results: Results, options: Options) -> Path:
-    """The JSON file of a run: --output, else in --out, else in bench/results of a checkout."""
-    default = HERE / "results" if (HERE / "results").is_dir() else Path("bench-results")
-    return Path(options.output) if options.output else Path(options.out or default) / results.file_name()
+def place(results: Results, options: Options) -> Path | None:
+    """The JSON file of a run: --output, or in it if it is a folder, else in --out; None without either."""
+    if options.output and not Path(options.output).is_dir():
+        return Path(options.output)
+    folder = options.output or options.out
+    return Path(folder) / results.file_name() if folder else None
 
 
-def save(results: Results, options: Options) -> Path:
-    """Write the JSON file.
+def save(results: Results, options: Options) -> None:
+    """Print the short table, and write the JSON file if one is named.
 
     Plots lie beside it, and with --out a table too.
     """
     path = place(results, options)
-    results.save(path)
     short = section(results)
+    if path is None:
+        print(f"{short}\n\nnot written anywhere: --output FILE keeps the measurements")
+        return
+    results.save(path)
     if options.out:
         path.with_suffix(".txt").write_text(f"{short}\n\n{text(results, results.rows)}\n", encoding="utf-8")
     print(f"{short}\n\nwrote {', '.join(map(str, [path, *_plots(results, path)]))}")
-    return path
 
 
 def _plots(results: Results, path: Path) -> list[Path]:
@@ -217,8 +226,10 @@ def main(config: Any) -> Results:
 
 
 def _main(options: Options) -> Results:
-    results = run(options)
-    save(results, options)
+    written = options.output and not Path(options.output).is_dir()
+    with claimed(Path(options.output or ""), "--output") if written else nullcontext():
+        results = run(options)
+        save(results, options)
     return results
 
 
@@ -239,7 +250,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help="after which no further case starts")
     parser.add_argument("--resume", action="store_true", help="keep what the file of this run holds already")
     parser.add_argument("--rehearse", action="store_true", help="tiny cases, to try the run itself")
-    parser.add_argument("--output", help="a .json file for the measurements")
+    parser.add_argument("--output", help="a .json file for the measurements, or a folder for one")
     parser.add_argument("--out", help="a folder for the .json file and the table")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")
     given = vars(parser.parse_args(argv))

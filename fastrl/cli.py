@@ -50,7 +50,8 @@ class Report:
 class Pipeline:
     """Run the stages of a file in order, each from the checkpoint of the one before.
 
-    A pipeline that was stopped continues when it is run again.
+    A pipeline that was stopped continues when it is run again.  --dry-run checks the whole file and what it
+    names, and prints the stages.
     """
 
     file: Positional[str]
@@ -71,7 +72,9 @@ class Bench:
     quick: bool = False
     """Few shapes and repetitions."""
     output: str | None = None
-    """A .json file for the measurements."""
+    """A .json file for the measurements, or a folder for one; plots lie beside it.  Without it, nothing is
+    written.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,23 +96,27 @@ class Env:
 class Command:
     """A command.
 
-    config  the dataclass of its options
-    target  "module:function", called with an instance of it
+    config   the dataclass of its options
+    target   "module:function", called with an instance of it
+    preview  the same for --dry-run, where that is more than printing the options
+    alone    under torchrun the first process does all of it
     """
 
     config: type[DataclassInstance]
     target: str
+    preview: str = ""
+    alone: bool = False
 
 
 COMMANDS = {
     **{name: Command(options_of(name), "fastrl.trainer:train") for name in METHODS},
-    "run": Command(Pipeline, "fastrl.pipeline:run"),
+    "run": Command(Pipeline, "fastrl.pipeline:run", preview="fastrl.pipeline:preview"),
     "eval": Command(Evaluate, "fastrl.run.evaluate:run"),
     "generate": Command(Generate, "fastrl.run.generate:run"),
-    "report": Command(Report, "fastrl.report.report:run"),
-    "bench": Command(Bench, "fastrl.bench.run:main"),
-    "check": Command(Check, "fastrl.run.check:run"),
-    "env": Command(Env, "fastrl.run.environment:run"),
+    "report": Command(Report, "fastrl.report.report:run", alone=True),
+    "bench": Command(Bench, "fastrl.bench.run:main", alone=True),
+    "check": Command(Check, "fastrl.run.check:run", alone=True),
+    "env": Command(Env, "fastrl.run.environment:run", alone=True),
 }
 
 
@@ -162,11 +169,14 @@ def _dispatch(args: list[str]) -> int:
         prog=f"fastrl {name}",
         quiet=_rank() != 0,
     )
-    if parsed.dry_run:
+    if _rank() != 0 and (command.alone or parsed.dry_run):
+        return 0
+    if parsed.dry_run and not command.preview:
         _print(f"# fastrl {name}\n{dump(parsed.config)}".rstrip())
         return 0
 
-    module, _, function = command.target.partition(":")
+    target = command.preview if parsed.dry_run else command.target
+    module, _, function = target.partition(":")
     result = getattr(importlib.import_module(module), function)(parsed.config)
     return int(getattr(result, "exit_code", 0))
 

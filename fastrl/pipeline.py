@@ -15,6 +15,7 @@ unfinished one resumes.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,13 +25,16 @@ import yaml
 
 from fastrl.config import Run
 from fastrl.config.algorithm import row_option_names
-from fastrl.config.parse import load
+from fastrl.config.parse import UsageError, load
 from fastrl.errors import UserError, nearest
 from fastrl.files import Json, JsonObject
 from fastrl.methods import METHODS, command_hint, options_of
+from fastrl.parallel.world import World, init_world
 from fastrl.report.page import Html, figures, folded, section, table, text
 from fastrl.report.report import RunFiles, panels, read_run, summary, write_page
 from fastrl.run import checkpoint
+from fastrl.run.lock import claimed
+from fastrl.run.preflight import preflight
 from fastrl.run.session import changed
 from fastrl.trainer import train
 
@@ -47,11 +51,17 @@ class Options(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: its name, its command, and the run's configuration."""
+    """One stage: its name, its command, and the run's configuration.
+
+    where     the file that describes it, the line, and its number
+    resolved  its options as given, with checkpoints in place of the names of stages
+    """
 
     name: str
     command: str
     config: Run
+    where: str
+    resolved: JsonObject
 
     @property
     def folder(self) -> Path:
@@ -63,27 +73,87 @@ class Stage:
         return self.folder / "checkpoints" / f"step_{self.config.steps}"
 
 
-def run(options: Options) -> None:
+@dataclass(frozen=True, slots=True)
+class PipelineResult:
+    """How a pipeline ended: 0, or what a shell reports for the signal that stopped it."""
+
+    exit_code: int
+
+
+def run(options: Options) -> PipelineResult:
     """Run the unfinished stages of a pipeline, and write its report.
 
-    Raises UserError, before any training, for whatever is wrong in the file.
+    Raises UserError, before any training, for whatever is wrong in the file or missing beside it.
     """
+    world = init_world()
     stages = read_stages(Path(options.file))
     folder = stages[0].folder.parent
+    with claimed(folder, f"{options.file}: output_dir", world, folder=True):
+        world.from_main(lambda: _check(stages))
+        for number, stage in enumerate(stages, 1):
+            code = _run_stage(stage, f"stage {number} of {len(stages)}, {stage.name}", options, world)
+            if code:
+                return PipelineResult(code)
+            if world.is_main and number < len(stages):
+                write_report(stages[:number], folder)
+        if world.is_main:
+            print(write_report(stages, folder))
+    return PipelineResult(0)
+
+
+def _run_stage(stage: Stage, progress: str, options: Options, world: World) -> int:
+    """Train a stage, unless that is done; the exit code of a pipeline that is to stop here."""
+    checkpoints = checkpoint.complete_checkpoints(stage.folder)
+    done = bool(checkpoints) and checkpoints[-1] == stage.last
+    if world.is_main:
+        print(f"{progress}: " + ("done before" if done else f"fastrl {stage.command}"))
+    if done:
+        return 0
+
+    result = train(replace(stage.config, resume=bool(checkpoints)))
+    stopped = f"stopped in stage {stage.name!r}; continue with: fastrl run {options.file}"
+    if result.exit_code:
+        if world.is_main:
+            print(stopped)
+        return result.exit_code
+    if result.interrupted:
+        raise UserError(stopped)
+    return 0
+
+
+def preview(options: Options) -> None:
+    """Check a pipeline as `run` does, and print its stages and what was looked at."""
+    stages = read_stages(Path(options.file))
+    for stage, found in zip(stages, _preflight(stages), strict=True):
+        print(f"{stage.where}: fastrl {stage.command}, {stage.config.steps} steps, in {stage.folder}")
+        for line in found:
+            print(f"  {line}")
+
+
+def _check(stages: Sequence[Stage]) -> None:
+    """Refuse what cannot be run; then leave the resolved options beside the stages."""
     for stage in stages:
         _check_unchanged(stage)
+    _preflight(stages)
+    for stage in stages:
+        file = stage.folder.parent / "stages" / f"{stage.folder.name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(stage.resolved, sort_keys=False, allow_unicode=True)
+        file.write_text(text, encoding="utf-8")
 
-    for number, stage in enumerate(stages, 1):
-        progress = f"stage {number} of {len(stages)}, {stage.name}"
-        checkpoints = checkpoint.complete_checkpoints(stage.folder)
-        if checkpoints and checkpoints[-1] == stage.last:
-            print(f"{progress}: done before")
-            continue
-        print(f"{progress}: fastrl {stage.command}")
-        if train(replace(stage.config, resume=bool(checkpoints))).interrupted:
-            raise UserError(f"stopped in stage {stage.name!r}; continue with: fastrl run {options.file}")
-        write_report(stages[:number], folder)
-    print(write_report(stages, folder))
+
+def _preflight(stages: Sequence[Stage]) -> list[list[str]]:
+    """What the check of each stage looked at.  Raises UserError naming the file, its line and the stage."""
+    found = []
+    written: list[str] = []
+    for stage in stages:
+        try:
+            found.append(preflight(stage.config, written))
+        except UserError as error:
+            raise UserError(f"{stage.where}: {error}") from error
+        if stage.config.steps > 0:
+            written.append(str(stage.last))
+    return found
 
 
 # --- the file ---------------------------------------------------------------------------------------
@@ -109,19 +179,62 @@ def read_stages(path: Path) -> list[Stage]:
     folder = Path(str(tree.get("output_dir", "runs/pipeline"))).expanduser()
     shared = tree.get("shared") or {}
     stages: list[Stage] = []
+    lines = _lines(path)
     for number, entry in enumerate(tree["stages"], 1):
-        stages.append(_stage(f"{path}: stage {number}", entry, shared, folder, stages))
+        where = Place(path, number, lines[number - 1])
+        stages.append(_stage(where, entry, shared, folder, stages))
     return stages
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stage is written: its number, and the lines of its keys; the entry's own is under ""."""
+
+    path: Path
+    number: int
+    lines: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.lines['']}: stage {self.number}"
+
+    def of(self, message: str) -> str:
+        """The place of the key that a message is about, or that of the stage."""
+        named = [key for key in self.lines if key and re.search(rf"(^|'){re.escape(key)}('|:)", message)]
+        line = self.lines[named[0] if named else ""]
+        return f"{self.path}:{line}: stage {self.number}"
+
+
+def _lines(path: Path) -> list[dict[str, int]]:
+    """The lines of each stage's keys, nested ones under their own name and with their group's."""
+    root = yaml.compose(path.read_text(encoding="utf-8"))
+    assert isinstance(root, yaml.MappingNode)
+    (entries,) = (value for key, value in root.value if key.value == "stages")
+    found = []
+    for entry in entries.value:
+        lines = {"": entry.start_mark.line + 1}
+        if isinstance(entry, yaml.MappingNode):
+            for _, options in entry.value:
+                _add_lines(options, "", lines)
+        found.append(lines)
+    return found
+
+
+def _add_lines(node: yaml.Node, prefix: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            _add_lines(value, f"{prefix}{key.value}.", lines)
+
+
 def _stage(
-    where: str,
+    place: Place,
     entry: Json,
     shared: Mapping[str, Json],
     folder: Path,
     before: Sequence[Stage],
 ) -> Stage:
-    """The stage that follows those `before`; its resolved options are written to a file, which is parsed."""
+    """The stage that follows those `before`; its resolved options are parsed as a file of options is."""
+    where = str(place)
     command, given = _entry(where, entry)
     name = str(given.pop("name", command))
     if name in {s.name for s in before}:
@@ -144,10 +257,19 @@ def _stage(
 
     checkpoints = {s.name: str(s.last) for s in before}
     resolved = _resolve(options, checkpoints, where)
-    file = folder / "stages" / f"{stem}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return Stage(name, command, load(config, file))
+    return Stage(name, command, _parse(config, resolved, place), f"{where}, {name}", resolved)
+
+
+def _parse(config: type[Run], resolved: JsonObject, place: Place) -> Run:
+    """The configuration of a stage.  Raises UsageError naming the pipeline's own file and line."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "stage.yaml"
+        file.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        try:
+            return load(config, file)
+        except UserError as error:
+            message = str(error).replace(f"{file}: ", "")
+            raise UsageError(f"{place.of(message)}: {message}") from None
 
 
 def _entry(where: str, entry: Json) -> tuple[str, JsonObject]:

@@ -17,6 +17,7 @@ import fastrl.trainer
 from fastrl import cli, pipeline
 from fastrl.errors import UserError
 from fastrl.run import checkpoint
+from fastrl.trainer import RunResult
 
 SMALL = {"steps": 4, "prompts": 2, "micro_tokens": 64, "optim": {"lr": 0.01}}
 
@@ -139,3 +140,60 @@ def test_the_command(tmp_path, capsys):
     assert "expected a pipeline's YAML file" in capsys.readouterr().err
     assert cli.main(["run", str(chain(tmp_path)), "--dry-run"]) == 0
     assert json.dumps(str(tmp_path / "pipe.yaml"))[1:-1] in capsys.readouterr().out
+
+
+def test_what_a_later_stage_lacks_is_said_before_the_first_trains(tmp_path, monkeypatch, capsys):
+    """Wrong implementations: hours of training, and then no such file; a key reported against a file that the
+    user never wrote; stage files of a pipeline that is refused, or of a dry run.
+    """
+    monkeypatch.setattr(fastrl.pipeline, "train", lambda config: pytest.fail("nothing may be trained"))
+    first = {"sft": SMALL | {"model": write_model(tmp_path)}}
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{\n')
+    (tmp_path / "answers.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "fails.py").write_text("1 / 0\n")
+    rewarded = {"group": 2, "reward": [f"{tmp_path}/rewards.py:digits"]}
+    for options, message in (
+        ({"dataset": "nowhere.jsonl"}, "dataset nowhere.jsonl: no such file"),
+        ({"dataset": f"{tmp_path}/broken.jsonl"}, "broken.jsonl:2: expected a JSON object"),
+        ({"dataset": f"{tmp_path}/answers.jsonl"}, "answers.jsonl:1: expected a prompt column"),
+        ({"reward": [f"{tmp_path}/rewards.py:digit"]}, "defines no 'digit'; did you mean 'digits'"),
+        ({"reward": [f"{tmp_path}/fails.py:f"]}, "fails.py raised ZeroDivisionError"),
+        ({"reward": ["model:nowhere"]}, "--reward: expected a folder, got nowhere"),
+        ({"model": "nowhere"}, "--model: expected a folder, got nowhere, which is not there"),
+        ({"tokenizer": "nowhere"}, "--tokenizer: expected a folder, got nowhere"),
+        ({"task": "card"}, "--task: expected one of cards"),
+        ({"micro_tokens": 0}, "--micro-tokens: expected at least 1"),
+        ({"grop": 3}, "unknown key 'grop'; did you mean"),
+        ({"optim": {"lr": "fast"}}, "optim.lr: expected"),
+    ):
+        stage = {"grpo": rewarded | options}
+        file = write(tmp_path, first, stage)
+        text = file.read_text()
+        assert cli.main(["run", str(file)]) in (1, 2)
+        told = capsys.readouterr().err
+        assert f"{file}:" in told and "stage 2" in told and message in told, told
+        if "grop" in options:
+            line = 1 + text[: text.index("grop:")].count("\n")
+            assert f"{file}:{line}: stage 2" in told
+        assert not (tmp_path / "pipe").exists()
+
+    capsys.readouterr()
+    assert cli.main(["run", str(chain(tmp_path)), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "stage 2, grpo: fastrl grpo, 4 steps, in" in told and "task cards" in told
+    assert f"model {tmp_path}/pipe/1-sft/checkpoints/step_4: of an earlier stage" in told
+    assert not (tmp_path / "pipe").exists()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_signal_stops_the_pipeline_with_its_exit_code(tmp_path, monkeypatch, capsys):
+    """Wrong implementations: the next stage begins; exit code 1, which says that something failed."""
+
+    def train(config):
+        trained.append(config)
+        return RunResult(2, None, {}, interrupted=False, signal=15)
+
+    trained: list[Any] = []
+    monkeypatch.setattr(pipeline, "train", train)
+    assert cli.main(["run", str(chain(tmp_path))]) == 143 and len(trained) == 1
+    assert "stopped in stage 'sft'; continue with: fastrl run" in capsys.readouterr().out

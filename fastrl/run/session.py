@@ -120,7 +120,7 @@ class Session:
 def set_up(config: Run) -> Session:
     """Build the session.  Raises UserError for what is wrong with the configuration, before any training."""
     method = method_of(command_of(config))
-    _check(config, method)
+    check_options(config, method)
     set_threads(config.threads)
     world = init_world()
 
@@ -236,7 +236,8 @@ def _name_kernels(log: RunLog, device: torch.device, saved: Mapping[str, str]) -
         log.message(f"resumed with other kernels, which changes bits: {difference(saved, chosen)}")
 
 
-def _check(config: Run, method: AnyMethod) -> None:
+def check_options(config: Run, method: AnyMethod) -> None:
+    """Refuse options that no run can have.  Raises UserError naming the option."""
     require("--steps", config.steps, config.steps >= 0, "0 or more")
     require("--prompts", config.prompts, config.prompts >= 1, "at least 1")
     require("--micro-tokens", config.micro_tokens, config.micro_tokens >= 1, "at least 1")

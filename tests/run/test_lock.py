@@ -104,6 +104,8 @@ def test_every_command_that_writes_asks(tmp_path, capsys, monkeypatch):
         for args in (
             ["generate", "--model", model, "--prompts", f"{tmp_path}/p.txt", "--output", str(out)],
             ["eval", "--model", model, "--task", "cards", "--output", str(out)],
+            ["run", str(tmp_path / "pipe.yaml")],
+            ["bench", "gae", "--quick", "--output", str(out)],
         ):
             assert cli.main(args) == 1
             assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err, args
