@@ -2,6 +2,8 @@
 #include "vec.h"
 
 constexpr long kPanel = 2 * LANES;  // rows of x that lie side by side, one a lane
+// Rows of a tile: with two vectors of x, 24 sums of AVX-512's 32 registers, or 12 of 16.
+constexpr int kRows = LANES == 16 ? 12 : 6;
 
 typedef float Q __attribute__((vector_size(16)));
 
@@ -56,11 +58,11 @@ void pack(float* out, const void* x_rows, int64_t stride, int64_t M, int64_t K) 
   }
 }
 
-// `rows` rows of the weight, `depth` columns of them, as kLinearRows rows of floats kLinearPitch apart; those missing are 0.
+// `rows` rows of the weight, `depth` columns of them, as kRows rows of floats kLinearPitch apart; those missing are 0.
 template <class T>
 void widen(float* out, const void* w_rows, int64_t stride, int64_t rows, int64_t depth) {
   const T* w = static_cast<const T*>(w_rows);
-  for (int64_t r = 0; r < kLinearRows; r++, out += kLinearPitch) {
+  for (int64_t r = 0; r < kRows; r++, out += kLinearPitch) {
     int64_t k = 0;
     if (r < rows) {
       for (; k + LANES <= depth; k += LANES) store(out + k, load(w + r * stride + k));
@@ -89,32 +91,72 @@ INLINE void fetch(LinearAhead& ahead) {
 #define FASTRL_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// sums (kLinearRows, V LANES) of a block of at least one column: every element is one chain over k = 0, 1, ..., whatever its lane,
+// A vector of one row of outputs: the sums of one row of w, bias added, rounded once; or added to what is there.
+template <class T>
+INLINE void finish(const LinearOut& out, int64_t row, int64_t lane, F sum) {
+  const int64_t left = out.lanes - lane;
+  if (left <= 0) return;
+  T* to = static_cast<T*>(out.at) + row * out.stride + lane;
+  if (left >= LANES) {
+    if (out.bias) sum += load(out.bias + lane);
+    if (out.add) sum += load(to);
+    store(to, sum);
+  } else {
+    if (out.bias) sum += load_some(out.bias + lane, left, 0.0f);
+    if (out.add) sum += load_some(to, left, T{});
+    store_some(to, sum, left);
+  }
+}
+
+// sums (R, V LANES) of a block of at least one column: every element is one chain over k = 0, 1, ..., whatever its lane,
 // vector or panel, and is then added to the chains of the blocks before.  That is what makes its bits its own.
-template <int V>
-void tile(float* sums, const float* w, int64_t pitch, const float* x, int64_t depth, bool first, LinearAhead& ahead) {
-  F acc[kLinearRows][V] = {};  // in registers, which takes loops that are unrolled
+//
+// `out`, if given, takes what the sums come to, a row of outputs for each row of w, and the sums are left.
+//
+// Three rows share a pointer: twelve of them would not fit into the registers, and GCC fetches what it spills through a port that
+// the products need.  The empty asm keeps it from making a pointer for each again.
+template <int V, int R, class T>
+void tile(float* sums, const float* w, int64_t pitch, const float* x, int64_t x_pitch, int64_t depth, bool first, LinearAhead& ahead,
+          const LinearOut* out) {
+  constexpr int kShare = 3, kPointers = R / kShare;
+  static_assert(R % kShare == 0);
+  F acc[R][V] = {};  // in registers, which takes loops that are unrolled
+  const char* at[kPointers];
+  int64_t step = pitch * (int64_t)sizeof(float);
+  FASTRL_UNROLL
+  for (int p = 0; p < kPointers; p++) at[p] = (const char*)(w + p * kShare * pitch);
+
   int64_t k = 0;
   do {
     F in[V];
     FASTRL_UNROLL
-    for (int v = 0; v < V; v++) in[v] = load(x + k * kPanel + v * LANES);
+    for (int v = 0; v < V; v++) in[v] = load(x + v * LANES);
+    x += x_pitch;
     if (k % 8 == 0) {
       for (int i = 0; i < ahead.each; i++) fetch(ahead);
     }
+    asm volatile("" : "+r"(step));
     FASTRL_UNROLL
-    for (int r = 0; r < kLinearRows; r++) {
-      const F weight = splat(w[r * pitch + k]);
+    for (int p = 0; p < kPointers; p++) {
+      asm volatile("" : "+r"(at[p]));
       FASTRL_UNROLL
-      for (int v = 0; v < V; v++) acc[r][v] += weight * in[v];
+      for (int r = 0; r < kShare; r++) {
+        const F weight = splat(*(const float*)(at[p] + r * step));
+        FASTRL_UNROLL
+        for (int v = 0; v < V; v++) acc[p * kShare + r][v] += weight * in[v];
+      }
+      at[p] += sizeof(float);
     }
   } while (++k < depth);
+
   FASTRL_UNROLL
-  for (int r = 0; r < kLinearRows; r++) {
+  for (int r = 0; r < R; r++) {
     FASTRL_UNROLL
     for (int v = 0; v < V; v++) {
       float* to = sums + r * kPanel + v * LANES;
-      store(to, first ? acc[r][v] : load(to) + acc[r][v]);
+      const F sum = first ? acc[r][v] : load(to) + acc[r][v];
+      if (!out) store(to, sum);
+      else if (r < out->rows) finish<T>(*out, r, v * LANES, sum);
     }
   }
 }
@@ -126,18 +168,14 @@ INLINE void write(BF16* p, float x) {
   __builtin_memcpy(&bits, &x, sizeof bits);
   p->bits = (unsigned short)(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
-
 INLINE void write4(float* p, Q v) { store4(p, v); }
 INLINE void write4(BF16* p, Q v) {
   for (int i = 0; i < 4; i++) write(p + i, v[i]);
 }
 
-// Rows of `columns` outputs from the panels' sums, bias added, rounded once; or added to what is there (ADD, of floats).  Four by four, a few rows over all the columns: rows of y
+// Rows of `columns` outputs from the panels' sums, bias added, rounded once.  Four by four, a few rows over all the columns: rows of y
 // often lie a power of two apart, so that all those of one column would want the same few cache sets.
-INLINE Q there(const float* y) { return load4(y); }
-INLINE Q there(const BF16*) { return Q{}; }
-
-template <class T, bool ADD = false>
+template <class T>
 void put(void* y_rows, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
   T* y = static_cast<T*>(y_rows);
   const int64_t whole = columns - columns % 4;
@@ -148,36 +186,10 @@ void put(void* y_rows, int64_t stride, const float* sums, const float* bias, int
       Q c[4], r[4];
       for (int i = 0; i < 4; i++) c[i] = load4(from + (n + i) * kPanel) + bias[n + i];
       turn(c, r);
-      if (rows == 4) {
-        for (int i = 0; i < 4; i++) write4(y + i * stride + n, ADD ? there(y + i * stride + n) + r[i] : r[i]);
-      } else {
-        for (int i = 0; i < rows; i++) write4(y + i * stride + n, ADD ? there(y + i * stride + n) + r[i] : r[i]);
-      }
+      for (int i = 0; i < rows; i++) write4(y + i * stride + n, r[i]);
     }
     for (int64_t n = whole; n < columns; n++) {
-      for (int64_t i = 0; i < rows; i++) {
-        const float sum = from[n * kPanel + i] + bias[n];
-        write(y + i * stride + n, ADD ? to_float(y[i * stride + n]) + sum : sum);
-      }
-    }
-  }
-}
-
-INLINE void write_lanes(float* p, F v) { store(p, v); }
-INLINE void write_lanes(BF16* p, F v) {
-  for (long i = 0; i < LANES; i++) write(p + i, v[i]);
-}
-
-// The same as rows of M outputs, one for each column of the sums: `y` and `bias` begin at the first lane.
-template <class T>
-void put_turned(void* y_rows, int64_t stride, const float* sums, const float* bias, int64_t M, int64_t columns) {
-  T* y = static_cast<T*>(y_rows);
-  for (int64_t n = 0; n < columns; n++, y += stride, sums += kPanel) {
-    const float* from = sums;
-    for (int64_t m = 0; m < M; m += kPanel, from += kPanel * kLinearColumns) {
-      int64_t i = 0, lanes = M - m < kPanel ? M - m : kPanel;
-      for (; i + LANES <= lanes; i += LANES) write_lanes(y + m + i, load(from + i) + load(bias + m + i));
-      for (; i < lanes; i++) write(y + m + i, from[i] + bias[m + i]);
+      for (int64_t i = 0; i < rows; i++) write(y + i * stride + n, from[n * kPanel + i] + bias[n]);
     }
   }
 }
@@ -195,24 +207,29 @@ void columns(float* out, const float* a, int64_t stride, int64_t depth, int64_t 
   }
 }
 
-// `count` columns of b (depth, count), turned into kLinearRows rows kLinearPitch apart; those missing are 0.
+// `count` columns of b (depth, count), turned into kRows rows kLinearPitch apart; those missing are 0.
 void flip(float* out, const float* b, int64_t stride, int64_t depth, int64_t count) {
   int64_t t = 0;
-  for (; count == kLinearRows && t + 4 <= depth; t += 4) {
-    Q rows[4], columns[4];
-    for (int j = 0; j < 4; j++) rows[j] = load4(b + (t + j) * stride);
-    turn(rows, columns);
-    for (int j = 0; j < 4; j++) store4(out + j * kLinearPitch + t, columns[j]);
-    for (int r = 4; r < kLinearRows; r++) {
+  for (; count == kRows && t + 4 <= depth; t += 4) {
+    for (int r = 0; r + 4 <= kRows; r += 4) {
+      Q rows[4], columns[4];
+      for (int j = 0; j < 4; j++) rows[j] = load4(b + (t + j) * stride + r);
+      turn(rows, columns);
+      for (int j = 0; j < 4; j++) store4(out + (r + j) * kLinearPitch + t, columns[j]);
+    }
+    for (int r = kRows / 4 * 4; r < kRows; r++) {
       for (int j = 0; j < 4; j++) out[r * kLinearPitch + t + j] = b[(t + j) * stride + r];
     }
   }
   for (; t < depth; t++) {
-    for (int r = 0; r < kLinearRows; r++) out[r * kLinearPitch + t] = r < count ? b[t * stride + r] : 0.0f;
+    for (int r = 0; r < kRows; r++) out[r * kLinearPitch + t] = r < count ? b[t * stride + r] : 0.0f;
   }
 }
 
+template <class T>
+constexpr LinearTiles kTiles = {{{tile<1, kRows / 2, T>, tile<2, kRows / 2, T>}, {tile<1, kRows, T>, tile<2, kRows, T>}}};
+
 constexpr LinearRows kLinear = {
-    {pack<float>, pack<BF16>}, {widen<float>, widen<BF16>}, {tile<1>, tile<2>}, {put<float>, put<BF16>}, put<float, true>,
-    {put_turned<float>, put_turned<BF16>}, columns, flip, LANES,
+    {pack<float>, pack<BF16>}, {widen<float>, widen<BF16>}, {kTiles<float>, kTiles<BF16>}, {put<float>, put<BF16>}, columns, flip,
+    LANES, kRows,
 };
