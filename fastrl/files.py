@@ -170,3 +170,37 @@ def as_object(value: Json, where: str) -> JsonObject:
         example = "{'prompt': ..., 'completion': ...}"
         raise UserError(f"{where}: expected a JSON object like {example}, got {shorten(value)}")
     return value
+
+
+# --- names of the Hugging Face Hub ------------------------------------------------------------------
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_KINDS = {"model": "", "dataset": "--repo-type dataset "}
+
+
+def hub_advice(name: str, option: str, kind: str = "model") -> str:
+    """What to type instead of a name that may be one of the Hugging Face Hub: `; ...`, or the empty string.
+
+    kind  "model" or "dataset"
+    """
+    if not _HUB_NAME.fullmatch(name) or Path(name).exists():
+        return ""
+    cached = _cached(name, kind)
+    if cached is not None:
+        return f"; names of the Hugging Face Hub are not resolved, but it is in its cache: {option} {cached}"
+    folder = name.rpartition("/")[2]
+    file = folder if kind == "model" else f"{folder}/FILE"
+    return (
+        "; names of the Hugging Face Hub are not resolved: if it is one, "
+        f"`hf download {_KINDS[kind]}{name} --local-dir {folder}`, then {option} {file}"
+    )
+
+
+def _cached(name: str, kind: str) -> Path | None:
+    """The newest snapshot of a name in the Hugging Face cache, if it has files."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    root = Path(named or Path(home) / "hub").expanduser()
+    snapshots = root / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
+    wanted = "config.json" if kind == "model" else "*"
+    whole = [path for path in snapshots.glob("*") if next(path.glob(wanted), None) is not None]
+    return max(whole, key=lambda path: path.stat().st_mtime, default=None)

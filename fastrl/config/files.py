@@ -13,6 +13,8 @@ from fastrl.config.schema import Schema, owners
 from fastrl.config.values import coerce, describe
 from fastrl.errors import UserError
 
+OF_A_RUN = {"model", "output_dir", "steps", "optim"}  # keys of a run's config.yaml
+
 
 class UsageError(UserError):
     """An option, a key or a value that the command does not take: exit code 2."""
@@ -35,7 +37,13 @@ def read(path: Path, schema: Schema, refused: Mapping[str, object]) -> Contents:
     """
     values: dict[str, object] = {}
     foreign: dict[str, str] = {}
-    for key, value in _flatten(_tree(path), schema, "").items():
+    tree = _tree(path)
+    if tree.keys() >= OF_A_RUN and schema.find("output_dir") is None:
+        raise UsageError(
+            f"{path}: these are the options of a training run, not of this command; name the run instead: "
+            f"--model {path.parent}, whose newest checkpoint remembers what it needs"
+        )
+    for key, value in _flatten(tree, schema, "").items():
         name = key.replace("-", "_")
         if name in refused:
             raise UsageError(

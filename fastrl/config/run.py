@@ -105,6 +105,10 @@ class Run:
     chat_template: str | None = None
     """A file with a chat template (Jinja), in place of the tokenizer's own; saved with the checkpoint's.
     """
+    trust_remote_code: bool = False
+    """Run the code that the folders of models and tokenizers bring (auto_map), where transformers does not
+    know them.  Read it first.
+    """
     task: str | None = None
     """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask."""
     task_options: tuple[str, ...] = ()

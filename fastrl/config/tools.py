@@ -24,6 +24,10 @@ class Generate:
     """Hugging Face tokenizer folder; defaults to the model's."""
     chat_template: str | None = None
     """A file with a chat template (Jinja), in place of the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run the code that the folders of models and tokenizers bring (auto_map), where transformers does not
+    know them.  Read it first.
+    """
     n: int = 1
     """Completions of each prompt."""
     max_new_tokens: int = 256
@@ -71,6 +75,10 @@ class Evaluate:
     """Hugging Face tokenizer folder; defaults to the model's."""
     chat_template: str | None = None
     """A file with a chat template (Jinja), in place of the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run the code that the folders of models and tokenizers bring (auto_map), where transformers does not
+    know them.  Read it first.
+    """
     seed: int = 0
     """Seed of the sampling noise."""
     device: str = "auto"

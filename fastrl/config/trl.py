@@ -224,7 +224,6 @@ _TABLE = (  # names, separated by blanks, and what to give instead
     ("push_to_hub hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token", _HUB),
     # models and tokenizers
     ("model_revision", "--model is a folder; download the revision you want"),
-    ("trust_remote_code", "there is no such option; code that comes with a model is not run"),
     ("tokenizer_name tokenizer_name_or_path", "give --tokenizer"),
     ("eos_token pad_token", _TOKENIZER),
     ("model_init_kwargs dataset_kwargs generation_kwargs chat_template_kwargs", _KWARGS),

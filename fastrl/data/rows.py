@@ -22,6 +22,7 @@ from fastrl.files import (
     JsonObject,
     as_object,
     decode,
+    hub_advice,
     parse_json,
     read_json_lines,
     shorten,
@@ -67,7 +68,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     columns = columns or {}
     reader = READERS.get(Path(path).suffix.lower())
     if reader is None:
-        raise UserError(f"dataset {path}: expected a file ending in {', '.join(READERS)}")
+        advice = hub_advice(str(path), "--dataset", "dataset")
+        raise UserError(f"dataset {path}: expected a file ending in {', '.join(READERS)}{advice}")
     if not Path(path).is_file():
         raise UserError(f"dataset {path}: no such file (looked in {Path.cwd()})")
     if len(set(columns.values())) < len(columns):

@@ -85,7 +85,13 @@ class Context(Generic[C, A, M]):
         call loads it anew.
         """
         config, model = self.config, self.sampler.model
-        frozen = load_model(config.model, dtype=model.dtype, device=self.device, seed=config.seed)
+        frozen = load_model(
+            config.model,
+            dtype=model.dtype,
+            device=self.device,
+            seed=config.seed,
+            trust=config.trust_remote_code,
+        )
         return frozen.requires_grad_(False)
 
 
@@ -108,14 +114,26 @@ class Origin(Generic[C, A]):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the options name, the folder's, or the task's own."""
         own = None if self.task is None else self.task.tokenizer
-        template = self.config.chat_template
-        return load_tokenizer(self.config.tokenizer, self.folder, own, template=template)
+        config = self.config
+        return load_tokenizer(
+            config.tokenizer,
+            self.folder,
+            own,
+            template=config.chat_template,
+            trust=config.trust_remote_code,
+        )
 
 
 def language_model(origin: Origin[Any, Any]) -> LanguageModel:
     """A causal language model."""
-    seed = origin.config.seed
-    return load_model(origin.folder, dtype=origin.dtype, device=origin.device, seed=seed)
+    config = origin.config
+    return load_model(
+        origin.folder,
+        dtype=origin.dtype,
+        device=origin.device,
+        seed=config.seed,
+        trust=config.trust_remote_code,
+    )
 
 
 def unsampled(config: Run) -> tuple[str, Sampling]:

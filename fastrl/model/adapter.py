@@ -24,10 +24,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from fastrl.errors import UserError, notice
+from fastrl.files import hub_advice
 from fastrl.model.carried import OF_MODEL, Files, read_carried, write_carried
 from fastrl.model.config import FAMILIES, Settings, architecture, as_token_ids, unsupported
 from fastrl.model.decoder import Decoder
 from fastrl.model.fields import refuse
+from fastrl.model.folder import model_folder
 from fastrl.model.head import check_language_model
 from fastrl.model.language import Attend
 from fastrl.model.weights import check_dtypes, read_config, read_json
@@ -69,7 +71,8 @@ def load_model(
     Raises:  UserError for a path that does not exist, a config that no model fits, quantised weights, weights
              that do not fit the config, and a model of code that is not trusted.
     """
-    folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
+    path = None if isinstance(source, Mapping) else model_folder(source)
+    folder = path if path is not None and path.is_dir() else None
     if isinstance(source, Mapping):
         config = source
     else:
@@ -114,10 +117,11 @@ def _runs_own_code(config: Settings, trust: bool) -> bool:
 
 def _read_file(path: Path) -> Settings:
     """The config.json, or the YAML of one, at this path."""
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(
             "model: expected a Hugging Face folder, a config.json or a .yaml file, "
-            f"got {str(path)!r}, which is not there"
+            f"got {str(path)!r}, which is not there{hub_advice(str(path), '--model')}"
         )
     if path.suffix == ".json":
         return read_json(path)
@@ -344,6 +348,7 @@ class Adapter(nn.Module):
         self, folder: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = 5 << 30
     ) -> None:
         """Write the folder with transformers' own save_pretrained, in `dtype` or the model's own."""
+        self.end_with(self.config.eos_token_id)  # config.json says the same as generation_config.json
         lm = self.lm if dtype in (None, self.dtype) else copy.deepcopy(self.lm).to(dtype)
         with _without_bars():
             lm.save_pretrained(folder, max_shard_size=max_shard_bytes)

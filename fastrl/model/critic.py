@@ -19,6 +19,7 @@ from fastrl.model import weights
 from fastrl.model.adapter import load_model
 from fastrl.model.config import Settings, is_scoring, scoring_body
 from fastrl.model.decoder import Decoder
+from fastrl.model.folder import existing_folder
 from fastrl.model.language import LanguageModel
 
 
@@ -59,21 +60,19 @@ class Critic(nn.Module):
         return cls._around(copy.deepcopy(model))
 
     @classmethod
-    def load(cls, folder: str, policy: LanguageModel) -> Self:
+    def load(cls, name: str, policy: LanguageModel, *, trust: bool = False) -> Self:
         """A critic that starts from a folder: a causal language model, or a reward model of one label, with
         its head.
 
         Raises:  UserError for no folder, another architecture, more than one label, or a vocabulary or
                  context smaller than the policy's.
         """
-        if not Path(folder).is_dir():
-            raise UserError(f"--critic-model: expected a model's folder, got {folder}")
-
+        folder = str(existing_folder(name, "--critic-model", "a model's folder"))
         config = weights.read_config(Path(folder))
         if is_scoring(config):
             critic = cls._scoring(folder, config, policy)
         else:
-            critic = cls._around(load_model(folder, policy.dtype, policy.device))
+            critic = cls._around(load_model(folder, policy.dtype, policy.device, trust=trust))
         critic.body.gradient_checkpointing = policy.gradient_checkpointing
 
         for name in ("vocab_size", "max_position_embeddings"):

@@ -25,7 +25,9 @@ from fastrl.model.adapter import Source, load_model
 from fastrl.model.carried import OF_MODEL, read_carried, write_carried
 from fastrl.model.config import CAUSAL, SCORING, ModelConfig, Settings, is_scoring, scoring_body
 from fastrl.model.decoder import Decoder
+from fastrl.model.folder import model_folder
 from fastrl.model.language import Tokenizer
+from fastrl.model.tokenizer import align_ends
 
 HEAD_SEED = 30_000_001  # the head's own stream of random numbers: the decoder's begins at `seed`
 AS_SAVED = ""  # of RewardModel.load: the separator that the folder names
@@ -202,7 +204,8 @@ class RewardModel(nn.Module):
         Raises:  UserError for another architecture, more than one label, and whatever `load_model` refuses.
         Source:  the head's scale: Stiennon et al. 2020 (arXiv 2009.01325).
         """
-        folder = Path(source) if not isinstance(source, Mapping) and Path(source).is_dir() else None
+        path = None if isinstance(source, Mapping) else model_folder(source)
+        folder = path if path is not None and path.is_dir() else None
         config = weights.read_config(folder) if folder else {}
         if folder and is_scoring(config):
             model = cls._trained(folder, config, dtype, device)
@@ -210,6 +213,8 @@ class RewardModel(nn.Module):
             model = cls._fresh(source, dtype, device, seed)
 
         model.tokenizer = tokenizer
+        if tokenizer is not None:
+            align_ends(model, tokenizer)
         if steps != AS_SAVED:
             model.steps = steps
         return model

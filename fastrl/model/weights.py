@@ -38,8 +38,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:  UserError for a folder or file that does not exist or cannot be parsed.
     """
     if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        why = (
+            "; it holds an adapter: merge it into its model first (peft: merge_and_unload)" if adapter else ""
+        )
         raise UserError(
-            f"{folder}: expected a Hugging Face model folder with a config.json, which is not there"
+            f"{folder}: expected a Hugging Face model folder with a config.json, which is not there{why}"
         )
     config = read_json(folder / "config.json")
     eos = read_generation(folder).get("eos_token_id")

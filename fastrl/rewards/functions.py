@@ -26,14 +26,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastrl.data.messages import columns_of_rows
 from fastrl.errors import UserError
 from fastrl.files import call_user, load_object, shorten
-from fastrl.model.config import is_scoring
-from fastrl.model.reward import RewardModel
-from fastrl.model.tokenizer import load_tokenizer
-from fastrl.model.weights import read_config
-from fastrl.rewards.implicit import implicit_reward
+from fastrl.rewards.models import MODELS
 
 Reward = Callable[..., Sequence[float | None]]
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
@@ -121,7 +116,11 @@ def soft_overlong(length: Sequence[int], budget: int, buffer: int) -> list[float
 
 
 def load_reward(
-    spec: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    spec: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
 ) -> Reward:
     """The reward function at `my_rewards.py:fn`; or that of the models at `PREFIX:...`, a key of MODELS, on
     `device` in `dtype`.
@@ -132,9 +131,14 @@ def load_reward(
     kind, colon, names = spec.partition(":")
     if colon and kind in MODELS:
         try:
-            return MODELS[kind](names, dtype=dtype, device=device)
+            return MODELS[kind](names, dtype=dtype, device=device, trust=trust)
         except UserError as error:
             raise UserError(f"--reward: {str(error).removeprefix('--reward: ')}") from error
+    if Path(spec).expanduser().is_dir():
+        raise UserError(
+            f"--reward: {spec} is a folder: model:{spec} scores with the reward model in it, "
+            f"implicit:{spec},REFERENCE with how much a policy differs from its reference"
+        )
     function = load_object(spec, "--reward")
     if not callable(function) or inspect.isclass(function):
         raise UserError(f"--reward: expected a function at {spec}, got {shorten(function)}")
@@ -144,41 +148,6 @@ def load_reward(
             "not `async def`"
         )
     return function
-
-
-def model_reward(
-    folder: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Reward:
-    """A reward model as a reward function; it reads prompt and completion with its own tokenizer and chat
-    template.
-
-    Raises:  UserError for a folder without a trained reward model, or without a tokenizer.
-    """
-    if not Path(folder).is_dir() or not is_scoring(read_config(Path(folder))):
-        raise UserError(
-            "--reward: expected the folder of a reward model (`fastrl reward` writes one), "
-            f"got model:{folder}"
-        )
-    model = RewardModel.load(folder, dtype, device, tokenizer=load_tokenizer(None, folder))
-    model.requires_grad_(False)
-
-    def reward_model(
-        prompts: Sequence[Prompt],
-        completions: Sequence[Prompt],
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Sequence[Any] | None = None,
-    ) -> list[float]:
-        columns = columns_of_rows(len(prompts), tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return model.score(list(zip(prompts, completions, columns, strict=True)))
-
-    return reward_model
-
-
-# prefix of a reward's name -> what loads it
-MODELS: dict[str, Callable[..., Reward]] = {
-    "model": model_reward,
-    "implicit": implicit_reward,
-}
 
 
 def score(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,9 @@ from fastrl.data.encode import Sample, encode_all
 from fastrl.data.messages import columns_of_rows
 from fastrl.data.rows import Row
 from fastrl.errors import UserError
+from fastrl.files import hub_advice
 from fastrl.model.adapter import load_model
+from fastrl.model.folder import model_folder
 from fastrl.model.language import LanguageModel
 from fastrl.model.tokenizer import load_tokenizer
 
@@ -32,7 +33,11 @@ MAX_TOKENS = 16384  # of one forward pass
 
 
 def implicit_reward(
-    names: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    names: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
 ) -> Callable[..., list[float]]:
     """The reward function of `POLICY,REFERENCE` or `POLICY,REFERENCE,BETA`: two folders, and beta (0.1).
 
@@ -43,7 +48,8 @@ def implicit_reward(
     """
     folders, beta = _parts(names)
     policy, reference = (
-        load_model(folder, dtype=dtype, device=device).requires_grad_(False) for folder in folders
+        load_model(folder, dtype=dtype, device=device, trust=trust).requires_grad_(False)
+        for folder in folders
     )
     sizes = [model.config.vocab_size for model in (policy, reference)]
     if sizes[0] != sizes[1]:
@@ -51,7 +57,7 @@ def implicit_reward(
             "--reward: expected a policy and its reference, with one vocabulary, "
             f"got {sizes[0]} and {sizes[1]} in {names}"
         )
-    tokenizer = load_tokenizer(None, folders[0])
+    tokenizer = load_tokenizer(None, folders[0], trust=trust)
     limit = min(model.config.max_position_embeddings for model in (policy, reference))
 
     def implicit_reward(
@@ -82,10 +88,12 @@ def _parts(names: str) -> tuple[list[str], float]:
         beta = math.nan
     if not (2 <= len(parts) <= 3 and 0 < beta < math.inf):
         raise UserError(f"--reward: expected {form}, got implicit:{names}")
-    for folder in parts[:2]:
-        if not folder or not Path(folder).is_dir():
-            raise UserError(f"--reward: expected {form}; {folder or 'the empty name'} is no folder")
-    return parts[:2], beta
+    folders = [model_folder(part, "--reward") for part in parts[:2]]
+    for part, folder in zip(parts, folders, strict=False):
+        if not part or not folder.is_dir():
+            advice = hub_advice(part, "--reward implicit:") if part else ""
+            raise UserError(f"--reward: expected {form}; {part or 'the empty name'} is no folder{advice}")
+    return [str(folder) for folder in folders], beta
 
 
 @torch.no_grad()

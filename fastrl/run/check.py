@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,6 +13,7 @@ from fastrl.kernels._verdicts.first_use import number_of, recheck
 from fastrl.kernels._verdicts.machine import machine
 from fastrl.kernels._verdicts.summary import rows, sentence, table, where
 from fastrl.model.config import ModelConfig
+from fastrl.model.folder import model_folder
 from fastrl.model.weights import read_config
 from fastrl.model.widths import kernel_widths
 from fastrl.parallel.device import resolve_device
@@ -64,4 +64,4 @@ def _device(name: str) -> torch.device:
 def _widths(model: str | None) -> Widths:
     if model is None:
         return Widths()
-    return kernel_widths(ModelConfig.from_dict(read_config(Path(model))), PAGE)
+    return kernel_widths(ModelConfig.from_dict(read_config(model_folder(model))), PAGE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,27 +21,29 @@ from torch import Tensor, nn
 
 from fastrl.errors import UserError
 from fastrl.files import JsonObject
+from fastrl.model.folder import META, checkpoints_of
+from fastrl.model.language import Tokenizer
+from fastrl.model.tokenizer import save_tokenizer
 
-META, STATE = "trainer.json", "trainer.safetensors"
+STATE = "trainer.safetensors"
 TEMPORARY = "temporary"  # in trainer.json: the next checkpoint replaces this one
 ADVICE = "remove the folder to use an older checkpoint"
-_NAME = re.compile(r"step_(\d+)")
 
 
 class Savable(Protocol):
-    """A model or a tokenizer."""
+    """A model."""
 
     def save_pretrained(self, folder: Path, /) -> object: ...
 
 
-Models = Mapping[str, tuple[Savable, Savable | None]]  # folder inside the checkpoint -> model, tokenizer
+Models = Mapping[str, tuple[Savable, Tokenizer | None]]  # folder inside the checkpoint -> model, tokenizer
 
 
 def save(
     run: Path,
     step: int,
     model: Savable,
-    tokenizer: Savable | None,
+    tokenizer: Tokenizer | None,
     state: Mapping[str, Tensor],
     meta: Mapping[str, object],
     *,
@@ -106,12 +107,7 @@ def remove_partial(run: Path) -> None:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    checkpoints = []
-    for path in (run / "checkpoints").glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            checkpoints.append((int(match[1]), path))
-    return [path for _, path in sorted(checkpoints)]
+    return checkpoints_of(run)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
@@ -148,7 +144,7 @@ def _write(
     for name, (model, tokenizer) in models.items():
         model.save_pretrained(folder / name)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / name)
+            save_tokenizer(tokenizer, folder / name)
     save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, folder / STATE)
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

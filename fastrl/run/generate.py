@@ -76,10 +76,12 @@ def run(config: Generate) -> None:
 def _generate(config: Generate, path: Path, world: World) -> None:
     set_threads(config.threads)
     device, dtype = resolve_device(config.device, config.dtype)
-    model = load_model(config.model, dtype=dtype, device=device, seed=config.seed)
+    trust = config.trust_remote_code
+    model = load_model(config.model, dtype=dtype, device=device, seed=config.seed, trust=trust)
     if world.is_main:
         say_kernels(model)
-    tokenizer = load_tokenizer(config.tokenizer, config.model, template=config.chat_template)
+    template = config.chat_template
+    tokenizer = load_tokenizer(config.tokenizer, config.model, template=template, trust=trust)
     sampler = SAMPLERS[config.sampler](model, tokenizer, config.sampling)
     params = SamplingParams(
         n=config.n,

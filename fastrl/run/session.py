@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.algorithms.row import Loggable
-from fastrl.config import Run
+from fastrl.config import OnPolicy, Run
 from fastrl.config.parse import dump
 from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines
@@ -26,11 +26,14 @@ from fastrl.kernels._verdicts.summary import difference, sentence
 from fastrl.methods import command_of, method_of
 from fastrl.methods.method import AnyContext, AnyMethod, Context, Origin
 from fastrl.model.decoder import Decoder
+from fastrl.model.folder import model_folder
+from fastrl.model.tokenizer import align_ends
 from fastrl.model.widths import kernel_widths
 from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.kernels import settle_kernels
 from fastrl.parallel.world import World, init_world
 from fastrl.report.metric import Need, over_batches
+from fastrl.rewards.models import settled_reward
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
 from fastrl.sampler import SAMPLERS
@@ -119,6 +122,7 @@ class Session:
 
 def set_up(config: Run) -> Session:
     """Build the session.  Raises UserError for what is wrong with the configuration, before any training."""
+    config = _settled(config)
     method = method_of(command_of(config))
     check_options(config, method)
     set_threads(config.threads)
@@ -157,6 +161,23 @@ def set_up(config: Run) -> Session:
     )
 
 
+def _settled(config: Run) -> Run:
+    """The options with a run's newest checkpoint in the place of its folder: what is recorded stays the same
+    model when that run goes on.
+    """
+    settled = replace(config, model=_meant(config.model, "--model"))
+    if config.tokenizer is not None:
+        settled = replace(settled, tokenizer=_meant(config.tokenizer, "--tokenizer"))
+    if isinstance(settled, OnPolicy):
+        settled = replace(settled, reward=tuple(settled_reward(spec) for spec in settled.reward))
+    return settled
+
+
+def _meant(name: str, option: str) -> str:
+    found = model_folder(name, option)
+    return name if found == Path(name) else str(found)
+
+
 def _saved(resumed: Path | None, config: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The checkpoint's tensors and its meta data; those of a run that has not begun where there is none."""
     command = command_of(config)
@@ -188,6 +209,7 @@ def _context(config: Run, method: AnyMethod, folder: str, world: World) -> AnyCo
     model.gradient_checkpointing = config.gradient_checkpointing
 
     tokenizer = origin.tokenizer
+    align_ends(model, tokenizer)
     name, sampling = method.sampling(config)
     return Context(
         config=config,

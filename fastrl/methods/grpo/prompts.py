@@ -96,7 +96,7 @@ def _reward_functions(config: OnPolicy, task: Task | None) -> list[Reward]:
         if task is not None and spec == VERIFIER:
             functions.append(task_reward(task))
         else:
-            functions.append(load_reward(spec, dtype=dtype, device=device))
+            functions.append(load_reward(spec, dtype=dtype, device=device, trust=config.trust_remote_code))
     return functions
 
 

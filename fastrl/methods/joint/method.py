@@ -69,7 +69,7 @@ def _reads_with(context: JointContext) -> Tokenizer:
     brought = context.config.reward_model
     if brought is None or not has_tokenizer(brought):
         return context.tokenizer
-    return load_tokenizer(None, brought)
+    return load_tokenizer(None, brought, trust=context.config.trust_remote_code)
 
 
 def source(context: JointContext, learner: JointLearner) -> tuple[Source[JointBatch], int]:

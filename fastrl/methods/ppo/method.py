@@ -45,7 +45,11 @@ def _with_model(context: PpoContext) -> ActorCritic:
     model, algorithm = context.model, context.algorithm
     # Before the policy's weights get hooks, which a copy would have too.
     start = algorithm.critic_model
-    critic = Critic.like(model) if start is None else Critic.load(start, model)
+    critic = (
+        Critic.like(model)
+        if start is None
+        else Critic.load(start, model, trust=context.config.trust_remote_code)
+    )
 
     plain = PolicyObjective(model, algorithm.policy, context.temperature)
     policy = context.learner(HeadedPolicy(plain, algorithm), context.weights(model))
