@@ -5,6 +5,8 @@ The two processes run this file once, as a program, and leave what they found fo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -38,12 +40,15 @@ from runs import (
     write_model,
 )
 
+import fastrl.run.generate
 import fastrl.trainer
+from fastrl import cli
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.reward import REWARD_LOSSES
 from fastrl.config import Eval, HeldOut, Optim, Reward, Run
 from fastrl.parallel.world import World, init_world
 from fastrl.run.evaluate import evaluate
+from fastrl.run.lock import claimed
 from fastrl.run.session import set_up
 from fastrl.sampler import Sampler
 from fastrl.tasks import Cards
@@ -122,7 +127,43 @@ def findings(world: World, folder: Path) -> dict[str, Any]:
     found["evaluation"] = ([e.prompt for e in done.examples], done.greedy, done.sampled)
     found["joint"] = joint_steps(folder)
     fastrl.trainer.train(grpo(folder, **RUN))
-    return found | composed(world) | first_steps(folder)
+    return found | composed(world) | first_steps(folder) | {"commands": commands(world, folder)}
+
+
+def commands(world: World, folder: Path) -> list[tuple[int, str, str]]:
+    """Exit codes and what is said: completions of prompts, an evaluation, a file that is in use, no file."""
+    if world.is_main:
+        decoder().save_pretrained(folder / "model")
+        tokenizer().save_pretrained(folder / "model")
+        (folder / "p.txt").write_text("7+\nK\na:7K>3|\n4-4\n99\n")
+    world.barrier()
+    complete = ["generate", "--model", f"{folder}/model", "--max-new-tokens", "6", "--n", "2", "--prompts"]
+    judge = [
+        "eval",
+        "--model",
+        f"{folder}/model",
+        "--task",
+        "cards",
+        "--prompts",
+        "3",
+        "--max-new-tokens",
+        "6",
+    ]
+    told = []
+    with pytest.MonkeyPatch.context() as patch, claimed(folder / "held.jsonl", "--output", world):
+        patch.setattr(fastrl.run.generate, "CHUNK", 2)
+        for args in (
+            [*complete, f"{folder}/p.txt", "--output", f"{folder}/out.jsonl"],
+            judge,
+            [*complete, f"{folder}/p.txt", "--output", f"{folder}/held.jsonl"],
+            [*complete, f"{folder}/p.txt", "--output", f"{folder}/out.jsonl"],
+            ["env"],
+        ):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = cli.main(args)
+            told.append((code, out.getvalue(), err.getvalue()))
+    return told
 
 
 def composed(world: World) -> dict[str, Any]:
@@ -382,6 +423,24 @@ def test_a_run_of_two_processes_is_the_run_of_one(one, two):
         assert y == pytest.approx(x, rel=1e-3, abs=1e-5)
     samples = [(folder / "run/samples.jsonl").read_text() for folder in (one[0], two[0])]
     assert samples[0] == samples[1]
+
+
+def test_commands_of_two_processes_write_and_say_what_one_does(one, two, monkeypatch):
+    """Wrong implementations: every completion once per process; a table per process; a refusal that the other
+    process waits for in vain; a file that one process cannot continue.
+    """
+    whole = (one[0] / "out.jsonl").read_bytes()
+    assert (two[0] / "out.jsonl").read_bytes() == whole and whole.count(b"\n") == 10
+    alone, (main, other) = one[1]["commands"], (found["commands"] for found in two[1])
+    assert [code for code, *_ in main] == [code for code, *_ in other] == [0, 0, 1, 1, 0]
+    assert [out for _, out, _ in main[:2]] == [out for _, out, _ in alone[:2]] and "accuracy" in main[1][1]
+    assert "is in use by process" in main[2][2] and "exists already; continue it" in main[3][2]
+    assert "torch threads" in main[4][1] and [out + err for _, out, err in other] == [""] * 5
+
+    monkeypatch.setattr(fastrl.run.generate, "CHUNK", 2)
+    (two[0] / "out.jsonl").write_bytes(whole[: len(whole) // 2])
+    resume = ["generate", "--config", f"{two[0]}/out.jsonl.config.yaml", "--resume"]
+    assert cli.main(resume) == 0 and (two[0] / "out.jsonl").read_bytes() == whole
 
 
 if __name__ == "__main__":
