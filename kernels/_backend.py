@@ -154,8 +154,8 @@ def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
     """Whether an op on these tensors can bypass torch.library.
 
     It cannot while torch.compile traces, under a mode (FakeTensorMode, FlopCounterMode), a functorch
-    transform or a profiler, which shows ops by name; nor for a tensor subclass, a gradient to be taken
-    (unless the caller is `differentiable` itself), or a view that the dispatcher would have to negate.
+    transform, autocast or a profiler, which shows ops by name; nor for a tensor subclass, a gradient to be
+    taken (unless the caller is `differentiable` itself), or a view that the dispatcher would have to negate.
     """
     if torch.compiler.is_compiling():
         return False
@@ -165,7 +165,7 @@ def direct(*tensors: Tensor | None, differentiable: bool = False) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
-    if c._get_tracing_state() is not None:
+    if c._get_tracing_state() is not None or c._is_any_autocast_enabled():
         return False
 
     grad = not differentiable and torch.is_grad_enabled()

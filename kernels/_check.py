@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -76,9 +77,10 @@ def ends(name: str, cu_seqlens: Tensor, T: int) -> int:
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
     """Raise ValueError where a gradient of `op` is needed: it has none, and must not silently give zero."""
+    forward_mode = forward_ad._current_level >= 0
     if torch.is_grad_enabled():
         for name, x in tensors.items():
-            if x.requires_grad:
+            if x.requires_grad or (forward_mode and forward_ad.unpack_dual(x).tangent is not None):
                 raise ValueError(
                     f"{name}: expected no gradient, {op} has none, got a tensor that requires grad; "
                     "use torch.no_grad()"

@@ -20,7 +20,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastrl.kernels._backend import batch_invariant, direct, is_exact, pick, preferred, requested, unbuilt
+from fastrl.kernels._backend import (
+    batch_invariant,
+    direct,
+    is_exact,
+    pick,
+    preferred,
+    requested,
+    transformed,
+    unbuilt,
+)
 from fastrl.kernels._chunks import policy
 from fastrl.kernels._native import linear as native
 from fastrl.kernels._rows import put_rows
@@ -153,7 +162,7 @@ def scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     factor = dloss.to(wide).reshape([1] * grad.ndim)  # without dimensions it would be rounded to grad's dtype
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the latter to differentiate once more
+    if dtype == wide or transformed() or torch.is_grad_enabled():  # the latter to differentiate once more
         return (grad * factor).to(dtype)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     return torch.mul(grad, factor, out=out)

@@ -26,6 +26,7 @@ from fastrl.kernels._attention.flash import FLASH
 from fastrl.kernels._attention.padded import PADDED, padded
 from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
+from fastrl.kernels._contexts import ignore_autocast, lowered, with_gradient, without_gradient
 
 # a block of scores of the reference: it stays in a core's own cache, 3x faster than 16 MiB at length 1024
 SCORES_BYTES = 2 << 20
@@ -205,10 +206,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.max_seqlen), None, None, None
+    return *differentiate(dy, *ctx.saved_tensors, ctx.scale, ctx.max_seqlen), None, None, None
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("attention", "attention_backward", "attention_prefix")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -237,6 +240,7 @@ def attention(
     Raises:  ValueError or TypeError naming the argument.
     Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
     """
+    q, k, v = lowered(q, k, v)
     T, H, E = dims("q", q, "T H E", FLOATS)
     if cu_seqlens_k is None:
         _, K, _ = dims("k", k, "T K E", (q.dtype,), T=T, E=E)
@@ -252,7 +256,7 @@ def attention(
     ends("cu_seqlens", cu_seqlens, T)
     scale = E**-0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
-        run = route(forward_op, "attention", "forward", q, k, v, cu_seqlens)
+        run = route(differentiable, "attention", "forward", q, k, v, cu_seqlens)
         return run(q, k, v, cu_seqlens, scale, max_seqlen or 0)[0]
     _check_past(cu_seqlens, cu_seqlens_k, T_k)
     no_gradient("attention with cu_seqlens_k", q=q, k=k, v=v)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, no_gradient, same_device
+from fastrl.kernels._contexts import ignore_autocast
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import decode_attention as native
 
@@ -122,6 +123,9 @@ def _run(
 @torch.library.register_fake("fastrl::decode_attention")
 def _(q, k_cache, v_cache, block_table, lengths, rows, scale):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape)
+
+
+ignore_autocast("decode_attention")
 
 
 # --- public -----------------------------------------------------------------------------------------

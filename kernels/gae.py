@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, same_device
+from fastrl.kernels._contexts import ignore_autocast
 from fastrl.kernels._native import gae as native
 
 
@@ -103,6 +104,9 @@ def _run(
 @torch.library.register_fake("fastrl::gae")
 def _(reward, value, cu_seqlens, mask, gamma, lam):  # type: ignore[no-untyped-def]
     return tuple(reward.new_empty(reward.shape, dtype=compute_dtype(reward)) for _ in range(2))
+
+
+ignore_autocast("gae")
 
 
 # --- public -----------------------------------------------------------------------------------------

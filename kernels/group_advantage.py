@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, one_of, same_device
+from fastrl.kernels._contexts import ignore_autocast
 from fastrl.kernels._native import group_advantage as native
 from fastrl.kernels._rows import put_rows
 
@@ -219,6 +220,9 @@ def _run(
 @torch.library.register_fake("fastrl::group_advantage")
 def _(reward, group, size, baseline, scale, shape, eps, unbiased, tau):  # type: ignore[no-untyped-def]
     return reward.new_empty(reward.shape, dtype=compute_dtype(reward))
+
+
+ignore_autocast("group_advantage")
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from fastrl.kernels._backend import is_exact, pick, register, register_triton, requested, unbuilt
 from fastrl.kernels._check import FLOATS, dims, same_device
+from fastrl.kernels._contexts import ignore_autocast, lowered, with_gradient
 from fastrl.kernels._head import compiled, input_grad, weight_grad
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import linear as native
@@ -87,7 +88,8 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dy.sum(0) if ctx.bias and wanted[2] else None
 
 
-torch.library.register_autograd("fastrl::linear", _autograd, setup_context=_setup)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("linear")
 
 
 class _Compiled(torch.autograd.Function):
@@ -116,6 +118,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Source:  Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication" (the packed
              panels); He et al. 2025, "Defeating nondeterminism in LLM inference" (why batch invariance).
     """
+    x, weight, bias = lowered(x, weight, bias)
     _, K = dims("x", x, "T K", FLOATS)
     N, _ = dims("weight", weight, "N K", (x.dtype,), K=K)
     if bias is not None:
@@ -127,7 +130,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` without its checks, for models: by default it adds nothing to the cost of torch's own."""
     if is_exact() or requested("linear") is not None:
-        return forward_op(x, weight, weight.new_empty(0) if bias is None else bias)
+        x, weight, bias = lowered(x, weight, bias)
+        y: Tensor = differentiable(x, weight, weight.new_empty(0) if bias is None else bias)
+        return y
     if not compiled(x, weight, differentiable=True):
         return functional.linear(x, weight, bias)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastrl.kernels._backend import pick, register, register_triton, requested, use_backend
 from fastrl.kernels._check import compute_dtype, one_of
 from fastrl.kernels._chunks import chunk_rows, spans
+from fastrl.kernels._contexts import final, ignore_autocast, kept, lowered, with_gradient, without_gradient
 from fastrl.kernels._head import HeadGrads, gradient_dtype, logits_buffer, project, scaled
 from fastrl.kernels._rows import in_any_order, put_rows
 from fastrl.kernels.linear_logp import check_linear, check_mask
@@ -282,19 +283,26 @@ def _(dloss, hidden, weight, bias, target, mask, wanted, *options):  # type: ign
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, ctx.reduction, _, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*((hidden, weight, bias, target, mask) if ctx.reduction == "none" else output[1:]))
+    if ctx.reduction == "none":
+        ctx.save_for_backward(hidden, weight, bias, target, mask)
+    else:
+        ctx.save_for_backward(*output[1:], *kept(hidden, weight, bias))
 
 
 def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
     if ctx.reduction == "none":
-        grads = backward_op(dloss, *ctx.saved_tensors, wanted, *ctx.options)
+        grads = differentiate(dloss, *ctx.saved_tensors, wanted, *ctx.options)
     else:
-        grads = tuple(scaled(g, dloss, g.dtype) for g in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        found = final("linear_cross_entropy", saved[:3], saved[3:])
+        grads = tuple(scaled(g, dloss, g.dtype) for g in found)
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("linear_cross_entropy", "linear_cross_entropy_backward")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -326,6 +334,7 @@ def linear_cross_entropy(
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) that is not `ignore_index`
              gives NaN.
     """
+    hidden, weight = lowered(hidden, weight)
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     one_of("reduction", reduction, REDUCTIONS)
     check_mask(mask, hidden)
@@ -340,4 +349,5 @@ def linear_cross_entropy(
     options = _Options(
         ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), dtype, rows
     )
-    return forward_op(hidden, weight, b, target, mask, reduction, wanted, *options)[0]
+    loss: Tensor = differentiable(hidden, weight, b, target, mask, reduction, wanted, *options)[0]
+    return loss

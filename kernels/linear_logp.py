@@ -19,6 +19,7 @@ from torch import Tensor
 from fastrl.kernels._backend import pick, register, register_triton
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
 from fastrl.kernels._chunks import chunk_rows, spans
+from fastrl.kernels._contexts import ignore_autocast, lowered, no_autocast, with_gradient, without_gradient
 from fastrl.kernels._head import HeadGrads, gradient_dtype, live_rows, logits_buffer, project
 from fastrl.kernels._shard import Shard
 from fastrl.kernels.token_logp import TokenStats, backward_into_op, forward_op, narrow_view, row_temperature
@@ -190,18 +191,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(
-    ctx: Any, dlogp: Tensor, dentropy: Tensor, *_: Tensor, backward: Any = backward_linear_op
+    ctx: Any, dlogp: Tensor, dentropy: Tensor, *_: Tensor, backward: Any = None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, target, temperature, h, m, log_s = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     dh = dentropy if ctx.entropy else h
-    grads = backward(
+    run = differentiate if backward is None else backward
+    grads = run(
         dlogp, dh, hidden, weight, bias, target, temperature, h, m, log_s, ctx.logits_dtype, ctx.rows, wanted
     )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
-forward_linear_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_linear_op)
+differentiable = with_gradient(forward_linear_op, _autograd, _setup)
+ignore_autocast("linear_logp", "linear_logp_backward")
 
 
 class _Sharded(torch.autograd.Function):
@@ -218,7 +222,8 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *derivatives: Tensor) -> tuple[Tensor | None, ...]:
-        return *_autograd(ctx, *derivatives, backward=partial(backward_chunks, shard=ctx.shard)), None
+        with no_autocast(derivatives[0].device.type):
+            return *_autograd(ctx, *derivatives, backward=partial(backward_chunks, shard=ctx.shard)), None
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -248,6 +253,7 @@ def linear_logp(
              device's memory on CUDA), in the forward and in the backward.
     Raises:  ValueError or TypeError naming the argument.  A target outside [0, V) gives NaN.
     """
+    hidden, weight = lowered(hidden, weight)
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
     shard = None if group is None else Shard.of(weight, group)
@@ -255,7 +261,11 @@ def linear_logp(
     rows = chunk_rows(most, dtype.itemsize, hidden.device, logits_bytes, default)
     b = weight.new_empty(0) if bias is None else bias
     inputs = (hidden, weight, b, target, tau, entropy, dtype, rows)
-    logp, h, m, log_s = forward_linear_op(*inputs) if shard is None else _Sharded.apply(*inputs, shard)
+    if shard is None:
+        logp, h, m, log_s = differentiable(*inputs)
+    else:
+        with no_autocast(hidden.device.type):
+            logp, h, m, log_s = _Sharded.apply(*inputs, shard)
     return TokenStats(logp, h if entropy else None, m + log_s)
 
 

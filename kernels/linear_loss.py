@@ -24,6 +24,15 @@ from torch import Tensor
 
 from fastrl.kernels._check import compute_dtype, dims, one_of, same_device
 from fastrl.kernels._chunks import chunk_rows, logits_budget, policy, rows_that_fit, spans
+from fastrl.kernels._contexts import (
+    checkpointed,
+    final,
+    functional,
+    gradient_of,
+    lowered,
+    needed,
+    no_autocast,
+)
 from fastrl.kernels._head import (
     HeadGrads,
     accumulator,
@@ -92,22 +101,20 @@ class _Call:
     level: str
     weight_grad: Tensor | None
     logits_bytes: int | None
-    grads: bool  # False under no_grad, where inputs may still have requires_grad=True
+    needs: tuple[bool, bool, bool]  # a gradient of hidden, weight and bias; none under no_grad
     shard: Shard | None
 
 
 class _Pass:
     """One walk over the chunks, accumulating the loss, the statistics and the gradients."""
 
-    def __init__(
-        self, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-    ) -> None:
+    def __init__(self, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
         stat, T = compute_dtype(hidden), hidden.shape[0]
         self.loss = hidden.new_zeros((), dtype=stat)
         self.logp, self.lse = (hidden.new_zeros(T, dtype=stat) for _ in range(2))
         self.entropy = hidden.new_zeros(T if call.entropy else 0, dtype=stat)
-        self.differentiate = any(needs)
+        self.differentiate = any(call.needs)
         # counted from the first row of these logits
         self.target = call.target if call.shard is None else call.shard.local(call.target)
 
@@ -119,7 +126,7 @@ class _Pass:
             hidden,
             weight,
             bias,
-            needs,
+            call.needs,
             chunks=len(self.spans),
             weight_grad=call.weight_grad,
             partial=call.shard is not None,
@@ -189,11 +196,8 @@ class _Pass:
         if not self.differentiate:
             self.loss += call.loss(logp, entropy if call.entropy else None, rows)
             return logp, entropy
-        if call.entropy:
-            value, pull = torch.func.vjp(lambda p, h: call.loss(p, h, rows), logp, entropy)  # type: ignore[misc]
-        else:
-            value, pull = torch.func.vjp(lambda p: call.loss(p, None, rows), logp)  # type: ignore[misc]
-        dlogp, *rest = pull(torch.ones_like(value))
+        inputs = (logp, entropy) if call.entropy else (logp,)
+        value, (dlogp, *rest) = gradient_of(lambda p, h=None: call.loss(p, h, rows), *inputs)
         self.loss += value
         return dlogp, rest[0] if rest else entropy
 
@@ -219,17 +223,22 @@ class _Pass:
 
 
 # --- autograd ---------------------------------------------------------------------------------------
+def _walked(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> _Pass:
+    """All chunks, their gradients summed over the processes of the group."""
+    walk = _Pass(call, hidden, weight, bias)
+    walk.run()
+    if call.shard is not None and walk.grads.hidden is not None:
+        call.shard.sum(walk.grads.hidden)
+    return walk
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs = tuple(call.grads and n for n in ctx.needs_input_grad[:3])
-        walk = _Pass(call, hidden, weight, bias, needs)  # type: ignore[arg-type]
-        walk.run()
+    ) -> tuple[Tensor, ...]:
+        walk = _walked(hidden, weight, bias, call)
         grads = walk.grads
-        if call.shard is not None and grads.hidden is not None:
-            call.shard.sum(grads.hidden)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(grads.hidden, grads.weight if call.weight_grad is None else None, grads.bias)
         ctx.mark_non_differentiable(walk.logp, walk.entropy, walk.lse)
@@ -237,8 +246,33 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        saved = final("linear_loss", ctx.saved_tensors, ())
+        grads = zip(saved, ctx.dtypes, strict=True)
         return (*(None if g is None else scaled(g, dloss, dtype) for g, dtype in grads), None)
+
+
+class _FunctionalLinearLoss(torch.autograd.Function):
+    """The form that torch.func requires: gradients are outputs, empty where there is none."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, ...]:
+        walk = _walked(hidden, weight, bias, call)
+        found = walk.grads.hidden, walk.grads.weight if call.weight_grad is None else None, walk.grads.bias
+        grads = (hidden.new_empty(0) if g is None else g for g in found)
+        return walk.loss, walk.logp, walk.entropy, walk.lse, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = inputs[0], inputs[1], inputs[0].new_empty(0) if inputs[2] is None else inputs[2]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        ctx.save_for_backward(*output[4:], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grads = zip(final("linear_loss", saved[:3], saved[3:]), ctx.dtypes, strict=True)
+        return (*(scaled(g, dloss, dtype) if g.numel() else None for g, dtype in grads), None)
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -262,9 +296,9 @@ def linear_loss(
 
     `loss(logp, entropy, rows)` takes the log-probs and entropies (nats; None unless asked for) of N rows and
     their int64 indices into T, and returns the scalar contribution of these rows, already divided by global
-    denominators: the sum over chunks is the loss.  It is plain PyTorch, differentiated by torch.func.vjp.  A
+    denominators: the sum over chunks is the loss.  It is plain PyTorch, differentiated by autograd.  A
     tensor that it closes over is a constant: one that requires grad is refused.  With `level="sequence"` it
-    is called once, with every live row, in order.
+    is called once, with every live row, in order.  Autocast is off while it runs.
 
     Shapes:  hidden (T, D), weight (V, D) of one dtype;  target (T,) int;  bias (V,);  temperature a float or
              (T,); mask (T,) bool, or (N,) int64 distinct live rows (a bool mask on CUDA waits for the device
@@ -281,6 +315,7 @@ def linear_loss(
              micro-batches share it; the loss must then be differentiated with an upstream gradient of 1.
     Raises:  ValueError or TypeError naming the argument.
     """
+    hidden, weight = lowered(hidden, weight)
     dtype = check_linear(hidden, weight, target, bias, logits_dtype)
     one_of("level", level, LEVELS)
     if not torch.compiler.is_compiling():  # which cannot inspect a closure
@@ -289,6 +324,11 @@ def linear_loss(
         V, D = weight.shape
         dims("weight_grad", weight_grad, "V D", (accumulator(weight[:0]).dtype,), V=V, D=D)
         same_device(weight=weight, weight_grad=weight_grad)
+        if checkpointed():
+            raise ValueError(
+                "weight_grad: expected a call outside of torch.utils.checkpoint, which runs the forward "
+                "twice and would add the gradient twice; leave weight_grad out, or take the loss out of it"
+            )
 
     rows = _live_rows(mask, hidden)
     tau = row_temperature(temperature, target, compute_dtype(hidden))
@@ -304,10 +344,12 @@ def linear_loss(
         level=level,
         weight_grad=weight_grad,
         logits_bytes=logits_bytes,
-        grads=torch.is_grad_enabled(),
+        needs=(needed(hidden), needed(weight), needed(bias)),
         shard=shard,
     )
-    value, logp, h, lse = _LinearLoss.apply(hidden, weight, bias, call)
+    function = _FunctionalLinearLoss if functional() else _LinearLoss
+    with no_autocast(hidden.device.type):
+        value, logp, h, lse = function.apply(hidden, weight, bias, call)[:4]
     return value, TokenStats(logp, h if entropy else None, lse)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, ends, one_of, same_device
+from fastrl.kernels._contexts import ignore_autocast
 from fastrl.kernels._native import perturb as native
 from fastrl.kernels._perturb import TINY
 from fastrl.kernels._philox import interleave, philox, split, uniform
@@ -228,6 +229,9 @@ def _(delta, grad, cu_seqlens, mask, step_size, radius, norm, scope, embeds=None
 def _check_ends(x: Tensor, cu_seqlens: Tensor) -> None:
     if cu_seqlens.numel():  # in the op: torch.compile cannot trace code that reads values
         ends("cu_seqlens", cu_seqlens, x.shape[0])
+
+
+ignore_autocast("perturb_init", "perturb_step")
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, transformed, unbuilt
 from fastrl.kernels._check import ends
+from fastrl.kernels._contexts import final, ignore_autocast, kept
 from fastrl.kernels._launch import gpu
 from fastrl.kernels._native import policy_loss as native
 from fastrl.kernels._policy_arguments import RATIOS, Columns, Options, policy_arguments
@@ -154,6 +155,7 @@ def _forward(
 torch.library.define("fastrl::policy_loss", torch.library.infer_schema(_forward, mutates_args=()))
 torch.library.impl("fastrl::policy_loss", "CompositeExplicitAutograd", _forward)
 forward_op = torch.ops.fastrl.policy_loss.default
+ignore_autocast("policy_loss")
 
 
 @torch.library.register_fake("fastrl::policy_loss")
@@ -189,14 +191,16 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        dlogp, dentropy = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        dlogp, dentropy = final("policy_loss", saved[:2], saved[2:])
         return dlogp * dloss, dentropy * dloss if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Transformed(_PolicyLoss):
     """The form that torch.func and torch.compile require; a call of it takes 25 us longer."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(logp: Tensor, entropy: Tensor, rest: tuple[Tensor, ...], o: Options) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -206,7 +210,7 @@ class _Transformed(_PolicyLoss):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, metrics, dlogp, dentropy = output
         ctx.mark_non_differentiable(metrics, dlogp, dentropy)
-        ctx.save_for_backward(dlogp, dentropy)
+        ctx.save_for_backward(dlogp, dentropy, *kept(*inputs[:2]))
 
 
 def _differentiable(c: Columns, o: Options) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, same_device
+from fastrl.kernels._contexts import ignore_autocast, widened, with_gradient, without_gradient
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import rms_norm as native
 
@@ -136,7 +137,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, dy: Tensor, dr: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = backward_op(dy, *ctx.saved_tensors)
+    dx, dw = differentiate(dy, *ctx.saved_tensors)
     return dx, dw, None
 
 
@@ -147,12 +148,15 @@ def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _autograd_add(ctx: Any, dy: Tensor, dh: Tensor, dr: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw = add_backward_op(dy, dh, *ctx.saved_tensors)
+    dx, dw = differentiate_add(dy, dh, *ctx.saved_tensors)
     return dx, dx, dw, None
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
-add_op.register_autograd(_autograd_add, setup_context=_setup_add)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+differentiate_add = without_gradient(add_backward_op)
+differentiable_add = with_gradient(add_op, _autograd_add, _setup_add)
+ignore_autocast("rms_norm", "add_rms_norm", "rms_norm_backward", "add_rms_norm_backward")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -171,6 +175,7 @@ def rms_norm(
     Raises:  ValueError or TypeError naming the argument.
     Source:  Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
+    x, residual = widened(x, residual)
     (D,) = dims("weight", weight, "D", FLOATS)
     if not isinstance(x, Tensor) or x.ndim != 2:
         if not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != D:
@@ -187,7 +192,7 @@ def rms_norm(
     T, _ = dims("x", x, "T D", FLOATS, D=D)
     same_device(x=x, weight=weight, residual=residual)
     if residual is None:
-        return route(forward_op, "rms_norm", "forward", x, weight)(x, weight, eps)[0]
+        return route(differentiable, "rms_norm", "forward", x, weight)(x, weight, eps)[0]
     dims("residual", residual, "T D", (x.dtype,), T=T, D=D)
-    y, h, _ = route(add_op, "rms_norm", "add", x, residual, weight)(x, residual, weight, eps)
+    y, h, _ = route(differentiable_add, "rms_norm", "add", x, residual, weight)(x, residual, weight, eps)
     return y, h

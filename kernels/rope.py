@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._contexts import ignore_autocast, widened, with_gradient, without_gradient
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import rope as native
 from fastrl.kernels._rows import put_rows
@@ -228,11 +229,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    gq, gk, wq, wk = backward_op(dq, dk, *ctx.saved_tensors, ctx.eps)
+    gq, gk, wq, wk = differentiate(dq, dk, *ctx.saved_tensors, ctx.eps)
     return gq, gk, None, None, None, wq, wk, None
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("rope", "rope_store", "rope_backward")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -258,6 +261,7 @@ def rope(
     Raises:  ValueError or TypeError naming the argument; for a position outside the tables on CPU only.
     Source:  Su et al. 2021, "RoFormer"; halves as in Llama's Hugging Face weights, not interleaved pairs.
     """
+    q, k = widened(q, k)
     T, _, E = dims("q", q, "T H E", FLOATS)
     dims("k", k, "T K E", (q.dtype,), T=T, E=E)
     dims("positions", positions, "T", INTS, T=T)
@@ -279,7 +283,7 @@ def rope(
     weights = tuple(q.new_empty(0) if w is None else w for w in (q_norm, k_norm))
     turn = (positions, cos, sin, *weights)
     if store is None:
-        return route(forward_op, "rope", "forward", q, k, *turn)(q, k, *turn, eps)
+        return route(differentiable, "rope", "forward", q, k, *turn)(q, k, *turn, eps)
     _check_store(store, k)
     run = route(store_op, "rope", "store", q, k, *store, *turn)
     return run(q, k, store.v, *turn, eps, *store[1:])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import is_exact, pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._contexts import ignore_autocast
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import sample as native
 from fastrl.kernels._philox import interleave, philox, split, uniform
@@ -145,6 +146,9 @@ def _(logits, seed, sequence, position, temperature, top_k, top_p, min_p):  # ty
     return logits.new_empty(B, dtype=torch.int64), *(
         logits.new_empty(B, dtype=compute_dtype(logits)) for _ in range(3)
     )
+
+
+ignore_autocast("sample")
 
 
 # --- public -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from fastrl.kernels._backend import pick, register, register_triton, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims
+from fastrl.kernels._contexts import ignore_autocast, with_gradient, without_gradient
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import swiglu as native
 
@@ -87,10 +88,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> Tensor:
-    return backward_op(dy, ctx.saved_tensors[0])
+    dgate_up: Tensor = differentiate(dy, ctx.saved_tensors[0])
+    return dgate_up
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("swiglu", "swiglu_backward")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -105,4 +109,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     _, width = dims("gate_up", gate_up, "T 2F", FLOATS)
     if width % 2:
         raise ValueError(f"gate_up: expected an even number of columns, gate then up, got {width}")
-    return route(forward_op, "swiglu", "forward", gate_up)(gate_up)
+    return route(differentiable, "swiglu", "forward", gate_up)(gate_up)

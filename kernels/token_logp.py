@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastrl.kernels._backend import COMPILED_ONLY, pick, register, register_triton, unbuilt
 from fastrl.kernels._check import FLOATS, INTS, compute_dtype, dims, same_device
+from fastrl.kernels._contexts import ignore_autocast, with_gradient, without_gradient
 from fastrl.kernels._launch import FLOAT_CODES
 from fastrl.kernels._native import token_logp as native
 from fastrl.kernels._native.build import obstacle
@@ -218,12 +219,14 @@ def _autograd(
     logits, target, temperature, h, m, log_s = ctx.saved_tensors
     parts = (dlogp, dentropy if ctx.entropy else h, logits, target, temperature, h, m, log_s)
     if not ctx.inplace:
-        return backward_op(*parts), None, None, None, None
+        return differentiate(*parts), None, None, None, None
     backward_into_op(*parts)
     return logits, None, None, None, None
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup)
+differentiate = without_gradient(backward_op)
+differentiable = with_gradient(forward_op, _autograd, _setup)
+ignore_autocast("token_logp", "token_logp_backward", "token_logp_backward_", "token_logp_fused_")
 
 
 # --- public -----------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def token_logp(
         )
     same_device(logits=logits, target=target)
     tau = row_temperature(temperature, target, compute_dtype(logits))
-    logp, h, m, log_s = forward_op(logits, target.reshape(-1), tau, entropy, inplace_backward)
+    logp, h, m, log_s = differentiable(logits, target.reshape(-1), tau, entropy, inplace_backward)
     shape = target.shape
     return TokenStats(logp.view(shape), h.view(shape) if entropy else None, (m + log_s).view(shape))
 
@@ -294,13 +297,14 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float | Te
         raise ValueError(
             f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}"
         )
-    if not index.numel():
-        return logits.new_empty(index.shape)
+    if not index.numel():  # as `gather` of nothing, which is differentiable
+        columns = index if index.ndim == logits.ndim else index[..., None]
+        return logits.gather(-1, columns.long()).view(index.shape)
     # a view with 2 or 3 axes is never copied
     rows = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
     tau = temperature
     if isinstance(temperature, Tensor):
         tau = temperature.expand(lead).reshape(rows.shape[:-1])
-    columns = index.reshape(*rows.shape[:-1], -1).unbind(-1)
-    logp = torch.stack([token_logp(rows, column, temperature=tau).logp for column in columns], -1)
+    targets = index.reshape(*rows.shape[:-1], -1).unbind(-1)
+    logp = torch.stack([token_logp(rows, target, temperature=tau).logp for target in targets], -1)
     return logp.view(index.shape).to(logits.dtype)

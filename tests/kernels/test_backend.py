@@ -165,6 +165,7 @@ SEEN_BY = {
     "a fake tensor": lambda f, x: f(FakeTensorMode().from_tensor(x)),
     "a counter of FLOPs": under(lambda: FlopCounterMode(display=False)),
     "a function mode": under(lambda: torch.device("meta")),
+    "autocast": under(lambda: torch.autocast("cpu", torch.bfloat16)),
     "a profiler": under(torch.autograd.profiler.profile),
     "make_fx": lambda f, x: make_fx(lambda x: f(x) or x + 1)(x),
     "torch.jit.trace": traced,
@@ -193,7 +194,7 @@ def test_without_a_witness_the_implementation_is_called_itself(monkeypatch):
     """
     x, w = torch.randn(4, 8), torch.nn.Parameter(torch.randn(8))
     expected = ops.rms_norm(x, w).detach()
-    monkeypatch.setattr(rms_norm, "forward_op", None)
+    monkeypatch.setattr(rms_norm, "differentiable", None)
     with torch.no_grad():
         assert torch.equal(ops.rms_norm(x, w), expected)
         with (
