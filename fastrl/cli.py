@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 130
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # like Ctrl-C: a command closes its files and says how to continue
+VARIABLES = "FASTRL_"  # how the variables of the environment that we read begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = error.filename and error.strerror
         return _fail(args, f"{error.filename}: {error.strerror}" if named else str(error))
     except Exception as error:  # the outermost frame: even a bug must end in one line with advice
+        if isinstance(error, ValueError) and str(error).startswith(VARIABLES):
+            return _fail(args, str(error))  # of the kernels, which know no UserError
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         advice = "please report it with this traceback"
         if not _debugging(args):

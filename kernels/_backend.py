@@ -278,16 +278,43 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
         del _asked[next(i for i in reversed(range(len(_asked))) if _asked[i] is entry)]
 
 
-def backend(device: str | None = None) -> dict[str, str]:
-    """Which implementation each op uses on `device`, "cpu" or "cuda"; default: CUDA where there is a GPU.
+def backend(device: str | torch.device | None = None) -> dict[str, str]:
+    """Which implementation each op uses on `device`: "cpu", "cuda", "cuda:N" or a torch.device; default: CUDA
+    where there is a GPU.
 
-    On CUDA, kernels that have passed their check on the current device, in every dtype that was checked.
+    On CUDA, kernels that have passed their check on that device ("cuda" is the current one), in every dtype
+    that was checked.  Raises ValueError or TypeError for anything else.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: requested(op) or _by_default(op, kind) for op in sorted(_table)}
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = _place(device)
+    return {op: requested(op) or _by_default(op, kind, index) for op in sorted(_table)}
 
 
-def _by_default(op: str, kind: str) -> str:
+def _place(device: str | torch.device) -> tuple[str, int | None]:
+    """The kind of a device, and the index that its tensors have."""
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device: expected cpu, cuda, cuda:N or a torch.device, got {type(device).__name__}")
+    hint = f'; ops.backend()["{device}"] is the implementation of an op' if device in _table else ""
+    unknown = f"device: expected cpu, cuda or cuda:N, got {str(device)!r}{hint}"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(unknown) from None
+
+    if place.type == "cpu" and not place.index:
+        return "cpu", None
+    if place.type != "cuda":
+        raise ValueError(unknown)
+    if place.index is None:
+        return "cuda", _index("cuda")
+    present = torch.cuda.device_count()
+    if place.index >= max(present, 1):  # without any, "cuda:0" is what a GPU would run
+        raise ValueError(f"device: expected one of the {present} CUDA devices here, got {str(device)!r}")
+    return "cuda", place.index
+
+
+def _by_default(op: str, kind: str, index: int | None) -> str:
     """The first implementation of `op` that may be chosen on devices of this kind."""
     table, liked = _table[op], preferred()
     for name in _in_turn(op, liked):
@@ -296,7 +323,7 @@ def _by_default(op: str, kind: str) -> str:
             continue
         if not _runs_on(impl, name, kind, by_name=name == liked):
             continue
-        if impl.note != COMPILED_ONLY or name == liked or TABLE.has_passed(op, name, _index(kind)):
+        if impl.note != COMPILED_ONLY or name == liked or TABLE.has_passed(op, name, index):
             return name
     raise RuntimeError(f"{op}: no implementation on {kind}")
 

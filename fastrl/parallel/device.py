@@ -17,7 +17,7 @@ WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def resolve_device(device: str | torch.device, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and compute dtype that `--device` and `--dtype` stand for on this machine.
 
     Raises UserError for a device that this machine does not have.
@@ -28,15 +28,20 @@ def resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     else:
         try:
             resolved = torch.device(device)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             raise UserError(unknown) from None
-    if resolved.type == "cpu":
-        return resolved, DTYPES.get(dtype, torch.float32)
+    if resolved.type == "cpu" and not resolved.index:  # tensors on the CPU have no index
+        return torch.device("cpu"), DTYPES.get(dtype, torch.float32)
     if resolved.type != "cuda":
         raise UserError(unknown)
 
     if not torch.cuda.is_available():
         raise UserError(f"--device: got {device!r}, but this machine has no CUDA device; use --device cpu")
+    present = torch.cuda.device_count()
+    if resolved.index is not None and resolved.index >= present:
+        raise UserError(
+            f"--device: got {device!r}, but the last CUDA device of this machine is cuda:{present - 1}"
+        )
     if resolved.index is None:
         resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved, DTYPES.get(dtype, torch.bfloat16)

@@ -43,12 +43,12 @@ def run(options: Options) -> Checked:
     """
     device = _device(options.device)
     if number_of(device) is None:
-        print("fastrl check: this machine has no CUDA device; there are no kernels to check")
+        reason = "--device cpu runs none" if torch.cuda.is_available() else "this machine has no CUDA device"
+        print(f"fastrl check: {reason}; there are no kernels to check")
         return Checked(0)
 
     trouble = recheck(device, _widths(options.model), DTYPES)
-    kind = machine().stands_in or device.type
-    chosen = ops.backend(kind)
+    chosen = ops.backend(device)
     print(f"{where(device)}\n\n{table(device, chosen)}\n\n{sentence(device, chosen)}")
     if trouble:
         print(f"not all kernels could be checked: {trouble}")

@@ -120,7 +120,7 @@ def _verdicts() -> list[str]:
     for i in range(here.devices()):
         device = torch.device(here.stands_in or f"cuda:{i}")
         load(device)
-        lines = table(device, ops.backend(device.type)).replace("\n", "\n  ")
+        lines = table(device, ops.backend(device)).replace("\n", "\n  ")
         blocks.append(f"kernels on cuda:{i}\n  {lines}")
     return blocks
 

@@ -17,6 +17,6 @@ def say_kernels(model: LanguageModel) -> None:
     """Check the kernels for this model where that is still to be done; a line on standard error on a GPU."""
     device = model.device
     settle_kernels(device, kernel_widths(model.config, PAGE), model.dtype, World())
-    line = sentence(device, ops.backend(device.type))
+    line = sentence(device, ops.backend(device))
     if line:
         print(line, file=sys.stderr)

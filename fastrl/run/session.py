@@ -80,7 +80,7 @@ class Session:
         context, config = self.context, self.context.config
         source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
         tensors = self.learner.state() | source
-        kernels = ops.backend(context.device.type)
+        kernels = ops.backend(context.device)
         meta = {"version": self.version, "command": command_of(config), "kernels": kernels}
         return checkpoint.save(
             Path(config.output_dir),
@@ -250,7 +250,7 @@ def _open_log(config: Run, resume_step: int | None, world: World) -> RunLog:
 
 def _name_kernels(log: RunLog, device: torch.device, saved: Mapping[str, str]) -> None:
     """Say which kernels run on a GPU, and where they are not those that the checkpoint was written with."""
-    chosen = ops.backend(device.type)
+    chosen = ops.backend(device)
     line = sentence(device, chosen)
     if line:
         log.message(line)

@@ -237,3 +237,55 @@ def test_a_gradient_is_refused():
         decode_attention.decode_attention(
             q, cache, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         )
+
+
+# --- devices by name --------------------------------------------------------------------------------
+def test_a_device_has_many_names():
+    """Wrong: a comparison of strings, to which "cuda:0" and a torch.device are strange."""
+    here, gpu = ops.backend("cpu"), ops.backend("cuda")
+    assert ops.backend("cpu:0") == ops.backend(torch.device("cpu")) == here
+    assert (
+        ops.backend("cuda:0")
+        == ops.backend(torch.device("cuda", 0))
+        == ops.backend(torch.device("cuda"))
+        == gpu
+    )
+    assert gpu["gae"] == "reference" and here["gae"] == "cpu"
+
+
+class Verdicts:
+    """A table that knows no kernel, and notes the devices that it is asked about."""
+
+    def __init__(self, asked: list[int]) -> None:
+        self.asked = asked
+
+    def has_passed(self, op: str, name: str, index: int) -> bool:
+        self.asked.append(index)
+        return False
+
+
+def test_a_gpu_by_its_index(monkeypatch):
+    """Wrong: the verdicts of the current device for every other."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(_backend, "TABLE", Verdicts(asked))
+    ops.backend("cuda:1")
+    assert set(asked) == {1}
+    with pytest.raises(ValueError, match=r"device: expected one of the 2 CUDA devices here, got 'cuda:2'"):
+        ops.backend("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu", "nonsense", "", "cuda:x", "cuda:-1", "CUDA", "cpu:1"])
+def test_no_such_device(name):
+    with pytest.raises(ValueError, match=f"device: expected cpu, cuda or cuda:N, got '{name}'"):
+        ops.backend(name)
+
+
+def test_what_is_no_device_at_all():
+    with pytest.raises(
+        ValueError, match=r"got 'gae'; ops.backend\(\)\[\"gae\"\] is the implementation of an op"
+    ):
+        ops.backend("gae")
+    for wrong in (0, 3.5, ["cpu"]):
+        with pytest.raises(TypeError, match=r"device: expected cpu, cuda, cuda:N or a torch\.device"):
+            ops.backend(wrong)
