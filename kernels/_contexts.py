@@ -181,7 +181,7 @@ def gradient_of(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tupl
     are used up before this returns.
     """
     if torch.compiler.is_compiling() or functional():
-        value, pull = torch.func.vjp(f, *inputs)
+        value, pull = torch.func.vjp(f, *inputs)  # type: ignore[misc]
         return value, pull(torch.ones_like(value))
 
     with torch.enable_grad(), _no_hooks():
@@ -194,7 +194,8 @@ def gradient_of(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tupl
 
 
 def _no_hooks() -> contextlib.AbstractContextManager[object]:
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # under torch.func there are none
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():  # under torch.func there are none
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
