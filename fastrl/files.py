@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ Json = Any  # a JSON value: nothing is known of it until it is checked
 JsonObject = dict[str, Json]
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+WITH_COMMAS = re.compile(r"\w+=[^\s,=\[\]{}]*(,\s*\w+=[^\s,=\[\]{}]*)+")  # a=b,c=d
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_USER_CODE = tuple(
     f"{Path(p).resolve()}{os.sep}"
@@ -58,11 +60,13 @@ def call_user(what: str, function: Callable[..., T], /, *args: object, **kwargs:
     """Call a function that the user wrote; whatever it raises becomes a UserError.
 
     The message holds the exception and the innermost frame of the user's own code; the cause is kept for
-    --debug.
+    --debug.  A UserError says where it is from already.
     """
     try:
         return function(*args, **kwargs)
-    except Exception as error:  # the one boundary to code that may raise anything
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the one boundary to code that may raise anything
         raise UserError(f"{what} raised {type(error).__name__}: {error}\n  at {_where(error)}") from error
 
 
@@ -72,7 +76,14 @@ def _module(file: Path, option: str) -> ModuleType:
     return known or call_user(f"{option}: {file.name}", importlib.import_module, name)
 
 
-def _where(error: Exception) -> str:
+def location(function: object) -> str:
+    """` (file:line)` of a function; the empty string for what has no code of its own."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    code = getattr(inner, "__code__", None)
+    return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+
+
+def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -89,15 +100,25 @@ def key_values(texts: Sequence[str], option: str) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise UserError(f"{option}: expected key=value, got {text!r}")
+        if WITH_COMMAS.fullmatch(text):
+            apart = text.replace(",", " ")
+            raise UserError(f"{option}: expected blanks between them, got {text!r}; write {option} {apart}")
         values[key] = value
     return values
 
 
 def shorten(value: object, limit: int = 160) -> str:
     """The repr of `value`; beyond `limit` characters its middle is left out."""
-    text = repr(value)
+    text = _repr(value)
     keep = (limit - 5) // 2
     return text if len(text) <= limit else f"{text[:keep]} ... {text[-keep:]}"
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception as error:  # a repr of the user's own, or an integer of more digits than Python prints
+        return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
 
 
 # --- JSON -------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from fastrl import cli
+from fastrl.rewards.functions import load_reward, score
+from fastrl.tasks import Transcript, load_task
+from fastrl.tasks.checked import turns
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -161,3 +164,31 @@ def test_the_code_of_the_readme_is_its_before():
     exec(compile(code, "README.md", "exec"), names)
     torch.testing.assert_close(names["loss"], expected.detach(), check_stride=False)
     torch.testing.assert_close([hidden.grad, lm_head.weight.grad], list(wanted))
+
+
+def test_the_code_of_the_page_on_tasks_runs(tmp_path):
+    """A task of one turn, one of several, and rewards, as a reader would save them.  Wrong implementation: an
+    example with the members of an earlier version.
+    """
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        name = block.splitlines()[0].removeprefix("# ")
+        (tmp_path / name).write_text(block)
+
+    doubles = load_task(f"{tmp_path}/doubles.py:Doubles", largest=20)
+    examples = [doubles.example("train", i) for i in range(doubles.size("train"))]
+    assert all(doubles.verify(e, e.demo).correct and not doubles.verify(e, "").correct for e in examples)
+
+    higher = load_task(f"{tmp_path}/higher.py:Higher")
+    example = higher.example("train", 4)
+    said = [("3?", "2?"), ("9?",), ("4?",), ("x?",)]
+    transcripts = [Transcript(example, words, words[1:]) for words in said]
+    heard, rewards, done = turns(higher.step(transcripts), len(said))
+    assert heard == [" Higher.", " Lower.", "", " No."]
+    assert (rewards, done) == ([0, 0, 1, 0], [False, False, True, False])
+    assert higher.verify(example, "3? Higher.4?").correct
+
+    functions = [load_reward(f"{tmp_path}/my_rewards.py:{name}") for name in ("short", "right")]
+    columns = [{"answer": 4}, {"answer": None}]
+    found = score(functions, ["2+2=", "?"], ["it is 4", "x" * 100], None, columns)
+    assert found.reward == pytest.approx([1 - 7 / 200 + 1, 0.5]) and found.extra == {"found": [True, False]}

@@ -47,6 +47,7 @@ class Metric:
     panel     title of the panel that draws it, or titles where that depends on what the run learned
     label     of its curve in the panel
     shown     label and format beside the progress bar
+    unless    a metric that is shown in its place, where the run logs that
     gists     in the first sentence of a report
     accuracy  where the first sentence gives it as held-out accuracy: what is added to these words
     marks     only runs of this kind have it
@@ -60,6 +61,7 @@ class Metric:
     panel: str | tuple[str, ...] = ()
     label: str = ""
     shown: tuple[str, str] | None = None
+    unless: str | None = None
     gists: tuple[Gist, ...] = ()
     accuracy: str | None = None
     marks: Kind | None = None
@@ -115,7 +117,7 @@ def progress(rows: Iterable[Metric], metrics: Mapping[str, float]) -> str:
     """The metrics that are shown beside a progress bar, of those that the run has."""
     parts = []
     for row in rows:
-        if row.shown is not None and row.name in metrics:
+        if row.shown is not None and row.name in metrics and row.unless not in metrics:
             label, form = row.shown
             parts.append(f"{label} {metrics[row.name]:{form}}")
     return "  ".join(parts)

@@ -22,6 +22,7 @@ LEARNER_METRICS = (
         panel=("Cross-entropy", "Policy loss", "Preference loss", "Reward loss"),
         label="loss",
         shown=("loss", ".4g"),
+        unless="reward",  # on policy the loss is 0 but for rounding
         gists=(
             Gist("text", "Cross-entropy"),
             Gist("preferences", "Preference loss"),
@@ -32,8 +33,8 @@ LEARNER_METRICS = (
     Metric("grad_norm", key="grad_norm", panel="Gradient norm", label="all"),
     Metric("learning_rate", key="learning_rate", panel="Learning rate", label="policy"),
 )
-ENTROPY = Metric("entropy", panel="Entropy", label="entropy")
-KL = Metric("kl", panel="KL to the reference", label="KL")
+ENTROPY = Metric("entropy", panel="Entropy", label="entropy", shown=("entropy", ".3g"))
+KL = Metric("kl", panel="KL to the reference", label="KL", shown=("KL", ".3g"))
 
 ROLLOUT_METRICS = (  # sums: those of methods/grpo/groups.py
     Metric(
@@ -58,6 +59,7 @@ ROLLOUT_METRICS = (  # sums: those of methods/grpo/groups.py
         parts=Ratio("tokens", "samples", empty=0.0),
         panel="Response length",
         label="length",
+        shown=("length", ".1f"),
     ),
     Metric("completions/max_length", parts="max"),
     Metric("completions/min_length", parts="min"),
@@ -66,6 +68,7 @@ ROLLOUT_METRICS = (  # sums: those of methods/grpo/groups.py
         parts=Ratio("cut", "samples", empty=0.0),
         panel="Cut-off completions",
         label="cut off",
+        shown=("cut off", ".0%"),
     ),
     Metric("rollout/tokens", parts="sum"),
     Metric("sampler/staleness_mean", parts=Ratio("stale", "tokens", empty=0.0)),

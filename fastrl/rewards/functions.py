@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fastrl.errors import UserError
-from fastrl.files import call_user, load_object, shorten
+from fastrl.files import call_user, load_object, location, shorten
 from fastrl.rewards.models import MODELS
+from fastrl.tasks.returned import LARGEST, items, number
 
 Reward = Callable[..., Sequence[float | None]]
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
@@ -171,6 +170,8 @@ def score(
             "functions, weights: expected at least one function and a weight for each, "
             f"got {len(functions)} and {len(factors)}"
         )
+    if not all(abs(factor) <= LARGEST for factor in factors):
+        raise ValueError(f"weights: expected finite numbers of at most {LARGEST:g} in size, got {factors}")
     arguments = _arguments(prompts, completions, completion_ids, columns)
     samples = len(completions)
     extra: Extra = {}
@@ -184,6 +185,10 @@ def score(
 
     rows = zip(*(values for _, values in each.values()), strict=True)
     total = [_combine(factors, row) for row in rows]
+    largest = max((abs(value) for value in total if value == value), default=0.0)
+    if largest > LARGEST:
+        expected = f"weights whose sum of rewards is at most {LARGEST:g} in size"
+        raise UserError(f"--reward-weights: expected {expected}, got one of {largest:g}")
     parts = {f"rewards/{name}/mean": values for name, (_, values) in each.items()} | logged
     message = [str(m) for m in extra.pop("message", [""] * samples)]
     return Scored(total, parts, message, extra, each)
@@ -241,9 +246,9 @@ def _call(name: str, function: Reward, given: Arguments, hooks: Mapping[str, obj
         raise UserError(
             f"{error}\n  on {_show(given, _culprit(function, arguments, given))}"
         ) from error.__cause__
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    at = f"reward {name}{_location(function)}"
-    if not isinstance(values, list | tuple):
+    values = items(returned)
+    at = f"reward {name}{location(function)}"
+    if values is None:
         raise UserError(
             f"{at}: expected a list of {samples} rewards, got {shorten(returned)}\n  on {_show(given, 0)}"
         )
@@ -253,12 +258,12 @@ def _call(name: str, function: Reward, given: Arguments, hooks: Mapping[str, obj
             f"{at}: expected {samples} rewards, one per completion; "
             f"got {len(values)}\n  on {_show(given, first)}"
         )
-    for i, value in enumerate(values):
-        if value is not None and not _is_number(value):
-            raise UserError(
-                f"{at}: expected a finite number or None, got {shorten(value)}\n  on {_show(given, i)}"
-            )
-    return [math.nan if v is None else float(v) for v in values]
+    rewards = [math.nan if value is None else number(value) for value in values]
+    for i, (value, reward) in enumerate(zip(values, rewards, strict=True)):
+        if reward is None:
+            got = f"{shorten(value)}{_too_large(value)}"
+            raise UserError(f"{at}: expected a finite number or None, got {got}\n  on {_show(given, i)}")
+    return [reward for reward in rewards if reward is not None]
 
 
 def _accepted(name: str, function: Reward, given: Mapping[str, object]) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def _accepted(name: str, function: Reward, given: Mapping[str, object]) -> dict[
         named = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         if named and p.default is p.empty and p.name not in given:
             raise UserError(
-                f"reward {name}{_location(function)}: it needs {p.name!r}, "
+                f"reward {name}{location(function)}: it needs {p.name!r}, "
                 f"and there is only {', '.join(given)}"
             )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -301,19 +306,18 @@ def _show(given: Arguments, index: int | None) -> str:
     return f"{which}:\n    prompt:     {prompt}\n    completion: {completion}"
 
 
-def _location(function: Reward) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-
-
-def _is_number(value: object) -> bool:
-    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+def _too_large(value: object) -> str:
+    """Why a number is none of the rewards that advantages can be computed of."""
+    if not isinstance(value, int | float) or value != value or abs(value) == math.inf:
+        return ""
+    return f", which is beyond {LARGEST:g}: advantages in float32 would have no digits left"
 
 
 # --- what a function may log, as in TRL --------------------------------------------------------------
 def _log_extra(extra: Extra, samples: int) -> Callable[[str, Sequence[object]], None]:
     def log_extra(column: str, values: Sequence[object]) -> None:
+        if not isinstance(column, str):
+            raise TypeError(f"log_extra: expected a column's name, got {shorten(column)}")
         if len(values) != samples:
             raise ValueError(
                 f"log_extra: expected {samples} values for {column!r}, one per completion; got {len(values)}"
@@ -325,6 +329,8 @@ def _log_extra(extra: Extra, samples: int) -> Callable[[str, Sequence[object]], 
 
 def _log_metric(parts: dict[str, list[float]], samples: int) -> Callable[[str, float], None]:
     def log_metric(name: str, value: float) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"log_metric: expected a metric's name, got {shorten(name)}")
         parts[name] = [float(value)] * samples
 
     return log_metric

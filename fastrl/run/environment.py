@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ PACKAGES = (
     "trl",
     "liger-kernel",
 )
+COMPOSED = {"linear_loss": "token_logp"}  # ops without a kernel of their own -> what they run on
+ON_TOKEN_LOGP = ("linear_logp", "linear_cross_entropy")  # the same, where there is no fused kernel
 VARIABLES = (
     "FASTRL_BACKEND",
     "FASTRL_CHECK",
@@ -125,6 +128,20 @@ def _verdicts() -> list[str]:
     return blocks
 
 
+def _why_reference(op: str, states: Mapping[str, str], chosen: Mapping[str, str]) -> str:
+    """Why no kernel of an op is chosen, and what its reference runs on."""
+    asked = os.environ.get("FASTRL_BACKEND")
+    if asked == "reference":
+        return "FASTRL_BACKEND asks for it"
+    if op in ON_TOKEN_LOGP:
+        return (
+            "this device has no kernel of the whole op; it is matrix products, a chunk of rows at a time, and "
+            f"token_logp, which runs on {chosen['token_logp']}"
+        )
+    others = [f"{name} is {states.get(name, '-')}" for name in BACKENDS if name != "reference"]
+    return ", ".join(others).replace("is -", "has none")
+
+
 def _op_table() -> str:
     """A row per op: the chosen backend, and the state of its implementation on every backend."""
     chosen = ops.backend()
@@ -134,6 +151,13 @@ def _op_table() -> str:
     for op, states in implementations.items():
         rows.append((op, chosen[op], *(states.get(backend, "-") for backend in BACKENDS)))
         notes += [f"{op}: {name}: {state}" for name, state in states.items() if name not in BACKENDS]
+        if chosen[op] == "reference":
+            notes.append(f"{op}: reference: {_why_reference(op, states, chosen)}")
+    for op, on in COMPOSED.items():
+        states = implementations[on]
+        rows.append((op, chosen[on], *(states.get(backend, "-") for backend in BACKENDS)))
+        notes.append(f"{op}: matrix products, a chunk of rows at a time, and the kernels of {on}")
+    rows[1:] = sorted(rows[1:])
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

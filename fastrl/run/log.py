@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from fastrl.errors import UserError
-from fastrl.files import Json, JsonObject
+from fastrl.files import Json, JsonObject, shorten
 from fastrl.report.metric import progress
 from fastrl.report.metrics import all_metrics
 
@@ -41,6 +41,8 @@ LOGS = (
     "report.html",
     "plots",
 )
+LONGEST = 1000  # characters of the text of another value
+MAX_DEPTH = 20  # of values within values that a line holds; deeper ones are written as text
 # without a terminal: about this many progress lines per run, and the longest time between two of them, s
 PLAIN_LINES, PLAIN_SECONDS = 20, 30.0
 
@@ -298,15 +300,31 @@ def _row(line: str) -> JsonObject | None:
 def _append(file: TextIO, rows: Iterable[Mapping[str, Json]]) -> None:
     text = ""
     for row in rows:
-        finite = {key: _finite(value) for key, value in row.items()}
-        text += json.dumps(finite, allow_nan=False, default=str) + "\n"
+        text += json.dumps(_finite(dict(row)), allow_nan=False, default=_plain) + "\n"
     with writing(Path(file.name), len(text)):
         file.write(text)
         file.flush()
 
 
-def _finite(value: Json) -> Json:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(value: object) -> Json:
+    """What stands for a value that JSON does not know: an array's numbers, else its text."""
+    to_list = getattr(value, "tolist", None)
+    return _finite(to_list()) if callable(to_list) else shorten(value, LONGEST)
+
+
+def _finite(value: Json, depth: int = 0) -> Json:
+    """A value that JSON can hold, whatever a user's function logged: NaN and infinity become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else shorten(value)
+    if depth > MAX_DEPTH:
+        return shorten(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, depth + 1) for item in value]
+    return value
 
 
 def _with_interval(key: str, metrics: Mapping[str, float]) -> str:

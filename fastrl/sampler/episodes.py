@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fastrl.data.encode import continuations
 from fastrl.errors import UserError
-from fastrl.files import call_user
+from fastrl.files import call_user, location
 from fastrl.model.language import Tokenizer
 from fastrl.sampler.turns import Turn
-from fastrl.tasks.task import Transcript
+from fastrl.tasks.checked import turns as returned_turns
+from fastrl.tasks.task import Transcript, is_conversation
 
 if TYPE_CHECKING:
     from fastrl.tasks import Conversation, Example
@@ -35,16 +36,13 @@ class Dialogue:
         transcripts = [self._transcript(turn) for turn in turns]
         name = getattr(self.task, "name", type(self.task).__name__)
         answer = call_user(f"--task: {name}'s step", self.task.step, transcripts)
-        is_triple = isinstance(answer, tuple) and len(answer) == 3
-        if not is_triple or {len(part) for part in answer} != {len(turns)}:
-            raise UserError(
-                f"--task: {name}'s step: expected observations, "
-                f"rewards and done for {len(turns)} transcripts, got {answer!r}"
-            )
+        checked = returned_turns(answer, len(turns))
+        if isinstance(checked, str):
+            raise UserError(f"--task: {name}'s step{location(self.task.step)}: {checked}")
 
-        observations, rewards, done = answer
+        observations, rewards, done = checked
         for turn, reward in zip(turns, rewards, strict=True):
-            self.rewards[turn.index] += float(reward)
+            self.rewards[turn.index] += reward
         return [None if over else self._encode(text) for text, over in zip(observations, done, strict=True)]
 
     def _transcript(self, turn: Turn) -> Transcript:
@@ -71,6 +69,6 @@ def dialogue(task: object, tokenizer: Tokenizer | None, examples: Sequence[Examp
     """The environment of one call for a task of several turns (`fastrl.tasks.Conversation`); None for any
     other task.
     """
-    if not hasattr(task, "step"):
+    if not is_conversation(task):
         return None
-    return Dialogue(cast("Conversation", task), tokenizer, examples)
+    return Dialogue(task, tokenizer, examples)

@@ -34,6 +34,7 @@ import yaml
 from fastrl.errors import UserError, nearest
 from fastrl.files import call_user, key_values, load_object
 from fastrl.tasks.cards.task import Cards
+from fastrl.tasks.checked import CheckedTask
 from fastrl.tasks.gsm8k import Gsm8k
 from fastrl.tasks.guess import Guess
 from fastrl.tasks.task import Conversation, Example, Prompt, Score, Task, Transcript, task_reward
@@ -94,7 +95,7 @@ def load_task(spec: str, **options: object) -> Task:
     if missing:
         lacks = f"{type(made).__name__} lacks {', '.join(missing)}"
         raise UserError(f"--task: {spec} is not a task: {lacks} (see fastrl.tasks.Task)")
-    return made
+    return made if spec in TASKS else CheckedTask(made, spec)
 
 
 def _find(spec: str) -> Any:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "val", "test")
-# the first that exists; the second holds 900 of the 1319 test questions
+# the first that exists; the second holds 900 of the 1319 test questions (`note` says so in the log)
 TEST_FILES = ("test.jsonl", "model_solutions.jsonl")
 INSTRUCTION = (
     "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
@@ -127,6 +127,14 @@ class Gsm8k:
             message=message,
         )
 
+    def note(self, split: str) -> str:
+        """What a log should say of a split: which file stands in for a missing test.jsonl."""
+        folder = Path(self._folder()).expanduser()
+        if split != "test" or (folder / TEST_FILES[0]).is_file():
+            return ""
+        size = self.size(split)
+        return f"gsm8k: no {TEST_FILES[0]} in {folder}: test is {TEST_FILES[1]}, {size} of the 1319 test questions"
+
     def answer(self, completion: str) -> Fraction | None:
         """The number that `completion` comes down to, for a vote; None for none."""
         marked = extract(completion)
@@ -141,13 +149,17 @@ class Gsm8k:
     def _problems(self, split: str) -> tuple[Problem, ...]:
         if split not in SPLITS:
             raise UserError(f"gsm8k: expected a split of {', '.join(SPLITS)}; got {split!r}")
-        given = self.folder or os.environ.get("FASTRL_GSM8K")
-        if not given:
-            raise UserError("gsm8k: set FASTRL_GSM8K or the option folder to the folder of train.jsonl")
+        given = self._folder()
         problems = _split(Path(given).expanduser(), split, self.val)
         if not problems:
             raise UserError(f"gsm8k: split {split!r} is empty (val={self.val}, files in {given})")
         return problems
+
+    def _folder(self) -> str:
+        given = self.folder or os.environ.get("FASTRL_GSM8K")
+        if not given:
+            raise UserError("gsm8k: set FASTRL_GSM8K or the option folder to the folder of train.jsonl")
+        return given
 
 
 def extract(text: str) -> Fraction | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,6 +69,7 @@ class Task(Protocol):
         everything is right up to its end: gives process rewards
     answer(completion)                             what a completion comes down to, None for nothing: lets
         samples vote
+    note(split) -> str                             a line for the log on what the split is, if anything
     """
 
     @property
@@ -106,6 +107,17 @@ class Conversation(Protocol):
         A sequence's reward is the sum over its turns.  `verify` later sees the whole conversation after the
         prompt.
         """
+
+
+def is_conversation(task: object) -> TypeGuard[Conversation]:
+    """Whether a task is one of several turns."""
+    return callable(getattr(task, "step", None))
+
+
+def note_of(task: Task, split: str) -> str:
+    """What the task wants said of a split; the empty string for nothing."""
+    note = getattr(task, "note", None)
+    return str(note(split)) if callable(note) else ""
 
 
 def draw(*parts: object) -> int:

@@ -94,10 +94,10 @@ def test_a_step_that_answers_wrongly_is_named():
 
     two = [turn(0, "1?"), turn(1, "2?")]
     with pytest.raises(
-        UserError, match="--task: guess's step: expected observations, rewards and done for 2 transcripts"
+        UserError, match=r"guess's step .*: observations: expected a list of 2, one for each transcript, got"
     ):
         Dialogue(Short(), WORDS, [example(1)] * 2)(two)
-    with pytest.raises(UserError, match="--task: step: expected an observation of at least one token"):
+    with pytest.raises(UserError, match=r"guess's step .*: observations\[0\]: expected text where"):
         Dialogue(Silent(), WORDS, [example(1)] * 2)(two)
 
 

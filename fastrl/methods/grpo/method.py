@@ -15,7 +15,7 @@ from fastrl.methods.grpo.shaping import policy_shaping
 from fastrl.methods.method import Context, Method, language_model
 from fastrl.model.language import LanguageModel
 from fastrl.report.metrics import LOGGED
-from fastrl.tasks import Conversation
+from fastrl.tasks.task import is_conversation
 from fastrl.train.learner import Learner, Trainable
 from fastrl.train.objective import PolicyObjective
 from fastrl.train.source import Source
@@ -51,7 +51,7 @@ def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prom
         config,
         least=1 if advantage is None else advantage.least,
         processes=context.world.size,
-        turns=isinstance(context.task, Conversation),
+        turns=is_conversation(context.task),
     )
     return load_prompts(
         config, context.task, context.tokenizer, shape.max_position_embeddings, shape.vocab_size

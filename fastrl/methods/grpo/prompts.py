@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,8 @@ from fastrl.rewards.functions import Reward, Scored, load_reward
 from fastrl.rewards.scorer import Scorer
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Conversation, Task, task_reward
-from fastrl.tasks.task import TRAIN
+from fastrl.tasks.returned import LARGEST
+from fastrl.tasks.task import TRAIN, is_conversation
 
 PromptItem = tuple[Any, Mapping[str, Any]]  # a prompt, and its row's columns
 VERIFIER = "task"  # the task's verifier among the reward functions
@@ -53,7 +53,7 @@ def load_prompts(
     functions = _reward_functions(config, task)
     weights = _reward_weights(config, len(functions))
     stop = task.stop if task is not None else ()
-    game = task if isinstance(task, Conversation) else None
+    game = task if is_conversation(task) else None
 
     if config.dataset is not None:
         rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
@@ -107,9 +107,9 @@ def _reward_weights(config: OnPolicy, functions: int) -> tuple[float, ...] | Non
         return None
     if len(weights) != count:
         raise UserError(f"--reward-weights: expected one per --reward ({count}), got {len(weights)}")
-    if not all(map(math.isfinite, weights)):
+    if not all(abs(weight) <= LARGEST for weight in weights):
         listed = " ".join(f"{w:g}" for w in weights)
-        raise UserError(f"--reward-weights: expected finite numbers, got {listed}")
+        raise UserError(f"--reward-weights: expected finite numbers of at most {LARGEST:g}, got {listed}")
     return weights
 
 
