@@ -18,6 +18,7 @@ from fastrl.run.folder import link_latest, run_folder
 from fastrl.run.interrupt import Interrupt, outlasting_terminal
 from fastrl.run.log import REWARDS, replace_text
 from fastrl.run.session import Session, set_up
+from fastrl.tasks import notes
 from fastrl.train.optimizer import NotFinite
 from fastrl.train.source import Evaluable
 
@@ -62,6 +63,7 @@ def train(config: Run) -> RunResult:
             world=world,
         )
         with outlasting_terminal(stop), arithmetic(settled), session.log, stop:
+            _say_split(settled, session)
             result = _loop(settled, session, stop)
         if world.is_main and result.steps > 0:
             session.log.message("drawing the report")
@@ -69,6 +71,16 @@ def train(config: Run) -> RunResult:
             written = {"checkpoint": result.checkpoint, "report": page}
             session.log.message("  ".join(f"{what} {path}" for what, path in written.items() if path))
     return result
+
+
+def _say_split(config: Run, run: Session) -> None:
+    """What there is to say of the split that is evaluated on, and of a run without a step."""
+    task = run.context.task
+    if task is not None and config.eval.prompts:
+        for note in notes(task, config.eval.split):
+            run.log.message(note)
+    if config.steps == 0:
+        run.log.message("--steps 0: nothing is trained")
 
 
 def _loop(config: Run, run: Session, stop: Interrupt) -> RunResult:

@@ -135,7 +135,7 @@ def _why_reference(op: str, states: Mapping[str, str], chosen: Mapping[str, str]
         return "FASTRL_BACKEND asks for it"
     if op in ON_TOKEN_LOGP:
         return (
-            "this device has no kernel of the whole op; it is matrix products, a chunk of rows at a time, and "
+            "no kernel of the whole op runs here; it is matrix products, a chunk of rows at a time, and "
             f"token_logp, which runs on {chosen['token_logp']}"
         )
     others = [f"{name} is {states.get(name, '-')}" for name in BACKENDS if name != "reference"]

@@ -29,7 +29,7 @@ from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.sampler.prompts import for_template
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.tasks import Example, Score, Task, load_run_task
+from fastrl.tasks import Example, Score, Task, load_run_task, notes
 
 EVAL_SEED = 20_000_003  # keeps the noise of evaluations apart from the training's
 
@@ -216,6 +216,8 @@ def _run(config: Evaluate, world: World) -> None:
     model = load_model(config.model, dtype=dtype, device=device)
     if world.is_main:
         say_kernels(model)
+        for note in notes(task, config.split):
+            print(note)
     tokenizer = load_tokenizer(config.tokenizer, config.model, task.tokenizer, template=config.chat_template)
     sampler = Sampler(model, tokenizer)
     evaluation = evaluate(

@@ -108,7 +108,9 @@ def _stop_token(text: str, tokenizer: Tokenizer | None) -> int:
         raise UserError(f"stop: expected token ids, because the sampler has no tokenizer; got {text!r}")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1:
+        parts = " ".join(repr(tokenizer.decode([token])) for token in tokens[:8])
         raise UserError(
-            f"stop: expected strings of one token; {text!r} is {len(tokens)} tokens of this tokenizer"
+            f"stop: expected texts of one token; {text!r} is {len(tokens)} of this tokenizer ({parts}); "
+            "stop at one of them, or add the text to the tokenizer as a token (see docs/tasks.md)"
         )
     return tokens[0]

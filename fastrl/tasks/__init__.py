@@ -37,7 +37,7 @@ from fastrl.tasks.cards.task import Cards
 from fastrl.tasks.checked import CheckedTask
 from fastrl.tasks.gsm8k import Gsm8k
 from fastrl.tasks.guess import Guess
-from fastrl.tasks.task import Conversation, Example, Prompt, Score, Task, Transcript, task_reward
+from fastrl.tasks.task import Conversation, Example, Prompt, Score, Task, Transcript, notes, task_reward
 
 __all__ = [
     "TASKS",
@@ -52,6 +52,7 @@ __all__ = [
     "Transcript",
     "load_run_task",
     "load_task",
+    "notes",
     "task_reward",
 ]
 

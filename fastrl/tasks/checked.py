@@ -91,7 +91,8 @@ class CheckedTask:
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The task's own tokenizer, or None."""
         tokenizer = self._call("tokenizer", self._task.tokenizer)
-        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+        methods = ("encode", "decode", "save_pretrained")
+        if tokenizer is not None and not all(hasattr(tokenizer, method) for method in methods):
             self._refuse("tokenizer()", "a transformers tokenizer or None", tokenizer, self._task.tokenizer)
         return tokenizer
 

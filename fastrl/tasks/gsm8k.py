@@ -132,8 +132,8 @@ class Gsm8k:
         folder = Path(self._folder()).expanduser()
         if split != "test" or (folder / TEST_FILES[0]).is_file():
             return ""
-        size = self.size(split)
-        return f"gsm8k: no {TEST_FILES[0]} in {folder}: test is {TEST_FILES[1]}, {size} of the 1319 test questions"
+        present = f"{TEST_FILES[1]}, {self.size(split)} of the 1319 test questions"
+        return f"gsm8k: {folder} has no {TEST_FILES[0]}; the split test is {present}"
 
     def answer(self, completion: str) -> Fraction | None:
         """The number that `completion` comes down to, for a vote; None for none."""

@@ -114,10 +114,11 @@ def is_conversation(task: object) -> TypeGuard[Conversation]:
     return callable(getattr(task, "step", None))
 
 
-def note_of(task: Task, split: str) -> str:
-    """What the task wants said of a split; the empty string for nothing."""
+def notes(task: Task, split: str) -> list[str]:
+    """What the task wants said of a split: a line, or nothing."""
     note = getattr(task, "note", None)
-    return str(note(split)) if callable(note) else ""
+    said = note(split) if callable(note) else ""
+    return [str(said)] if said else []
 
 
 def draw(*parts: object) -> int:

@@ -116,7 +116,7 @@ def test_ratios_of_sums():
 def test_what_is_shown_and_said():
     rows = metrics.all_metrics()
     text = progress(rows, {"loss": 0.125, "reward": 0.25, "perf/tokens_per_second": 1000.0, "kl": 1.0})
-    assert text == "reward 0.250  loss 0.125  tok/s 1,000"
+    assert text == "reward 0.250  KL 1  tok/s 1,000"
     assert [g.label for g, _ in gists_of(rows, "scores")] == ["Comparisons won", "Loss"]
     assert [name for _, name in gists_of(rows, "policy")] == ["reward", "joint/oracle"]
     assert kind_of(rows, {"loss", "logps/chosen"}) == "preferences"
@@ -228,3 +228,20 @@ def test_no_other_table_names_a_metric():
     assert second == {}
     planted = 'X = 1\nTABLE = {"kl": ("ratio/mean", 1)}\nclass A:\n    B: tuple = ("ess", "a")\n'
     assert tables(planted) == {"kl", "ratio/mean", "ess", "a"}
+
+
+def test_on_policy_the_line_has_what_moves_and_not_the_loss():
+    """Wrong implementation: `loss -6.7e-09` beside every GRPO step."""
+    shown = progress(
+        metrics.all_metrics(),
+        {
+            "loss": -6.7e-9,
+            "reward": 0.5,
+            "completions/mean_length": 41.25,
+            "completions/clipped_ratio": 0.25,
+            "entropy": 2.0,
+            "kl": 0.01,
+        },
+    )
+    assert shown == "reward 0.500  entropy 2  length 41.2  cut off 25%  KL 0.01"
+    assert progress(metrics.all_metrics(), {"loss": 0.5, "grad_norm": 1.0}) == "loss 0.5"

@@ -31,3 +31,18 @@ def test_the_report_survives_an_unbuilt_module(monkeypatch):
 def test_the_command_prints_it(capsys):
     environment.run(None)
     assert capsys.readouterr().out.startswith("versions\n")
+
+
+def test_every_op_is_listed_with_what_runs_and_why_a_reference_does():
+    """Wrong implementations: no line for linear_loss, which has no kernel of its own; `reference` without a
+    word of what that runs on.
+    """
+    text = environment.environment_text()
+    chosen = ops.backend()
+    assert row(text, "linear_loss")[1] == chosen["token_logp"]
+    assert "linear_loss: matrix products, a chunk of rows at a time, and the kernels of token_logp" in text
+    for op, backend in chosen.items():
+        assert (f"{op}: reference: " in text) == (backend == "reference"), op
+    if chosen["linear_logp"] == "reference":
+        on = f"token_logp, which runs on {chosen['token_logp']}"
+        assert on in next(line for line in text.splitlines() if line.startswith("linear_logp: reference"))

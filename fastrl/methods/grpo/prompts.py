@@ -17,7 +17,7 @@ from fastrl.model.language import Tokenizer
 from fastrl.parallel.device import resolve_device
 from fastrl.rewards.functions import Reward, Scored, load_reward
 from fastrl.rewards.scorer import Scorer
-from fastrl.sampler.prompts import check_room
+from fastrl.sampler.prompts import check_room, stop_tokens
 from fastrl.tasks import Conversation, Task, task_reward
 from fastrl.tasks.returned import LARGEST
 from fastrl.tasks.task import TRAIN, is_conversation
@@ -53,6 +53,7 @@ def load_prompts(
     functions = _reward_functions(config, task)
     weights = _reward_weights(config, len(functions))
     stop = task.stop if task is not None else ()
+    stop_tokens(stop, tokenizer, ())  # a stop of several tokens is told before the model has sampled any
     game = task if is_conversation(task) else None
 
     if config.dataset is not None:
