@@ -216,8 +216,6 @@ def _run(config: Evaluate, world: World) -> None:
     model = load_model(config.model, dtype=dtype, device=device)
     if world.is_main:
         say_kernels(model)
-        for note in notes(task, config.split):
-            print(note)
     tokenizer = load_tokenizer(config.tokenizer, config.model, task.tokenizer, template=config.chat_template)
     sampler = Sampler(model, tokenizer)
     evaluation = evaluate(
@@ -265,7 +263,8 @@ def _print_accuracy(evaluation: Evaluation, config: Evaluate, task: Task) -> Non
             interval = f"(95% interval {estimate.lo:.1%} to {estimate.hi:.1%})"
             print(f"{name:8} accuracy  {estimate.mean:6.1%}  {interval}")
     prompts = f"{len(evaluation.greedy)} prompts of {task.name}/{config.split}"
-    print(f"well-formed answers {evaluation.well_formed():.1%}; {prompts}, {config.samples} samples each")
+    line = f"well-formed answers {evaluation.well_formed():.1%}; {prompts}, {config.samples} samples each"
+    print("\n".join([line, *notes(task, config.split)]))
 
 
 def save(
