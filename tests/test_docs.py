@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     ROOT.glob("docs/*.md")
 )
-OTHERS = {  # of torchrun; groups of options; of python -m fastrl.bench.gpu_check
+OTHERS = {  # of torchrun; of hf download; groups of options; of python -m fastrl.bench.gpu_check
+    "--local-dir",
     "--nproc-per-node",
     "--optim",
     "--algorithm.OPTION",

@@ -54,6 +54,8 @@ def test_pools_that_start_fresh_interpreters_find_the_users_files(tmp_path):
 
     (tmp_path / "a/random.py").write_text(POOLED.format(scale=100, stem=1))
     assert load_object(f"{tmp_path}/a/random.py:pool", "--reward")("spawn", ["a"]) == [100, 1]
+
+
 def test_pairs_with_commas_between_them_are_told_apart():
     """Wrong implementation: `a=b,c=d` read as one pair, and blamed on the data set."""
     assert key_values(["a=b", "targets=[1,40]", "x=b,c"], "--columns") == {
