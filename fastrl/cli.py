@@ -112,7 +112,7 @@ class Command:
 COMMANDS = {
     **{name: Command(options_of(name), "fastrl.trainer:train") for name in METHODS},
     "run": Command(Pipeline, "fastrl.pipeline:run", preview="fastrl.pipeline:preview"),
-    "eval": Command(Evaluate, "fastrl.run.evaluate:run"),
+    "eval": Command(Evaluate, "fastrl.run.accuracy:run"),
     "generate": Command(Generate, "fastrl.run.generate:run"),
     "report": Command(Report, "fastrl.report.report:run", alone=True),
     "bench": Command(Bench, "fastrl.bench.run:main", alone=True),

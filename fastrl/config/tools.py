@@ -47,22 +47,27 @@ class Generate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """Accuracy of a model on a task's split, greedy and sampled, with 95% intervals."""
+    """Accuracy of a model on a task's split, greedy and sampled, with 95% intervals.
+
+    A checkpoint remembers how its run evaluated: what is not given here is as it was there.
+    """
 
     model: str
-    """Hugging Face folder."""
-    task: str
-    """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask."""
+    """Hugging Face folder, or the folder of a run."""
+    task: str | None = None
+    """A built-in task (cards, gsm8k or guess), or a class in a file of yours: my_task.py:MyTask; defaults to
+    that of the checkpoint's run.
+    """
     task_options: tuple[str, ...] = ()
-    """Options of the task, key=value with values in YAML."""
-    split: str = "test"
-    """The task's split."""
-    prompts: int = 512
-    """Prompts of the split, from its beginning."""
-    samples: int = 4
-    """Completions drawn per prompt at temperature 1, in addition to the greedy one."""
-    max_new_tokens: int = 256
-    """Longest completion, tokens."""
+    """Options of the task, key=value with values in YAML; beside those of the checkpoint's run."""
+    split: str | None = None
+    """The task's split; the run's, or test."""
+    prompts: int | None = None
+    """Prompts of the split, from its beginning; as many as in the run, or 512."""
+    samples: int | None = None
+    """Completions drawn per prompt at temperature 1, in addition to the greedy one; as in the run, or 4."""
+    max_new_tokens: int | None = None
+    """Longest completion, tokens; as in the run, or 256."""
     search: Literal["best_of", "vote"] | None = None
     """Select one answer from the samples: that of the highest --reward, or that of most samples (weighted by
     --reward, if given).

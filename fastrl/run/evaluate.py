@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -13,23 +12,17 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from fastrl.batch.types import Rollouts
-from fastrl.config import Evaluate
-from fastrl.errors import UserError, require
+from fastrl.errors import UserError
 from fastrl.files import call_user
-from fastrl.model.adapter import load_model
-from fastrl.model.tokenizer import load_tokenizer
-from fastrl.parallel.device import resolve_device, set_threads
-from fastrl.parallel.world import World, init_world
+from fastrl.parallel.world import World
 from fastrl.report.stats import Estimate, share_interval, wilson
-from fastrl.rewards.functions import Reward, load_reward, score
-from fastrl.run.kernels import say_kernels
-from fastrl.run.lock import claimed
+from fastrl.rewards.functions import Reward, score
 from fastrl.run.log import replace_text
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.sampler.prompts import for_template
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.tasks import Example, Score, Task, load_run_task, notes
+from fastrl.tasks import Example, Score, Task
 
 EVAL_SEED = 20_000_003  # keeps the noise of evaluations apart from the training's
 
@@ -194,79 +187,7 @@ def mean_logp(rollouts: Rollouts) -> list[float]:
     return (total / count.clamp_min(1)).tolist()
 
 
-# --- the command ------------------------------------------------------------------------------------
-def run(config: Evaluate) -> None:
-    """The command `fastrl eval`; under torchrun the processes share the prompts and the first one reports."""
-    world = init_world()
-    with claimed(Path(config.output), "--output", world) if config.output else nullcontext():
-        _run(config, world)
-
-
-def _run(config: Evaluate, world: World) -> None:
-    set_threads(config.threads)
-    device, dtype = resolve_device(config.device, config.dtype)
-    task = load_run_task(config.task, config.task_options)
-    if task is None:
-        raise UserError("--task: expected a task to evaluate on, got none")
-    _check_search(config, task)
-
-    reward = None
-    if config.reward is not None:
-        reward = load_reward(config.reward, dtype=dtype, device=device)
-    model = load_model(config.model, dtype=dtype, device=device)
-    if world.is_main:
-        say_kernels(model)
-    tokenizer = load_tokenizer(config.tokenizer, config.model, task.tokenizer, template=config.chat_template)
-    sampler = Sampler(model, tokenizer)
-    evaluation = evaluate(
-        sampler,
-        task,
-        split=config.split,
-        prompts=config.prompts,
-        samples=config.samples,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        world=world,
-    )
-    if world.is_main:
-        _report(config, evaluation, task, reward)
-
-
-def _report(config: Evaluate, evaluation: Evaluation, task: Task, reward: Reward | None) -> None:
-    """Print the accuracies and the search's table, and write the file."""
-    _print_accuracy(evaluation, config, task)
-
-    table: list[SearchRow] = []
-    chosen: list[int] = []
-    if config.search:
-        found = candidates(evaluation, task, reward)
-        table = search_accuracy(found, config.search)
-        chosen = [SEARCHES[config.search].choose(c) for c in found]
-    for row in table:
-        accuracy = row["accuracy"]
-        oracle = row["oracle"]
-        interval = f"(95% interval {accuracy.lo:.1%} to {accuracy.hi:.1%})"
-        name = f"{config.search} {row['n']:<4}"
-        print(f"{name} {accuracy.mean:6.1%}  {interval}, oracle {oracle.mean:.1%}")
-    if config.output:
-        save(
-            evaluation,
-            Path(config.output),
-            {"search": table} if table else {},
-            chosen,
-        )
-
-
-def _print_accuracy(evaluation: Evaluation, config: Evaluate, task: Task) -> None:
-    for name, estimate in zip(("greedy", "sampled"), evaluation.accuracy(), strict=True):
-        if not math.isnan(estimate.mean):
-            interval = f"(95% interval {estimate.lo:.1%} to {estimate.hi:.1%})"
-            print(f"{name:8} accuracy  {estimate.mean:6.1%}  {interval}")
-    prompts = f"{len(evaluation.greedy)} prompts of {task.name}/{config.split}"
-    line = f"well-formed answers {evaluation.well_formed():.1%}; {prompts}, {config.samples} samples each"
-    print("\n".join([line, *notes(task, config.split)]))
-
-
+# --- the file -------------------------------------------------------------------------------------
 def save(
     evaluation: Evaluation,
     path: Path,
@@ -364,37 +285,3 @@ def _over_prompts(values: Sequence[float]) -> Estimate:
     correct = sum(values)
     n = len(values)
     return Estimate(correct / n, *wilson(int(correct), n))
-
-
-def _check_search(config: Evaluate, task: Task) -> None:
-    search = SEARCHES.get(config.search or "")
-    if search is None:
-        expected = "none without a --search that judges samples by it"
-        require(
-            "--reward",
-            config.reward,
-            config.reward is None,
-            expected,
-        )
-        return
-
-    given = config.reward is not None or not search.reward
-    require(
-        "--reward",
-        config.reward,
-        given,
-        f"model:FOLDER or file.py:fn for {config.search}",
-    )
-    require(
-        "--samples",
-        config.samples,
-        config.samples >= 1,
-        "at least 1 to search in",
-    )
-    readable = not search.answer or hasattr(task, "answer")
-    require(
-        "--search",
-        config.search,
-        readable,
-        f"another: {task.name} has no answer(completion)",
-    )

@@ -36,6 +36,7 @@ from fastrl.report.metric import Need, over_batches
 from fastrl.rewards.models import settled_reward
 from fastrl.run import checkpoint, environment
 from fastrl.run.log import METRICS, RunLog
+from fastrl.run.remembered import to_remember
 from fastrl.sampler import SAMPLERS
 from fastrl.sampler.engine import PAGE
 from fastrl.tasks import load_run_task
@@ -81,7 +82,12 @@ class Session:
         source = {f"{SOURCE}{name}": x for name, x in self.source.state().items()}
         tensors = self.learner.state() | source
         kernels = ops.backend(context.device)
-        meta = {"version": self.version, "command": command_of(config), "kernels": kernels}
+        meta = {
+            "version": self.version,
+            "command": command_of(config),
+            "kernels": kernels,
+            **to_remember(config, self.max_new_tokens),
+        }
         return checkpoint.save(
             Path(config.output_dir),
             step,
