@@ -99,7 +99,9 @@ class Run:
     """What every training command shares."""
 
     model: str
-    """Hugging Face folder, or a config.json (or YAML of one) for random initial weights."""
+    """Hugging Face folder, the folder of a run (its newest checkpoint), or a config.json (or YAML of one) for
+    random initial weights.
+    """
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; defaults to the model's, or to the task's own."""
     chat_template: str | None = None

@@ -13,7 +13,7 @@ class Generate:
     """Complete prompts with a trained model."""
 
     model: str
-    """Hugging Face folder."""
+    """Hugging Face folder, or the folder of a run."""
     prompts: str = "-"
     """A file with one prompt a line (or .jsonl with a prompt column); - is standard input."""
     output: str = "-"

@@ -92,6 +92,7 @@ def _read(folder: Path, trust: bool) -> Tokenizer:
             folder, local_files_only=True, trust_remote_code=trust
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        code = code or ("its model's" if "trust_remote_code" in str(error) else "")
         if code and not trust:
             raise UserError(
                 f"--tokenizer: {folder} needs code of its own ({code}), which is not run without "

@@ -6,6 +6,7 @@ A `Layout` says which tensors of the files make up each parameter of ours, their
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,11 +165,30 @@ def check_dtypes(folder: Path) -> None:
     """Refuse a folder whose safetensors hold matrices of integers or of 8-bit numbers, whatever model they
     are of.  Raises UserError.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, stored in _header(path).items():
-            narrow = stored.dtype.startswith(("F8", "F4", "F6"))
-            if narrow or (len(stored.shape) > 1 and name.endswith("weight")):
-                _check_dtype(name, stored)
+    files = sorted(folder.glob("*.safetensors"))
+    stored = {name: at for path in files for name, at in _header(path).items()}
+    if not files:
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            stored |= _pickled(path)
+    for name, at in stored.items():
+        narrow = at.dtype.startswith(("F8", "F4", "F6"))
+        if narrow or (len(at.shape) > 1 and name.endswith("weight")):
+            _check_dtype(name, at)
+
+
+def _pickled(path: Path) -> dict[str, Stored]:
+    """The tensors of a PyTorch file by name, none of them read; what cannot be read is left to its reader."""
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return {}
+    spelling = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    stored = {}
+    for name, x in tensors.items():
+        if isinstance(x, Tensor):
+            dtype = str(x.dtype).removeprefix("torch.").replace("float8", "F8")
+            stored[name] = Stored(path, tuple(x.shape), spelling.get(x.dtype, dtype))
+    return stored
 
 
 def _inventory(folder: Path) -> dict[str, Stored]:

@@ -33,6 +33,7 @@ from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import Json, JsonObject, as_object, decode, parse_json, shorten
 from fastrl.model.adapter import load_model
+from fastrl.model.folder import model_folder
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.parallel.device import resolve_device, set_threads
 from fastrl.parallel.world import World, init_world
@@ -66,6 +67,8 @@ def run(config: Generate) -> None:
     writes, and one that --resume cannot continue.
     """
     world = init_world()
+    # what the output's record names stays the same model when a run goes on
+    config = dataclasses.replace(config, model=str(model_folder(config.model)))
     path = Path(config.output)
     stream = config.output == "-" or (path.exists() and not path.is_file())  # a device takes any number
     with nullcontext() if stream else claimed(path, "--output", world):

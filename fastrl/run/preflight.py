@@ -15,9 +15,11 @@ from fastrl.data.comparisons import read_statements
 from fastrl.data.pairs import LABELLED, PAIRED
 from fastrl.data.rows import read_rows, read_table
 from fastrl.errors import UserError
-from fastrl.files import key_values
+from fastrl.files import hub_advice, key_values
 from fastrl.methods import command_of, method_of
 from fastrl.methods.grpo.prompts import VERIFIER
+from fastrl.model.fields import refuse
+from fastrl.model.folder import model_folder
 from fastrl.model.weights import read_config
 from fastrl.rewards.functions import MODELS, load_reward
 from fastrl.run.session import check_options
@@ -59,20 +61,21 @@ def preflight(config: Run, later: Collection[str] = ()) -> list[str]:
 
 
 def _model(option: str, name: str, later: Collection[str]) -> str:
-    path = Path(name)
-    if name in later or not path.is_dir():
+    path = name if name in later else model_folder(name, f"--{option.replace('_', '-')}")
+    if name in later or not Path(path).is_dir():
         return _folder(option, name, later)
-    read_config(path)
+    refuse(read_config(Path(path)))
     return "a model"
 
 
 def _folder(option: str, name: str, later: Collection[str]) -> str:
     if name in later:
         return "of an earlier stage"
-    if not Path(name).exists():
+    if not Path(name).expanduser().exists():
+        flag = f"--{option.replace('_', '-')}"
         raise UserError(
-            f"--{option.replace('_', '-')}: expected a folder, got {name}, which is not there "
-            f"(looked in {Path.cwd()})"
+            f"{flag}: expected a folder, got {name}, which is not there "
+            f"(looked in {Path.cwd()}){hub_advice(name, flag)}"
         )
     return "found"
 

@@ -212,6 +212,18 @@ def test_code_of_a_tokenizer_runs_only_when_it_is_trusted(tmp_path, monkeypatch)
         load_tokenizer(str(tmp_path), "nowhere")
 
 
+def test_codes_in_a_pytorch_file_are_refused(tmp_path):
+    MODELS["adapter"]().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert load_model(tmp_path).config.vocab_size == 61
+    name = next(n for n in tensors if n.endswith("fc1.weight"))
+    torch.save(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"tensor {name}: expected float32, .* got int8"):
+        load_model(tmp_path)
+
+
 # --- names ---------------------------------------------------------------------------------------------
 def test_the_folder_of_a_run_means_its_newest_whole_checkpoint(tmp_path):
     """Wrong implementations: step_9 before step_10; a truncated checkpoint."""
