@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastrl.data.messages import Messages, check_messages, unpadded
 from fastrl.errors import UserError
@@ -27,6 +28,9 @@ from fastrl.files import (
     read_json_lines,
     shorten,
 )
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 Text = str | Messages  # a prompt or a completion
 Kinds = Mapping[str, tuple[str, ...]]
@@ -103,9 +107,29 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, JsonObject]]:
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
-        raise UserError(f"dataset {path}: expected a parquet file, got {error}") from error
-    for number, fields in enumerate(table.to_pylist(), 1):
+        problem = " ".join(str(error).split())
+        raise UserError(f"dataset {path}: expected a parquet file, got {problem}") from error
+    try:
+        rows = table.to_pylist()
+    except UNREADABLE as error:
+        raise UserError(f"{path}: {_unreadable(table)}") from error
+    for number, fields in enumerate(rows, 1):
         yield f"{path}: row {number}", fields
+
+
+# what Arrow raises for a value that Python has no form of: text that is not UTF-8, a date after the year 9999
+UNREADABLE = (ValueError, OverflowError, KeyError)
+
+
+def _unreadable(table: Table) -> str:
+    """The row and the column of the first value that cannot be read."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        for number, value in enumerate(column, 1):
+            try:
+                value.as_py()
+            except UNREADABLE as error:
+                return f"row {number}: {name}: expected a value that Python can hold, got {error}"
+    return "a value cannot be read"
 
 
 READERS = {".jsonl": read_json_lines, ".json": _read_json, ".parquet": _read_parquet}
