@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -231,7 +231,7 @@ def _mark(kind: str, *rest: nodes.Expr) -> nodes.Output:
 class Generation(Extension):
     """`{% generation %}` blocks: their text between two marks."""
 
-    tags: ClassVar = {"generation"}
+    tags: set[str] = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements of a block."""

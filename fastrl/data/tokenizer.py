@@ -28,6 +28,14 @@ class Tokenizer(Hashable, Protocol):
     def unk_token_id(self) -> int | None:
         """The token that stands for text without tokens of its own, None where there is none."""
 
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """The special tokens' texts by name: what a chat template calls them."""
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens by number; each is `special` or not, and its str is its text."""
+
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Any:
         """{"input_ids": one list of token ids per text}."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastrl.batch.pack import plan
 from fastrl.data.comparisons import SEPARATOR, Group, Statement, encode_statements, pack
 from fastrl.errors import UserError
-from fastrl.files import shorten
+from fastrl.files import JsonObject, shorten
 from fastrl.kernels._rows import take_rows
 from fastrl.model import weights
 from fastrl.model.adapter import Source, load_model
@@ -32,8 +32,10 @@ from fastrl.model.tokenizer import align_ends
 HEAD_SEED = 30_000_001  # the head's own stream of random numbers: the decoder's begins at `seed`
 AS_SAVED = ""  # of RewardModel.load: the separator that the folder names
 Text = str | list[dict[str, Any]]
-Sequences = Sequence[list[int] | Text | tuple[Text, Text]]
-"""What a reward model scores: token ids, text, chat messages, or (prompt, completion)."""
+Sequences = Sequence[list[int] | Text | tuple[Text, Text] | tuple[Text, Text, JsonObject]]
+"""What a reward model scores: token ids, text, chat messages, or (prompt, completion), the latter also with
+the columns that a chat template is given.
+"""
 
 # how the probabilities of a completion's steps become one number
 TRAJECTORY: dict[str, Callable[[Tensor], float]] = {
