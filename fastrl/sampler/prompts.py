@@ -47,10 +47,12 @@ def _are_messages(prompt: object) -> bool:
 
 
 def _token_ids(prompt: object) -> list[int] | None:
-    """The ids of a prompt of tokens: a list or tuple of whole numbers, an array or a tensor of one axis."""
-    if not isinstance(prompt, list | tuple | str) and hasattr(prompt, "tolist"):
+    """The ids of a prompt of tokens: a sequence of whole numbers, an array or a tensor of one axis."""
+    if not isinstance(prompt, Sequence) and hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
-    if not isinstance(prompt, list | tuple) or any(isinstance(t, bool) for t in prompt):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
+        return None
+    if any(isinstance(t, bool) for t in prompt):
         return None
     try:
         return [index(t) for t in prompt]
