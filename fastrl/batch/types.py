@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ from torch import Tensor
 from fastrl.batch import columns
 from fastrl.batch.columns import column, rows_of, take_tokens
 from fastrl.batch.transfer import fetch, send
+
+
+class Turn(NamedTuple):
+    """Neighbouring tokens of one speaker: the policy where `own`, else what answered it."""
+
+    own: bool
+    tokens: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +44,12 @@ class Rollouts:
                      know it
     weight_version   (T,)   int64   optimizer steps the weights had seen when the token was drawn
     finish_reason    (S,)           "stop" or "length"; "unfinished" where a later call resumes the sequence
-    text             (S,)           decoded completions, None without a tokenizer
+    text             (S,)           everything after the prompt as text, observations included; None without a
+                     tokenizer
     sequence         (S,)   int64   each sequence's number, the key of its randomness; None where the sampler
                      has none
+    messages         (S,)           the conversation after the prompt as chat messages, in a task of several
+                     turns; else None
 
     logp, behaviour_logp and entropy are 0, and weight_version is -1, where completion_mask is False.
     """
@@ -54,14 +66,22 @@ class Rollouts:
     finish_reason: list[str] = field(metadata=column("S"))
     text: list[str] | None = field(default=None, metadata=column("S"))
     sequence: Tensor | None = field(default=None, metadata=column("S"))
+    messages: list[list[dict[str, str]]] | None = field(default=None, metadata=column("S"))
 
     def __len__(self) -> int:
         return len(self.finish_reason)
 
     @property
     def lengths(self) -> Tensor:
-        """(S,) int64: completion tokens of each sequence."""
-        return self.cu_seqlens.diff().long() - self.prompt_lengths
+        """(S,) int64: tokens of each sequence that the policy chose.  What an environment said between
+        them does not count.
+        """
+        return _live_ends(self.completion_mask, self.cu_seqlens).diff().long()
+
+    @property
+    def said(self) -> Sequence[str | list[dict[str, str]]] | None:
+        """(S,) what reward functions and logs are shown: messages of a conversation, else text."""
+        return self.text if self.messages is None else self.messages
 
     def select(self, samples: Sequence[int]) -> Rollouts:
         """The rollouts of the named sequences, in the order given."""
@@ -73,13 +93,24 @@ class Rollouts:
         return columns.join(parts)
 
     def completions(self) -> list[list[int]]:
-        """Completion tokens of every sequence, as Python lists (synchronises with the device)."""
-        tokens = self.tokens.tolist()
-        ends = self.cu_seqlens.tolist()
-        prompts = self.prompt_lengths.tolist()
+        """The tokens of every sequence that the policy chose, as Python lists (synchronises with the
+        device).
+        """
+        tokens = self.tokens[self.completion_mask].tolist()
+        ends = _live_ends(self.completion_mask, self.cu_seqlens).tolist()
+        return [tokens[start:end] for start, end in pairwise(ends)]
+
+    def turns(self) -> list[list[Turn]]:
+        """Everything after each sequence's prompt, cut where the speaker changes (synchronises with the
+        device).
+        """
+        tokens, chosen = self.tokens.tolist(), self.completion_mask.tolist()
+        ends, prompts = self.cu_seqlens.tolist(), self.prompt_lengths.tolist()
         found = []
-        for start, end, prompt in zip(ends[:-1], ends[1:], prompts, strict=True):
-            found.append(tokens[start + prompt : end])
+        for (start, end), prompt in zip(pairwise(ends), prompts, strict=True):
+            pairs = zip(chosen[start + prompt : end], tokens[start + prompt : end], strict=True)
+            runs = groupby(pairs, key=itemgetter(0))
+            found.append([Turn(own, [token for _, token in run]) for own, run in runs])
         return found
 
 

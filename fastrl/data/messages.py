@@ -51,6 +51,15 @@ def template_columns(columns: Mapping[str, Json]) -> JsonObject:
     return {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
 
 
+def as_read(prompt: object, completion: object) -> object:
+    """A completion as a reward model reads it behind `prompt`: behind text, messages are the text that they
+    were cut from.
+    """
+    if isinstance(prompt, str) and isinstance(completion, list | tuple):
+        return "".join(str(message["content"]) for message in completion)
+    return completion
+
+
 def columns_of_rows(rows: int, **columns: Sequence[Json] | None) -> list[JsonObject]:
     """The named columns of `rows` rows, row by row, without those that are None."""
     given = {name: values for name, values in columns.items() if values is not None}

@@ -169,7 +169,7 @@ def write_page(out: Path, title: str, lead: str, *sections: Html) -> Path:
 
 
 def prompt_text(prompt: object) -> str:
-    """A prompt for a reader: text as it is, a list of messages as `role: content` lines."""
+    """A prompt or a conversation for a reader: text as it is, a list of messages as `role: content` lines."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         return str(prompt)
     turns = []
@@ -246,7 +246,7 @@ def _samples(files: RunFiles) -> list[Html]:
         cells = []
         for row in rows:
             prompt = prompt_text(row.get("prompt", ""))
-            answer = row.get("completion", "")
+            answer = prompt_text(row.get("messages") or row.get("completion", ""))
             cells.append((prompt, answer, _value(row.get("reward")), _verdict(row)))
         width = 4 if any(cell[3] for cell in cells) else 3
         caption = f"Step {step}"

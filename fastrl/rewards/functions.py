@@ -4,6 +4,8 @@
 
 One number per completion; None means that the function does not apply to it.  Prompts and completions are
 text, or lists of chat messages if the prompt is one; every column of the dataset is passed as a list.
+In a task of several turns a completion is always messages: the policy's turns are the assistant's, the task's
+answers the user's (or of the task's `role`).  completion_ids are the tokens that the policy drew.
 log_extra(column, values) adds a value per completion to the saved samples, log_metric(name, value) a number
 to the metrics.  A function without **columns gets only the arguments it names.  No mistake of a function
 becomes a reward: it is a UserError that names the function and shows the sample.
@@ -152,7 +154,7 @@ def load_reward(
 def score(
     functions: Sequence[Reward],
     prompts: Sequence[Prompt],
-    completions: Sequence[str],
+    completions: Sequence[Prompt],
     completion_ids: Ids | None = None,
     columns: Sequence[Columns] | None = None,
     *,
@@ -194,9 +196,13 @@ def score(
     return Scored(total, parts, message, extra, each)
 
 
-def as_message(prompt: Prompt, completion: str) -> Prompt:
-    """A completion in its prompt's form: text, or a list of one message."""
-    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+def as_message(prompt: Prompt, completion: Prompt) -> Prompt:
+    """A completion in its prompt's form: text, or a list of one message.  A conversation of several turns
+    is messages already, and stays that.
+    """
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
 
 
 def function_names(functions: Sequence[Reward]) -> list[str]:
@@ -211,7 +217,7 @@ def function_names(functions: Sequence[Reward]) -> list[str]:
 
 def _arguments(
     prompts: Sequence[Prompt],
-    completions: Sequence[str],
+    completions: Sequence[Prompt],
     ids: Ids | None,
     rows: Sequence[Columns] | None,
 ) -> Arguments:

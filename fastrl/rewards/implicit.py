@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.batch.pack import plan
 from fastrl.data.encode import Sample, encode_all
-from fastrl.data.messages import columns_of_rows
+from fastrl.data.messages import as_read, columns_of_rows
 from fastrl.data.rows import Row
 from fastrl.errors import UserError
 from fastrl.files import hub_advice
@@ -69,7 +69,7 @@ def implicit_reward(
         extras = columns_of_rows(len(prompts), tools=tools, chat_template_kwargs=chat_template_kwargs)
         rows = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            fields = {**extras[i], "prompt": prompt, "completion": completion}
+            fields = {**extras[i], "prompt": prompt, "completion": as_read(prompt, completion)}
             rows.append(Row(f"completion {i}", "prompt-completion", fields))
         samples = [Sample(s.tokens[:limit], s.mask[:limit]) for s in encode_all(rows, tokenizer)]
         margin = sequence_logp(policy, samples) - sequence_logp(reference, samples)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastrl.data.messages import columns_of_rows
+from fastrl.data.messages import as_read, columns_of_rows
 from fastrl.errors import UserError
 from fastrl.files import hub_advice
 from fastrl.model.config import is_scoring
@@ -52,7 +52,8 @@ def model_reward(
         chat_template_kwargs: Sequence[Any] | None = None,
     ) -> list[float]:
         columns = columns_of_rows(len(prompts), tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return model.score(list(zip(prompts, completions, columns, strict=True)))
+        read = map(as_read, prompts, completions)
+        return model.score(list(zip(prompts, read, columns, strict=True)))
 
     return reward_model
 

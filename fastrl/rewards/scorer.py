@@ -27,14 +27,16 @@ class Scorer:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        texts: list[str] | None,
+        said: Sequence[Prompt] | None,
         tokens: list[list[int]],
         columns: Sequence[Mapping[str, Any]],
     ) -> Scored:
-        """The rewards of S completions, given their prompts, texts, tokens and dataset rows."""
-        if texts is None:
+        """The rewards of S completions, given their prompts, texts or conversations, drawn tokens and dataset
+        rows.
+        """
+        if said is None:
             raise UserError("--tokenizer: rewards read text, and the run has no tokenizer")
-        if not texts:  # this process has no share of the prompts
+        if not said:  # this process has no share of the prompts
             return Scored([])
 
         # the last group rewards; a verifier before it is only reported
@@ -42,7 +44,7 @@ class Scorer:
         results = []
         for i, group in enumerate(groups):
             weights = self.weights if i == len(groups) - 1 else None
-            results.append(score(group, prompts, texts, tokens, columns, weights=weights))
+            results.append(score(group, prompts, said, tokens, columns, weights=weights))
 
         verdict, rewards = results[0], results[-1]
         return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -22,7 +22,7 @@ from fastrl.sampler import Sampler, SamplingParams
 from fastrl.sampler.episodes import dialogue
 from fastrl.sampler.prompts import for_template
 from fastrl.search import SEARCHES, Candidates, pass_at_k
-from fastrl.tasks import Example, Score, Task
+from fastrl.tasks import Example, Prompt, Score, Task
 
 EVAL_SEED = 20_000_003  # keeps the noise of evaluations apart from the training's
 
@@ -36,7 +36,8 @@ class Evaluation:
     greedy   (P,) answers with their scores, in the order of the prompts
     sampled  (P, n) answers with their scores; empty if none were asked for
     logp     (P, n) mean log-probability of each sampled answer's tokens, nats
-    tokens   (P, n) each sampled answer's tokens, its end-of-sequence token included
+    tokens   (P, n) each sampled answer's drawn tokens, its end-of-sequence token included
+    said     (P, n) sampled answers as a reward function sees them; empty where those are the texts
     """
 
     examples: list[Example]
@@ -44,6 +45,7 @@ class Evaluation:
     sampled: list[list[Answer]]
     logp: list[list[float]] = field(default_factory=list)
     tokens: list[list[list[int]]] = field(default_factory=list)
+    said: list[list[Prompt]] = field(default_factory=list)
 
     def per_prompt(self) -> list[float]:
         """Share of each prompt's sampled answers that are correct."""
@@ -83,6 +85,7 @@ class _Drawn(NamedTuple):
     """A completion before it is scored."""
 
     text: str
+    said: Prompt
     logp: float
     tokens: list[int]
 
@@ -95,6 +98,7 @@ class _Answered(NamedTuple):
     sampled: list[Answer]
     logp: list[float]
     tokens: list[list[int]]
+    said: list[Prompt]
 
 
 def evaluate(
@@ -127,28 +131,22 @@ def evaluate(
             seed=EVAL_SEED + seed,
             stop=tuple(task.stop),
         )
+        talk = dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(n)])
         rollouts = sampler.generate(
             asked,
             params,
             sequence_offset=first,
             weight_version=weight_version,
-            environment=dialogue(task, sampler.tokenizer, [e for e in examples for _ in range(n)]),
+            environment=talk,
         )
-        columns = zip(
-            rollouts.text or [],
-            mean_logp(rollouts),
-            rollouts.completions(),
-            strict=True,
-        )
+        if talk is not None:
+            rollouts = replace(rollouts, messages=talk.messages(rollouts))
+        texts, said = rollouts.text or [], rollouts.said or []
+        columns = zip(texts, said, mean_logp(rollouts), rollouts.completions(), strict=True)
         return [_Drawn(*column) for column in columns]
 
     def scored(example: Example, text: str) -> Answer:
-        return text, call_user(
-            f"--task: {task.name}'s verifier",
-            task.verify,
-            example,
-            text,
-        )
+        return text, call_user(f"--task: {task.name}'s verifier", task.verify, example, text)
 
     greedy = generate(1, 0.0, 0)
     drawn = generate(samples, 1.0, local.start * samples) if samples else []
@@ -159,7 +157,8 @@ def evaluate(
         answers = [scored(example, d.text) for d in some]
         logp = [d.logp for d in some]
         tokens = [d.tokens for d in some]
-        answered.append(_Answered(example, best_answer, answers, logp, tokens))
+        said = [d.said for d in some]
+        answered.append(_Answered(example, best_answer, answers, logp, tokens, said))
     return _collect(world.gather(answered), bool(samples))
 
 
@@ -174,6 +173,7 @@ def _collect(rows: Sequence[_Answered], sampled: bool) -> Evaluation:
         sampled=[row.sampled for row in rows],
         logp=[row.logp for row in rows],
         tokens=[row.tokens for row in rows],
+        said=[row.said for row in rows],
     )
 
 
@@ -235,10 +235,10 @@ def candidates(evaluation: Evaluation, task: Task, reward: Reward | None) -> lis
     rewards: list[float] = []
     if reward is not None:
         prompts = [example.prompt for example, _ in samples]
-        texts = [text for _, text in samples]
+        said = [one for drawn in evaluation.said for one in drawn] or [text for _, text in samples]
         tokens = [ids for drawn in evaluation.tokens for ids in drawn]
         columns = [{"example": example, **example.fields} for example, _ in samples]
-        rewards = score([reward], prompts, texts, tokens, columns).reward
+        rewards = score([reward], prompts, said, tokens, columns).reward
 
     answers: list[object] = []
     read = getattr(task, "answer", None)
@@ -251,14 +251,7 @@ def candidates(evaluation: Evaluation, task: Task, reward: Reward | None) -> lis
         part = slice(first, first + len(drawn))
         first = part.stop
         correct = [s.correct for _, s in drawn]
-        made.append(
-            Candidates(
-                right=correct,
-                logp=logp,
-                reward=rewards[part],
-                answer=answers[part],
-            )
-        )
+        made.append(Candidates(right=correct, logp=logp, reward=rewards[part], answer=answers[part]))
     return made
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from fastrl.batch.types import Rollouts
+from fastrl.batch.types import Turn as Run
 from fastrl.data.encode import continuations
 from fastrl.errors import UserError
 from fastrl.files import call_user, location
@@ -44,6 +46,37 @@ class Dialogue:
         for turn, reward in zip(turns, rewards, strict=True):
             self.rewards[turn.index] += reward
         return [None if over else self._encode(text) for text, over in zip(observations, done, strict=True)]
+
+    def messages(self, rollouts: Rollouts) -> list[list[dict[str, str]]]:
+        """Each conversation after its prompt as chat messages: the policy's turns are the assistant's, the
+        task's answers the user's, or of the role that the task names (`role = "tool"`).
+
+        Their contents, joined, are the conversation's text.  A sequence without any token is one empty
+        message of the assistant.
+        """
+        role: str = getattr(self.task, "role", "user")
+        found = []
+        for turns in rollouts.turns():
+            runs = turns or [Run(True, [])]
+            texts = self._contents([run.tokens for run in runs])
+            speakers = ["assistant" if run.own else role for run in runs]
+            pairs = zip(speakers, texts, strict=True)
+            found.append([{"role": speaker, "content": text} for speaker, text in pairs])
+        return found
+
+    def _contents(self, runs: Sequence[Sequence[int]]) -> list[str]:
+        """The text that each run of tokens adds to those before it: some tokenizers write a word's space only
+        where something is in front of it.
+        """
+        tokens: list[int] = []
+        ends = [0]
+        for run in runs:
+            tokens += run
+            ends.append(len(tokens))
+        prefixes = [self.tokenizer.decode(tokens[:end], skip_special_tokens=True) for end in ends[1:]]
+        if all(after.startswith(before) for before, after in pairwise(prefixes)):
+            return [after.removeprefix(before) for before, after in pairwise(["", *prefixes])]
+        return [self.tokenizer.decode(list(run), skip_special_tokens=True) for run in runs]
 
     def _transcript(self, turn: Turn) -> Transcript:
         """The sequence cut where the speaker changes."""

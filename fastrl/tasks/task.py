@@ -105,7 +105,8 @@ class Conversation(Protocol):
         """(observations, rewards, done), one each per conversation in which the policy just ended a turn.
 
         A sequence's reward is the sum over its turns.  `verify` later sees the whole conversation after the
-        prompt.
+        prompt.  Reward functions see messages, the observations as those of a user; a task may have an
+        attribute `role` that names another ("tool").
         """
 
 
@@ -119,6 +120,13 @@ def notes(task: Task, split: str) -> list[str]:
     note = getattr(task, "note", None)
     said = note(split) if callable(note) else ""
     return [str(said)] if said else []
+
+
+def whole_text(said: Prompt) -> str:
+    """A completion's text; of messages, their contents end to end, which of a conversation is all that
+    follows its prompt.
+    """
+    return said if isinstance(said, str) else "".join(str(m["content"]) for m in said)
 
 
 def draw(*parts: object) -> int:
@@ -156,8 +164,7 @@ def task_reward(task: Task) -> Callable[..., list[float]]:
     ) -> list[float]:
         scores = []
         for problem, completion in zip(example, completions, strict=True):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            scores.append(task.verify(problem, text))
+            scores.append(task.verify(problem, whole_text(completion)))
 
         log_extra("message", [s.message for s in scores])
         for name in ("correct", "well_formed"):

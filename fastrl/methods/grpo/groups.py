@@ -64,9 +64,11 @@ class SampledGroups:
 
     def samples(self, group: int) -> list[LoggedSample]:
         """The first group's completions, at most four, as samples.jsonl has them."""
-        scored = self.scored
+        scored, rollouts = self.scored, self.rollouts
+        texts = rollouts.text or list(map(str, rollouts.completions()))
         columns: dict[str, Sequence[object]] = {
-            "completion": self.rollouts.text or [str(t) for t in self.rollouts.completions()],
+            "completion": texts,
+            "messages": rollouts.messages or (),
             "reward": scored.reward,
             "message": scored.message,
             **scored.extra,

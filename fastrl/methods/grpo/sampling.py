@@ -55,6 +55,8 @@ class GroupSampler:
             items, places = [prompts.item(number) for number in numbers], list(range(len(numbers)))
             count = len(numbers)
 
+        if dialogue is not None:
+            rollouts = replace(rollouts, messages=dialogue.messages(rollouts))
         repeated = [item for item in items for _ in range(config.group)]
         scored = self._score(repeated, rollouts, dialogue)
         return SampledGroups(repeated, rollouts, scored, places, count, numbers)
@@ -99,7 +101,7 @@ class GroupSampler:
         config = self.config
         prompts: list[Any] = [prompt for prompt, _ in repeated]
         columns: list[Mapping[str, Any]] = [c for _, c in repeated]
-        scored = self.prompts.score(prompts, rollouts.text, rollouts.completions(), columns)
+        scored = self.prompts.score(prompts, rollouts.said, rollouts.completions(), columns)
 
         if dialogue is not None and not config.reward:
             scored = replace(scored, reward=dialogue.rewards)

@@ -14,7 +14,7 @@ import torch
 from fastrl.algorithms.reward import Judged, RewardLoss
 from fastrl.config import Joint
 from fastrl.data.comparisons import Group
-from fastrl.data.messages import template_columns
+from fastrl.data.messages import as_read, template_columns
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.joint.groups import as_groups, as_tensors, compared, under
@@ -25,12 +25,12 @@ from fastrl.methods.reward.objective import RewardBatch
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World
 from fastrl.report.stats import correlation
-from fastrl.rewards.functions import Scored, as_message
+from fastrl.rewards.functions import Prompt, Scored, as_message
 from fastrl.train.source import Metrics, State, Step
 
 BUFFER = "comparisons."  # before the names of a checkpoint's tensors
 Score = Callable[
-    [Sequence[Any], list[str] | None, list[list[int]], Sequence[Mapping[str, Any]]], Scored
+    [Sequence[Any], Sequence[Prompt] | None, list[list[int]], Sequence[Mapping[str, Any]]], Scored
 ]  # (prompts, completions, token lists, columns) -> their rewards
 
 
@@ -53,13 +53,13 @@ class Oracle:
     def judged(
         self,
         prompts: Sequence[Any],
-        texts: list[str] | None,
+        said: Sequence[Prompt] | None,
         tokens: list[list[int]],
         columns: Sequence[Mapping[str, Any]],
     ) -> Scored:
         """The judge's rewards as numbers, the oracle's beside them."""
-        verdict = self.score(prompts, texts, tokens, columns)
-        proxy = self.judge.rewards(self._read(prompts, texts or [], columns))
+        verdict = self.score(prompts, said, tokens, columns)
+        proxy = self.judge.rewards(self._read(prompts, said or [], columns))
 
         parts = {"joint/proxy": proxy, "joint/oracle": verdict.reward}
         extra = {"oracle": verdict.reward, "proxy": proxy}
@@ -74,7 +74,7 @@ class Oracle:
         size, extra = self.config.group, groups.scored.extra
         oracle, proxy = extra.get("oracle", []), extra.get("proxy", [])
         prompts, columns = [p for p, _ in groups.items], [c for _, c in groups.items]
-        read = self._read(prompts, groups.rollouts.text or [], columns)
+        read = self._read(prompts, groups.rollouts.said or [], columns)
 
         known = [(read[i : i + size], oracle[i : i + size]) for i in range(0, len(oracle), size)]
         more = self._demonstrated(groups) if self.demonstrations else [([], [])] * len(known)
@@ -108,12 +108,12 @@ class Oracle:
         }
 
     def _read(
-        self, prompts: Sequence[Any], texts: Sequence[str], columns: Sequence[Mapping[str, Any]]
+        self, prompts: Sequence[Any], said: Sequence[Prompt], columns: Sequence[Mapping[str, Any]]
     ) -> list[Group]:
         """Completions as the reward model reads them."""
-        rows = zip(prompts, texts, columns, strict=True)
+        rows = zip(prompts, said, columns, strict=True)
         return self.judge.model.groups(
-            [(prompt, as_message(prompt, text), template_columns(row)) for prompt, text, row in rows]
+            [(p, as_read(p, as_message(p, text)), template_columns(row)) for p, text, row in rows]
         )
 
     def _compares(self, target: Sequence[float]) -> bool:
