@@ -11,7 +11,7 @@ ifneq ($(shell { $(PY) -c "import fastrl._C; print(1)"; } 2>/dev/null),1)  # no 
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo demo-seeds learning grpo-loop test test-slow ptx lint type compile-table sass bench gpu-check check clean
+.PHONY: demo demo-seeds learning grpo-loop test test-slow mutants ptx lint type compile-table sass bench gpu-check check clean
 
 demo: $(STAMP)
 	$(PY) -m fastrl.bench.studies.demo --output-dir demo
@@ -40,6 +40,10 @@ test: $(STAMP) $(OLDEST)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu and not multigpu" $(TESTS)
+
+# faults planted one at a time in a copy of the tree, each of which a test must find; WORDS=sampler chooses some
+mutants: $(STAMP)
+	$(PY) tests/mutants.py $(WORDS)
 
 # the GPU code that is interpreted in `make test`, on more shapes, and its barriers taken away one by one
 ptx: $(STAMP) $(OLDEST)
