@@ -76,8 +76,7 @@ class Interrupt:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Interrupted):
-            for process in multiprocessing.active_children():
-                process.terminate()  # workers of the user's own code; python would wait for them at its end
+            _end_workers()
         for timer in self._timers:
             timer.cancel()
         for number, handler in self._old.items():
@@ -140,6 +139,7 @@ class Interrupt:
     def _stop_now(self, number: int) -> None:
         self._say(f"{signal.Signals(number).name}: stopping now, without {self._loses}")
         self._after(UNWIND, lambda: os._exit(128 + number))
+        _end_workers()
         raise Interrupted(number)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
@@ -157,6 +157,12 @@ class Interrupt:
         with contextlib.suppress(OSError):
             start = "\r\x1b[K" if os.isatty(2) else ""  # over the progress bar
             os.write(2, f"{start}fastrl: {text}\n".encode())
+
+
+def _end_workers() -> None:
+    """End the workers that user code has started: its pools, and python at its end, would wait for them."""
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def left_to_parent(number: int) -> None:

@@ -22,6 +22,7 @@ from fastrl.errors import UserError
 from fastrl.parallel.world import World
 
 IN_FOLDER = ".fastrl.lock"
+OURS = ("__main__.py", "fastrl")  # sys.argv[0] of the command line
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Holder:
 
     @staticmethod
     def this_process() -> Holder:
-        words = [Path(sys.argv[0]).name, *sys.argv[1:2]] if sys.argv else []
+        words = ["fastrl", *sys.argv[1:2]] if Path(sys.argv[0]).name in OURS else sys.argv[:1]
         return Holder(
             pid=os.getpid(),
             host=socket.gethostname(),
