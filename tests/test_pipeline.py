@@ -160,7 +160,7 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_trains(tmp_path, monk
         ({"reward": [f"{tmp_path}/fails.py:f"]}, "fails.py raised ZeroDivisionError"),
         ({"reward": ["model:nowhere"]}, "--reward: expected a folder, got nowhere"),
         ({"model": "nowhere"}, "--model: expected a folder, got nowhere, which is not there"),
-        ({"tokenizer": "nowhere"}, "--tokenizer: expected a folder, got nowhere"),
+        ({"tokenizer": "nowhere"}, "--tokenizer: expected a folder with tokenizer files, got nowhere"),
         ({"task": "card"}, "--task: expected one of cards"),
         ({"micro_tokens": 0}, "--micro-tokens: expected at least 1"),
         ({"grop": 3}, "unknown key 'grop'; did you mean"),

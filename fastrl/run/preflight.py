@@ -19,7 +19,7 @@ from fastrl.files import hub_advice, key_values
 from fastrl.methods import command_of, method_of
 from fastrl.methods.grpo.prompts import VERIFIER
 from fastrl.model.fields import refuse
-from fastrl.model.folder import model_folder
+from fastrl.model.folder import existing_folder, model_folder
 from fastrl.model.weights import read_config
 from fastrl.rewards.functions import MODELS, load_reward
 from fastrl.run.session import check_options
@@ -48,7 +48,7 @@ def preflight(config: Run, later: Collection[str] = ()) -> list[str]:
         if name is not None:
             found.append(f"{option.replace('_', ' ')} {name}: {_model(option, name, later)}")
     if config.tokenizer is not None:
-        found.append(f"tokenizer {config.tokenizer}: {_folder('tokenizer', config.tokenizer, later)}")
+        found.append(f"tokenizer {config.tokenizer}: {_tokenizer(config.tokenizer, later)}")
     for spec in getattr(config, "reward", ()):
         found.append(f"reward {spec}: {_reward(spec, later)}")
     if config.dataset is not None:
@@ -61,22 +61,25 @@ def preflight(config: Run, later: Collection[str] = ()) -> list[str]:
 
 
 def _model(option: str, name: str, later: Collection[str]) -> str:
-    path = name if name in later else model_folder(name, f"--{option.replace('_', '-')}")
-    if name in later or not Path(path).is_dir():
-        return _folder(option, name, later)
-    refuse(read_config(Path(path)))
-    return "a model"
-
-
-def _folder(option: str, name: str, later: Collection[str]) -> str:
     if name in later:
         return "of an earlier stage"
-    if not Path(name).expanduser().exists():
-        flag = f"--{option.replace('_', '-')}"
-        raise UserError(
-            f"{flag}: expected a folder, got {name}, which is not there "
-            f"(looked in {Path.cwd()}){hub_advice(name, flag)}"
-        )
+    flag = f"--{option.replace('_', '-')}"
+    path = model_folder(name, flag)
+    if path.is_dir():
+        refuse(read_config(path))
+        return "a model"
+    if path.exists():
+        return "the configuration of one"
+    raise UserError(
+        f"{flag}: expected a folder, got {name}, which is not there (looked in {Path.cwd()})"
+        f"{hub_advice(name, flag)}"
+    )
+
+
+def _tokenizer(name: str, later: Collection[str]) -> str:
+    if name in later:
+        return "of an earlier stage"
+    existing_folder(name, "--tokenizer", "a folder with tokenizer files")
     return "found"
 
 

@@ -149,7 +149,8 @@ def test_a_time_limit_stops_like_a_signal(tmp_path, monkeypatch):
     train(straight)
     with monkeypatch.context() as patch:
         patch.setattr(fastrl.run.interrupt, "time", type("Clock", (), {"monotonic": lambda: next(ticks)}))
-        assert 0 < train(limited).steps < 9
+        done = train(limited)
+        assert 0 < done.steps < 9 and done.exit_code == 0, "a limit that was asked for is a normal end"
     assert train(replace(limited, resume=True, max_seconds=0.0)).steps == 9
     assert_same_run(straight.output_dir, limited.output_dir, 9)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import assert_same_run, lines, sft
@@ -134,6 +135,20 @@ def test_every_command_ends_with_the_number_of_its_signal(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_dispatch", lambda args: kill(signal.SIGTERM)())
     assert cli.main(["env"]) == 143 and capsys.readouterr().err == "fastrl: ended by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_step_that_fails_keeps_what_there_is(tmp_path, monkeypatch, capsys):
+    """Wrong implementations: exit code 0; metrics of the steps before it lost; no word of how to go on."""
+    config = sft(tmp_path, steps=6, eval=Eval(), save=Save(every=2))
+    monkeypatch.setitem(cli.COMMANDS, "env", replace(cli.COMMANDS["env"], target="fastrl.planted:run"))
+    monkeypatch.setitem(sys.modules, "fastrl.planted", SimpleNamespace(run=lambda options: train(config)))
+    at_step(monkeypatch, 4, lambda: 1 / 0)
+    assert cli.main(["env"]) == 1 and steps(config.output_dir) == ["step_2"]
+    told = capsys.readouterr()
+    assert "stopped in step 4, without 2 steps: the newest checkpoint is step_2; continue with" in told.out
+    assert "internal error: ZeroDivisionError" in told.err
+    assert [row["step"] for row in lines(config.output_dir)] == [1, 2, 3, 4]
+    assert not list(Path(config.output_dir).glob(".*lock*"))
 
 
 # --- the clock --------------------------------------------------------------------------------------
