@@ -24,6 +24,7 @@ from fastrl.files import JsonObject
 from fastrl.model.folder import META, checkpoints_of
 from fastrl.model.language import Tokenizer
 from fastrl.model.tokenizer import save_tokenizer
+from fastrl.run.remembered import RUN
 
 STATE = "trainer.safetensors"
 TEMPORARY = "temporary"  # in trainer.json: the next checkpoint replaces this one
@@ -118,6 +119,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     try:
         meta = json.loads((path / META).read_text())
         sizes = dict(meta.pop("files"))
+        meta.pop(RUN, None)  # not the trainer's: its options, which remembered.py reads
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {path}: {META} is missing or damaged ({error}); {ADVICE}") from error
 
