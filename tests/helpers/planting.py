@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,12 @@ from mutant_table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # for the tests of one fault; a fault that makes them hang is killed
-BUILD_SECONDS = 1800
+ENVIRONMENT = {  # read when torch and Triton are imported: see tests/conftest.py
+    "OMP_NUM_THREADS": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "MKL_CBWR": "AUTO,STRICT",
+    "TRITON_INTERPRET": "1",
+}
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", ".triton", "runs", "demo", "build", "__pycache__", "*.egg-info", ".*_cache"
 )
@@ -56,28 +64,47 @@ class Copy:
         if shared.is_dir():
             (folder / "shared").symlink_to(shared)
         self.clock = itertools.count(int(time.time()) + 60, 60)
-
-    def run(self, command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-        """The exit code (None after `seconds`), and what was printed."""
-        environment = os.environ | {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
-        try:
-            done = subprocess.run(
-                command, cwd=self.root, env=environment, timeout=seconds, capture_output=True, text=True
-            )
-        except subprocess.TimeoutExpired:
-            return None, f"no end after {seconds:.0f} s"
-        return done.returncode, done.stdout + done.stderr
+        self.log = folder / "told.txt"
+        self.environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.root)}
+        self.server: subprocess.Popen[str] | None = None
 
     def test(self, tests: Sequence[str], seconds: float = SECONDS) -> tuple[int | None, str]:
-        """Run tests, up to the first that fails."""
-        places = [f"tests/{test}" for test in tests]
+        """Run tests up to the first that fails: the exit code, None after `seconds`; what was printed."""
         options = ["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=no", "-m", UNMARKED]
-        return self.run([sys.executable, "-m", "pytest", *options, *places], seconds)
+        asked = json.dumps([[*options, *(f"tests/{test}" for test in tests)], str(self.log)])
+        server = self._server()
+        assert server.stdin is not None and server.stdout is not None
+        print(asked, file=server.stdin, flush=True)
+
+        alarm = threading.Timer(seconds, self.close)
+        alarm.start()
+        answer = server.stdout.readline()
+        alarm.cancel()
+        told = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        return (int(answer), told) if answer else (None, f"no end after {seconds:.0f} s")
+
+    def _server(self) -> subprocess.Popen[str]:
+        if self.server is None:
+            command = [sys.executable, str(ROOT / "tests" / "helpers" / "warm_pytest.py")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.server = subprocess.Popen(
+                command, cwd=self.root, env=self.environment, start_new_session=True, **pipes
+            )
+        return self.server
+
+    def close(self) -> None:
+        """End the server and what it runs."""
+        server, self.server = self.server, None
+        if server is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
     def build(self) -> str:
         """Build the extension; what went wrong."""
-        code, told = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
-        return "" if code == 0 else told
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        return "" if done.returncode == 0 else done.stdout + done.stderr
 
     def judge(self, mutant: Mutant) -> Outcome:
         """Plant a fault, run its tests, and take it out again."""
@@ -91,7 +118,7 @@ class Copy:
             self._write(path, sound)
         seconds = time.monotonic() - began
         last = told.strip().splitlines()[-1:]
-        if code in (FAILED, None):
+        if code is None or code == FAILED or code < 0:  # a signal: the fault crashes Python
             return Outcome(mutant, "killed", seconds, *last)
         if code == PASSED:
             return Outcome(mutant, "equivalent" if mutant.equivalent else "survived", seconds)
@@ -147,8 +174,13 @@ def outcomes(mutants: Sequence[Mutant], jobs: int, folder: Path, *, trust: bool)
             with lock:
                 free.append(copy)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(judge, mutants)
+    copies = list(free)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(judge, mutants)
+    finally:
+        for copy in copies:
+            copy.close()
 
 
 def line(outcome: Outcome) -> str:

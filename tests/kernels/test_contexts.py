@@ -77,6 +77,17 @@ def test_autocast(name, dtype, inside):
     assert [g.dtype for g in found] == [torch.float32] * len(found)
 
 
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.product])
+def test_autocast_leaves_float64_alone(name):
+    """As torch does: a gradient check under autocast is a check in float64."""
+    row = ROWS[name]
+    leaves = [x.requires_grad_(row.gradients) for x in row.leaves(dtype=torch.float64)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plainly(row, leaves)
+    agree(found, plainly(row, [x.detach().requires_grad_(row.gradients) for x in leaves]), 1e-12)
+    assert {x.dtype for x in found} == {torch.float64}
+
+
 @EACH
 def test_autocast_with_mixed_dtypes(name):
     """Hidden states of autocast's dtype and float32 weights, as a trainer with bf16=True has them."""
