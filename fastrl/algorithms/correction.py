@@ -53,12 +53,20 @@ class Correction:
     level      whether w is that of each token, or of its whole sequence: a row of LEVELS
     rule       (w, the token's own w, low, high) -> its weight
     low, high  the bounds
+    drops      whether tokens with a weight of 0 leave the batch, and with it every term of the loss and all
+               denominators (verl); else they count there, and only the policy term loses them
     """
 
     level: Literal["token", "sequence", "geometric"]
     rule: Callable[[Tensor, Tensor, float, float], Tensor]
     low: float
     high: float
+    drops: bool = False
+
+    @property
+    def masks(self) -> bool:
+        """Whether it gives a weight of 0 to what is outside its bounds."""
+        return self.rule is not _truncate
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:

@@ -25,7 +25,10 @@ different:
     verl   z-scores divide by std + 1e-6; the dual clip (3; 10 in its DAPO example) is on; token mean unless
            the loss fixes its own; the bound of CISPO is 1 + 0.2; GPG's alpha counts non-zero rewards; k3 is
            cut off at 10, where its gradient becomes 0.  A group of one has the raw reward as its advantage
-           there; such runs are refused here.  Its Dr. GRPO divides by the padded length unless
+           there; such runs are refused here.  What a mask of the sampler against the trainer rejects
+           (token_mask, sequence_mask, geometric_mask: its rollout_rs) leaves the loss, KL, entropy and every
+           denominator; whitened advantages are over all tokens here, there over those that are
+           left.  Its Dr. GRPO divides by the padded length unless
            `loss_scale_factor` is set; ours by the generation budget.  Its GSPO holds log-ratios below 10,
            ours below 20.
     nemo   The baseline leaves the sample out, and so does the deviation (`leave_one_out_zscore`, eps 1e-6),
@@ -33,17 +36,23 @@ different:
            of CISPO is 1 + 5; whitening divides by the biased deviation; the loss of k3 has the score
            function's term, which makes its gradient that of k2, and none where k3 exceeds 10.
 
-Sources: TRL 1.16 (`GRPOTrainer._compute_loss`), verl `core_algos.py` at 1dda039 and 018f23b, NeMo-RL's
-`loss_functions.py` and `advantage_estimator.py` at 7ea279a and 006907a.
+A rejected token counts in the denominators of TRL (`vllm_importance_sampling_mode`), NeMo-RL (icepop,
+seq-mask-tis) and OpenRLHF (the same names), as in the published methods: they multiply its loss by 0.
+
+Sources: TRL 1.16 (`GRPOTrainer._compute_loss`), verl `core_algos.py` at 1dda039 and 018f23b and
+`rollout_corr_helper.py` at 0b4e2a8, NeMo-RL's `loss_functions.py` and `advantage_estimator.py` at 7ea279a and
+006907a.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.aggregate import token_mean
+from fastrl.algorithms.correction import Correction
 from fastrl.errors import UserError
 from fastrl.ops import SURROGATES
 
@@ -113,6 +122,7 @@ SEMANTICS: dict[str, dict[str, Columns]] = {
         "reinforce++_baseline": _advantage("center_whiten", ddof=0),
     },
 }
+DROPS = ("verl",)  # trainers that count only what a mask of sampler against trainer keeps
 # preset -> estimator that its trainer has -> ours that does the same
 KL: dict[str, dict[str, str]] = {
     "trl": {"k3": "k3", "k3_is": "k3_is"},
@@ -135,6 +145,11 @@ def columns(semantics: str, name: str) -> Columns:
             f"--semantics: {semantics} has no {name}; leave it out, or take one of its own: {', '.join(rows)}"
         )
     return rows[name]
+
+
+def settled(semantics: str, correction: Correction) -> Correction:
+    """A correction as a preset's trainer counts what it rejects."""
+    return replace(correction, drops=semantics in DROPS and correction.masks)
 
 
 def estimator(semantics: str, name: str) -> str:

@@ -73,6 +73,7 @@ ROLLOUT_METRICS = (  # sums: those of methods/grpo/groups.py
     Metric("rollout/tokens", parts="sum"),
     Metric("sampler/staleness_mean", parts=Ratio("stale", "tokens", empty=0.0)),
     Metric("sampler/staleness_max", parts="max"),
+    Metric("sampler/rejected"),
     Metric("refill/groups"),
     Metric("refill/kept"),
 )

@@ -34,6 +34,16 @@ def correct(batch: Batch, correction: Correction, logp: Tensor) -> Batch:
     return replace(batch, old_logp=logp, sampler_logp=batch.old_logp, correction=spread_out)
 
 
+def without_rejected(batch: Batch, world: World) -> tuple[Batch, float]:
+    """The batch without the tokens whose correction is 0, and the share of tokens that these were, over all
+    processes.  Before `weigh`, so that no denominator counts them.
+    """
+    assert batch.correction is not None
+    kept = batch.mask & (batch.correction != 0)
+    tokens, left = world.sum(float(batch.mask.sum()), float(kept.sum()))
+    return replace(batch, mask=kept).with_known(), 1 - left / tokens if tokens else 0.0
+
+
 def weigh(batch: Batch, algorithm: Algorithm, world: World, *, max_length: int) -> Batch:
     """The batch with its tokens' weights: the algorithm's aggregate over the whole optimizer step, all
     processes included.

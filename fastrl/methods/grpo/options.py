@@ -15,7 +15,7 @@ from fastrl.algorithms.advantage import ADVANTAGES
 from fastrl.algorithms.correction import CORRECTIONS
 from fastrl.algorithms.objective import ALGORITHMS, Algorithm
 from fastrl.algorithms.prepare import drop_stale, gamma_weight, geometric_mean
-from fastrl.algorithms.presets import columns, estimator
+from fastrl.algorithms.presets import columns, estimator, settled
 from fastrl.config import GroupRelative, OnPolicy
 from fastrl.errors import UserError, choose, require
 from fastrl.kernels.surrogates import name_of
@@ -148,7 +148,7 @@ def _with_correction(algorithm: Algorithm, config: OnPolicy) -> Algorithm:
     correction = choose(config.correction, CORRECTIONS, "--correction")
     low = correction.low if low is None else low
     high = correction.high if high is None else high
-    correction = replace(correction, low=low, high=high)
+    correction = settled(config.semantics, replace(correction, low=low, high=high))
     if gamma_weight in algorithm.prepare and correction.level != "token":
         raise UserError(
             f"--correction: {config.algorithm.name} sums the corrections of a sequence's tokens; "

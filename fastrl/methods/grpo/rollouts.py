@@ -21,7 +21,7 @@ from fastrl.methods.grpo.refill import fill
 from fastrl.methods.grpo.sampling import GroupSampler
 from fastrl.parallel.world import World
 from fastrl.train.source import Metrics, State, Step
-from fastrl.train.weighting import correct
+from fastrl.train.weighting import correct, without_rejected
 
 LogProbs = Callable[[Batch], Tensor]  # a batch -> (T,) log-probs of its loss tokens, nats
 
@@ -50,7 +50,7 @@ class ExtraLogProbs:
 
     reference   under the reference model; None where the algorithm compares with none
     trainer     under the weights before the step's first update: called once per step, only if there is a
-                correction and the step has several updates
+                correction and either the step has several updates or what it rejects leaves the batch
     correction  what makes up for the sampler's distance from the trainer; None trusts the recorded log-probs
     """
 
@@ -68,16 +68,17 @@ class RolloutSource:
     def __init__(
         self, config: OnPolicy, groups: GroupSampler, extra: ExtraLogProbs, shaping: Shaping, world: World
     ) -> None:
-        several = config.minibatches * config.epochs > 1
-        if extra.correction is not None and extra.trainer is None and several:
+        drops = extra.correction is not None and extra.correction.drops
+        early = drops or config.minibatches * config.epochs > 1
+        if extra.correction is not None and extra.trainer is None and early:
             raise ValueError(
                 "trainer: expected a function of the batch, got None; "
-                "a correction over several updates needs it"
+                "a correction over several updates, or one that drops tokens, needs it"
             )
         self.config, self.groups, self.shaping, self.world = config, groups, shaping, world
         # With one update per step its own forward pass is the trainer's: `Algorithm.corrected` computes the
         # correction there.
-        self.extra = extra if several else replace(extra, correction=None)
+        self.extra = extra if early else replace(extra, correction=None)
 
     def collect(self, step: int, version: int) -> Step[Batch]:
         """Sample, score and shape the groups of `step`; a batch for each of its optimizer steps."""
@@ -124,6 +125,7 @@ class RolloutSource:
 
     def _batch(self, groups: SampledGroups, samples: list[int]) -> tuple[Batch, Metrics]:
         """The local samples with their credit and every other column."""
+        rejected: Metrics = {}
         samples, credit = self.shaping.credit(groups, samples)
         batch = self._pack(groups, samples)
 
@@ -131,9 +133,12 @@ class RolloutSource:
         if self.extra.correction is not None:
             assert self.extra.trainer is not None
             batch = correct(batch, self.extra.correction, self.extra.trainer(batch))
+            if self.extra.correction.drops:
+                batch, rejected["sampler/rejected"] = without_rejected(batch, self.world)
         if self.extra.reference is not None:
             batch = replace(batch, ref_logp=self.extra.reference(batch))
-        return self.shaping.columns(batch, groups, samples, credit)
+        batch, metrics = self.shaping.columns(batch, groups, samples, credit)
+        return batch, metrics | rejected
 
     def _pack(self, groups: SampledGroups, samples: list[int]) -> Batch:
         """The samples, in the order given; the log-prob recorded while sampling is the old one."""

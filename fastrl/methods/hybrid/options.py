@@ -61,6 +61,12 @@ def check_mixture(config: Hybrid, row: HybridAlgorithm, *, turns: bool = False) 
     scored = "1, at which demonstrations and pairs are scored"
     require("--sampling.temperature", temperature, temperature == 1, scored)
     if row.others:
+        correction = row.policy.correction
+        drops = correction is not None and correction.drops
+        anywhere = (
+            f"one that truncates with --semantics {config.semantics}, whose masks drop what was not sampled"
+        )
+        require("--correction", config.correction, not drops, anywhere)
         unsolved = "0: it drops the unsolved prompts, which learn from what joins their group"
         require("--refill", config.refill, config.refill == 0, unsolved)
         require("--tail", config.tail, config.tail != "carry", "finish or cut")
