@@ -104,7 +104,7 @@ def run(options: Options) -> PipelineResult:
 def _run_stage(stage: Stage, progress: str, options: Options, world: World) -> int:
     """Train a stage, unless that is done; the exit code of a pipeline that is to stop here."""
     checkpoints = checkpoint.complete_checkpoints(stage.folder)
-    done = bool(checkpoints) and checkpoints[-1] == stage.last
+    done = _is_done(stage)
     if world.is_main:
         print(f"{progress}: " + ("done before" if done else f"fastrl {stage.command}"))
     if done:
@@ -148,12 +148,18 @@ def _preflight(stages: Sequence[Stage]) -> list[list[str]]:
     written: list[str] = []
     for stage in stages:
         try:
-            found.append(preflight(stage.config, written))
+            looked_at = ["done before"] if _is_done(stage) else preflight(stage.config, written)
         except UserError as error:
             raise UserError(f"{stage.where}: {error}") from error
+        found.append(looked_at)
         if stage.config.steps > 0:
             written.append(str(stage.last))
     return found
+
+
+def _is_done(stage: Stage) -> bool:
+    """Whether a stage has its last checkpoint: what it was made from may be gone."""
+    return checkpoint.complete_checkpoints(stage.folder)[-1:] == [stage.last]
 
 
 # --- the file ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -40,7 +40,7 @@ from fastrl.parallel.world import World, init_world
 from fastrl.run.kernels import say_kernels
 from fastrl.run.listed import read_prompt_rows
 from fastrl.run.lock import claimed
-from fastrl.run.log import replace_text
+from fastrl.run.log import replace_text, writing
 from fastrl.sampler import SAMPLERS, SamplingParams
 from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Prompt
@@ -123,8 +123,7 @@ def _generate(config: Generate, path: Path, world: World) -> None:
                 )
                 written = _texts(prompts[part], rollouts, first, config.n, terminal=terminal)
                 texts = written[max(0, rows - offset) :]
-            out.write("".join(world.gather(texts)))
-            out.flush()
+            _write(out, "".join(world.gather(texts)), config)
             last = chunks[turn : turn + world.size][-1]
             progress.prompts(min(last + CHUNK, len(prompts)), int(world.sum(progress.sampled)[0]))
 
@@ -160,8 +159,21 @@ def _output(config: Generate, path: Path, world: World) -> Iterator[TextIO]:
     if config.output == "-" and world.is_main:
         yield sys.stdout
     else:
-        with (path if world.is_main else Path(os.devnull)).open("a", encoding="utf-8") as file:
+        file = (path if world.is_main else Path(os.devnull)).open("a", encoding="utf-8")
+        try:
             yield file
+        except BaseException:
+            with suppress(OSError):  # of a full disk, which is what is being reported
+                file.close()
+            raise
+        file.close()
+
+
+def _write(out: TextIO, text: str, config: Generate) -> None:
+    """Write completions.  Raises UserError naming the file where that fails."""
+    with nullcontext() if config.output == "-" else writing(Path(config.output), len(text)):
+        out.write(text)
+        out.flush()
 
 
 # --- the output file --------------------------------------------------------------------------------

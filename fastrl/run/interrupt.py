@@ -199,9 +199,10 @@ class _Outlasting:
             yield
         except OSError as error:
             self._failed(error)
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and for all that follows
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            with contextlib.suppress(OSError, AttributeError):  # of a stream that is no file
+                nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and for all that follows
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
 
 @contextlib.contextmanager

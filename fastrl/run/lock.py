@@ -104,9 +104,11 @@ def _take(lock: Path, target: Path, option: str) -> tuple[Holder, list[Path]]:
         raise UserError(
             f"{option}: expected a folder, got {lock.parent}, where a file is in the way"
         ) from None
+    except OSError as error:
+        raise UserError(f"{option}: {target} cannot be written ({error.strerror})") from error
 
     mine = Holder.this_process()
-    while not _made(lock, mine):
+    while not _made(lock, mine, f"{option}: {target}"):
         holder = _read(lock)
         gone = None if holder is None else holder.is_gone()
         if holder is None and not lock.exists():
@@ -126,10 +128,16 @@ def _by(holder: Holder | None, gone: bool | None, lock: Path) -> str:
     return f"by {holder}; wait for it, stop it, or name another output"
 
 
-def _made(lock: Path, mine: Holder) -> bool:
-    """Make the lock with its contents in one move, if there is none."""
+def _made(lock: Path, mine: Holder, what: str) -> bool:
+    """Make the lock with its contents in one move, if there is none.  Raises UserError naming `what`, where
+    nothing can be written.
+    """
     draft = lock.with_name(f"{lock.name}.{mine.pid}")
-    draft.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+    try:
+        draft.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"{what} cannot be written ({error.strerror})") from error
     try:
         os.link(draft, lock)
     except FileExistsError:

@@ -191,8 +191,10 @@ class RunLog:
         would be lost, and what stands there may be another run's.
         """
         path = self.folder / METRICS
-        written = os.fstat(self._metrics.fileno())
-        if not path.exists() or path.stat().st_ino != written.st_ino:
+        ours = os.fstat(self._metrics.fileno())
+        there = path.stat() if path.exists() else None
+        # a remote file system may give a file another number, but not another size
+        if there is None or (there.st_ino != ours.st_ino and there.st_size != ours.st_size):
             raise UserError(
                 f"{path}: removed or replaced while the run was writing to it, which ends the run; "
                 "start it again in a folder of its own"

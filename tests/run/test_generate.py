@@ -313,6 +313,12 @@ def test_more_prompts_may_follow_and_a_device_file_takes_none(model, folder, str
 
 
 # --- progress ---------------------------------------------------------------------------------------
+def test_a_full_disk_is_one_line_with_the_file(model, folder, capsys):
+    """Wrong implementation: `[Errno 28]` without a path."""
+    assert run(model, "--prompts", str(folder / "p.txt"), "--output", "/dev/full") == 1
+    assert re.search(r"error: /dev/full: \d+ bytes could not be written \(No space", capsys.readouterr().err)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -94,6 +94,9 @@ def test_every_command_that_writes_asks(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=f"--output-dir: expected a folder, got {file}"):
         train(replace(config, output_dir=str(file)))
 
+    with pytest.raises(UserError, match=r"--output-dir: /proc/run cannot be written \(No such file"):
+        train(replace(config, output_dir="/proc/run"))
+
     model, out = str(tmp_path / "model"), tmp_path / "out.json"
     decoder().save_pretrained(model)
     tokenizer().save_pretrained(model)
