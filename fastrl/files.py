@@ -203,7 +203,8 @@ def hub_advice(name: str, option: str, kind: str = "model") -> str:
 
     kind  "model" or "dataset"
     """
-    if not _HUB_NAME.fullmatch(name) or Path(name).exists():
+    is_file = Path(name).suffix in (".json", ".jsonl", ".yaml", ".yml", ".toml", ".py", ".parquet", ".csv")
+    if not _HUB_NAME.fullmatch(name) or is_file or Path(name).exists():
         return ""
     cached = _cached(name, kind)
     if cached is not None:

@@ -83,10 +83,10 @@ def load_model(
     reason = "" if own_code else unsupported(config)
     if reason or own_code:
         name = architecture(config)
-        why = f"the fast decoder does not take {reason}" if name in FAMILIES else f"it is none of {FAST}"
+        why = f"which does not take {reason}" if name in FAMILIES else f"which is for {FAST}"
         if own_code:
-            why = "its code is the folder's own"
-        notice(f"{name} runs through transformers, several times slower than the fast decoder: {why}")
+            why = "because its code is the folder's own"
+        notice(f"{name} runs through transformers, several times slower than the fast decoder, {why}")
         if folder is not None:
             return Adapter.from_pretrained(folder, dtype, device, trust=own_code)
         return Adapter.from_config(config, dtype=dtype, device=device, seed=seed)

@@ -122,7 +122,7 @@ def strange(config: Settings) -> list[str]:
         if value is None or (neutral is not None and any(value == other for other in neutral)):
             continue
         known = " or ".join(map(repr, neutral or ()))
-        expected = known or "none, because the fast decoder does not know it"
+        expected = known or "none, for nothing is known of it (remove it if it changes nothing)"
         wrong.append(f"{key}: expected {expected}, got {value!r}")
     return wrong
 

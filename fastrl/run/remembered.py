@@ -16,7 +16,8 @@ from fastrl.errors import notice
 from fastrl.files import JsonObject, key_values
 from fastrl.model.folder import CHECKPOINTS, META, model_folder
 
-RUN = "run"  # in trainer.json: the options of the run that wrote the checkpoint
+RUN = "run"  # in trainer.json: the options of its run that decide what an evaluation finds
+KEPT = ("task", "task_options", "eval", "max_new_tokens", "sampling", "dtype", "exact")
 LONGEST = "max_new_tokens"  # and the longest completion of its evaluations, tokens
 
 
@@ -40,7 +41,8 @@ class Plan:
 
 def to_remember(config: Run, max_new_tokens: int) -> JsonObject:
     """What a checkpoint keeps of its run, plain values; a task of the user's own by its absolute path."""
-    options = yaml.safe_load(dump(config))
+    whole = yaml.safe_load(dump(config))
+    options = {name: whole[name] for name in KEPT if name in whole}
     options["task"] = _absolute(config.task)
     return {RUN: options, LONGEST: max_new_tokens}
 

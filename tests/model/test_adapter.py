@@ -162,13 +162,13 @@ def test_load_model_says_when_and_why_it_takes_the_slow_way(monkeypatch):
     monkeypatch.setattr(adapter, "notice", said.append)
     model = load_model(GPT2, seed=1)
     assert said[0] == (
-        "GPT2LMHeadModel runs through transformers, several times slower than the fast decoder: "
-        "it is none of LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        "GPT2LMHeadModel runs through transformers, several times slower than the fast decoder, "
+        "which is for LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     )
     assert isinstance(model, Adapter)
     assert torch.equal(model.head_weight, load_model(GPT2, seed=1).head_weight)
     assert isinstance(load_model(tiny_config("llama", attention_bias=True)), Adapter)
-    assert said[-1].endswith("the fast decoder does not take attention_bias: expected false, got True")
+    assert said[-1].endswith("which does not take attention_bias: expected false, got True")
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ def test_every_field_of_the_families_is_as_in_transformers(family):
     assert not unknown, "transformers has new fields: give them values here and a meaning in model/fields.py"
     base = tiny_config(family, initializer_range=0.2, num_key_value_heads=2, tie_word_embeddings=False)
     base["vocab_size"] = 40
+    whole = CLASSES[family](**{k: v for k, v in base.items() if k != "model_type"}).to_dict()
+    assert verdict(whole | {"architectures": base["architectures"]}) == "equal", "every field, its default"
     found = {}
     for name, values in VALUES.items():
         for beside in BESIDE.get(name, [{}]):
