@@ -226,7 +226,8 @@ _TABLE = (  # names, separated by blanks, and what to give instead
     ("model_revision", "--model is a folder; download the revision you want"),
     ("tokenizer_name tokenizer_name_or_path", "give --tokenizer"),
     ("eos_token pad_token", _TOKENIZER),
-    ("model_init_kwargs dataset_kwargs generation_kwargs chat_template_kwargs", _KWARGS),
+    ("model_init_kwargs dataset_kwargs generation_kwargs", _KWARGS),
+    ("chat_template_kwargs", "give it to each row, as a column chat_template_kwargs of the dataset"),
     ("router_aux_loss_coef", _ROUTER),
     ("use_cache", _ABSENT),
     (

@@ -236,14 +236,17 @@ def _shared(a: str, b: str) -> str:
 def _given(talk: Talk, i: int, text: Rendered, tokenizer: Tokenizer) -> str:
     """The prompt for turn `i` behind the message before it, where that prompt has another history."""
     prompt = _located(talk, i, tokenizer, generate=True)
-    if i - 1 not in prompt.starts or i - 1 not in text.starts:
+    if i - 1 in prompt.starts and i - 1 in text.starts:
+        begin, end = _turn(text, i - 1)
+        last = text.text[begin:end]
+        given = prompt.text[prompt.starts[i - 1] :]
+        if given.startswith(last):
+            return given[len(last) :]
+
+    usual = _prompt(tokenizer, template_of(tokenizer, talk.extras))
+    if not usual:
         raise _refusal(talk)
-    begin, end = _turn(text, i - 1)
-    last = text.text[begin:end]
-    given = prompt.text[prompt.starts[i - 1] :]
-    if not given.startswith(last):
-        raise _refusal(talk)
-    return given[len(last) :]
+    return usual
 
 
 # --- templates that say what is trained -------------------------------------------------------------
@@ -331,6 +334,8 @@ def _closed(segments: Sequence[Segment], talk: Talk, tokenizer: Tokenizer, templ
         turn, context = segments[k], segments[k + 1]
         if not ends_in_special(turn.text, tokenizer):
             stop = leading_special(context.text, tokenizer)
+            if prompt.startswith(stop):  # what begins another answer is no end of this one
+                stop = ""
             segments[k] = turn._replace(text=turn.text + stop)
             segments[k + 1] = context._replace(text=context.text[len(stop) :])
 

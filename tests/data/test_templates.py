@@ -263,6 +263,10 @@ def test_a_turn_without_an_end_ends_in_the_next_ones_token():
     open_ended = bytes_tokenizer(CHATML.replace("<|end|>\n", ""), eos="<|other|>")
     talk = [*ASK, *SAY, *ASK, {"role": "assistant", "content": "bye"}]
     assert row(open_ended, messages=talk)[0] == "yo<|user|>bye<|user|>"
+    assert (
+        row(open_ended, messages=[*ASK, *SAY, *SAY])[1] == "<|user|>hi<|assistant|>yo<|assistant|>yo<|user|>"
+    )
+    assert row(open_ended, messages=[*ASK, *SAY, *SAY])[0] == "yoyo<|user|>", "a prompt is no end"
     said = {"role": "assistant", "content": "", "tool_calls": [call("f", {})]}
     calls = [*ASK, said, {"role": "tool", "name": "f", "content": "2"}, *SAY]
     assert row(open_ended, messages=calls)[0].split("</call>")[1] == "<|tool|>yo<|user|>"
@@ -278,6 +282,8 @@ def test_reasoning_that_leaves_the_history_is_trained_where_it_is_said():
     talk = [*ASK, {"role": "assistant", "content": "<think>a</think>b"}]
     trained, whole = row(drops, messages=talk * 2)
     assert trained == "<think>a</think>b<|end|>" * 2 and whole.count("<think>") == 2
+    twice = [*ASK, talk[1], talk[1]]
+    assert row(drops, messages=twice)[0] == "<think>a</think>b<|end|>" * 2, "two turns in a row"
     trained, whole = row(drops, messages=talk * 2, turns="last")
     assert trained == "<think>a</think>b<|end|>" and whole.count("<think>") == 1
 
