@@ -67,7 +67,7 @@ SAMPLER = [
     ),
     *rows_of(
         "fastrl/sampler/turns.py",
-        "sampler/test_episodes.py",
+        "sampler/test_engine.py",
         (
             "return length < self.until and",
             "return length <= self.until and",

@@ -5,6 +5,7 @@ and that nothing is lost or mixed up.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,6 +253,44 @@ def test_an_observation_is_read_by_what_follows():
         with torch.no_grad():
             best = (model(row) @ model.head_weight.T).argmax(-1)
         assert (best[:-1] == row[1:])[mask[1:]].all()
+
+
+def test_an_answer_needs_room_for_a_token_after_it():
+    """Wrong implementation: an observation up to the very limit, whose next token belongs to another
+    sequence's records.
+    """
+    model, prompt = decoder(eos_token_id=[3, 4, 5], max_position_embeddings=400), LONG[0]
+    params = SamplingParams(max_new_tokens=40, seed=5)
+    alone = Sampler(model).generate([prompt], params)
+    assert alone.finish_reason == ["stop"]
+    end = len(alone.tokens)
+    for limit, heard in ((end + 3, 0), (end + 4, 3)):
+        rollouts = Sampler(model).generate(
+            [prompt],
+            replace(params, max_length=limit),
+            environment=lambda turns: [
+                [29, 28, 27] if len(t.tokens) == end - len(prompt) else None for t in turns
+            ],
+        )
+        assert int((~rollouts.completion_mask).sum()) - len(prompt) == heard
+        assert (rollouts.finish_reason == ["length"] or heard) and len(rollouts.tokens) <= limit
+
+
+def test_turns_that_end_at_a_page_s_border_are_answered_once():
+    """Wrong implementations: the page after it taken for one that the row has; an episode that is over shown
+    to the environment again.
+    """
+    model, shown = decoder(max_position_embeddings=400), []
+    params = SamplingParams(n=4, max_new_tokens=3, stop=tuple(range(2, 31)), seed=5)
+
+    def answer(turns: list[Turn]) -> list[list[int] | None]:
+        shown.extend((t.index, len(t.tokens)) for t in turns)
+        return [[2 + 3 * t.index] * (5 + t.index) if len(t.tokens) < 9 else None for t in turns]
+
+    rollouts = Sampler(model).generate([LONG[1], LONG[4]], params, environment=answer)
+    assert len(LONG[1]) == 64, "with the token of a turn, one more than a page holds"
+    agree(model, rollouts)
+    assert len(shown) == len(set(shown)) >= 16
 
 
 # --- weights and memory -----------------------------------------------------------------------------

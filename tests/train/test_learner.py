@@ -5,11 +5,13 @@ model is kept in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 from runs import METHODS, TEMPERATURE, decoder, drift, gradient, learner, make_batch, on_policy, relative
+from torch import Tensor
 
 from fastrl.algorithms import ALGORITHMS
 from fastrl.batch.pack import micro_batches
@@ -17,6 +19,7 @@ from fastrl.config import Optim
 from fastrl.errors import UserError
 from fastrl.kernels._chunks import LOGITS_BYTES
 from fastrl.model.decoder import Decoder, Layer
+from fastrl.parallel.world import World
 from fastrl.train.objective import batch_logp
 from fastrl.train.optimizer import NotFinite, learning_rate
 
@@ -79,8 +82,10 @@ def test_a_batch_without_tokens_measures_nothing():
     model = decoder()
     batch = on_policy(model, row).collect(0, 0).batches[0]
     blank = replace(batch, mask=torch.zeros_like(batch.mask))
+    trained = learner(model, row, 30)
+    trained.update(batch, 0)  # its momentum would move the weights
     before = [p.detach().clone() for p in model.parameters()]
-    metrics = learner(model, row, 30).update(blank, 0)
+    metrics = trained.update(blank, 0)
     assert metrics == {"loss": 0.0, "num_tokens": 0.0, "grad_norm": 0.0, "learning_rate": Optim().lr}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -321,3 +326,19 @@ def test_reference_log_probs():
     assert (theirs - own)[batch.mask].abs().max() > 0.1
     empty = batch.select([])
     assert batch_logp(other, empty, micro_tokens=10**6, temperature=TEMPERATURE).numel() == 0
+
+
+def test_the_gradients_of_all_processes_are_summed():
+    """Wrong implementation: each process steps on its own."""
+
+    class Two(World):
+        def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+            for p in parameters:
+                p.grad = 2 * p.grad
+
+    norms = []
+    for world in (World(), Two()):
+        model = decoder()
+        trained = learner(model, ALGORITHMS["grpo"], world=world)
+        norms.append(trained.update(make_batch("grpo", model), 0)["grad_norm"])
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-6) and norms[0] > 0
