@@ -207,10 +207,14 @@ def hub_advice(name: str, option: str, kind: str = "model") -> str:
     if not _HUB_NAME.fullmatch(name) or is_file or Path(name).exists():
         return ""
     cached = _cached(name, kind)
+    inside = "" if kind == "model" else "/FILE"
     if cached is not None:
-        return f"; names of the Hugging Face Hub are not resolved, but it is in its cache: {option} {cached}"
+        return (
+            "; names of the Hugging Face Hub are not resolved, but it is in its cache: "
+            f"{option} {cached}{inside}"
+        )
     folder = name.rpartition("/")[2]
-    file = folder if kind == "model" else f"{folder}/FILE"
+    file = f"{folder}{inside}"
     return (
         "; names of the Hugging Face Hub are not resolved: if it is one, "
         f"`hf download {_KINDS[kind]}{name} --local-dir {folder}`, then {option} {file}"

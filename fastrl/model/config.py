@@ -97,7 +97,7 @@ class ModelConfig:
         theta, scaling = rope_settings(config)
         eps = _real(config, "rms_norm_eps", 1e-6)
         deviation = _real(config, "initializer_range", 0.02)
-        tied = config.get("tie_word_embeddings", False)
+        tied = config.get("tie_word_embeddings") or False
         if not isinstance(tied, bool):
             raise UserError(f"config.json: tie_word_embeddings: expected true or false, got {tied!r}")
         kept = {key: value for key, value in config.items() if key not in REWRITTEN}

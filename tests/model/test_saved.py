@@ -14,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from support import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastrl.data.rows import read_rows
 from fastrl.errors import UserError
+from fastrl.files import hub_advice
 from fastrl.model import tokenizer as tokenizers
 from fastrl.model.adapter import load_model
 from fastrl.model.decoder import Decoder
 from fastrl.model.folder import model_folder
 from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import align_ends, load_tokenizer
+from fastrl.rewards.functions import load_reward
+from fastrl.rewards.models import settled_reward
 from fastrl.run import checkpoint
 from fastrl.sampler import Sampler, SamplingParams
 from fastrl.tasks.tokens import char_tokenizer
@@ -253,3 +257,25 @@ def test_names_of_the_hub_are_answered_with_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"it is in its cache: --model {snapshot}"):
         load_model("a/b-1.5")
     assert load_model(snapshot).config.vocab_size == decoder().config.vocab_size
+    with pytest.raises(UserError, match=r"--repo-type dataset a/b --local-dir b`, then --dataset b/FILE"):
+        read_rows("a/b")
+    assert hub_advice("tiny.json", "--model") == hub_advice(str(snapshot), "--model") == ""
+
+
+def test_rewards_take_the_folder_of_a_run_and_say_what_a_folder_lacks(tmp_path):
+    """Wrong implementations: a run that goes on and changes the reward of another; a bare folder taken for a
+    file's name.
+    """
+    judge = RewardModel.load(tiny_config("llama", vocab_size=31), seed=1)
+    beside = {"reward_model": (judge, tokenizer())}
+    saved = checkpoint.save(tmp_path / "joint", 1, decoder(), tokenizer(), {}, {}, others=beside)
+    with pytest.raises(UserError, match=rf"is a folder: model:{tmp_path} scores"):
+        load_reward(str(tmp_path))
+    with pytest.raises(UserError, match=rf"a policy; its reward model is model:{saved}/reward_model"):
+        load_reward(f"model:{tmp_path}/joint")
+    run = tmp_path / "reward"
+    newest = checkpoint.save(run, 3, judge, tokenizer(), {}, {})
+    assert load_reward(f"model:{run}")(["1"], ["2"]) == load_reward(f"model:{newest}")(["1"], ["2"])
+    assert settled_reward(f"model:{run}") == f"model:{newest}"
+    assert settled_reward(f"implicit:{run}, {newest},0.2") == f"implicit:{newest},{newest},0.2"
+    assert settled_reward("my.py:fn") == "my.py:fn"
