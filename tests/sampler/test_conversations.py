@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from fastrl.methods.grpo.groups import SampledGroups, rollout_metrics
 from fastrl.parallel.world import World
 from fastrl.report.report import prompt_text
 from fastrl.rewards.functions import Scored, as_message, score
+from fastrl.sampler import SamplingParams
 from fastrl.sampler.episodes import Dialogue
+from fastrl.sampler.jobs import carried_jobs
 from fastrl.tasks import Example, Guess, Score
 from fastrl.tasks.task import task_reward
 from fastrl.tasks.tokens import char_tokenizer
@@ -64,6 +67,15 @@ def test_observations_are_in_no_count_and_no_mean():
         "completions/clipped_ratio": 0.5,
     }
     assert {name: logged[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_carried_conversation_has_drawn_what_the_policy_chose():
+    """Wrong implementation: everything after the prompt counted as drawn, observations included, so that the
+    conversation ends early.
+    """
+    waiting = replace(conversations(), finish_reason=["unfinished"] * 2, sequence=torch.tensor([7, 8]))
+    jobs = carried_jobs(waiting, SamplingParams(max_new_tokens=5))
+    assert [(job.length, job.drawn, job.budget) for job in jobs] == [(8, 3, 5), (4, 3, 5)]
 
 
 # --- who said what ----------------------------------------------------------------------------------
