@@ -169,6 +169,11 @@ def test_text_is_scored_as_it_was_trained_on():
         model.score([said, (said[:1], said[1:]), (said[:1], "cd"), whole], tokenizer=tok2)
         == [model.score([whole])[0]] * 4
     )
+    tok2.chat_template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + tok.chat_template
+    extras = {"tools": [{"name": "gh"}]}
+    groups = model.groups([(said[:1], said[1:], extras), (said[:1], said[1:])], tok2)
+    shown = [tok2.decode(group.tokens[0][:4]) for group in groups]
+    assert shown == ["ghu:", "u:ab"], "a row's tools are in what is scored"
 
 
 def test_steps_are_scored_at_their_ends():
