@@ -274,21 +274,29 @@ def continuations(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> lis
     Tokenizers like SentencePiece put a space before every text, which is in neither: there each text is
     tokenised behind a short one, whose tokens are then dropped.
     """
-    anchor = _anchor(tokenizer)
-    if not anchor:
+    anchors = _anchors(tokenizer)
+    if not anchors:
         return _ids(texts, tokenizer)
-    ahead = tokenizer.encode(anchor, add_special_tokens=False)
-    rows = _ids([(anchor + text, where) for text, where in texts], tokenizer)
-    for ids, (text, where) in zip(rows, texts, strict=True):
-        if ids[: len(ahead)] != ahead:
-            problem = f"the tokenizer joins {shorten(text)} to the text before it"
+    found: list[list[int] | None] = [None] * len(texts)
+    for anchor in anchors:
+        left = [i for i, ids in enumerate(found) if ids is None]
+        ahead = tokenizer.encode(anchor, add_special_tokens=False)
+        rows = _ids([(anchor + texts[i][0], texts[i][1]) for i in left], tokenizer)
+        for i, ids in zip(left, rows, strict=True):
+            if ids[: len(ahead)] == ahead:
+                found[i] = ids[len(ahead) :]
+
+    for ids, (text, where) in zip(found, texts, strict=True):
+        if ids is None:
+            problem = f"the tokenizer joins {shorten(text)} to any text before it"
             raise UserError(f"{where}: {problem}; begin it with another character, or use one text column")
-    return [ids[len(ahead) :] for ids in rows]
+    return [ids for ids in found if ids is not None]
 
 
 @lru_cache(maxsize=8)
-def _anchor(tokenizer: Tokenizer) -> str:
-    """A text that nothing behind it joins, where the tokenizer puts a space before texts; else empty."""
+def _anchors(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Texts that what follows rarely joins, where the tokenizer puts a space before texts; else none."""
+    found = []
     for probe in ("e", "t", "0"):  # some tokenizers have few letters
         alone = tokenizer.encode(probe, add_special_tokens=False)
         for anchor in ("\n", "=", ":", ".", probe):
@@ -296,8 +304,12 @@ def _anchor(tokenizer: Tokenizer) -> str:
             both = tokenizer.encode(anchor + probe, add_special_tokens=False)
             known = tokenizer.unk_token_id not in both
             if known and ahead and both[: len(ahead)] == ahead and len(both) > len(ahead):
-                return "" if both[len(ahead) :] == alone else anchor
-    return ""
+                if both[len(ahead) :] == alone:
+                    return ()
+                found.append(anchor)
+        if found:
+            break
+    return tuple(found)
 
 
 def check_known(

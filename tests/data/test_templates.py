@@ -319,7 +319,8 @@ def test_template_files(tmp_path):
 def test_pieces_get_no_space_of_the_tokenizers(scheme):
     """A completion that is tokenised alone begins with a space that is in neither text."""
     letters = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789[]/:+=?!.\n"]
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[], unk_token="<unk>"))
+    vocabulary = {c: i for i, c in enumerate([*letters, "\n\n"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "\n")], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme=scheme)
     tokenizer = PreTrainedTokenizerFast(
@@ -336,6 +337,7 @@ def test_pieces_get_no_space_of_the_tokenizers(scheme):
 
     assert text(prompt="2+2=", completion="4") == "2+2=4"
     assert text(prompt="2+2=", completion=" 4") == "2+2= 4"
+    assert text(prompt="a", completion="\nb") == "a\nb", "the newline that is put before it joins it"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 3
     assert text(messages=talk) == "q: ab." * 3
     assert continuations([("", "x:1"), ("a b", "x:1")], tokenizer) == [
