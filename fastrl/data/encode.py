@@ -277,20 +277,20 @@ def continuations(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> lis
     anchors = _anchors(tokenizer)
     if not anchors:
         return _ids(texts, tokenizer)
-    found: list[list[int] | None] = [None] * len(texts)
+    found: dict[int, list[int]] = {}
     for anchor in anchors:
-        left = [i for i, ids in enumerate(found) if ids is None]
+        left = [i for i in range(len(texts)) if i not in found]
         ahead = tokenizer.encode(anchor, add_special_tokens=False)
         rows = _ids([(anchor + texts[i][0], texts[i][1]) for i in left], tokenizer)
         for i, ids in zip(left, rows, strict=True):
             if ids[: len(ahead)] == ahead:
                 found[i] = ids[len(ahead) :]
 
-    for ids, (text, where) in zip(found, texts, strict=True):
-        if ids is None:
+    for i, (text, where) in enumerate(texts):
+        if i not in found:
             problem = f"the tokenizer joins {shorten(text)} to any text before it"
             raise UserError(f"{where}: {problem}; begin it with another character, or use one text column")
-    return [ids for ids in found if ids is not None]
+    return [found[i] for i in range(len(texts))]
 
 
 @lru_cache(maxsize=8)

@@ -51,7 +51,7 @@ def template_columns(columns: Mapping[str, Json]) -> JsonObject:
     return {name: columns[name] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
 
 
-def as_read(prompt: object, completion: object) -> object:
+def as_read(prompt: Json, completion: Json) -> Json:
     """A completion as a reward model reads it behind `prompt`: behind text, messages are the text that they
     were cut from.
     """
