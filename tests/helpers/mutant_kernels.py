@@ -14,7 +14,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/surrogates.py",
-        "kernels/test_surrogates.py kernels/test_policy_loss.py kernels/test_policy_loss_cpu.py",
+        "kernels/test_surrogates.py",
         (
             "worse, better = advantage < 0, advantage > 0",
             "worse, better = advantage <= 0, advantage > 0",
@@ -51,7 +51,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/group_advantage.py",
-        "kernels/test_group_advantage.py kernels/test_group_advantage_cpu.py",
+        "kernels/test_group_advantage.py",
         (
             "(g.count - o.ddof)).sqrt() + o.eps",
             "(g.count - o.ddof) + o.eps).sqrt()",
@@ -72,7 +72,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/sample.py",
-        "kernels/test_sample.py kernels/test_sample_cpu.py",
+        "kernels/test_sample.py",
         ("(before < limit)", "(before <= limit)", "the boundary of top-p (part B)"),
         ("keep = d >= _floor", "keep = d > _floor", "the least token that is kept is dropped"),
         ("torch.where(greedy, 0, at - kept.log())", "at - kept.log()", "greedy is certain"),
@@ -155,7 +155,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/_head.py",
-        "kernels/test_linear_loss.py kernels/test_linear_cross_entropy.py kernels/test_linear_logp.py",
+        "kernels/test_linear_loss.py",
         ("self.bias += dlogits", "self.bias = dlogits", "the bias of the last chunk"),
         (
             "movers.split(_MOVED), strict=True",
@@ -165,7 +165,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/policy_loss.py",
-        "kernels/test_policy_loss.py kernels/test_policy_loss_cpu.py kernels/test_policy_metrics.py",
+        "kernels/test_policy_loss.py",
         ("slope + o.kl_coef * kl_slope", "slope + kl_slope", "the KL's gradient without its weight"),
         ("loss - o.entropy_coef * c.entropy", "loss + o.entropy_coef * c.entropy", "the entropy is punished"),
         ("(total / count.clamp(min=1))", "(total / count.max())", "means over the longest sequence"),
@@ -195,7 +195,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/rms_norm.py",
-        "kernels/test_rms_norm.py kernels/test_rms_norm_cpu.py",
+        "kernels/test_rms_norm.py",
         (
             ".mean(-1, keepdim=True).add_(eps).rsqrt_()",
             ".mean(-1, keepdim=True).rsqrt_().add_(eps)",
@@ -206,12 +206,12 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/swiglu.py",
-        "kernels/test_swiglu.py kernels/test_swiglu_cpu.py",
+        "kernels/test_swiglu.py",
         ("torch.add(s, dup - dup * s, out=dgate)", "torch.add(s, dup * s, out=dgate)", "the gate's slope"),
     ),
     *rows_of(
         "kernels/rope.py",
-        "kernels/test_rope.py kernels/test_rope_cpu.py",
+        "kernels/test_rope.py",
         ("addcmul_(b, sin, value=-sign)", "addcmul_(b, sin, value=sign)", "not a rotation"),
         (
             "norm_backward(dn.reshape(rows.shape), rows, weight, r)",
@@ -228,7 +228,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/decode_attention.py",
-        "kernels/test_decode_attention.py kernels/test_decode_attention_cpu.py",
+        "kernels/test_decode_attention.py",
         ("device=q.device) >= lengths[:, None]", "device=q.device) > lengths[:, None]", "a key past the end"),
         ("v.masked_fill_(beyond[:, :, None, None], 0)", "pass", "0 times NaN"),
     ),
@@ -249,7 +249,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/perturb.py",
-        "kernels/test_perturb.py kernels/test_perturb_cpu.py",
+        "kernels/test_perturb.py",
         ("(live & g.isfinite().all(1))", "(live)", "a gradient of NaN moves its token"),
         ("torch.where(length > radius, radius / length, 1)", "(radius / length)", "inside the ball, too"),
         (

@@ -114,6 +114,12 @@ def test_equals_a_loop_over_ragged_groups(baseline: str, scale: str, shape: str)
     torch.testing.assert_close(shuffled, got[order], atol=1e-12, rtol=1e-12)
 
 
+def test_a_missing_reward_is_no_tie_with_a_reward_of_0() -> None:
+    """It is kept as 0, behind the others: here behind the best, which is 0."""
+    got = group_advantage(torch.tensor([0.0, torch.nan, -1.0]), 3, shape="rank")
+    assert got.tolist() == [1, 0, -1]
+
+
 def test_a_size_means_contiguous_groups() -> None:
     reward = torch.rand(12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(

@@ -157,6 +157,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(40))
+
+
 def delete(path: Path) -> None:
     path.unlink()
 
@@ -170,6 +174,7 @@ def garble(path: Path) -> None:
     [
         ("model.safetensors", cut, r"model.safetensors has \d+ bytes, expected \d+"),
         ("trainer.safetensors", cut, r"trainer.safetensors has \d+ bytes, expected \d+"),
+        ("model.safetensors", grow, r"model.safetensors has \d+ bytes, expected \d+"),
         ("trainer.safetensors", delete, "trainer.safetensors is missing"),
         ("trainer.safetensors", garble, "trainer.safetensors is damaged"),
         ("tokenizer.json", delete, "tokenizer.json is missing"),
