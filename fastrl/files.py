@@ -10,7 +10,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -131,13 +131,20 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
     if not file.is_file():
         raise UserError(f"no file {path} (looked in {Path.cwd()})")
     with file.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if number == 1:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
-            line = decode(raw, where).strip()
-            if line:
-                yield where, as_object(parse_json(line, where), where)
+        yield from parse_json_lines(lines, path)
+
+
+def parse_json_lines(
+    lines: Iterable[bytes], path: str | Path, first: int = 1
+) -> Iterator[tuple[str, JsonObject]]:
+    """`read_json_lines` of some lines of a file, the first of which is number `first`."""
+    for number, raw in enumerate(lines, first):
+        where = f"{path}:{number}"
+        if number == 1:
+            raw = raw.removeprefix(BYTE_ORDER_MARK)
+        line = decode(raw, where).strip()
+        if line:
+            yield where, as_object(parse_json(line, where), where)
 
 
 def decode(raw: bytes, where: str) -> str:

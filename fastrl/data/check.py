@@ -29,3 +29,11 @@ def check_budget(
             f"{where}: a {what} of up to {length} tokens exceeds a pass; "
             f"raise --micro-tokens ({micro_tokens}) to at least {length}"
         )
+
+
+def check_room(length: int, where: str, limit: int, limit_name: str = "the model's context") -> None:
+    """Raises UserError naming `where` when a prompt of `length` tokens fills all of `limit`."""
+    if length >= limit:
+        raise UserError(
+            f"{where}: a prompt of {length} tokens leaves no room for a completion in {limit_name} of {limit}"
+        )

@@ -15,6 +15,7 @@ from fastrl.data.rows import Row, Text, check_value
 from fastrl.data.template import render
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.data.turns import Segment, Talk, Turns, cut
+from fastrl.data.words import token_ids
 from fastrl.errors import UserError
 from fastrl.files import Json, check_text, shorten
 
@@ -101,17 +102,29 @@ def encode_prompt(
     Raises UserError naming `where` for an empty prompt, a missing chat template, and text that the tokenizer
     has no tokens for.
     """
-    if isinstance(prompt, str):
-        begin = _beginning(tokenizer)
-        ids = _ids([(prompt, where)], tokenizer)[0]
+    return encode_prompts([Row(where, "prompt", {**(columns or {}), "prompt": prompt})], tokenizer)[0]
+
+
+def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[int]]:
+    """`encode_prompt` of every row's prompt, in one call of the tokenizer."""
+    texts = [(_prompt_of(row, tokenizer), row.where) for row in rows]
+    encoded = []
+    for row, ids in zip(rows, _ids(texts, tokenizer), strict=True):
+        begin = _beginning(tokenizer) if isinstance(row.fields["prompt"], str) else []
         tokens = ids if begin and ids[:1] == begin else begin + ids
-    else:
-        check_value("prompt", prompt, where)
-        text = prompt_text(plain(prompt), tokenizer, where, extras_of(columns or {}, where))
-        tokens = _ids([(text, where)], tokenizer)[0]
-    if not tokens:
-        raise UserError(f"{where}: prompt: expected at least one token, got none")
-    return tokens
+        if not tokens:
+            raise UserError(f"{row.where}: prompt: expected at least one token, got none")
+        encoded.append(tokens)
+    return encoded
+
+
+def _prompt_of(row: Row, tokenizer: Tokenizer) -> str:
+    """The text of a row's prompt."""
+    prompt = row.fields["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    check_value("prompt", prompt, row.where)
+    return prompt_text(plain(prompt), tokenizer, row.where, extras_of(row.fields, row.where))
 
 
 def prompt_text(messages: Messages, tokenizer: Tokenizer, where: str, extras: Extras = NONE) -> str:
@@ -258,7 +271,7 @@ def _ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[list[in
     if not texts:
         return []
     try:
-        rows: list[list[int]] = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+        rows = token_ids([text for text, _ in texts], tokenizer)
     except TypeError:
         for text, where in texts:  # the one that is no text
             check_text(text, where)

@@ -10,7 +10,8 @@ Nothing is skipped: a line that cannot be used is a UserError that names it.  en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ from fastrl.files import (
 )
 
 if TYPE_CHECKING:
-    from pyarrow import Table
+    from pyarrow import RecordBatch, Table
+    from pyarrow.parquet import ParquetFile
 
 Text = str | Messages  # a prompt or a completion
 Kinds = Mapping[str, tuple[str, ...]]
@@ -57,10 +59,18 @@ def read_rows(path: str | Path, columns: Mapping[str, str] | None = None, kinds:
     `columns` renames the file's columns: {"question": "prompt", "answer": "completion"}.  Raises UserError
     naming file and line: what was expected there and what came.
     """
+    return check_rows(read_table(path, columns), kinds)
+
+
+def check_rows(
+    table: Iterable[tuple[str, JsonObject]], kinds: Kinds = KINDS, first: str | None = None
+) -> list[Row]:
+    """The rows of (location, columns); `first` is the kind of the rows before them, if there are any."""
     rows: list[Row] = []
-    for where, fields in read_table(path, columns):
-        first = rows[0].kind if rows else None
-        rows.append(Row(where, _kind(fields, where, first, kinds), fields))
+    for where, fields in table:
+        kind = _kind(fields, where, first, kinds)
+        rows.append(Row(where, kind, fields))
+        first = first or kind
     return rows
 
 
@@ -69,9 +79,17 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> li
 
     Raises UserError as `read_rows` does.
     """
-    columns = columns or {}
-    reader = READERS.get(Path(path).suffix.lower())
-    if reader is None:
+    check_file(path, columns or {})
+    reader = READERS[Path(path).suffix.lower()]
+    rows = named(reader(Path(path)), columns or {}, padded=reader is _read_parquet)
+    if not rows:
+        raise empty(path)
+    return rows
+
+
+def check_file(path: str | Path, columns: Mapping[str, str]) -> None:
+    """Raises UserError for a file that is not there or of no known kind, and for two columns of one name."""
+    if Path(path).suffix.lower() not in READERS:
         advice = hub_advice(str(path), "--dataset", "dataset")
         raise UserError(f"dataset {path}: expected a file ending in {', '.join(READERS)}{advice}")
     if not Path(path).is_file():
@@ -79,12 +97,18 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     if len(set(columns.values())) < len(columns):
         raise UserError(f"columns: expected a different new name for each column, got {columns}")
 
-    rows = [(where, _rename(fields, columns, where)) for where, fields in reader(Path(path))]
-    if reader is _read_parquet:
-        rows = [(where, unpadded(fields)) for where, fields in rows]
-    if not rows:
-        raise UserError(f"dataset {path}: expected at least one row, the file has none")
-    return rows
+
+def named(
+    table: Iterable[tuple[str, JsonObject]], columns: Mapping[str, str], *, padded: bool
+) -> list[tuple[str, JsonObject]]:
+    """Rows with their columns renamed; without the nulls that a columnar file pads objects with."""
+    rows = [(where, _rename(fields, columns, where)) for where, fields in table]
+    return [(where, unpadded(fields)) for where, fields in rows] if padded else rows
+
+
+def empty(path: str | Path) -> UserError:
+    """What is wrong with a file without rows."""
+    return UserError(f"dataset {path}: expected at least one row, the file has none")
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -99,21 +123,33 @@ def _read_json(path: Path) -> Iterator[tuple[str, JsonObject]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, JsonObject]]:
+    with parquet_file(path) as file:
+        table = file.read()
+    yield from rows_of_arrow(table, path, 1)
+
+
+@contextmanager
+def parquet_file(path: str | Path) -> Iterator[ParquetFile]:
+    """An open parquet file; what fails inside is a UserError that names it."""
+    from pyarrow import ArrowException, parquet  # a tenth of a second, for those who have such files
+
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        advice = "pip install pyarrow, or convert the file to .jsonl"
-        raise UserError(f"dataset {path}: reading parquet needs pyarrow: {advice}") from error
-    try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            yield file
     except (ArrowException, OSError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"dataset {path}: expected a parquet file, got {problem}") from error
+
+
+def rows_of_arrow(
+    table: Table | RecordBatch, path: str | Path, first: int
+) -> Iterator[tuple[str, JsonObject]]:
+    """(`file: row`, columns) of rows, the first of which is number `first` of its file."""
     try:
         rows = table.to_pylist()
     except UNREADABLE as error:
-        raise UserError(f"{path}: {_unreadable(table)}") from error
-    for number, fields in enumerate(rows, 1):
+        raise UserError(f"{path}: {_unreadable(table, first)}") from error
+    for number, fields in enumerate(rows, first):
         yield f"{path}: row {number}", fields
 
 
@@ -121,10 +157,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, JsonObject]]:
 UNREADABLE = (ValueError, OverflowError, KeyError)
 
 
-def _unreadable(table: Table) -> str:
+def _unreadable(table: Table | RecordBatch, first: int) -> str:
     """The row and the column of the first value that cannot be read."""
     for name, column in zip(table.column_names, table.columns, strict=True):
-        for number, value in enumerate(column, 1):
+        for number, value in enumerate(column, first):
             try:
                 value.as_py()
             except UNREADABLE as error:

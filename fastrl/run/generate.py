@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fastrl.batch.types import Rollouts
 from fastrl.config import Generate
 from fastrl.config.parse import dump, load
+from fastrl.data.check import check_room
 from fastrl.data.encode import encode_prompt
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
@@ -42,7 +43,6 @@ from fastrl.run.listed import read_prompt_rows
 from fastrl.run.lock import claimed
 from fastrl.run.log import replace_text, writing
 from fastrl.sampler import SAMPLERS, SamplingParams
-from fastrl.sampler.prompts import check_room
 from fastrl.tasks import Prompt
 
 CHUNK = 64  # prompts that are completed and written together: an interrupted run keeps its finished chunks

@@ -83,14 +83,6 @@ def _tokenize_one(where: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab
     return tokens
 
 
-def check_room(length: int, where: str, limit: int, limit_name: str = "the model's context") -> None:
-    """Raises UserError naming `where` when a prompt of `length` tokens fills all of `limit`."""
-    if length >= limit:
-        raise UserError(
-            f"{where}: a prompt of {length} tokens leaves no room for a completion in {limit_name} of {limit}"
-        )
-
-
 def stop_tokens(stop: Sequence[str | int], tokenizer: Tokenizer | None, eos: Sequence[int]) -> list[int]:
     """Token ids that end a completion: the model's `eos`, the tokenizer's, and `stop`; a string in it must be
     one token.

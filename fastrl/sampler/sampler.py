@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrl.batch.transfer import fetch, send
 from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
+from fastrl.data.check import check_room
 from fastrl.errors import UserError
 from fastrl.kernels._backend import is_exact
 from fastrl.kernels.advance import LENGTH
@@ -18,7 +19,7 @@ from fastrl.sampler.cache import PagedCache
 from fastrl.sampler.engine import PAGE, CallSettings, Engine
 from fastrl.sampler.jobs import Job, carried_jobs, new_jobs, places_of, queue_jobs, write_records
 from fastrl.sampler.params import SamplingParams, Tail
-from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
+from fastrl.sampler.prompts import Prompt, stop_tokens, tokenize
 from fastrl.sampler.state import REASONS, UNFINISHED, State, pages_of
 from fastrl.sampler.turns import Environment, TurnHandler
 

@@ -29,12 +29,13 @@ from torch import Tensor
 
 from fastrl.batch.types import Rollouts
 from fastrl.config import Sampling
+from fastrl.data.check import check_room
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.weights import write_config
 from fastrl.sampler.params import SamplingParams
-from fastrl.sampler.prompts import Prompt, check_room, stop_tokens, tokenize
+from fastrl.sampler.prompts import Prompt, stop_tokens, tokenize
 from fastrl.sampler.vllm_engine import (
     LLM,
     Client,

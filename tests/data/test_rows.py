@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from support import data_file
@@ -332,12 +331,6 @@ def test_malformed_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_rows(name)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="reading parquet needs pyarrow: pip install pyarrow"):
-        read_rows(lines(tmp_path, "", name="data.parquet"))
 
 
 def test_parquet(tmp_path):

@@ -47,7 +47,7 @@ def preference_source(
     """
     config, algorithm = context.config, context.algorithm
     encode = UnitEncoder(config, algorithm.paired, context.tokenizer, context.model.config)
-    items, size = load_units(encode, context.task)
+    items, size = load_units(encode, context.task, context.world)
 
     build = partial(
         Preferences,

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrl.config import Dpo
-from fastrl.data.check import check_budget, check_tokens
+from fastrl.data import encoders
+from fastrl.data.dataset import read_items
+from fastrl.data.encoders import Limits
 from fastrl.data.messages import template_columns
-from fastrl.data.pairs import LABELLED, PAIRED, Unit, encode_units
-from fastrl.data.rows import Row, read_rows
+from fastrl.data.pairs import Unit
+from fastrl.data.rows import Row
 from fastrl.errors import UserError
 from fastrl.files import key_values
 from fastrl.methods.dpo.batches import Items
 from fastrl.model.language import LanguageConfig, Tokenizer
+from fastrl.parallel.world import World
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
 from fastrl.tasks.task import TRAIN
@@ -34,23 +37,18 @@ class UnitEncoder:
         context = self.model.max_position_embeddings
         return min(self.config.max_tokens or context, context)
 
+    @property
+    def encoder(self) -> encoders.UnitEncoder:
+        """What is made of rows, whoever does it."""
+        limits = Limits(self.longest, self.config.micro_tokens, self.model.vocab_size)
+        return encoders.UnitEncoder(limits, self.paired)
+
     def __call__(self, rows: Sequence[Row]) -> list[Unit]:
         """The units of rows.  Raises UserError, naming the row, for one that cannot be trained on."""
-        encoded = encode_units(rows, self.tokenizer, paired=self.paired, max_tokens=self.longest)
-        each = len(encoded) // len(rows)  # 2 where pairs were taken apart
-        for i, unit in enumerate(encoded):
-            self._check(unit, rows[i // each].where)
-        return encoded
-
-    def _check(self, unit: Unit, where: str) -> None:
-        for one in unit:
-            check_tokens(one.sample.tokens, where, self.model.vocab_size)
-
-        length = sum(len(one.sample.tokens) for one in unit)
-        check_budget(length, where, self.config.micro_tokens, "pair" if self.paired else "sequence")
+        return self.encoder.encode(rows, self.tokenizer)
 
 
-def load_units(encode: UnitEncoder, task: Task | None) -> tuple[Items, int]:
+def load_units(encode: UnitEncoder, task: Task | None, world: World | None = None) -> tuple[Items, int]:
     """Pairs, or labelled examples, and how many there are; every line of a dataset is checked before
     training.
 
@@ -58,9 +56,9 @@ def load_units(encode: UnitEncoder, task: Task | None) -> tuple[Items, int]:
     """
     config = encode.config
     if config.dataset is not None:
-        kinds = PAIRED if encode.paired else LABELLED
-        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns"), kinds))
-        return lambda indices: [known[i] for i in indices], len(known)
+        columns = key_values(config.columns, "--columns")
+        known = read_items(config.dataset, encode.encoder, encode.tokenizer, columns=columns, world=world)
+        return known, len(known)
 
     if task is None:
         raise UserError(

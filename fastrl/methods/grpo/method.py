@@ -54,7 +54,12 @@ def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prom
         turns=is_conversation(context.task),
     )
     return load_prompts(
-        config, context.task, context.tokenizer, shape.max_position_embeddings, shape.vocab_size
+        config,
+        context.task,
+        context.tokenizer,
+        shape.max_position_embeddings,
+        shape.vocab_size,
+        context.world,
     )
 
 

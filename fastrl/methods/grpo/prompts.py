@@ -8,16 +8,16 @@ from functools import partial
 from typing import Any
 
 from fastrl.config import OnPolicy
-from fastrl.data.check import check_budget, check_tokens
-from fastrl.data.encode import encode_prompt
-from fastrl.data.rows import Row, read_rows
+from fastrl.data.dataset import Items, read_items
+from fastrl.data.encoders import Limits, PromptEncoder, PromptRow
 from fastrl.errors import UserError
 from fastrl.files import key_values
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.device import resolve_device
+from fastrl.parallel.world import World
 from fastrl.rewards.functions import Reward, Scored, load_reward
 from fastrl.rewards.scorer import Scorer
-from fastrl.sampler.prompts import check_room, stop_tokens
+from fastrl.sampler.prompts import stop_tokens
 from fastrl.tasks import Conversation, Task, task_reward
 from fastrl.tasks.returned import LARGEST
 from fastrl.tasks.task import TRAIN, is_conversation
@@ -44,7 +44,12 @@ class Prompts:
 
 
 def load_prompts(
-    config: OnPolicy, task: Task | None, tokenizer: Tokenizer, context: int, vocab_size: int
+    config: OnPolicy,
+    task: Task | None,
+    tokenizer: Tokenizer,
+    context: int,
+    vocab_size: int,
+    world: World | None = None,
 ) -> Prompts:
     """The prompts and the rewards that the options name; every line of a dataset is checked before training.
 
@@ -57,15 +62,17 @@ def load_prompts(
     game = task if is_conversation(task) else None
 
     if config.dataset is not None:
-        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
         if not functions:
             raise UserError(
                 "--reward: expected a reward function for the dataset's prompts (my_rewards.py:fn), got none"
             )
-        for row in rows:
-            _check_prompt(row, config, tokenizer, context, vocab_size)
-        items = [_item_of_row(row) for row in rows]
-        return Prompts(items.__getitem__, len(items), Scorer(None, functions, weights), stop, game)
+        columns = key_values(config.columns, "--columns")
+        limit = min(config.max_tokens or context, context)
+        limits = Limits(limit, config.micro_tokens, vocab_size)
+        encoder = PromptEncoder(limits, context, config.max_new_tokens, columns)
+        rows = read_items(config.dataset, encoder, tokenizer, columns=columns, world=world)
+        score = Scorer(None, functions, weights)
+        return Prompts(partial(_item_of_row, rows), len(rows), score, stop, game)
 
     if task is None:
         raise UserError(
@@ -76,9 +83,10 @@ def load_prompts(
     return Prompts(partial(_item_of_task, task), task.size(TRAIN), score, stop, game)
 
 
-def _item_of_row(row: Row) -> PromptItem:
-    columns = {name: value for name, value in row.fields.items() if name not in ("prompt", "completion")}
-    return row.fields["prompt"], columns
+def _item_of_row(rows: Items[PromptRow], number: int) -> PromptItem:
+    fields = rows[number].fields
+    columns = {name: value for name, value in fields.items() if name not in ("prompt", "completion")}
+    return fields["prompt"], columns
 
 
 def _item_of_task(task: Task, number: int) -> PromptItem:
@@ -112,13 +120,3 @@ def _reward_weights(config: OnPolicy, functions: int) -> tuple[float, ...] | Non
         listed = " ".join(f"{w:g}" for w in weights)
         raise UserError(f"--reward-weights: expected finite numbers of at most {LARGEST:g}, got {listed}")
     return weights
-
-
-def _check_prompt(row: Row, config: OnPolicy, tokenizer: Tokenizer, context: int, vocab_size: int) -> None:
-    if "prompt" not in row.fields:
-        raise UserError(f"{row.where}: expected a prompt column to sample from, got {', '.join(row.fields)}")
-    tokens = encode_prompt(row.fields["prompt"], tokenizer, where=row.where, columns=row.fields)
-    limit = min(config.max_tokens or context, context)
-    check_room(len(tokens), row.where, limit, "the model's context" if limit == context else "--max-tokens")
-    check_tokens(tokens, row.where, vocab_size)
-    check_budget(min(len(tokens) + config.max_new_tokens, context), row.where, config.micro_tokens)

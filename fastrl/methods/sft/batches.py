@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from fastrl.algorithms import Algorithm
 from fastrl.batch.types import Batch
 from fastrl.config import Sft
-from fastrl.data.check import check_budget, check_tokens
-from fastrl.data.encode import Sample, encode_all
+from fastrl.data.dataset import read_items
+from fastrl.data.encode import Sample
+from fastrl.data.encoders import Limits, SampleEncoder
 from fastrl.data.messages import template_columns
-from fastrl.data.rows import Row, read_rows
+from fastrl.data.rows import Row
 from fastrl.errors import UserError
-from fastrl.files import key_values, shorten
+from fastrl.files import key_values
 from fastrl.methods.sft.objective import noise_key
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World
@@ -111,28 +111,30 @@ class DemonstrationEncoder:
         """Tokens of the longest sequence."""
         return min(self.config.max_tokens or self.context, self.context)
 
+    @property
+    def encoder(self) -> SampleEncoder:
+        """What is made of rows, whoever does it."""
+        config = self.config
+        limits = Limits(self.longest, config.micro_tokens, self.vocab_size)
+        return SampleEncoder(limits, config.turns, config.sample_weights)
+
     def __call__(self, rows: Sequence[Row]) -> list[Sample]:
         """The samples of rows.  Raises UserError, naming the row, for one that cannot be trained on."""
-        config = self.config
-        samples = encode_all(rows, self.tokenizer, max_tokens=self.longest, turns=config.turns)
-        for row, sample in zip(rows, samples, strict=True):
-            check_tokens(sample.tokens, row.where, self.vocab_size)
-            check_budget(len(sample.tokens), row.where, config.micro_tokens)
-
-        if not config.sample_weights:
-            return samples
-        return [replace(s, weight=_weight(row)) for row, s in zip(rows, samples, strict=True)]
+        return self.encoder.encode(rows, self.tokenizer)
 
 
-def demonstrations(encode: DemonstrationEncoder, task: Task | None) -> tuple[Items, int]:
+def demonstrations(
+    encode: DemonstrationEncoder, task: Task | None, world: World | None = None
+) -> tuple[Items, int]:
     """What there is to imitate, and how much; every line of a dataset is checked before training.
 
     Raises:  UserError where there is nothing to imitate.
     """
     config = encode.config
     if config.dataset is not None:
-        known = encode(read_rows(config.dataset, key_values(config.columns, "--columns")))
-        return lambda indices: [known[i] for i in indices], len(known)
+        columns = key_values(config.columns, "--columns")
+        known = read_items(config.dataset, encode.encoder, encode.tokenizer, columns=columns, world=world)
+        return known, len(known)
 
     if task is None:
         raise UserError(
@@ -154,13 +156,3 @@ def _demonstrations_of(task: Task, encode: DemonstrationEncoder) -> Items:
         return encode(rows)
 
     return items
-
-
-def _weight(row: Row) -> float:
-    value = row.fields.get("weight")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(
-            f"{row.where}: weight: expected a number of 0 or more, got {shorten(value)}; "
-            "or leave --sample-weights out"
-        )
-    return float(value)

@@ -31,7 +31,7 @@ def source(context: SftContext, learner: Trainable[Batch]) -> tuple[Source[Batch
     """Demonstrations of the dataset or the task."""
     config, shape = context.config, context.model.config
     encode = DemonstrationEncoder(config, context.tokenizer, shape.max_position_embeddings, shape.vocab_size)
-    items, size = demonstrations(encode, context.task)
+    items, size = demonstrations(encode, context.task, context.world)
 
     drawn = Demonstrations(
         items,
