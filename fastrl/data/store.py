@@ -79,9 +79,9 @@ def as_batch(records: Sequence[Record], rows: pa.StructArray | None = None) -> p
     columns = {
         "tokens": _nested([record.tokens for record in records]),
         "marks": _nested([record.marks for record in records]),
-        "numbers": pa.array(numbers, pa.list_(pa.float64())),
-        "text": pa.array(texts, pa.large_string()),
     }
+    columns["numbers"] = pa.array(numbers, pa.list_(pa.float64()))
+    columns["text"] = pa.array(texts, pa.large_string())
     if rows is not None:
         columns[ROW] = rows
     return pa.record_batch(columns)
