@@ -7,14 +7,14 @@ from mutant import rows_of
 KERNELS = [
     *rows_of(
         "kernels/_chunks.py",
-        "kernels/test_chunks.py",
+        "kernels/test_edges.py kernels/test_chunks.py",
         ("return budget // (", "return 1 + budget // (", "one row above logits_bytes (part B)"),
         ("min(most, max(most // 2, useful))", "min(most, useful)", "chunks of the least size"),
         ("sizes[-1] -= tiles * tile - N", "sizes[0] -= tiles * tile - N", "a ragged chunk comes first"),
     ),
     *rows_of(
         "kernels/surrogates.py",
-        "kernels/test_surrogates.py",
+        "kernels/test_surrogates.py kernels/test_edges.py",
         (
             "worse, better = advantage < 0, advantage > 0",
             "worse, better = advantage <= 0, advantage > 0",
@@ -72,7 +72,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/sample.py",
-        "kernels/test_sample.py",
+        "kernels/test_edges.py kernels/test_sample.py",
         ("(before < limit)", "(before <= limit)", "the boundary of top-p (part B)"),
         ("keep = d >= _floor", "keep = d > _floor", "the least token that is kept is dropped"),
         ("torch.where(greedy, 0, at - kept.log())", "at - kept.log()", "greedy is certain"),
@@ -267,12 +267,12 @@ KERNELS = [
     ),
     *rows_of(
         "csrc/cpu/sample_rows.h",
-        "kernels/test_sample_cpu.py kernels/test_sample.py",
+        "kernels/test_edges.py",
         ("kMargin = 1 + 1e-5", "kMargin = 1 - 1e-3", "tokens that may win are left out of the race (part B)"),
     ),
     *rows_of(
         "csrc/cpu/token_logp_rows.h",
-        "kernels/test_token_logp.py kernels/test_native.py",
+        "kernels/test_edges.py",
         ("(kExpLow > d ? F{} : e) * (slope", "e * (slope", "a gradient where exp underflows (part B)"),
     ),
 ]

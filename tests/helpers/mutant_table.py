@@ -113,8 +113,7 @@ LEARNER = [
     ),
     *rows_of(
         "fastrl/train/weighting.py",
-        "train/test_learner.py methods/test_onpolicy.py "
-        "algorithms/test_algorithms.py methods/test_rollouts.py",
+        "train/test_denominators.py",
         ("float((known > 0).sum())", "float(known.numel())", "empty samples in the denominator (part B)"),
     ),
     *rows_of(
@@ -133,7 +132,7 @@ LEARNER = [
     ),
     *rows_of(
         "fastrl/train/objective.py",
-        "train/test_learner.py",
+        "train/test_denominators.py train/test_learner.py",
         ("micro.tokens[rows + 1]", "micro.tokens[rows]", "each token predicts itself"),
         ("places[rows + 1]", "places[rows]", "log-probs one place early"),
         ("        level=algorithm.level,\n", "", "a sequence's ratio from a part of it"),
@@ -155,8 +154,7 @@ ALGORITHMS = [
     ),
     *rows_of(
         "fastrl/algorithms/correction.py",
-        "algorithms/test_presets.py algorithms/test_algorithms.py "
-        "algorithms/test_family.py train/test_learner.py",
+        "algorithms/test_corrections.py algorithms/test_presets.py train/test_learner.py",
         ("& (w <= high), w, 0)", "& (w < high), w, 0)", "the upper bound itself is cut (part B)"),
         ("token.clamp(max=2.0)", "token", "the geometric mask without its cap (part B)"),
         (
@@ -241,7 +239,7 @@ METHODS = [
     ),
     *rows_of(
         "fastrl/methods/grpo/shaping.py",
-        "methods/test_onpolicy.py methods/test_rollouts.py algorithms/test_presets.py",
+        "train/test_denominators.py train/test_learner.py",
         (
             "algorithm.kl_coef or algorithm.entropy_coef else",
             "algorithm.kl_coef else",

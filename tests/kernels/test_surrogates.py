@@ -277,14 +277,6 @@ def test_cap_is_both_dual_clip_and_the_two_sided_clip() -> None:
     torch.testing.assert_close(value, torch.minimum(r.clamp(max=3) * a, r.clamp(0.8, 1.2) * a))
 
 
-def test_an_advantage_of_0_is_held_by_no_bound(loss_of: Any) -> None:
-    """Wrong implementation: a gate of A <= 0, which counts tokens without a gradient as clipped."""
-    far = vector(math.log(0.1), 0, math.log(9))
-    clip = CLIP.with_params(cap=4.0)
-    _, metrics = loss_of(far, NONE[:3], NONE[:3], surrogate=clip, token_weight=TOKEN_MEAN[:3])
-    assert [float(metrics[name]) for name in ("clip_low", "clip_high", "clip_cap")] == [0, 0, 0]
-
-
 def test_surrogate_parameters_are_checked() -> None:
     with pytest.raises(ValueError, match="eps: not a parameter of this surrogate, which has: low, high, cap"):
         CLIP.with_params(eps=0.1)
