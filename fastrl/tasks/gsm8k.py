@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines, shorten
+from fastrl.tasks.number import WINDOW, boxed, read_number
 from fastrl.tasks.task import Example, Prompt, Score, assign_split
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ TEST_FILES = ("test.jsonl", "model_solutions.jsonl")
 INSTRUCTION = (
     "Solve the problem step by step. End with a line `#### ` followed by the answer as a plain number."
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 MARKERS = (  # what introduces an answer: the first of these that occurs, at its last occurrence
     re.compile(r"####"),
     re.compile(r"^[ \t]*A:", re.MULTILINE),
-    re.compile(r"\\boxed\{"),
+    _BOX,
     re.compile(r"\bthe (?:final )?answer is:?", re.IGNORECASE),
+    re.compile(r"\banswer[*_ ]*(?:is|:|=)", re.IGNORECASE),
 )
 # digits are bounded, so that no number is expensive
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30}"
@@ -165,28 +168,21 @@ class Gsm8k:
 def extract(text: str) -> Fraction | None:
     """The number that `text` marks as its answer, or None.
 
-    The marker is the last `####`, or else the last `A:`, `\\boxed{`, or `the answer is`; a marker without a
-    number after it marks no answer.  $, thousands commas, a unit, a percent sign and a final period are
-    ignored.
+    The marker is the last `####`, or else the last `A:`, `\\boxed{`, `the answer is`, or `answer:`; a marker
+    without a number after it marks no answer.  Currencies, thousands separators, a unit, a percent sign, a
+    final period and marks of LaTeX and Markdown are ignored: see number.py.
     """
     for marker in MARKERS:
         ends = [match.end() for match in marker.finditer(text)]
         if ends:
-            start = ends[-1] + _blanks(text, ends[-1])
-            number = _NUMBER.match(text, start)
-            return _value(number) if number else None
+            return read_number(boxed(text, ends[-1]) if marker is _BOX else text[ends[-1] :][: 2 * WINDOW])
     return None
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number anywhere in `text`, or None."""
-    last = deque(_ANYWHERE.finditer(text), maxlen=1)
+    last = deque(_ANYWHERE.finditer(text.replace("{,}", ",").replace("\\!", "")), maxlen=1)
     return _value(last[0]) if last else None
-
-
-def _blanks(text: str, start: int) -> int:
-    rest = text[start : start + 16]
-    return len(rest) - len(rest.lstrip(" \t*=:"))
 
 
 def _value(number: re.Match[str]) -> Fraction:
