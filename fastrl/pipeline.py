@@ -182,7 +182,7 @@ def read_stages(path: Path) -> list[Stage]:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
 
-    folder = Path(str(tree.get("output_dir", "runs/pipeline"))).expanduser()
+    folder = Path(str(tree.get("output_dir", f"runs/{path.stem}"))).expanduser()
     shared = tree.get("shared") or {}
     stages: list[Stage] = []
     lines = _lines(path)

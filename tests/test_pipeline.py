@@ -181,6 +181,10 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_trains(tmp_path, monk
     capsys.readouterr()
     assert cli.main(["run", str(chain(tmp_path)), "--dry-run"]) == 0
     told = capsys.readouterr().out
+    nowhere = yaml.safe_load((tmp_path / "pipe.yaml").read_text())
+    del nowhere["output_dir"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(nowhere))
+    assert str(pipeline.read_stages(tmp_path / "other.yaml")[0].folder) == "runs/other/1-sft"
     assert "stage 2, grpo: fastrl grpo, 4 steps, in" in told and "task cards" in told
     assert f"model {tmp_path}/pipe/1-sft/checkpoints/step_4: of an earlier stage" in told
     assert not (tmp_path / "pipe").exists()
