@@ -332,3 +332,9 @@ def test_names_are_unambiguous(command: type[Run]):
             for option, declared in options.items():
                 assert kinds.setdefault(option, declared.kind) == declared.kind
     assert not ALIASES.keys() & schema.general.keys()
+
+
+def test_an_option_of_0_is_one_that_was_given():
+    """Wrong implementation: values that are false taken for options that are not set."""
+    found = resolve(Hybrid, ["--model", "m", "--algorithm", "chord", "--algorithm.mu", "0"])
+    assert found.algorithm.options == {"mu": 0.0}

@@ -46,7 +46,6 @@ KERNELS = [
         "kernels/_triton/gae.py",
         "kernels/test_gae_triton.py",
         ("inside & (t + 1 < end)", "inside & (t + 1 <= end)", "the next sequence's first token follows"),
-        ("tl.where(a == 0, c, c + a * carry)", "c + a * carry", "a NaN of a later block passes an end"),
         ("1 - lam,\n", "lam,\n", "the mix of rest and value"),
     ),
     *rows_of(

@@ -188,8 +188,12 @@ ALGORITHMS = [
         ("(squares / (n - ddof) + 1e-8).sqrt()", "(squares / (n - ddof)).sqrt() + 1e-8", "epsilon outside"),
         ("place >= k_of - 2", "place > k_of - 2", "the best of the others is never the least place"),
         ("n = (count - 1).clamp(min=1)", "n = count.clamp(min=1)", "the sample is one of the others"),
-        ("(squares / (n - 1).clamp(min=1)).sqrt()", "(squares / n.clamp(min=1)).sqrt()", "biased variance"),
         ("/ counted.count_nonzero().clamp(min=1)", "/ reward.numel()", "GPG without its factor"),
+    ),
+    *rows_of(
+        "fastrl/algorithms/advantage.py",
+        "rewards/test_implicit.py",
+        ("(squares / (n - 1).clamp(min=1)).sqrt()", "(squares / n.clamp(min=1)).sqrt()", "biased variance"),
     ),
     *rows_of(
         "fastrl/algorithms/ppo.py",
@@ -335,7 +339,6 @@ DATA = [
             "number",
             "prefixes of followers are other tokens",
         ),
-        ("return (differs == 0) & same_length", "return differs == 0", "prompts of other lengths are shared"),
     ),
 ]
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl import ops
 from fastrl.bench.timing import peak_bytes
+from fastrl.kernels._head import compact
 from fastrl.kernels.linear_logp import reference as linear_reference
 from fastrl.kernels.linear_loss import reference
 
@@ -337,3 +338,12 @@ def test_bad_arguments_are_named(given):
     ):
         with pytest.raises(error, match=message):
             ops.linear_loss(*args, **({"loss": lambda p, h, r: -p.sum()} | change))
+
+
+def test_many_live_rows_move_to_the_front():
+    """Wrong: rows that are moved in parts, each to the places of another part."""
+    logits, live = torch.randn(100, 3), torch.arange(50, 100)
+    before = logits.clone()
+    moved, numbers = compact(logits, live)
+    assert torch.equal(moved, before[numbers])
+    assert torch.equal(numbers.sort().values, live)
