@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,6 +41,8 @@ FAST = ", ".join(FAMILIES)
 UNBOUNDED = 2**31 - 1  # the context where a config names none
 # what transformers raises for a config or weights that it cannot make a model of
 ERRORS = (
+    StrictDataclassError,
+    AssertionError,
     OSError,
     ValueError,
     KeyError,

@@ -150,8 +150,7 @@ def _no_window(config: Settings) -> bool:
 
 
 def _full_rotary(config: Settings) -> bool:
-    places = (config, *(config.get(key) or {} for key in ("rope_scaling", "rope_parameters")))
-    return all(place.get("partial_rotary_factor") in (None, 1) for place in places)
+    return all(place.get("partial_rotary_factor") in (None, 1) for place in (config, rope_dict(config)))
 
 
 def _rope_is_known(config: Settings) -> bool:

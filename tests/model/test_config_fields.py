@@ -215,3 +215,18 @@ def test_a_head_that_caps_only_large_logits_is_found_without_its_field(monkeypat
     monkeypatch.setattr(head, "BEHIND_HEAD", {})
     with pytest.raises(UserError, match="Gemma2ForCausalLM: its logits are not a plain product"):
         load_model(PUBLISHED["gemma-2"][0], seed=1)
+
+
+def test_what_transformers_cannot_make_is_one_error():
+    """Wrong: the exception of its validation, or of a layer, as an internal error."""
+    for changes in (
+        {"mlp_bias": True, "pad_token_id": 99},
+        {"attention_bias": True, "layer_types": ["full_attention"]},
+        {"attention_bias": True, "eos_token_id": "x"},
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": [1]},
+        {"eos_token_id": "x"},
+        {"hidden_size": 32.5},
+    ):
+        with pytest.raises(UserError, match=r"config\.json: "):
+            load_model(tiny_config("qwen2", **changes))
