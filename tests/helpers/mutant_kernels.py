@@ -143,7 +143,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/linear_loss.py",
-        "kernels/test_linear_loss.py",
+        "kernels/test_linear_loss.py kernels/test_linear_logp.py",
         (
             "at = live + at.start if isinstance(at, slice)",
             "at = live if isinstance(at, slice)",
@@ -154,7 +154,7 @@ KERNELS = [
     ),
     *rows_of(
         "kernels/_head.py",
-        "kernels/test_linear_loss.py",
+        "kernels/test_linear_loss.py kernels/test_linear_logp.py",
         ("self.bias += dlogits", "self.bias = dlogits", "the bias of the last chunk"),
         (
             "movers.split(_MOVED), strict=True",

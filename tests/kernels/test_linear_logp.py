@@ -167,3 +167,14 @@ def test_bad_arguments_are_named(change, error, message):
     call = {"hidden": hidden, "weight": weight, "target": y} | change
     with pytest.raises(error, match=message):
         ops.linear_logp(**call)
+
+
+def test_lse_is_that_of_the_logits():
+    """Wrong: m alone, or log s alone."""
+    hidden, weight, bias = torch.randn(6, 4), torch.randn(9, 4), torch.randn(9)
+    target = torch.zeros(6, dtype=torch.int64)
+    right = (hidden.double() @ weight.double().T + bias.double()).logsumexp(-1)
+    found = ops.linear_logp(hidden, weight, target, bias=bias).lse
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+    loss = ops.linear_loss(hidden, weight, target, lambda p, h, r: -p.sum(), bias=bias)
+    torch.testing.assert_close(loss[1].lse.double(), right, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from support import within_budget
+from support import use, within_budget
 from torch.library import opcheck
 
 from fastrl import ops
@@ -266,3 +266,11 @@ def test_selective_log_softmax_is_trls():
     torch.testing.assert_close(ops.selective_log_softmax(z, many), z.log_softmax(-1).gather(-1, many))
     with pytest.raises(ValueError, match="index: expected shape"):
         ops.selective_log_softmax(z, one[:1])
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_target_outside_is_nan_in_every_implementation(name):
+    """Wrong: the log-prob of token 0, which the definition reads in its place."""
+    with use(name, "token_logp"):
+        logp = ops.token_logp(torch.randn(4, 5), torch.tensor([-1, 5, 2, 0])).logp
+    assert logp.isnan().tolist() == [True, True, False, False]
