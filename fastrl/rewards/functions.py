@@ -13,6 +13,7 @@ becomes a reward: it is a UserError that names the function and shows the sample
     model:FOLDER                       a reward model (`fastrl reward`) scores the completions, on the run's
                                        device
     implicit:POLICY,REFERENCE          what a policy trained on preferences prefers, see implicit.py
+    math:COLUMN                        whether the marked answer is that of the column, see maths.py
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from fastrl.model.reward import RewardModel
 from fastrl.model.tokenizer import load_tokenizer
 from fastrl.model.weights import read_config
 from fastrl.rewards.implicit import implicit_reward
+from fastrl.rewards.maths import math_reward
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
 Reward = Callable[..., Sequence[float | None]]
@@ -68,13 +69,15 @@ def _beside(folder: Path) -> str:
 MODELS: dict[str, Callable[..., Reward]] = {
     "model": model_reward,
     "implicit": implicit_reward,
+    "math": math_reward,
 }
+OF_FOLDERS = ("model", "implicit")
 
 
 def settled_reward(spec: str) -> str:
     """A reward's name with the newest checkpoints of runs in the place of their folders."""
     kind, colon, names = spec.partition(":")
-    if not colon or kind not in MODELS:
+    if not colon or kind not in OF_FOLDERS:
         return spec
     return f"{kind}:{','.join(_meant(part.strip()) for part in names.split(','))}"
 

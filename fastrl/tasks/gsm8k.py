@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fastrl.errors import UserError, require
 from fastrl.files import read_json_lines, shorten
+from fastrl.tasks.maths import check_math_verify, same_answer
 from fastrl.tasks.number import WINDOW, boxed, read_number
 from fastrl.tasks.task import Example, Prompt, Score, assign_split
 
@@ -72,6 +73,8 @@ class Gsm8k:
     """Keep the <<48/2=24>> marks in demonstrations."""
     last_number: bool = False
     """Where a completion marks no answer, take its last number."""
+    math: bool = False
+    """Compare marked answers that are no plain number (`2^5`, `\\sqrt{4}`) by math-verify; see maths.py."""
 
     def __post_init__(self) -> None:
         require(
@@ -80,6 +83,8 @@ class Gsm8k:
             0 <= self.val < 1,
             "a share of at least 0 and below 1",
         )
+        if self.math:
+            check_math_verify("gsm8k: math")
 
     def size(self, split: str) -> int:
         """Number of problems in `split`.
@@ -110,7 +115,14 @@ class Gsm8k:
         """1 when the completion's answer is exactly the right number.  Well-formed: it marks an answer.
         Total.
         """
-        answer = self.answer(completion)
+        said = marked(completion)
+        found = None if said is None else read_number(said)
+        answer = self._or_last(found, completion)
+        expression = said if self.math and found is None else None
+        if expression:
+            correct = same_answer(example.fields["answer"], expression)
+            message = "correct" if correct else f"expected {example.fields['answer']}, got {expression[:40]}"
+            return Score(reward=float(correct), correct=correct, well_formed=True, message=message)
         if answer is None:
             nothing = "no number marked as the answer"
             return Score(
@@ -120,13 +132,12 @@ class Gsm8k:
                 message=nothing,
             )
 
-        marked = extract(completion) is not None
         correct = answer == Fraction(example.fields["answer"])
         message = "correct" if correct else f"expected {example.fields['answer']}, got {answer}"
         return Score(
             reward=float(correct),
             correct=correct,
-            well_formed=marked,
+            well_formed=found is not None,
             message=message,
         )
 
@@ -140,8 +151,10 @@ class Gsm8k:
 
     def answer(self, completion: str) -> Fraction | None:
         """The number that `completion` comes down to, for a vote; None for none."""
-        marked = extract(completion)
-        return last_number(completion) if marked is None and self.last_number else marked
+        return self._or_last(extract(completion), completion)
+
+    def _or_last(self, found: Fraction | None, completion: str) -> Fraction | None:
+        return last_number(completion) if found is None and self.last_number else found
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """None: any language model's tokenizer will do (`fastrl.tasks.tokens.train_bpe` trains a small
@@ -172,10 +185,19 @@ def extract(text: str) -> Fraction | None:
     without a number after it marks no answer.  Currencies, thousands separators, a unit, a percent sign, a
     final period and marks of LaTeX and Markdown are ignored: see number.py.
     """
+    answer = marked(text)
+    return None if answer is None else read_number(answer)
+
+
+def marked(text: str) -> str | None:
+    """What `text` marks as its answer, as it stands there; None where nothing is marked."""
     for marker in MARKERS:
         ends = [match.end() for match in marker.finditer(text)]
         if ends:
-            return read_number(boxed(text, ends[-1]) if marker is _BOX else text[ends[-1] :][: 2 * WINDOW])
+            if marker is _BOX:
+                return boxed(text, ends[-1])
+            rest = text[ends[-1] :][: 2 * WINDOW].lstrip(" \t\n*:")
+            return boxed(rest, box.end()) if (box := _BOX.search(rest)) else rest.partition("\n")[0]
     return None
 
 

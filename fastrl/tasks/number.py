@@ -58,14 +58,18 @@ _NUMBER = re.compile(
 _GOES_ON = re.compile(
     r"[0-9]|[.,:'/][0-9]|[eE][-+]?[0-9]|\s+[0-9]|\s*[-+*/^]+\s*[0-9({\\.]|\s*\\[a-zA-Z]|\s*(?:\^|\u03c0)|/"
 )
+_ALONE = re.compile(r"[\s.})]*(?:degrees)?[\s.})]*$")
 _NOISE = ' \t\r\n*=:>"{'
 
 
-def read_number(text: str) -> Fraction | None:
+def read_number(text: str, *, alone: bool = False) -> Fraction | None:
     """The number that `text` begins with, after spaces, marks of LaTeX and Markdown, and currencies; or that
-    stands behind the last `=` of its line.  None where there is none, or no single one.
+    stands behind the last `=` of its line.  None where there is none, or no single one; with `alone`, where
+    anything but degrees follows.
     """
     line = _plain(text[:WINDOW].strip(_NOISE).partition("\n")[0])
+    if alone:
+        return _at_start(line, _ALONE)
     found = _at_start(line)
     if found is None and "=" in line:
         found = _at_start(line.rpartition("=")[2])
@@ -102,10 +106,12 @@ def _written_out(match: re.Match[str]) -> str:
     return f" {fraction}" if before[-1:].isdigit() else fraction
 
 
-def _at_start(line: str) -> Fraction | None:
+def _at_start(line: str, rest: re.Pattern[str] | None = None) -> Fraction | None:
     line = line.lstrip(_NOISE)
     number = _NUMBER.match(line)
     if number is None or _GOES_ON.match(line, number.end()):
+        return None
+    if rest is not None and not rest.match(line, number.end()):
         return None
     exponent = int(number["power"] or number["e"] or number["ten"] or 0)
     if abs(exponent) > MAX_EXPONENT:

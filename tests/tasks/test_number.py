@@ -165,7 +165,7 @@ def test_the_last_number_of_latex():
 def test_reading_takes_bounded_time():
     """Wrong implementations: patterns that try every way to cut a run of digits, braces or spaces."""
     example = Example(prompt="", fields={"answer": "1"})
-    began = time.perf_counter()
+    began = time.process_time()
     for part in (
         "1",
         "{",
@@ -182,4 +182,4 @@ def test_reading_takes_bounded_time():
     ):
         Gsm8k(last_number=True).verify(example, "#### " + part * 20_000)
         Gsm8k(last_number=True).verify(example, part * 20_000)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 3
