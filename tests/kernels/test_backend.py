@@ -289,3 +289,12 @@ def test_what_is_no_device_at_all():
     for wrong in (0, 3.5, ["cpu"]):
         with pytest.raises(TypeError, match=r"device: expected cpu, cuda, cuda:N or a torch\.device"):
             ops.backend(wrong)
+
+
+def test_the_innermost_block_that_covers_an_op_wins():
+    """Wrong: the outermost."""
+    with ops.use_backend("reference"), ops.use_backend("cpu", "token_logp"):
+        chosen = ops.backend("cpu")
+    assert (chosen["token_logp"], chosen["gae"]) == ("cpu", "reference")
+    with ops.use_backend("cpu", "token_logp"), ops.use_backend("reference"):
+        assert ops.backend("cpu")["token_logp"] == "reference"

@@ -364,3 +364,12 @@ def test_compiled_under_autocast(name):
         outputs = torch.compile(row.call, backend="aot_eager", fullgraph=True)(*leaves)
         right = plainly(row)
     agree([*outputs, *gradients(row, outputs, leaves)], right, 2e-2)
+
+
+def test_hooks_see_what_is_kept_and_nothing_else():
+    """Wrong: hooks on what a loss saves inside of the op: a checkpoint would run everything once more."""
+    hidden, weight = torch.randn(T, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    target, seen = torch.zeros(T, dtype=torch.int64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.shape) or x, lambda x: x):
+        ops.linear_loss(hidden, weight, target, lambda p, h, r: p.exp().sum())
+    assert seen == [hidden.shape, weight.shape]
