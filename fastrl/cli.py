@@ -207,7 +207,7 @@ def _overview() -> str:
 
 def _print(text: str) -> None:
     if _rank() == 0:
-        print(text)
+        print(text, flush=True)
 
 
 def _fail(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.batch.types import Batch
 from fastrl.config import Run, Sampling
+from fastrl.data.dataset import Items
 from fastrl.model.adapter import load_model
 from fastrl.model.language import LanguageModel, Tokenizer
 from fastrl.model.tokenizer import load_tokenizer
@@ -38,9 +39,20 @@ class Parametrised(Protocol):
         """Every parameter once, with its name."""
 
 
+class Amount(NamedTuple):
+    """How much there is to train on: items of which a step takes --prompts, and their tokens if known."""
+
+    items: int
+    what: str
+    tokens: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Context(Generic[C, A, M]):
-    """What a run has before its learner and its source exist."""
+    """What a run has before its learner and its source exist.
+
+    data  what there is to train on: sources tell
+    """
 
     config: C
     algorithm: A
@@ -51,6 +63,12 @@ class Context(Generic[C, A, M]):
     sampling: Sampling
     device: torch.device
     world: World
+    data: list[Amount] = field(default_factory=list)
+
+    def tell(self, items: object, count: int, what: str) -> None:
+        """Note how much there is; the tokens of a dataset's `items` are counted already."""
+        tokens = items.size.tokens if isinstance(items, Items) else None
+        self.data.append(Amount(count, what, tokens))
 
     @property
     def temperature(self) -> float:

@@ -35,6 +35,7 @@ from fastrl.parallel.world import World, init_world
 from fastrl.report.metric import Need, over_batches
 from fastrl.rewards.models import settled_reward
 from fastrl.run import checkpoint, environment
+from fastrl.run.banner import banner
 from fastrl.run.log import METRICS, RunLog
 from fastrl.run.remembered import to_remember
 from fastrl.sampler import SAMPLERS
@@ -152,6 +153,7 @@ def set_up(config: Run) -> Session:
 
     start = meta["step"]
     log = _open_log(config, start if resumed else None, world)
+    log.message(banner(context))
     _name_kernels(log, context.device, meta.get("kernels", {}))
     evaluated = world.is_main and resumed is not None and _evaluated(Path(config.output_dir), start)
     return Session(

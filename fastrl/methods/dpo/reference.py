@@ -48,6 +48,7 @@ def preference_source(
     config, algorithm = context.config, context.algorithm
     encode = UnitEncoder(config, algorithm.paired, context.tokenizer, context.model.config)
     items, size = load_units(encode, context.task, context.world)
+    context.tell(items, size, "pairs" if algorithm.paired else "labelled completions")
 
     build = partial(
         Preferences,

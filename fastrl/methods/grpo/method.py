@@ -53,7 +53,7 @@ def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prom
         processes=context.world.size,
         turns=is_conversation(context.task),
     )
-    return load_prompts(
+    prompts = load_prompts(
         config,
         context.task,
         context.tokenizer,
@@ -61,6 +61,8 @@ def prompts_of(context: OnPolicyContext[C], algorithm: Algorithm | None) -> Prom
         shape.vocab_size,
         context.world,
     )
+    context.tell(prompts.rows, prompts.size, "prompts")
+    return prompts
 
 
 def rollout_source(

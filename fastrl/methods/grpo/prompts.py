@@ -33,6 +33,7 @@ class Prompts:
     item   number -> the prompt, and its row's columns; out of `size`
     score  (prompts, completions, token lists, columns) -> their rewards
     stop   texts that end a completion, beside the end-of-sequence token
+    rows   the dataset's, if that is where they are from
     game   the task that answers the policy's turns; None where a completion is one turn
     """
 
@@ -41,6 +42,7 @@ class Prompts:
     score: Callable[..., Scored]
     stop: tuple[str, ...] = ()
     game: Conversation | None = None
+    rows: Items[PromptRow] | None = None
 
 
 def load_prompts(
@@ -72,7 +74,7 @@ def load_prompts(
         encoder = PromptEncoder(limits, context, config.max_new_tokens, columns)
         rows = read_items(config.dataset, encoder, tokenizer, columns=columns, world=world)
         score = Scorer(None, functions, weights)
-        return Prompts(partial(_item_of_row, rows), len(rows), score, stop, game)
+        return Prompts(partial(_item_of_row, rows), len(rows), score, stop, game, rows)
 
     if task is None:
         raise UserError(

@@ -47,7 +47,9 @@ def comparisons(context: RewardContext) -> Comparisons:
     config, algorithm = context.config, context.algorithm
     encode = StatementEncoder(config, context.tokenizer, context.model.config)
     scores = partial(group_scores, context.model, micro_tokens=config.micro_tokens)
-    return Comparisons(config, algorithm, comparable(encode, algorithm, context.task), scores, context.world)
+    data = comparable(encode, algorithm, context.task)
+    context.tell(data, data.size, "groups")
+    return Comparisons(config, algorithm, data, scores, context.world)
 
 
 METHOD = Method(

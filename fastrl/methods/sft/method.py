@@ -32,6 +32,7 @@ def source(context: SftContext, learner: Trainable[Batch]) -> tuple[Source[Batch
     config, shape = context.config, context.model.config
     encode = DemonstrationEncoder(config, context.tokenizer, shape.max_position_embeddings, shape.vocab_size)
     items, size = demonstrations(encode, context.task, context.world)
+    context.tell(items, size, "demonstrations")
 
     drawn = Demonstrations(
         items,
