@@ -350,3 +350,13 @@ def test_errors_name_the_argument(changes: dict[str, Any], message: str) -> None
                 **changes,
             }
         )
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_a_token_whose_gradient_is_not_finite_stays(name, norm):
+    """Wrong: a NaN that spreads over the token, and with it over the batch of the next forward."""
+    delta, grad = torch.zeros(3, 2), torch.tensor([[torch.nan, 1.0], [torch.inf, 0.0], [2.0, 0.0]])
+    with use_backend(name, "perturb_step"):
+        perturb_step(delta, grad, step_size=0.5, radius=1.0, norm=norm)
+    assert delta.tolist() == [[0, 0], [0, 0], [0.5, 0]]
