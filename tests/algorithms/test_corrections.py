@@ -11,7 +11,7 @@ from configs import configured
 from runs import decoder, on_policy
 
 from fastrl.algorithms import Algorithm
-from fastrl.algorithms.correction import CORRECTIONS, Correction
+from fastrl.algorithms.correction import CORRECTIONS, Correction, merge_mismatch, mismatch
 from fastrl.algorithms.presets import DROPS, SEMANTICS
 from fastrl.batch.types import Batch, Tokens
 from fastrl.config import Grpo
@@ -180,3 +180,12 @@ def test_a_run_drops_what_its_one_update_rejects():
 def test_bounds_that_are_none_are_refused():
     with pytest.raises(UserError, match="--correction-min, --correction-max: expected 0 <= min < max"):
         replace(CORRECTIONS["token_mask"], low=2.0, high=1.0)
+
+
+def test_the_logged_kl_is_estimated_on_the_samplers_tokens():
+    """k3 of KL(sampler || trainer).  Wrong implementation: exp(-s) - 1 + s, which is that of another KL."""
+    zeros = torch.zeros(2)
+    tokens = Tokens(old_logp=torch.tensor([-1.5, -1.0]), advantage=zeros, weight=zeros, live=2)
+    found = merge_mismatch(mismatch(tokens.with_(torch.tensor([-1.0, -2.0]), None))[None])
+    expected = (math.exp(0.5) - 1 - 0.5 + math.exp(-1) - 1 + 1) / 2
+    assert found["sampler_kl"] == pytest.approx(expected, rel=1e-6)

@@ -40,6 +40,7 @@ from fastrl.algorithms.hybrid import (
     phi,
     uncertain,
 )
+from fastrl.algorithms.schedule import Schedule
 from fastrl.batch.types import Tokens
 from fastrl.config import Hybrid, Sampling
 from fastrl.errors import UserError
@@ -495,3 +496,10 @@ def test_settings_without_meaning_are_refused(changes, message):
     check_mixture(Hybrid(model="m"), HYBRIDS["luffy"])
     with pytest.raises(UserError, match="--task: expected a task of one turn"):
         check_mixture(Hybrid(model="m"), HYBRIDS["luffy"], turns=True)
+
+
+def test_a_weight_that_falls_for_the_rest_of_the_run_reaches_its_end():
+    """Wrong implementation: a fall as long as the whole run, the rise included."""
+    schedule = Schedule(peak=1.0, end=0.2, warmup=4)
+    assert [schedule(step, 10) for step in (0, 4, 10)] == pytest.approx([0.0, 1.0, 0.2])
+    assert schedule(7, 10) == pytest.approx(0.6)
