@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrl.config import Run
+from fastrl.config.schema import check_types
+from fastrl.methods import command_of
 from fastrl.methods.method import arithmetic
 from fastrl.parallel.device import reproducible
 from fastrl.parallel.world import init_world
@@ -49,8 +51,10 @@ def train(config: Run) -> RunResult:
     """Train as `config` says; the run folder holds everything it leaves behind.
 
     Ctrl-C, SIGTERM or a closed terminal finishes the step, saves, and returns; a second one raises
-    Interrupted.  Raises UserError for whatever the user can mend.
+    Interrupted.  Raises UserError for whatever the user can mend, and TypeError for what is no configuration.
     """
+    command_of(config)
+    check_types(config)
     world = init_world()
     with reproducible(), run_folder(config, world) as settled:
         session = set_up(settled)

@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastrl.config.algorithm import AlgorithmChoice, RowOptions, WithAlgorithm
 from fastrl.config.dpo import Dpo
@@ -23,7 +24,11 @@ from fastrl.config.ppo import Ppo
 from fastrl.config.reward import Reward
 from fastrl.config.sft import Sft
 from fastrl.config.trl import ALIASES, INSTEAD, ONLY
-from fastrl.config.values import Kind
+from fastrl.config.values import Kind, describe, fits
+from fastrl.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROW = "algorithm."  # before the name of a row's option
 OPTION = re.compile(r"(?<!\w)--([a-z][\w.-]*\w)")
@@ -121,6 +126,18 @@ def owners(name: str) -> str:
     """`; it is an option of fastrl ...` where training commands have the option, else the empty string."""
     having = [name_of for name_of, c in TRAINING.items() if Schema.of(c).find(name) is not None]
     return f"; it is an option of fastrl {', '.join(having)}" if having else ""
+
+
+def check_types(config: DataclassInstance) -> None:
+    """Raise UserError for a value that was given in Python and has another type than its option."""
+    for path, kind in Schema.of(type(config)).general.items():
+        value: object = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        value = value.name if isinstance(value, AlgorithmChoice) else value
+        if not fits(value, kind):
+            got = f"{value!r} ({type(value).__name__})"
+            raise UserError(f"--{path.replace('_', '-')}: expected {describe(kind)}, got {got}")
 
 
 def _leaves(cls: type, prefix: str = "") -> dict[str, Kind]:

@@ -54,3 +54,12 @@ def expanded(value: object) -> object:
     if colon and kind in ("model", "implicit"):
         return f"{kind}:{','.join(map(os.path.expanduser, names.split(',')))}"
     return os.path.expanduser(value)
+
+
+def fits(value: object, kind: Kind) -> bool:
+    """Whether a value given in Python has the type `kind` of a field."""
+    try:
+        coerce(list(value) if isinstance(value, tuple) else value, kind)
+    except ValueError:
+        return False
+    return not (kind is float and isinstance(value, str))

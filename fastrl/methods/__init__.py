@@ -41,8 +41,14 @@ def method_of(command: str) -> AnyMethod:
 
 
 def command_of(config: Run) -> str:
-    """The command that a configuration is of."""
-    return next(name for name in METHODS if options_of(name) is type(config))
+    """The command that a configuration is of.  Raises TypeError for anything else."""
+    for name in METHODS:
+        if options_of(name) is type(config):
+            return name
+    known = ", ".join(options_of(name).__name__ for name in METHODS)
+    raise TypeError(
+        f"config: expected a configuration of fastrl.config ({known}), got {type(config).__name__}"
+    )
 
 
 # what other trainers call a command that is an algorithm here

@@ -8,6 +8,9 @@ import pytest
 
 from fastrl.config import AlgorithmChoice, Evaluate, Grpo, Hybrid, Optim, Ppo, Sampling, Save, Sft
 from fastrl.config.parse import UsageError, dump, load, parse, resolve
+from fastrl.config.schema import check_types
+from fastrl.errors import UserError
+from fastrl.methods import command_of
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> str:
@@ -285,3 +288,29 @@ def test_the_home_directory(tmp_path, monkeypatch):
     assert load(Grpo, file).model == "/home/me/m"
     args = ["--model=m", "--algorithm=grpo_dpo", "--pair-dataset=~/p.jsonl"]
     assert resolve(Hybrid, args).algorithm.text("pair_dataset") == "/home/me/p.jsonl"
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (Grpo(model="m", steps="3"), r"--steps: expected int, got '3' \(str\)"),
+        (Grpo(model="m", optim=Optim(lr="1e-3")), r"--optim.lr: expected float, got '1e-3' \(str\)"),
+        (Grpo(model=None), r"--model: expected str, got None"),
+        (Grpo(model="m", reward="a.py:f"), ""),
+        (Sft(model="m", turns="some"), "--turns: expected one of all, last, got 'some'"),
+        (Sft(model="m", resume=1), "--resume: expected bool, got 1"),
+    ],
+)
+def test_values_given_in_python_have_their_options_type(config, message):
+    """Wrong implementation: a comparison of text with a number, deep in the trainer."""
+    if message:
+        with pytest.raises(UserError, match=message):
+            check_types(config)
+    else:
+        check_types(config)
+
+
+def test_what_is_no_configuration_is_refused():
+    """Wrong implementation: a bare StopIteration."""
+    with pytest.raises(TypeError, match=r"expected a configuration of fastrl.config \(Sft, .*, got str"):
+        command_of("sft")
