@@ -208,3 +208,9 @@ def test_the_command_searches(tmp_path, capsys):
 def test_what_does_not_go_together(options, message, capsys):
     assert cli.main(["eval", "--model", "m", "--task", "cards", *options.split()]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_answer_without_a_reward_loses_to_a_bad_one():
+    """Wrong: NaN as 0, which beats every reward below it."""
+    pair = Candidates(right=[False, True], logp=[0.0, 0.0], reward=[float("nan"), -1.0], answer=["a", "b"])
+    assert best_of(pair) == 1
