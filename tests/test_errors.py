@@ -229,7 +229,7 @@ MISTAKES = {  # what it is about: the command, the exit code, what is said
     "prompts that are not there": (
         "generate --model done/checkpoints/step_2 --prompts none.txt",
         1,
-        r"none\.txt: No such file or directory",
+        r"--prompts: no file none\.txt",
     ),
     "a model without tokenizer": (
         "generate --model tiny.json --prompts good.jsonl",

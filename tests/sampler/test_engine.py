@@ -14,6 +14,7 @@ from runs import decoder
 from transformers import AutoModelForCausalLM
 
 from fastrl import ops
+from fastrl.batch.types import Rollouts
 from fastrl.errors import UserError
 from fastrl.model.decoder import Decoder
 from fastrl.sampler import Sampler, SamplingParams, Tail, Turn, engine
@@ -176,6 +177,16 @@ def test_what_cannot_be_carried_is_named():
 
 
 # --- conversations ----------------------------------------------------------------------------------
+def heard_and_said(rollouts: Rollouts) -> list[tuple[list[int], list[int]]]:
+    """The observations' tokens, and the policy's, of every sequence."""
+    found = []
+    for pieces in rollouts.turns():
+        heard = [token for piece in pieces if not piece.own for token in piece.tokens]
+        said = [token for piece in pieces if piece.own for token in piece.tokens]
+        found.append((heard, said))
+    return found
+
+
 def echo(turns: list[Turn]) -> list[list[int] | None]:
     """Answers the first two turns of every sequence with as many 29s as it has said things, the second with
     70.
@@ -201,17 +212,12 @@ def test_a_conversation_keeps_its_cache(budget):
         rollouts = Sampler(model, max_tokens_in_flight=budget).generate(LONG[:3], params, environment=echo)
     agree(model, rollouts)
     talked = 0
-    for done, mask in zip(
-        rollouts.completions(),
-        rollouts.completion_mask.split(rollouts.cu_seqlens.diff().tolist()),
-        strict=True,
-    ):
-        chosen = mask[-len(done) :].tolist()
-        heard = [t for t, c in zip(done, chosen, strict=True) if not c]
-        assert heard == ([29] + [28] * 70)[: len(heard)] and len(heard) in (0, 1, 71) and sum(chosen) <= 40
+    stored = sum(len(LONG[i]) - 1 for i in range(3))
+    for heard, said in heard_and_said(rollouts):
+        assert heard == ([29] + [28] * 70)[: len(heard)] and len(heard) in (0, 1, 71) and len(said) <= 40
         talked += len(heard) == 71
+        stored += len(heard) + len(said)
     assert talked >= 4, "most conversations have three turns"
-    stored = sum(len(LONG[i]) - 1 for i in range(3)) + sum(len(c) for c in rollouts.completions())
     assert sum(forwarded) < stored * 1.6 or budget == 512, (
         "each token once, beside rows that wait for a window's end"
     )
@@ -231,9 +237,9 @@ def test_a_conversation_that_is_cut_was_answered():
     rollouts = Sampler(model).generate(
         LONG[:3], params, environment=answer, tail=Tail(share=0.5, action="cut")
     )
-    for i, (done, reason) in enumerate(zip(rollouts.completions(), rollouts.finish_reason, strict=True)):
+    for i, (parts, reason) in enumerate(zip(heard_and_said(rollouts), rollouts.finish_reason, strict=True)):
         assert reason in ("stop", "length")
-        assert reason == "length" or (i, len(done)) in shown
+        assert reason == "length" or (i, sum(map(len, parts))) in shown
     assert "length" in rollouts.finish_reason and "stop" in rollouts.finish_reason
 
 

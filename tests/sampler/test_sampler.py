@@ -393,9 +393,7 @@ def test_errors_of_a_tokenizer_and_of_the_budget():
     sampler = Sampler(decoder(), tokenizer())
     with pytest.raises(UserError, match=r"prompts\[1\]: the tokenizer has no tokens for part of 'hello'"):
         sampler.generate(["7", "hello"], SamplingParams())
-    with pytest.raises(
-        UserError, match="stop: expected strings of one token; '7K' is 2 tokens of this tokenizer"
-    ):
+    with pytest.raises(UserError, match="stop: expected texts of one token; '7K' is 2 of this tokenizer"):
         sampler.generate(["7"], SamplingParams(stop=("7K",)))
     with pytest.raises(
         UserError,
