@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow
-
+from fastrl.data.arrow import pa
 from fastrl.data.rows import named, parquet_file, read_table, rows_of_arrow
 from fastrl.errors import UserError
 from fastrl.files import BYTE_ORDER_MARK, JsonObject, as_object, parse_json, parse_json_lines
@@ -55,11 +54,11 @@ class Chunk:
             return named(self._items(), columns, padded=False)
         return named(rows_of_arrow(batch, self.path, self.first), columns, padded=True)
 
-    def batch(self) -> pyarrow.RecordBatch | None:
+    def batch(self) -> pa.RecordBatch | None:
         """The rows as Arrow has them, of a columnar file."""
         if self.table is None:
             return None
-        return pyarrow.ipc.open_stream(self.table).read_next_batch()
+        return pa.ipc.open_stream(self.table).read_next_batch()
 
     def _items(self) -> Iterator[tuple[str, JsonObject]]:
         for number, text in enumerate(self.texts, self.first):
@@ -169,8 +168,8 @@ def _parquet(path: str) -> Iterator[Chunk]:
     first = 1
     with parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=ROWS):
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
             done = first + batch.num_rows - 1
             yield Chunk(path, first, done, table=sink.getvalue().to_pybytes())

@@ -20,8 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
 
-import pyarrow as pa
-
+from fastrl.data.arrow import pa
 from fastrl.data.cache import digest, digest_of_file, find_or_make
 from fastrl.data.chunks import chunks, extent
 from fastrl.data.encoders import Encoder

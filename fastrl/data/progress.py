@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
 PATIENCE = 1.0  # s before anything is shown
 EVERY = 10.0  # s between two lines without a terminal
@@ -21,6 +21,8 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int = 0, console: Console | None = None) -> None:
+        from rich.console import Console  # a GPU machine that only benchmarks has none
+
         self.what, self.total = what, total
         self.console = console or Console(highlight=False)
         self._began = self._shown = time.monotonic()
@@ -50,10 +52,15 @@ class Progress:
                 share = f", {done / self.total:.0%}" if self.total else ""
                 self.say(f"{self.what}: {rows:,} rows{share}")
             return
-        if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24))
-            counts = TextColumn("{task.fields[rows]} rows  ETA")
-            self._bar = Bar(*columns, counts, TimeRemainingColumn(), console=self.console, transient=True)
-            self._bar.add_task(self.what, total=self.total or None, rows="0")
-            self._bar.start()
+        self._bar = self._bar or self._started()
         self._bar.update(self._bar.task_ids[0], completed=done, rows=f"{rows:,}")
+
+    def _started(self) -> Bar:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24))
+        counts = TextColumn("{task.fields[rows]} rows  ETA")
+        bar = Progress(*columns, counts, TimeRemainingColumn(), console=self.console, transient=True)
+        bar.add_task(self.what, total=self.total or None, rows="0")
+        bar.start()
+        return bar

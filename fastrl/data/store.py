@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
+
+from fastrl.data.arrow import pa
 
 ROW = "row"  # a fifth column: rows as a columnar file had them
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
+from fastrl.data.arrow import pa
 from fastrl.data.chunks import Chunk
 from fastrl.data.encoders import Encoder
 from fastrl.data.store import Size, as_batch, size_of, to_bytes

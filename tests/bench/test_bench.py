@@ -449,7 +449,7 @@ def test_it_needs_no_package_of_the_command_line():
     """The GPU machine has torch, triton, transformers (which brings PyYAML), safetensors and numpy: any other
     import fails there.
     """
-    absent = ("tyro", "rich", "tensorboard", "matplotlib", "trl", "liger_kernel")
+    absent = ("tyro", "rich", "tensorboard", "matplotlib", "pyarrow", "trl", "liger_kernel")
     block = f"import sys\nfor n in {absent}: sys.modules[n] = None\n"
     code = block + "from fastrl.bench import results_page, run\nprint([run.load(n).op for n in run.names()])"
     done = subprocess.run(
