@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from fastrl.files import BYTE_ORDER_MARK, JsonObject, as_object, parse_json, par
 BYTES = 1 << 20  # of text in a chunk, about
 ROWS = 2048  # of a columnar file in a chunk
 ITEMS = 1024  # of a JSON list in a chunk, at most
-Located = list[tuple[str, JsonObject]]  # (`file:line`, columns) of rows
+Located = Iterator[tuple[str, JsonObject]]  # (`file:line`, columns) of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Chunk:
     table: bytes | None = None
 
     def rows(self, columns: dict[str, str]) -> Located:
-        """The rows, their columns renamed.  Raises UserError as `read_table` does."""
+        """The rows, their columns renamed, one by one.  Raises UserError as `read_table` does."""
         if self.span is not None:
             with Path(self.path).open("rb") as file:
                 file.seek(self.span[0])
@@ -67,7 +67,7 @@ class Chunk:
 
 
 # --- kinds of files ---------------------------------------------------------------------------------
-def _lines(path: str) -> Iterator[Chunk]:
+def _lines(path: str) -> Generator[Chunk, None, None]:
     begin, first = 0, 1
     with Path(path).open("rb") as file:
         while block := file.read(BYTES):
@@ -77,7 +77,7 @@ def _lines(path: str) -> Iterator[Chunk]:
             begin, first = end, first + block.count(b"\n")
 
 
-def _json(path: str) -> Iterator[Chunk]:
+def _json(path: str) -> Generator[Chunk, None, None]:
     if not _is_list(path):
         yield from _lines(path)
         return
@@ -164,7 +164,7 @@ class _Window:
         return bool(block)
 
 
-def _parquet(path: str) -> Iterator[Chunk]:
+def _parquet(path: str) -> Generator[Chunk, None, None]:
     first = 1
     with parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=ROWS):
@@ -176,14 +176,14 @@ def _parquet(path: str) -> Iterator[Chunk]:
             first = done + 1
 
 
-CHUNKS: dict[str, Callable[[str], Iterator[Chunk]]] = {
+CHUNKS: dict[str, Callable[[str], Generator[Chunk, None, None]]] = {
     ".jsonl": _lines,
     ".json": _json,
     ".parquet": _parquet,
 }
 
 
-def chunks(path: str) -> Iterator[Chunk]:
+def chunks(path: str) -> Generator[Chunk, None, None]:
     """The chunks of a dataset file, in order.  Raises UserError for a file that is not what its name says."""
     return CHUNKS[Path(path).suffix.lower()](path)
 

@@ -15,20 +15,19 @@ that cannot be used is an error that names it.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
-from fastrl.batch.transfer import send
 from fastrl.data.encode import continuations, encode_all, encode_prompt, end_of_sequence
+from fastrl.data.encoders import Keeps, Limits
 from fastrl.data.messages import check_messages
 from fastrl.data.pairs import prompt_of
 from fastrl.data.rows import Row, Text, read_table
+from fastrl.data.store import Record, Size
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.errors import UserError
 from fastrl.files import Json, JsonObject, shorten
@@ -91,36 +90,6 @@ class Group:
         return sum(map(len, self.tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Groups on a device.
-
-    tokens      (T,)
-    cu_seqlens  (S+1,) int32
-    at          (N,) the rows of T at which scores are read
-    """
-
-    groups: Sequence[Group]
-    tokens: Tensor
-    cu_seqlens: Tensor
-    at: Tensor
-
-
-def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
-    """The groups' sequences end to end."""
-    tokens: list[int] = []
-    ends = [0]
-    rows = []
-    for group in groups:
-        for sequence, at in zip(group.tokens, group.at, strict=True):
-            rows += [ends[-1] + position for position in at]
-            tokens += sequence
-            ends.append(len(tokens))
-    lists = ((tokens, torch.int64), (ends, torch.int32), (rows, torch.int64))
-    host = [torch.tensor(values, dtype=dtype) for values, dtype in lists]
-    return Packed(groups, *send(host, torch.device(device)))
-
-
 # --- reading ----------------------------------------------------------------------------------------
 def read_statements(
     path: str | Path,
@@ -133,7 +102,14 @@ def read_statements(
 
     Raises UserError naming the line for other columns, values of another type, and a margin unless `margins`.
     """
-    return [_statement(fields, where, data, margins) for where, fields in read_table(path, columns)]
+    return statements_of(read_table(path, columns), data, margins=margins)
+
+
+def statements_of(
+    table: Iterable[tuple[str, JsonObject]], data: str, *, margins: bool = True
+) -> list[Statement]:
+    """`read_statements` of (location, columns)."""
+    return [_statement(fields, where, data, margins) for where, fields in table]
 
 
 def _statement(
@@ -308,3 +284,96 @@ def _encode_steps(
             "shorten the line, or raise --max-tokens"
         )
     return Group(s.where, [tokens], [at], s.target)
+
+
+def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:
+    """Refuse a group that the model cannot read, or not in one pass."""
+    top = max(t for tokens in group.tokens for t in tokens)
+    if top >= vocab_size:
+        raise UserError(
+            f"{group.where}: the tokenizer gives token {top}, "
+            f"but the model's vocabulary has {vocab_size}; they do not belong together"
+        )
+    if group.length > micro_tokens:
+        raise UserError(
+            f"{group.where}: {group.length} tokens to compare exceed a pass; "
+            f"raise --micro-tokens from {micro_tokens} to {group.length}"
+        )
+
+
+# --- datasets of any size ---------------------------------------------------------------------------
+class Texts(NamedTuple):
+    """What a log shows of a group."""
+
+    prompt: Text | None
+    completions: Sequence[Text]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a dataset: its group, which no longer knows where it was, and its texts if it is held out."""
+
+    group: Group
+    held: Texts | None
+
+
+@dataclass(frozen=True, slots=True)
+class LineEncoder:
+    """Lines to compare or to judge, each of a split that its prompt decides.
+
+    data, margins, separator  see `read_statements` and `encode_statements`
+    shares                    of the splits, of which all but "train" are held out
+    assign                    (shares, "reward", prompt) -> a split
+    """
+
+    limits: Limits
+    data: str
+    margins: bool
+    separator: str
+    shares: Mapping[str, float]
+    assign: Callable[..., str]
+    keeps: ClassVar[Keeps] = "tokens"
+
+    def identity(self) -> JsonObject:
+        options = {"data": self.data, "margins": self.margins, "separator": self.separator}
+        return {**options, "shares": self.shares, "assign": self.assign.__qualname__}
+
+    def fits(self, size: Size) -> bool:
+        return self.limits.fit(size, together=True)
+
+    def read(self, table: Iterable[tuple[str, JsonObject]], first: str | None) -> list[Statement]:
+        return statements_of(table, self.data, margins=self.margins)
+
+    def kind(self, row: Statement) -> None:
+        """None: a ranking may follow a pair."""
+
+    def encode(self, rows: Sequence[Statement], tokenizer: Tokenizer) -> list[Line]:
+        groups = self.groups(rows, tokenizer)
+        return [Line(replace(g, where=""), self._held(s)) for g, s in zip(groups, rows, strict=True)]
+
+    def groups(self, statements: Sequence[Statement], tokenizer: Tokenizer) -> list[Group]:
+        """Groups within the limits.  Raises UserError, naming the line, for one that is not."""
+        limits = self.limits
+        groups = encode_statements(
+            statements, tokenizer, max_tokens=limits.max_tokens, separator=self.separator
+        )
+        for group in groups:
+            check_group(group, limits.vocab_size, limits.micro_tokens)
+        return groups
+
+    def record(self, item: Line) -> Record:
+        group, held = item.group, item.held
+        text = "" if held is None else json.dumps(held, ensure_ascii=False, default=str)
+        return Record(group.tokens, group.at, [float(held is not None), group.margin, *group.target], text)
+
+    def item(self, record: Record) -> Line:
+        _, margin, *target = record.numbers
+        tokens, at = [list(own) for own in record.tokens], [list(own) for own in record.marks]
+        held = Texts(*json.loads(record.text)) if record.text else None
+        return Line(Group("", tokens, at, target, margin), held)
+
+    def _held(self, s: Statement) -> Texts | None:
+        # Lines of one prompt stay together, so that no held-out prompt is trained on.
+        key = s.completions[0] if s.prompt is None else s.prompt
+        held = self.assign(self.shares, "reward", key) != "train"
+        return Texts(s.prompt, s.completions) if held else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -25,10 +25,10 @@ from fastrl.data.cache import digest, digest_of_file, find_or_make
 from fastrl.data.chunks import chunks, extent
 from fastrl.data.encoders import Encoder
 from fastrl.data.progress import Progress
-from fastrl.data.rows import check_file, empty, read_table
-from fastrl.data.store import Size, Table, size_of, write
+from fastrl.data.rows import check_file, each_row, empty
+from fastrl.data.store import Floats, Size, Table, first_numbers, size_of, write
 from fastrl.data.tokenizer import Tokenizer
-from fastrl.data.work import Work
+from fastrl.data.work import Work, encode_rows
 from fastrl.data.workers import cores, in_order, workers
 from fastrl.files import JsonObject
 from fastrl.parallel.world import World
@@ -43,13 +43,15 @@ MOST = 32  # worker processes
 class Items(Generic[T]):
     """The items of a dataset.
 
-    get    number -> item
-    size   how many items, and their tokens
-    table  the records of a large file
+    get     number -> item
+    size    how many items, and their tokens
+    firsts  the first of each record's numbers, of records that have some
+    table   the records of a large file
     """
 
     get: Callable[[int], T]
     size: Size
+    firsts: Callable[[], Floats]
     table: Table | None = None
 
     def __len__(self) -> int:
@@ -81,9 +83,11 @@ def read_items(
     world = world or World()
     check_file(path, columns or {})
     if Path(path).stat().st_size <= SMALL:
-        rows = encoder.read(read_table(path, columns), None)
-        known = encoder.encode(rows, tokenizer)
-        return Items(known.__getitem__, size_of([encoder.record(item) for item in known]))
+        known = encode_rows(encoder, lambda: each_row(path, columns or {}), tokenizer, None)
+        if not known:
+            raise empty(path)
+        records = [encoder.record(item) for item in known]
+        return Items(known.__getitem__, size_of(records), lambda: first_numbers(records))
 
     job = Job(path, encoder, tokenizer, dict(columns or {}))
     made: tuple[str, JsonObject] = world.from_main(job.find_or_make)
@@ -91,7 +95,7 @@ def read_items(
     if not file.exists():  # on another machine than the first process
         file = Path(job.find_or_make()[0])
     table = Table(file)
-    return Items(lambda number: encoder.item(table[number]), Size(**made[1]), table)
+    return Items(lambda number: encoder.item(table[number]), Size(**made[1]), table.first_numbers, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class Job:
             raise empty(self.path)
         return total
 
-    def encoded(self, progress: Progress) -> Iterator[tuple[pa.RecordBatch, Size, int]]:
+    def encoded(self, progress: Progress) -> Generator[tuple[pa.RecordBatch, Size, int], None, None]:
         """The batches of the file, in order."""
         size = Path(self.path).stat().st_size
         work = Work(self.encoder, self.tokenizer, self.columns, self._first())
@@ -157,7 +161,7 @@ class Job:
         """The kind of the first row, which those of every chunk have to be."""
         with closing(chunks(self.path)) as all_chunks:
             for chunk in all_chunks:
-                for located in chunk.rows(self.columns)[:1]:
+                for located in chunk.rows(self.columns):
                     return self.encoder.kind(self.encoder.read([located], None)[0])
         return None
 

@@ -80,11 +80,16 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     Raises UserError as `read_rows` does.
     """
     check_file(path, columns or {})
-    reader = READERS[Path(path).suffix.lower()]
-    rows = named(reader(Path(path)), columns or {}, padded=reader is _read_parquet)
+    rows = list(each_row(path, columns or {}))
     if not rows:
         raise empty(path)
     return rows
+
+
+def each_row(path: str | Path, columns: Mapping[str, str]) -> Iterator[tuple[str, JsonObject]]:
+    """The rows of `read_table`, one by one: those before a line that cannot be read are given."""
+    reader = READERS[Path(path).suffix.lower()]
+    return named(reader(Path(path)), columns, padded=reader is _read_parquet)
 
 
 def check_file(path: str | Path, columns: Mapping[str, str]) -> None:
@@ -100,10 +105,11 @@ def check_file(path: str | Path, columns: Mapping[str, str]) -> None:
 
 def named(
     table: Iterable[tuple[str, JsonObject]], columns: Mapping[str, str], *, padded: bool
-) -> list[tuple[str, JsonObject]]:
+) -> Iterator[tuple[str, JsonObject]]:
     """Rows with their columns renamed; without the nulls that a columnar file pads objects with."""
-    rows = [(where, _rename(fields, columns, where)) for where, fields in table]
-    return [(where, unpadded(fields)) for where, fields in rows] if padded else rows
+    for where, fields in table:
+        renamed = _rename(fields, columns, where)
+        yield where, unpadded(renamed) if padded else renamed
 
 
 def empty(path: str | Path) -> UserError:
@@ -148,7 +154,9 @@ def rows_of_arrow(
     try:
         rows = table.to_pylist()
     except UNREADABLE as error:
-        raise UserError(f"{path}: {_unreadable(table, first)}") from error
+        number, problem = _unreadable(table, first)
+        yield from rows_of_arrow(table.slice(0, number - first), path, first)  # may have an earlier fault
+        raise UserError(f"{path}: row {number}: {problem}") from error
     for number, fields in enumerate(rows, first):
         yield f"{path}: row {number}", fields
 
@@ -157,15 +165,17 @@ def rows_of_arrow(
 UNREADABLE = (ValueError, OverflowError, KeyError)
 
 
-def _unreadable(table: Table | RecordBatch, first: int) -> str:
-    """The row and the column of the first value that cannot be read."""
+def _unreadable(table: Table | RecordBatch, first: int) -> tuple[int, str]:
+    """The first row that cannot be read, and its column with what is wrong."""
+    found = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         for number, value in enumerate(column, first):
             try:
                 value.as_py()
             except UNREADABLE as error:
-                return f"row {number}: {name}: expected a value that Python can hold, got {error}"
-    return "a value cannot be read"
+                found.append((number, f"{name}: expected a value that Python can hold, got {error}"))
+                break
+    return min(found, key=lambda one: one[0], default=(first, "a value cannot be read"))
 
 
 READERS = {".jsonl": read_json_lines, ".json": _read_json, ".parquet": _read_parquet}

@@ -5,6 +5,7 @@ Every command's items are kept in the same four columns (see `Record`); encoders
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastrl.data.arrow import pa
 
+Floats = NDArray[np.float64]
 ROW = "row"  # a fifth column: rows as a columnar file had them
 
 
@@ -70,6 +73,11 @@ def size_of(records: Sequence[Record]) -> Size:
     sequences = chain.from_iterable(record.tokens for record in records)
     token = max((max(tokens) for tokens in sequences if tokens), default=0)
     return Size(len(lengths), sum(totals), longest, max(totals, default=0), token)
+
+
+def first_numbers(records: Sequence[Record]) -> Floats:
+    """(N,) the first of each record's numbers."""
+    return np.array([record.numbers[0] for record in records], np.float64)
 
 
 # --- writing ----------------------------------------------------------------------------------------
@@ -141,6 +149,19 @@ class Table:
     def __iter__(self) -> Iterator[Record]:
         return (self[number] for number in range(len(self)))
 
+    def first_numbers(self) -> Floats:
+        """(N,) the first of each record's numbers."""
+        return np.concatenate([part.numbers[part.ends[:-1]] for part in self.parts])
+
+    def digest(self) -> str:
+        """A digest of all tokens, marks and numbers; 1 GB/s."""
+        found = hashlib.sha256()
+        for part in self.parts:
+            for array in (*part.tokens.arrays(), *part.marks.arrays(), part.ends, part.numbers):
+                found.update(f"{len(array)} ".encode())
+                found.update(memoryview(array).cast("B") if len(array) else b"")
+        return found.hexdigest()
+
 
 class _Part:
     """One batch of the file; its columns are views of the mapped memory, made when they are first read."""
@@ -167,6 +188,10 @@ class _Lists:
         inner = column.values
         self.outer, self.inner = column.offsets.to_numpy(), inner.offsets.to_numpy()
         self.values = inner.values.to_numpy()
+
+    def arrays(self) -> tuple[NDArray[np.int32], ...]:
+        """All that it holds."""
+        return self.outer, self.inner, self.values
 
     def __getitem__(self, i: int) -> list[list[int]]:
         ends = self.inner[self.outer[i] : self.outer[i + 1] + 1].tolist()

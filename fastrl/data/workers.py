@@ -77,10 +77,10 @@ def in_order(connections: Sequence[Connection], work: bytes, tasks: Iterable[obj
                 sent += 1
         if turn == sent and exhausted:
             return
-        for connection in wait(list(busy)):
-            assert isinstance(connection, Connection), "wait() was given nothing else"
-            done[busy.pop(connection)] = _received(connection)
-            idle.append(connection)
+        for ready in wait(list(busy)):
+            assert isinstance(ready, Connection), "wait() was given nothing else"
+            done[busy.pop(ready)] = _received(ready)
+            idle.append(ready)
         while turn in done:
             result, error = done.pop(turn)
             if error is not None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.batch.pack import plan
-from fastrl.data.comparisons import SEPARATOR, Group, Statement, encode_statements, pack
+from fastrl.data.comparisons import SEPARATOR, Group, Statement, encode_statements
+from fastrl.data.packing import pack
 from fastrl.errors import UserError
 from fastrl.files import JsonObject, shorten
 from fastrl.kernels._rows import take_rows

@@ -10,7 +10,8 @@ import pytest
 import torch
 from judging import token_groups
 
-from fastrl.data.comparisons import Group, encode_statements, pack, read_statements
+from fastrl.data.comparisons import Group, encode_statements, read_statements
+from fastrl.data.packing import pack
 from fastrl.errors import UserError
 from fastrl.methods.reward.objective import judged
 from fastrl.tasks.tokens import char_tokenizer

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from pyarrow import parquet
 from runs import tokenizer
 
 from fastrl.data import cache, chunks, dataset, store
+from fastrl.data.comparisons import LineEncoder, Texts, encode_statements, read_statements
 from fastrl.data.dataset import identity_of, read_items
 from fastrl.data.encode import encode_all
 from fastrl.data.encoders import Limits, PromptEncoder, SampleEncoder, UnitEncoder, changes, mask_of
+from fastrl.data.known import DemonstrationEncoder, KnownPairEncoder
 from fastrl.data.pairs import PAIRED, encode_units
 from fastrl.data.progress import Progress
 from fastrl.data.rows import check_rows, read_rows, read_table
 from fastrl.data.words import Words, cuts_at_words
 from fastrl.errors import UserError
+from fastrl.methods.dpo.reference import _fingerprint
 from fastrl.tasks.tokens import train_bpe
 
 LIMITS = Limits(max_tokens=64, micro_tokens=64, vocab_size=31)
@@ -104,6 +108,114 @@ def test_pairs_and_prompts_come_back_as_they_were(tmp_path):
         path = written(tmp_path, given, name)
         items = read_items(path, encoder, tokenizer(), columns=columns)
         assert [item.fields for item in items(range(19))] == [f for _, f in read_table(path, columns)]
+
+
+def by_length(shares, name, key):
+    assert name == "reward"
+    return "held" if len(key) > shares["long"] else "train"
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        (
+            "compared",
+            [
+                {"prompt": "1+1=", "chosen": "2", "rejected": "3", "margin": 0.25},
+                {"chosen": "1+2=3", "rejected": "1+2=4"},
+                {"prompt": "1+1=11+", "completions": ["2", "33", "4"], "scores": [1, 0.5, 0.5]},
+                {"prompt": "5+5=", "completions": ["10", "11"], "ranks": [1, 2]},
+            ],
+        ),
+        ("verdict", [{"prompt": "1+1=" * (1 + i % 2), "completion": "2", "label": i / 5} for i in range(6)]),
+        (
+            "steps",
+            [{"prompt": f"{i}+1=", "completions": ["1", "2"], "labels": [True, i / 9]} for i in range(9)],
+        ),
+    ],
+)
+def test_lines_of_reward_models_come_back_as_they_were(tmp_path, monkeypatch, data, rows):
+    """Wrong implementations: a margin or a target lost; scores read at the wrong tokens; a line of the other
+    split; the texts of another line.
+    """
+    path = written(tmp_path, rows * 3)
+    statements = read_statements(path, data)
+    groups = encode_statements(statements, tokenizer(), separator="+")
+    encoder = LineEncoder(LIMITS, data, True, "+", {"long": 4}, by_length)
+    large = read_items(path, encoder, tokenizer())
+    monkeypatch.setattr(dataset, "SMALL", 1 << 20)
+    small = read_items(path, encoder, tokenizer())
+    assert large.table is not None and small.table is None
+    assert large(range(len(groups))) == small(range(len(groups)))
+    assert [line.group for line in large(range(len(large)))] == [replace(g, where="") for g in groups]
+
+    held = [len(s.completions[0] if s.prompt is None else s.prompt) > 4 for s in statements]
+    texts = [
+        Texts(s.prompt, s.completions) if apart else None for s, apart in zip(statements, held, strict=True)
+    ]
+    assert [line.held for line in large(range(len(large)))] == texts
+    assert (large.firsts() > 0).tolist() == (small.firsts() > 0).tolist() == held
+    other = replace(encoder, shares={"long": 40})
+    assert not read_items(path, other, tokenizer()).firsts().any()
+
+
+def test_known_completions_come_back_as_they_were(tmp_path):
+    """Wrong implementations: an empty completion as one of no tokens; one side in the place of the other."""
+    rows = [{"prompt": f"{i}+1=", "completion": "1" * (i % 3)} for i in range(9)]
+    encoder = DemonstrationEncoder(LIMITS)
+    path = written(tmp_path, rows)
+    known = encoder.encode(read_rows(path), tokenizer())
+    assert known[0] is None and known[1] is not None
+    assert read_items(path, encoder, tokenizer())(range(9)) == known
+
+    sides = KnownPairEncoder(LIMITS)
+    path = written(
+        tmp_path, [{"prompt": "1+", "chosen": "2" * (i % 3), "rejected": "1" * (i % 2)} for i in range(9)]
+    )
+    pairs = sides.encode(read_rows(path), tokenizer())
+    assert pairs[0] == (None, None) and pairs[1][1] is not None and pairs[2][1] is None
+    assert read_items(path, sides, tokenizer())(range(9)) == pairs
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet"])
+def test_of_two_faults_the_earlier_line_is_told(tmp_path, monkeypatch, small, name):
+    """Wrong implementation: what is found by reading before what is found by encoding."""
+    monkeypatch.setattr(dataset, "SMALL", small)
+    for name_of_chunk in ("BYTES", "ROWS", "ITEMS"):
+        monkeypatch.setattr(chunks, name_of_chunk, 1 << 20)
+    rows = [*ROWS[:3], {"prompt": "1", "completion": "1" * 80}, {"prompt": "1", "completion": None}, ROWS[3]]
+    path = written(tmp_path, rows, name)
+    where = {"data.jsonl": ":7", "data.json": ": item 4", "data.parquet": ": row 4"}[name]
+    with pytest.raises(UserError, match=f"{name}{where}: 82 tokens"):
+        read_items(path, SampleEncoder(LIMITS), tokenizer())
+    if name == "data.jsonl":
+        Path(path).write_text("\n".join([json.dumps(rows[0]), '{"prompt": 1, "completion": "1"}', "{"]))
+        with pytest.raises(UserError, match=r"data.jsonl:2: prompt: expected"):
+            read_items(path, SampleEncoder(LIMITS), tokenizer())
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_a_folder_that_looks_like_a_partition_adds_no_column(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(dataset, "SMALL", small)
+    folder = tmp_path / "weight=7"
+    folder.mkdir()
+    path = written(folder, [{"prompt": f"{i}+1="} for i in range(9)], "data.parquet")
+    items = read_items(path, PromptEncoder(LIMITS, 64, 8, {}), tokenizer())
+    assert [item.fields for item in items(range(9))] == [{"prompt": f"{i}+1="} for i in range(9)]
+
+
+def test_references_of_a_large_file_are_those_of_its_contents(tmp_path):
+    """Wrong implementations: a digest of lengths; one without the draw, or without the model."""
+
+    def prints(last: str, numbers=range(6), model: str = "m") -> str:
+        rows = [{"prompt": "1+1=", "chosen": "2", "rejected": str(i) * 3} for i in range(3, 8)]
+        path = written(tmp_path, [*rows, {"prompt": "1+1=", "chosen": "2", "rejected": last}])
+        return _fingerprint(read_items(path, UnitEncoder(LIMITS, True), tokenizer()), numbers, model)
+
+    found = [prints("77"), prints("78"), prints("77", range(5)), prints("77", model="n")]
+    assert len(set(found)) == 4
+    assert prints("77") == found[0]
 
 
 def test_worker_processes_give_the_same_items_and_the_first_error(tmp_path, monkeypatch):

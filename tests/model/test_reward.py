@@ -13,7 +13,7 @@ from runs import decoder, tokenizer
 from support import tiny_config
 from transformers import AutoModelForSequenceClassification
 
-from fastrl.data.comparisons import pack
+from fastrl.data.packing import pack
 from fastrl.errors import UserError
 from fastrl.model.reward import RewardModel
 from fastrl.tasks.tokens import char_tokenizer

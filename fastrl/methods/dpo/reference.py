@@ -23,6 +23,7 @@ from fastrl.algorithms.preference import Preference
 from fastrl.batch.transfer import send
 from fastrl.batch.types import Batch
 from fastrl.config import Dpo
+from fastrl.data import dataset
 from fastrl.data.pairs import Unit
 from fastrl.methods.dpo.batches import Baseline, Items, LogProbs, Preferences, pack_units
 from fastrl.methods.dpo.units import UnitEncoder, load_units
@@ -184,6 +185,10 @@ def _chunks(items: Items, indices: Sequence[int]) -> Iterator[list[Unit]]:
 
 
 def _fingerprint(items: Items, indices: Sequence[int], model: str) -> str:
+    if isinstance(items, dataset.Items) and items.table is not None:  # millions of units, never as Python's
+        numbers = torch.tensor(indices, dtype=torch.int64).numpy().tobytes()
+        parts = (model.encode(), numbers, items.table.digest().encode())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     digest = hashlib.sha256(f"{model}\n{list(indices)}\n".encode())
     for units in _chunks(items, indices):
         digest.update(

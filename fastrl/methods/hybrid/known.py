@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fastrl.config import Hybrid
-from fastrl.data.check import check_budget, check_tokens
-from fastrl.data.encode import Sample, encode_all
+from fastrl.data.dataset import read_items
+from fastrl.data.encode import Sample
+from fastrl.data.encoders import Limits
+from fastrl.data.known import (
+    DemonstrationEncoder,
+    KnownPairEncoder,
+    Pair,
+    encode_known,
+    encode_known_pairs,
+)
 from fastrl.data.messages import template_columns
-from fastrl.data.rows import Row, read_rows
+from fastrl.data.rows import Row
 from fastrl.errors import UserError
-from fastrl.files import JsonObject, key_values, shorten
+from fastrl.files import key_values
 from fastrl.model.language import LanguageConfig, Tokenizer
+from fastrl.parallel.world import World
 from fastrl.tasks import Task
 from fastrl.tasks.extras import TaskWithMistakes, has_mistakes
 from fastrl.tasks.task import TRAIN
 
 Demonstrations = Callable[[Sequence[int]], list[Sample | None]]  # numbers of prompts -> their demonstrations
 Pairs = Callable[[Sequence[int]], list[tuple[Sample | None, ...]]]  # -> their chosen and rejected completions
-
-
-class Pair(NamedTuple):
-    """A prompt's two completions; None for one that is not known."""
-
-    where: str
-    prompt: object
-    chosen: object
-    rejected: object
-    extras: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,42 +38,34 @@ class PromptEncoder:
     tokenizer: Tokenizer
     model: LanguageConfig
 
+    @property
+    def limits(self) -> Limits:
+        """What the model can take."""
+        context = self.model.max_position_embeddings
+        longest = min(self.config.max_tokens or context, context)
+        return Limits(longest, self.config.micro_tokens, self.model.vocab_size)
+
     def __call__(self, rows: Sequence[Row]) -> list[Sample | None]:
         """The samples of rows, None where a completion is empty."""
-        context = self.model.max_position_embeddings
-        limit = min(self.config.max_tokens or context, context)
-
-        known = [row for row in rows if row.fields["completion"]]
-        samples = encode_all(known, self.tokenizer, max_tokens=limit)
-        for row, sample in zip(known, samples, strict=True):
-            check_tokens(sample.tokens, row.where, self.model.vocab_size)
-            check_budget(len(sample.tokens), row.where, self.config.micro_tokens)
-
-        present = iter(samples)
-        return [next(present) if row.fields["completion"] else None for row in rows]
+        return encode_known(rows, self.tokenizer, self.limits)
 
     def pairs(self, pairs: Sequence[Pair]) -> list[tuple[Sample | None, ...]]:
         """The chosen and the rejected completion of each prompt."""
-        rows = [row for pair in pairs for row in _sides(pair)]
-        samples = self(rows)
-        return list(zip(samples[::2], samples[1::2], strict=True))
+        return encode_known_pairs(pairs, self.tokenizer, self.limits)
 
 
-def demonstrations_of_prompts(encode: PromptEncoder, task: Task | None) -> Demonstrations:
+def demonstrations_of_prompts(
+    encode: PromptEncoder, task: Task | None, world: World | None = None
+) -> Demonstrations:
     """The demonstration of each prompt of `load_prompts`; None where there is none, or an empty one.
 
     Every line of a dataset is checked before training.
     """
     config = encode.config
     if config.dataset is not None:
-        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
-        if rows[0].kind != "prompt-completion":
-            raise UserError(
-                f"{rows[0].where}: expected a completion column, the demonstrations, "
-                f"got {', '.join(rows[0].fields)}"
-            )
-        known = encode(rows)
-        return lambda numbers: [known[number] for number in numbers]
+        columns = key_values(config.columns, "--columns")
+        encoder = DemonstrationEncoder(encode.limits)
+        return read_items(config.dataset, encoder, encode.tokenizer, columns=columns, world=world)
 
     if task is None:
         raise UserError(
@@ -97,7 +87,7 @@ def _demonstrations_of(task: Task, encode: PromptEncoder) -> Demonstrations:
     return demonstrations
 
 
-def pairs_of_prompts(encode: PromptEncoder, task: Task | None) -> Pairs:
+def pairs_of_prompts(encode: PromptEncoder, task: Task | None, world: World | None = None) -> Pairs:
     """The chosen and the rejected completion of each prompt of `load_prompts`, None for one that is empty.
 
     A dataset has them in its columns, and every line is checked before training; a task's are a demonstration
@@ -105,9 +95,9 @@ def pairs_of_prompts(encode: PromptEncoder, task: Task | None) -> Pairs:
     """
     config = encode.config
     if config.dataset is not None:
-        rows = read_rows(config.dataset, key_values(config.columns, "--columns"))
-        known = encode.pairs([_pair_of_row(row) for row in rows])
-        return lambda numbers: [known[number] for number in numbers]
+        columns = key_values(config.columns, "--columns")
+        encoder = KnownPairEncoder(encode.limits)
+        return read_items(config.dataset, encoder, encode.tokenizer, columns=columns, world=world)
 
     if task is None:
         raise UserError("--task or --dataset: expected one of them, to have pairs to learn from; got neither")
@@ -117,16 +107,6 @@ def pairs_of_prompts(encode: PromptEncoder, task: Task | None) -> Pairs:
             "give a --dataset with the columns prompt, chosen and rejected"
         )
     return _pairs_of(task, encode)
-
-
-def _pair_of_row(row: Row) -> Pair:
-    fields = row.fields
-    if not {"prompt", "chosen", "rejected"} <= fields.keys():
-        raise UserError(
-            f"{row.where}: expected the columns prompt, chosen and rejected, got {', '.join(fields)}"
-        )
-    extras = template_columns(fields)
-    return Pair(row.where, fields["prompt"], fields["chosen"], fields["rejected"], extras)
 
 
 def _pairs_of(task: TaskWithMistakes, encode: PromptEncoder) -> Pairs:
@@ -141,23 +121,3 @@ def _pairs_of(task: TaskWithMistakes, encode: PromptEncoder) -> Pairs:
         return encode.pairs(found)
 
     return pairs
-
-
-def _sides(pair: Pair) -> list[Row]:
-    """A row for each side.  Raises UserError for sides that do not fit their prompt, or are equal."""
-    rows = []
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if side and type(side) is not type(pair.prompt):
-            raise UserError(
-                f"{pair.where}: {name}: expected what follows the prompt, text or messages like it, "
-                f"got {shorten(side, 80)}"
-            )
-        fields = {**pair.extras, "prompt": pair.prompt, "completion": side or ""}
-        rows.append(Row(f"{pair.where}: {name}", "prompt-completion", fields))
-
-    if pair.chosen and pair.chosen == pair.rejected:
-        raise UserError(
-            f"{pair.where}: chosen, rejected: expected two different completions, "
-            f"got {shorten(pair.chosen, 80)} twice"
-        )
-    return rows

@@ -37,13 +37,13 @@ AnyContext = Context[Hybrid, HybridAlgorithm | GroupPreference, LanguageModel]
 # --- demonstrations, or pairs beside rollouts ---------------------------------------------------------
 def _demonstrations(context: HybridContext) -> Known:
     encode = PromptEncoder(context.config, context.tokenizer, context.model.config)
-    known = demonstrations_of_prompts(encode, context.task)
+    known = demonstrations_of_prompts(encode, context.task, context.world)
     return lambda numbers: [(sample,) for sample in known(numbers)]
 
 
 def _pairs(context: HybridContext) -> Known:
     encode = PromptEncoder(context.config, context.tokenizer, context.model.config)
-    return pairs_of_prompts(encode, context.task)
+    return pairs_of_prompts(encode, context.task, context.world)
 
 
 def _nothing(context: HybridContext) -> Known:

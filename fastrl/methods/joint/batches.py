@@ -13,14 +13,14 @@ import torch
 
 from fastrl.algorithms.reward import Judged, RewardLoss
 from fastrl.config import Joint
-from fastrl.data.comparisons import Group
+from fastrl.data.comparisons import Group, check_group
 from fastrl.data.messages import as_read, template_columns
 from fastrl.methods.grpo.groups import SampledGroups
 from fastrl.methods.grpo.rollouts import RolloutSource
 from fastrl.methods.joint.groups import as_groups, as_tensors, compared, under
 from fastrl.methods.joint.judge import Judge
 from fastrl.methods.joint.learner import JointBatch
-from fastrl.methods.reward.batches import Comparisons, check_group
+from fastrl.methods.reward.batches import Comparisons
 from fastrl.methods.reward.objective import RewardBatch
 from fastrl.model.language import Tokenizer
 from fastrl.parallel.world import World

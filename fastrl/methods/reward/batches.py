@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
 
 from fastrl.algorithms.reward import RewardLoss
 from fastrl.config import Reward
-from fastrl.data.comparisons import Group, Statement, encode_statements, read_statements
+from fastrl.data.comparisons import Group, LineEncoder, Statement, Texts
+from fastrl.data.dataset import read_items
+from fastrl.data.encoders import Limits
 from fastrl.data.messages import template_columns
 from fastrl.errors import UserError
 from fastrl.files import key_values, shorten
@@ -35,7 +40,7 @@ class Comparable:
 
     items: Callable[[Sequence[int]], list[Group]]
     size: int
-    held_out: Callable[[], list[tuple[Group, Statement]]]
+    held_out: Callable[[], list[tuple[Group, Texts]]]
 
 
 class Comparisons:
@@ -73,7 +78,7 @@ class Comparisons:
         scores = self.world.gather(self.scores(local))
         metrics, table = judge_held_out(self.algorithm, groups, scores)
         few = zip(held[:SHOWN], scores, strict=False)
-        return metrics, table, [row for (_, statement), own in few for row in shown(statement, own)]
+        return metrics, table, [row for (group, texts), own in few for row in shown(group, texts, own)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +86,35 @@ class StatementEncoder:
     """Turns statements into groups of a run, and refuses what its model cannot take."""
 
     config: Reward
+    algorithm: RewardLoss
     tokenizer: Tokenizer
     model: LanguageConfig
 
+    @property
+    def encoder(self) -> LineEncoder:
+        """What is made of lines, whoever does it."""
+        config, algorithm, context = self.config, self.algorithm, self.model.max_position_embeddings
+        limits = Limits(
+            min(config.max_tokens or context, context), config.micro_tokens, self.model.vocab_size
+        )
+        shares = {"held out": config.holdout if config.eval.prompts else 0.0, "train": 1.0}
+        return LineEncoder(
+            limits, algorithm.data, algorithm.margin, separator_of(config), shares, assign_split
+        )
+
     def __call__(self, statements: Sequence[Statement]) -> list[Group]:
         """The groups of statements.  Raises UserError, naming the line, for one that cannot be trained on."""
-        config, context = self.config, self.model.max_position_embeddings
-        limit = min(config.max_tokens or context, context)
-        separator = separator_of(config)
-        groups = encode_statements(statements, self.tokenizer, max_tokens=limit, separator=separator)
-        for g in groups:
-            check_group(g, self.model.vocab_size, config.micro_tokens)
-        return groups
+        return self.encoder.groups(statements, self.tokenizer)
 
 
-def comparable(encode: StatementEncoder, algorithm: RewardLoss, task: Task | None) -> Comparable:
+def comparable(encode: StatementEncoder, task: Task | None, world: World | None = None) -> Comparable:
     """What the options name; every line of a dataset is checked before training.
 
     Raises:  UserError where there is nothing to learn from.
     """
-    config = encode.config
+    config, algorithm = encode.config, encode.algorithm
     if config.dataset is not None:
-        return _of_dataset(encode, algorithm, config.dataset)
+        return _of_dataset(encode, config.dataset, world)
     if task is None:
         raise UserError(
             "--dataset or --task: expected one of them, to have something to learn from; got neither"
@@ -111,50 +123,46 @@ def comparable(encode: StatementEncoder, algorithm: RewardLoss, task: Task | Non
         raise UserError(f"--task: expected one with wrong answers, got {task.name}; give a --dataset")
     if algorithm.data == "steps" and not has_steps(task):
         raise UserError(f"--task: expected one that judges steps, got {task.name}; give a --dataset")
-    return _of_task(encode, algorithm, task)
+    return _of_task(encode, task)
 
 
-def _of_dataset(encode: StatementEncoder, algorithm: RewardLoss, path: str) -> Comparable:
-    config, units = encode.config, algorithm.units
+def _of_dataset(encode: StatementEncoder, path: str, world: World | None) -> Comparable:
+    config, units = encode.config, encode.algorithm.units
     columns = key_values(config.columns, "--columns")
-    statements = read_statements(path, algorithm.data, columns, margins=algorithm.margin)
-    groups = encode(statements)
+    lines = read_items(path, encode.encoder, encode.tokenizer, columns=columns, world=world)
+    apart = lines.firsts() > 0
+    train, aside = np.flatnonzero(~apart), np.flatnonzero(apart)
+    held = (number for number in aside.tolist() if units(lines[number].group.target))
+    few = list(islice(held, config.eval.prompts))
 
-    shares = {"held out": config.holdout if config.eval.prompts else 0.0, "train": 1.0}
-    train: list[Group] = []
-    held: list[tuple[Group, Statement]] = []
-    for group, statement in zip(groups, statements, strict=True):
-        # Lines of one prompt stay together, so that no held-out prompt is trained on.
-        key = statement.completions[0] if statement.prompt is None else statement.prompt
-        if assign_split(shares, "reward", key) == "train":
-            train.append(group)
-        elif units(group.target):
-            held.append((group, statement))
-
-    if not any(units(g.target) for g in train):
+    if not any(units(lines[number].group.target) for number in train.tolist()):
         raise UserError(
             f"dataset {path}: expected a training line that the loss can learn from, "
-            f"got {len(train)} lines, all ties, and {len(held)} held out"
+            f"got {len(train)} lines, all ties, and {len(few) + sum(1 for _ in held)} held out"
         )
-    if config.eval.prompts and not held:
+    if config.eval.prompts and not few:
         raise UserError(
-            f"--holdout: none of the {len(groups)} lines of {path} falls into the {config.holdout:.0%} "
+            f"--holdout: none of the {len(lines)} lines of {path} falls into the {config.holdout:.0%} "
             "held out; raise it, or turn evaluation off with --eval.prompts 0"
         )
-    few = held[: config.eval.prompts]
-    return Comparable(lambda some: [train[i] for i in some], len(train), lambda: few)
+    known = [(line.group, line.held) for line in lines(few) if line.held is not None]
+
+    def items(some: Sequence[int]) -> list[Group]:
+        return [lines[number].group for number in train[list(some)].tolist()]
+
+    return Comparable(items, len(train), lambda: known)
 
 
-def _of_task(encode: StatementEncoder, algorithm: RewardLoss, task: TaskWithMistakes) -> Comparable:
-    config = encode.config
+def _of_task(encode: StatementEncoder, task: TaskWithMistakes) -> Comparable:
+    config, algorithm = encode.config, encode.algorithm
 
     def statements(split: str, indices: Sequence[int]) -> list[Statement]:
         return [_statement(config, algorithm, task, split, i) for i in indices]
 
-    def held_out() -> list[tuple[Group, Statement]]:
+    def held_out() -> list[tuple[Group, Texts]]:
         split = config.eval.split
         known = statements(split, range(min(config.eval.prompts, task.size(split))))
-        return list(zip(encode(known), known, strict=True))
+        return [(g, Texts(s.prompt, s.completions)) for g, s in zip(encode(known), known, strict=True)]
 
     return Comparable(lambda some: encode(statements(TRAIN, some)), task.size(TRAIN), held_out)
 
@@ -186,18 +194,3 @@ def _statement(
     verdicts = [task.verify(example, text) for text in texts]
     target = [v.reward if algorithm.compares else float(v.correct) for v in verdicts]
     return Statement(where, algorithm.data, example.prompt, texts, target, columns=extras)
-
-
-def check_group(group: Group, vocab_size: int, micro_tokens: int) -> None:
-    """Refuse a group that the model cannot read, or not in one pass."""
-    top = max(t for tokens in group.tokens for t in tokens)
-    if top >= vocab_size:
-        raise UserError(
-            f"{group.where}: the tokenizer gives token {top}, "
-            f"but the model's vocabulary has {vocab_size}; they do not belong together"
-        )
-    if group.length > micro_tokens:
-        raise UserError(
-            f"{group.where}: {group.length} tokens to compare exceed a pass; "
-            f"raise --micro-tokens from {micro_tokens} to {group.length}"
-        )

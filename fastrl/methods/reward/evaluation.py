@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fastrl.algorithms.reward import RewardLoss
-from fastrl.data.comparisons import Group, Statement
+from fastrl.data.comparisons import Group, Texts
 from fastrl.report.stats import Bin, Estimate, calibration, share_interval, wilson
 from fastrl.train.source import LoggedSample, Metrics
 
@@ -41,10 +41,10 @@ def judge_held_out(
     return metrics, {"names": names, "better": best, "worse": rest, "bins": bins, "ece": ece}
 
 
-def shown(statement: Statement, rewards: Sequence[float]) -> list[LoggedSample]:
+def shown(group: Group, texts: Texts, rewards: Sequence[float]) -> list[LoggedSample]:
     """A held-out group's completions as samples.jsonl has them."""
-    rows = zip(statement.completions, rewards, statement.target, strict=True)
-    prompt = statement.prompt or ""
+    rows = zip(texts.completions, rewards, group.target, strict=True)
+    prompt = texts.prompt or ""
     return [{"prompt": prompt, "completion": c, "reward": r, "target": t} for c, r, t in rows]
 
 

@@ -45,9 +45,9 @@ def source(context: RewardContext, learner: Trainable[RewardBatch]) -> tuple[Sou
 def comparisons(context: RewardContext) -> Comparisons:
     """The groups of the dataset or the task, and those held out."""
     config, algorithm = context.config, context.algorithm
-    encode = StatementEncoder(config, context.tokenizer, context.model.config)
+    encode = StatementEncoder(config, algorithm, context.tokenizer, context.model.config)
     scores = partial(group_scores, context.model, micro_tokens=config.micro_tokens)
-    data = comparable(encode, algorithm, context.task)
+    data = comparable(encode, context.task, context.world)
     context.tell(data, data.size, "groups")
     return Comparisons(config, algorithm, data, scores, context.world)
 

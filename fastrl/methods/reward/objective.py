@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastrl.algorithms.reward import MEASURES, Judged, RewardLoss
 from fastrl.batch.pack import plan
-from fastrl.data.comparisons import Group, Packed, pack
+from fastrl.data.comparisons import Group
+from fastrl.data.packing import Packed, pack
 from fastrl.model.reward import RewardModel
 from fastrl.parallel.device import memory_limited_by
 from fastrl.report.metric import ratios
