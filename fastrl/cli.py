@@ -178,6 +178,9 @@ def _dispatch(args: list[str]) -> int:
         _print(f"# fastrl {name}\n{dump(parsed.config)}".rstrip())
         return 0
 
+    if name in METHODS and not parsed.dry_run:
+        _print(f"fastrl {name}: starting")  # a model takes seconds to load
+
     target = command.preview if parsed.dry_run else command.target
     module, _, function = target.partition(":")
     result = getattr(importlib.import_module(module), function)(parsed.config)

@@ -201,3 +201,13 @@ def test_a_reader_that_leaves_early_is_not_an_error():
     child.stderr.close()
     assert child.wait() == cli.BROKEN_PIPE
     assert told == b""
+
+
+def test_a_run_says_at_once_that_it_starts(monkeypatch, capsys):
+    """Wrong: silence for the seconds in which a model is loaded."""
+    said = []
+    monkeypatch.setattr("fastrl.trainer.train", lambda config: said.append(capsys.readouterr().out))
+    assert cli.main(["sft", "--model", "m"]) == 0
+    assert said == ["fastrl sft: starting\n"]
+    assert cli.main(["sft", "--model", "m", "--dry-run"]) == 0
+    assert "starting" not in capsys.readouterr().out

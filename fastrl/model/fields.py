@@ -35,20 +35,19 @@ OWN = frozenset(  # read by ModelConfig or by FEATURES
 # heads of other tasks, the storage of weights or the bookkeeping of a program
 _INERT = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _flash_attn_2_enabled _name_or_path attn_implementation auto_map bad_words_ids begin_suppress_tokens
-    bos_token bos_token_id cls_token_id custom_pipelines decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token
+    _flash_attn_2_enabled _model_name_or_path _name_or_path attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token bos_token_id cls_token_id custom_pipelines decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label is_decoder is_llama_config keys_to_ignore_at_inference label2id
-    language length_penalty license max_length max_new_tokens max_sequence_length min_length
-    model_max_length name_or_path neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
-    pad_token pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty
-    return_dict return_dict_in_generate sep_token_id step_separator suppress_tokens tags
-    task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p
-    torch_dtype torchscript transformers.js_config transformers_version trust_remote_code typical_p
-    unk_token_id unsloth_fixed unsloth_tracked unsloth_version use_bfloat16 use_cache
-    use_flash_attention_2 use_flash_attn
+    gradient_checkpointing id2label is_decoder is_llama_config keys_to_ignore_at_inference label2id language
+    length_penalty license max_length max_new_tokens max_sequence_length min_length model_max_length
+    name_or_path neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_scores pad_token
+    pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id step_separator suppress_tokens tags task_specific_params temperature
+    tf_legacy_loss tokenizer_class tokenizer_name top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version trust_remote_code typical_p unk_token_id unsloth_fixed unsloth_tracked
+    unsloth_version use_bfloat16 use_cache use_flash_attention_2 use_flash_attn
 """
 INERT = frozenset(_INERT.split())
 # a key that would change logits -> its values that do not; null never does, unless `FEATURES` has the key

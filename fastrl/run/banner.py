@@ -46,10 +46,11 @@ def _data(context: AnyContext) -> dict[str, str]:
             amount = context.data[0]
             tokens = "" if amount.tokens is None else f", {amount.tokens:,} tokens"
             lines[name] += f": {amount.items:,} {amount.what}{tokens}"
-    steps = f"{config.steps:,} of {config.prompts:,}"
+    what = context.data[0].what if context.data else "prompts"
+    steps = f"{config.steps:,} of {config.prompts:,} {what}"
     if context.data and context.data[0].items:
         epochs = config.steps * config.prompts / context.data[0].items
-        steps += f" = {epochs:.3g} epochs"
+        steps += f", {epochs:.3g} epochs"
     return lines | {"steps": steps}
 
 
