@@ -42,6 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_input_grad_cpu", &linear_input_grad_cpu, NoGil());
   m.def("linear_weight_grad_cpu", &linear_weight_grad_cpu, NoGil());
 
+  m.def("attention_forward_cpu", &attention_forward_cpu, NoGil());
+  m.def("attention_backward_cpu", &attention_backward_cpu, NoGil());
   m.def("decode_attention_cpu", &decode_attention_cpu, NoGil());
 
   m.def("advance_cpu", &advance_cpu, NoGil());

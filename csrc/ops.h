@@ -123,6 +123,18 @@ void linear_input_grad_cpu(Address dx, int64_t dx_stride, Address dy, int64_t dy
 void linear_weight_grad_cpu(Address y, int64_t y_stride, Address a, int64_t a_stride, Address b, int64_t b_stride, int64_t T, int64_t M,
                             int64_t N, bool add, int threads);
 
+// --- attention: formulas in kernels/attention.py ----------------------------------------------------------
+// q (T, H, E), k, v (T_k, K, E) code; ends, ends_k (S+1,) int64, where each sequence's queries are its last tokens
+// ->  y (T, H, E) code, contiguous; lse (T, H) or 0
+void attention_forward_cpu(Address y, Address lse, Address q, int64_t q_token, int64_t q_head, Address k, int64_t k_token, int64_t k_head,
+                           Address v, int64_t v_token, int64_t v_head, int code, Address ends, Address ends_k, double scale, int64_t S,
+                           int64_t T, int64_t T_k, int64_t H, int64_t K, int64_t E, int threads);
+// dy, q (T, H, E), k, v (T, K, E), y (T, H, E), contiguous, code; lse (T, H)  ->  dq (T, H, E), dk, dv (T, K, E) code, contiguous
+void attention_backward_cpu(Address dq, Address dk, Address dv, Address dy, int64_t dy_token, int64_t dy_head, Address q, int64_t q_token,
+                            int64_t q_head, Address k, int64_t k_token, int64_t k_head, Address v, int64_t v_token, int64_t v_head,
+                            Address y, Address lse, int code, Address ends, double scale, int64_t S, int64_t T, int64_t H, int64_t K,
+                            int64_t E, int threads);
+
 // --- decode_attention: formula in kernels/decode_attention.py ---------------------------------------------
 // q (B, H, E) code; k_cache, v_cache (pages, page, K, E) code, contiguous; block_table (R, N) int32; lengths (B,) int32;
 // rows (B,) or 0: query b takes row b of the table, and R = B  ->  y (B, H, E) code, contiguous

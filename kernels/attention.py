@@ -24,9 +24,10 @@ from fastrl.kernels._attention import exact as _attention_exact
 from fastrl.kernels._attention import prefix as _attention_prefix
 from fastrl.kernels._attention.flash import FLASH
 from fastrl.kernels._attention.padded import PADDED, padded
-from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route
+from fastrl.kernels._backend import EXACT_ONLY, ladder, pick, register, route, unbuilt
 from fastrl.kernels._check import FLOATS, compute_dtype, dims, ends, no_gradient, same_device
 from fastrl.kernels._contexts import ignore_autocast, lowered, with_gradient, without_gradient
+from fastrl.kernels._native import attention as native
 
 # a block of scores of the reference: it stays in a core's own cache, 3x faster than 16 MiB at length 1024
 SCORES_BYTES = 2 << 20
@@ -133,8 +134,18 @@ register(
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-# The ladder: the libraries that are installed, best first.  On CPU torch's own flash attention runs each
-# padded batch: blocked in cache, causal blocks skipped, shared heads allowed.
+# The ladder: the libraries that are installed, best first, and on CPU our own kernel; for wider heads, or
+# where fastrl._C was not built, torch's, which runs each padded batch.
+register(
+    "attention",
+    "cpu",
+    dtypes=native.DTYPES,
+    missing=unbuilt("attention_forward_cpu"),
+    obstacle=native.obstacle,
+    forward=native.forward,
+    backward=native.backward,
+    prefix=native.prefix,
+)
 for _name, _rung in (FLASH | PADDED).items():
     register("attention", _name, **_rung)
 register(
@@ -147,7 +158,7 @@ register(
     backward=_attention_exact.backward,
     prefix=_attention_exact.prefix,
 )
-ladder("attention", *FLASH, *PADDED, "reference")
+ladder("attention", *FLASH, "cpu", *PADDED, "reference")
 
 
 # --- registration and autograd ----------------------------------------------------------------------
@@ -235,8 +246,9 @@ def attention(
              reading the lengths;  cu_seqlens_k (S+1,) int32: k and v (T_k, K, E) hold each sequence's past
              and its new tokens, and max_seqlen counts keys
              ->  (T, H, E).
-    Memory:  y and lse are kept for the backward.  The reference and CPU implementations copy a padded batch
-             of sequences at a time, and read cu_seqlens on the host, which waits for the device on CUDA.
+    Memory:  y and lse are kept for the backward.  The CPU kernel copies the keys and values of a few
+             sequences at a time, or of one.  The reference and PyTorch's kernels copy a padded batch of
+             sequences at a time, and read cu_seqlens on the host, which waits for the device on CUDA.
     Raises:  ValueError or TypeError naming the argument.
     Source:  Dao 2023, "FlashAttention-2" (the backward from lse).
     """

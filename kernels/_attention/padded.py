@@ -1,4 +1,4 @@
-"""Attention of packed sequences by the dense kernels of PyTorch: `cpu` and `sdpa` of the ladder.
+"""Attention of packed sequences by the dense kernels of PyTorch: `sdpa_cpu` and `sdpa` of the ladder.
 
 They run on padded batches of sequences of like length.
 """
@@ -201,7 +201,12 @@ def _missing(name: str) -> str:
 
 
 PADDED: dict[str, dict[str, Any]] = {
-    "cpu": {"dtypes": HALVES, "missing": _missing(_CPU), **_packed(cpu_forward, cpu_backward)},
+    "sdpa_cpu": {
+        "devices": ("cpu",),
+        "dtypes": HALVES,
+        "missing": _missing(_CPU),
+        **_packed(cpu_forward, cpu_backward),
+    },
     "sdpa": {
         "devices": ("cuda",),
         "dtypes": HALVES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import within_budget
+from support import use, within_budget
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,7 +14,7 @@ from fastrl.kernels._attention import padded as _attention_padded
 from fastrl.kernels.attention import backward_op, forward_op
 
 LENGTHS = [3, 0, 5, 1, 9, 0, 0, 17, 2, 40, 8, 16]
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "cpu", "sdpa_cpu"]
 
 
 def inputs(lengths=LENGTHS, H=4, K=2, E=8, dtype=torch.float32):
@@ -53,7 +53,7 @@ def test_value_and_gradients_within_the_budget_of_pytorch(backend, dtype, H, K):
     results = []
     for cast, fn in ((dtype, ops.attention), (dtype, sdpa), (torch.float64, truth)):
         own = [x.detach().to(cast).requires_grad_() for x in leaves]
-        with ops.use_backend(backend, "attention"):
+        with use(backend, "attention"):
             y = fn(*own, cu)
             results.append((y, *torch.autograd.grad(y, own, up.to(cast))))
     for ours, theirs, exact in zip(*results, strict=True):
@@ -77,10 +77,10 @@ def test_any_block_size_gives_the_same(budget, alone, monkeypatch):
     monkeypatch.setattr(_attention_padded, "ALONE", alone)
     monkeypatch.setattr(module, "SCORES_BYTES", budget)
     monkeypatch.setattr(_attention_padded, "PADDED_TOKENS", max(1, budget // 100))
-    for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
+    for backend, dtype in (("reference", torch.float64), ("sdpa_cpu", torch.float32)):
         leaves, cu = inputs([70, 3, 33, 65], dtype=dtype)
         exact = [x.detach().double().requires_grad_() for x in leaves]
-        with ops.use_backend(backend, "attention"):
+        with use(backend, "attention"):
             y, expected, up = (
                 ops.attention(*leaves, cu, scale=0.4),
                 truth(*exact, cu, 0.4),
@@ -103,7 +103,7 @@ def test_sequences_of_one_length_are_a_padded_batch_already(backend, lengths):
     fused = torch.randn(sum(lengths), 8, 8, requires_grad=True)
     leaves, cu = fused.split((4, 2, 2), 1), torch.tensor([0, *lengths]).cumsum(0).int()
     up = torch.randn(sum(lengths), 4, 8)
-    with ops.use_backend(backend, "attention"):
+    with use(backend, "attention"):
         y = ops.attention(*leaves, cu)
         (grad,) = torch.autograd.grad(y, fused, up)
     exact = fused.detach().double().requires_grad_()
@@ -125,7 +125,7 @@ def test_a_sequence_sees_nothing_of_its_neighbours_not_even_a_nan(backend):
     weighted 0, but 0 * nan is nan.
     """
     leaves, cu = inputs([3, 4, 2])
-    with ops.use_backend(backend, "attention"):
+    with use(backend, "attention"):
         clean = ops.attention(*leaves, cu)
         spoiled = [x.detach().clone() for x in leaves]
         for x in spoiled:
@@ -141,7 +141,7 @@ def test_a_sequence_sees_nothing_of_its_neighbours_not_even_a_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_future_does_not_matter(backend):
     leaves, cu = inputs([12])
-    with ops.use_backend(backend, "attention"), torch.no_grad():
+    with use(backend, "attention"), torch.no_grad():
         before = ops.attention(*leaves, cu)
         changed = [x.clone() for x in leaves]
         for x in changed:
@@ -155,7 +155,7 @@ def test_the_future_does_not_matter(backend):
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 1, 0]])
 def test_empty_sequences(backend, lengths):
     leaves, cu = inputs(lengths)
-    with ops.use_backend(backend, "attention"):
+    with use(backend, "attention"):
         y = ops.attention(*leaves, cu)
         grads = torch.autograd.grad(y.sum(), leaves)
     assert torch.equal(y, leaves[2].repeat_interleave(2, 1))  # a token alone attends to itself
@@ -167,7 +167,7 @@ def test_noncontiguous_and_repeatable(backend):
     (q, k, v), cu = inputs()
     qkv = torch.cat((q, k, v), 1).flatten(1).detach().requires_grad_()
     results = []
-    with ops.use_backend(backend, "attention"):
+    with use(backend, "attention"):
         for copy in (lambda x: x, lambda x: x, torch.clone):
             y = ops.attention(*(copy(x) for x in qkv.view(-1, 8, 8).split((4, 2, 2), 1)), cu)
             results.append((y, torch.autograd.grad(y.square().sum(), qkv)[0]))

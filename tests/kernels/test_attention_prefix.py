@@ -17,7 +17,7 @@ from fastrl.kernels._attention import prefix as _attention_prefix
 from fastrl.kernels.attention import prefix_op
 
 NEW, PAST = [3, 0, 1, 5, 20], [4, 6, 0, 9, 33]
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "cpu", "sdpa_cpu"]
 
 
 def ends(lengths, dtype=torch.int32):

@@ -235,6 +235,7 @@ def test_the_order_of_the_ladder():
         "flash_attn_2",
         "varlen_attn",
         "cpu",
+        "sdpa_cpu",
         "sdpa",
         "reference",
     )
@@ -257,7 +258,7 @@ def test_the_best_rung_that_is_there_is_named_and_used(monkeypatch):
         )
         seen.append(ops.backend("cuda")["attention"])
     assert seen == [*reversed(RUNGS)]
-    assert ops.backend("cpu")["attention"] == ("cpu" if not table["cpu"].missing else "reference")
+    assert ops.backend("cpu")["attention"] == ("sdpa_cpu" if table["cpu"].missing else "cpu")
 
 
 def test_a_rung_with_an_obstacle_gives_way_to_the_next(monkeypatch):

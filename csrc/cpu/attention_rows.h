@@ -1,0 +1,373 @@
+// Tiles of attention for the vector width of the including namespace.
+#include "vec.h"
+
+namespace tiles {
+
+#ifdef __clang__
+#define FASTRL_UNROLL _Pragma("unroll")
+#else
+#define FASTRL_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr long kPanel = 2 * LANES;                 // keys side by side, one a lane
+constexpr long kBlock = LANES == 16 ? 12 : 6;      // rows of a product held in registers, with two vectors each
+constexpr long kScores = kAttentionKeys + 16;      // from one row of scores to the next: a multiple of 4096 bytes would share cache sets
+constexpr long kWide = kAttentionWidth + 16;       // from one row of q, y, dy or dq to the next
+
+constexpr long kDepth = LANES == 4 ? 32 : 64;      // of a head's width summed in one go: short chains, without fused products too, lose few digits
+
+// --- products -----------------------------------------------------------------------------------------
+enum Mode { kSet, kAdd, kFade };
+
+// c (R, V LANES) = a b, or c + a b, or c faded + a b, with a (R, depth) and b (depth, V LANES).  Every element is one chain over the
+// depth, whatever the tile.  TURNED: a is stored (depth, R).
+template <int R, int V, Mode MODE, bool TURNED, long PITCH>
+void product(float* c, long c_pitch, const float* a, const float* b, long b_pitch, long depth, const float* faded) {
+  F acc[R][V] = {};
+  for (long k = 0; k < depth; k++, b += b_pitch) {
+    F in[V];
+    FASTRL_UNROLL
+    for (int v = 0; v < V; v++) in[v] = load(b + v * LANES);
+    FASTRL_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F x = splat(TURNED ? a[k * PITCH + r] : a[r * PITCH + k]);
+      FASTRL_UNROLL
+      for (int v = 0; v < V; v++) acc[r][v] += x * in[v];
+    }
+  }
+  FASTRL_UNROLL
+  for (int r = 0; r < R; r++, c += c_pitch) {
+    FASTRL_UNROLL
+    for (int v = 0; v < V; v++) {
+      const F before = MODE == kSet ? F{} : load(c + v * LANES);
+      store(c + v * LANES, MODE == kSet ? acc[r][v] : MODE == kAdd ? before + acc[r][v] : before * faded[r] + acc[r][v]);
+    }
+  }
+}
+
+// The same over `columns` of c, a multiple of LANES; `panel` elements lie between two panels of b.
+template <int R, Mode MODE, bool TURNED, long PITCH>
+INLINE void strip(float* c, long c_pitch, const float* a, const float* b, long b_pitch, long panel, long depth, long columns,
+                  const float* faded) {
+  for (; columns >= kPanel; columns -= kPanel, c += kPanel, b += panel) {
+    product<R, 2, MODE, TURNED, PITCH>(c, c_pitch, a, b, b_pitch, depth, faded);
+  }
+  if (columns > 0) product<R, 1, MODE, TURNED, PITCH>(c, c_pitch, a, b, b_pitch, depth, faded);
+}
+template <Mode MODE, bool TURNED, long PITCH>
+INLINE void strip(long rows, float* c, long c_pitch, const float* a, const float* b, long b_pitch, long panel, long depth, long columns,
+                  const float* faded) {
+  const auto run = rows == kBlock ? strip<kBlock, MODE, TURNED, PITCH>
+                   : rows == 4    ? strip<4, MODE, TURNED, PITCH>
+                                  : strip<1, MODE, TURNED, PITCH>;
+  run(c, c_pitch, a, b, b_pitch, panel, depth, columns, faded);
+}
+INLINE long block_of(long left) { return left >= kBlock ? kBlock : left >= 4 ? 4 : 1; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+// --- rows in and out ----------------------------------------------------------------------------------
+template <class T>
+INLINE F load_up_to(const T* p, long n) { return n >= LANES ? load(p) : load_some(p, n, T{}); }
+template <class T>
+INLINE void copy_row(float* out, const T* row, long width, float factor) {
+  long e = 0;
+  for (; e + LANES <= width; e += LANES) store(out + e, load(row + e) * factor);
+  if (e < width) store(out + e, load_some(row + e, width - e, T{}) * factor);
+}
+template <class T>
+INLINE void write_row(T* out, const float* row, long width, float factor) {
+  long e = 0;
+  for (; e + LANES <= width; e += LANES) store(out + e, load(row + e) * factor);
+  if (e < width) store_some(out + e, load(row + e) * factor, width - e);
+}
+
+// The rows of a tile, one after the other.
+struct Cursor {
+  const AttentionTile& tile;
+  long r = 0, token, head;
+  explicit INLINE Cursor(const AttentionTile& t) : tile(t), token(t.first / t.heads), head(t.first % t.heads) {}
+  INLINE bool inside() const { return r < tile.rows; }
+  INLINE void next() {
+    r++;
+    if (++head == tile.heads) head = 0, token++;
+  }
+  INLINE long of(const AttentionView& x) const { return token * x.token + head * x.head; }
+};
+
+// The rows of a tile, read to rows kWide apart, times a factor, and written from there.
+template <class T>
+INLINE void take(float* out, const AttentionTile& t, const AttentionView& x, float factor) {
+  for (Cursor at(t); at.inside(); at.next(), out += kWide) copy_row(out, static_cast<const T*>(x.at) + at.of(x), t.width, factor);
+}
+template <class T>
+INLINE void give(const AttentionTile& t, const float* from, const float* factor) {
+  for (Cursor at(t); at.inside(); at.next(), from += kWide) {
+    write_row(static_cast<T*>(t.out.at) + at.of(t.out), from, t.width, factor[at.r]);
+  }
+}
+
+// LANES rows turned in place, by exchanging what lies STEP off the diagonal
+template <long STEP = LANES / 2>
+INLINE void turn_block(F* rows) {
+#ifndef __clang__
+  I low{}, high{};
+  for (int i = 0; i < LANES; i++) low[i] = i & STEP ? LANES + (i ^ STEP) : i, high[i] = i & STEP ? LANES + i : i ^ STEP;
+#endif
+  FASTRL_UNROLL
+  for (int r = 0; r < LANES; r++) {
+    if (r & STEP) continue;
+    const F a = rows[r], b = rows[r + STEP];
+#ifdef __clang__
+    for (int i = 0; i < LANES; i++) rows[r][i] = i & STEP ? b[i ^ STEP] : a[i], rows[r + STEP][i] = i & STEP ? b[i] : a[i ^ STEP];
+#else
+    rows[r] = __builtin_shuffle(a, b, low), rows[r + STEP] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (STEP > 1) turn_block<STEP / 2>(rows);
+}
+
+// Panels (width, kPanel) of the sequence's keys [first, first + n); what the last panel lacks is 0.
+template <class T>
+void turn(float* out, const AttentionView& x, int64_t first, int64_t n, int64_t width) {
+  const T* from = static_cast<const T*>(x.at) + first * x.token;
+  for (long j = 0; j < n || j % kPanel != 0; j += LANES, from += LANES * x.token) {
+    float* to = out + j / kPanel * kPanel * width + j % kPanel;
+    for (long e = 0; e < width; e += LANES) {
+      F rows[LANES] = {};
+      if (n - j >= LANES && width - e >= LANES) {
+        FASTRL_UNROLL
+        for (int i = 0; i < LANES; i++) rows[i] = load(from + i * x.token + e);
+      } else {
+        for (int i = 0; i < least(n - j, LANES); i++) rows[i] = load_up_to(from + i * x.token + e, width - e);
+      }
+      turn_block(rows);
+      if (width - e >= LANES) {
+        FASTRL_UNROLL
+        for (int i = 0; i < LANES; i++) store(to + (e + i) * kPanel, rows[i]);
+      } else {
+        for (int i = 0; i < width - e; i++) store(to + (e + i) * kPanel, rows[i]);
+      }
+    }
+  }
+}
+
+// The keys or values [first, first + n) as rows of whole vectors.
+template <class T>
+void lay(float* out, const AttentionView& x, int64_t first, int64_t n, int64_t width) {
+  const T* from = static_cast<const T*>(x.at) + first * x.token;
+  for (long j = 0; j < n; j++) copy_row(out + j * whole(width), from + j * x.token, width, 1.0f);
+}
+
+// --- the softmax of a tile ----------------------------------------------------------------------------
+template <long STEP>
+INLINE F swapped(F v) {  // lane i and lane i ^ STEP change places
+#ifdef __clang__
+  F out = v;
+  for (long i = 0; i < LANES; i++) out[i] = v[i ^ STEP];
+  return out;
+#else
+  I at{};
+  for (int i = 0; i < LANES; i++) at[i] = i ^ STEP;
+  return __builtin_shuffle(v, at);
+#endif
+}
+template <long STEP = LANES / 2>
+INLINE float highest(F v) {
+  if constexpr (STEP == 0) return v[0];
+  else return highest<STEP / 2>(larger(v, swapped<STEP>(v)));
+}
+template <long STEP = LANES / 2>
+INLINE float added(F v) {
+  if constexpr (STEP == 0) return v[0];
+  else return added<STEP / 2>(v + swapped<STEP>(v));
+}
+INLINE I lane_numbers() {
+  I at{};
+  for (int i = 0; i < LANES; i++) at[i] = i;
+  return at;
+}
+INLINE F exp_to_zero(F far) { return kExpLow > far ? F{} : exp_in_range(far); }  // NaN stays
+
+// Where a tile of rows stands: row r sees keys [0, visible(r)) of its sequence.
+struct Place {
+  long first, rows, heads, past;
+  long end[kAttentionRows] = {};
+  explicit Place(const AttentionTile& t) : first(t.first), rows(t.rows), heads(t.heads), past(t.past) {
+    for (Cursor at(t); at.inside(); at.next()) end[at.r] = past + at.token + 1;
+  }
+  INLINE long visible(long r) const { return end[r]; }
+};
+
+// s (rows, kScores) = a (rows, width) b^T over the keys from n0 on that a row of the block sees; b in panels
+INLINE void scores(float* s, const float* a, const float* b, const Place& place, long n0, long width) {
+  for (long r = 0, block; r < place.rows; r += block) {
+    block = block_of(place.rows - r);
+    const long keys = least(place.visible(r + block - 1) - n0, kAttentionKeys);
+    if (keys <= 0) continue;
+    for (long e = 0; e < width; e += kDepth) {
+      const auto run = e == 0 ? strip<kSet, false, kWide> : strip<kAdd, false, kWide>;
+      run(block, s + r * kScores, kScores, a + r * kWide + e, b + e * kPanel, kPanel, kPanel * width, least(width - e, kDepth), whole(keys),
+          nullptr);
+    }
+  }
+}
+
+struct Running {  // the softmax of the rows so far
+  float m[kAttentionRows], faded[kAttentionRows], sum[kAttentionRows * LANES];
+};
+
+// Scores to exp(s - m), the new m of each row and what its output fades by.  What a row does not see is 0 up to `columns`.
+INLINE void soften(float* s, Running& running, const Place& place, long n0, long columns) {
+  const I lane = lane_numbers();
+  for (long r = 0; r < place.rows; r++) {
+    float* row = s + r * kScores;
+    const long seen = least(place.visible(r) - n0, columns), last = seen / LANES * LANES;
+    F most = splat(kLowest);
+    for (long j = 0; j < last; j += LANES) most = larger(most, load(row + j));
+    if (seen > last) {
+      const F kept = lane < (int)(seen - last) ? load(row + last) : splat(-__builtin_inff());
+      store(row + last, kept);
+      most = larger(most, kept);
+    }
+    const float before = running.m[r], top = highest(most), now = top > before ? top : before;
+    running.m[r] = now, running.faded[r] = before - now;
+  }
+  for (long r = 0; r < whole(place.rows); r += LANES) store(running.faded + r, exp_to_zero(load(running.faded + r)));
+  for (long r = 0; r < place.rows; r++) {
+    float *row = s + r * kScores, *sums = running.sum + r * LANES;
+    const long seen = least(place.visible(r) - n0, columns);
+    const F m = splat(running.m[r]);
+    F sum{};
+    long j = 0;
+    for (; j < seen; j += LANES) {
+      const F p = exp_to_zero(load(row + j) - m);
+      store(row + j, p);
+      sum += p;
+    }
+    store(sums, load(sums) * running.faded[r] + sum);
+    for (; j < columns; j += LANES) store(row + j, F{});
+  }
+}
+
+// --- a tile of queries over its keys ------------------------------------------------------------------
+template <class T>
+void forward(const AttentionTile& t) {
+  const long width = t.width, padded = whole(width);
+  float *q = t.scratch, *y = q + kAttentionRows * kWide, *s = y + kAttentionRows * kWide;
+  const Place place(t);
+  Running running;
+  take<T>(q, t, t.q, t.scale);
+  for (long r = 0; r < t.rows; r++) {
+    for (long e = 0; e < padded; e += LANES) store(y + r * kWide + e, F{});
+    store(running.sum + r * LANES, F{});
+    running.m[r] = kLowest;
+  }
+  const long end = place.visible(t.rows - 1);
+  for (long n0 = 0; n0 < end; n0 += kAttentionKeys) {
+    scores(s, q, t.k_turned + n0 * width, place, n0, width);
+    soften(s, running, place, n0, least(end - n0, kAttentionKeys));
+    for (long r = 0, block; r < t.rows; r += block) {
+      block = block_of(t.rows - r);
+      const long keys = least(place.visible(r + block - 1) - n0, kAttentionKeys);
+      if (keys <= 0) continue;
+      strip<kFade, false, kScores>(block, y + r * kWide, kWide, s + r * kScores, t.v + n0 * padded, padded, kPanel, keys, padded,
+                                   running.faded + r);
+    }
+  }
+  float all[kAttentionRows];
+  for (long r = 0; r < t.rows; r++) all[r] = added(load(running.sum + r * LANES)), running.faded[r] = 1.0f / all[r];
+  give<T>(t, y, running.faded);
+  if (!t.lse) return;
+  for (Cursor at(t); at.inside(); at.next()) t.lse[at.token * t.all_heads + at.head] = running.m[at.r] + __builtin_logf(all[at.r]);
+}
+
+// p = exp(s - lse) in place of s, and ds = p (dp - delta) in place of dp; 0 where a row does not see, up to `columns`
+INLINE void differentiate(float* s, float* dp, const float* lse, const float* delta, const Place& place, long n0, long columns) {
+  const I lane = lane_numbers();
+  for (long r = 0; r < place.rows; r++, s += kScores, dp += kScores) {
+    const long seen = least(place.visible(r) - n0, columns);
+    const F norm = splat(lse[r]), minus = splat(delta[r]);
+    long j = 0;
+    for (; j < seen; j += LANES) {
+      F p = exp_to_zero(load(s + j) - norm), d = p * (load(dp + j) - minus);
+      if (seen - j < LANES) {
+        const I inside = lane < (int)(seen - j);
+        p = inside ? p : F{}, d = inside ? d : F{};
+      }
+      store(s + j, p);
+      store(dp + j, d);
+    }
+    for (; j < columns; j += LANES) store(s + j, F{}), store(dp + j, F{});
+  }
+}
+
+// out (columns, padded) += x^T b for x (rows, kScores), b (rows, kWide): of each key the rows that may see it
+INLINE void gather(float* out, const float* x, const float* b, const Place& place, long n0, long columns, long padded) {
+  for (long j = 0, block; j < columns; j += block, out += block * padded) {
+    block = block_of(columns - j);
+    const long before = (n0 + j - place.past) * place.heads - place.first, from = before > 0 ? before : 0;
+    strip<kAdd, true, kScores>(block, out, padded, x + from * kScores + j, b + from * kWide, kWide, kPanel, place.rows - from, padded,
+                               nullptr);
+  }
+}
+
+template <class T>
+void backward(const AttentionTile& t) {
+  const long width = t.width, padded = whole(width);
+  float *q = t.scratch, *dy = q + kAttentionRows * kWide, *dq = dy + kAttentionRows * kWide;
+  float *s = dq + kAttentionRows * kWide, *dp = s + kAttentionRows * kScores;
+  const Place place(t);
+  float lse[kAttentionRows], delta[kAttentionRows];
+  take<T>(dq, t, t.y, 1.0f);
+  take<T>(dy, t, t.dy, 1.0f);
+  take<T>(q, t, t.q, t.scale);
+  for (Cursor at(t); at.inside(); at.next()) lse[at.r] = t.lse[at.token * t.all_heads + at.head];
+  for (long r = 0; r < t.rows; r++) {
+    F sum{};
+    for (long e = 0; e < padded; e += LANES) {
+      sum += load(dq + r * kWide + e) * load(dy + r * kWide + e);
+      store(dq + r * kWide + e, F{});
+    }
+    delta[r] = added(sum);
+  }
+  const long end = place.visible(t.rows - 1);
+  for (long n0 = 0; n0 < end; n0 += kAttentionKeys) {
+    const long columns = least(end - n0, kAttentionKeys);
+    scores(s, q, t.k_turned + n0 * width, place, n0, width);
+    scores(dp, dy, t.v_turned + n0 * width, place, n0, width);
+    differentiate(s, dp, lse, delta, place, n0, columns);
+    gather(t.dv + n0 * padded, s, dy, place, n0, columns, padded);
+    gather(t.dk + n0 * padded, dp, q, place, n0, columns, padded);
+    for (long r = 0, block; r < t.rows; r += block) {
+      block = block_of(t.rows - r);
+      const long keys = least(place.visible(r + block - 1) - n0, kAttentionKeys);
+      if (keys <= 0) continue;
+      strip<kAdd, false, kScores>(block, dq + r * kWide, kWide, dp + r * kScores, t.k + n0 * padded, padded, kPanel, keys, padded,
+                                  nullptr);
+    }
+  }
+  for (long r = 0; r < t.rows; r++) delta[r] = t.scale;
+  give<T>(t, dq, delta);
+}
+
+// Row j of a gradient of keys or values: the shares added up in their order.
+template <class T>
+void join(void* out, const float* const* shares, int64_t count, int64_t j, int64_t width) {
+  const long padded = whole(width);
+  float sum[kAttentionWidth];
+  for (long e = 0; e < padded; e += LANES) {
+    F x = load(shares[0] + j * padded + e);
+    for (long i = 1; i < count; i++) x += load(shares[i] + j * padded + e);
+    store(sum + e, x);
+  }
+  write_row(static_cast<T*>(out), sum, width, 1.0f);
+}
+#undef FASTRL_UNROLL
+
+}  // namespace tiles
+
+constexpr AttentionRows kAttention[2] = {
+    {tiles::turn<float>, tiles::lay<float>, tiles::forward<float>, tiles::backward<float>, tiles::join<float>, sizeof(float), LANES},
+    {tiles::turn<BF16>, tiles::lay<BF16>, tiles::forward<BF16>, tiles::backward<BF16>, tiles::join<BF16>, sizeof(BF16), LANES},
+};
