@@ -16,7 +16,7 @@
 namespace fastrl {
 
 constexpr int64_t kAttentionRows = 96;
-constexpr int64_t kAttentionKeys = 64;
+constexpr int64_t kAttentionKeys = 128;
 constexpr int64_t kAttentionWidth = 256;  // the widest head
 
 struct AttentionView {  // rows of contiguous elements
@@ -39,7 +39,7 @@ struct AttentionRows {
   void (*lay)(float* out, const AttentionView& x, int64_t first, int64_t n, int64_t width);
   void (*forward)(const AttentionTile& tile);
   void (*backward)(const AttentionTile& tile);
-  void (*join)(void* out, const float* const* shares, int64_t count, int64_t j, int64_t width);
+  void (*join)(void* out, const float* const* shares, int64_t count, int64_t j, int64_t width, bool of_keys);
   int64_t bytes, lanes;
 };
 
@@ -205,8 +205,8 @@ void backward(const Call& c, Group& g) {
           if (j < keys) dk.push_back(sums), dv.push_back(sums + keys * padded);
           sums += 2 * keys * padded;
         }
-        c.rows.join(moved(c.dk, c.rows.bytes, p.first_k + j, p.head).at, dk.data(), dk.size(), j, c.E);
-        c.rows.join(moved(c.dv, c.rows.bytes, p.first_k + j, p.head).at, dv.data(), dv.size(), j, c.E);
+        c.rows.join(moved(c.dk, c.rows.bytes, p.first_k + j, p.head).at, dk.data(), dk.size(), j, c.E, true);
+        c.rows.join(moved(c.dv, c.rows.bytes, p.first_k + j, p.head).at, dv.data(), dv.size(), j, c.E, false);
       }
     }
   };

@@ -187,7 +187,22 @@ INLINE I lane_numbers() {
   for (int i = 0; i < LANES; i++) at[i] = i;
   return at;
 }
-INLINE F exp_to_zero(F far) { return kExpLow > far ? F{} : exp_in_range(far); }  // NaN stays
+
+// 2^x for x <= 0, within 1.5 ulp, and 0 below 2^-125; NaN stays.  x = n + f, |f| <= 1/2; 2^f = 1 + f c(f), c minimax to 1e-7.  Scores
+// are in powers of 2, the factor log2 e in q: an operation less for each.
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147182f;
+INLINE F power(F x) {
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const F shifted = x + magic;
+  const F f = x - (shifted - magic);
+  F c = splat(0x1.5bba14p-10f);
+  c = c * f + 0x1.3cea88p-7f;
+  c = c * f + 0x1.c6b752p-5f;
+  c = c * f + 0x1.ebf9bcp-3f;
+  c = c * f + 0x1.62e42ap-1f;
+  const F scale = (F)(((U)shifted << 23) + 0x3f800000u);
+  return -125.0f > x ? F{} : (c * f + 1.0f) * scale;
+}
 
 // Where a tile of rows stands: row r sees keys [0, visible(r)) of its sequence.
 struct Place {
@@ -197,6 +212,17 @@ struct Place {
     for (Cursor at(t); at.inside(); at.next()) end[at.r] = past + at.token + 1;
   }
   INLINE long visible(long r) const { return end[r]; }
+};
+
+// A block of rows over the tile's `columns` from key n0 on: its rows all see the vectors before `clear`, and none sees those from `top`
+// on.  What is between is masked, for all rows alike: loops of one length are foreseen by the processor.
+struct Span {
+  long rows, clear, top;
+  INLINE Span(const Place& place, long r, long n0, long columns)
+      : rows(block_of(place.rows - r)),
+        clear(kept(place.visible(r) - n0, columns) / LANES * LANES),
+        top(whole(kept(place.visible(r + rows - 1) - n0, columns))) {}
+  static INLINE long kept(long seen, long columns) { return seen < 0 ? 0 : least(seen, columns); }
 };
 
 // s (rows, kScores) = a (rows, width) b^T over the keys from n0 on that a row of the block sees; b in panels
@@ -213,40 +239,42 @@ INLINE void scores(float* s, const float* a, const float* b, const Place& place,
   }
 }
 
-struct Running {  // the softmax of the rows so far
+struct Running {  // the softmax of the rows so far, m in powers of 2
   float m[kAttentionRows], faded[kAttentionRows], sum[kAttentionRows * LANES];
 };
 
-// Scores to exp(s - m), the new m of each row and what its output fades by.  What a row does not see is 0 up to `columns`.
+// Scores to 2^(s - m), 0 where a row does not see within its block's keys; the new m of each row and what its output fades by.
 INLINE void soften(float* s, Running& running, const Place& place, long n0, long columns) {
   const I lane = lane_numbers();
-  for (long r = 0; r < place.rows; r++) {
-    float* row = s + r * kScores;
-    const long seen = least(place.visible(r) - n0, columns), last = seen / LANES * LANES;
-    F most = splat(kLowest);
-    for (long j = 0; j < last; j += LANES) most = larger(most, load(row + j));
-    if (seen > last) {
-      const F kept = lane < (int)(seen - last) ? load(row + last) : splat(-__builtin_inff());
-      store(row + last, kept);
-      most = larger(most, kept);
+  for (long r = 0, end; r < place.rows; r = end) {
+    const Span span(place, r, n0, columns);
+    for (end = r + span.rows; r < end; r++) {
+      float* row = s + r * kScores;
+      F most = splat(kLowest);
+      for (long j = 0; j < span.clear; j += LANES) most = larger(most, load(row + j));
+      for (long j = span.clear; j < span.top; j += LANES) {
+        const F kept = lane < (int)(place.visible(r) - n0 - j) ? load(row + j) : splat(-__builtin_inff());
+        store(row + j, kept);
+        most = larger(most, kept);
+      }
+      const float before = running.m[r], top = highest(most), now = top > before ? top : before;
+      running.m[r] = now, running.faded[r] = before - now;
     }
-    const float before = running.m[r], top = highest(most), now = top > before ? top : before;
-    running.m[r] = now, running.faded[r] = before - now;
   }
-  for (long r = 0; r < whole(place.rows); r += LANES) store(running.faded + r, exp_to_zero(load(running.faded + r)));
-  for (long r = 0; r < place.rows; r++) {
-    float *row = s + r * kScores, *sums = running.sum + r * LANES;
-    const long seen = least(place.visible(r) - n0, columns);
-    const F m = splat(running.m[r]);
-    F sum{};
-    long j = 0;
-    for (; j < seen; j += LANES) {
-      const F p = exp_to_zero(load(row + j) - m);
-      store(row + j, p);
-      sum += p;
+  for (long r = 0; r < whole(place.rows); r += LANES) store(running.faded + r, power(load(running.faded + r)));
+  for (long r = 0, end; r < place.rows; r = end) {
+    const Span span(place, r, n0, columns);
+    for (end = r + span.rows; r < end; r++) {
+      float *row = s + r * kScores, *sums = running.sum + r * LANES;
+      const F m = splat(running.m[r]);
+      F sum{};
+      for (long j = 0; j < span.top; j += LANES) {
+        const F p = power(load(row + j) - m);
+        store(row + j, p);
+        sum += p;
+      }
+      store(sums, load(sums) * running.faded[r] + sum);
     }
-    store(sums, load(sums) * running.faded[r] + sum);
-    for (; j < columns; j += LANES) store(row + j, F{});
   }
 }
 
@@ -257,7 +285,7 @@ void forward(const AttentionTile& t) {
   float *q = t.scratch, *y = q + kAttentionRows * kWide, *s = y + kAttentionRows * kWide;
   const Place place(t);
   Running running;
-  take<T>(q, t, t.q, t.scale);
+  take<T>(q, t, t.q, t.scale * kLog2E);
   for (long r = 0; r < t.rows; r++) {
     for (long e = 0; e < padded; e += LANES) store(y + r * kWide + e, F{});
     store(running.sum + r * LANES, F{});
@@ -279,26 +307,30 @@ void forward(const AttentionTile& t) {
   for (long r = 0; r < t.rows; r++) all[r] = added(load(running.sum + r * LANES)), running.faded[r] = 1.0f / all[r];
   give<T>(t, y, running.faded);
   if (!t.lse) return;
-  for (Cursor at(t); at.inside(); at.next()) t.lse[at.token * t.all_heads + at.head] = running.m[at.r] + __builtin_logf(all[at.r]);
+  for (Cursor at(t); at.inside(); at.next()) t.lse[at.token * t.all_heads + at.head] = running.m[at.r] * kLn2 + __builtin_logf(all[at.r]);
 }
 
-// p = exp(s - lse) in place of s, and ds = p (dp - delta) in place of dp; 0 where a row does not see, up to `columns`
+// p = 2^(s - lse) in place of s, and ds = p (dp - delta) in place of dp; 0 where a row does not see, up to `columns`
 INLINE void differentiate(float* s, float* dp, const float* lse, const float* delta, const Place& place, long n0, long columns) {
   const I lane = lane_numbers();
-  for (long r = 0; r < place.rows; r++, s += kScores, dp += kScores) {
-    const long seen = least(place.visible(r) - n0, columns);
-    const F norm = splat(lse[r]), minus = splat(delta[r]);
-    long j = 0;
-    for (; j < seen; j += LANES) {
-      F p = exp_to_zero(load(s + j) - norm), d = p * (load(dp + j) - minus);
-      if (seen - j < LANES) {
-        const I inside = lane < (int)(seen - j);
-        p = inside ? p : F{}, d = inside ? d : F{};
+  for (long r = 0, end; r < place.rows; r = end) {
+    const Span span(place, r, n0, columns);
+    for (end = r + span.rows; r < end; r++, s += kScores, dp += kScores) {
+      const F norm = splat(lse[r]), minus = splat(delta[r]);
+      long j = 0;
+      for (; j < span.clear; j += LANES) {
+        const F p = power(load(s + j) - norm);
+        store(dp + j, p * (load(dp + j) - minus));
+        store(s + j, p);
       }
-      store(s + j, p);
-      store(dp + j, d);
+      for (; j < span.top; j += LANES) {
+        const I inside = lane < (int)(place.visible(r) - n0 - j);
+        const F p = power(load(s + j) - norm), d = p * (load(dp + j) - minus);
+        store(s + j, inside ? p : F{});
+        store(dp + j, inside ? d : F{});
+      }
+      for (; j < columns; j += LANES) store(s + j, F{}), store(dp + j, F{});
     }
-    for (; j < columns; j += LANES) store(s + j, F{}), store(dp + j, F{});
   }
 }
 
@@ -321,8 +353,8 @@ void backward(const AttentionTile& t) {
   float lse[kAttentionRows], delta[kAttentionRows];
   take<T>(dq, t, t.y, 1.0f);
   take<T>(dy, t, t.dy, 1.0f);
-  take<T>(q, t, t.q, t.scale);
-  for (Cursor at(t); at.inside(); at.next()) lse[at.r] = t.lse[at.token * t.all_heads + at.head];
+  take<T>(q, t, t.q, t.scale * kLog2E);
+  for (Cursor at(t); at.inside(); at.next()) lse[at.r] = t.lse[at.token * t.all_heads + at.head] * kLog2E;
   for (long r = 0; r < t.rows; r++) {
     F sum{};
     for (long e = 0; e < padded; e += LANES) {
@@ -351,9 +383,9 @@ void backward(const AttentionTile& t) {
   give<T>(t, dq, delta);
 }
 
-// Row j of a gradient of keys or values: the shares added up in their order.
+// Row j of a gradient of keys or values: the shares added up in their order.  The keys' were taken with q log2 e.
 template <class T>
-void join(void* out, const float* const* shares, int64_t count, int64_t j, int64_t width) {
+void join(void* out, const float* const* shares, int64_t count, int64_t j, int64_t width, bool of_keys) {
   const long padded = whole(width);
   float sum[kAttentionWidth];
   for (long e = 0; e < padded; e += LANES) {
@@ -361,7 +393,7 @@ void join(void* out, const float* const* shares, int64_t count, int64_t j, int64
     for (long i = 1; i < count; i++) x += load(shares[i] + j * padded + e);
     store(sum + e, x);
   }
-  write_row(static_cast<T*>(out), sum, width, 1.0f);
+  write_row(static_cast<T*>(out), sum, width, of_keys ? kLn2 : 1.0f);
 }
 #undef FASTRL_UNROLL
 
