@@ -35,7 +35,15 @@ CASES = cases(
     "S L H K E",
     tiny=(2, 6, 4, 2, 8),
     quick=(4, 64, 4, 2, 32),
-    cpu=[(8, 256, 14, 2, 64)],
+    cpu=[
+        (8, 256, 14, 2, 64),
+        (16, 64, 14, 2, 64),
+        (4, 512, 14, 2, 64),
+        (2, 1024, 14, 2, 64),
+        (1, 2048, 14, 2, 64),
+        (16, 64, 8, 8, 64),
+        (2, 1024, 8, 8, 128),
+    ],
     cuda=[(16, 1024, 32, 8, 128), (4, 4096, 14, 2, 64)],
     slice={"S": 2, "L": 64},
 )
@@ -84,6 +92,17 @@ def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[in
     return torch.cat(done, 1).transpose(0, 1)
 
 
+def matmul_softmax(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """All scores of a sequence at once, in plain operations."""
+    G, done = q.shape[1] // k.shape[1], []
+    for a, b, c in zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True):
+        keys, values = (x.repeat_interleave(G, 0) for x in (b, c))
+        scores = torch.matmul(a, keys.transpose(1, 2)) * q.shape[-1] ** -0.5
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(1)
+        done.append(torch.matmul(scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(done, 1).transpose(0, 1)
+
+
 def torch_varlen(case: Case) -> Function:
     only(case.device == "cuda", "varlen_attn is CUDA only")
     fused = peer("torch.nn.attention.varlen", "varlen_attn")
@@ -123,6 +142,7 @@ def flash_attn_4(case: Case) -> Function:
 PROVIDERS = {
     "fastrl": plain(ours),
     "eager": plain(eager),
+    "matmul + softmax": plain(matmul_softmax),
     "torch.compile": compiled(eager),
     "torch varlen_attn": torch_varlen,
     "flash-attn": flash_attn,
