@@ -32,6 +32,7 @@ struct AttentionTile {  // rows [first, first + rows) of a sequence's queries at
   int64_t first, rows, heads, all_heads, past, width;
   float scale;
   float* scratch;
+  const AttentionTile* next;  // whose queries are fetched meanwhile; may be absent
 };
 
 struct AttentionRows {
@@ -154,16 +155,23 @@ float* scratch() {
   return floats.data() + (16 - reinterpret_cast<uintptr_t>(floats.data()) / 4 % 16) % 16;  // a cache line's start
 }
 
+AttentionTile forward_tile(const Call& c, const Group& g, int64_t i) {
+  const int64_t at = find(g.tiles, i);
+  const Pair& p = g.pairs[at];
+  AttentionTile t = tile_of(c, g, p);
+  t.first = (i - g.tiles[at]) * kAttentionRows;
+  t.rows = std::min(kAttentionRows, p.queries * t.heads - t.first);
+  return t;
+}
+
 void forward(const Call& c, Group& g) {
   copy(c, g);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const int64_t at = find(g.tiles, g.tiles.back() - 1 - i);  // the last tiles take longest: they come first
-      const Pair& p = g.pairs[at];
-      AttentionTile t = tile_of(c, g, p);
-      t.first = (g.tiles.back() - 1 - i - g.tiles[at]) * kAttentionRows;
-      t.rows = std::min(kAttentionRows, p.queries * t.heads - t.first);
-      t.scratch = scratch();
+      const int64_t last = g.tiles.back() - 1 - i;  // the last tiles take longest: they come first
+      AttentionTile t = forward_tile(c, g, last);
+      const AttentionTile next = forward_tile(c, g, std::max<int64_t>(last - 1, 0));
+      t.scratch = scratch(), t.next = last > 0 ? &next : nullptr;
       c.rows.forward(t);
     }
   };

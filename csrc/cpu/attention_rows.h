@@ -182,7 +182,8 @@ struct Running {  // the softmax of the rows so far, m in powers of 2
 };
 
 // Scores to 2^(s - m), 0 where a row does not see within its block's keys; the new m of each row and what its output fades by.
-INLINE void soften(float* s, Running& running, const Place& place, long n0, long columns) {
+template <class T>
+INLINE void soften(float* s, Running& running, const Place& place, long n0, long columns, Cursor& ahead) {
   const I lane = lane_numbers();
   for (long r = 0, end; r < place.rows; r = end) {
     const Span span(place, r, n0, columns);
@@ -203,6 +204,11 @@ INLINE void soften(float* s, Running& running, const Place& place, long n0, long
   for (long r = 0, end; r < place.rows; r = end) {
     const Span span(place, r, n0, columns);
     for (end = r + span.rows; r < end; r++) {
+      if (ahead.inside()) {
+        const T* row = static_cast<const T*>(ahead.tile.q.at) + ahead.of(ahead.tile.q);
+        for (long e = 0; e < ahead.tile.width; e += 64 / (long)sizeof(T)) __builtin_prefetch(row + e);
+        ahead.next();
+      }
       float *row = s + r * kScores, *sums = running.sum + r * LANES;
       const F m = splat(running.m[r]);
       F sum{};
@@ -229,10 +235,12 @@ void forward(const AttentionTile& t) {
     store(running.sum + r * LANES, F{});
     running.m[r] = kLowest;
   }
+  Cursor ahead(t.next ? *t.next : t);
+  if (!t.next) ahead.r = t.rows;
   const long end = place.visible(t.rows - 1);
   for (long n0 = 0; n0 < end; n0 += kAttentionKeys) {
     scores(s, q, t.k_turned + n0 * width, place, n0, width);
-    soften(s, running, place, n0, least(end - n0, kAttentionKeys));
+    soften<T>(s, running, place, n0, least(end - n0, kAttentionKeys), ahead);
     for (long r = 0, block; r < t.rows; r += block) {
       block = block_of(t.rows - r);
       const long keys = least(place.visible(r + block - 1) - n0, kAttentionKeys);
