@@ -209,6 +209,12 @@ def test_help_shows_the_options_of_the_named_algorithm(name, capsys, monkeypatch
             assert (f"--{option.replace('_', '-')} " in shown) == (option in options)
 
 
+def test_help_understands_an_algorithm_after_an_equals_sign(capsys, monkeypatch):
+    """Wrong implementation: the name read with its option, so that its row is not found."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "--algorithm.mu-end " in told(capsys, "hybrid", "--algorithm=chord")
+
+
 # --- there and back ---------------------------------------------------------------------------------
 def test_a_dumped_configuration_loads_to_the_same_object(tmp_path):
     """Wrong implementations: a mapping where a name is enough; options that stand beside the algorithm."""

@@ -114,6 +114,15 @@ def test_plain_text_counts_but_for_its_first_token():
     assert encode(Row("x:1", "text", {"text": "abc<eos>"}), LETTERS) == sample
 
 
+def test_an_assistants_opening_message_is_context():
+    """Wrong implementation: it is trained, though no prompt comes before it."""
+    tokenizer = chat_tokenizer()
+    messages = [{"role": "assistant", "content": "be brief"}, *CHAT[1:3]]
+    sample = encode(Row("c:1", "messages", {"messages": messages}), tokenizer)
+    told = trained(sample, tokenizer)
+    assert "4" in told and "brief" not in told and "be brief" in whole(sample, tokenizer)
+
+
 def test_conversations_train_the_assistants_turns():
     """Training on all roles, on the template's headers, or on the newline after the last <|im_end|> changes
     these texts.

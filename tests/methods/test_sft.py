@@ -169,6 +169,23 @@ def test_places_are_of_the_step_in_any_process():
     assert demonstrations().collect(0, 0).batches[0].number.unique_consecutive().tolist() == [0, 1, 2]
 
 
+def test_consecutive_steps_go_through_the_whole_data():
+    """Wrong implementation: a step that begins one line after the last began, so that lines come again."""
+    taken: list[int] = []
+
+    def items(some: Any) -> list[Sample]:
+        taken.extend(some)
+        return [DEMONSTRATIONS[i % len(DEMONSTRATIONS)] for i in some]
+
+    policy = choose_supervised(Sft(model="m")).policy
+    source = Demonstrations(
+        items, 6, count=2, algorithm=policy, seed=0, device=torch.device("cpu"), world=World()
+    )
+    for step in range(3):
+        source.collect(step, 0)
+    assert sorted(taken) == list(range(6))
+
+
 # --- weights --------------------------------------------------------------------------------------------
 def weighed(weights: list[float], samples: list[Sample] = DEMONSTRATIONS, weighted: bool = True) -> Batch:
     rows = [Sample(s.tokens, s.mask, w) for s, w in zip(samples, weights, strict=True)]

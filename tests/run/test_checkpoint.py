@@ -60,6 +60,18 @@ def test_the_newest_are_kept(tmp_path, keep, left):
     assert (tmp_path / "checkpoints" / "step_99.bak").exists() and not list(tmp_path.glob("checkpoints/.*"))
 
 
+def test_a_temporary_one_lasts_until_the_next_and_state_is_exact(tmp_path):
+    """Wrong implementations: the newest removes itself for being temporary; state in a shorter type."""
+    state = {"w": torch.tensor([1 / 3, 1e6 + 1, 1e-30])}
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, decoder(), tokenizer(), state, {}, temporary=True)
+        assert steps(tmp_path) == [step]
+        found = checkpoint.load(path)[0]["w"]
+        assert found.dtype == torch.float32 and torch.equal(found, state["w"])
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [3]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "checkpoints/step_3/left_over").touch()
@@ -136,7 +148,9 @@ def _counted(patch: pytest.MonkeyPatch, run: Path) -> list[str]:
     "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 )
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, error):
-    """Wrong implementation: safetensors' own kind of error goes through."""
+    """Wrong implementations: safetensors' own kind of error goes through; what was written stays and keeps
+    the disk full.
+    """
     save(tmp_path, 1)
 
     def full(*args):
@@ -150,6 +164,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch, er
     ):
         save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [1] and checkpoint.load(checkpoint.complete_checkpoints(tmp_path)[0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
 # --- damage -----------------------------------------------------------------------------------------
