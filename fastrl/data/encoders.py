@@ -79,11 +79,11 @@ class Limits:
 def changes(mask: Sequence[bool]) -> list[int]:
     """Where a mask changes, its first value taken to be False."""
     found = []
-    at, value = 0, True
-    while value in mask[at:]:
-        at = mask.index(value, at)
+    values = bytes(mask)
+    at = values.find(1)
+    while at >= 0:
         found.append(at)
-        value = not value
+        at = values.find(1 - values[at], at)
     return found
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
+from typing import Any
 
 from fastrl.data.tokenizer import Tokenizer
 from fastrl.files import Json, JsonObject
@@ -49,21 +51,21 @@ class Words:
         """The ids of each text."""
         if len(self.known) > KEPT:
             self.known = {}
-        cut = [BOUNDARY.split(text) for text in texts]
-        new = list({word: None for words in cut for word in words if word not in self.known})
-        fresh = self.tokenizer(new, add_special_tokens=False)["input_ids"] if new else []
+        cut = list(map(BOUNDARY.split, texts))
         found = self.known
-        found.update(zip(new, fresh, strict=True))
-        rows = []
-        for words in cut:
-            row: list[int] = []
-            for word in words:
-                row += found[word]
-            rows.append(row)
+        new = list(set(chain.from_iterable(cut)).difference(found))
+        found.update(zip(new, self._tokenised(new), strict=True))
+        rows = [list(chain.from_iterable(map(found.__getitem__, words))) for words in cut]
         for word in new:
             if len(word) > LONGEST:
                 del found[word]
         return rows
+
+    def _tokenised(self, words: list[str]) -> Iterator[list[int]]:
+        """The ids of each word, by the tokenizer's backend: transformers would make an object of each."""
+        backend: Any = self.tokenizer
+        encoded = backend.backend_tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return (one.ids for one in encoded)
 
 
 @lru_cache(maxsize=8)
@@ -81,6 +83,8 @@ def cuts_at_words(tokenizer: Tokenizer) -> bool:
         for name in ("__call__", "_encode_plus")
     ]
     if backend is None or any(module not in ASKED for module in asked):
+        return False
+    if backend.encode_special_tokens or getattr(tokenizer, "split_special_tokens", False):
         return False
     parts: JsonObject = json.loads(backend.to_str())
     model = parts["model"]

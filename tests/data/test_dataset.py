@@ -14,6 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from runs import tokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from fastrl.data import cache, chunks, dataset, store
 from fastrl.data.comparisons import LineEncoder, Texts, encode_statements, read_statements
@@ -24,7 +26,7 @@ from fastrl.data.known import DemonstrationEncoder, KnownPairEncoder
 from fastrl.data.pairs import PAIRED, encode_units
 from fastrl.data.progress import Progress
 from fastrl.data.rows import check_rows, read_rows, read_table
-from fastrl.data.words import Words, cuts_at_words
+from fastrl.data.words import SPLITS, Words, cuts_at_words
 from fastrl.errors import UserError
 from fastrl.methods.dpo.reference import _fingerprint
 from fastrl.tasks.tokens import train_bpe
@@ -334,12 +336,36 @@ def test_a_template_that_writes_the_date_is_of_today(monkeypatch):
     assert identity_of(dated) != before[1]
 
 
+WORDS = [
+    f"it's a{c}b {c} c{c}{c} d  e\n f 12 x3 {c}g h we'LL 12345 {c} x"
+    for c in ("", " ", "'s", "é", "\u0301", "中", "\n", ".", "'S ", " 1", "$", "\u00a0", "\r\n ")
+]
+
+
+@pytest.mark.parametrize("pattern", SPLITS)
+def test_words_of_a_tokenizer_that_cuts_by_an_expression(pattern):
+    """Wrong: another cut than Llama's or Qwen's; special tokens that the tokenizer itself splits."""
+    core = Tokenizer(models.BPE(unk_token=None))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), whole]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(WORDS, trainer)
+    bpe = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    texts = [*WORDS, "a <eos> b<eos>c"]
+    assert cuts_at_words(bpe)
+    assert Words(bpe).ids(texts) == bpe(texts, add_special_tokens=False)["input_ids"]
+
+    cuts_at_words.cache_clear()
+    bpe.split_special_tokens = True
+    assert not cuts_at_words(bpe)
+
+
 def test_words_give_the_tokens_of_their_texts():
     """Wrong implementations: cutting where the tokenizer does not, as before a digit or two spaces."""
-    texts = [
-        f"it's a{c}b {c} c{c}{c} d  e\n f 12 x3 {c}g h"
-        for c in ("", " ", "'s", "é", "\u0301", "中", "\n", ".")
-    ]
+    texts = WORDS
     bpe = train_bpe(texts, 300)
     assert cuts_at_words(bpe)
     assert Words(bpe).ids(texts) == bpe(texts, add_special_tokens=False)["input_ids"]
