@@ -299,6 +299,19 @@ def test_turns_that_end_at_a_page_s_border_are_answered_once():
     assert len(shown) == len(set(shown)) >= 16
 
 
+def test_an_episode_that_is_over_is_not_asked_again():
+    """Wrong implementation: its row, which stays for a while among many live ones, is taken for a new turn."""
+    shown: list[tuple[int, int]] = []
+
+    def answer(turns: list[Turn]) -> list[list[int] | None]:
+        shown.extend((t.index, len(t.tokens)) for t in turns)
+        return [[2] if t.index != 1 and len(t.tokens) < 7 else None for t in turns]
+
+    params = SamplingParams(n=24, max_new_tokens=4, stop=tuple(range(2, 31)), seed=5)
+    Sampler(decoder(max_position_embeddings=400)).generate([LONG[4]], params, environment=answer)
+    assert len(shown) == len(set(shown)) and [index for index, _ in shown].count(1) == 1
+
+
 # --- weights and memory -----------------------------------------------------------------------------
 def test_weights_that_moved_are_noticed():
     """Wrong implementation: a captured graph goes on reading the old storage."""
