@@ -300,7 +300,7 @@ def test_turns_that_end_at_a_page_s_border_are_answered_once():
 
 
 def test_an_episode_that_is_over_is_not_asked_again():
-    """Wrong implementation: its row, which stays for a while among many live ones, is taken for a new turn."""
+    """Wrong implementation: its row, which stays among many live ones, is taken for a new turn."""
     shown: list[tuple[int, int]] = []
 
     def answer(turns: list[Turn]) -> list[list[int] | None]:
