@@ -165,6 +165,9 @@ def test_greedy() -> None:
     torch.testing.assert_close(out.logp, log_p.amax(-1), atol=1e-6, rtol=0)
     torch.testing.assert_close(out.entropy, torch.special.entr(log_p.exp()).sum(-1), atol=1e-5, rtol=0)
     assert not out.behaviour_logp.any()
+    zeros = torch.zeros(20, dtype=torch.int64)
+    defined = reference(logits, zeros, zeros, zeros, torch.zeros(20), 3, 0.5, 0.0)
+    assert torch.equal(defined[0], out.token) and not defined[2].any(), "the definition"
     mixed = draw(logits, temperature=torch.tensor([0.0, 1.0]).repeat(10))
     assert torch.equal(mixed.token[::2], out.token[::2])
     assert torch.equal(mixed.token[1::2], draw(logits).token[1::2])
