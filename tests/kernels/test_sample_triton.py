@@ -35,6 +35,7 @@ def backend():
 
 # --- the noise --------------------------------------------------------------------------------------
 kernels_philox4, unit_exponential = kernels.philox4, kernels.unit_exponential
+faster = pytest.importorskip("fastrl.kernels._triton._race", exc_type=ImportError).faster
 
 
 @triton.jit
@@ -51,6 +52,24 @@ def words_kernel(counters, key, word, N: tl.constexpr):
     w = kernels_philox4(a, b, c, d, tl.load(key), tl.load(key + 1))
     for i in tl.static_range(4):
         tl.store(word + i * N + lane, w[i].to(tl.int64))
+
+
+@triton.jit
+def race_kernel(e, p, winner, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    early, late = tl.load(e + lane), tl.load(e + N + lane)
+    likely, other = tl.load(p + lane), tl.load(p + N + lane)
+    _, _, first = faster(early, likely, lane, late, other, N + lane)
+    tl.store(winner + lane, first)
+
+
+def test_the_first_of_equals_wins():
+    """Wrong: of equal e / p the later token, which no drawn noise shows: two words are seldom the same."""
+    e = torch.tensor([[1.0, 1.0, 3.0, 2.0], [1.0, 2.0, 2.0, 1.0]])
+    p = torch.tensor([[0.5, 0.25, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    winner = torch.empty(4, dtype=torch.int32)
+    race_kernel[(1,)](e, p, winner, N=4)
+    assert winner.tolist() == [0, 1, 6, 7]
 
 
 def test_words_are_bit_equal():
