@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 VARIABLE = "FASTRL_USER_FILES"  # JSON: module name -> file
-__path__: list[str] = []  # a package without files: what is in it is found below
+__path__ = []  # no file of this folder: what is in the package is found below
 
 
 def module_name(file: Path) -> str:
